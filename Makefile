@@ -1,0 +1,31 @@
+# make run: ask the demo model about the demo picture. make test: everything that runs without a GPU.
+PYTHON ?= python3
+BIN = .venv/bin
+.PHONY: run test mutants lint clean
+
+run: .venv/run.stamp
+	$(BIN)/python run.py --image assets/demo.png --prompt "Describe the picture."
+
+test: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+	$(BIN)/python tests/mutants.py
+
+mutants: .venv/test.stamp
+	$(BIN)/python tests/mutants.py
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+.venv/run.stamp: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test.stamp: .venv/run.stamp requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,122 @@
+"""The CLIP vision tower, up to the layer LLaVA reads (the last but one, before any final norm).
+
+B pictures, P patches, H heads, D channels per head, C = H * D. Module names are the checkpoint's keys, its
+`pre_layrnorm` (sic) included.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def quick_gelu(x):
+    """OpenAI's sigmoid approximation of GELU, with which CLIP was trained."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    """Patches as a strided convolution, CLS in front, learnt positions added."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config.hidden_size
+        self.class_embedding = nn.Parameter(torch.randn(c) * 0.02)
+        self.patch_embedding = nn.Conv2d(config.num_channels, c, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, c)
+
+    def forward(self, pixel_values):  # (B, 3, S, S)
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, C)
+        cls = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat((cls, patches), dim=1) + self.position_embedding.weight  # (B, 1 + P, C)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D), no mask: every patch sees every patch
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def cls_row(self, x):
+        """Attention of CLS to the patches: (B, H, P) fp32, each row sums to 1 minus CLS's weight on itself."""
+        q = self.q_proj(x[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()  # (B, H, 1, D)
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()  # (B, H, 1 + P, D)
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return logits.softmax(-1)[:, :, 0, 1:]
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = Encoder(config)
+        # in every checkpoint, used by none of LLaVA's feature layers
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values, feature_layers, cls_attention=False):
+        """Hidden states of the asked layers, CLS included: a list of (B, 1 + P, C) in the order asked.
+
+        pixel_values (B, 3, S, S); feature_layers: indices, 0 = input of the first layer, i = output of the i-th.
+        Layers after the last one asked for are not run. cls_attention=True returns also the attention of CLS to the
+        patches in the last layer that ran, (B, H, P) fp32 (needs a feature layer of at least 1).
+        """
+        states = [self.pre_layrnorm(self.embeddings(pixel_values))]
+        for layer in self.encoder.layers[: max(feature_layers)]:
+            states.append(layer(states[-1]))
+        features = [states[i] for i in feature_layers]
+        if not cls_attention:
+            return features
+        last = self.encoder.layers[max(feature_layers) - 1]
+        return features, last.self_attn.cls_row(last.layer_norm1(states[-2]))
+
+
+class VisionTower(nn.Module):
+    """Only there because checkpoint keys say `vision_tower.vision_model`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vision_model = VisionTransformer(config)
+
+    def forward(self, pixel_values, feature_layers, cls_attention=False):
+        return self.vision_model(pixel_values, feature_layers, cls_attention)

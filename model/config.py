@@ -1,0 +1,174 @@
+"""What a checkpoint's config.json says, with every key that hub configs leave out filled in.
+
+Field names are Hugging Face's. The published llava-1.5-7b config names four numbers of its language model
+and relies on class defaults for the rest, so the defaults below are part of the format.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: what is wrong; what to do."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision tower. Class defaults of `clip_vision_model` (a ViT-B/32)."""
+
+    model_type: str = "clip_vision_model"
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+# A LLaVA config with no vision_config at all means CLIP ViT-L/14 at 336 px.
+CLIP_L_336 = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Llama decoder. Class defaults of `llama`: a 7B model (and 1e-6 where LLaVA files say 1e-5)."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = None  # None: as many as query heads
+    head_dim: int = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        # The two fields whose default depends on another field; frozen, hence object.__setattr__.
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """The whole model: two towers and how they are joined."""
+
+    model_type: str = "llava"
+    text_config: TextConfig = field(default_factory=TextConfig)
+    vision_config: VisionConfig = field(default_factory=lambda: VisionConfig(**CLIP_L_336))
+    image_token_index: int = 32000
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int | tuple = -2  # a tuple: those layers side by side along the channels
+    vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
+    tie_word_embeddings: bool = False
+    dtype: str = None  # what the file stores; None if it does not say
+
+    @property
+    def feature_layers(self):
+        """The selected hidden states as indices 0..num_hidden_layers; 0 is the input of the first layer."""
+        layers = self.vision_feature_layer
+        depth = self.vision_config.num_hidden_layers
+        return tuple(i if i >= 0 else depth + 1 + i for i in (layers if isinstance(layers, tuple) else (layers,)))
+
+    @property
+    def image_tokens(self):
+        """Tokens that one picture becomes."""
+        return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
+
+
+def read_config(folder):
+    """LlavaConfig of a checkpoint folder. InputError if there is none or it is of another kind."""
+    raw = read_json(Path(folder) / "config.json")
+    if raw is None:
+        raise InputError(f"{folder} has no config.json; give the folder of a llava-hf checkpoint")
+    try:
+        return parse_config(raw)
+    except (TypeError, AttributeError, ArithmeticError) as broken:  # a string where a number belongs, and the like
+        raise InputError(
+            f"{folder}/config.json does not make sense ({broken}); take the file of the original checkpoint"
+        ) from broken
+
+
+def parse_config(raw):
+    """LlavaConfig from the parsed config.json, old and new spellings."""
+    kind = raw.get("model_type")
+    if kind != "llava":
+        hint = "only LLaVA-1.5 style checkpoints (model_type 'llava') are read"
+        if kind == "llava_llama":
+            hint = "this is the original LLaVA layout; use the llava-hf conversion of it"
+        raise InputError(f"model_type is {kind!r}; {hint}")
+    text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config")
+    vision = dict(CLIP_L_336 if vision is None else vision)
+    # transformers 5 moved the RoPE settings into a dict of their own
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    layers = raw.get("vision_feature_layer", -2)
+    # the top level decides if it says anything, else the text config
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    config = LlavaConfig(
+        text_config=_fill(TextConfig, text),
+        vision_config=_fill(VisionConfig, vision),
+        image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
+        projector_hidden_act=raw.get("projector_hidden_act", "gelu"),
+        multimodal_projector_bias=raw.get("multimodal_projector_bias", True),
+        vision_feature_layer=tuple(layers) if isinstance(layers, list) else layers,
+        vision_feature_select_strategy=raw.get("vision_feature_select_strategy", "default"),
+        tie_word_embeddings=bool(tied),
+        dtype=raw.get("dtype", raw.get("torch_dtype")),
+    )
+    _refuse_unknown(config, rope_type)
+    return config
+
+
+def read_json(path):
+    """The parsed file, or None where there is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, OSError) as broken:
+        raise InputError(f"{path} is not readable JSON ({broken}); fetch the file again") from broken
+
+
+def _fill(kind, raw):
+    """The dataclass from those keys of raw that it knows; what is missing or null takes the class default."""
+    return kind(**{f.name: raw[f.name] for f in fields(kind) if raw.get(f.name) is not None})
+
+
+def _refuse_unknown(config, rope_type):
+    """Everything that would change the arithmetic and is not implemented, by name."""
+    text, vision = config.text_config, config.vision_config
+    refusals = [
+        (text.model_type != "llama", f"text model_type {text.model_type!r}", "'llama'"),
+        (vision.model_type != "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
+        (rope_type != "default", f"rope type {rope_type!r}", "'default'"),
+        (text.hidden_act != "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
+        (vision.hidden_act not in ("quick_gelu", "gelu"), f"vision hidden_act {vision.hidden_act!r}", "'quick_gelu' and 'gelu'"),
+        (config.projector_hidden_act != "gelu", f"projector_hidden_act {config.projector_hidden_act!r}", "'gelu'"),
+        (config.vision_feature_select_strategy not in ("default", "full"), f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}", "'default' and 'full'"),
+        (text.num_attention_heads % text.num_key_value_heads != 0, f"{text.num_attention_heads} query heads over {text.num_key_value_heads} KV heads", "whole groups"),
+        (not all(0 <= i <= vision.num_hidden_layers for i in config.feature_layers), f"vision_feature_layer {config.vision_feature_layer}", f"layers of a {vision.num_hidden_layers}-layer tower"),
+    ]  # fmt: skip
+    for wrong, what, known in refusals:
+        if wrong:
+            raise InputError(f"config.json asks for {what}; only {known} can be run here")

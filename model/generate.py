@@ -1,0 +1,192 @@
+"""Ask a loaded checkpoint something: prompt and pictures in, pieces of text out as they are written."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .cache import DenseCache
+from .config import InputError
+from .image import preprocess, read_image, to_rgb, with_mode
+from .tokenizer import Detokenizer, build_prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when the answer ends."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = None
+    top_p: float = None
+    seed: int = 0
+    stop: tuple = ()  # strings that end the answer; they are not part of it
+
+
+class Generation:
+    """One answer, while it is written and after.
+
+    Iterate over it for pieces of text. Everything that can be refused is refused by the constructor (InputError), before
+    any computing. When the iteration is over, or was broken off, the fields say what happened:
+
+    text, token_ids (no stop id), finish_reason ("stop" | "length" | "interrupted"), prompt_tokens and vision_tokens (pictures
+    expanded), spans [(start, stop)] of the pictures in the prompt, images [{"path", "size", "tiles", "tokens"}], cache (the
+    DenseCache), and timing in seconds: vision, prefill, steps (one entry per decode step; the first token comes from prefill).
+    """
+
+    def __init__(self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None):
+        """prompt: the question; images: paths, "-", data: URIs or PIL pictures, in the order of their `<image>`."""
+        self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
+        self.template = checkpoint.template if template == "auto" else template
+        self.image_settings = with_mode(checkpoint.image_settings, image_mode)
+        config = checkpoint.config
+        text = build_prompt(prompt, len(images), self.template, system)
+        self.ids = checkpoint.tokenizer.encode(text)
+        pictures = [(str(i), *read_image(i)) if isinstance(i, str) else ("(picture)", *to_rgb(i)) for i in images]
+        self.notes = [note for _, _, note in pictures if note]
+        self.images = [
+            {"path": path, "size": list(picture.size), "tiles": 1, "tokens": config.image_tokens} for path, picture, _ in pictures
+        ]
+        self.vision_tokens = len(images) * config.image_tokens
+        self.prompt_tokens = len(self.ids) - len(images) + self.vision_tokens
+        self.room = config.text_config.max_position_embeddings - self.prompt_tokens  # for new tokens
+        if self.room < 1:
+            raise InputError(
+                f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(images)} images, and the model's context is "
+                f"{config.text_config.max_position_embeddings}; use fewer images or a shorter prompt"
+            )
+        self.pixels = [preprocess(picture, self.image_settings) for _, picture, _ in pictures]
+        self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
+        self.timing = {"vision": 0.0, "prefill": 0.0, "steps": []}
+        self.spans, self.cache = [], None
+
+    @torch.inference_mode()
+    def __iter__(self):
+        sampling, tokenizer = self.sampling, self.checkpoint.tokenizer
+        limit = min(sampling.max_new_tokens, self.room)
+        choose = _chooser(sampling, self._never(), self.checkpoint.device)
+        logits = self._prefill(limit)
+        writer = _Writer(Detokenizer(tokenizer), sampling.stop)
+        while len(self.token_ids) < limit:
+            token = choose(logits)
+            if token in self.checkpoint.stop_ids:
+                self.finish_reason = "stop"
+                break
+            self.token_ids.append(token)
+            piece = writer.push(token)
+            self.text += piece
+            if piece:
+                yield piece
+            if writer.stopped:
+                self.finish_reason = "stop"
+                return
+            if len(self.token_ids) < limit:
+                logits = self._decode(token)
+        else:
+            self.finish_reason = "length"
+        rest = writer.flush()
+        self.text += rest
+        if rest:
+            yield rest
+
+    def _prefill(self, limit):
+        """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
+        model = self.checkpoint.model
+        start = time.perf_counter()
+        tokens = ()
+        if self.pixels:
+            tokens = model.encode_images(torch.stack(self.pixels).to(self.checkpoint.device, self.checkpoint.dtype))
+        x, self.spans = model.splice(self.ids, tokens)
+        _wait(self.checkpoint.device)
+        self.timing["vision"] = time.perf_counter() - start
+        start = time.perf_counter()
+        self.cache = DenseCache(self.checkpoint.config.text_config.num_hidden_layers, slack=min(limit, 64))
+        hidden = model.language_model.prefill(x[None], self.cache)
+        logits = model.language_model.logits(hidden[0, -1])
+        _wait(self.checkpoint.device)
+        self.timing["prefill"] = time.perf_counter() - start
+        return logits
+
+    def _decode(self, token):
+        """One more token into the cache -> logits (V,) of the one after it."""
+        start = time.perf_counter()
+        language = self.checkpoint.model.language_model
+        x = language.model.embed_tokens.weight[token]
+        logits = language.logits(language.decode(x[None], self.cache))[0]
+        _wait(self.checkpoint.device)
+        self.timing["steps"].append(time.perf_counter() - start)
+        return logits
+
+    def _never(self):
+        """Ids that must not be said: rows of the embedding that stand for no token, `<image>` and `<pad>`."""
+        tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
+        named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
+        ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
+        return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
+
+
+def ask(checkpoint, prompt, images=(), **options):
+    """The whole answer as a string. options: fields of Sampling."""
+    generation = Generation(checkpoint, prompt, images, Sampling(**options))
+    return "".join(generation)
+
+
+def _wait(device):
+    """Let a CUDA device finish, so that the clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _chooser(sampling, never, device):
+    """Function logits (V,) -> next id."""
+    never = torch.tensor(never, dtype=torch.long, device=device)
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+
+    def choose(logits):
+        logits = logits.float().index_fill(0, never, float("-inf"))
+        best, token = logits.max(-1)
+        if not best.isfinite():  # the maximum of anything with a NaN is NaN
+            raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
+        if sampling.temperature == 0:
+            return token.item()
+        weights = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        return torch.multinomial(weights, 1, generator=generator).item()
+
+    return choose
+
+
+def probabilities(logits, temperature, top_k=None, top_p=None):
+    """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set that holds top_p of the rest.
+
+    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p.
+    """
+    logits = logits / temperature
+    if top_k is not None and top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    if top_p is not None and top_p < 1:
+        sorted_logits, order = logits.sort(descending=True)
+        weights = sorted_logits.softmax(-1)
+        before = weights.cumsum(-1) - weights  # mass of everything better
+        logits = logits.index_fill(0, order[before >= top_p], float("-inf"))
+    return logits.softmax(-1)
+
+
+class _Writer:
+    """Text from ids, withholding what might be the beginning of a stop string."""
+
+    def __init__(self, detokenizer, stop):
+        self.detokenizer, self.stop, self.held, self.stopped = detokenizer, tuple(stop), "", False
+
+    def push(self, token):
+        self.held += self.detokenizer.push(token)
+        found = [self.held.find(s) for s in self.stop if s in self.held]
+        if found:
+            self.held, self.stopped = self.held[: min(found)], True
+            return self.flush()
+        keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return ready
+
+    def flush(self):
+        rest, self.held = self.held + ("" if self.stopped else self.detokenizer.flush()), ""
+        return rest

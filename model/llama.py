@@ -1,0 +1,153 @@
+"""The Llama decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. Two ways through
+the same weights: `prefill` (many tokens, attention among themselves) and `decode` (one token per sequence against
+a cache). Module names are the checkpoint's keys.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_table(positions, config, dtype):
+    """cos and signed sin of RoPE (arXiv 2104.09864): two tensors positions.shape + (1, D), to broadcast over heads.
+
+    Channel i turns together with channel i + D/2 (the "half" layout of the checkpoints). The minus of the rotation
+    sits in the first half of sin, so that `rotate` needs no negation. Angles are computed in fp32.
+    """
+    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-half / config.head_dim)  # (D/2,)
+    angles = positions[..., None, None].float() * frequencies  # (..., 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotate(x, rope):
+    """x (..., H, D) turned by its position."""
+    cos, sin = (t.to(x.dtype) for t in rope)  # the same type already, but for training under autocast
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c, d = config.hidden_size, config.head_dim
+        self.q_heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
+        self.q_proj = nn.Linear(c, self.q_heads * d, bias=config.attention_bias)
+        self.k_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
+        self.v_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
+        self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.attention_bias)
+
+    def project(self, x, rope):
+        """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions."""
+        q = self.q_proj(x).unflatten(-1, (self.q_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        return rotate(q, rope), rotate(k, rope), v
+
+    def prefill(self, x, rope, mask=None):
+        """x (B, T, C) -> y (B, T, C) and this layer's k, v (B, Hkv, T, D)."""
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2)), k, v
+
+    def decode(self, x, rope, cache, layer):
+        """x (B, C), one token per sequence -> y (B, C); its k and v are appended to the cache first."""
+        q, k, v = self.project(x, rope)  # (B, H, D)
+        cache.append(layer, k, v)
+        return self.o_proj(cache.attend(layer, q).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(c, f, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(c, f, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(f, c, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def prefill(self, x, rope, mask=None):
+        y, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+    def decode(self, x, rope, cache, layer):
+        x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything between token ids and logits; `model.` in the checkpoint's keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Decoder with its output head. tied=True: the head is the embedding matrix, as the config says."""
+
+    def __init__(self, config, tied=False):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def prefill(self, x, cache=None, positions=None, mask=None):
+        """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
+
+        Causal over everything present. With a cache, each layer's K and V are packed into it. positions (B, T) or (T,)
+        default to 0..T-1; mask (bool, broadcast to (B, Hq, T, T), True = may look) replaces the causal rule: both are for
+        training on packed sequences.
+        """
+        positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+        rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
+        for i, layer in enumerate(self.model.layers):
+            x, k, v = layer.prefill(x, rope, mask)
+            if cache is not None:
+                cache.pack(i, k, v)
+        return self.model.norm(x)
+
+    def decode(self, x, cache):
+        """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one."""
+        rope = rope_table(cache.pos, self.config, x.dtype)  # (B, 1, D)
+        for i, layer in enumerate(self.model.layers):
+            x = layer.decode(x, rope, cache, i)
+        cache.advance()
+        return self.model.norm(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., vocab_size)."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)

@@ -1,0 +1,58 @@
+"""LLaVA: pictures through CLIP and a two-layer projector into the embedding space of a Llama (arXiv 2304.08485, 2310.03744)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .clip import VisionTower
+from .config import InputError
+from .llama import Llama
+
+
+class Projector(nn.Module):
+    """Vision features (..., C_vision * number of feature layers) -> image tokens (..., C_text)."""
+
+    def __init__(self, config):
+        super().__init__()
+        wide, c = config.vision_config.hidden_size * len(config.feature_layers), config.text_config.hidden_size
+        self.linear_1 = nn.Linear(wide, c, bias=config.multimodal_projector_bias)
+        self.linear_2 = nn.Linear(c, c, bias=config.multimodal_projector_bias)
+
+    def forward(self, x):
+        return self.linear_2(F.gelu(self.linear_1(x)))  # the exact GELU
+
+
+class Llava(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision_config)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Llama(config.text_config, tied=config.tie_word_embeddings)
+
+    def encode_images(self, pixel_values):
+        """pixel_values (n, 3, S, S) -> image tokens (n, P, C), P patches (CLS among them only if the config says "full")."""
+        states = self.vision_tower(pixel_values, self.config.feature_layers)
+        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        return self.multi_modal_projector(torch.cat([s[:, first:] for s in states], dim=-1))
+
+    def splice(self, ids, image_tokens):
+        """Replace each image placeholder by the tokens of its picture.
+
+        ids: list of token ids with one `image_token_index` per picture; image_tokens (n, P, C).
+        Returns x (T, C) and the spans [(start, stop), ...] of the pictures in it, in order.
+        """
+        places = [i for i, token in enumerate(ids) if token == self.config.image_token_index]
+        if len(places) != len(image_tokens):
+            raise InputError(f"{len(places)} image placeholders for {len(image_tokens)} images; give one for each")
+        embed = self.language_model.model.embed_tokens
+        pieces, spans, length, start = [], [], 0, 0
+        for place, tokens in zip([*places, len(ids)], [*image_tokens, None], strict=True):
+            text = embed(torch.tensor(ids[start:place], dtype=torch.long, device=embed.weight.device))
+            pieces.append(text)
+            length, start = length + len(text), place + 1
+            if tokens is not None:
+                pieces.append(tokens.to(text.dtype))
+                spans.append((length, length + len(tokens)))
+                length += len(tokens)
+        return torch.cat(pieces), spans

@@ -1,0 +1,458 @@
+"""The demo world: Pillow-drawn scenes with exact ground truth, and questions whose evidence is known.
+
+A scene is 2 to 5 flat objects on a jittered 3x3 grid, sometimes with a sign that carries a 3-letter
+word. Every question comes with the sentence that answers it and with the patches that hold the evidence,
+so a pruning method can be asked not only "is the answer right?" but "did the heads keep what it needs?".
+
+    python tools/scenes.py --seed 3 --out scene.png     # draw one scene and print its questions
+"""
+
+import argparse
+import colorsys
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+SIZE = 224  # pixels per side of the model's input
+PATCH = 14  # pixels per side of one vision token
+GRID = SIZE // PATCH  # 16 x 16 = 256 patches
+CELL = SIZE / 3  # the 3x3 grid that objects sit on
+BIG = 2  # drawn at twice the size, then averaged down: anti-aliased edges
+
+COLOURS = {
+    "red": (214, 45, 48), "orange": (240, 135, 30), "yellow": (244, 212, 50), "green": (42, 157, 78),
+    "blue": (42, 98, 214), "purple": (138, 68, 188), "black": (44, 44, 50),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = ("small", "large")
+RADIUS = {"small": (15, 17), "large": (26, 29)}  # pixels, at SIZE
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+CONSONANTS, VOWELS = "BDKLMNPRST", "AEIOU"
+LETTERS = "".join(sorted(CONSONANTS + VOWELS))
+
+# Never drawn in training: "has it learnt colours and shapes, or a table of pairs?"
+UNSEEN_PAIRS = (
+    ("red", "star"),
+    ("orange", "ring"),
+    ("yellow", "cross"),
+    ("green", "circle"),
+    ("blue", "triangle"),
+    ("purple", "square"),
+)
+
+LONG_TASKS = ("list", "describe", "spell", "compare")  # answers with 6 and more image-dependent words
+ATTRIBUTE_WORDS = frozenset((*COLOURS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS[1:], "yes", "no", "first", "second", "both"))
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it is, which cell it is in (row, column in 0..2), where its centre really is."""
+
+    colour: str
+    shape: str
+    size: str
+    row: int
+    column: int
+    x: float  # pixels, at SIZE
+    y: float
+    radius: float
+    angle: float  # radians
+    rgb: tuple
+
+    @property
+    def name(self):
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def full_name(self):
+        return f"{self.size} {self.colour} {self.shape}"
+
+    @property
+    def place(self):
+        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A white plate over two neighbouring cells with a 3-letter word."""
+
+    word: str
+    row: int
+    x: float  # centre, pixels at SIZE
+    y: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple  # in reading order: row by row, left to right
+    sign: Sign | None
+    background: tuple  # two rgb colours, top and bottom
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one or two pictures.
+
+    value is the part of the answer that depends on the picture (what a majority guess would name); kind is
+    the wording family the value competes in; evidence[i] holds the patch indices (row * 16 + column) of picture
+    i that show what the answer needs.
+    """
+
+    task: str
+    kind: str
+    question: str
+    answer: str
+    value: str
+    evidence: tuple
+
+    @property
+    def dependent_words(self):
+        """How many words of the answer can only come from the picture."""
+        words = self.answer.lower().replace(",", " ").replace(".", " ").replace(":", " ").split()
+        letters = sum(
+            len(w)
+            for w in self.answer.replace(",", " ").replace(".", " ").replace(":", " ").split()
+            if w.isupper() and len(w) in (1, 3)
+        )
+        letters -= self.answer.split().count("A") if self.task != "spell" else 0  # the article is no letter
+        given = set(self.question.lower().replace("?", " ").replace(",", " ").split())
+        return letters + sum(w in ATTRIBUTE_WORDS and w not in given for w in words)
+
+
+# ---------------------------------------------------------------- scenes
+
+
+def make_scene(rng, unseen=False, count=None, with_sign=None):
+    """A random scene. unseen=True puts at least one held-out colour x shape pair into it."""
+    with_sign = rng.random() < 0.5 if with_sign is None else with_sign
+    count = rng.randint(2, 5) if count is None else count
+    cells = [(r, c) for r in range(3) for c in range(3)]
+    sign = None
+    if with_sign:
+        row, left = rng.randrange(3), rng.randrange(2)
+        cells = [cell for cell in cells if cell not in ((row, left), (row, left + 1))]
+        word = rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS)
+        sign = Sign(word, row, (left + 1) * CELL + rng.uniform(-8, 8), (row + 0.5) * CELL + rng.uniform(-8, 8))
+    seen_pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in UNSEEN_PAIRS]
+    pairs = rng.sample(seen_pairs, count)  # distinct, so "the red circle" names one object
+    if unseen:
+        pairs[rng.randrange(count)] = rng.choice(UNSEEN_PAIRS)
+    places = sorted(rng.sample(cells, count))
+    things = tuple(_make_thing(rng, *pair, *place) for pair, place in zip(pairs, places, strict=True))
+    return Scene(things, sign, _pastels(rng))
+
+
+def _make_thing(rng, colour, shape, row, column):
+    size = rng.choice(SIZES)
+    radius = rng.uniform(*RADIUS[size])
+    play = CELL / 2 - radius - 3  # the object stays in its cell, 3 px off the border
+    x, y = ((i + 0.5) * CELL + rng.uniform(-play, play) for i in (column, row))
+    rgb = tuple(min(255, max(0, v + rng.randint(-10, 10))) for v in COLOURS[colour])
+    return Thing(colour, shape, size, row, column, x, y, radius, rng.uniform(-0.2, 0.2), rgb)
+
+
+def _pastels(rng):
+    hue = rng.random()
+    return tuple(
+        tuple(int(255 * v) for v in colorsys.hsv_to_rgb((hue + shift) % 1, 0.12, value))
+        for shift, value in ((0, 0.97), (0.08, 0.86))
+    )
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def _outline(thing):
+    """Corners of a polygon shape around (0, 0), radius 1."""
+    turn = lambda degrees, r=1.0: (r * math.sin(math.radians(degrees)), -r * math.cos(math.radians(degrees)))  # noqa: E731
+    if thing.shape == "square":
+        return [turn(d, 1.1) for d in (45, 135, 225, 315)]
+    if thing.shape == "triangle":
+        return [turn(d, 1.12) for d in (0, 120, 240)]
+    if thing.shape == "star":
+        return [turn(36 * i, 1.1 if i % 2 == 0 else 0.48) for i in range(10)]
+    a, b = 0.36, 1.0  # a plus sign: half width and half length of its bars
+    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+
+
+def _paint(draw, thing, scale, fill, shift=0.0):
+    """Draw the silhouette of a thing, moved by shift pixels to the lower right."""
+    x, y, r = ((v + s) * scale for v, s in ((thing.x, shift), (thing.y, shift), (thing.radius, 0)))
+    if thing.shape in ("circle", "ring"):
+        box = (x - r, y - r, x + r, y + r)
+        draw.ellipse(box, fill=fill) if thing.shape == "circle" else draw.ellipse(box, outline=fill, width=round(0.42 * r))
+        return
+    cos, sin = math.cos(thing.angle), math.sin(thing.angle)
+    draw.polygon([(x + r * (px * cos - py * sin), y + r * (px * sin + py * cos)) for px, py in _outline(thing)], fill=fill)
+
+
+def _letter_boxes(sign, scale=1.0):
+    """(letter, box in pixels) from left to right; a letter owns a third of the plate."""
+    return [
+        (letter, tuple(v * scale for v in (sign.x - 48 + 32 * i, sign.y - 17, sign.x - 16 + 32 * i, sign.y + 17)))
+        for i, letter in enumerate(sign.word)
+    ]
+
+
+def draw_scene(scene, size=SIZE):
+    """The scene as an RGB picture of size x size pixels."""
+    big = size * BIG
+    scale = big / SIZE
+    ramp = Image.linear_gradient("L").resize((big, big))
+    image = ImageOps.colorize(ramp, *scene.background)
+    draw = ImageDraw.Draw(image)
+    shade = tuple(int(v * 0.84) for v in scene.background[1])
+    for thing in scene.things:
+        _paint(draw, thing, scale, shade, shift=2.5)  # a soft drop shadow
+        _paint(draw, thing, scale, thing.rgb)
+    if scene.sign:
+        s = scene.sign
+        plate = [v * scale for v in (s.x - 53, s.y - 22, s.x + 53, s.y + 22)]
+        draw.rounded_rectangle([v + 2.5 * scale for v in plate], 6 * scale, fill=shade)
+        draw.rounded_rectangle(plate, 6 * scale, fill="white", outline=(120, 120, 130), width=round(1.5 * scale))
+        font = ImageFont.load_default(33 * scale)
+        for letter, (x0, y0, x1, y1) in _letter_boxes(s, scale):
+            draw.text(((x0 + x1) / 2, (y0 + y1) / 2), letter, font=font, fill=(30, 30, 36), anchor="mm", stroke_width=0.6 * scale)
+    return image.reduce(BIG)
+
+
+def coverage(thing):
+    """How much of each patch the thing covers: 256 numbers in 0..255, row by row."""
+    mask = Image.new("L", (SIZE, SIZE))
+    _paint(ImageDraw.Draw(mask), thing, 1.0, 255)
+    return list(mask.reduce(PATCH).get_flattened_data())
+
+
+def letter_coverage(sign):
+    """Three lists of 256 numbers in 0..255: how much of each patch belongs to each letter."""
+    result = []
+    for _, box in _letter_boxes(sign):
+        mask = Image.new("L", (SIZE, SIZE))
+        ImageDraw.Draw(mask).rectangle(box, fill=255)
+        result.append(list(mask.reduce(PATCH).get_flattened_data()))
+    return result
+
+
+def patches_of(item):
+    """Indices of the patches that show a thing or a sign (at least an eighth covered)."""
+    if isinstance(item, Thing):
+        return tuple(i for i, c in enumerate(coverage(item)) if c >= 32)
+    return tuple(i for i, cs in enumerate(zip(*letter_coverage(item), strict=True)) if max(cs) >= 32)
+
+
+# ---------------------------------------------------------------- questions about one scene
+
+
+def _one_of(items, key):
+    """The items whose key no other item shares."""
+    keys = [key(i) for i in items]
+    return [i for i in items if keys.count(key(i)) == 1]
+
+
+def _evidence(*items):
+    return (tuple(sorted({p for item in items for p in patches_of(item)})),)
+
+
+def ask_colour(scene, rng):
+    options = _one_of(scene.things, lambda t: t.shape)
+    if options:
+        t = rng.choice(options)
+        wording = rng.choice(("What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"))
+        return Question("colour", "colour", wording.format(t.shape), f"The {t.shape} is {t.colour}.", t.colour, _evidence(t))
+
+
+def ask_shape(scene, rng):
+    options = _one_of(scene.things, lambda t: t.colour)
+    if options:
+        t = rng.choice(options)
+        wording = rng.choice(("What shape is the {} object?", "Which shape is {}?", "What is the {} object?"))
+        return Question(
+            "shape", "shape", wording.format(t.colour), f"The {t.colour} object is a {t.shape}.", t.shape, _evidence(t)
+        )
+
+
+def ask_size(scene, rng):
+    t = rng.choice(scene.things)
+    wording = rng.choice(("How big is the {}?", "Is the {} small or large?", "What size is the {}?"))
+    return Question("size", "size", wording.format(t.name), f"The {t.name} is {t.size}.", t.size, _evidence(t))
+
+
+def ask_count(scene, rng):
+    if rng.random() < 0.4:
+        wording = rng.choice(("How many objects are there?", "How many objects are in the picture?", "Count the objects."))
+        n = NUMBERS[len(scene.things)]
+        return Question("count", "count all", wording, f"There are {n} objects.", n, _evidence(*scene.things))
+    key, names = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
+    by_number = {}
+    for name in names:
+        by_number.setdefault(sum(getattr(t, key) == name for t in scene.things), []).append(name)
+    number = rng.choice(sorted(by_number))  # first the number, so that no number is common
+    name = rng.choice(by_number[number])
+    what = f"{name} object" if key == "colour" else name
+    plural = what if number == 1 else ("crosses" if what == "cross" else what + "s")
+    noun = what + "s" if what != "cross" else "crosses"
+    answer = f"There {'is' if number == 1 else 'are'} {NUMBERS[number]} {plural}."
+    found = [t for t in scene.things if getattr(t, key) == name] or scene.things
+    return Question("count", f"count {key}", f"How many {noun} are there?", answer, NUMBERS[number], _evidence(*found))
+
+
+def ask_position(scene, rng):
+    t = rng.choice(scene.things)
+    wording = rng.choice(("Where is the {}?", "Where in the picture is the {}?"))
+    return Question("position", "position", wording.format(t.name), f"The {t.name} is at the {t.place}.", t.place, _evidence(t))
+
+
+def ask_relation(scene, rng):
+    """Left of / right of / above / below, for two things in different columns or rows."""
+    axes = [
+        (a, b, axis)
+        for a in scene.things
+        for b in scene.things
+        if a is not b
+        for axis in ("column", "row")
+        if getattr(a, axis) != getattr(b, axis)
+    ]
+    if not axes:
+        return None
+    a, b, axis = rng.choice(axes)
+    words = ("left of", "right of") if axis == "column" else ("above", "below")
+    truth = words[getattr(a, axis) > getattr(b, axis)]
+    asked = rng.choice(words)
+    yes = asked == truth
+    answer = f"{'Yes' if yes else 'No'}, the {a.name} is {truth} the {b.name}."
+    return Question(
+        "relation", f"relation {axis}", f"Is the {a.name} {asked} the {b.name}?", answer, "yes" if yes else "no", _evidence(a, b)
+    )
+
+
+def ask_presence(scene, rng):
+    """Balanced; a 'no' asks for a colour and a shape that are both there, on different objects."""
+    present = {(t.colour, t.shape) for t in scene.things}
+    hard = [
+        (c, s) for c, _ in sorted(present) for _, s in sorted(present) if (c, s) not in present and (c, s) not in UNSEEN_PAIRS
+    ]
+    wording = rng.choice(("Is there a {}?", "Is there a {} in the picture?", "Can you see a {}?"))
+    if rng.random() < 0.5 and hard:
+        name = " ".join(rng.choice(hard))
+        found = [t for t in scene.things if t.colour in name or t.shape in name]
+        return Question("presence", "presence", wording.format(name), f"No, there is no {name}.", "no", _evidence(*found))
+    t = rng.choice(scene.things)
+    return Question("presence", "presence", wording.format(t.name), f"Yes, there is a {t.name}.", "yes", _evidence(t))
+
+
+def ask_read(scene, rng):
+    if scene.sign:
+        wording = rng.choice(("What does the sign say?", "What is written on the sign?", "Read the sign."))
+        return Question("read", "read", wording, f"The sign says {scene.sign.word}.", scene.sign.word, _evidence(scene.sign))
+
+
+def ask_spell(scene, rng):
+    if scene.sign:
+        wording = rng.choice(("Spell the word on the sign.", "How is the word on the sign spelled?", "Spell the word."))
+        word = scene.sign.word
+        return Question("spell", "spell", wording, f"The sign says {word}: {', '.join(word)}.", word, _evidence(scene.sign))
+
+
+def _listing(things):
+    return ", ".join(f"a {t.full_name}" for t in things)
+
+
+def ask_list(scene, rng):
+    if rng.random() < 0.5:
+        order, things = "row by row", scene.things
+    else:
+        order, things = "column by column", sorted(scene.things, key=lambda t: (t.column, t.row))
+        if len({t.column for t in things}) == len(things):
+            order = rng.choice((order, "from left to right"))
+    wording = rng.choice(("List the objects {}.", "Name all objects {}.", "List all objects {}."))
+    value = _listing(things)
+    return Question("list", order, wording.format(order), f"{value[0].upper()}{value[1:]}.", value, _evidence(*scene.things))
+
+
+def ask_describe(scene, rng):
+    parts = [f"There are {NUMBERS[len(scene.things)]} objects."] + [f"A {t.full_name} is at the {t.place}." for t in scene.things]
+    if scene.sign:
+        parts.append(f"The sign in the {ROWS[scene.sign.row]} row says {scene.sign.word}.")
+    wording = rng.choice(
+        ("Describe the picture.", "Describe the scene.", "Describe the image.", "What is in the picture?", "What do you see?")
+    )
+    items = scene.things + ((scene.sign,) if scene.sign else ())
+    return Question("describe", "describe", wording, " ".join(parts), " ".join(parts), _evidence(*items))
+
+
+ASKERS = {
+    "colour": ask_colour, "shape": ask_shape, "size": ask_size, "count": ask_count, "position": ask_position, "relation": ask_relation,
+    "presence": ask_presence, "read": ask_read, "spell": ask_spell, "list": ask_list, "describe": ask_describe,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- questions about two scenes
+
+
+def ask_compare(scenes, rng):
+    answer = " ".join(f"{which} picture: {_listing(s.things)}." for which, s in zip(("First", "Second"), scenes, strict=True))
+    wording = rng.choice(("Compare the two pictures.", "Compare the pictures object by object.", "What is in each picture?"))
+    return Question("compare", "compare", wording, answer, answer, tuple(_evidence(*s.things)[0] for s in scenes))
+
+
+def ask_pair(scenes, rng):
+    """A short question that needs the right picture, or both."""
+    if rng.random() < 0.4:
+        first, second = (len(s.things) for s in scenes)
+        which = "both" if first == second else ("first" if first > second else "second")
+        answer = "Both pictures have the same number of objects." if which == "both" else f"The {which} picture has more objects."
+        return Question(
+            "pair", "pair count", "Which picture has more objects?", answer, which, tuple(_evidence(*s.things)[0] for s in scenes)
+        )
+    index = rng.randrange(2)
+    options = _one_of(scenes[index].things, lambda t: t.shape)
+    if options:
+        t, which = rng.choice(options), ("first", "second")[index]
+        evidence = tuple(_evidence(t)[0] if i == index else () for i in range(2))
+        question = f"What colour is the {t.shape} in the {which} picture?"
+        return Question(
+            "pair", "pair colour", question, f"The {t.shape} in the {which} picture is {t.colour}.", t.colour, evidence
+        )
+
+
+PAIR_ASKERS = {"compare": ask_compare, "pair": ask_pair}
+
+
+def make_pair(rng, unseen=False):
+    """Two scenes of 2 or 3 objects, without signs."""
+    return tuple(make_scene(rng, unseen, count=rng.randint(2, 3), with_sign=False) for _ in range(2))
+
+
+# ---------------------------------------------------------------- samples
+
+
+def sample(seed, tasks=None, pair=False, unseen=False):
+    """(scenes, questions) of one seed: the same seed gives the same pictures and words everywhere.
+
+    tasks: names of ASKERS, or of PAIR_ASKERS with pair=True, which makes two scenes (default: each once; a name may
+    come twice). A question that the scene does not admit, such as reading a sign that is not there, is left out.
+    """
+    rng = random.Random(f"scene {seed} {pair} {unseen}")
+    askers = PAIR_ASKERS if pair else ASKERS
+    scenes = make_pair(rng, unseen) if pair else (make_scene(rng, unseen),)
+    asked = [askers[task](scenes if pair else scenes[0], rng) for task in (askers if tasks is None else tasks)]
+    return scenes, [q for q in asked if q is not None]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw one scene of the demo world and print its questions.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=448, help="pixels per side (default 448)")
+    parser.add_argument("--out", default="scene.png")
+    args = parser.parse_args()
+    scenes, questions = sample(args.seed)
+    draw_scene(scenes[0], args.size).save(args.out)
+    for q in questions:
+        print(f"{q.task:9} {q.question}  ->  {q.answer}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""Train the small LLaVA in assets/demo from nothing, on the scenes of tools/scenes.py.
+
+    python tools/train_demo.py tower        # 1. the vision tower alone, from dense labels on every patch
+    python tools/train_demo.py decoder      # 2. projector + Llama on questions and captions, the tower frozen (as LLaVA does)
+    python tools/train_demo.py export       # 3. write the llava-hf folder assets/demo and the curve
+    python tools/train_demo.py evaluate     # 4. the accuracy table on held-out scenes, from that folder
+
+Stages 1 and 2 resume where they were cut off (checkpoints under --run) and run on CPU or CUDA. The modules are
+those of model/: nothing about the network is written twice. Recipe: first give the tower its skills with cheap
+dense supervision, then ask many independent questions per picture in one packed sequence (see `pack`).
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import string
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model.clip import VisionTower  # noqa: E402
+from model.config import LlavaConfig, TextConfig, VisionConfig  # noqa: E402
+from model.llava import Llava  # noqa: E402
+from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
+from tools import scenes  # noqa: E402
+
+HELD_OUT = 10**9  # samples below this index are for training, from it on for evaluation
+
+VISION = VisionConfig(
+    hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6, image_size=224, patch_size=14
+)
+VOCABULARY = 638  # sentencepiece pieces; <image> and <pad> come after them, together a multiple of 64
+TEXT = TextConfig(
+    vocab_size=VOCABULARY + 2, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
+    max_position_embeddings=2048, rms_norm_eps=1e-5,
+)  # fmt: skip
+FEATURE_LAYER = -2  # as LLaVA: the fifth layer exists in the file and is never run
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's, per channel
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+# ---------------------------------------------------------------- runs that can be cut off at any moment
+
+
+class Run:
+    """Step counter, checkpoint, curve and progress line of one training stage."""
+
+    def __init__(self, folder, stage, steps, modules, optimizer):
+        self.folder, self.stage, self.steps = Path(folder), stage, steps
+        self.modules, self.optimizer = modules, optimizer
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / f"{stage}.pt"
+        self.curve = self.folder / f"{stage}.csv"
+        self.step, self.seconds = 0, 0.0  # seconds: of training, over all the times it was resumed
+        if self.path.exists():
+            saved = torch.load(self.path, weights_only=True)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            modules.load_state_dict(saved["modules"])
+            optimizer.load_state_dict(saved["optimizer"])
+            print(f"{stage}: resumed at step {self.step}", file=sys.stderr)
+        self.started, self.first = time.time() - self.seconds, self.step
+
+    def save(self):
+        """Write beside, then rename: a kill leaves the old checkpoint or the new one."""
+        state = {
+            "step": self.step,
+            "seconds": time.time() - self.started,
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+
+    def log(self, numbers):
+        """One row of the curve and one line of progress with the time that is left."""
+        fresh = self.step == 0 or not self.curve.exists()
+        with open(self.curve, "w" if fresh else "a", newline="") as f:
+            writer = csv.writer(f)
+            if fresh:
+                writer.writerow(["step", "seconds", *numbers])
+            writer.writerow([self.step, round(time.time() - self.started, 1), *(f"{v:.4f}" for v in numbers.values())])
+        elapsed = time.time() - self.started
+        left = (elapsed - self.seconds) / max(1, self.step - self.first) * (self.steps - self.step)
+        line = "  ".join(f"{k} {v:.3f}" for k, v in numbers.items())
+        print(
+            f"{self.stage} {self.step}/{self.steps}  {elapsed / 60:.1f} min, {left / 60:.0f} min left  {line}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def rate_at(step, steps, peak, warmup=100, decay=0.4):
+    """Learning rate: linear warm-up, constant, cosine to a hundredth over the last `decay` of the steps."""
+    down = max(0.0, (step - (1 - decay) * steps) / (decay * steps))
+    return peak * min(1, (step + 1) / warmup) * (0.505 + 0.495 * math.cos(math.pi * down))
+
+
+def batches(dataset, batch, start, collate=None):
+    """Endless batches of consecutive samples from a worker process; sample i is the same whenever it is drawn."""
+    sampler = range(start * batch, HELD_OUT)
+    loader = torch.utils.data.DataLoader(dataset, batch, sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=collate)
+    return iter(loader)
+
+
+def optimizer_for(modules):
+    """AdamW; decay on matrices only."""
+    matrices = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+
+
+def descend(run, loss, rate):
+    """One step of the optimizer."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_((p for p in run.modules.parameters() if p.requires_grad), 1.0)
+    run.optimizer.step()
+    run.step += 1
+
+
+def to_bytes(image):
+    """PIL picture -> (S, S, 3) uint8."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def to_pixels(raw, device):
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) fp32, CLIP-normalised: what model/image.py gives for a 224 px picture."""
+    return ((raw.to(device) / 255 - MEAN.to(device)) / STD.to(device)).permute(0, 3, 1, 2).contiguous()
+
+
+# ---------------------------------------------------------------- stage 1: the vision tower
+
+# What a linear head must be able to read off each patch, and how many classes that has (0 = nothing there)
+LABELS = {"colour": 8, "shape": 7, "size": 3, "place": 10, "rank": 6, "letter": len(scenes.LETTERS) + 1, "index": 4}
+
+
+def patch_labels(scene):
+    """(7, 256) uint8 in the order of LABELS: the thing or letter that covers most of each patch.
+
+    rank counts the things in reading order, index the letters of the word from the left.
+    """
+    labels = torch.zeros(len(LABELS), scenes.GRID**2, dtype=torch.uint8)
+    colours = list(scenes.COLOURS)
+    owners = []  # (its label column, how much of each patch it covers)
+    for rank, t in enumerate(scene.things, 1):
+        column = (
+            colours.index(t.colour) + 1,
+            scenes.SHAPES.index(t.shape) + 1,
+            scenes.SIZES.index(t.size) + 1,
+            t.row * 3 + t.column + 1,
+            rank,
+            0,
+            0,
+        )
+        owners.append((column, scenes.coverage(t)))
+    if scene.sign:
+        for i, cover in enumerate(scenes.letter_coverage(scene.sign)):
+            letter = scenes.LETTERS.index(scene.sign.word[i]) + 1
+            owners.append(((0, 0, 0, scene.sign.row * 3 + 2, 0, letter, i + 1), cover))
+    best = [31] * scenes.GRID**2  # less than an eighth covered: background
+    for column, cover in owners:
+        for i, c in enumerate(cover):
+            if c > best[i]:
+                best[i], labels[:, i] = c, torch.tensor(column, dtype=torch.uint8)
+    return labels
+
+
+class LabelledScenes(torch.utils.data.Dataset):
+    """Sample i: a picture (224, 224, 3) uint8 and its patch labels (7, 256) uint8."""
+
+    def __getitem__(self, i):
+        scene = scenes.sample(i, tasks=())[0][0]
+        return to_bytes(scenes.draw_scene(scene)), patch_labels(scene)
+
+
+def train_tower(args):
+    torch.manual_seed(args.seed)
+    steps, batch = args.steps or 2200, args.batch or 32
+    device = torch.device(args.device)
+    modules = nn.ModuleDict(
+        {"tower": VisionTower(VISION), "heads": nn.ModuleDict({k: nn.Linear(VISION.hidden_size, n) for k, n in LABELS.items()})}
+    ).to(device)
+    run = Run(args.run, "tower", steps, modules, optimizer_for(modules))
+    data = batches(LabelledScenes(), batch, run.step)
+    layer = VISION.num_hidden_layers + 1 + FEATURE_LAYER
+    while run.step < steps:
+        pictures, labels = next(data)
+        labels = labels.to(device).long()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            features = modules["tower"](to_pixels(pictures, device), (layer,))[0][:, 1:]  # (B, 256, C)
+            logits = {k: head(features).float().flatten(0, 1) for k, head in modules["heads"].items()}
+        loss, numbers = 0.0, {}
+        for i, (name, guess) in enumerate(logits.items()):
+            truth = labels[:, i].flatten()
+            weight = torch.ones(LABELS[name], device=device)
+            weight[0] = 0.1  # most patches are background
+            loss = loss + F.cross_entropy(guess, truth, weight)
+            there = truth > 0
+            numbers[name] = (guess.argmax(-1)[there] == truth[there]).float().mean().item()
+        if run.step % 50 == 0:
+            run.log({"loss": loss.item(), **numbers})
+        descend(run, loss, rate_at(run.step, steps, 1.5e-3))
+        if run.step % 200 == 0 or run.step == steps:
+            run.save()
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+def train_tokenizer(folder):
+    """A sentencepiece BPE with byte fallback, in the folder as tokenizer.model with its JSON files.
+
+    Words of the world become one piece each. Signs are kept out of the corpus, so a word on a sign is spelled in
+    single letters and cannot be learnt by heart.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for seed in range(4000):
+        questions = scenes.sample(seed)[1] + scenes.sample(seed, pair=True)[1]
+        for q in questions:
+            answer = re.sub(r"says [A-Z]{3}", "says", q.answer)
+            lines.append(", ".join(q.value) if q.task == "spell" else f"USER: {q.question} ASSISTANT: {answer}")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        required_chars=string.ascii_letters + string.digits + ".,:;?!'-", minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    added = {IMAGE: VOCABULARY, "<pad>": VOCABULARY + 1}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    settings = {
+        "added_tokens_decoder": {str(i): {"content": text, **flags} for text, i in {"<unk>": 0, "<s>": 1, "</s>": 2, **added}.items()},
+        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "legacy": False, "model_max_length": TEXT.max_position_embeddings, "tokenizer_class": "LlamaTokenizer",
+        "image_token": IMAGE, "processor_class": "LlavaProcessor",
+    }  # fmt: skip
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "added_tokens.json", added)
+    write_json(
+        folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    )
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- stage 2: projector and decoder
+
+
+@dataclasses.dataclass
+class Packed:
+    """One or two pictures and many questions about them in one sequence of T tokens.
+
+    The sequence is BOS, the pictures, then one block per conversation. Every block sees the pictures and itself, never
+    another block, and its positions go on from the pictures: to the network each conversation is alone. The pictures,
+    nine tenths of the cost, are computed once.
+    """
+
+    ids: list  # one placeholder per picture
+    position: list  # T, placeholders expanded
+    block: list  # T: 0 for the pictures, 1.. for the conversations
+    target: list  # T: the next token where an answer is being given, else -100
+    answers: list  # (question, first, stop): the rows that predict the answer and its end
+
+
+def pack(tokenizer, conversations, pictures, image_tokens):
+    """Packed from a list of conversations, each a list of Questions."""
+    image_id = tokenizer.added[IMAGE]
+    opening = tokenizer.encode(build_prompt("", pictures, "llava").split("\n ")[0])  # BOS "USER: " and the pictures
+    packed = Packed(opening, [], [], [], [])
+    start = len(opening) + pictures * (image_tokens - 1)
+    packed.position, packed.block, packed.target = list(range(start)), [0] * start, [-100] * start
+    for number, conversation in enumerate(conversations, 1):
+        text, ids, asked = (IMAGE + "\n") * pictures, [], []
+        for turn, q in enumerate(conversation):
+            text += f"{'USER: ' if turn else ''}{q.question} ASSISTANT:"
+            first = len(tokenizer.encode("USER: " + text))
+            text += f" {q.answer}</s>"
+            ids = tokenizer.encode("USER: " + text)
+            asked.append((q, first, len(ids)))
+        shift = len(opening)  # of the block's tokens in this conversation's own sequence
+        assert ids[:shift] == opening, "the pictures open every conversation"
+        target = [-100] * len(ids)
+        for q, first, stop in asked:
+            target[first - 1 : stop - 1] = ids[first:stop]
+            row = len(packed.position) - shift
+            packed.answers.append((q, row + first - 1, row + stop - 1))
+        ids, target = ids[shift:], target[shift:]
+        packed.position += range(start, start + len(ids))
+        packed.block += [number] * len(ids)
+        packed.target += target
+        packed.ids = packed.ids + ids
+    assert packed.ids.count(image_id) == pictures
+    return packed
+
+
+def mask_of(block):
+    """block (B, T) -> (B, 1, T, T) bool, True where row i may look at column j. Padding (block -1) sees padding only."""
+    t = block.shape[1]
+    same = (block[:, :, None] == block[:, None, :]) | ((block[:, None, :] == 0) & (block[:, :, None] > 0))
+    return (same & torch.ones(t, t, dtype=torch.bool, device=block.device).tril())[:, None]
+
+
+def padded(rows, length, value):
+    """Lists of different lengths -> (B, length)."""
+    return torch.tensor([r + [value] * (length - len(r)) for r in rows])
+
+
+class PackedScenes(torch.utils.data.Dataset):
+    """Item i is the whole batch of step i: (pictures uint8, list of Packed). Every fifth step has two pictures per sample."""
+
+    def __init__(self, tokenizer, batch, image_tokens):
+        self.tokenizer, self.batch, self.image_tokens = tokenizer, batch, image_tokens
+
+    def __getitem__(self, step):
+        pair = step % 5 == 4
+        size = self.batch // 2 if pair else self.batch
+        pictures, rows = [], []
+        for i in range(size):
+            seed = step * self.batch + i
+            drawn, questions = scenes.sample(seed, PAIR_TASKS if pair else None, pair)
+            pictures += [to_bytes(scenes.draw_scene(s)) for s in drawn]
+            rows.append(pack(self.tokenizer, talks(questions, random.Random(seed)), len(drawn), self.image_tokens))
+        return torch.stack(pictures), rows
+
+
+PAIR_TASKS = ("compare", "pair", "pair", "pair")
+TASKS = (*scenes.ASKERS, *scenes.PAIR_ASKERS)
+
+
+def talks(questions, rng):
+    """Questions as conversations: mostly one turn, a fifth of them two."""
+    order = rng.sample(questions, len(questions))
+    result = []
+    while order:
+        turns = 2 if rng.random() < 0.2 and len(order) > 1 else 1
+        result.append([order.pop() for _ in range(turns)])
+    return result
+
+
+def hidden_states(model, pictures, rows, device, frozen_tower=True, mask=None):
+    """Final hidden states (B, T, C) of a batch of Packed, and its targets (B, T)."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_tower):
+        states = model.vision_tower(to_pixels(pictures, device), model.config.feature_layers)
+    tokens = model.multi_modal_projector(states[0][:, 1:])
+    tokens = iter(tokens.split(len(pictures) // len(rows)))
+    x = [model.splice(row.ids, next(tokens))[0] for row in rows]
+    longest = -(-max(map(len, x)) // 64) * 64  # few different shapes: each new one costs the CPU library a second
+    x = torch.stack([F.pad(r, (0, 0, 0, longest - len(r))) for r in x])
+    block = padded([row.block for row in rows], longest, -1).to(device)
+    position = padded([row.position for row in rows], longest, 0).to(device)
+    mask = mask_of(block) if mask is None else mask
+    return model.language_model.prefill(x, positions=position, mask=mask), padded([row.target for row in rows], longest, -100).to(
+        device
+    )
+
+
+def new_model():
+    config = LlavaConfig(text_config=TEXT, vision_config=VISION, image_token_index=VOCABULARY, vision_feature_layer=FEATURE_LAYER)
+    model = Llava(config)
+    for name, p in model.language_model.named_parameters():
+        if p.ndim == 2:  # small, and smaller still where a layer adds to the residual stream
+            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * TEXT.num_hidden_layers) if deep else 0.02)
+    return model
+
+
+def train_decoder(args):
+    torch.manual_seed(args.seed)
+    steps, batch = args.steps or 5000, args.batch or 8
+    device, folder = torch.device(args.device), Path(args.run)
+    if not (folder / "tokenizer" / "tokenizer_config.json").exists():
+        train_tokenizer(folder / "tokenizer")
+    tokenizer = Tokenizer(folder / "tokenizer")
+    model = new_model().to(device)
+    tower = torch.load(folder / "tower.pt", weights_only=True, map_location=device)["modules"]
+    model.vision_tower.load_state_dict({k.removeprefix("tower."): v for k, v in tower.items() if k.startswith("tower.")})
+    model.vision_tower.requires_grad_(False)
+    run = Run(folder, "decoder", steps, model, optimizer_for(model))
+    data = iter(
+        torch.utils.data.DataLoader(
+            PackedScenes(tokenizer, batch, VISION.num_patches),
+            None,
+            sampler=range(run.step, steps),
+            num_workers=1,
+            prefetch_factor=8,
+        )
+    )
+    seen = {task: [0, 0] for task in TASKS}  # answers right in every token, answers, since the last line of the log
+    for pictures, rows in data:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            hidden, target = hidden_states(model, pictures, rows, device)
+            logits = model.language_model.logits(hidden)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())  # -100 does not count
+        right = logits.argmax(-1) == target
+        for i, row in enumerate(rows):
+            for q, first, stop in row.answers:
+                seen[q.task][0] += right[i, first:stop].all().item()
+                seen[q.task][1] += 1
+        if run.step % 50 == 0:
+            run.log({"loss": loss.item(), **{task: right / max(1, of) for task, (right, of) in seen.items()}})
+            seen = {task: [0, 0] for task in TASKS}
+        descend(run, loss, rate_at(run.step, steps, args.rate))
+        if run.step % 100 == 0 or run.step == steps:
+            run.save()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("tower", "decoder"))
+    parser.add_argument("--run", default=ROOT / "runs" / "demo", help="folder of the checkpoints and curves (default runs/demo)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the stage")
+    parser.add_argument("--batch", type=int, help="pictures per step")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    {"tower": train_tower, "decoder": train_decoder}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
