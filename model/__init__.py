@@ -1,10 +1,10 @@
 """A LLaVA that can be read in an hour: load a checkpoint, ask it about a picture.
 
-from model import Generation, load      # reading order: config, load, tokenizer, image, clip, llama, llava, cache, generate
+Reading order: config, load, tokenizer, image, clip, llama, llava, cache, generate.
 """
 
 from .config import InputError
 from .generate import Generation, Sampling, ask
-from .load import Checkpoint, load
+from .load import Checkpoint, load, open_checkpoint
 
-__all__ = ["Checkpoint", "Generation", "InputError", "Sampling", "ask", "load"]
+__all__ = ["Checkpoint", "Generation", "InputError", "Sampling", "ask", "load", "open_checkpoint"]

@@ -24,7 +24,9 @@ class Embeddings(nn.Module):
         super().__init__()
         c = config.hidden_size
         self.class_embedding = nn.Parameter(torch.randn(c) * 0.02)
-        self.patch_embedding = nn.Conv2d(config.num_channels, c, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, c, config.patch_size, stride=config.patch_size, bias=False
+        )
         self.position_embedding = nn.Embedding(config.num_patches + 1, c)
 
     def forward(self, pixel_values):  # (B, 3, S, S)
@@ -41,7 +43,9 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         y = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D), no mask: every patch sees every patch
         return self.out_proj(y.transpose(1, 2).flatten(2))
 

@@ -158,17 +158,27 @@ def _fill(kind, raw):
 def _refuse_unknown(config, rope_type):
     """Everything that would change the arithmetic and is not implemented, by name."""
     text, vision = config.text_config, config.vision_config
-    refusals = [
-        (text.model_type != "llama", f"text model_type {text.model_type!r}", "'llama'"),
-        (vision.model_type != "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
-        (rope_type != "default", f"rope type {rope_type!r}", "'default'"),
-        (text.hidden_act != "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
-        (vision.hidden_act not in ("quick_gelu", "gelu"), f"vision hidden_act {vision.hidden_act!r}", "'quick_gelu' and 'gelu'"),
-        (config.projector_hidden_act != "gelu", f"projector_hidden_act {config.projector_hidden_act!r}", "'gelu'"),
-        (config.vision_feature_select_strategy not in ("default", "full"), f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}", "'default' and 'full'"),
-        (text.num_attention_heads % text.num_key_value_heads != 0, f"{text.num_attention_heads} query heads over {text.num_key_value_heads} KV heads", "whole groups"),
-        (not all(0 <= i <= vision.num_hidden_layers for i in config.feature_layers), f"vision_feature_layer {config.vision_feature_layer}", f"layers of a {vision.num_hidden_layers}-layer tower"),
-    ]  # fmt: skip
-    for wrong, what, known in refusals:
-        if wrong:
-            raise InputError(f"config.json asks for {what}; only {known} can be run here")
+    strategy, heads, kv = config.vision_feature_select_strategy, text.num_attention_heads, text.num_key_value_heads
+    layers_exist = all(0 <= i <= vision.num_hidden_layers for i in config.feature_layers)
+    known = [  # what has to hold, what the file says, what would be understood
+        (text.model_type == "llama", f"text model_type {text.model_type!r}", "'llama'"),
+        (vision.model_type == "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
+        (rope_type == "default", f"rope type {rope_type!r}", "'default'"),
+        (text.hidden_act == "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
+        (
+            vision.hidden_act in ("quick_gelu", "gelu"),
+            f"vision hidden_act {vision.hidden_act!r}",
+            "quick_gelu and gelu",
+        ),
+        (config.projector_hidden_act == "gelu", f"projector_hidden_act {config.projector_hidden_act!r}", "'gelu'"),
+        (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r}", "default and full"),
+        (heads % kv == 0, f"{heads} query heads over {kv} KV heads", "whole groups"),
+        (
+            layers_exist,
+            f"vision_feature_layer {config.vision_feature_layer}",
+            f"0 to {vision.num_hidden_layers} and negatives",
+        ),
+    ]
+    for holds, what, understood in known:
+        if not holds:
+            raise InputError(f"config.json asks for {what}; only {understood} can be run here")

@@ -7,7 +7,7 @@ import torch
 
 from .cache import DenseCache
 from .config import InputError
-from .image import preprocess, read_image, to_rgb, with_mode
+from .image import preprocess, read_image, with_mode
 from .tokenizer import Detokenizer, build_prompt
 
 
@@ -26,36 +26,40 @@ class Sampling:
 class Generation:
     """One answer, while it is written and after.
 
-    Iterate over it for pieces of text. Everything that can be refused is refused by the constructor (InputError), before
-    any computing. When the iteration is over, or was broken off, the fields say what happened:
+    Iterate over it for pieces of text. Everything that can be refused is refused by the constructor (InputError),
+    before any computing. When the iteration is over, or was broken off, the fields say what happened:
 
-    text, token_ids (no stop id), finish_reason ("stop" | "length" | "interrupted"), prompt_tokens and vision_tokens (pictures
-    expanded), spans [(start, stop)] of the pictures in the prompt, images [{"path", "size", "tiles", "tokens"}], cache (the
-    DenseCache), and timing in seconds: vision, prefill, steps (one entry per decode step; the first token comes from prefill).
+    text           the answer
+    token_ids      its ids, the stop id excluded
+    finish_reason  "stop" | "length" | "interrupted"
+    prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    what was asked, pictures expanded
+    spans          [(start, stop)] of the pictures among the prompt's tokens
+    cache          the DenseCache
+    timing         seconds: vision, prefill, and steps, one entry per decode step (the first token comes from prefill)
     """
 
     def __init__(self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None):
-        """prompt: the question; images: paths, "-", data: URIs or PIL pictures, in the order of their `<image>`."""
+        """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`."""
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.template = checkpoint.template if template == "auto" else template
         self.image_settings = with_mode(checkpoint.image_settings, image_mode)
         config = checkpoint.config
         text = build_prompt(prompt, len(images), self.template, system)
         self.ids = checkpoint.tokenizer.encode(text)
-        pictures = [(str(i), *read_image(i)) if isinstance(i, str) else ("(picture)", *to_rgb(i)) for i in images]
-        self.notes = [note for _, _, note in pictures if note]
-        self.images = [
-            {"path": path, "size": list(picture.size), "tiles": 1, "tokens": config.image_tokens} for path, picture, _ in pictures
-        ]
-        self.vision_tokens = len(images) * config.image_tokens
+        pictures = [read_image(i) for i in images]
+        self.notes = [p.note for p in pictures if p.note]
+        tokens = config.image_tokens
+        self.images = [{"path": p.path, "size": list(p.image.size), "tiles": 1, "tokens": tokens} for p in pictures]
+        self.vision_tokens = len(images) * tokens
         self.prompt_tokens = len(self.ids) - len(images) + self.vision_tokens
         self.room = config.text_config.max_position_embeddings - self.prompt_tokens  # for new tokens
         if self.room < 1:
             raise InputError(
-                f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(images)} images, and the model's context is "
+                f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(images)} "
+                "images, and the model's context is "
                 f"{config.text_config.max_position_embeddings}; use fewer images or a shorter prompt"
             )
-        self.pixels = [preprocess(picture, self.image_settings) for _, picture, _ in pictures]
+        self.pixels = [preprocess(p.image, self.image_settings) for p in pictures]
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "steps": []}
         self.spans, self.cache = [], None
@@ -156,7 +160,7 @@ def _chooser(sampling, never, device):
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
-    """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set that holds top_p of the rest.
+    """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set holding top_p of the rest.
 
     top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p.
     """

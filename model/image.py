@@ -1,4 +1,4 @@
-"""Pictures to pixel values, exactly as the CLIP preprocessing of the checkpoints does it: Pillow bicubic, crop or pad."""
+"""Pictures to pixel values, as the CLIP preprocessing of the checkpoints does it: Pillow bicubic, crop or pad."""
 
 import base64
 import binascii
@@ -14,7 +14,7 @@ from .config import InputError, read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MODES = ("crop", "pad")
+STRIP = 32  # pictures longer than this times their width are cut before they are resized
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ def read_image_settings(folder, image_size):
     sizes = {v for part in (resize, crop) for v in (part.values() if isinstance(part, dict) else (part,))}
     if sizes != {image_size}:
         raise InputError(
-            f"preprocessor_config.json resizes to {sorted(sizes)} but the vision tower takes {image_size}; use the files of one checkpoint"
+            f"preprocessor_config.json resizes to {sorted(sizes)} but the vision tower takes {image_size}; use "
+            "the files of one checkpoint"
         )
     if raw.get("resample", 3) != 3:
-        raise InputError(f"preprocessor_config.json asks for resample {raw['resample']}; only 3 (bicubic) is implemented")
+        raise InputError(
+            f"preprocessor_config.json asks for resample {raw['resample']}; only 3 (bicubic) is implemented"
+        )
     return ImageSettings(
         size=image_size,
         mode="pad" if raw.get("do_pad") or raw.get("image_aspect_ratio") == "pad" else "crop",
@@ -49,8 +52,21 @@ def read_image_settings(folder, image_size):
     )
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture that has been read: where from, its RGB pixels, what the conversion lost (or None)."""
+
+    path: str
+    image: Image.Image
+    note: str = None
+
+
 def read_image(source):
-    """(RGB picture, note) from a path, "-" (bytes on stdin) or a data: URI. The note tells what a conversion lost, or is None."""
+    """Picture from a path, "-" (bytes on stdin), a data: URI or a PIL image; InputError if it cannot be used."""
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, Image.Image):
+        return to_rgb(source, "(in memory)")
     shown = source if len(str(source)) < 100 else str(source)[:40] + "..."
     if str(source).startswith(("http://", "https://")):
         raise InputError(f"{shown} is a web address; nothing is downloaded here: save the picture and give its path")
@@ -62,10 +78,20 @@ def read_image(source):
     except IsADirectoryError as folder:
         raise InputError(f"{shown} is a folder; give a picture file") from folder
     except UnidentifiedImageError as unknown:
-        raise InputError(f"{shown} is empty or not a picture that Pillow can read; convert it to PNG or JPEG") from unknown
+        raise InputError(
+            f"{shown} is empty or not a picture that Pillow can read; convert it to PNG or JPEG"
+        ) from unknown
     except Image.DecompressionBombError as bomb:
-        raise InputError(f"{shown} unpacks to far more pixels than a photograph has ({bomb}); scale it down first") from bomb
-    except (OSError, SyntaxError, ValueError, EOFError, binascii.Error) as broken:  # what Pillow raises for broken files
+        raise InputError(
+            f"{shown} unpacks to far more pixels than a photograph has ({bomb}); scale it down first"
+        ) from bomb
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        binascii.Error,
+    ) as broken:  # what Pillow raises for broken files
         raise InputError(f"{shown} is truncated or broken ({broken}); save it again") from broken
     return to_rgb(image, shown)
 
@@ -82,33 +108,37 @@ def _open(source):
     return source
 
 
-def to_rgb(image, shown="the picture"):
-    """(RGB picture, note). Transparency is dropped and palettes are looked up, as the reference preprocessing does."""
+def to_rgb(image, path):
+    """Picture of a PIL image. Transparency is dropped, palettes are looked up: as the reference preprocessing does."""
     if min(image.size) < 1:
-        raise InputError(f"{shown} has no pixels ({image.width} x {image.height}); give another picture")
+        raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         # Pillow would clip to 255, which turns a 16-bit picture white
-        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
-        return image.convert("RGB"), f"{shown}: 16-bit grey reduced to 8 bits"
-    note = f"{shown}: CMYK converted to RGB without a colour profile" if image.mode == "CMYK" else None
-    return image.convert("RGB"), note
+        grey = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+        return Picture(path, grey.convert("RGB"), f"{path}: 16-bit grey reduced to 8 bits")
+    note = f"{path}: CMYK converted to RGB without a colour profile" if image.mode == "CMYK" else None
+    return Picture(path, image.convert("RGB"), note)
 
 
 def preprocess(image, settings):
     """RGB picture -> pixel values (3, S, S) fp32.
 
-    Reference: shortest edge to S (the longest to int(S * long / short)), centre crop S x S with offsets rounded down,
-    times rescale, minus mean, over std. Only the part that survives the crop is resized: the filter is the same and
-    a 10000 x 3 picture does not become a million pixels wide on the way.
+    Shortest edge to S (the longest to int(S * long / short)), centre crop S x S with offsets rounded down, times
+    rescale, minus mean, over std.
     """
     if settings.mode == "pad":
         image = pad_to_square(image, settings.mean)
     size, short = settings.size, min(image.size)
     wide, high = (int(size * side / short) for side in image.size)  # after the resize, before the crop
     left, top = (wide - size) // 2, (high - size) // 2
-    fx, fy = image.width / wide, image.height / high  # source pixels per resized pixel
-    box = (left * fx, top * fy, min((left + size) * fx, image.width), min((top + size) * fy, image.height))
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if max(wide, high) <= STRIP * size:
+        image = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    else:
+        # only the part that survives the crop, so that 10000 x 3 does not become a million pixels wide on the way; the
+        # order of Pillow's two passes may change with it, and a value by one in 255
+        fx, fy = image.width / wide, image.height / high  # source pixels per resized pixel
+        box = (left * fx, top * fy, min((left + size) * fx, image.width), min((top + size) * fy, image.height))
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
     mean, std = torch.tensor(settings.mean), torch.tensor(settings.std)
     return ((pixels * settings.rescale - mean) / std).permute(2, 0, 1).contiguous()
@@ -119,7 +149,8 @@ def pad_to_square(image, mean):
     side = max(image.size)
     if side * side > 2 * Image.MAX_IMAGE_PIXELS:
         raise InputError(
-            f"a square around {image.width} x {image.height} pixels is too large; use --image-mode crop or a smaller picture"
+            f"a square around {image.width} x {image.height} pixels is too large; use --image-mode crop or a "
+            "smaller picture"
         )
     canvas = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

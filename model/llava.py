@@ -1,4 +1,4 @@
-"""LLaVA: pictures through CLIP and a two-layer projector into the embedding space of a Llama (arXiv 2304.08485, 2310.03744)."""
+"""LLaVA (arXiv 2304.08485, 2310.03744): pictures through CLIP and a two-layer projector into a Llama's embeddings."""
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Llava(nn.Module):
         self.language_model = Llama(config.text_config, tied=config.tie_word_embeddings)
 
     def encode_images(self, pixel_values):
-        """pixel_values (n, 3, S, S) -> image tokens (n, P, C), P patches (CLS among them only if the config says "full")."""
+        """pixel_values (n, 3, S, S) -> image tokens (n, P, C); CLS is among the P only if the config says "full"."""
         states = self.vision_tower(pixel_values, self.config.feature_layers)
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         return self.multi_modal_projector(torch.cat([s[:, first:] for s in states], dim=-1))

@@ -22,11 +22,15 @@ FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model with everything that is needed to ask it something."""
+    """A model with everything that is needed to ask it something.
+
+    From open_checkpoint the model is without memory (on the meta device); read_weights fills it.
+    """
 
     folder: Path
     config: LlavaConfig
     model: Llava
+    keys: dict  # canonical name -> (file, name in the file, stored dtype)
     tokenizer: Tokenizer
     image_settings: ImageSettings
     template: str
@@ -41,29 +45,45 @@ class Checkpoint:
     def dtype(self):
         return self.model.language_model.model.norm.weight.dtype
 
+    def read_weights(self, dtype="auto", device="cpu"):
+        """Give the model its weights: mapped from the files, cast and moved one tensor at a time. Returns self.
+
+        dtype: "auto" | "bf16" | "fp16" | "fp32". auto is the file's own dtype on CUDA; on a CPU fp32 if that fits in
+        half of the memory, else bf16.
+        """
+        device = torch.device(device)
+        dtype = _choose_dtype(dtype, device, self.model, self.keys)
+        weights, by_file = {}, {}
+        for name, (path, key, _) in self.keys.items():
+            by_file.setdefault(path, []).append((name, key))
+        for path, pairs in by_file.items():
+            with _open(path) as file:
+                for name, key in pairs:
+                    weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
+        self.model.load_state_dict(weights, strict=True, assign=True)
+        self.model.requires_grad_(False)
+        return self
+
 
 def load(name, dtype="auto", device="cpu"):
-    """Checkpoint from a folder, or from an id that lies in the local Hugging Face cache.
+    """Checkpoint, ready to be asked, from a folder or from an id that lies in the local Hugging Face cache."""
+    return open_checkpoint(name).read_weights(dtype, device)
 
-    dtype: "auto" | "bf16" | "fp16" | "fp32". auto is the file's own dtype on CUDA; on a CPU fp32 if that fits in half of the
-    memory, else bf16. InputError if anything is missing, unexpected, of the wrong shape or not understood.
+
+def open_checkpoint(name):
+    """Checkpoint without its weights: all that can be refused is refused here, from headers and small files alone.
+
+    InputError if anything is missing, unexpected, of the wrong shape or not understood.
     """
     folder = find_folder(name)
     config = read_config(folder)
+    tokenizer = Tokenizer(folder)
+    config = _with_image_token(config, tokenizer)
     model = empty_model(config)
     keys = match_keys(weight_files(folder), model)
-    tokenizer = Tokenizer(folder)
     template, note = find_template(folder)
-    return Checkpoint(
-        folder=folder,
-        config=_with_image_token(config, tokenizer),
-        model=_fill(model, keys, _choose_dtype(dtype, device, model, keys), torch.device(device)),
-        tokenizer=tokenizer,
-        image_settings=read_image_settings(folder, config.vision_config.image_size),
-        template=template,
-        template_note=note,
-        stop_ids=_stop_ids(folder, tokenizer),
-    )
+    settings = read_image_settings(folder, config.vision_config.image_size)
+    return Checkpoint(folder, config, model, keys, tokenizer, settings, template, note, _stop_ids(folder, tokenizer))
 
 
 # ---------------------------------------------------------------- finding files
@@ -76,14 +96,16 @@ def find_folder(name):
         return folder
     if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
         raise InputError(
-            f"no folder {name}; give the folder of a llava-hf checkpoint, or an id such as llava-hf/llava-1.5-7b-hf that is in the local cache"
+            f"no folder {name}; give the folder of a llava-hf checkpoint, or an id such as "
+            "llava-hf/llava-1.5-7b-hf that is in the local cache"
         )
     cached = _hub_cache() / ("models--" + str(name).replace("/", "--"))
     revision = cached / "refs" / "main"
     snapshot = cached / "snapshots" / (revision.read_text().strip() if revision.is_file() else "")
     if not revision.is_file() or not snapshot.is_dir():
         raise InputError(
-            f"{name} is neither a folder nor in the local cache ({cached}); nothing is ever downloaded here: fetch it first, for example with `hf download {name}`"
+            f"{name} is neither a folder nor in the local cache ({cached}); nothing is ever downloaded here: "
+            f"fetch it first, for example with `hf download {name}`"
         )
     return snapshot
 
@@ -110,7 +132,9 @@ def weight_files(folder):
         for name in names:
             # a name with a path in it could reach any file of this machine
             if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"the index of {folder} points outside the folder ({name}); do not use this checkpoint")
+                raise InputError(
+                    f"the index of {folder} points outside the folder ({name}); do not use this checkpoint"
+                )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise InputError(
@@ -123,7 +147,8 @@ def weight_files(folder):
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
         if pickles:
             raise InputError(
-                f"{folder} holds only pickled weights ({_some(pickles)}), which can run code when loaded; use the safetensors conversion (llava-hf/...)"
+                f"{folder} holds only pickled weights ({_some(pickles)}), which can run code when loaded; use "
+                "the safetensors conversion (llava-hf/...)"
             )
         raise InputError(f"{folder} holds no *.safetensors; give the folder of a llava-hf checkpoint")
     return files
@@ -137,8 +162,8 @@ DROPPED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # constants that o
 def canonical_key(key):
     """A tensor's name in this project, which is the name in the published llava-hf files; None for what is dropped.
 
-    Five layouts are in use: the published one, the in-memory ones of transformers 4.52 to 4.57 and of 5 (both with a `model.`
-    in front, the latter without `vision_model.`), what transformers 5 writes, and that of the original LLaVA code.
+    Five layouts are in use: the published one, the in-memory ones of transformers 4.52 to 4.57 and of 5 (both with
+    `model.` in front, the latter without `vision_model.`), what transformers 5 writes, and that of the original code.
     """
     if key.endswith(DROPPED):
         return None
@@ -161,18 +186,20 @@ def canonical_key(key):
 
 
 def match_keys(files, model):
-    """{canonical name: (file, name in the file, dtype)}, after checking names and shapes both ways from the headers alone."""
+    """{canonical name: (file, name in the file, dtype)}; names and shapes are checked both ways, from headers alone."""
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     tied = model.config.tie_word_embeddings
     found, shapes = {}, {}
     for path in files:
         with _open(path) as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 (the handle is no dict)
                 name = canonical_key(key)
                 if name is None or (tied and name == "language_model.lm_head.weight"):
                     continue
                 if name in found:
-                    raise InputError(f"{path.parent} stores {name} twice ({found[name][0].name} and {path.name}); keep one")
+                    raise InputError(
+                        f"{path.parent} stores {name} twice ({found[name][0].name} and {path.name}); keep one"
+                    )
                 piece = file.get_slice(key)
                 found[name], shapes[name] = (path, key, piece.get_dtype()), tuple(piece.get_shape())
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
@@ -183,12 +210,14 @@ def match_keys(files, model):
             if names
         ]
         raise InputError(
-            f"the weights in {files[0].parent} do not fit config.json: {', '.join(words)}; use the files of one checkpoint"
+            f"the weights in {files[0].parent} do not fit config.json: {', '.join(words)}; use the files of one "
+            "checkpoint"
         )
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise InputError(
-                f"{name} in {found[name][0].name} has shape {list(shapes[name])} where config.json means {list(shape)}; use the files of one checkpoint"
+                f"{name} in {found[name][0].name} has shape {list(shapes[name])} where config.json means "
+                f"{list(shape)}; use the files of one checkpoint"
             )
     return found
 
@@ -213,29 +242,18 @@ def empty_model(config):
         return Llava(config).eval().requires_grad_(False)
 
 
-def _fill(model, keys, dtype, device):
-    """Give the model its weights: mapped from the files, cast and moved one tensor at a time."""
-    weights, by_file = {}, {}
-    for name, (path, key, _) in keys.items():
-        by_file.setdefault(path, []).append((name, key))
-    for path, pairs in by_file.items():
-        with _open(path) as file:
-            for name, key in pairs:
-                weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model
-
-
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def _choose_dtype(name, device, model, keys):
     stored = {dtype for _, _, dtype in keys.values()}
     for odd in stored - SAFETENSORS_DTYPES.keys():
-        raise InputError(f"the weights are stored as {odd}; only F32, BF16 and F16 files can be read, quantised ones cannot")
+        raise InputError(
+            f"the weights are stored as {odd}; only F32, BF16 and F16 files can be read, quantised ones cannot"
+        )
     if name != "auto":
         return DTYPES[name]
-    if torch.device(device).type != "cpu":
+    if device.type != "cpu":
         return FILE_DTYPES.get(model.config.dtype, SAFETENSORS_DTYPES[min(stored)])
     parameters = sum(p.numel() for p in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -110,8 +110,8 @@ def _added_tokens(config, fast, plain):
 def _prefix_rule(config, fast):
     """(every, spares): how sentencepiece's dummy space is put before a segment.
 
-    every: before each segment, not only at the start of the text. spares: not where the segment has a space already. The
-    fast tokenizer's file decides if there is one (a `Prepend` normalizer, or a `Metaspace` pre-tokenizer with its
+    every: before each segment, not only at the start of the text. spares: not where the segment has a space already.
+    The fast tokenizer's file decides if there is one (a `Prepend` normalizer, or a `Metaspace` pre-tokenizer with its
     scheme), else the `legacy` flag, whose absence means true.
     """
     normalizer, pre = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
@@ -127,7 +127,10 @@ def _prefix_rule(config, fast):
 # ---------------------------------------------------------------- templates
 
 IMAGE = "<image>"
-_ASSISTANT_TEXT = "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the {whose} questions."
+_ASSISTANT_TEXT = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {whose} questions."
+)
 
 # What stands before the first turn. All three share "USER: {question} ASSISTANT:"; the space before ASSISTANT and none
 # behind the colon change greedy output.
@@ -148,7 +151,8 @@ def build_prompt(question, images, template, system=None):
     found = question.count(IMAGE)
     if found and found != images:
         raise InputError(
-            f"the prompt has {found} {IMAGE} for {images} --image; give one picture for each, or leave {IMAGE} out of the prompt"
+            f"the prompt has {found} {IMAGE} for {images} --image; give one picture for each, or leave {IMAGE} "
+            "out of the prompt"
         )
     if not found:
         question = (IMAGE + "\n") * images + question

@@ -44,7 +44,9 @@ UNSEEN_PAIRS = (
 )
 
 LONG_TASKS = ("list", "describe", "spell", "compare")  # answers with 6 and more image-dependent words
-ATTRIBUTE_WORDS = frozenset((*COLOURS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS[1:], "yes", "no", "first", "second", "both"))
+ATTRIBUTE_WORDS = frozenset(
+    (*COLOURS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS[1:], "yes", "no", "first", "second", "both")
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,10 @@ def _pastels(rng):
 
 def _outline(thing):
     """Corners of a polygon shape around (0, 0), radius 1."""
-    turn = lambda degrees, r=1.0: (r * math.sin(math.radians(degrees)), -r * math.cos(math.radians(degrees)))  # noqa: E731
+
+    def turn(degrees, r=1.0):
+        return (r * math.sin(math.radians(degrees)), -r * math.cos(math.radians(degrees)))
+
     if thing.shape == "square":
         return [turn(d, 1.1) for d in (45, 135, 225, 315)]
     if thing.shape == "triangle":
@@ -183,10 +188,14 @@ def _paint(draw, thing, scale, fill, shift=0.0):
     x, y, r = ((v + s) * scale for v, s in ((thing.x, shift), (thing.y, shift), (thing.radius, 0)))
     if thing.shape in ("circle", "ring"):
         box = (x - r, y - r, x + r, y + r)
-        draw.ellipse(box, fill=fill) if thing.shape == "circle" else draw.ellipse(box, outline=fill, width=round(0.42 * r))
+        draw.ellipse(box, fill=fill) if thing.shape == "circle" else draw.ellipse(
+            box, outline=fill, width=round(0.42 * r)
+        )
         return
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
-    draw.polygon([(x + r * (px * cos - py * sin), y + r * (px * sin + py * cos)) for px, py in _outline(thing)], fill=fill)
+    draw.polygon(
+        [(x + r * (px * cos - py * sin), y + r * (px * sin + py * cos)) for px, py in _outline(thing)], fill=fill
+    )
 
 
 def _letter_boxes(sign, scale=1.0):
@@ -215,7 +224,14 @@ def draw_scene(scene, size=SIZE):
         draw.rounded_rectangle(plate, 6 * scale, fill="white", outline=(120, 120, 130), width=round(1.5 * scale))
         font = ImageFont.load_default(33 * scale)
         for letter, (x0, y0, x1, y1) in _letter_boxes(s, scale):
-            draw.text(((x0 + x1) / 2, (y0 + y1) / 2), letter, font=font, fill=(30, 30, 36), anchor="mm", stroke_width=0.6 * scale)
+            draw.text(
+                ((x0 + x1) / 2, (y0 + y1) / 2),
+                letter,
+                font=font,
+                fill=(30, 30, 36),
+                anchor="mm",
+                stroke_width=0.6 * scale,
+            )
     return image.reduce(BIG)
 
 
@@ -261,7 +277,9 @@ def ask_colour(scene, rng):
     if options:
         t = rng.choice(options)
         wording = rng.choice(("What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"))
-        return Question("colour", "colour", wording.format(t.shape), f"The {t.shape} is {t.colour}.", t.colour, _evidence(t))
+        return Question(
+            "colour", "colour", wording.format(t.shape), f"The {t.shape} is {t.colour}.", t.colour, _evidence(t)
+        )
 
 
 def ask_shape(scene, rng):
@@ -282,7 +300,9 @@ def ask_size(scene, rng):
 
 def ask_count(scene, rng):
     if rng.random() < 0.4:
-        wording = rng.choice(("How many objects are there?", "How many objects are in the picture?", "Count the objects."))
+        wording = rng.choice(
+            ("How many objects are there?", "How many objects are in the picture?", "Count the objects.")
+        )
         n = NUMBERS[len(scene.things)]
         return Question("count", "count all", wording, f"There are {n} objects.", n, _evidence(*scene.things))
     key, names = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
@@ -302,7 +322,9 @@ def ask_count(scene, rng):
 def ask_position(scene, rng):
     t = rng.choice(scene.things)
     wording = rng.choice(("Where is the {}?", "Where in the picture is the {}?"))
-    return Question("position", "position", wording.format(t.name), f"The {t.name} is at the {t.place}.", t.place, _evidence(t))
+    return Question(
+        "position", "position", wording.format(t.name), f"The {t.name} is at the {t.place}.", t.place, _evidence(t)
+    )
 
 
 def ask_relation(scene, rng):
@@ -324,7 +346,12 @@ def ask_relation(scene, rng):
     yes = asked == truth
     answer = f"{'Yes' if yes else 'No'}, the {a.name} is {truth} the {b.name}."
     return Question(
-        "relation", f"relation {axis}", f"Is the {a.name} {asked} the {b.name}?", answer, "yes" if yes else "no", _evidence(a, b)
+        "relation",
+        f"relation {axis}",
+        f"Is the {a.name} {asked} the {b.name}?",
+        answer,
+        "yes" if yes else "no",
+        _evidence(a, b),
     )
 
 
@@ -332,13 +359,18 @@ def ask_presence(scene, rng):
     """Balanced; a 'no' asks for a colour and a shape that are both there, on different objects."""
     present = {(t.colour, t.shape) for t in scene.things}
     hard = [
-        (c, s) for c, _ in sorted(present) for _, s in sorted(present) if (c, s) not in present and (c, s) not in UNSEEN_PAIRS
+        (c, s)
+        for c, _ in sorted(present)
+        for _, s in sorted(present)
+        if (c, s) not in present and (c, s) not in UNSEEN_PAIRS
     ]
     wording = rng.choice(("Is there a {}?", "Is there a {} in the picture?", "Can you see a {}?"))
     if rng.random() < 0.5 and hard:
         name = " ".join(rng.choice(hard))
         found = [t for t in scene.things if t.colour in name or t.shape in name]
-        return Question("presence", "presence", wording.format(name), f"No, there is no {name}.", "no", _evidence(*found))
+        return Question(
+            "presence", "presence", wording.format(name), f"No, there is no {name}.", "no", _evidence(*found)
+        )
     t = rng.choice(scene.things)
     return Question("presence", "presence", wording.format(t.name), f"Yes, there is a {t.name}.", "yes", _evidence(t))
 
@@ -346,14 +378,18 @@ def ask_presence(scene, rng):
 def ask_read(scene, rng):
     if scene.sign:
         wording = rng.choice(("What does the sign say?", "What is written on the sign?", "Read the sign."))
-        return Question("read", "read", wording, f"The sign says {scene.sign.word}.", scene.sign.word, _evidence(scene.sign))
+        return Question(
+            "read", "read", wording, f"The sign says {scene.sign.word}.", scene.sign.word, _evidence(scene.sign)
+        )
 
 
 def ask_spell(scene, rng):
     if scene.sign:
         wording = rng.choice(("Spell the word on the sign.", "How is the word on the sign spelled?", "Spell the word."))
         word = scene.sign.word
-        return Question("spell", "spell", wording, f"The sign says {word}: {', '.join(word)}.", word, _evidence(scene.sign))
+        return Question(
+            "spell", "spell", wording, f"The sign says {word}: {', '.join(word)}.", word, _evidence(scene.sign)
+        )
 
 
 def _listing(things):
@@ -369,23 +405,34 @@ def ask_list(scene, rng):
             order = rng.choice((order, "from left to right"))
     wording = rng.choice(("List the objects {}.", "Name all objects {}.", "List all objects {}."))
     value = _listing(things)
-    return Question("list", order, wording.format(order), f"{value[0].upper()}{value[1:]}.", value, _evidence(*scene.things))
+    return Question(
+        "list", order, wording.format(order), f"{value[0].upper()}{value[1:]}.", value, _evidence(*scene.things)
+    )
 
 
 def ask_describe(scene, rng):
-    parts = [f"There are {NUMBERS[len(scene.things)]} objects."] + [f"A {t.full_name} is at the {t.place}." for t in scene.things]
+    parts = [f"There are {NUMBERS[len(scene.things)]} objects."] + [
+        f"A {t.full_name} is at the {t.place}." for t in scene.things
+    ]
     if scene.sign:
         parts.append(f"The sign in the {ROWS[scene.sign.row]} row says {scene.sign.word}.")
     wording = rng.choice(
-        ("Describe the picture.", "Describe the scene.", "Describe the image.", "What is in the picture?", "What do you see?")
+        (
+            "Describe the picture.",
+            "Describe the scene.",
+            "Describe the image.",
+            "What is in the picture?",
+            "What do you see?",
+        )
     )
     items = scene.things + ((scene.sign,) if scene.sign else ())
     return Question("describe", "describe", wording, " ".join(parts), " ".join(parts), _evidence(*items))
 
 
 ASKERS = {
-    "colour": ask_colour, "shape": ask_shape, "size": ask_size, "count": ask_count, "position": ask_position, "relation": ask_relation,
-    "presence": ask_presence, "read": ask_read, "spell": ask_spell, "list": ask_list, "describe": ask_describe,
+    "colour": ask_colour, "shape": ask_shape, "size": ask_size, "count": ask_count, "position": ask_position,
+    "relation": ask_relation, "presence": ask_presence, "read": ask_read, "spell": ask_spell, "list": ask_list,
+    "describe": ask_describe,
 }  # fmt: skip
 
 
@@ -393,8 +440,12 @@ ASKERS = {
 
 
 def ask_compare(scenes, rng):
-    answer = " ".join(f"{which} picture: {_listing(s.things)}." for which, s in zip(("First", "Second"), scenes, strict=True))
-    wording = rng.choice(("Compare the two pictures.", "Compare the pictures object by object.", "What is in each picture?"))
+    answer = " ".join(
+        f"{which} picture: {_listing(s.things)}." for which, s in zip(("First", "Second"), scenes, strict=True)
+    )
+    wording = rng.choice(
+        ("Compare the two pictures.", "Compare the pictures object by object.", "What is in each picture?")
+    )
     return Question("compare", "compare", wording, answer, answer, tuple(_evidence(*s.things)[0] for s in scenes))
 
 
@@ -403,9 +454,18 @@ def ask_pair(scenes, rng):
     if rng.random() < 0.4:
         first, second = (len(s.things) for s in scenes)
         which = "both" if first == second else ("first" if first > second else "second")
-        answer = "Both pictures have the same number of objects." if which == "both" else f"The {which} picture has more objects."
+        answer = (
+            "Both pictures have the same number of objects."
+            if which == "both"
+            else f"The {which} picture has more objects."
+        )
         return Question(
-            "pair", "pair count", "Which picture has more objects?", answer, which, tuple(_evidence(*s.things)[0] for s in scenes)
+            "pair",
+            "pair count",
+            "Which picture has more objects?",
+            answer,
+            which,
+            tuple(_evidence(*s.things)[0] for s in scenes),
         )
     index = rng.randrange(2)
     options = _one_of(scenes[index].things, lambda t: t.shape)

@@ -1,7 +1,7 @@
 """Train the small LLaVA in assets/demo from nothing, on the scenes of tools/scenes.py.
 
     python tools/train_demo.py tower        # 1. the vision tower alone, from dense labels on every patch
-    python tools/train_demo.py decoder      # 2. projector + Llama on questions and captions, the tower frozen (as LLaVA does)
+    python tools/train_demo.py decoder      # 2. projector and Llama on questions and captions, the tower frozen
     python tools/train_demo.py export       # 3. write the llava-hf folder assets/demo and the curve
     python tools/train_demo.py evaluate     # 4. the accuracy table on held-out scenes, from that folder
 
@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import shutil
 import string
 import sys
 import time
@@ -26,6 +27,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,9 @@ sys.path.insert(0, str(ROOT))
 
 from model.clip import VisionTower  # noqa: E402
 from model.config import LlavaConfig, TextConfig, VisionConfig  # noqa: E402
+from model.image import CLIP_MEAN, CLIP_STD  # noqa: E402
 from model.llava import Llava  # noqa: E402
+from model.load import load  # noqa: E402
 from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
 from tools import scenes  # noqa: E402
 
@@ -44,12 +48,11 @@ VISION = VisionConfig(
 )
 VOCABULARY = 638  # sentencepiece pieces; <image> and <pad> come after them, together a multiple of 64
 TEXT = TextConfig(
-    vocab_size=VOCABULARY + 2, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-    max_position_embeddings=2048, rms_norm_eps=1e-5,
+    vocab_size=VOCABULARY + 2, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, rms_norm_eps=1e-5,
 )  # fmt: skip
 FEATURE_LAYER = -2  # as LLaVA: the fifth layer exists in the file and is never run
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's, per channel
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)  # per channel
 
 
 # ---------------------------------------------------------------- runs that can be cut off at any moment
@@ -111,7 +114,9 @@ def rate_at(step, steps, peak, warmup=100, decay=0.4):
 def batches(dataset, batch, start, collate=None):
     """Endless batches of consecutive samples from a worker process; sample i is the same whenever it is drawn."""
     sampler = range(start * batch, HELD_OUT)
-    loader = torch.utils.data.DataLoader(dataset, batch, sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch, sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=collate
+    )
     return iter(loader)
 
 
@@ -195,7 +200,10 @@ def train_tower(args):
     steps, batch = args.steps or 2200, args.batch or 32
     device = torch.device(args.device)
     modules = nn.ModuleDict(
-        {"tower": VisionTower(VISION), "heads": nn.ModuleDict({k: nn.Linear(VISION.hidden_size, n) for k, n in LABELS.items()})}
+        {
+            "tower": VisionTower(VISION),
+            "heads": nn.ModuleDict({k: nn.Linear(VISION.hidden_size, n) for k, n in LABELS.items()}),
+        }
     ).to(device)
     run = Run(args.run, "tower", steps, modules, optimizer_for(modules))
     data = batches(LabelledScenes(), batch, run.step)
@@ -238,23 +246,27 @@ def train_tokenizer(folder):
             answer = re.sub(r"says [A-Z]{3}", "says", q.answer)
             lines.append(", ".join(q.value) if q.task == "spell" else f"USER: {q.question} ASSISTANT: {answer}")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=VOCABULARY, byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         required_chars=string.ascii_letters + string.digits + ".,:;?!'-", minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
     added = {IMAGE: VOCABULARY, "<pad>": VOCABULARY + 1}
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2, **added}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
-        "added_tokens_decoder": {str(i): {"content": text, **flags} for text, i in {"<unk>": 0, "<s>": 1, "</s>": 2, **added}.items()},
-        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "added_tokens_decoder": {str(i): {"content": text, **flags} for text, i in special.items()},
+        "add_bos_token": True, "add_eos_token": False,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
         "legacy": False, "model_max_length": TEXT.max_position_embeddings, "tokenizer_class": "LlamaTokenizer",
         "image_token": IMAGE, "processor_class": "LlavaProcessor",
     }  # fmt: skip
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "added_tokens.json", added)
     write_json(
-        folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        folder / "special_tokens_map.json",
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     )
 
 
@@ -313,7 +325,7 @@ def pack(tokenizer, conversations, pictures, image_tokens):
 
 
 def mask_of(block):
-    """block (B, T) -> (B, 1, T, T) bool, True where row i may look at column j. Padding (block -1) sees padding only."""
+    """block (B, T) -> (B, 1, T, T) bool, True where row i may look at column j. Padding (block -1) sees padding."""
     t = block.shape[1]
     same = (block[:, :, None] == block[:, None, :]) | ((block[:, None, :] == 0) & (block[:, :, None] > 0))
     return (same & torch.ones(t, t, dtype=torch.bool, device=block.device).tril())[:, None]
@@ -325,7 +337,7 @@ def padded(rows, length, value):
 
 
 class PackedScenes(torch.utils.data.Dataset):
-    """Item i is the whole batch of step i: (pictures uint8, list of Packed). Every fifth step has two pictures per sample."""
+    """Item i is the whole batch of step i: (pictures uint8, list of Packed). Every fifth step has pairs of pictures."""
 
     def __init__(self, tokenizer, batch, image_tokens):
         self.tokenizer, self.batch, self.image_tokens = tokenizer, batch, image_tokens
@@ -356,9 +368,12 @@ def talks(questions, rng):
     return result
 
 
-def hidden_states(model, pictures, rows, device, frozen_tower=True, mask=None):
-    """Final hidden states (B, T, C) of a batch of Packed, and its targets (B, T)."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_tower):
+def hidden_states(model, pictures, rows, device, drop_vision=False):
+    """Final hidden states (B, T, C) of a batch of Packed, and its targets (B, T). No gradient reaches the vision tower.
+
+    drop_vision: what is fed after the first answer token no longer sees the pictures, as if their KV had been dropped.
+    """
+    with torch.no_grad():
         states = model.vision_tower(to_pixels(pictures, device), model.config.feature_layers)
     tokens = model.multi_modal_projector(states[0][:, 1:])
     tokens = iter(tokens.split(len(pictures) // len(rows)))
@@ -367,14 +382,28 @@ def hidden_states(model, pictures, rows, device, frozen_tower=True, mask=None):
     x = torch.stack([F.pad(r, (0, 0, 0, longest - len(r))) for r in x])
     block = padded([row.block for row in rows], longest, -1).to(device)
     position = padded([row.position for row in rows], longest, 0).to(device)
-    mask = mask_of(block) if mask is None else mask
-    return model.language_model.prefill(x, positions=position, mask=mask), padded([row.target for row in rows], longest, -100).to(
-        device
-    )
+    mask = mask_of(block)
+    if drop_vision:
+        for i, row in enumerate(rows):
+            vision = slice(*_vision_columns(row, model.config.image_tokens))
+            for _, first, stop in row.answers:
+                mask[i, 0, first + 1 : stop, vision] = False
+    return model.language_model.prefill(x, positions=position, mask=mask), padded(
+        [row.target for row in rows], longest, -100
+    ).to(device)
+
+
+def _vision_columns(row, image_tokens):
+    """(start, stop) from the first to the last picture of a Packed."""
+    pictures = row.ids.count(VOCABULARY)
+    first = row.ids.index(VOCABULARY)
+    return first, first + pictures * image_tokens
 
 
 def new_model():
-    config = LlavaConfig(text_config=TEXT, vision_config=VISION, image_token_index=VOCABULARY, vision_feature_layer=FEATURE_LAYER)
+    config = LlavaConfig(
+        text_config=TEXT, vision_config=VISION, image_token_index=VOCABULARY, vision_feature_layer=FEATURE_LAYER
+    )
     model = Llava(config)
     for name, p in model.language_model.named_parameters():
         if p.ndim == 2:  # small, and smaller still where a layer adds to the residual stream
@@ -392,7 +421,9 @@ def train_decoder(args):
     tokenizer = Tokenizer(folder / "tokenizer")
     model = new_model().to(device)
     tower = torch.load(folder / "tower.pt", weights_only=True, map_location=device)["modules"]
-    model.vision_tower.load_state_dict({k.removeprefix("tower."): v for k, v in tower.items() if k.startswith("tower.")})
+    model.vision_tower.load_state_dict(
+        {k.removeprefix("tower."): v for k, v in tower.items() if k.startswith("tower.")}
+    )
     model.vision_tower.requires_grad_(False)
     run = Run(folder, "decoder", steps, model, optimizer_for(model))
     data = iter(
@@ -423,17 +454,248 @@ def train_decoder(args):
             run.save()
 
 
+# ---------------------------------------------------------------- stage 3: a standard llava-hf folder
+
+
+def export(args):
+    """Write the llava-hf folder from the checkpoints of a run: sparse config, classic key names, bf16 weights."""
+    source, folder = Path(args.run), Path(args.out)
+    model = new_model()
+    model.load_state_dict(torch.load(source / "decoder.pt", weights_only=True, map_location="cpu")["modules"])
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.to(torch.bfloat16).contiguous() for name, p in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for path in (source / "tokenizer").iterdir():
+        shutil.copy(path, folder)
+    write_config(folder)
+    write_fast_tokenizer(folder)
+    draw_curve(source, folder.parent / "demo-training.png")
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    print(f"{folder}: {size / 1e6:.1f} MB", file=sys.stderr)
+
+
+def different(config):
+    """The fields that are not at their class default, as hub configs have it."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+
+
+def write_config(folder):
+    """The JSON files of a llava-hf folder beside weights and tokenizer."""
+    added = {"image": VOCABULARY, "pad": VOCABULARY + 1}
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_token_index": added["image"], "pad_token_id": added["pad"], "projector_hidden_act": "gelu",
+        "vision_feature_layer": FEATURE_LAYER, "vision_feature_select_strategy": "default",
+        "image_seq_length": VISION.num_patches, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "text_config": {"model_type": "llama", **different(TEXT)},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": VISION.hidden_size, **different(VISION)},
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": added["pad"]})
+    side = VISION.image_size
+    preprocessing = {
+        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
+    }  # fmt: skip
+    write_json(folder / "preprocessor_config.json", preprocessing)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": VISION.patch_size,
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+    }
+    write_json(folder / "processor_config.json", {**processor, "vision_feature_select_strategy": "default"})
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+# The llava template for those who load the folder with transformers: pictures first, one turn after the other
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+USER: {% for part in message.content if part.type == 'image' %}{{ '<image>\\n' }}{% endfor -%}
+{%- for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %} ASSISTANT:
+{%- else -%}
+{%- for part in message.content if part.type == 'text' %}{{ ' ' + part.text + '</s>' }}{% endfor -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def write_fast_tokenizer(folder):
+    """tokenizer.json, for those who load the folder with transformers (which made it from tokenizer.model)."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def draw_curve(folder, path):
+    """The curves of both stages as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, stage, what in zip(
+        axes, ("tower", "decoder"), ("patches labelled right", "answers right in every token"), strict=True
+    ):
+        with open(folder / f"{stage}.csv", newline="") as f:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        for name in rows[0]:
+            if name not in ("step", "seconds", "loss"):
+                axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name, linewidth=1.2)
+        axis.set(
+            title=f"{stage}: {rows[-1]['seconds'] / 60:.0f} min",
+            xlabel="step",
+            ylabel=what + " (fresh training scenes)",
+            ylim=(0, 1.01),
+        )
+        axis.legend(fontsize=7, ncols=2, loc="lower right")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------- stage 4: the table
+
+EVALUATED = (
+    "list",
+    "describe",
+    "spell",
+    "list",
+    "colour",
+    "shape",
+    "size",
+    "count",
+    "position",
+    "relation",
+    "presence",
+    "read",
+)
+CONDITIONS = ("normal", "blind", "vision dropped")
+
+
+def evaluate(args):
+    """Accuracy on held-out scenes -> assets/demo-accuracy.{csv,md}.
+
+    Greedy decoding repeats an answer if and only if each of its tokens is the most likely one after the true beginning,
+    so one pass over the packed answers gives the exact match of greedy decoding; a test compares real generations.
+    """
+    checkpoint = load(args.out, "fp32", args.device)
+    rows = []
+    for unseen in (False, True):
+        scenes_wanted = args.scenes if not unseen else args.scenes // 5
+        for start in range(0, scenes_wanted, 8):
+            for pair in (False, True):
+                # one pair of pictures for every four single ones
+                seeds = range(HELD_OUT + start, HELD_OUT + min(start + (2 if pair else 8), scenes_wanted))
+                rows += evaluate_batch(checkpoint, seeds, pair, unseen, args.seed)
+            done = sum(not r["unseen"] for r in rows)
+            print(f"\revaluate {len(rows)} questions ({done} of the main table)", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    write_table(rows, Path(args.out).parent)
+
+
+@torch.inference_mode()
+def evaluate_batch(checkpoint, seeds, pair, unseen, seed):
+    """One dict per question: its task, length and, for each of CONDITIONS, whether it was right."""
+    model, device = checkpoint.model, checkpoint.device
+    pictures, packed = [], []
+    for number in seeds:
+        rng = random.Random(f"evaluate {number} {pair} {seed}")
+        tasks = ("compare", "compare", "pair") if pair else EVALUATED[:3] + tuple(rng.sample(EVALUATED[3:], 3))
+        drawn, questions = scenes.sample(number, tasks, pair, unseen)
+        questions = list({q.question: q for q in questions}.values())  # the same words only once per picture
+        pictures += [to_bytes(scenes.draw_scene(s)) for s in drawn]
+        packed.append(pack(checkpoint.tokenizer, [[q] for q in questions], len(drawn), model.config.image_tokens))
+    pictures = torch.stack(pictures)
+    grey = torch.full_like(pictures, 128)
+    right = {}
+    for condition in CONDITIONS:
+        shown = grey if condition == "blind" else pictures
+        hidden, target = hidden_states(model, shown, packed, device, drop_vision=condition == "vision dropped")
+        right[condition] = (model.language_model.logits(hidden).argmax(-1) == target).cpu()
+    result = []
+    for i, row in enumerate(packed):
+        for q, first, stop in row.answers:
+            numbers = {}
+            for condition in CONDITIONS:
+                tokens = right[condition][i, first:stop]
+                numbers[condition] = int(tokens.all())
+                numbers[condition + " tokens >= 2"] = tokens[1:].float().mean().item()
+            result.append(
+                {
+                    "task": q.task,
+                    "kind": q.kind,
+                    "value": q.value,
+                    "words": q.dependent_words,
+                    "unseen": unseen,
+                    **numbers,
+                }
+            )
+    return result
+
+
+def majority(rows):
+    """Share of questions that the commonest answer of their kind gets right."""
+    by_kind = {}
+    for r in rows:
+        by_kind.setdefault(r["kind"], []).append(r["value"])
+    return sum(max(map(values.count, set(values))) for values in by_kind.values()) / len(rows)
+
+
+def write_table(rows, folder):
+    """Per task and over all: the numbers of the README."""
+    main_rows, unseen_rows = [r for r in rows if not r["unseen"]], [r for r in rows if r["unseen"]]
+    groups = {task: [r for r in main_rows if r["task"] == task] for task in TASKS}
+    groups["all"] = main_rows
+    groups["long answers (6+ image words)"] = [r for r in main_rows if r["words"] >= 6]
+    groups["unseen colour x shape pairs"] = unseen_rows
+    columns = ["questions", "exact match", "tokens >= 2", "majority", "blind", "vision dropped after token 1"]
+    table = []
+    for name, group in groups.items():
+        mean = lambda key: sum(r[key] for r in group) / len(group)  # noqa: B023, E731
+        table.append(
+            [
+                name,
+                len(group),
+                *(
+                    f"{100 * v:.1f}"
+                    for v in (
+                        mean("normal"),
+                        mean("normal tokens >= 2"),
+                        majority(group),
+                        mean("blind"),
+                        mean("vision dropped"),
+                    )
+                ),
+            ]
+        )
+    with open(folder / "demo-accuracy.csv", "w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([["task", *columns], *table])
+    lines = [
+        "| " + " | ".join(map(str, line)) + " |"
+        for line in [["task", *columns], ["---"] + ["---:"] * len(columns), *table]
+    ]
+    (folder / "demo-accuracy.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tower", "decoder"))
-    parser.add_argument("--run", default=ROOT / "runs" / "demo", help="folder of the checkpoints and curves (default runs/demo)")
+    parser.add_argument("stage", choices=("tower", "decoder", "export", "evaluate"))
+    parser.add_argument(
+        "--run", default=ROOT / "runs" / "demo", help="folder of the checkpoints and curves (default runs/demo)"
+    )
+    parser.add_argument("--out", default=ROOT / "assets" / "demo", help="the llava-hf folder (default assets/demo)")
+    parser.add_argument("--scenes", type=int, default=800, help="held-out scenes of the table (default 800)")
     parser.add_argument("--steps", type=int, help="optimizer steps of the stage")
     parser.add_argument("--batch", type=int, help="pictures per step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"tower": train_tower, "decoder": train_decoder}[args.stage](args)
+    {"tower": train_tower, "decoder": train_decoder, "export": export, "evaluate": evaluate}[args.stage](args)
 
 
 if __name__ == "__main__":

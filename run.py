@@ -1,0 +1,378 @@
+"""Ask a LLaVA about pictures, offline.
+
+    python run.py --image assets/demo.png --prompt "Describe the picture."
+    python run.py --model llava-hf/llava-1.5-7b-hf --image x.png --prompt "What is this?" --stats
+
+The answer goes to stdout and nothing else does. Exit codes: 0 answered; 1 failed while running; 2 something given
+cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what was written until then is kept).
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DEMO = ROOT / "assets" / "demo"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as for every other error."""
+        self.exit(2, f"error: {message}; see run.py -h\n")
+
+
+def number(kind, low, high=None, open_low=False):
+    """An argparse type: a number within bounds, said in one line."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (value > low if open_low else value >= low) or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    return parse
+
+
+def parser():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--model",
+        "-m",
+        "--model-path",
+        "--checkpoint",
+        "--pretrained",
+        default=str(DEMO),
+        metavar="DIR|ID",
+        help="folder of a llava-hf checkpoint, or an id in the local Hugging Face cache (default: the demo model)",
+    )
+    p.add_argument(
+        "--image",
+        "--image-file",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help='picture file, "-" for stdin, or a data: URI; several are allowed',
+    )
+    p.add_argument(
+        "--prompt",
+        "-p",
+        "--query",
+        "--question",
+        required=True,
+        metavar="TEXT",
+        help='the question; <image> in it places the pictures; "@FILE" or "-" reads it from a file or stdin',
+    )
+    p.add_argument("--max-new-tokens", "--max-tokens", "-n", type=number(int, 1), default=256, metavar="N")
+    p.add_argument(
+        "--temperature", "--temp", type=number(float, 0), default=0.0, metavar="F", help="0 (default) is greedy"
+    )
+    p.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="F", help="nucleus sampling")
+    p.add_argument("--top-k", type=number(int, 1), metavar="N", help="sample among the N best tokens")
+    p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the sampling (default 0)")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    p.add_argument("--system", metavar="TEXT", help="system text of the prompt (default: the template's)")
+    p.add_argument(
+        "--template",
+        "--conv-mode",
+        "--chat-template",
+        default="auto",
+        choices=("auto", "llava", "vicuna", "llava_v1", "raw"),
+        help="prompt template; raw takes the prompt verbatim (default: the checkpoint's)",
+    )
+    p.add_argument(
+        "--image-mode",
+        default="auto",
+        choices=("auto", "pad", "crop"),
+        help="whole picture on a square canvas, or its centre square (default: the checkpoint's)",
+    )
+    p.add_argument(
+        "--dtype",
+        "--precision",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        help="default: the file's own on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16",
+    )
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
+    p.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "triton", "torch"),
+        help="attention in decode (this version has torch only)",
+    )
+    p.add_argument("--stats", action="store_true", help="times, bytes and the decode ceiling, on stderr")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+    p.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return p  # fmt: skip
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check_flags(args)
+    try:
+        return answer(args)
+    except KeyboardInterrupt:  # while loading; during the answer it is caught further in
+        return fail("interrupted; nothing was written", 130)
+    except BrokenPipeError:  # the reader has seen enough, as in `run.py ... | head -c 20`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as broken:
+        if args.debug:
+            raise
+        return fail(*explain(broken))
+
+
+def check_flags(args):
+    """What argparse cannot say: flags that exclude or need each other."""
+    p = parser()
+    if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
+        p.error("--top-p and --top-k need --temperature above 0")
+    if args.backend == "triton":
+        p.error("--backend triton: this version has no Triton kernels, use --backend torch")
+    if [args.prompt, *args.image].count("-") > 1:
+        p.error("only one thing can be read from stdin")
+    if "" in args.stop:
+        p.error("--stop needs a text")
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read().rstrip("\n")
+    elif args.prompt.startswith("@"):
+        try:
+            args.prompt = Path(args.prompt[1:]).read_text(encoding="utf-8").rstrip("\n")
+        except (OSError, ValueError) as broken:
+            p.error(f"cannot read the prompt from {args.prompt[1:]} ({broken})")
+    if not args.prompt.strip() and not args.image:
+        p.error("the prompt is empty")
+    for path in args.image:  # before torch is imported
+        if path != "-" and not path.startswith(("data:", "http://", "https://")) and not Path(path).exists():
+            p.error(f"no picture at {path}, check the path")
+
+
+def explain(broken):
+    """(message, exit code) of an exception."""
+    from model import InputError
+
+    if isinstance(broken, InputError):
+        return str(broken), 2
+    text = " ".join(str(broken).split())
+    if isinstance(broken, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory ({text[:200]}); try --dtype bf16, a smaller --max-new-tokens or fewer pictures", 1
+    return f"{type(broken).__name__}: {text[:300]}; run again with --debug to see where", 1
+
+
+def fail(message, code):
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- one answer
+
+
+def answer(args):
+    """Load, ask, print. Returns the exit code."""
+    start = time.perf_counter()
+    import torch
+
+    from model import Generation, Sampling, open_checkpoint
+    from model.image import read_image
+
+    device = choose_device(args.device)
+    pictures = [read_image(path) for path in args.image]
+    checkpoint = open_checkpoint(args.model)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+    generation = Generation(checkpoint, args.prompt, pictures, sampling, args.template, args.image_mode, args.system)
+    checkpoint.read_weights(args.dtype, device)
+    load_seconds = time.perf_counter() - start
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    what = "the demo model" if Path(args.model) == DEMO else args.model
+    found = checkpoint.template_note if args.template == "auto" else "asked for"
+    say(f"{what}: {dtype} on {device}, template {generation.template} ({found}), "
+        f"image mode {generation.image_settings.mode}, backend torch")  # fmt: skip
+    for note in generation.notes:
+        say(f"note: {note}")
+    if sampling.max_new_tokens > generation.room:
+        say(f"note: the context leaves room for {generation.room} of {sampling.max_new_tokens} new tokens")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    code = write(generation, stream=not (args.json or args.no_stream))
+    if args.json:
+        print(json.dumps(report(args, generation, load_seconds, device), ensure_ascii=False), flush=True)
+    elif args.no_stream:
+        print(generation.text, flush=True)
+    if args.stats:
+        say(stats(report(args, generation, load_seconds, device), measure_bandwidth(device), generation))
+    return code
+
+
+def choose_device(name):
+    """torch.device of --device; InputError if it is not there."""
+    import torch
+
+    from model import InputError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is no device; use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(
+            f"--device {name} is not available ({torch.cuda.device_count()} CUDA devices here); use --device cpu"
+        )
+    return device
+
+
+def write(generation, stream):
+    """Run the generation, its text to stdout if stream -> exit code. Ctrl-C ends the answer, not the report."""
+    code = 0
+    try:
+        for piece in generation:
+            if stream:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        code = 130
+        say("interrupted; the text until here is kept")
+    if stream:
+        print(flush=True)
+    return code
+
+
+# ---------------------------------------------------------------- what it took
+
+
+def report(args, generation, load_seconds, device):
+    """The object of --json."""
+    import torch
+
+    checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
+    config, cache = checkpoint.config.text_config, generation.cache
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
+    kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
+    return {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": generation.finish_reason,
+        "model": str(args.model),
+        "template": generation.template,
+        "image_mode": generation.image_settings.mode,
+        "images": generation.images,
+        "prompt_tokens": generation.prompt_tokens,
+        "vision_tokens": generation.vision_tokens,
+        "new_tokens": len(generation.token_ids),
+        "prune": {
+            "method": "none",
+            "retention_requested": None,
+            "retention_actual": 1.0,
+            "kept_per_layer": [float(generation.vision_tokens)] * config.num_hidden_layers,
+            "kv_bytes_full": kv_bytes,
+            "kv_bytes_held": kv_bytes,
+            "kv_bytes_reserved": cache.nbytes_reserved if cache and cache.pos is not None else 0,
+        },
+        "timing_ms": {
+            "load": 1e3 * load_seconds,
+            "vision": 1e3 * generation.timing["vision"],
+            "prefill": 1e3 * generation.timing["prefill"],
+            "prune": 0.0,
+            "decode_total": 1e3 * sum(steps),
+            "decode_p50": 1e3 * percentile(steps, 0.5),
+            "decode_p95": 1e3 * percentile(steps, 0.95),
+        },
+        "peak_memory_bytes": peak_memory(device),
+        "ceiling_speedup": 1.0,  # unpruned bytes per decode step over the bytes it really reads
+        "seed": args.seed,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "device": str(device),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "backend": "torch",
+    }
+
+
+def percentile(values, q):
+    """Nearest rank in a sorted list; 0 if it is empty."""
+    return values[min(len(values) - 1, int(q * len(values)))] if values else 0.0
+
+
+def peak_memory(device):
+    """Bytes: of the allocator on CUDA since loading, of the whole process (mapped weights included) on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_bandwidth(device):
+    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five."""
+    import torch
+
+    x = torch.ones(2**26, dtype=torch.float32, device=device)  # 256 MiB: far larger than a CPU's cache
+    y = torch.empty_like(x)
+    best = 0.0
+    for work, moved in ((lambda: y.copy_(x), 2 * x.nbytes), (x.sum, x.nbytes)):
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, moved / (time.perf_counter() - start))
+    return best
+
+
+def step_bytes(checkpoint, kv_bytes):
+    """Bytes that one decode step has to read: the decoder's weights (of the embedding one row) and the KV cache."""
+    language = checkpoint.model.language_model
+    weights = sum(p.nbytes for p in language.parameters())
+    table = language.model.embed_tokens.weight
+    return weights - (table.nbytes - table[0].nbytes if language.lm_head is not None else 0) + kv_bytes
+
+
+def stats(r, bandwidth, generation):
+    """The table of --stats, from the --json object."""
+    t, kv = r["timing_ms"], r["prune"]
+    steps = len(generation.timing["steps"])
+    lines = [
+        f"load     {t['load']:8.1f} ms",
+        f"vision   {t['vision']:8.1f} ms        {r['vision_tokens']} image tokens of {len(r['images'])} pictures",
+        f"prefill  {t['prefill']:8.1f} ms        {r['prompt_tokens']} prompt tokens; time to first token "
+        f"{t['vision'] + t['prefill']:.1f} ms",
+    ]
+    if steps:
+        speed = 1e3 * steps / t["decode_total"]
+        held = generation.cache.nbytes_held
+        needed = step_bytes(generation.checkpoint, held)
+        floor = 1e3 * needed / bandwidth
+        lines += [
+            f"decode   {t['decode_p50']:8.2f} ms/token  p95 {t['decode_p95']:.2f}; {speed:.0f} tokens/s over "
+            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}",
+            f"ceiling  {floor:8.2f} ms/token  {needed / 1e6:.1f} MB per token at {bandwidth / 1e9:.1f} GB/s "
+            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached",
+        ]
+    lines.append(
+        f"memory   {r['peak_memory_bytes'] / 1e6:8.0f} MB peak    KV cache: {kv['kv_bytes_full'] / 1e6:.2f} MB "
+        f"full, {kv['kv_bytes_held'] / 1e6:.2f} MB held, "
+        f"{kv['kv_bytes_reserved'] / 1e6:.2f} MB reserved; pruning {kv['method']}, at most "
+        f"{r['ceiling_speedup']:.2f}x faster"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Check a LLaVA checkpoint without reading its weights: config, tokenizer, then every tensor's name and shape.
+
+    python tools/verify_checkpoint.py DIR
+    python tools/verify_checkpoint.py llava-hf/llava-1.5-7b-hf --sha256     # an id in the local Hugging Face cache
+
+Takes seconds for any size, because only the headers of the weight files are read; --sha256 reads all of them. What
+passes here loads. Exit codes: 0 all fine; 2 something does not fit, in one line on stderr.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as for every other error."""
+        self.exit(2, f"error: {message}; see {self.prog} -h\n")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="DIR|ID", help="folder of a checkpoint, or an id in the local cache")
+    parser.add_argument("--sha256", action="store_true", help="also print the SHA-256 of each weight file")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: verify(args.checkpoint, args.sha256))
+
+
+def exit_code(work):
+    """Run work(): 0, or 2 after one line on stderr if it raised an InputError."""
+    from model.config import InputError  # torch comes with it, hence not at the top: -h should not take seconds
+
+    try:
+        work()
+    except InputError as wrong:
+        print("error:", " ".join(str(wrong).split()), file=sys.stderr)  # messages of other libraries have line breaks
+        return 2
+    return 0
+
+
+def verify(name, sha256=False):
+    """Print what a checkpoint is made of; InputError at the first thing that load() would refuse."""
+    from model.load import find_folder, open_checkpoint, read_config, weight_files
+    from model.tokenizer import Tokenizer
+
+    folder = find_folder(name)
+    row("folder", folder)
+    config = read_config(folder)
+    show_config(config)
+    tokenizer = Tokenizer(folder)
+    show_tokenizer(tokenizer, config)
+    files = weight_files(folder)
+    for path in files:
+        row("file", f"{gigabytes(path.stat().st_size)}  {path.name}")
+    show_checked(open_checkpoint(folder))  # the same code as load(), up to the first byte of a weight
+    if sha256:
+        for path in files:
+            row("sha256", f"{digest(path)}  {path.name}")
+    print("all fine", flush=True)
+
+
+def row(label, *lines):
+    """Print lines, the label in front of the first."""
+    for line in lines:
+        print(f"{label:<12}{line}", flush=True)
+        label = ""
+
+
+def gigabytes(size):
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def show_config(config):
+    """The dimensions, defaults filled in."""
+    v, t = config.vision_config, config.text_config
+    row(
+        "vision",
+        f"{v.num_hidden_layers} layers, {v.hidden_size} wide (MLP {v.intermediate_size}), {v.num_attention_heads} heads",
+        f"{v.image_size} px in patches of {v.patch_size}, {v.hidden_act}",
+        f"features: layer {config.vision_feature_layer}, which is the output of {', '.join(map(str, config.feature_layers))}",
+        f"strategy {config.vision_feature_select_strategy}: {config.image_tokens} tokens per picture",
+    )
+    row(
+        "text",
+        f"{t.num_hidden_layers} layers, {t.hidden_size} wide (MLP {t.intermediate_size})",
+        f"{t.num_attention_heads} query heads over {t.num_key_value_heads} KV heads of {t.head_dim}",
+        f"vocabulary {t.vocab_size}{', head tied to it' if config.tie_word_embeddings else ''}",
+        f"context {t.max_position_embeddings}, RoPE theta {t.rope_theta:g}, RMSNorm eps {t.rms_norm_eps:g}",
+    )
+    row("dtype", f"{config.dtype or 'not stated'} (in config.json)")
+
+
+# ---------------------------------------------------------------- tokenizer
+
+GOLDEN_PROMPT = "USER: <image>\nWhat's the content of the image?\nASSISTANT:"
+
+# What Vicuna's tokenizer makes of that prompt. 29871 is sentencepiece's dummy space standing alone: the published files
+# disagree whether the text behind `<image>` gets one.
+_UNTIL_IMAGE = (1, 3148, 1001, 29901, 29871, 32000)
+_BEHIND_IMAGE = (13, 5618, 29915, 29879, 278, 2793, 310, 278, 1967, 29973, 13, 22933, 9047, 13566, 29901)
+GOLDEN_IDS = {
+    "a space before every segment, as llava-1.5-7b-hf": (*_UNTIL_IMAGE, 29871, *_BEHIND_IMAGE),
+    "a space before the first segment only, as the v1.6 Vicuna files": (*_UNTIL_IMAGE, *_BEHIND_IMAGE),
+}
+VICUNA_PIECES = 32000
+
+
+def show_tokenizer(tokenizer, config):
+    """Size, added tokens, the rule for dummy spaces, and what Vicuna's tokenizer is known to give."""
+    from model.config import InputError
+
+    pieces, rows = len(tokenizer.sp), config.text_config.vocab_size
+    row("tokenizer", f"{pieces} sentencepiece pieces, BOS {tokenizer.bos_id if tokenizer.add_bos else 'not added'}")
+    if pieces > rows:
+        raise InputError(
+            f"the tokenizer has {pieces} pieces but the embedding only {rows} rows; use the files of one checkpoint"
+        )
+    found, said = tokenizer.added.get("<image>"), config.image_token_index
+    row("", f"<image> is {found}" + ("" if found == said else f" (config.json says {said}; the tokenizer decides)"))
+    row("prefix", prefix_rule(tokenizer))
+    row("golden ids", golden_note(tokenizer.encode, pieces))
+
+
+def prefix_rule(tokenizer):
+    """Where the dummy space goes, in words."""
+    where = "before every segment" if tokenizer.prefix_every_segment else "before the first segment only"
+    return f"dummy space {where}" + (", unless it has a space already" if tokenizer.prefix_spares_spaces else "")
+
+
+def golden_note(encode, pieces):
+    """Which known behaviour encode (text -> ids) shows; InputError if Vicuna's tokenizer would give neither."""
+    from model.config import InputError
+
+    if pieces != VICUNA_PIECES:
+        return f"not a Vicuna tokenizer ({pieces} pieces, not {VICUNA_PIECES}): no golden ids"
+    ids = tuple(encode(GOLDEN_PROMPT))
+    for behaviour, golden in GOLDEN_IDS.items():
+        if ids == golden:
+            return f"match: {behaviour}"
+    raise InputError(
+        f"the tokenizer has Vicuna's size but not its ids ({difference(ids)}); fetch the tokenizer files again"
+    )
+
+
+def difference(ids):
+    """Where ids leave the nearer one of the golden sequences, in words."""
+
+    def agreement(golden):
+        pairs = enumerate(zip(ids, golden, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(golden)))
+
+    golden = max(GOLDEN_IDS.values(), key=agreement)
+    at = agreement(golden)
+    got, wanted = (str(s[at]) if at < len(s) else "the end" for s in (ids, golden))
+    return f"id number {at + 1} is {got} instead of {wanted}"
+
+
+# ---------------------------------------------------------------- weights
+
+
+def show_checked(checkpoint):
+    """What opening the checkpoint found besides: names and shapes fit, or it would have raised."""
+    from model.config import InputError
+    from model.load import SAFETENSORS_DTYPES
+
+    stored = sorted({dtype for _, _, dtype in checkpoint.keys.values()})
+    if not SAFETENSORS_DTYPES.keys() >= set(stored):
+        known = ", ".join(SAFETENSORS_DTYPES)
+        raise InputError(f"the weights are stored as {', '.join(stored)}; only {known} can be read, use such a copy")
+    parameters = sum(p.numel() for p in checkpoint.model.parameters())
+    row(
+        "weights",
+        f"{len(checkpoint.keys)} tensors, all names and shapes fit",
+        f"{parameters:,} parameters, stored as {', '.join(stored)}",
+    )
+    row("template", f"{checkpoint.template} ({checkpoint.template_note})")
+    row("pictures", f"{checkpoint.image_settings.mode} to {checkpoint.image_settings.size} px")
+    row("stop ids", ", ".join(map(str, checkpoint.stop_ids)))
+
+
+def digest(path, chunk=2**24):
+    """SHA-256 of a file in hex. A line on stderr for every 2 GB: the files of a 7B model take a minute."""
+    hashed, done, size = hashlib.sha256(), 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while block := file.read(chunk):
+            hashed.update(block)
+            done += len(block)
+            if done == size or done // 2e9 > (done - len(block)) // 2e9:
+                print(f"sha256 {path.name}: {gigabytes(done)} of {gigabytes(size)}", file=sys.stderr, flush=True)
+    return hashed.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
