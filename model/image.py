@@ -135,7 +135,7 @@ def preprocess(image, settings):
         image = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     else:
         # only the part that survives the crop, so that 10000 x 3 does not become a million pixels wide on the way; the
-        # order of Pillow's two passes may change with it, and a value by one in 255
+        # order of Pillow's two passes may change with it, and with the order the clipping of overshoots
         fx, fy = image.width / wide, image.height / high  # source pixels per resized pixel
         box = (left * fx, top * fy, min((left + size) * fx, image.width), min((top + size) * fy, image.height))
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -385,19 +385,22 @@ def hidden_states(model, pictures, rows, device, drop_vision=False):
     mask = mask_of(block)
     if drop_vision:
         for i, row in enumerate(rows):
-            vision = slice(*_vision_columns(row, model.config.image_tokens))
+            vision = _vision_columns(row, model.config.image_tokens)
             for _, first, stop in row.answers:
-                mask[i, 0, first + 1 : stop, vision] = False
+                mask[i, 0, first + 1 : stop, vision] = False  # row `first` gives the first token
     return model.language_model.prefill(x, positions=position, mask=mask), padded(
         [row.target for row in rows], longest, -100
     ).to(device)
 
 
 def _vision_columns(row, image_tokens):
-    """(start, stop) from the first to the last picture of a Packed."""
-    pictures = row.ids.count(VOCABULARY)
-    first = row.ids.index(VOCABULARY)
-    return first, first + pictures * image_tokens
+    """Columns of the mask that belong to pictures: a list of indices, one block of image_tokens per placeholder."""
+    columns, at = [], 0
+    for token in row.ids:
+        if token == VOCABULARY:
+            columns += range(at, at + image_tokens)
+        at += image_tokens if token == VOCABULARY else 1
+    return columns
 
 
 def new_model():
@@ -596,16 +599,21 @@ def evaluate(args):
     write_table(rows, Path(args.out).parent)
 
 
+def held_out_questions(number, pair, unseen, seed):
+    """(scenes, questions) of one held-out sample: half of the questions have long answers."""
+    rng = random.Random(f"evaluate {number} {pair} {seed}")
+    tasks = ("compare", "compare", "pair") if pair else EVALUATED[:3] + tuple(rng.sample(EVALUATED[3:], 3))
+    drawn, questions = scenes.sample(number, tasks, pair, unseen)
+    return drawn, list({q.question: q for q in questions}.values())  # the same words only once per picture
+
+
 @torch.inference_mode()
 def evaluate_batch(checkpoint, seeds, pair, unseen, seed):
     """One dict per question: its task, length and, for each of CONDITIONS, whether it was right."""
     model, device = checkpoint.model, checkpoint.device
     pictures, packed = [], []
     for number in seeds:
-        rng = random.Random(f"evaluate {number} {pair} {seed}")
-        tasks = ("compare", "compare", "pair") if pair else EVALUATED[:3] + tuple(rng.sample(EVALUATED[3:], 3))
-        drawn, questions = scenes.sample(number, tasks, pair, unseen)
-        questions = list({q.question: q for q in questions}.values())  # the same words only once per picture
+        drawn, questions = held_out_questions(number, pair, unseen, seed)
         pictures += [to_bytes(scenes.draw_scene(s)) for s in drawn]
         packed.append(pack(checkpoint.tokenizer, [[q] for q in questions], len(drawn), model.config.image_tokens))
     pictures = torch.stack(pictures)

@@ -80,11 +80,12 @@ def gigabytes(size):
 def show_config(config):
     """The dimensions, defaults filled in."""
     v, t = config.vision_config, config.text_config
+    layers = ", ".join(map(str, config.feature_layers))
     row(
         "vision",
-        f"{v.num_hidden_layers} layers, {v.hidden_size} wide (MLP {v.intermediate_size}), {v.num_attention_heads} heads",
-        f"{v.image_size} px in patches of {v.patch_size}, {v.hidden_act}",
-        f"features: layer {config.vision_feature_layer}, which is the output of {', '.join(map(str, config.feature_layers))}",
+        f"{v.num_hidden_layers} layers, {v.hidden_size} wide (MLP {v.intermediate_size})",
+        f"{v.num_attention_heads} heads, {v.image_size} px in patches of {v.patch_size}, {v.hidden_act}",
+        f"features of layer {config.vision_feature_layer}, the output of layer {layers}",
         f"strategy {config.vision_feature_select_strategy}: {config.image_tokens} tokens per picture",
     )
     row(
@@ -99,17 +100,19 @@ def show_config(config):
 
 # ---------------------------------------------------------------- tokenizer
 
+VICUNA_PIECES = 32000
+IMAGE_ID = 32000  # `<image>` in the golden ids; a checkpoint may have it elsewhere
 GOLDEN_PROMPT = "USER: <image>\nWhat's the content of the image?\nASSISTANT:"
 
 # What Vicuna's tokenizer makes of that prompt. 29871 is sentencepiece's dummy space standing alone: the published files
-# disagree whether the text behind `<image>` gets one.
-_UNTIL_IMAGE = (1, 3148, 1001, 29901, 29871, 32000)
+# disagree whether the text behind `<image>` gets one. The longer list is what vLLM documents for llava-1.5-7b-hf; the
+# other is the same without that space, as vLLM's page of the v1.6 models begins.
+_UNTIL_IMAGE = (1, 3148, 1001, 29901, 29871, IMAGE_ID)
 _BEHIND_IMAGE = (13, 5618, 29915, 29879, 278, 2793, 310, 278, 1967, 29973, 13, 22933, 9047, 13566, 29901)
 GOLDEN_IDS = {
     "a space before every segment, as llava-1.5-7b-hf": (*_UNTIL_IMAGE, 29871, *_BEHIND_IMAGE),
     "a space before the first segment only, as the v1.6 Vicuna files": (*_UNTIL_IMAGE, *_BEHIND_IMAGE),
 }
-VICUNA_PIECES = 32000
 
 
 def show_tokenizer(tokenizer, config):
@@ -122,10 +125,12 @@ def show_tokenizer(tokenizer, config):
         raise InputError(
             f"the tokenizer has {pieces} pieces but the embedding only {rows} rows; use the files of one checkpoint"
         )
-    found, said = tokenizer.added.get("<image>"), config.image_token_index
-    row("", f"<image> is {found}" + ("" if found == said else f" (config.json says {said}; the tokenizer decides)"))
+    image, said = tokenizer.added.get("<image>"), config.image_token_index
+    if image is None:
+        raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
+    row("", f"<image> is {image}" + ("" if image == said else f" (config.json says {said}; the tokenizer decides)"))
     row("prefix", prefix_rule(tokenizer))
-    row("golden ids", golden_note(tokenizer.encode, pieces))
+    row("golden ids", golden_note(lambda text: [IMAGE_ID if i == image else i for i in tokenizer.encode(text)], pieces))
 
 
 def prefix_rule(tokenizer):

@@ -1,0 +1,198 @@
+"""What the tests share: a tokenizer trained on the spot, checkpoints with random weights, the form of an error."""
+
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from model.config import InputError, parse_config
+from model.llava import Llava
+
+PIECES = 420  # of the sentencepiece model; the added tokens follow
+IMAGE_ID, PAD_ID = PIECES, PIECES + 1
+VOCAB = 448  # rows of the embedding: pieces, added tokens, padding
+
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+# ---------------------------------------------------------------- tokenizer
+
+TEXT_TO_LEARN = (
+    "USER ASSISTANT what is the content of this image picture there are red green blue circle square triangle how "
+    "many objects chat between curious user and an artificial intelligence assistant gives helpful detailed polite "
+    "answers to questions left right above below yes no one two three"
+)
+ALPHABET = "USER: a café ASSISTANT: (x) [y] {z} 'q' \"w\" 0123456789 _-+*/=!?@#$%^&|~`;,. " + " ".join(
+    map(chr, (*range(65, 91), *range(97, 123)))
+)
+
+
+def added_token(text):
+    flags = ("lstrip", "rstrip", "normalized", "single_word")
+    return {"content": text, "special": True, **dict.fromkeys(flags, False)}
+
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "added_tokens_decoder": {str(IMAGE_ID): added_token("<image>"), str(PAD_ID): added_token("<pad>")},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory):
+    """Folder with tokenizer.model (BPE with byte fallback) and tokenizer_config.json (`<image>`, `<pad>`)."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = TEXT_TO_LEARN.split()
+    lines = [" ".join(words[(i * k + k) % len(words)] for k in range(1, 13)) + "." for i in range(300)]
+    lines += [ALPHABET] * 5
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=PIECES,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    return folder
+
+
+@pytest.fixture
+def tokenizer_folder(tiny_tokenizer_dir, tmp_path):
+    """Function (settings of tokenizer_config.json) -> a copy of the tiny tokenizer's folder with those settings."""
+
+    def build(**settings):
+        folder = tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tiny_tokenizer_dir, folder)
+        write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | settings)
+        return folder
+
+    return build
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def write_small_files(folder, tokenizer_dir, image_size):
+    """The files beside config.json and the weights."""
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, folder)
+    side = {"height": image_size, "width": image_size}
+    write_json(folder / "preprocessor_config.json", {"size": {"shortest_edge": image_size}, "crop_size": side})
+
+
+def spread(module, seed):
+    """Random weights large enough that a wrong angle, mask or head changes the logits visibly."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator) * 0.2
+            weight.copy_(1 + noise if weight.ndim == 1 and name.endswith("weight") else noise)  # 1-d weights: norms
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tiny_tokenizer_dir):
+    """Function (folder, text, vision, top, seed): a loadable checkpoint made without transformers.
+
+    The dicts override TEXT, VISION and the top of config.json. Returns its tensors by their canonical names.
+    """
+
+    def make(folder, text=None, vision=None, top=None, seed=0):
+        raw = {"model_type": "llava", "image_token_index": IMAGE_ID, "text_config": TEXT | (text or {})}
+        raw |= {"vision_config": VISION | (vision or {})} | (top or {})
+        config = parse_config(raw)
+        tensors = spread(Llava(config), seed).state_dict()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", raw)
+        write_small_files(folder, tiny_tokenizer_dir, config.vision_config.image_size)
+        save_file(tensors, folder / "model.safetensors")
+        return tensors
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_hf_checkpoint(tiny_tokenizer_dir):
+    """Function (folder, text, vision, top, seed): a checkpoint written by transformers.
+
+    The dicts override TEXT, VISION and the top of the config. Returns transformers' model in eval mode.
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    def make(folder, text=None, vision=None, top=None, seed=0):
+        config = transformers.LlavaConfig(
+            text_config=TEXT | (text or {}),
+            vision_config=VISION | (vision or {}),
+            **({"image_token_index": IMAGE_ID} | (top or {})),
+        )
+        model = spread(transformers.LlavaForConditionalGeneration(config), seed).eval()
+        model.save_pretrained(folder)
+        write_small_files(folder, tiny_tokenizer_dir, config.vision_config.image_size)
+        return model
+
+    return make
+
+
+# ---------------------------------------------------------------- errors
+
+
+def refusal(function, *arguments, **options):
+    """The message with which the call is refused: an InputError of one line, `what; what to do`."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    what, _, advice = message.partition("; ")
+    assert what and advice, message
+    return message

@@ -1,0 +1,7 @@
+"""Where the things are that tests look at."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "assets" / "demo"
+DEMO_PICTURE = ROOT / "assets" / "demo.png"

@@ -1,0 +1,252 @@
+"""Writing an answer: choice of tokens, where it ends, what it reports, and what the cache holds."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from model import Generation, InputError, Sampling, ask, load
+from model.cache import DenseCache
+from model.config import TextConfig
+from model.generate import _Writer, probabilities
+from model.llama import Llama, rope_table, rotate
+from tests.paths import DEMO, DEMO_PICTURE
+
+PICTURE = str(DEMO_PICTURE)
+QUESTION = "Describe the picture."
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, "fp32")
+
+
+def finished(*args, **kwargs):
+    generation = Generation(*args, **kwargs)
+    assert "".join(generation) == generation.text
+    return generation
+
+
+# ---------------------------------------------------------------- model
+
+
+def small_llama(heads=4, kv_heads=2):
+    torch.manual_seed(0)
+    config = TextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
+    model = Llama(config)
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("split", [1, 5, 11])
+@torch.no_grad()
+def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split):
+    model = small_llama(kv_heads=kv_heads)
+    x = torch.randn(2, 12, 32)  # two sequences
+    whole = model.prefill(x)
+    cache = DenseCache(3, slack=2)  # forces several repacks on the way
+    states = [model.prefill(x[:, :split], cache)] + [model.decode(x[:, t], cache)[:, None] for t in range(split, 12)]
+    torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
+    assert cache.pos.tolist() == [12, 12] and cache.length == [12] * 3
+
+
+@torch.no_grad()
+def test_free_slots_are_never_read():
+    model, x = small_llama(), torch.randn(1, 6, 32)
+    cache, poisoned = DenseCache(3), DenseCache(3)
+    for c in (cache, poisoned):
+        model.prefill(x, c)
+    for t in (*poisoned.k, *poisoned.v):
+        t[:, :, 6:] = float("nan")
+    one = torch.randn(1, 32)
+    assert torch.equal(model.decode(one, cache), model.decode(one, poisoned))
+
+
+@torch.no_grad()
+def test_bytes_of_the_cache_are_counted():
+    model, cache = small_llama(), DenseCache(3, slack=5)
+    model.prefill(torch.randn(1, 7, 32), cache)
+    assert cache.nbytes_held == 3 * 2 * 2 * 7 * 8 * 4  # layers, K and V, KV heads, tokens, D, bytes
+    assert cache.nbytes_reserved == 3 * 2 * 2 * (7 + 5) * 8 * 4
+
+
+@torch.no_grad()
+def test_packed_sequences_are_alone_with_mask_and_positions():
+    model, x = small_llama(), torch.randn(1, 9, 32)
+    alone = model.prefill(torch.cat((x[:, :3], x[:, 6:]), 1))  # prefix of 3, then block two
+    block = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]])
+    mask = ((block[:, :, None] == block[:, None]) | (block[:, None] == 0)) & torch.ones(9, 9, dtype=torch.bool).tril()
+    packed = model.prefill(x, positions=torch.tensor([0, 1, 2, 3, 4, 5, 3, 4, 5]), mask=mask[:, None])
+    torch.testing.assert_close(packed[:, 6:], alone[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_rope_is_the_complex_rotation():
+    config = TextConfig(hidden_size=32, num_attention_heads=2, rope_theta=500.0)
+    x, positions = torch.randn(5, 2, 16, dtype=torch.float64), torch.tensor([0, 1, 7, 100, 2047])
+    got = rotate(x, rope_table(positions, config, torch.float64))
+    angle = positions[:, None].double() * 500.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)  # (5, 8)
+    want = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    torch.testing.assert_close(got, torch.cat((want.real, want.imag), -1), rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_is_differentiable_end_to_end(demo):
+    model = copy.deepcopy(demo.model).requires_grad_(True)
+    x, _ = model.splice([1, demo.config.image_token_index, 5, 6], model.encode_images(torch.randn(1, 3, 224, 224)))
+    model.language_model.logits(model.language_model.prefill(x[None])).logsumexp(-1).mean().backward()
+    unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    last = demo.config.vision_config.num_hidden_layers - 1  # never run: LLaVA reads the layer before
+    assert all(
+        n.startswith(f"vision_tower.vision_model.encoder.layers.{last}.") or "post_layernorm" in n or "k_proj.bias" in n
+        for n in unused
+    ), unused
+
+
+# ---------------------------------------------------------------- choosing
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0.05, 1), st.floats(0.2, 3))
+@settings(max_examples=60, deadline=None)
+def test_top_k_and_top_p_keep_the_right_set(seed, top_k, top_p, temperature):
+    logits = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    got = probabilities(logits, temperature, top_k, top_p)
+    weights = (logits / temperature).softmax(-1)
+    order = weights.argsort(descending=True).tolist()[:top_k]
+    total, kept, mass = sum(weights[i] for i in order), [], 0.0
+    for i in order:
+        if mass >= top_p:
+            break
+        kept.append(i)
+        mass += (weights[i] / total).item()
+    assert set(got.nonzero().flatten().tolist()) == set(kept)
+    torch.testing.assert_close(got[kept], weights[kept] / weights[kept].sum())
+
+
+def test_sampling_is_repeatable_and_depends_on_the_seed(demo):
+    def text(seed):
+        return ask(demo, QUESTION, [PICTURE], temperature=5.0, seed=seed, max_new_tokens=12)
+
+    state = torch.get_rng_state()
+    texts = [text(1), text(1), text(2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(state, torch.get_rng_state())  # an own generator: the global one is not touched
+
+
+def test_padding_vocabulary_and_image_ids_are_never_said(demo):
+    generation = Generation(demo, QUESTION, [PICTURE])
+    never = generation._never()
+    assert demo.config.image_token_index in never and demo.tokenizer.added["<pad>"] in never
+    hot = finished(demo, QUESTION, [PICTURE], Sampling(temperature=1e4, max_new_tokens=200))
+    assert len(set(hot.token_ids)) > 60 and not set(hot.token_ids) & set(never)
+
+
+# ---------------------------------------------------------------- ending
+
+
+def test_length_and_stop_are_told_apart(demo):
+    short, whole = (finished(demo, QUESTION, [PICTURE], Sampling(max_new_tokens=n)) for n in (5, 200))
+    assert (short.finish_reason, len(short.token_ids), len(short.timing["steps"])) == ("length", 5, 4)
+    assert whole.finish_reason == "stop" and demo.stop_ids[0] not in whole.token_ids
+    assert whole.token_ids[:5] == short.token_ids and whole.text.startswith(short.text)
+
+
+@pytest.mark.parametrize("stop", [" objects", "s. A", "ects."])
+def test_a_stop_string_ends_the_answer_before_it(demo, stop):
+    whole = ask(demo, QUESTION, [PICTURE])
+    assert stop in whole
+    generation = finished(demo, QUESTION, [PICTURE], Sampling(stop=(stop, "never said")))
+    assert generation.text == whole[: whole.index(stop)] and generation.finish_reason == "stop"
+
+
+def test_the_context_ends_the_answer(demo):
+    long = "circle " * 1700
+    generation = Generation(demo, long, [PICTURE], Sampling(max_new_tokens=500))
+    room = demo.config.text_config.max_position_embeddings - generation.prompt_tokens
+    assert generation.room == room > 0
+    with pytest.raises(InputError, match="2048"):
+        Generation(demo, "circle " * 1900, [PICTURE])
+
+
+class Letters:
+    """A detokenizer whose tokens are texts."""
+
+    def push(self, token):
+        return token
+
+    def flush(self):
+        return "|"
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
+@settings(max_examples=200, deadline=None)
+def test_stop_strings_are_found_however_the_text_arrives(text, stop):
+    writer, out = _Writer(Letters(), stop), ""
+    for letter in text:
+        out += writer.push(letter)
+        if writer.stopped:
+            break
+    out += writer.flush()
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    if not ends:
+        assert out == text + "|"
+    else:  # the one that is complete first; of several, the one that begins first
+        seen = text[: min(ends)]
+        assert out == seen[: min(seen.find(s) for s in stop if s in seen)]
+
+
+# ---------------------------------------------------------------- pictures in the prompt
+
+
+def test_spans_are_where_the_pictures_are(demo):
+    generation = finished(demo, "First <image> and then <image> what?", [PICTURE, PICTURE], Sampling(max_new_tokens=1))
+    (a, b), (c, d) = generation.spans
+    assert b - a == d - c == 256 and b < c and d < generation.prompt_tokens == len(generation.ids) + 2 * 255
+    assert a == generation.ids.index(demo.config.image_token_index)
+
+
+def test_pictures_go_to_their_placeholders_in_order(demo):
+    tokens = torch.stack((torch.full((256, 192), 1.0), torch.full((256, 192), 2.0)))
+    image = demo.config.image_token_index
+    x, spans = demo.model.splice([1, image, 5, image, 6], tokens)
+    assert x.shape == (3 + 512, 192)
+    assert [x[a:b].unique().tolist() for a, b in spans] == [[1.0], [2.0]]
+    embed = demo.model.language_model.model.embed_tokens.weight
+    assert torch.equal(x[[0, 257, -1]], embed[[1, 5, 6]])
+
+
+def test_order_of_pictures_matters(demo):
+    plain = Image.new("RGB", (224, 224), "grey")
+    one = ask(demo, "Compare the two pictures.", [PICTURE, plain], max_new_tokens=30)
+    two = ask(demo, "Compare the two pictures.", [plain, PICTURE], max_new_tokens=30)
+    assert one != two
+
+
+def test_text_alone_is_answered(demo):
+    assert finished(demo, "What is left?", sampling=Sampling(max_new_tokens=3)).vision_tokens == 0
+
+
+def test_nan_is_an_error_not_an_answer(demo):
+    broken = load(DEMO, "fp32")
+    broken.model.language_model.model.norm.weight = torch.nn.Parameter(torch.full((192,), float("nan")))
+    with pytest.raises(RuntimeError, match="NaN"):
+        list(Generation(broken, QUESTION, [PICTURE]))
+
+
+def test_breaking_off_keeps_the_text(demo):
+    generation = Generation(demo, QUESTION, [PICTURE])
+    pieces = iter(generation)
+    text = next(pieces) + next(pieces)
+    pieces.close()
+    assert generation.finish_reason == "interrupted" and generation.text == text

@@ -1,0 +1,481 @@
+"""Checkpoint folders: every layout that is in use loads to the same bits, everything else is refused in one clear line."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import IMAGE_ID, PAD_ID, TEXT, VISION, refusal, write_json
+from safetensors.torch import load_file, save_file
+
+from model import Generation, InputError, Sampling, load, open_checkpoint
+from model.config import parse_config
+
+PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
+
+
+@pytest.fixture(scope="session")
+def original(make_checkpoint, tmp_path_factory):
+    """(folder, tensors) of a checkpoint in the published layout; not to be written to."""
+    folder = tmp_path_factory.mktemp("original")
+    return folder, make_checkpoint(folder)
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy of it, to spoil."""
+    return Path(shutil.copytree(original[0], tmp_path / "checkpoint"))
+
+
+def edit(path, **changes):
+    """Change keys at the top of a JSON file; None removes."""
+    raw = json.loads(path.read_text()) | changes
+    write_json(path, {k: v for k, v in raw.items() if v is not None})
+
+
+def rewrite(folder, change):
+    """Save the weights again with `change` applied to their dict."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@torch.inference_mode()
+def logits(checkpoint):
+    """Logits of a picture and a few words."""
+    model = checkpoint.model
+    pixels = torch.linspace(-2, 2, 3 * 28 * 28).view(1, 3, 28, 28).to(checkpoint.dtype)
+    x, _ = model.splice(checkpoint.tokenizer.encode(PROMPT), model.encode_images(pixels))
+    return model.language_model.logits(model.language_model.prefill(x[None]))
+
+
+def assert_same_weights(checkpoint, tensors):
+    state = checkpoint.model.state_dict()
+    assert state.keys() == tensors.keys() and all(torch.equal(state[k], v) for k, v in tensors.items())
+
+
+# ---------------------------------------------------------------- names
+
+
+def swap(*pairs):
+    """Function that replaces the first prefix that fits."""
+
+    def rename(key):
+        return next((new + key.removeprefix(old) for old, new in pairs if key.startswith(old)), key)
+
+    return rename
+
+
+LAYOUTS = {
+    "A, published": swap(),
+    "B, in memory of 4.52": swap(
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ),
+    "C, written by 5": swap(("vision_tower.vision_model.", "vision_tower.")),
+    "D, in memory of 5": swap(
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.vision_model.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ),
+    "E, original code": swap(
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
+        ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_key_layout_gives_the_same_logits_to_the_bit(original, folder, layout):
+    rename = LAYOUTS[layout]
+    save_file({rename(k): v for k, v in original[1].items()}, folder / "model.safetensors")
+    assert len({rename(k) for k in original[1]} & original[1].keys()) < len(original[1]) or layout.startswith("A")
+    checkpoint = load(folder, dtype="fp32")
+    assert_same_weights(checkpoint, original[1])
+    assert torch.equal(logits(checkpoint), logits(load(original[0], dtype="fp32")))
+
+
+def test_constants_that_old_files_store_are_passed_over(original, folder):
+    old = {
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(5),
+    }
+    rewrite(folder, lambda t: t.update(old))
+    assert_same_weights(load(folder, dtype="fp32"), original[1])
+
+
+# ---------------------------------------------------------------- files
+
+
+def split(tensors, folder, names):
+    """The tensors dealt out over files of those names; returns the weight map."""
+    (folder / "model.safetensors").unlink()
+    shards = {name: dict(list(tensors.items())[i :: len(names)]) for i, name in enumerate(names)}
+    for name, shard in shards.items():
+        save_file(shard, folder / name)
+    return {key: name for name, shard in shards.items() for key in shard}
+
+
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def test_an_index_names_the_shards(original, folder):
+    weight_map = split(original[1], folder, SHARDS)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": weight_map})
+    (folder / "other.safetensors").write_bytes(b"not in the index, never opened")
+    assert_same_weights(load(folder, dtype="fp32"), original[1])
+
+
+def test_several_files_without_index_are_one_checkpoint(original, folder):
+    split(original[1], folder, ["b.safetensors", "a.safetensors"])
+    assert_same_weights(load(folder, dtype="fp32"), original[1])
+
+
+def test_a_single_file_needs_no_other(original, folder):
+    (folder / "consolidated.safetensors").write_bytes(b"never opened")
+    assert_same_weights(load(folder, dtype="fp32"), original[1])
+
+
+@pytest.mark.parametrize("stored, wanted", [("float16", "fp32"), ("bfloat16", "fp32"), ("float32", "bf16")])
+def test_weights_are_cast_to_the_wanted_type(original, folder, stored, wanted):
+    half = {k: v.to(getattr(torch, stored)) for k, v in original[1].items()}
+    save_file(half, folder / "model.safetensors")
+    checkpoint = load(folder, dtype=wanted)
+    assert checkpoint.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
+    assert_same_weights(checkpoint, {k: v.to(checkpoint.dtype) for k, v in half.items()})
+
+
+def test_auto_is_fp32_on_a_cpu_with_room(folder):
+    assert load(folder).dtype == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's table of mapped memory")
+@pytest.mark.parametrize("stored, wanted, mapped", [("bfloat16", "bf16", True), ("bfloat16", "fp32", False)])
+def test_weights_in_the_wanted_type_are_mapped_and_not_copied(original, folder, stored, wanted, mapped):
+    half = {k: v.to(getattr(torch, stored)) for k, v in original[1].items()}
+    save_file(half, folder / "model.safetensors")
+    checkpoint = load(folder, dtype=wanted)
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(folder / "model.safetensors")):
+            ranges.append([int(end, 16) for end in line.split()[0].split("-")])
+    inside = [any(a <= p.data_ptr() < b for a, b in ranges) for p in checkpoint.model.parameters()]
+    assert all(inside) if mapped else not any(inside)
+
+
+# ---------------------------------------------------------------- what does not fit together
+
+
+def test_missing_and_unexpected_names_are_both_listed(folder):
+    def change(tensors):
+        del tensors["language_model.model.norm.weight"]
+        del tensors["vision_tower.vision_model.post_layernorm.bias"]
+        tensors["image_newline"] = torch.ones(64)
+
+    rewrite(folder, change)
+    message = refusal(load, folder)
+    for word in ("2 tensors missing", "language_model.model.norm.weight", "post_layernorm.bias", "image_newline"):
+        assert word in message
+
+
+def test_of_many_missing_names_some_are_listed_and_the_rest_counted(folder):
+    rewrite(folder, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp" in k])
+    assert "7 tensors missing" in refusal(load, folder) and "and 3 more" in refusal(load, folder)
+
+
+def test_a_tensor_stored_twice_is_refused(original, folder):
+    name = "language_model.model.norm.weight"
+    split(original[1], folder, ["a.safetensors", "b.safetensors"])
+    save_file({"model.norm.weight": original[1][name]}, folder / "c.safetensors")  # the same one, in another layout
+    assert name in refusal(load, folder)
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(folder):
+    rewrite(folder, lambda t: t.update({"language_model.model.norm.weight": torch.ones(65)}))
+    message = refusal(load, folder)
+    assert "language_model.model.norm.weight" in message and "[65]" in message and "[64]" in message
+
+
+@pytest.mark.parametrize("tie, stored", [(False, True), (True, True), (True, False)])
+def test_the_head_is_read_or_tied_as_the_config_says(original, folder, tie, stored):
+    head = "language_model.lm_head.weight"
+    edit(folder / "config.json", tie_word_embeddings=tie)
+    if not stored:
+        rewrite(folder, lambda t: t.pop(head))
+    checkpoint = load(folder, dtype="fp32")
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    used = original[1]["language_model.model.embed_tokens.weight" if tie else head]
+    assert torch.equal(checkpoint.model.language_model.logits(hidden), hidden @ used.T)
+
+
+def test_a_head_that_is_neither_stored_nor_tied_is_missed(folder):
+    rewrite(folder, lambda t: t.pop("language_model.lm_head.weight"))
+    assert "language_model.lm_head.weight" in refusal(load, folder)
+
+
+# ---------------------------------------------------------------- broken files
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, 0.5, -1])
+def test_a_truncated_file_is_refused(folder, left):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * left) if isinstance(left, float) else left])
+    assert str(path) in refusal(load, folder)
+
+
+@pytest.mark.parametrize("content", [b"hello\nworld" * 50, b"\xff" * 64, b"\x08" + bytes(7) + b'{"a": 1}'])
+def test_a_file_of_something_else_is_refused(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in refusal(load, folder)
+
+
+def test_quantised_weights_are_refused(folder):
+    rewrite(folder, lambda t: t.update({"language_model.model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+    assert "I8" in refusal(load, folder)
+
+
+def test_a_missing_shard_is_named(original, folder):
+    weight_map = split(original[1], folder, SHARDS)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    (folder / SHARDS[1]).unlink()
+    message = refusal(load, folder)
+    assert SHARDS[1] in message and SHARDS[0] not in message
+
+
+@pytest.mark.parametrize("evil", ["../x.safetensors", "{absolute}", "sub/x.safetensors", "sub/../../x.safetensors"])
+def test_an_index_cannot_point_outside_the_folder(original, folder, evil):
+    outside = folder.parent / "x.safetensors"
+    weight_map = dict.fromkeys(original[1], evil.format(absolute=outside))
+    shutil.move(folder / "model.safetensors", outside)  # there to be found, and complete
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    assert "outside" in refusal(load, folder)
+
+
+def test_pickled_weights_are_refused_with_the_reason(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80\x04.")
+    message = refusal(load, folder)
+    assert "pickle" in message and "pytorch_model-00001-of-00002.bin" in message
+
+
+@pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_missing_file_is_named(folder, gone):
+    (folder / gone).unlink()
+    message = refusal(load, folder)
+    assert gone in message or ("safetensors" in gone and "*.safetensors" in message)
+
+
+def test_an_empty_folder_and_no_folder_are_refused(tmp_path):
+    assert str(tmp_path) in refusal(load, tmp_path)
+    assert "nowhere" in refusal(load, tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal(load, tmp_path / "file")
+
+
+SMALL_FILES = [
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "added_tokens.json",
+    "chat_template.json",
+]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '"text"', "\xff", "[[1]]"])
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_a_broken_json_file_is_refused_and_named(folder, name, content):
+    (folder / name).write_bytes(content.encode("latin-1"))
+    assert name in refusal(load, folder)
+
+
+WRONG_TYPES = {
+    "config.json": {"text_config": 3, "vision_config": [1], "vision_feature_layer": "x"},
+    "tokenizer_config.json": {"added_tokens_decoder": [1]},
+    "preprocessor_config.json": {"size": [28], "image_mean": "grey", "rescale_factor": "1/255"},
+    "model.safetensors.index.json": {"weight_map": ["a"]},
+    "tokenizer.json": {"added_tokens": [1], "normalizer": [1]},
+    "generation_config.json": {"eos_token_id": "</s>"},
+}
+
+
+@pytest.mark.parametrize("name, key", [(name, key) for name, keys in WRONG_TYPES.items() for key in keys])
+def test_a_value_of_the_wrong_type_is_refused_and_not_a_crash(folder, name, key):
+    path = folder / name
+    if not path.exists():
+        write_json(path, {})
+    edit(path, **{key: WRONG_TYPES[name][key]})
+    assert name in refusal(load, folder)
+
+
+def test_a_null_means_the_same_as_nothing(folder):
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        raw = json.loads((folder / name).read_text())
+        absent = dict.fromkeys(("resample", "image_mean", "image_std", "do_pad", "rescale_factor", "add_bos_token"))
+        write_json(folder / name, absent | raw)
+    assert load(folder).image_settings == load(folder.parent / "checkpoint").image_settings
+    assert load(folder).image_settings.rescale == 1 / 255
+
+
+# ---------------------------------------------------------------- configs that are not understood
+
+REFUSED = {
+    "llava_next": {"model_type": "llava_next"},
+    "llava_llama": {"model_type": "llava_llama"},
+    "no kind": {"model_type": None},
+    "mistral": {"text_config": TEXT | {"model_type": "mistral"}},
+    "siglip": {"vision_config": VISION | {"model_type": "siglip_vision_model"}},
+    "linear, old spelling": {"text_config": TEXT | {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+    "llama3": {"text_config": TEXT | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}},
+    "yarn": {"text_config": TEXT | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}},
+    "gelu_new": {"text_config": TEXT | {"hidden_act": "gelu_new"}},
+    "relu": {"projector_hidden_act": "relu"},
+    "gelu_pytorch_tanh": {"vision_config": VISION | {"hidden_act": "gelu_pytorch_tanh"}},
+    "cls_patch": {"vision_feature_select_strategy": "cls_patch"},
+    "4 query heads over 3": {"text_config": TEXT | {"num_key_value_heads": 3}},
+    "vision_feature_layer": {"vision_feature_layer": -6},
+    "(1, 5)": {"vision_feature_layer": [1, 5]},
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(word):
+    message = refusal(
+        parse_config, {"model_type": "llava", "text_config": TEXT, "vision_config": VISION} | REFUSED[word]
+    )
+    assert word.partition(",")[0] in message or word == "no kind"
+
+
+@pytest.mark.parametrize("settings", [{"crop_size": 56}, {"size": {"shortest_edge": 336}}, {"resample": 2}])
+def test_picture_settings_that_contradict_the_tower_are_refused(folder, settings):
+    edit(folder / "preprocessor_config.json", **settings)
+    assert "preprocessor_config.json" in refusal(load, folder)
+
+
+# ---------------------------------------------------------------- small files
+
+
+@pytest.mark.parametrize("settings, mode", [({}, "crop"), ({"do_pad": True}, "pad"), ({"do_pad": False}, "crop")])
+def test_the_picture_mode_is_the_files(folder, settings, mode):
+    edit(folder / "preprocessor_config.json", **settings)
+    assert load(folder).image_settings.mode == mode
+
+
+@pytest.mark.parametrize("eos, ids", [(None, (2,)), (7, (7,)), ([7, 2], (7, 2))])
+def test_stop_ids_are_those_of_generation_config_or_the_tokenizer(folder, eos, ids):
+    write_json(folder / "generation_config.json", {} if eos is None else {"eos_token_id": eos})
+    assert load(folder).stop_ids == ids
+
+
+def test_the_tokenizer_decides_which_id_the_image_has(folder):
+    edit(folder / "config.json", image_token_index=None)  # then 32000, by the class default
+    checkpoint = load(folder, dtype="fp32")
+    assert checkpoint.config.image_token_index == checkpoint.model.config.image_token_index == IMAGE_ID
+    from PIL import Image
+
+    answer = Generation(checkpoint, "what?", [Image.new("RGB", (30, 30))], Sampling(max_new_tokens=2))
+    list(answer)
+    assert answer.vision_tokens == 4 and len(answer.spans) == 1
+
+
+def test_a_tokenizer_without_image_token_is_refused(folder):
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=None)
+    assert "<image>" in refusal(load, folder)
+
+
+def test_ids_that_stand_for_nothing_are_never_said(folder):
+    answer = Generation(load(folder), "what?")
+    assert set(answer._never()) == set(range(IMAGE_ID, TEXT["vocab_size"])) and PAD_ID in answer._never()
+
+
+def test_opening_reads_no_weights(folder):
+    checkpoint = open_checkpoint(folder)
+    assert {p.device.type for p in checkpoint.model.parameters()} == {"meta"}
+    checkpoint.read_weights("fp32")
+    assert {p.device.type for p in checkpoint.model.parameters()} == {"cpu"}
+
+
+# ---------------------------------------------------------------- the local cache
+
+CACHES = {
+    "HF_HUB_CACHE": "",
+    "HUGGINGFACE_HUB_CACHE": "",
+    "HF_HOME": "hub",
+    "XDG_CACHE_HOME": "huggingface/hub",
+    "HOME": ".cache/huggingface/hub",
+}
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """No variable of the machine decides; the home folder is empty."""
+    for variable in CACHES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def put_in_cache(hub, folder, name="org--tiny", commit="0123abcd"):
+    """As the hub's own tools lay it out: files as links to blobs."""
+    snapshot = hub / f"models--{name}" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        os.symlink(file, snapshot / file.name)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit + "\n")
+    return snapshot
+
+
+@pytest.mark.parametrize("variable", CACHES)
+def test_an_id_is_found_in_the_local_cache(no_cache, original, monkeypatch, tmp_path, variable):
+    root = tmp_path / "somewhere"
+    snapshot = put_in_cache(root / CACHES[variable], original[0])
+    monkeypatch.setenv(variable, str(root))
+    checkpoint = load("org/tiny", dtype="fp32")
+    assert checkpoint.folder == snapshot
+    assert_same_weights(checkpoint, original[1])
+
+
+def test_the_more_special_variable_wins(no_cache, original, monkeypatch, tmp_path):
+    put_in_cache(tmp_path / "home2" / "hub", original[0], commit="a" * 8)
+    special = put_in_cache(tmp_path / "special", original[0], commit="b" * 8)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home2"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "special"))
+    assert open_checkpoint("org/tiny").folder == special
+
+
+def test_a_folder_goes_before_the_cache(no_cache, original, monkeypatch, tmp_path):
+    put_in_cache(tmp_path / "hub", original[0])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.copytree(original[0], tmp_path / "org" / "tiny")
+    assert open_checkpoint("org/tiny").folder == Path("org/tiny")
+
+
+@pytest.mark.parametrize("name", ["org/other", "org/tiny/more", "../org", "/org/tiny", "tiny", "./tiny"])
+def test_an_id_that_is_not_there_is_refused_with_the_place_searched(no_cache, original, monkeypatch, tmp_path, name):
+    put_in_cache(tmp_path / "hub", original[0])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    message = refusal(load, name)
+    assert name in message and (name != "org/other" or str(tmp_path / "hub") in message)
+
+
+def test_a_cache_entry_without_its_snapshot_is_refused(no_cache, original, monkeypatch, tmp_path):
+    shutil.rmtree(put_in_cache(tmp_path / "hub", original[0]))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "org/tiny" in refusal(load, "org/tiny")
+
+
+def test_an_input_error_is_a_value_error():
+    assert issubclass(InputError, ValueError)  # callers of the library need not know the class

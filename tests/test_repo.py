@@ -1,0 +1,131 @@
+"""What the repository promises about itself: who imports whom, and that the README's commands are real."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import run
+from tests.paths import ROOT
+
+README = ROOT / "README.md"
+STDLIB = set(sys.stdlib_module_names)
+# folder -> what its files may import beside the standard library and their own folder
+ALLOWED = {
+    "model": {"torch", "safetensors", "sentencepiece", "PIL", "kernels"},
+    "kernels": {"torch", "triton"},
+    "model/pruning": {"torch"},
+}
+
+
+def imported(path):
+    """Top-level names that a file imports, relative imports left out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_folders_import_only_what_the_design_allows(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        foreign = set(imported(path)) - STDLIB - ALLOWED[folder]
+        assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_the_model_never_needs_the_tools_or_transformers():
+    code = "import sys, model; bad = {'transformers', 'tools', 'triton', 'numpy.f2py', 'matplotlib'} & set(sys.modules); assert not bad, bad"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_works_without_a_triton_wheel():
+    code = (
+        "import sys; sys.modules['triton'] = None\nimport run\n"
+        "sys.exit(run.main(['--image', 'assets/demo.png', '--prompt', 'How many objects are there?']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "There are four objects.\n"), done.stderr
+
+
+def fenced(kind):
+    """Contents of the README's fenced blocks of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text(), flags=re.M | re.S)
+
+
+def commands():
+    """(command, the lines the README shows below it) of every command in the README and weights.md."""
+    for text in fenced("sh") + fenced("console"):
+        command, output = None, []
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith("$ ") or (text in fenced("sh") and line.strip() and not line.startswith("#")):
+                if command:
+                    yield command, output
+                command, output = line.removeprefix("$ ").split("  #")[0].strip(), []
+            elif command:
+                output.append(line)
+        if command:
+            yield command, output
+
+
+COMMANDS = list(commands())
+
+
+def test_the_readme_has_commands():
+    assert {"make run", "make test"} <= {c for c, _ in COMMANDS} and len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", sorted({c for c, _ in COMMANDS}))
+def test_commands_of_the_readme_parse(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+    elif words[:2] == ["python", "run.py"]:
+        run.parser().parse_args(words[2:])
+    elif words[0] == "python":
+        done = subprocess.run([sys.executable, str(ROOT / words[1]), "-h"], capture_output=True, text=True)
+        assert done.returncode == 0
+        for word in words[2:]:
+            assert not word.startswith("--") or word in done.stdout, f"{words[1]} has no {word}"
+    else:
+        assert words[0] in ("git", "cd", "pip", "hf"), f"a command no test knows: {command}"
+
+
+RUNNABLE = [(c, out) for c, out in COMMANDS if c.startswith("python run.py") and "--model" not in c]
+
+
+@pytest.mark.parametrize(("command", "shown"), RUNNABLE, ids=[c for c, _ in RUNNABLE])
+def test_offline_commands_of_the_readme_say_what_it_shows(command, shown):
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if shown:  # the answer is the first line; below it the README may show --stats, whose times are its own
+        assert done.stdout.rstrip("\n") == shown[0]
+
+
+def test_python_of_the_readme_runs(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = fenced("python")
+    assert blocks
+    for block in blocks:
+        assert len(block.splitlines()) <= 12
+        exec(compile(block, "README.md", "exec"), {})
+    assert "objects" in capsys.readouterr().out
+
+
+def test_files_named_in_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_accuracy_table_of_the_readme_is_the_measured_one():
+    table = (ROOT / "assets" / "demo-accuracy.md").read_text().strip()
+    assert table in README.read_text()
+
+
+def test_no_test_is_skipped_without_a_reason():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"mark\.skip(if)?\([^)]*\)(?<!reason)", path.read_text()) or "reason=" in path.read_text()

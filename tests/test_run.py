@@ -1,0 +1,364 @@
+"""run.py as a user meets it: what goes where, exit codes, and one line for every mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+import run
+from tests.paths import DEMO, DEMO_PICTURE, ROOT
+
+PICTURE = str(DEMO_PICTURE)
+ASK = ["--image", PICTURE, "--prompt", "Describe the picture."]
+
+
+def cli(*args, **kwargs):
+    """run.py in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *args], capture_output=True, text=True, timeout=120, **kwargs
+    )
+
+
+def inside(capsys, *args):
+    """(exit code, stdout, stderr) of run.py in this process, which saves importing torch for every mistake."""
+    try:
+        code = run.main(list(args))
+    except SystemExit as stopped:
+        code = stopped.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def refused(capsys):
+    """Check that the arguments are refused: exit 2, one line on stderr with a cause and a cure, nothing on stdout."""
+
+    def check(*args, naming=""):
+        code, out, err = inside(capsys, *args)
+        assert code == 2 and out == "", (code, out, err)
+        assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+        assert ";" in err or "," in err, err
+        assert naming in err, err
+        return err
+
+    return check
+
+
+# ---------------------------------------------------------------- answering
+
+
+def test_the_answer_and_nothing_else_is_on_stdout(tmp_path):
+    done = cli(*ASK, cwd=tmp_path)
+    assert done.returncode == 0
+    assert (
+        done.stdout.startswith("There are four objects.")
+        and done.stdout.endswith(".\n")
+        and done.stdout.count("\n") == 1
+    )
+    assert "template llava" in done.stderr and "image mode crop" in done.stderr and "float32 on cpu" in done.stderr
+
+
+def test_the_demo_reads_and_lists(capsys):
+    code, out, _ = inside(capsys, "--image", PICTURE, "--prompt", "What does the sign say?")
+    assert (code, out) == (0, "The sign says NET.\n")
+    code, out, _ = inside(capsys, "--image", PICTURE, "--prompt", "List the objects row by row.", "--no-stream")
+    assert out == "A small red cross, a large black star, a large blue square, a large orange star.\n"
+
+
+def test_json_is_one_object_with_every_field(capsys):
+    code, out, err = inside(capsys, *ASK, "--json", "--stats", "--seed", "7")
+    r = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert set(r) == {
+        "text", "token_ids", "finish_reason", "model", "template", "image_mode", "images", "prompt_tokens", "vision_tokens", "new_tokens", "prune",
+        "timing_ms", "peak_memory_bytes", "ceiling_speedup", "seed", "versions", "device", "dtype", "backend",
+    }  # fmt: skip
+    assert set(r["timing_ms"]) == {"load", "vision", "prefill", "prune", "decode_total", "decode_p50", "decode_p95"}
+    assert r["images"] == [{"path": PICTURE, "size": [448, 448], "tiles": 1, "tokens": 256}]
+    assert r["vision_tokens"] == 256 and r["new_tokens"] == len(r["token_ids"]) and r["finish_reason"] == "stop"
+    row = 6 * 4 * 32 * 2 * 4  # layers, KV heads, D, K and V, bytes
+    prune = r["prune"]
+    assert prune["method"] == "none" and prune["retention_actual"] == 1.0 and prune["kept_per_layer"] == [256.0] * 6
+    assert prune["kv_bytes_full"] == prune["kv_bytes_held"] == row * r["prompt_tokens"]
+    slack = 64 * -(-(r["new_tokens"]) // 64)  # grows 64 slots at a time
+    assert prune["kv_bytes_reserved"] == row * (r["prompt_tokens"] + slack)
+    assert r["seed"] == 7 and r["ceiling_speedup"] == 1.0 and r["peak_memory_bytes"] > 5e7
+    times = r["timing_ms"]
+    assert 0 < times["decode_p50"] <= times["decode_p95"] and times["decode_total"] >= times["decode_p50"] * (
+        r["new_tokens"] // 2
+    )
+    for word in ("time to first token", "p95", "tokens/s", "GB/s (measured)", "MB held", "MB peak"):
+        assert word in err
+
+
+def test_text_ids_and_stream_agree(capsys):
+    from model import load
+
+    _, streamed, _ = inside(capsys, *ASK)
+    _, whole, _ = inside(capsys, *ASK, "--json")
+    r = json.loads(whole)
+    assert streamed == r["text"] + "\n" and load(DEMO).tokenizer.decode(r["token_ids"]) == r["text"]
+
+
+@pytest.mark.parametrize("flag", ["--image-file", "--image"])
+def test_pictures_from_elsewhere(capsys, tmp_path, flag):
+    """A relative path, a picture on stdin, several after one flag."""
+    shutil.copy(PICTURE, tmp_path / "a b.png")
+    code, out, _ = inside(
+        capsys, flag, str(tmp_path / "a b.png"), PICTURE, "-p", "Compare the two pictures.", "-n", "5", "--json"
+    )
+    assert code == 0 and len(json.loads(out)["images"]) == 2
+    with open(PICTURE, "rb") as picture:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), "--image", "-", "-p", "How many objects are there?"],
+            stdin=picture,
+            capture_output=True,
+            text=True,
+        )
+    assert done.stdout == "There are four objects.\n"
+
+
+def test_the_prompt_may_come_from_a_file_and_place_the_picture(capsys, tmp_path):
+    (tmp_path / "q.txt").write_text("<image>\nDescribe the picture.\n")
+    _, from_file, _ = inside(capsys, "--image", PICTURE, "--prompt", f"@{tmp_path / 'q.txt'}")
+    _, plain, _ = inside(capsys, *ASK)
+    assert from_file == plain
+
+
+def test_raw_takes_the_prompt_verbatim(capsys):
+    _, plain, _ = inside(capsys, *ASK)
+    _, raw, _ = inside(
+        capsys, "--image", PICTURE, "--template", "raw", "--prompt", "USER: <image>\nDescribe the picture. ASSISTANT:"
+    )
+    assert raw == plain
+
+
+def test_a_system_text_and_other_templates_change_the_prompt(capsys):
+    counts = set()
+    for extra in ([], ["--system", "Be brief."], ["--template", "vicuna"], ["--template", "raw"]):
+        code, out, _ = inside(capsys, *ASK, "--json", "-n", "1", *extra)
+        counts.add(json.loads(out)["prompt_tokens"])
+    assert len(counts) == 4
+
+
+def test_max_new_tokens_ends_with_length(capsys):
+    _, out, _ = inside(capsys, *ASK, "--json", "-n", "3")
+    assert json.loads(out)["finish_reason"] == "length" and json.loads(out)["new_tokens"] == 3
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_odd_pictures_are_answered(capsys, tmp_path, mode):
+    for i, image in enumerate((Image.new("RGB", (1, 1)), Image.new("P", (10000, 3)), Image.new("CMYK", (30, 20)))):
+        path = tmp_path / f"{i}.{'tif' if image.mode == 'CMYK' else 'png'}"
+        image.save(path)
+        code, out, err = inside(capsys, "--image", str(path), "-p", "What is this?", "-n", "2", "--image-mode", mode)
+        assert code == 0 and out.endswith("\n") and ("CMYK" in err) == (image.mode == "CMYK")
+
+
+def test_bf16_runs_on_a_cpu(capsys):
+    code, out, err = inside(capsys, *ASK, "--dtype", "bf16")
+    assert code == 0 and out.startswith("There are four objects.") and "bfloat16" in err
+
+
+# ---------------------------------------------------------------- behaving
+
+
+def test_help_needs_no_torch():
+    code = "import sys, run\ntry: run.main(['-h'])\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules and 'PIL' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--max-new-tokens" in done.stdout, done.stderr
+
+
+def test_ctrl_c_keeps_what_was_written():
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "run.py"), *ASK, "-n", "1700", "--temperature", "100", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "template" in process.stderr.readline()  # loaded: the answer begins
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    r = json.loads(out)
+    assert process.returncode == 130 and r["finish_reason"] == "interrupted" and "Traceback" not in err
+    assert len(r["text"]) > 0 and r["new_tokens"] > 0
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *ASK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+def test_a_process_that_cannot_write_says_so():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *ASK], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "error: " in done.stderr
+
+
+def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
+    import model.generate
+
+    def fail(*_):
+        raise RuntimeError("the model produced NaN\nor infinity; try --dtype fp32")
+
+    monkeypatch.setattr(model.generate.Generation, "_prefill", fail)
+    code, out, err = inside(capsys, *ASK)
+    assert code == 1 and err.splitlines()[-1].startswith("error: ") and "NaN or infinity" in err
+    with pytest.raises(RuntimeError):
+        run.main([*ASK, "--debug"])
+
+
+# ---------------------------------------------------------------- refusing
+
+
+@pytest.mark.parametrize(
+    ("extra", "naming"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--max-new-tokens", "x"], "not a number"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top-p", "0.5"], "--temperature above 0"),
+        (["--top-k", "5"], "--temperature above 0"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p"),
+        (["--temperature", "1", "--top-p", "1.5"], "--top-p"),
+        (["--stop", ""], "--stop"),
+        (["--backend", "triton"], "triton"),
+        (["--backend", "cuda"], "--backend"),
+        (["--template", "chatml"], "--template"),
+        (["--image-mode", "anyres"], "--image-mode"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--device", "tpu"], "--device"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "meta"], "meta"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--image", "/nowhere/x.png"], "/nowhere/x.png"),
+        (["--image", "https://example.com/x.png"], "downloaded"),
+        (["--image", "-", "--image", "-"], "stdin"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "nobody/nothing"], "nobody/nothing"),
+        (["--prompt", "@/nowhere/q.txt"], "/nowhere/q.txt"),
+        (["--prompt", "<image> and <image>"], "2 <image> for 1 --image"),
+        (["--prompt", "circle " * 2500], "2048"),
+    ],
+)
+def test_bad_flags(refused, extra, naming):
+    refused(*ASK, *extra, naming=naming)
+
+
+def test_a_prompt_is_needed(refused):
+    refused("--image", PICTURE, naming="--prompt")
+    refused("--prompt", " ", naming="empty")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)])
+def test_bad_pictures(refused, tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    refused("--image", str(tmp_path / "x.png"), "--prompt", "What?", naming="x.png")
+
+
+def copy_of_demo(folder):
+    shutil.copytree(DEMO, folder)
+    return folder
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def other_model(folder):
+    edit(folder / "config.json", model_type="qwen2_vl")
+
+
+def nonsense_config(folder):
+    edit(folder / "config.json", text_config={"hidden_size": "wide", "num_attention_heads": 4})
+
+
+def wrong_shape(folder):
+    edit(
+        folder / "config.json",
+        text_config={**json.loads((folder / "config.json").read_text())["text_config"], "intermediate_size": 520},
+    )
+
+
+def truncated(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def corrupt(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64 + data[64:])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def missing_shard(folder):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def outside(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../demo/model.safetensors"}}))
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.model").unlink()
+
+
+def broken_tokenizer(folder):
+    (folder / "tokenizer.model").write_bytes(b"nothing")
+
+
+FAULTS = (
+    break_config, no_config, other_model, nonsense_config, wrong_shape, truncated, corrupt, pickled, no_weights, missing_shard, outside,
+    no_tokenizer, broken_tokenizer,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_bad_checkpoints(refused, tmp_path, fault):
+    folder = copy_of_demo(tmp_path / "demo")
+    fault(folder)
+    refused("--model", str(folder), *ASK)
+
+
+def test_what_can_be_refused_is_refused_before_weights_are_read(refused, monkeypatch):
+    from model.load import Checkpoint
+
+    def too_late(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Checkpoint, "read_weights", too_late)
+    refused(*ASK, "--prompt", "circle " * 2500, naming="2048")
+    refused("--image", PICTURE, "--prompt", "<image><image>", naming="2 <image>")
+    refused("--image", str(ROOT / "README.md"), "--prompt", "What?", naming="README.md")

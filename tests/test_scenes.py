@@ -1,0 +1,137 @@
+"""The demo world: the same seed is the same scene, the ground truth is true, and questions do not give answers away."""
+
+import math
+import random
+
+import pytest
+
+from tools import scenes
+
+SEEDS = range(300)
+
+
+def all_questions(seeds=SEEDS, **kwargs):
+    return [(s, q) for seed in seeds for s, qs in [scenes.sample(seed, **kwargs)] for q in qs]
+
+
+def test_a_seed_is_a_scene_and_its_questions():
+    for pair in (False, True):
+        one, two = scenes.sample(5, pair=pair), scenes.sample(5, pair=pair)
+        assert one == two
+        assert scenes.draw_scene(one[0][0]).tobytes() == scenes.draw_scene(two[0][0]).tobytes()
+    assert scenes.sample(5) != scenes.sample(6)
+
+
+def test_the_scene_does_not_depend_on_the_questions():
+    assert scenes.sample(9, ())[0] == scenes.sample(9)[0] == scenes.sample(9, ("list", "list"))[0]
+
+
+def test_things_are_drawn_where_the_truth_says_in_the_colour_it_says():
+    for seed in range(60):
+        (scene,), _ = scenes.sample(seed, ())
+        image = scenes.draw_scene(scene)
+        for t in scene.things:
+            # a ring is hollow: look at its band; every other shape covers its centre
+            x, y = (t.x + t.radius * 0.8, t.y) if t.shape == "ring" else (t.x, t.y)
+            pixel = image.getpixel((round(x), round(y)))
+            nearest = min(scenes.COLOURS, key=lambda c: math.dist(scenes.COLOURS[c], pixel))
+            assert nearest == t.colour, (seed, t, pixel)
+            assert (int(t.y // scenes.CELL), int(t.x // scenes.CELL)) == (t.row, t.column)
+
+
+def test_nothing_overlaps():
+    for seed in SEEDS:
+        (scene,), _ = scenes.sample(seed, ())
+        assert len({(t.row, t.column) for t in scene.things}) == len(scene.things)
+        assert len({(t.colour, t.shape) for t in scene.things}) == len(scene.things)
+        if scene.sign:
+            assert all(t.row != scene.sign.row or abs(t.x - scene.sign.x) > 53 + t.radius * 0.9 for t in scene.things)
+
+
+def test_evidence_lies_on_what_is_asked():
+    for (scene,), q in all_questions(range(100), tasks=("colour", "position", "read", "list")):
+        if q.task == "read":
+            assert set(q.evidence[0]) == set(scenes.patches_of(scene.sign))
+        elif q.task == "list":
+            assert set(q.evidence[0]) == {p for t in scene.things for p in scenes.patches_of(t)}
+        else:
+            thing = [
+                t for t in scene.things if t.shape in q.question and (q.task == "colour" or t.colour in q.question)
+            ]
+            assert len(thing) == 1 and q.evidence == (scenes.patches_of(thing[0]),)
+            row, column = divmod(q.evidence[0][len(q.evidence[0]) // 2], scenes.GRID)
+            assert math.dist((column + 0.5, row + 0.5), (thing[0].x / 14, thing[0].y / 14)) < 3
+
+
+def test_answers_are_true():
+    """Each short answer again from the scene, by other code."""
+    for (scene,), q in all_questions():
+        names = {f"{t.colour} {t.shape}": t for t in scene.things}
+        words = q.question.rstrip("?.").split()
+        if q.task == "presence":
+            assert (q.value == "yes") == any(name in q.question for name in names)
+        elif q.task == "count" and q.kind == "count colour":
+            assert scenes.NUMBERS.index(q.value) == sum(t.colour in words for t in scene.things)
+        elif q.task == "count" and q.kind == "count shape":
+            plural = {s: s + "s" if s != "cross" else "crosses" for s in scenes.SHAPES}
+            assert scenes.NUMBERS.index(q.value) == sum(plural[t.shape] in words for t in scene.things)
+        elif q.task == "relation":
+            a, b = sorted((t for n, t in names.items() if n in q.question), key=lambda t: q.question.index(t.name))
+            truth = {"left": a.x < b.x, "right": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}
+            asked = next(w for w in truth if w in words)
+            assert (q.value == "yes") == truth[asked], q
+            said = next(w for w in truth if w in q.answer)
+            assert truth[said]
+        elif q.task == "list":
+            key = (lambda t: (t.row, t.column)) if "row" in q.kind else (lambda t: (t.column, t.row))
+            said = [part.split()[-2:] for part in q.answer.rstrip(".").split(",")]
+            assert said == [[t.colour, t.shape] for t in sorted(scene.things, key=key)]
+
+
+def test_half_of_the_long_tasks_words_come_from_the_picture():
+    for _, q in all_questions():
+        assert (q.dependent_words >= 6) == (q.task in scenes.LONG_TASKS), q
+    for _, q in all_questions(range(50), pair=True):
+        assert (q.dependent_words >= 6) == (q.task == "compare"), q
+
+
+def test_dependent_words_of_known_answers():
+    def words(question, answer, task="list"):
+        return scenes.Question(task, "", question, answer, "", ()).dependent_words
+
+    assert words("What colour is the star?", "The star is red.") == 1
+    assert words("Is there a red star?", "Yes, there is a red star.") == 1
+    assert words("Spell the word.", "The sign says BAT: B, A, T.", "spell") == 6
+    assert words("List the objects.", "A large red star, a small blue ring.") == 6
+
+
+def test_unseen_pairs_are_unseen_and_never_asked_about():
+    unseen = {" ".join(p) for p in scenes.UNSEEN_PAIRS}
+    for drawn, q in all_questions(range(200)):
+        assert not any(t.name in unseen for s in drawn for t in s.things)
+        assert not any(name in q.question or name in q.answer for name in unseen)
+    for seed in range(50):
+        drawn, _ = scenes.sample(seed, unseen=True)
+        assert any(t.name in unseen for t in drawn[0].things)
+
+
+@pytest.mark.parametrize(
+    ("task", "most"), [("presence", 0.56), ("relation", 0.56), ("size", 0.56), ("colour", 0.25), ("position", 0.25)]
+)
+def test_no_answer_is_common(task, most):
+    values = [q.value for _, q in all_questions(range(1500), tasks=(task,))]
+    assert max(map(values.count, set(values))) / len(values) < most
+
+
+def test_patches_cover_what_is_drawn():
+    """Drawing the scene without a thing changes the picture only near the patches that are its evidence."""
+    rng = random.Random(0)
+    for _ in range(20):
+        scene = scenes.make_scene(rng, with_sign=False)
+        t = scene.things[0]
+        less = scenes.Scene(scene.things[1:], None, scene.background)
+        one, two = scenes.draw_scene(scene), scenes.draw_scene(less)
+        for index in scenes.patches_of(t):
+            row, column = divmod(index, scenes.GRID)
+            box = (column * 14, row * 14, column * 14 + 14, row * 14 + 14)
+            assert one.crop(box).tobytes() != two.crop(box).tobytes()
