@@ -1,4 +1,4 @@
-"""Checkpoint folders: every layout that is in use loads to the same bits, everything else is refused in one clear line."""
+"""Checkpoint folders: every layout in use loads to the same bits, everything else is refused in one clear line."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import IMAGE_ID, PAD_ID, TEXT, VISION, refusal, write_json
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
@@ -186,6 +187,13 @@ def test_missing_and_unexpected_names_are_both_listed(folder):
         assert word in message
 
 
+@pytest.mark.parametrize("extra", ["image_newline", "language_model.model.layers.2.mlp.up_proj.weight", "model.other"])
+def test_a_name_too_many_is_refused(folder, extra):
+    rewrite(folder, lambda t: t.update({extra: torch.ones(64)}))
+    message = refusal(load, folder)
+    assert extra in message and "unexpected" in message and "missing" not in message
+
+
 def test_of_many_missing_names_some_are_listed_and_the_rest_counted(folder):
     rewrite(folder, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp" in k])
     assert "7 tensors missing" in refusal(load, folder) and "and 3 more" in refusal(load, folder)
@@ -248,7 +256,7 @@ def test_a_missing_shard_is_named(original, folder):
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     (folder / SHARDS[1]).unlink()
     message = refusal(load, folder)
-    assert SHARDS[1] in message and SHARDS[0] not in message
+    assert "1 of 3" in message and SHARDS[1] in message and SHARDS[0] not in message
 
 
 @pytest.mark.parametrize("evil", ["../x.safetensors", "{absolute}", "sub/x.safetensors", "sub/../../x.safetensors"])
@@ -293,7 +301,7 @@ SMALL_FILES = [
 ]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '"text"', "\xff", "[[1]]"])
+@pytest.mark.parametrize("content", ["{", "\xff", "3", '["text"]'])
 @pytest.mark.parametrize("name", SMALL_FILES)
 def test_a_broken_json_file_is_refused_and_named(folder, name, content):
     (folder / name).write_bytes(content.encode("latin-1"))
@@ -303,10 +311,9 @@ def test_a_broken_json_file_is_refused_and_named(folder, name, content):
 WRONG_TYPES = {
     "config.json": {"text_config": 3, "vision_config": [1], "vision_feature_layer": "x"},
     "tokenizer_config.json": {"added_tokens_decoder": [1]},
-    "preprocessor_config.json": {"size": [28], "image_mean": "grey", "rescale_factor": "1/255"},
+    "tokenizer.json": {"added_tokens": [1]},
+    "preprocessor_config.json": {"size": [28], "image_mean": "grey"},
     "model.safetensors.index.json": {"weight_map": ["a"]},
-    "tokenizer.json": {"added_tokens": [1], "normalizer": [1]},
-    "generation_config.json": {"eos_token_id": "</s>"},
 }
 
 
@@ -320,12 +327,11 @@ def test_a_value_of_the_wrong_type_is_refused_and_not_a_crash(folder, name, key)
 
 
 def test_a_null_means_the_same_as_nothing(folder):
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        raw = json.loads((folder / name).read_text())
-        absent = dict.fromkeys(("resample", "image_mean", "image_std", "do_pad", "rescale_factor", "add_bos_token"))
-        write_json(folder / name, absent | raw)
-    assert load(folder).image_settings == load(folder.parent / "checkpoint").image_settings
-    assert load(folder).image_settings.rescale == 1 / 255
+    before = load(folder)
+    for name, key in (("preprocessor_config.json", "do_pad"), ("tokenizer_config.json", "add_bos_token")):
+        write_json(folder / name, json.loads((folder / name).read_text()) | {key: None})
+    after = load(folder)
+    assert (after.image_settings, after.tokenizer.add_bos) == (before.image_settings, before.tokenizer.add_bos)
 
 
 # ---------------------------------------------------------------- configs that are not understood
@@ -382,8 +388,6 @@ def test_the_tokenizer_decides_which_id_the_image_has(folder):
     edit(folder / "config.json", image_token_index=None)  # then 32000, by the class default
     checkpoint = load(folder, dtype="fp32")
     assert checkpoint.config.image_token_index == checkpoint.model.config.image_token_index == IMAGE_ID
-    from PIL import Image
-
     answer = Generation(checkpoint, "what?", [Image.new("RGB", (30, 30))], Sampling(max_new_tokens=2))
     list(answer)
     assert answer.vision_tokens == 4 and len(answer.spans) == 1

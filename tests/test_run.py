@@ -76,8 +76,8 @@ def test_json_is_one_object_with_every_field(capsys):
     r = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert set(r) == {
-        "text", "token_ids", "finish_reason", "model", "template", "image_mode", "images", "prompt_tokens", "vision_tokens", "new_tokens", "prune",
-        "timing_ms", "peak_memory_bytes", "ceiling_speedup", "seed", "versions", "device", "dtype", "backend",
+        "text", "token_ids", "finish_reason", "model", "template", "image_mode", "images", "prompt_tokens",
+        "vision_tokens", "new_tokens", "prune", "timing_ms", "peak_memory_bytes", "ceiling_speedup", "seed", "versions", "device", "dtype", "backend",
     }  # fmt: skip
     assert set(r["timing_ms"]) == {"load", "vision", "prefill", "prune", "decode_total", "decode_p50", "decode_p95"}
     assert r["images"] == [{"path": PICTURE, "size": [448, 448], "tiles": 1, "tokens": 256}]
@@ -170,7 +170,10 @@ def test_bf16_runs_on_a_cpu(capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys, run\ntry: run.main(['-h'])\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules and 'PIL' not in sys.modules"
+    code = (
+        "import sys, run\ntry: run.main(['-h'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "assert not {'torch', 'PIL'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--max-new-tokens" in done.stdout, done.stderr
 
@@ -340,8 +343,8 @@ def broken_tokenizer(folder):
 
 
 FAULTS = (
-    break_config, no_config, other_model, nonsense_config, wrong_shape, truncated, corrupt, pickled, no_weights, missing_shard, outside,
-    no_tokenizer, broken_tokenizer,
+    break_config, no_config, other_model, nonsense_config, wrong_shape, truncated, corrupt, pickled, no_weights,
+    missing_shard, outside, no_tokenizer, broken_tokenizer,
 )  # fmt: skip
 
 

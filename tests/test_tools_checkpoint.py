@@ -183,6 +183,7 @@ def test_refuses_a_folder_with_something_in_it(made, capsys):
 def test_refuses_a_full_disk(tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(make_checkpoint.shutil, "disk_usage", lambda path: usage(10**12, 0, 14 * 10**9))
+    monkeypatch.setattr(make_checkpoint, "write_weights", None)  # 14 GB, should the refusal ever fail
     assert make_checkpoint.main([str(tmp_path / "a" / "b"), "--shape", "llava-1.5-7b"]) == 2
     assert "needs 14.13 GB" in only_error(capsys)
     assert not (tmp_path / "a").exists()
@@ -330,15 +331,24 @@ def test_golden_ids_are_vicunas_only():
     assert "not a Vicuna tokenizer" in verify_checkpoint.golden_note(lambda text: [1], 32003)
 
 
+def show_fake_tokenizer(added, ids):
+    """verify_checkpoint's lines about a tokenizer of Vicuna's size that gives these ids for everything."""
+    tokenizer = namedtuple("tokenizer", "sp bos_id add_bos added prefix_every_segment prefix_spares_spaces encode")
+    text = namedtuple("text", "vocab_size")(32064)
+    config = namedtuple("config", "text_config image_token_index")(text, 32000)
+    verify_checkpoint.show_tokenizer(tokenizer(range(32000), 1, True, added, True, False, lambda text: ids), config)
+
+
 def test_image_token_may_have_another_id(capsys):
     """The golden ids say 32000; a checkpoint whose `<image>` is 32001 is as good."""
-    tokenizer = namedtuple("tokenizer", "sp bos_id add_bos added prefix_every_segment prefix_spares_spaces encode")
-    ids = [32001 if i == 32000 else i for i in EVERY]
-    fake = tokenizer(range(32000), 1, True, {"<image>": 32001}, True, False, lambda text: ids)
-    text = namedtuple("text", "vocab_size")(32064)
-    verify_checkpoint.show_tokenizer(fake, namedtuple("config", "text_config image_token_index")(text, 32000))
+    show_fake_tokenizer({"<image>": 32001}, [32001 if i == 32000 else i for i in EVERY])
     out = capsys.readouterr().out
     assert "<image> is 32001 (config.json says 32000" in out and "match: " in out
+
+
+def test_no_image_token_is_said_before_golden_ids():
+    with pytest.raises(InputError, match="no <image> token"):
+        show_fake_tokenizer({}, [1, 2, 3])
 
 
 # ---------------------------------------------------------------- as programs

@@ -4,7 +4,8 @@
     python tools/make_checkpoint.py /tmp/llava-tiny --shape tiny                        # half a megabyte
 
 It answers nonsense, in the time and memory of the real one: for trying out loading, and for measuring speed. Its small
-tokenizer knows a few words and falls back to bytes; --tokenizer takes the files of a real one. Memory: one shard.
+tokenizer knows a few words and falls back to bytes; --tokenizer takes the files of a real one (transformers needs that:
+it numbers added tokens without the gap that a small vocabulary leaves). Memory: one shard.
 """
 
 import argparse

@@ -348,7 +348,8 @@ class PackedScenes(torch.utils.data.Dataset):
         pictures, rows = [], []
         for i in range(size):
             seed = step * self.batch + i
-            drawn, questions = scenes.sample(seed, PAIR_TASKS if pair else None, pair)
+            tasks = PAIR_TASKS if pair else TASKS_LATE if step >= EVEN_FROM else None
+            drawn, questions = scenes.sample(seed, tasks, pair)
             pictures += [to_bytes(scenes.draw_scene(s)) for s in drawn]
             rows.append(pack(self.tokenizer, talks(questions, random.Random(seed)), len(drawn), self.image_tokens))
         return torch.stack(pictures), rows
@@ -356,6 +357,11 @@ class PackedScenes(torch.utils.data.Dataset):
 
 PAIR_TASKS = ("compare", "pair", "pair", "pair")
 TASKS = (*scenes.ASKERS, *scenes.PAIR_ASKERS)
+
+# Captions are learnt first, and every token counts the same until then. Finding an object by its name comes last: from
+# this step on each answer counts the same, however short, and the questions that need it are asked twice.
+EVEN_FROM = 1600
+TASKS_LATE = (*scenes.ASKERS, "colour", "count", "position", "relation", "list")
 
 
 def talks(questions, rng):
@@ -415,9 +421,19 @@ def new_model():
     return model
 
 
+def answer_loss(logits, target, rows, even):
+    """Cross entropy of logits (B, T, V) on the answers: a mean over tokens or, if even, over answers of such means."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view_as(target)
+    weight = torch.zeros(target.shape)
+    for i, row in enumerate(rows):
+        for _, first, stop in row.answers:
+            weight[i, first:stop] = 1 / (stop - first) if even else 1.0
+    return (losses * weight.to(losses.device)).sum() / weight.sum()
+
+
 def train_decoder(args):
     torch.manual_seed(args.seed)
-    steps, batch = args.steps or 5000, args.batch or 8
+    steps, batch = args.steps or 4400, args.batch or 8
     device, folder = torch.device(args.device), Path(args.run)
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         train_tokenizer(folder / "tokenizer")
@@ -443,7 +459,7 @@ def train_decoder(args):
         with torch.autocast(device.type, dtype=torch.bfloat16):
             hidden, target = hidden_states(model, pictures, rows, device)
             logits = model.language_model.logits(hidden)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())  # -100 does not count
+        loss = answer_loss(logits, target, rows, even=run.step >= EVEN_FROM)
         right = logits.argmax(-1) == target
         for i, row in enumerate(rows):
             for q, first, stop in row.answers:

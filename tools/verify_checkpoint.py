@@ -71,7 +71,7 @@ def row(label, *lines):
 
 
 def gigabytes(size):
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 # ---------------------------------------------------------------- config.json
@@ -93,7 +93,7 @@ def show_config(config):
         f"{t.num_hidden_layers} layers, {t.hidden_size} wide (MLP {t.intermediate_size})",
         f"{t.num_attention_heads} query heads over {t.num_key_value_heads} KV heads of {t.head_dim}",
         f"vocabulary {t.vocab_size}{', head tied to it' if config.tie_word_embeddings else ''}",
-        f"context {t.max_position_embeddings}, RoPE theta {t.rope_theta:g}, RMSNorm eps {t.rms_norm_eps:g}",
+        f"context {t.max_position_embeddings}, RoPE theta {t.rope_theta}, RMSNorm eps {t.rms_norm_eps}",
     )
     row("dtype", f"{config.dtype or 'not stated'} (in config.json)")
 

@@ -1,0 +1,290 @@
+"""Scripted faults: each one-line change of the code must turn a named test red.
+
+    python tests/mutants.py             # all of them, two at a time; exit 1 if one survives
+    python tests/mutants.py rope eps    # those whose name contains a word
+
+A mutant that survives means a promise that nothing checks. Runs in a copy; the working tree is never touched.
+"""
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PARITY = "test_parity.py::test_prefill_logits_at_all_positions_are_as_exact_as_transformers"
+DECODE = "test_generate.py::test_decoding_token_by_token_equals_one_long_prefill"
+ROPE = "test_generate.py::test_rope_is_the_complex_rotation"
+CROP = "test_image.py::test_a_picture_is_resized_and_cropped_as_the_reference_does"
+TOP = "test_generate.py::test_top_k_and_top_p_keep_the_right_set"
+PAD = "test_image.py::test_pad_shows_the_whole_picture_on_the_mean_colour"
+
+# name: (file, the text that stands there once, what the fault makes of it, the tests that must notice)
+MUTANTS = {
+    "rope sign": (
+        "model/llama.py",
+        "torch.cat((-sin, sin), -1)",
+        "torch.cat((sin, -sin), -1)",
+        ROPE,
+    ),
+    "rope theta ignored": (
+        "model/llama.py",
+        "config.rope_theta ** (-half",
+        "10000.0 ** (-half",
+        ROPE,
+    ),
+    "causal mask gone": (
+        "model/llama.py",
+        "is_causal=mask is None",
+        "is_causal=False",
+        DECODE,
+    ),
+    "query heads read another KV head": (
+        "model/cache.py",
+        "rows = q.unflatten(1, (k.shape[1], -1))",
+        "rows = q.unflatten(1, (k.shape[1], -1)).roll(1, 1)",
+        DECODE,
+    ),
+    "first decoded position off by one": (
+        "model/cache.py",
+        "torch.full((k.shape[0],), k.shape[2],",
+        "torch.full((k.shape[0],), k.shape[2] - 1,",
+        DECODE,
+    ),
+    "position stands still": (
+        "model/cache.py",
+        "self.pos += 1",
+        "self.pos += 0",
+        DECODE,
+    ),
+    "append overwrites the last token": (
+        "model/cache.py",
+        "self.length[layer] = n + 1",
+        "self.length[layer] = n",
+        DECODE,
+    ),
+    "repack loses a token": (
+        "model/cache.py",
+        "arena[:, :, :t] = x",
+        "arena[:, :, 1:t] = x[:, :, 1:]",
+        DECODE,
+    ),
+    "free slots are read": (
+        "model/cache.py",
+        "scaled_dot_product_attention(rows, k[:, :, :n], v[:, :, :n])",
+        "scaled_dot_product_attention(rows, k, v)",
+        "test_generate.py::test_free_slots_are_never_read",
+    ),
+    "norm eps ignored": (
+        "model/llama.py",
+        "self.eps = eps",
+        "self.eps = 1e-2",
+        PARITY,
+    ),
+    "feature layer one too early": (
+        "model/config.py",
+        "i if i >= 0 else depth + 1 + i",
+        "i if i >= 0 else depth + i",
+        PARITY,
+    ),
+    "CLS kept, last patch dropped": (
+        "model/llava.py",
+        "s[:, first:] for s in states",
+        "s[:, : s.shape[1] - first] for s in states",
+        PARITY,
+    ),
+    "pre_layrnorm forgotten": (
+        "model/clip.py",
+        "states = [self.pre_layrnorm(self.embeddings(pixel_values))]",
+        "states = [self.embeddings(pixel_values)]",
+        PARITY,
+    ),
+    "projector GELU by tanh": (
+        "model/llava.py",
+        "F.gelu(self.linear_1(x))",
+        'F.gelu(self.linear_1(x), approximate="tanh")',
+        PARITY,
+    ),
+    "quick_gelu constant": (
+        "model/clip.py",
+        "1.702 * x",
+        "1.6 * x",
+        PARITY,
+    ),
+    "crop one pixel to the right": (
+        "model/image.py",
+        "left, top = (wide - size) // 2,",
+        "left, top = (wide - size) // 2 + 1,",
+        CROP,
+    ),
+    "pad with black": (
+        "model/image.py",
+        "tuple(int(255 * m) for m in mean)",
+        "(0, 0, 0)",
+        PAD,
+    ),
+    "pictures in reverse order": (
+        "model/llava.py",
+        "[*image_tokens, None]",
+        "[*list(image_tokens)[::-1], None]",
+        "test_generate.py::test_pictures_go_to_their_placeholders_in_order",
+    ),
+    "stop id spoken": (
+        "model/generate.py",
+        "if token in self.checkpoint.stop_ids:",
+        "if token == -1:",
+        "test_generate.py::test_length_and_stop_are_told_apart",
+    ),
+    "stop string not held back": (
+        "model/generate.py",
+        "range(1, len(s))",
+        "range(1, 1)",
+        "test_generate.py::test_stop_strings_are_found_however_the_text_arrives",
+    ),
+    "image ids may be said": (
+        "model/generate.py",
+        "config.text_config.vocab_size) + named",
+        "config.text_config.vocab_size)",
+        "test_generate.py::test_padding_vocabulary_and_image_ids_are_never_said",
+    ),
+    "top_p drops the token that crosses it": (
+        "model/generate.py",
+        "before = weights.cumsum(-1) - weights",
+        "before = weights.cumsum(-1)",
+        TOP,
+    ),
+    "top_k keeps one more": (
+        "model/generate.py",
+        "logits.topk(top_k).values[-1]",
+        "logits.topk(top_k + 1).values[-1]",
+        TOP,
+    ),
+    "global random state": (
+        "model/generate.py",
+        "torch.multinomial(weights, 1, generator=generator)",
+        "torch.multinomial(weights, 1)",
+        "test_generate.py::test_sampling_is_repeatable_and_depends_on_the_seed",
+    ),
+    "no space before ASSISTANT": (
+        "model/tokenizer.py",
+        "USER: {question} ASSISTANT:",
+        "USER: {question}ASSISTANT:",
+        "test_tokenizer.py -k template",
+    ),
+    "no BOS": (
+        "model/tokenizer.py",
+        "ids = [self.bos_id] if bos and self.add_bos else []",
+        "ids = []",
+        "test_tokenizer.py",
+    ),
+    "legacy prefix only once": (
+        "model/tokenizer.py",
+        'return config.get("legacy") is not False, False',
+        "return False, False",
+        "test_tokenizer.py",
+    ),
+    "half a character is shown": (
+        "model/tokenizer.py",
+        "return self._utf8.decode(bytes([int(piece[3:-1], 16)]))",
+        'return bytes([int(piece[3:-1], 16)]).decode("utf-8", "replace")',
+        "test_tokenizer.py",
+    ),
+    "missing tensors accepted": (
+        "model/load.py",
+        "if missing or unexpected:",
+        "if unexpected:",
+        "test_load.py",
+    ),
+    "unexpected tensors accepted": (
+        "model/load.py",
+        "if missing or unexpected:",
+        "if missing:",
+        "test_load.py",
+    ),
+    "shapes unchecked": (
+        "model/load.py",
+        "if shapes[name] != shape:",
+        "if False:",
+        "test_load.py -k shape",
+    ),
+    "index may leave the folder": (
+        "model/load.py",
+        "or Path(name).name != name",
+        "",
+        "test_load.py",
+    ),
+    "newest layout not understood": (
+        "model/load.py",
+        '.removeprefix("vision_model.")',
+        "",
+        "test_load.py",
+    ),
+    "mistakes are exit 1": (
+        "run.py",
+        "return str(broken), 2",
+        "return str(broken), 1",
+        "test_run.py::test_bad_pictures",
+    ),
+    "chatter on stdout": (
+        "run.py",
+        "print(text, file=sys.stderr, flush=True)",
+        "print(text, flush=True)",
+        "test_run.py::test_the_answer_and_nothing_else_is_on_stdout",
+    ),
+    "help imports torch": (
+        "run.py",
+        "import time\n",
+        "import time\n\nimport torch  # noqa\n",
+        "test_run.py::test_help_needs_no_torch",
+    ),
+    "conversations see each other": (
+        "tools/train_demo.py",
+        "(block[:, :, None] == block[:, None, :]) |",
+        "(block[:, :, None] >= block[:, None, :]) |",
+        "test_train_demo.py::test_the_mask_shows_pictures_and_own_past_only",
+    ),
+}
+
+
+def try_mutant(name):
+    """(name, "killed" | "survived" | what is wrong with the mutant itself, seconds)."""
+    file, old, new, tests = MUTANTS[name]
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "repo"
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", ".hypothesis")
+        )
+        text = (tree / file).read_text()
+        if text.count(old) != 1:
+            return name, f"the text to change stands {text.count(old)} times in {file}", 0.0
+        (tree / file).write_text(text.replace(old, new))
+        words = [f"tests/{w}" if w.startswith("test_") and ".py" in w else w for w in tests.split()]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *words]
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=env)
+    verdict = {0: "survived", 1: "killed"}.get(
+        done.returncode, f"pytest ended with {done.returncode}: {done.stdout[-300:]}{done.stderr[-300:]}"
+    )
+    return name, verdict, time.time() - started
+
+
+def main(words):
+    names = [n for n in MUTANTS if not words or any(w in n for w in words)]
+    alive = []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for name, verdict, seconds in pool.map(try_mutant, names):
+            print(f"{verdict:9} {name} ({seconds:.0f} s)", flush=True)
+            if verdict != "killed":
+                alive.append(name)
+    print(f"{len(names) - len(alive)} of {len(names)} mutants killed")
+    return 1 if alive or not names else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,378 @@
+"""Text to ids and back: equal to transformers' tokenizers, streamed without half characters; the prompt templates."""
+
+import json
+import shutil
+
+import pytest
+import sentencepiece
+from conftest import IMAGE_ID, PAD_ID, PIECES, TOKENIZER_CONFIG, VOCAB, refusal, write_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.tokenizer import SYSTEM_TEXT, TEMPLATES, Detokenizer, Tokenizer, build_prompt, find_template
+
+TEXTS = [
+    "",
+    "a",
+    "USER: <image>\nWhat's the content of the image?\nASSISTANT:",
+    "A chat between a curious user and an assistant. USER: <image>\n<image>\nhow many? ASSISTANT:",
+    "<image>",
+    "<image><image>",
+    "<image>x<image>y",
+    "<image> above <image>",
+    " <image> <image> x",
+    "what is this? <image>",
+    "a  <image>  b",
+    "<<image>>",
+    "< image>",
+    "<image",
+    "image>",
+    "  double  spaces  here ",
+    " leading",
+    "   three leading",
+    "trailing ",
+    "  ",
+    " ",
+    "\n",
+    "\n\n\nnew\nlines\n",
+    " \n \n",
+    "tab\tand\r\nreturn",
+    "héllo wörld ñ",
+    "café, naïve",
+    "e\u0301 is not é",
+    "日本語のテキスト",
+    "العربية",
+    "mixed Ωμέγα и кириллица",
+    "emoji 😀👩\u200d👩\u200d👧 ok",
+    "😀",
+    "ﬁ ligature ½ ①",
+    "\u00a0no-break\u3000ideographic",
+    "\u200bzero width",
+    "a\x00b",
+    "<0x0A> is text here",
+    "1234567890",
+    "USER:ASSISTANT:USER",
+    "a</s>b",
+    "</s>",
+    "</s>USER: hi",
+    "yes</s> USER: and </s> no",
+    "<s>x",
+    "x<unk>y",
+    "<pad>p",
+]
+PLAIN = [t for t in TEXTS if not any(token in t for token in ("<image>", "<pad>", "<s>", "</s>", "<unk>"))]
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def transformers_tokenizer(folder, legacy):
+    """LlamaTokenizer of transformers 5: a tokenizer.json with a Metaspace pre-tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    return transformers.LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+
+
+def sentencepiece_ids(folder, text, legacy):
+    """What the Llama tokenizer of transformers 4 does with sentencepiece, on the base class that transformers 5 kept.
+
+    legacy: each segment gets the dummy space. Otherwise one visible space goes before the whole text, and is taken
+    back where an added token follows.
+    """
+    pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    from transformers.tokenization_utils_base import AddedToken
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    config = {k: v for k, v in TOKENIZER_CONFIG.items() if k.endswith("_token") and k != "add_bos_token"}
+    added = {int(i): AddedToken(**token) for i, token in TOKENIZER_CONFIG["added_tokens_decoder"].items()}
+    model = str(folder / "tokenizer.model")
+    oracle = SentencePieceBackend(vocab_file=model, legacy=legacy, added_tokens_decoder=added, **config)
+    starts_with_token = text.startswith(("<image>", "<pad>", "<s>", "</s>", "<unk>"))
+    shown = text if legacy or not text or starts_with_token else "\u2581" + text
+    return [1, *oracle.convert_tokens_to_ids(oracle.tokenize(shown))]
+
+
+@pytest.fixture(scope="module", params=[True, False, None], ids=["legacy", "not legacy", "legacy by default"])
+def without_json(request, tiny_tokenizer_dir, tmp_path_factory):
+    """(folder, legacy) without tokenizer.json: the flag decides."""
+    folder = tmp_path_factory.mktemp("plain") / "tokenizer"
+    shutil.copytree(tiny_tokenizer_dir, folder)
+    flag = {} if request.param is None else {"legacy": request.param}
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | flag)
+    return folder, request.param is not False
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_without_tokenizer_json_are_those_of_the_sentencepiece_tokenizer(without_json, text):
+    folder, legacy = without_json
+    assert Tokenizer(folder).encode(text) == sentencepiece_ids(folder, text, legacy)
+
+
+def segments(text):
+    for token in ("<pad>", "<s>", "</s>", "<unk>"):
+        text = text.replace(token, "<image>")
+    return text.split("<image>")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["always", "first"])
+def with_json(request, tiny_tokenizer_dir, tmp_path_factory):
+    """(folder, oracle) with the tokenizer.json that transformers writes; the flag in the other file contradicts it."""
+    folder = tmp_path_factory.mktemp("json") / "tokenizer"
+    shutil.copytree(tiny_tokenizer_dir, folder)
+    oracle = transformers_tokenizer(tiny_tokenizer_dir, request.param)
+    oracle.save_pretrained(folder)
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"legacy": not request.param})
+    pre = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]
+    assert (pre["type"], pre["prepend_scheme"]) == ("Metaspace", "always" if request.param else "first")
+    return folder, oracle
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "\u2581visible", "a<image>\u2581visible"])
+def test_ids_with_tokenizer_json_are_those_of_llama_tokenizer(with_json, text):
+    folder, oracle = with_json
+    assert Tokenizer(folder).encode(text) == oracle.encode(text)
+
+
+@pytest.mark.parametrize("text", [t for t in TEXTS if not any(s.startswith(" ") for s in segments(t))])
+def test_ids_without_tokenizer_json_are_those_of_llama_tokenizer_too(without_json, text):
+    """But for segments that start with a space, where transformers 4 and 5 differ."""
+    folder, legacy = without_json
+    assert Tokenizer(folder).encode(text) == transformers_tokenizer(folder, legacy).encode(text)
+
+
+STEPS = [
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+]
+PREPEND = {"normalizer": {"type": "Sequence", "normalizers": STEPS}, "pre_tokenizer": None}
+
+
+@pytest.fixture(scope="module", params=[PREPEND, PREPEND | {"normalizer": STEPS[0]}], ids=["sequence", "alone"])
+def prepend_folder(request, tiny_tokenizer_dir, tmp_path_factory):
+    """A hand-written tokenizer.json as older conversions have it: a `Prepend` normalizer, no pre-tokenizer."""
+    folder = tmp_path_factory.mktemp("prepend") / "tokenizer"
+    shutil.copytree(tiny_tokenizer_dir, folder)
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"legacy": False})  # the other file decides
+    write_json(folder / "tokenizer.json", request.param)
+    return folder
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prepend_normalizer_gives_each_segment_the_dummy_space(prepend_folder, text):
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(prepend_folder / "tokenizer.model"))
+    names = {"<image>": IMAGE_ID, "<pad>": PAD_ID, "<s>": 1, "</s>": 2, "<unk>": 0}
+    want, rest = [1], text
+    while rest:
+        places = sorted((rest.find(name), name) for name in names if name in rest)
+        at, name = places[0] if places else (len(rest), "")
+        want += sp.encode(rest[:at]) if at else []
+        want += [names[name]] if name else []
+        rest = rest[at + len(name) :]
+    assert Tokenizer(prepend_folder).encode(text) == want
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prepend_normalizer_does_what_the_tokenizers_library_does_with_it(prepend_folder, with_json, text):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the oracle of this test")
+    file = json.loads((with_json[0] / "tokenizer.json").read_text()) | PREPEND
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(file))
+    assert Tokenizer(prepend_folder).encode(text, bos=False) == oracle.encode(text, add_special_tokens=False).ids
+
+
+def test_bos_is_added_unless_the_files_or_the_caller_say_no(tokenizer_folder):
+    first = {flag: Tokenizer(tokenizer_folder(add_bos_token=flag)).encode("a")[0] for flag in (True, None, False)}
+    assert first[True] == first[None] == 1 != first[False]
+    assert Tokenizer(tokenizer_folder()).encode("a", bos=False)[0] != 1
+
+
+def test_added_tokens_are_found_in_each_of_the_three_files(tokenizer_folder):
+    entry = {"id": IMAGE_ID, "content": "<image>", "special": True}
+    for name, content in (("added_tokens.json", {"<image>": IMAGE_ID}), ("tokenizer.json", {"added_tokens": [entry]})):
+        folder = tokenizer_folder(added_tokens_decoder={})
+        assert "<image>" not in Tokenizer(folder).added
+        write_json(folder / name, content)
+        assert Tokenizer(folder).encode("<image>", bos=False) == [IMAGE_ID]
+
+
+def test_of_two_added_tokens_the_longer_is_cut_out(tokenizer_folder):
+    added = {"420": {"content": "<im"}, "421": {"content": "<image>"}, "422": {"content": "<image>>"}}
+    tokenizer = Tokenizer(tokenizer_folder(added_tokens_decoder=added))
+    assert tokenizer.encode("<im<image><image>>", bos=False) == [420, 421, 422]
+
+
+def test_rows_of_the_embedding_that_stand_for_nothing_are_known(tiny_tokenizer_dir):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    assert tokenizer.unreachable_ids(VOCAB) == list(range(PAD_ID + 1, VOCAB))
+    assert tokenizer.unreachable_ids(PIECES) == []
+
+
+def test_a_folder_without_a_sentencepiece_model_is_refused(tiny_tokenizer_dir, tmp_path):
+    assert "tokenizer.model" in refusal(Tokenizer, tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    assert "tokenizer.model" in refusal(Tokenizer, tmp_path)
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_decoding_gives_the_text_back(without_json, text):
+    tokenizer = Tokenizer(without_json[0])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_is_that_of_llama_tokenizer(with_json, text):
+    folder, oracle = with_json
+    ids = oracle.encode(text)
+    assert Tokenizer(folder).decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+
+
+def plain_decode(sp, ids):
+    """Bytes of all pieces in a row, one leading space dropped, read as UTF-8."""
+    data = b""
+    for i in ids:
+        if i < PIECES and not sp.is_control(i) and not sp.is_unknown(i):
+            piece = sp.id_to_piece(i)
+            data += bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else piece.replace("\u2581", " ").encode()
+    return data.removeprefix(b" ").decode("utf-8", errors="replace")
+
+
+def streamed(tokenizer, ids):
+    stream = Detokenizer(tokenizer)
+    return [*map(stream.push, ids), stream.flush()]
+
+
+ANY_IDS = st.lists(st.integers(0, VOCAB + 3), max_size=24)
+BYTE_IDS = st.lists(st.integers(3, 258), max_size=12)  # mostly no valid UTF-8
+CHARACTERS = st.text(st.sampled_from("aé😀日 ½\u200d\n."), max_size=12)
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(ids=st.one_of(ANY_IDS, BYTE_IDS, st.tuples(BYTE_IDS, ANY_IDS).map(lambda two: two[0] + two[1])))
+def test_streamed_pieces_join_to_the_decoding_whatever_the_ids(tiny_tokenizer_dir, ids):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    pieces = streamed(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == plain_decode(tokenizer.sp, ids)
+
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(text=CHARACTERS)
+def test_streaming_never_shows_half_a_character(tiny_tokenizer_dir, text):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    ids, shown = tokenizer.encode(text), ""
+    stream = Detokenizer(tokenizer)
+    for i in ids:
+        shown += stream.push(i)
+        assert text.startswith(shown)  # a prefix of the final text at any moment, so no U+FFFD either
+    assert shown == text and stream.flush() == ""
+
+
+def test_text_is_shown_as_soon_as_it_is_certain(tiny_tokenizer_dir):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    assert streamed(tokenizer, tokenizer.encode("a 😀", bos=False)) == ["a", " ", "", "", "", "😀", ""]
+    byte = {value: tokenizer.sp.piece_to_id(f"<0x{value:02X}>") for value in range(256)}
+    assert streamed(tokenizer, [byte[0xE2], byte[0x82]]) == ["", "", "\ufffd"]  # cut off by the end
+    assert "".join(streamed(tokenizer, [byte[0xFF], byte[0x41]])) == "\ufffdA"
+
+
+@pytest.mark.parametrize("start", ["\n", "😀", "日"])
+def test_a_space_behind_a_first_character_made_of_bytes_is_kept(tiny_tokenizer_dir, start):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    byte_ids = [tokenizer.sp.piece_to_id(f"<0x{value:02X}>") for value in start.encode()]
+    assert tokenizer.decode([*byte_ids, *tokenizer.sp.encode("what")]) == start + " what"
+
+
+# ---------------------------------------------------------------- templates
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+LLAVA_V1 = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
+
+
+@pytest.mark.parametrize(
+    "template, want",
+    [
+        ("llava", "USER: <image>\nWhy? ASSISTANT:"),
+        ("vicuna", VICUNA + "USER: <image>\nWhy? ASSISTANT:"),
+        ("llava_v1", LLAVA_V1 + "USER: <image>\nWhy? ASSISTANT:"),
+        ("raw", "<image>\nWhy?"),
+    ],
+)
+def test_each_template_is_this_string(template, want):
+    assert build_prompt("Why?", 1, template) == want
+
+
+def test_there_are_four_templates():
+    assert set(TEMPLATES) == {"llava", "vicuna", "llava_v1", "raw"} and "raw" not in SYSTEM_TEXT
+
+
+@pytest.mark.parametrize(
+    "question, images, want",
+    [
+        ("Why?", 0, "Why?"),
+        ("Why?", 2, "<image>\n<image>\nWhy?"),
+        ("<image>\nWhy?", 1, "<image>\nWhy?"),
+        ("Is <image> like <image>?", 2, "Is <image> like <image>?"),
+        ("", 1, "<image>\n"),
+    ],
+)
+def test_pictures_come_first_unless_the_prompt_places_them(question, images, want):
+    assert build_prompt(question, images, "raw") == want
+    assert build_prompt(question, images, "llava") == f"USER: {want} ASSISTANT:"
+
+
+@pytest.mark.parametrize("question, images", [("<image> a", 0), ("<image> a", 2), ("<image> <image>", 1)])
+def test_a_count_that_does_not_match_is_refused_with_both_numbers(question, images):
+    for template in TEMPLATES:
+        message = refusal(build_prompt, question, images, template)
+        assert f"has {question.count('<image>')} <image> for {images} " in message
+
+
+def test_a_system_text_replaces_the_templates_own():
+    assert build_prompt("Why?", 0, "vicuna", system="Be brief.") == "Be brief. USER: Why? ASSISTANT:"
+    assert build_prompt("Why?", 0, "llava", system="Be brief.") == "Be brief. USER: Why? ASSISTANT:"
+    assert build_prompt("Why?", 0, "vicuna", system="") == "USER: Why? ASSISTANT:"
+
+
+LOOP = "{% for m in messages %}{{ m.role | upper }}: {{ m.content }} {% endfor %}ASSISTANT:"
+CHAT_TEMPLATES = {
+    "llava": LOOP,
+    "vicuna": VICUNA + LOOP,
+    "llava_v1": LLAVA_V1 + LOOP,
+}
+
+
+@pytest.mark.parametrize("place", ["jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("family", CHAT_TEMPLATES)
+def test_the_family_is_recognised_wherever_the_chat_template_lies(tmp_path, family, place):
+    if place == "jinja":
+        (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATES[family])
+    else:
+        write_json(tmp_path / place, {"chat_template": CHAT_TEMPLATES[family]})
+    template, note = find_template(tmp_path)
+    assert template == family and "from" in note
+
+
+def test_several_named_chat_templates_are_searched(tmp_path):
+    named = [{"name": "default", "template": CHAT_TEMPLATES["vicuna"]}]
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": named})
+    assert find_template(tmp_path)[0] == "vicuna"
+
+
+def test_no_or_an_unknown_chat_template_means_llava_and_is_said(tmp_path):
+    nothing = find_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("[INST] {{ messages[0].content }} [/INST]")
+    unknown = find_template(tmp_path)
+    assert nothing[0] == unknown[0] == "llava" and "no chat template" in nothing[1] and "not recognised" in unknown[1]
+
+
+def test_a_chat_template_is_never_run(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{% raise %} ASSISTANT:"
+    )
+    assert find_template(tmp_path)[0] == "llava"

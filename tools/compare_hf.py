@@ -1,0 +1,138 @@
+"""The same checkpoint, picture and prompt through this project and through transformers, each in a process of its own.
+
+    python tools/compare_hf.py                                    # the demo model
+    python tools/compare_hf.py --model DIR --dtype bf16 -n 4      # a 7B checkpoint on a CPU
+
+Prints one table: load time, time to first token, decode speed, anonymous memory (what the process really had to be
+given; mapped weight files are not in it) and whether the greedy ids agree. It needs requirements-test.txt.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default=str(ROOT / "assets" / "demo"))
+    p.add_argument("--image", default=str(ROOT / "assets" / "demo.png"))
+    p.add_argument("--prompt", default="Describe the picture.")
+    p.add_argument("-n", "--max-new-tokens", type=int, default=128)
+    p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
+    p.add_argument("--repeat", type=int, default=3, help="runs after one that warms up; the best counts (default 3)")
+    p.add_argument("--engine", choices=("ours", "transformers"), help=argparse.SUPPRESS)  # the child processes
+    return p
+
+
+class AnonymousMemory(threading.Thread):
+    """Largest RssAnon of this process, looked at every 20 ms (Linux)."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self):
+        while True:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.peak = max(self.peak, int(line.split()[1]) * 1024)
+            time.sleep(0.02)
+
+
+def run_ours(args):
+    from model import Generation, Sampling, load
+
+    start = time.perf_counter()
+    checkpoint = load(args.model, args.dtype)
+    loaded = time.perf_counter() - start
+    runs = []
+    for _ in range(1 + args.repeat):
+        generation = Generation(checkpoint, args.prompt, [args.image], Sampling(max_new_tokens=args.max_new_tokens))
+        "".join(generation)
+        t = generation.timing
+        runs.append((t["vision"] + t["prefill"], sum(t["steps"]) / max(1, len(t["steps"]))))
+    weights = sum(p.nbytes for p in checkpoint.model.parameters())
+    return loaded, runs, generation.token_ids, {"weights": weights}
+
+
+def run_transformers(args):
+    """generate() with its defaults. The ids that this project never says are suppressed there too."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from model import Generation, open_checkpoint
+
+    start = time.perf_counter()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).eval()
+    loaded = time.perf_counter() - start
+    asked = Generation(open_checkpoint(args.model), args.prompt, [args.image])  # for ids and pixels only
+    image = asked.checkpoint.config.image_token_index
+    ids = [i for t in asked.ids for i in [t] * (asked.checkpoint.config.image_tokens if t == image else 1)]
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": asked.pixels[0][None].to(dtype)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+
+    def timed(n):
+        begin = time.perf_counter()
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=n, suppress_tokens=asked._never())
+        return time.perf_counter() - begin, out[0, len(ids) :].tolist()
+
+    runs = []
+    for _ in range(1 + args.repeat):
+        first, _ = timed(1)
+        whole, said = timed(args.max_new_tokens)
+        runs.append((first, (whole - first) / max(1, len(said) - 1)))
+    return loaded, runs, [t for t in said if t not in asked.checkpoint.stop_ids], {}
+
+
+def child(args):
+    memory = AnonymousMemory()
+    memory.start()
+    loaded, runs, ids, more = (run_ours if args.engine == "ours" else run_transformers)(args)
+    warm = runs[1:] or runs
+    result = {
+        "load": loaded,
+        "first": min(r[0] for r in warm),
+        "step": min(r[1] for r in warm),
+        "ids": ids,
+        "anonymous": memory.peak,
+    }
+    print(json.dumps({**result, **more}))
+
+
+def main():
+    args = parser().parse_args()
+    if args.engine:
+        return child(args)
+    rows = {}
+    for engine in ("ours", "transformers"):
+        print(f"running {engine} ...", file=sys.stderr, flush=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--engine", engine], stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            return f"error: {engine} ended with {done.returncode}; see its message above"
+        rows[engine] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{'':14}{'load s':>9}{'first token ms':>16}{'ms/token':>10}{'tokens/s':>10}{'anonymous MB':>14}")
+    for engine, r in rows.items():
+        speeds = f"{1e3 * r['first']:16.1f}{1e3 * r['step']:10.2f}{1 / r['step']:10.1f}"
+        print(f"{engine:14}{r['load']:9.2f}{speeds}{r['anonymous'] / 1e6:14.0f}")
+    ours, theirs = rows["ours"], rows["transformers"]
+    same = ours["ids"] == theirs["ids"]
+    agree = f"greedy ids {'agree' if same else 'DIFFER'} over {len(ours['ids'])} tokens"
+    decode, first = theirs["step"] / ours["step"], theirs["first"] / ours["first"]
+    print(
+        f"weights {ours['weights'] / 1e6:.0f} MB; decode {decode:.2f}x transformers, first token {first:.2f}x; {agree}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
