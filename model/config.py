@@ -5,6 +5,7 @@ and relies on class defaults for the rest, so the defaults below are part of the
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -100,59 +101,76 @@ def read_config(folder):
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
         raise InputError(f"{folder} has no config.json; give the folder of a llava-hf checkpoint")
-    try:
+    with making_sense_of(Path(folder) / "config.json"):
         return parse_config(raw)
-    except (TypeError, AttributeError, ArithmeticError) as broken:  # a string where a number belongs, and the like
-        raise InputError(
-            f"{folder}/config.json does not make sense ({broken}); take the file of the original checkpoint"
-        ) from broken
 
 
 def parse_config(raw):
     """LlavaConfig from the parsed config.json, old and new spellings."""
     kind = raw.get("model_type")
+    if kind == "llava_llama" or "mm_vision_tower" in raw or "mm_projector_type" in raw:
+        raise InputError(
+            "config.json is that of the original LLaVA code; use the llava-hf conversion of the checkpoint"
+        )
     if kind != "llava":
-        hint = "only LLaVA-1.5 style checkpoints (model_type 'llava') are read"
-        if kind == "llava_llama":
-            hint = "this is the original LLaVA layout; use the llava-hf conversion of it"
-        raise InputError(f"model_type is {kind!r}; {hint}")
+        raise InputError(f"model_type is {kind!r}; only LLaVA-1.5 style checkpoints (model_type 'llava') are read")
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config")
     vision = dict(CLIP_L_336 if vision is None else vision)
     # transformers 5 moved the RoPE settings into a dict of their own
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
+    text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     layers = raw.get("vision_feature_layer", -2)
-    # the top level decides if it says anything, else the text config
-    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    config = LlavaConfig(
-        text_config=_fill(TextConfig, text),
-        vision_config=_fill(VisionConfig, vision),
-        image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
-        projector_hidden_act=raw.get("projector_hidden_act", "gelu"),
-        multimodal_projector_bias=raw.get("multimodal_projector_bias", True),
-        vision_feature_layer=tuple(layers) if isinstance(layers, list) else layers,
-        vision_feature_select_strategy=raw.get("vision_feature_select_strategy", "default"),
-        tie_word_embeddings=bool(tied),
-        dtype=raw.get("dtype", raw.get("torch_dtype")),
-    )
+    top = {
+        **raw,
+        "image_token_index": raw.get("image_token_index", raw.get("image_token_id")),
+        "vision_feature_layer": tuple(layers) if isinstance(layers, list) else layers,
+        "tie_word_embeddings": raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"),
+        "dtype": raw.get("dtype", raw.get("torch_dtype")),
+        "text_config": _fill(TextConfig, text),
+        "vision_config": _fill(VisionConfig, vision),
+    }
+    config = _fill(LlavaConfig, top)
     _refuse_unknown(config, rope_type)
     return config
 
 
 def read_json(path):
-    """The parsed file, or None where there is none."""
+    """The parsed file, a dict, or None where there is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as broken:
         raise InputError(f"{path} is not readable JSON ({broken}); fetch the file again") from broken
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object; fetch the file again")
+    return value
+
+
+@contextmanager
+def making_sense_of(path):
+    """Turn what goes wrong with a file of unexpected content (a word where a number belongs) into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, AttributeError, KeyError, ValueError, ArithmeticError) as broken:
+        what = " ".join(str(broken).split())
+        raise InputError(f"{path} does not make sense ({what}); take the file of the original checkpoint") from broken
 
 
 def _fill(kind, raw):
     """The dataclass from those keys of raw that it knows; what is missing or null takes the class default."""
-    return kind(**{f.name: raw[f.name] for f in fields(kind) if raw.get(f.name) is not None})
+    known = {f.name: raw[f.name] for f in fields(kind) if raw.get(f.name) is not None}
+    types = {f.name: f.type for f in fields(kind)}
+    for name, value in known.items():
+        wanted = (int, float) if types[name] is float else types[name]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and types[name] is not bool):
+            raise ValueError(f"{name} is {value!r}")
+        if types[name] in (int, float) and not (value > 0 or name == "image_token_index" and value == 0):
+            raise ValueError(f"{name} is {value!r}")
+    return kind(**known)
 
 
 def _refuse_unknown(config, rope_type):
@@ -173,6 +191,17 @@ def _refuse_unknown(config, rope_type):
         (config.projector_hidden_act == "gelu", f"projector_hidden_act {config.projector_hidden_act!r}", "'gelu'"),
         (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r}", "default and full"),
         (heads % kv == 0, f"{heads} query heads over {kv} KV heads", "whole groups"),
+        (text.head_dim % 2 == 0, f"head_dim {text.head_dim}", "even numbers"),
+        (
+            vision.hidden_size % vision.num_attention_heads == 0,
+            f"{vision.num_attention_heads} vision heads over {vision.hidden_size} channels",
+            "whole heads",
+        ),
+        (
+            vision.patch_size <= vision.image_size,
+            f"patches of {vision.patch_size} in {vision.image_size} pixels",
+            "smaller ones",
+        ),
         (
             layers_exist,
             f"vision_feature_layer {config.vision_feature_layer}",

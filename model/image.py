@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from .config import InputError, read_json
+from .config import InputError, making_sense_of, read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-STRIP = 32  # pictures longer than this times their width are cut before they are resized
+STRIP = 200  # pictures longer than this times their width are cut before they are resized
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,33 @@ class ImageSettings:
 
 def read_image_settings(folder, image_size):
     """ImageSettings of a checkpoint folder; image_size is the config's, which the file must not contradict."""
-    raw = read_json(Path(folder) / "preprocessor_config.json") or {}
-    resize, crop = raw.get("size", image_size), raw.get("crop_size", image_size)
-    # a number, {"shortest_edge": n} or {"height": n, "width": n}
-    sizes = {v for part in (resize, crop) for v in (part.values() if isinstance(part, dict) else (part,))}
+    path = Path(folder) / "preprocessor_config.json"
+    raw = read_json(path)
+    if raw is None:  # transformers 5 writes the same thing into another file
+        path = Path(folder) / "processor_config.json"
+        raw = (read_json(path) or {}).get("image_processor")
+    with making_sense_of(path):
+        raw = {key: value for key, value in (raw or {}).items() if value is not None}
+        # a number, {"shortest_edge": n} or {"height": n, "width": n}
+        parts = (raw.get("size", image_size), raw.get("crop_size", image_size))
+        sizes = {v for part in parts for v in (part.values() if isinstance(part, dict) else (part,))}
+        mean, std = (
+            tuple(float(v) for v in raw.get(k, d)) for k, d in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+        )
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean {mean}, std {std}")
+        rescale = float(raw.get("rescale_factor", 1 / 255))
     if sizes != {image_size}:
         raise InputError(
-            f"preprocessor_config.json resizes to {sorted(sizes)} but the vision tower takes {image_size}; use "
-            "the files of one checkpoint"
+            f"preprocessor_config.json resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
+            "use the files of one checkpoint"
         )
     if raw.get("resample", 3) != 3:
         raise InputError(
             f"preprocessor_config.json asks for resample {raw['resample']}; only 3 (bicubic) is implemented"
         )
-    return ImageSettings(
-        size=image_size,
-        mode="pad" if raw.get("do_pad") or raw.get("image_aspect_ratio") == "pad" else "crop",
-        mean=tuple(raw.get("image_mean", CLIP_MEAN)),
-        std=tuple(raw.get("image_std", CLIP_STD)),
-        rescale=raw.get("rescale_factor", 1 / 255),
-    )
+    pad = raw.get("do_pad") or raw.get("image_aspect_ratio") == "pad"
+    return ImageSettings(image_size, "pad" if pad else "crop", mean, std, rescale)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def _open(source):
 
 
 def to_rgb(image, path):
-    """Picture of a PIL image. Transparency is dropped, palettes are looked up: as the reference preprocessing does."""
+    """Picture of a PIL image. Transparency is dropped, as LLaVA itself does (transformers 5 paints it white)."""
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):

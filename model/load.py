@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .config import InputError, LlavaConfig, read_config, read_json
+from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
 from .image import ImageSettings, read_image_settings
 from .llava import Llava
 from .tokenizer import Tokenizer, find_template
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,14 @@ def open_checkpoint(name):
 
 def find_folder(name):
     """The folder of a checkpoint: a path as it is, `org/name` in the local Hugging Face cache."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as broken:  # a name too long for a path; ~nobody
+        raise InputError(
+            f"{str(name)[:80]} is no path ({broken}); give the folder of a llava-hf checkpoint"
+        ) from broken
     if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
         raise InputError(
             f"no folder {name}; give the folder of a llava-hf checkpoint, or an id such as "
@@ -126,7 +132,8 @@ def weight_files(folder):
     folder = Path(folder)
     index = read_json(folder / "model.safetensors.index.json")
     if index is not None:
-        names = sorted(set((index.get("weight_map") or {}).values()))
+        with making_sense_of(folder / "model.safetensors.index.json"):
+            names = sorted(set(index["weight_map"].values()))
         if not names:
             raise InputError(f"{folder}/model.safetensors.index.json lists no files; fetch it again")
         for name in names:
@@ -213,6 +220,11 @@ def match_keys(files, model):
             f"the weights in {files[0].parent} do not fit config.json: {', '.join(words)}; use the files of one "
             "checkpoint"
         )
+    for path, key, dtype in found.values():
+        if dtype not in SAFETENSORS_DTYPES:
+            raise InputError(
+                f"{key} in {path.name} is stored as {dtype}; only F32, BF16 and F16 can be read, use another copy"
+            )
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise InputError(
@@ -242,19 +254,11 @@ def empty_model(config):
         return Llava(config).eval().requires_grad_(False)
 
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-
-
 def _choose_dtype(name, device, model, keys):
-    stored = {dtype for _, _, dtype in keys.values()}
-    for odd in stored - SAFETENSORS_DTYPES.keys():
-        raise InputError(
-            f"the weights are stored as {odd}; only F32, BF16 and F16 files can be read, quantised ones cannot"
-        )
     if name != "auto":
         return DTYPES[name]
     if device.type != "cpu":
-        return FILE_DTYPES.get(model.config.dtype, SAFETENSORS_DTYPES[min(stored)])
+        return FILE_DTYPES.get(model.config.dtype, SAFETENSORS_DTYPES[min(dtype for _, _, dtype in keys.values())])
     parameters = sum(p.numel() for p in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
@@ -268,12 +272,19 @@ def _with_image_token(config, tokenizer):
     found = tokenizer.added.get("<image>")
     if found is None:
         raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
+    pieces, rows = len(tokenizer.sp), config.text_config.vocab_size
+    if pieces > rows:
+        raise InputError(f"the tokenizer has {pieces} pieces and the model {rows}; use the files of one checkpoint")
     return config if found == config.image_token_index else replace(config, image_token_index=found)
 
 
 def _stop_ids(folder, tokenizer):
     """Ids that end an answer: generation_config.json's, else the tokenizer's end of sequence."""
-    eos = (read_json(folder / "generation_config.json") or {}).get("eos_token_id")
-    if eos is None:
-        eos = tokenizer.eos_id
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    path = folder / "generation_config.json"
+    with making_sense_of(path):
+        eos = (read_json(path) or {}).get("eos_token_id")
+        eos = tokenizer.eos_id if eos is None else eos
+        eos = tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(isinstance(i, int) for i in eos):
+            raise ValueError(f"eos_token_id is {eos}")
+        return eos

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from .config import InputError, read_json
+from .config import InputError, making_sense_of, read_json
 
 SPACE = "\u2581"  # sentencepiece's visible space
 
@@ -28,11 +28,14 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as broken:
             raise InputError(f"{path} is not a sentencepiece model; fetch the file again") from broken
-        config, fast = read_json(folder / "tokenizer_config.json") or {}, read_json(folder / "tokenizer.json") or {}
-        self.added = _added_tokens(config, fast, read_json(folder / "added_tokens.json") or {})  # text -> id
+        config, fast, plain = (
+            read_json(folder / name) or {} for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")
+        )
+        with making_sense_of(f"{folder}/tokenizer_config.json, tokenizer.json or added_tokens.json"):
+            self.added = _added_tokens(config, fast, plain)  # text -> id
+            self.prefix_every_segment, self.prefix_spares_spaces = _prefix_rule(config, fast)
         self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
         self.add_bos = config.get("add_bos_token") is not False and self.bos_id >= 0
-        self.prefix_every_segment, self.prefix_spares_spaces = _prefix_rule(config, fast)
         control = [i for i in range(len(self.sp)) if self.sp.is_control(i) or self.sp.is_unknown(i)]
         self.added = {**{self.sp.id_to_piece(i): i for i in control}, **self.added}
         # longest first, so that no token hides a longer one that starts with it
@@ -55,7 +58,7 @@ class Tokenizer:
         if not text:
             return []
         wanted = self.prefix_every_segment or start == 0
-        if wanted and not (self.prefix_spares_spaces and text.startswith(" ")):
+        if wanted and not (self.prefix_spares_spaces and text.startswith((" ", SPACE))):
             return self.sp.encode(text)
         # without the dummy space: encode behind a newline, then drop what the newline became
         return self.sp.encode("\n" + text)[len(self._newline) :]
@@ -86,13 +89,11 @@ class Detokenizer:
         if token in self.tokenizer._silent or not 0 <= token < len(sp):
             return ""
         piece = sp.id_to_piece(token)
-        if sp.is_byte(token):  # "<0xE2>"
-            return self._utf8.decode(bytes([int(piece[3:-1], 16)]))
-        text = piece.replace(SPACE, " ")
+        # a byte piece is spelled "<0xE2>"
+        data = bytes([int(piece[3:-1], 16)]) if sp.is_byte(token) else piece.replace(SPACE, " ").encode()
         if self._at_start:
-            text = text.removeprefix(" ")
-            self._at_start = False
-        return self._utf8.decode(text.encode())
+            data, self._at_start = data.removeprefix(b" "), False
+        return self._utf8.decode(data)
 
     def flush(self):
         """What is left of an incomplete character."""
@@ -101,10 +102,10 @@ class Detokenizer:
 
 def _added_tokens(config, fast, plain):
     """Added tokens {text: id} from the three places where checkpoints keep them."""
-    added = dict(plain)  # added_tokens.json
+    added = {text: int(i) for text, i in plain.items()}  # added_tokens.json
     added.update({entry["content"]: int(i) for i, entry in (config.get("added_tokens_decoder") or {}).items()})
-    added.update({entry["content"]: entry["id"] for entry in fast.get("added_tokens") or []})
-    return added
+    added.update({entry["content"]: int(entry["id"]) for entry in fast.get("added_tokens") or []})
+    return {text: i for text, i in added.items() if text}
 
 
 def _prefix_rule(config, fast):

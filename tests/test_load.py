@@ -338,7 +338,8 @@ def test_a_null_means_the_same_as_nothing(folder):
 
 REFUSED = {
     "llava_next": {"model_type": "llava_next"},
-    "llava_llama": {"model_type": "llava_llama"},
+    "original LLaVA": {"model_type": "llava_llama"},
+    "of the original LLaVA": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
     "no kind": {"model_type": None},
     "mistral": {"text_config": TEXT | {"model_type": "mistral"}},
     "siglip": {"vision_config": VISION | {"model_type": "siglip_vision_model"}},

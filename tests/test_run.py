@@ -77,7 +77,8 @@ def test_json_is_one_object_with_every_field(capsys):
     assert code == 0 and out.count("\n") == 1
     assert set(r) == {
         "text", "token_ids", "finish_reason", "model", "template", "image_mode", "images", "prompt_tokens",
-        "vision_tokens", "new_tokens", "prune", "timing_ms", "peak_memory_bytes", "ceiling_speedup", "seed", "versions", "device", "dtype", "backend",
+        "vision_tokens", "new_tokens", "prune", "timing_ms", "peak_memory_bytes", "ceiling_speedup", "seed", "versions",
+        "device", "dtype", "backend",
     }  # fmt: skip
     assert set(r["timing_ms"]) == {"load", "vision", "prefill", "prune", "decode_total", "decode_p50", "decode_p95"}
     assert r["images"] == [{"path": PICTURE, "size": [448, 448], "tiles": 1, "tokens": 256}]

@@ -260,11 +260,11 @@ FAULTS = {
         lambda f: change_first(f, lambda t: t.update({"extra.weight": torch.ones(1)})),
         "1 tensors unexpected (extra.weight)",
     ),
-    "quantised": (lambda f: change_first(f, quantise), "stored as F16, I8"),
+    "quantised": (lambda f: change_first(f, quantise), "stored as I8"),
     "index points outside": (point_outside, "points outside the folder"),
     "pickles only": (leave_pickles_only, "pickled"),
     "no <image>": (forget_the_image_token, "no <image> token"),
-    "tokenizer larger than embedding": (shrink_the_vocabulary, "400 pieces but the embedding only 64 rows"),
+    "tokenizer larger than embedding": (shrink_the_vocabulary, "400 pieces and the model 64"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model"),
     "another picture size": (
         lambda f: edit_json(f / "preprocessor_config.json", size={"shortest_edge": 336}),

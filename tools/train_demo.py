@@ -348,20 +348,33 @@ class PackedScenes(torch.utils.data.Dataset):
         pictures, rows = [], []
         for i in range(size):
             seed = step * self.batch + i
-            tasks = PAIR_TASKS if pair else TASKS_LATE if step >= EVEN_FROM else None
+            rng = random.Random(seed)
+            tasks = PAIR_TASKS if pair else phase_at(step)[1]
+            tasks = [rng.choice(t) if isinstance(t, tuple) else t for t in tasks]
             drawn, questions = scenes.sample(seed, tasks, pair)
             pictures += [to_bytes(scenes.draw_scene(s)) for s in drawn]
-            rows.append(pack(self.tokenizer, talks(questions, random.Random(seed)), len(drawn), self.image_tokens))
+            rows.append(pack(self.tokenizer, talks(questions, rng), len(drawn), self.image_tokens))
         return torch.stack(pictures), rows
 
 
 PAIR_TASKS = ("compare", "pair", "pair", "pair")
 TASKS = (*scenes.ASKERS, *scenes.PAIR_ASKERS)
 
-# Captions are learnt first, and every token counts the same until then. Finding an object by its name comes last: from
-# this step on each answer counts the same, however short, and the questions that need it are asked twice.
-EVEN_FROM = 1600
-TASKS_LATE = (*scenes.ASKERS, "colour", "count", "position", "relation", "list")
+# (first step, questions per picture, does each answer count the same however short). Captions are learnt first, token
+# by token. Finding an object by its name comes last and suddenly: later phases ask for it more often. The phases were
+# set while watching the curve. A tuple among the questions: one of these, at random.
+CAPTIONS = (*scenes.ASKERS,)
+FINDING = ("position", "relation", "presence", "count") * 2 + ("position", "relation", "colour", "shape", "size")
+PHASES = (
+    (0, CAPTIONS, False),
+    (1600, (*CAPTIONS, "colour", "count", "position", "relation", "list"), True),
+    (2200, (*FINDING, "list", "list", ("describe", "spell", "read")), True),
+)
+
+
+def phase_at(step):
+    """The last of PHASES that has begun."""
+    return [phase for phase in PHASES if phase[0] <= step][-1]
 
 
 def talks(questions, rng):
@@ -433,7 +446,7 @@ def answer_loss(logits, target, rows, even):
 
 def train_decoder(args):
     torch.manual_seed(args.seed)
-    steps, batch = args.steps or 4400, args.batch or 8
+    steps, batch = args.steps or 3800, args.batch or 8
     device, folder = torch.device(args.device), Path(args.run)
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         train_tokenizer(folder / "tokenizer")
@@ -459,7 +472,7 @@ def train_decoder(args):
         with torch.autocast(device.type, dtype=torch.bfloat16):
             hidden, target = hidden_states(model, pictures, rows, device)
             logits = model.language_model.logits(hidden)
-        loss = answer_loss(logits, target, rows, even=run.step >= EVEN_FROM)
+        loss = answer_loss(logits, target, rows, even=phase_at(run.step)[2])
         right = logits.argmax(-1) == target
         for i, row in enumerate(rows):
             for q, first, stop in row.answers:

@@ -117,17 +117,11 @@ GOLDEN_IDS = {
 
 def show_tokenizer(tokenizer, config):
     """Size, added tokens, the rule for dummy spaces, and what Vicuna's tokenizer is known to give."""
-    from model.config import InputError
-
-    pieces, rows = len(tokenizer.sp), config.text_config.vocab_size
+    pieces = len(tokenizer.sp)
     row("tokenizer", f"{pieces} sentencepiece pieces, BOS {tokenizer.bos_id if tokenizer.add_bos else 'not added'}")
-    if pieces > rows:
-        raise InputError(
-            f"the tokenizer has {pieces} pieces but the embedding only {rows} rows; use the files of one checkpoint"
-        )
     image, said = tokenizer.added.get("<image>"), config.image_token_index
     if image is None:
-        raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
+        return  # opening the checkpoint says so
     row("", f"<image> is {image}" + ("" if image == said else f" (config.json says {said}; the tokenizer decides)"))
     row("prefix", prefix_rule(tokenizer))
     row("golden ids", golden_note(lambda text: [IMAGE_ID if i == image else i for i in tokenizer.encode(text)], pieces))
@@ -172,13 +166,7 @@ def difference(ids):
 
 def show_checked(checkpoint):
     """What opening the checkpoint found besides: names and shapes fit, or it would have raised."""
-    from model.config import InputError
-    from model.load import SAFETENSORS_DTYPES
-
     stored = sorted({dtype for _, _, dtype in checkpoint.keys.values()})
-    if not SAFETENSORS_DTYPES.keys() >= set(stored):
-        known = ", ".join(SAFETENSORS_DTYPES)
-        raise InputError(f"the weights are stored as {', '.join(stored)}; only {known} can be read, use such a copy")
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
     row(
         "weights",
