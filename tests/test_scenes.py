@@ -78,10 +78,7 @@ def test_answers_are_true():
         elif q.task == "relation":
             a, b = sorted((t for n, t in names.items() if n in q.question), key=lambda t: q.question.index(t.name))
             truth = {"left": a.x < b.x, "right": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}
-            asked = next(w for w in truth if w in words)
-            assert (q.value == "yes") == truth[asked], q
-            said = next(w for w in truth if w in q.answer)
-            assert truth[said]
+            assert truth[q.value] and q.value in words and f" {q.value} " in q.answer
         elif q.task == "list":
             key = (lambda t: (t.row, t.column)) if "row" in q.kind else (lambda t: (t.column, t.row))
             said = [part.split()[-2:] for part in q.answer.rstrip(".").split(",")]

@@ -304,7 +304,7 @@ def ask_count(scene, rng):
             ("How many objects are there?", "How many objects are in the picture?", "Count the objects.")
         )
         n = NUMBERS[len(scene.things)]
-        return Question("count", "count all", wording, f"There are {n} objects.", n, _evidence(*scene.things))
+        return Question("count", "count all", wording, f"The picture has {n} objects.", n, _evidence(*scene.things))
     key, names = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
     by_number = {}
     for name in names:
@@ -314,7 +314,7 @@ def ask_count(scene, rng):
     what = f"{name} object" if key == "colour" else name
     plural = what if number == 1 else ("crosses" if what == "cross" else what + "s")
     noun = what + "s" if what != "cross" else "crosses"
-    answer = f"There {'is' if number == 1 else 'are'} {NUMBERS[number]} {plural}."
+    answer = f"The picture has {NUMBERS[number]} {plural}."
     found = [t for t in scene.things if getattr(t, key) == name] or scene.things
     return Question("count", f"count {key}", f"How many {noun} are there?", answer, NUMBERS[number], _evidence(*found))
 
@@ -340,18 +340,13 @@ def ask_relation(scene, rng):
     if not axes:
         return None
     a, b, axis = rng.choice(axes)
-    words = ("left of", "right of") if axis == "column" else ("above", "below")
+    words = ("left", "right") if axis == "column" else ("above", "below")
     truth = words[getattr(a, axis) > getattr(b, axis)]
-    asked = rng.choice(words)
-    yes = asked == truth
-    answer = f"{'Yes' if yes else 'No'}, the {a.name} is {truth} the {b.name}."
+    of = " of" if axis == "column" else ""
+    one, two = rng.sample(words, 2)
+    question = f"Is the {a.name} {one} or {two}{of} the {b.name}?"
     return Question(
-        "relation",
-        f"relation {axis}",
-        f"Is the {a.name} {asked} the {b.name}?",
-        answer,
-        "yes" if yes else "no",
-        _evidence(a, b),
+        "relation", f"relation {axis}", question, f"The {a.name} is {truth}{of} the {b.name}.", truth, _evidence(a, b)
     )
 
 

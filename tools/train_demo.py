@@ -360,15 +360,16 @@ class PackedScenes(torch.utils.data.Dataset):
 PAIR_TASKS = ("compare", "pair", "pair", "pair")
 TASKS = (*scenes.ASKERS, *scenes.PAIR_ASKERS)
 
-# (first step, questions per picture, does each answer count the same however short). Captions are learnt first, token
-# by token. Finding an object by its name comes last and suddenly: later phases ask for it more often. The phases were
-# set while watching the curve. A tuple among the questions: one of these, at random.
+# (first step, questions per picture, does each answer count the same however short, peak learning rate). Captions are
+# learnt first, token by token. Finding an object by its name comes last: later phases ask for it more often, at a lower
+# rate. The phases were set while watching the curve. A tuple among the questions: one of these, at random.
 CAPTIONS = (*scenes.ASKERS,)
 FINDING = ("position", "relation", "presence", "count") * 2 + ("position", "relation", "colour", "shape", "size")
 PHASES = (
-    (0, CAPTIONS, False),
-    (1600, (*CAPTIONS, "colour", "count", "position", "relation", "list"), True),
-    (2200, (*FINDING, "list", "list", ("describe", "spell", "read")), True),
+    (0, CAPTIONS, False, 1.5e-3),
+    (1600, (*CAPTIONS, "colour", "count", "position", "relation", "list"), True, 1.5e-3),
+    (2200, (*FINDING, "list", "list", ("describe", "spell", "read")), True, 1.5e-3),
+    (2600, (*FINDING, "list", "list", ("describe", "spell", "read")), True, 8e-4),
 )
 
 
@@ -446,7 +447,7 @@ def answer_loss(logits, target, rows, even):
 
 def train_decoder(args):
     torch.manual_seed(args.seed)
-    steps, batch = args.steps or 3800, args.batch or 8
+    steps, batch = args.steps or 4800, args.batch or 8
     device, folder = torch.device(args.device), Path(args.run)
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         train_tokenizer(folder / "tokenizer")
@@ -481,7 +482,7 @@ def train_decoder(args):
         if run.step % 50 == 0:
             run.log({"loss": loss.item(), **{task: right / max(1, of) for task, (right, of) in seen.items()}})
             seen = {task: [0, 0] for task in TASKS}
-        descend(run, loss, rate_at(run.step, steps, args.rate))
+        descend(run, loss, rate_at(run.step, steps, phase_at(run.step)[3]))
         if run.step % 100 == 0 or run.step == steps:
             run.save()
 
@@ -728,7 +729,6 @@ def main():
     parser.add_argument("--scenes", type=int, default=800, help="held-out scenes of the table (default 800)")
     parser.add_argument("--steps", type=int, help="optimizer steps of the stage")
     parser.add_argument("--batch", type=int, help="pictures per step")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

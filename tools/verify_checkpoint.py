@@ -117,11 +117,13 @@ GOLDEN_IDS = {
 
 def show_tokenizer(tokenizer, config):
     """Size, added tokens, the rule for dummy spaces, and what Vicuna's tokenizer is known to give."""
+    from model.config import InputError
+
     pieces = len(tokenizer.sp)
     row("tokenizer", f"{pieces} sentencepiece pieces, BOS {tokenizer.bos_id if tokenizer.add_bos else 'not added'}")
     image, said = tokenizer.added.get("<image>"), config.image_token_index
     if image is None:
-        return  # opening the checkpoint says so
+        raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
     row("", f"<image> is {image}" + ("" if image == said else f" (config.json says {said}; the tokenizer decides)"))
     row("prefix", prefix_rule(tokenizer))
     row("golden ids", golden_note(lambda text: [IMAGE_ID if i == image else i for i in tokenizer.encode(text)], pieces))
