@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "assets" / "demo"
+TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "raw")
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,78 +42,36 @@ def number(kind, low, high=None, open_low=False):
 
 def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--model",
-        "-m",
-        "--model-path",
-        "--checkpoint",
-        "--pretrained",
-        default=str(DEMO),
-        metavar="DIR|ID",
-        help="folder of a llava-hf checkpoint, or an id in the local Hugging Face cache (default: the demo model)",
-    )
-    p.add_argument(
-        "--image",
-        "--image-file",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help='picture file, "-" for stdin, or a data: URI; several are allowed',
-    )
-    p.add_argument(
-        "--prompt",
-        "-p",
-        "--query",
-        "--question",
-        required=True,
-        metavar="TEXT",
-        help='the question; <image> in it places the pictures; "@FILE" or "-" reads it from a file or stdin',
-    )
-    p.add_argument("--max-new-tokens", "--max-tokens", "-n", type=number(int, 1), default=256, metavar="N")
-    p.add_argument(
-        "--temperature", "--temp", type=number(float, 0), default=0.0, metavar="F", help="0 (default) is greedy"
-    )
-    p.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="F", help="nucleus sampling")
+    # fmt: off
+    p.add_argument("--model", "-m", "--model-path", "--checkpoint", "--pretrained", default=str(DEMO), metavar="DIR|ID",
+                   help="folder of a llava-hf checkpoint, or an id in the local Hugging Face cache (default: the demo)")
+    p.add_argument("--image", "--image-file", action="extend", nargs="+", default=[], metavar="PATH",
+                   help='picture file, "-" for stdin, or a data: URI; several are allowed')
+    p.add_argument("--prompt", "-p", "--query", "--question", required=True, metavar="TEXT",
+                   help='the question; <image> in it places the pictures; "@FILE" or "-" reads it from a file or stdin')
+    p.add_argument("--max-new-tokens", "--max_new_tokens", "--max-tokens", "-n", type=number(int, 1), default=256,
+                   metavar="N", help="longest answer in tokens (default 256)")
+    p.add_argument("--temperature", "--temp", type=number(float, 0), default=0.0, metavar="F", help="default 0, greedy")
+    p.add_argument("--top-p", "--top_p", type=number(float, 0, 1, open_low=True), metavar="F", help="nucleus sampling")
     p.add_argument("--top-k", type=number(int, 1), metavar="N", help="sample among the N best tokens")
     p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the sampling (default 0)")
-    p.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
-    )
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     p.add_argument("--system", metavar="TEXT", help="system text of the prompt (default: the template's)")
-    p.add_argument(
-        "--template",
-        "--conv-mode",
-        "--chat-template",
-        default="auto",
-        choices=("auto", "llava", "vicuna", "llava_v1", "raw"),
-        help="prompt template; raw takes the prompt verbatim (default: the checkpoint's)",
-    )
-    p.add_argument(
-        "--image-mode",
-        default="auto",
-        choices=("auto", "pad", "crop"),
-        help="whole picture on a square canvas, or its centre square (default: the checkpoint's)",
-    )
-    p.add_argument(
-        "--dtype",
-        "--precision",
-        default="auto",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        help="default: the file's own on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16",
-    )
+    p.add_argument("--template", "--conv-mode", "--chat-template", default="auto", choices=TEMPLATES,
+                   help="prompt template; raw takes the prompt verbatim (default: the checkpoint's)")
+    p.add_argument("--image-mode", default="auto", choices=("auto", "pad", "crop"),
+                   help="whole picture on a square canvas, or its centre square (default: the checkpoint's)")
+    p.add_argument("--dtype", "--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
+                   help="default: the file's own on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
-    p.add_argument(
-        "--backend",
-        default="auto",
-        choices=("auto", "triton", "torch"),
-        help="attention in decode (this version has torch only)",
-    )
+    p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
+                   help="attention in decode (this version has torch only)")
     p.add_argument("--stats", action="store_true", help="times, bytes and the decode ceiling, on stderr")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     p.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return p  # fmt: skip
+    # fmt: on
+    return p
 
 
 def main(argv=None):
@@ -187,6 +146,7 @@ def answer(args):
 
     from model import Generation, Sampling, open_checkpoint
     from model.image import read_image
+    from tools.report import measure_bandwidth, report, stats
 
     device = choose_device(args.device)
     pictures = [read_image(path) for path in args.image]
@@ -208,11 +168,17 @@ def answer(args):
         torch.cuda.reset_peak_memory_stats(device)
     code = write(generation, stream=not (args.json or args.no_stream))
     if args.json:
-        print(json.dumps(report(args, generation, load_seconds, device), ensure_ascii=False), flush=True)
+        print(
+            json.dumps(report(generation, args.model, args.seed, load_seconds, device), ensure_ascii=False), flush=True
+        )
     elif args.no_stream:
         print(generation.text, flush=True)
     if args.stats:
-        say(stats(report(args, generation, load_seconds, device), measure_bandwidth(device), generation))
+        say(
+            stats(
+                report(generation, args.model, args.seed, load_seconds, device), measure_bandwidth(device), generation
+            )
+        )
     return code
 
 
@@ -250,128 +216,6 @@ def write(generation, stream):
     if stream:
         print(flush=True)
     return code
-
-
-# ---------------------------------------------------------------- what it took
-
-
-def report(args, generation, load_seconds, device):
-    """The object of --json."""
-    import torch
-
-    checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
-    config, cache = checkpoint.config.text_config, generation.cache
-    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
-    kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
-    return {
-        "text": generation.text,
-        "token_ids": generation.token_ids,
-        "finish_reason": generation.finish_reason,
-        "model": str(args.model),
-        "template": generation.template,
-        "image_mode": generation.image_settings.mode,
-        "images": generation.images,
-        "prompt_tokens": generation.prompt_tokens,
-        "vision_tokens": generation.vision_tokens,
-        "new_tokens": len(generation.token_ids),
-        "prune": {
-            "method": "none",
-            "retention_requested": None,
-            "retention_actual": 1.0,
-            "kept_per_layer": [float(generation.vision_tokens)] * config.num_hidden_layers,
-            "kv_bytes_full": kv_bytes,
-            "kv_bytes_held": kv_bytes,
-            "kv_bytes_reserved": cache.nbytes_reserved if cache and cache.pos is not None else 0,
-        },
-        "timing_ms": {
-            "load": 1e3 * load_seconds,
-            "vision": 1e3 * generation.timing["vision"],
-            "prefill": 1e3 * generation.timing["prefill"],
-            "prune": 0.0,
-            "decode_total": 1e3 * sum(steps),
-            "decode_p50": 1e3 * percentile(steps, 0.5),
-            "decode_p95": 1e3 * percentile(steps, 0.95),
-        },
-        "peak_memory_bytes": peak_memory(device),
-        "ceiling_speedup": 1.0,  # unpruned bytes per decode step over the bytes it really reads
-        "seed": args.seed,
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "device": str(device),
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "backend": "torch",
-    }
-
-
-def percentile(values, q):
-    """Nearest rank in a sorted list; 0 if it is empty."""
-    return values[min(len(values) - 1, int(q * len(values)))] if values else 0.0
-
-
-def peak_memory(device):
-    """Bytes: of the allocator on CUDA since loading, of the whole process (mapped weights included) on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def measure_bandwidth(device):
-    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five."""
-    import torch
-
-    x = torch.ones(2**26, dtype=torch.float32, device=device)  # 256 MiB: far larger than a CPU's cache
-    y = torch.empty_like(x)
-    best = 0.0
-    for work, moved in ((lambda: y.copy_(x), 2 * x.nbytes), (x.sum, x.nbytes)):
-        for _ in range(5):
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = max(best, moved / (time.perf_counter() - start))
-    return best
-
-
-def step_bytes(checkpoint, kv_bytes):
-    """Bytes that one decode step has to read: the decoder's weights (of the embedding one row) and the KV cache."""
-    language = checkpoint.model.language_model
-    weights = sum(p.nbytes for p in language.parameters())
-    table = language.model.embed_tokens.weight
-    return weights - (table.nbytes - table[0].nbytes if language.lm_head is not None else 0) + kv_bytes
-
-
-def stats(r, bandwidth, generation):
-    """The table of --stats, from the --json object."""
-    t, kv = r["timing_ms"], r["prune"]
-    steps = len(generation.timing["steps"])
-    lines = [
-        f"load     {t['load']:8.1f} ms",
-        f"vision   {t['vision']:8.1f} ms        {r['vision_tokens']} image tokens of {len(r['images'])} pictures",
-        f"prefill  {t['prefill']:8.1f} ms        {r['prompt_tokens']} prompt tokens; time to first token "
-        f"{t['vision'] + t['prefill']:.1f} ms",
-    ]
-    if steps:
-        speed = 1e3 * steps / t["decode_total"]
-        held = generation.cache.nbytes_held
-        needed = step_bytes(generation.checkpoint, held)
-        floor = 1e3 * needed / bandwidth
-        lines += [
-            f"decode   {t['decode_p50']:8.2f} ms/token  p95 {t['decode_p95']:.2f}; {speed:.0f} tokens/s over "
-            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}",
-            f"ceiling  {floor:8.2f} ms/token  {needed / 1e6:.1f} MB per token at {bandwidth / 1e9:.1f} GB/s "
-            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached",
-        ]
-    lines.append(
-        f"memory   {r['peak_memory_bytes'] / 1e6:8.0f} MB peak    KV cache: {kv['kv_bytes_full'] / 1e6:.2f} MB "
-        f"full, {kv['kv_bytes_held'] / 1e6:.2f} MB held, "
-        f"{kv['kv_bytes_reserved'] / 1e6:.2f} MB reserved; pruning {kv['method']}, at most "
-        f"{r['ceiling_speedup']:.2f}x faster"
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,17 @@ class Generation:
                 f"{config.text_config.max_position_embeddings}; use fewer images or a shorter prompt"
             )
         self.pixels = [preprocess(p.image, self.image_settings) for p in pictures]
+        self._begin()
+
+    def _begin(self):
+        """Nothing said yet."""
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "steps": []}
         self.spans, self.cache = [], None
 
     @torch.inference_mode()
     def __iter__(self):
+        self._begin()  # iterating again gives the answer again
         sampling, tokenizer = self.sampling, self.checkpoint.tokenizer
         limit = min(sampling.max_new_tokens, self.room)
         choose = _chooser(sampling, self._never(), self.checkpoint.device)

@@ -260,7 +260,8 @@ def _choose_dtype(name, device, model, keys):
     if device.type != "cpu":
         return FILE_DTYPES.get(model.config.dtype, SAFETENSORS_DTYPES[min(dtype for _, _, dtype in keys.values())])
     parameters = sum(p.numel() for p in model.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Windows does not say: assume a laptop
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16e9
     return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
 
 

@@ -134,6 +134,11 @@ def test_top_k_and_top_p_keep_the_right_set(seed, top_k, top_p, temperature):
     torch.testing.assert_close(got[kept], weights[kept] / weights[kept].sum())
 
 
+def test_iterating_again_gives_the_answer_again(demo):
+    generation = Generation(demo, QUESTION, [PICTURE], Sampling(temperature=1.0, max_new_tokens=9))
+    assert "".join(generation) == "".join(generation) == generation.text and len(generation.token_ids) == 9
+
+
 def test_sampling_is_repeatable_and_depends_on_the_seed(demo):
     def text(seed):
         return ask(demo, QUESTION, [PICTURE], temperature=5.0, seed=seed, max_new_tokens=12)

@@ -49,7 +49,7 @@ def test_everything_works_without_a_triton_wheel():
         "sys.exit(run.main(['--image', 'assets/demo.png', '--prompt', 'How many objects are there?']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "There are four objects.\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "The picture has four objects.\n"), done.stderr
 
 
 def fenced(kind):

@@ -122,7 +122,7 @@ def test_pictures_from_elsewhere(capsys, tmp_path, flag):
             capture_output=True,
             text=True,
         )
-    assert done.stdout == "There are four objects.\n"
+    assert done.stdout == "The picture has four objects.\n"
 
 
 def test_the_prompt_may_come_from_a_file_and_place_the_picture(capsys, tmp_path):

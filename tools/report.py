@@ -1,0 +1,121 @@
+"""What an answer took: the object of `run.py --json` and the table of `run.py --stats`."""
+
+import sys
+import time
+
+import torch
+
+
+def report(generation, model, seed, load_seconds, device):
+    """The object of --json: what was asked, what was said, bytes and milliseconds. generation must be over."""
+    checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
+    config, cache = checkpoint.config.text_config, generation.cache
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
+    kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
+    return {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": generation.finish_reason,
+        "model": str(model),
+        "template": generation.template,
+        "image_mode": generation.image_settings.mode,
+        "images": generation.images,
+        "prompt_tokens": generation.prompt_tokens,
+        "vision_tokens": generation.vision_tokens,
+        "new_tokens": len(generation.token_ids),
+        "prune": {
+            "method": "none",
+            "retention_requested": None,
+            "retention_actual": 1.0,
+            "kept_per_layer": [float(generation.vision_tokens)] * config.num_hidden_layers,
+            "kv_bytes_full": kv_bytes,
+            "kv_bytes_held": kv_bytes,
+            "kv_bytes_reserved": cache.nbytes_reserved if cache and cache.pos is not None else 0,
+        },
+        "timing_ms": {
+            "load": 1e3 * load_seconds,
+            "vision": 1e3 * generation.timing["vision"],
+            "prefill": 1e3 * generation.timing["prefill"],
+            "prune": 0.0,
+            "decode_total": 1e3 * sum(steps),
+            "decode_p50": 1e3 * percentile(steps, 0.5),
+            "decode_p95": 1e3 * percentile(steps, 0.95),
+        },
+        "peak_memory_bytes": peak_memory(device),
+        "ceiling_speedup": 1.0,  # unpruned bytes per decode step over the bytes it really reads
+        "seed": seed,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "device": str(device),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "backend": "torch",
+    }
+
+
+def percentile(values, q):
+    """Nearest rank in a sorted list; 0 if it is empty."""
+    return values[min(len(values) - 1, int(q * len(values)))] if values else 0.0
+
+
+def peak_memory(device):
+    """Bytes: of the allocator on CUDA since loading, of the whole process (mapped weights included) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # not to be had from the standard library
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_bandwidth(device):
+    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five."""
+    x = torch.ones(2**26, dtype=torch.float32, device=device)  # 256 MiB: far larger than a CPU's cache
+    y = torch.empty_like(x)
+    best = 0.0
+    for work, moved in ((lambda: y.copy_(x), 2 * x.nbytes), (x.sum, x.nbytes)):
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, moved / (time.perf_counter() - start))
+    return best
+
+
+def step_bytes(checkpoint, kv_bytes):
+    """Bytes that one decode step has to read: the decoder's weights (of the embedding one row) and the KV cache."""
+    language = checkpoint.model.language_model
+    weights = sum(p.nbytes for p in language.parameters())
+    table = language.model.embed_tokens.weight
+    return weights - (table.nbytes - table[0].nbytes if language.lm_head is not None else 0) + kv_bytes
+
+
+def stats(r, bandwidth, generation):
+    """The table of --stats, from the --json object."""
+    t, kv = r["timing_ms"], r["prune"]
+    steps = len(generation.timing["steps"])
+    lines = [
+        f"load     {t['load']:8.1f} ms",
+        f"vision   {t['vision']:8.1f} ms        {r['vision_tokens']} image tokens of {len(r['images'])} pictures",
+        f"prefill  {t['prefill']:8.1f} ms        {r['prompt_tokens']} prompt tokens; time to first token "
+        f"{t['vision'] + t['prefill']:.1f} ms",
+    ]
+    if steps:
+        speed = 1e3 * steps / t["decode_total"]
+        held = generation.cache.nbytes_held
+        needed = step_bytes(generation.checkpoint, held)
+        floor = 1e3 * needed / bandwidth
+        lines += [
+            f"decode   {t['decode_p50']:8.2f} ms/token  p95 {t['decode_p95']:.2f}; {speed:.0f} tokens/s over "
+            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}",
+            f"ceiling  {floor:8.2f} ms/token  {needed / 1e6:.1f} MB per token at {bandwidth / 1e9:.1f} GB/s "
+            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached",
+        ]
+    lines.append(
+        f"memory   {r['peak_memory_bytes'] / 1e6:8.0f} MB peak    KV cache: {kv['kv_bytes_full'] / 1e6:.2f} MB "
+        f"full, {kv['kv_bytes_held'] / 1e6:.2f} MB held, "
+        f"{kv['kv_bytes_reserved'] / 1e6:.2f} MB reserved; pruning {kv['method']}, at most "
+        f"{r['ceiling_speedup']:.2f}x faster"
+    )
+    return "\n".join(lines)
