@@ -364,10 +364,10 @@ TASKS = (*scenes.ASKERS, *scenes.PAIR_ASKERS)
 # learnt first, token by token. Finding an object by its name comes last: later phases ask for it more often, at a lower
 # rate. The phases were set while watching the curve. A tuple among the questions: one of these, at random.
 CAPTIONS = (*scenes.ASKERS,)
-FINDING = ("position", "relation", "presence", "count") * 2 + ("position", "relation", "colour", "shape", "size")
+FINDING = ("position", "relation", "presence") * 3 + ("colour", "shape", "size", "count")
 PHASES = (
     (0, CAPTIONS, False, 1.5e-3),
-    (1600, (*CAPTIONS, "colour", "count", "position", "relation", "list"), True, 1.5e-3),
+    (1600, (*CAPTIONS, "colour", "presence", "position", "relation", "list"), True, 1.5e-3),
     (2200, (*FINDING, "list", "list", ("describe", "spell", "read")), True, 1.5e-3),
     (2600, (*FINDING, "list", "list", ("describe", "spell", "read")), True, 8e-4),
 )
