@@ -22,7 +22,7 @@ TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "raw")
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, as for every other error."""
-        self.exit(2, f"error: {message}; see run.py -h\n")
+        self.exit(2, f"error: {one_line(message)}; see run.py -h\n")
 
 
 def number(kind, low, high=None, open_low=False):
@@ -43,18 +43,20 @@ def number(kind, low, high=None, open_low=False):
 def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
-    p.add_argument("--model", "-m", "--model-path", "--checkpoint", "--pretrained", default=str(DEMO), metavar="DIR|ID",
+    p.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
+                   default=str(DEMO), metavar="DIR|ID",
                    help="folder of a llava-hf checkpoint, or an id in the local Hugging Face cache (default: the demo)")
-    p.add_argument("--image", "--image-file", action="extend", nargs="+", default=[], metavar="PATH",
+    p.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[], metavar="PATH",
                    help='picture file, "-" for stdin, or a data: URI; several are allowed')
     p.add_argument("--prompt", "-p", "--query", "--question", required=True, metavar="TEXT",
                    help='the question; <image> in it places the pictures; "@FILE" or "-" reads it from a file or stdin')
     p.add_argument("--max-new-tokens", "--max_new_tokens", "--max-tokens", "-n", type=number(int, 1), default=256,
                    metavar="N", help="longest answer in tokens (default 256)")
-    p.add_argument("--temperature", "--temp", type=number(float, 0), default=0.0, metavar="F", help="default 0, greedy")
+    p.add_argument("--temperature", "--temp", type=number(float, 0, 1e4), default=0.0, metavar="F",
+                   help="default 0: greedy")
     p.add_argument("--top-p", "--top_p", type=number(float, 0, 1, open_low=True), metavar="F", help="nucleus sampling")
     p.add_argument("--top-k", type=number(int, 1), metavar="N", help="sample among the N best tokens")
-    p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the sampling (default 0)")
+    p.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N", help="of the sampling (default 0)")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     p.add_argument("--system", metavar="TEXT", help="system text of the prompt (default: the template's)")
     p.add_argument("--template", "--conv-mode", "--chat-template", default="auto", choices=TEMPLATES,
@@ -66,7 +68,7 @@ def parser():
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
                    help="attention in decode (this version has torch only)")
-    p.add_argument("--stats", action="store_true", help="times, bytes and the decode ceiling, on stderr")
+    p.add_argument("--stats", "--profile", action="store_true", help="times, bytes and the decode ceiling, on stderr")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     p.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -76,8 +78,8 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check_flags(args)
     try:
+        check_flags(args)
         return answer(args)
     except KeyboardInterrupt:  # while loading; during the answer it is caught further in
         return fail("interrupted; nothing was written", 130)
@@ -101,30 +103,39 @@ def check_flags(args):
         p.error("only one thing can be read from stdin")
     if "" in args.stop:
         p.error("--stop needs a text")
-    if args.prompt == "-":
-        args.prompt = sys.stdin.read().rstrip("\n")
-    elif args.prompt.startswith("@"):
-        try:
+    if args.system is not None and args.template == "raw":
+        p.error("--system has no place in --template raw")
+    try:
+        if args.prompt == "-":
+            args.prompt = sys.stdin.buffer.read().decode().rstrip("\n")
+        elif args.prompt.startswith("@"):
             args.prompt = Path(args.prompt[1:]).read_text(encoding="utf-8").rstrip("\n")
-        except (OSError, ValueError) as broken:
-            p.error(f"cannot read the prompt from {args.prompt[1:]} ({broken})")
+        "".join([args.prompt, args.system or "", *args.stop]).encode()
+    except (OSError, ValueError) as broken:
+        p.error(f"cannot read the prompt as UTF-8 text ({broken})")
     if not args.prompt.strip() and not args.image:
         p.error("the prompt is empty")
     for path in args.image:  # before torch is imported
-        if path != "-" and not path.startswith(("data:", "http://", "https://")) and not Path(path).exists():
-            p.error(f"no picture at {path}, check the path")
+        if path != "-" and not path.startswith(("data:", "http://", "https://")) and not os.path.exists(path):
+            p.error(f"no picture at {path[:200]}, check the path")
 
 
 def explain(broken):
     """(message, exit code) of an exception."""
+    text = one_line(broken)
+    if isinstance(broken, ImportError):
+        return f"{text}; run `make run` once and then use .venv/bin/python", 2
     from model import InputError
 
     if isinstance(broken, InputError):
-        return str(broken), 2
-    text = " ".join(str(broken).split())
+        return text, 2
     if isinstance(broken, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory ({text[:200]}); try --dtype bf16, a smaller --max-new-tokens or fewer pictures", 1
     return f"{type(broken).__name__}: {text[:300]}; run again with --debug to see where", 1
+
+
+def one_line(text):
+    return " ".join(str(text).split())
 
 
 def fail(message, code):
@@ -167,18 +178,13 @@ def answer(args):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     code = write(generation, stream=not (args.json or args.no_stream))
+    took = report(generation, args.model, args.seed, load_seconds, device)
     if args.json:
-        print(
-            json.dumps(report(generation, args.model, args.seed, load_seconds, device), ensure_ascii=False), flush=True
-        )
+        print(json.dumps(took, ensure_ascii=False), flush=True)
     elif args.no_stream:
         print(generation.text, flush=True)
     if args.stats:
-        say(
-            stats(
-                report(generation, args.model, args.seed, load_seconds, device), measure_bandwidth(device), generation
-            )
-        )
+        say(stats(took, measure_bandwidth(device), generation))
     return code
 
 

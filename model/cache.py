@@ -62,12 +62,12 @@ class DenseCache:
     @property
     def nbytes_held(self):
         """Bytes of the K and V rows that are taken."""
-        return sum(2 * k[:, :, :n].numel() * k.element_size() for k, n in zip(self.k, self.length, strict=True))
+        return sum(2 * k[:, :, :n].numel() * k.element_size() for k, n in zip(self.k, self.length, strict=True) if n)
 
     @property
     def nbytes_reserved(self):
         """Bytes of the arenas, free slots included."""
-        return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v))
+        return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v) if t is not None)
 
 
 def _with_slack(x, slack):

@@ -121,6 +121,8 @@ def parse_config(raw):
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     layers = raw.get("vision_feature_layer", -2)
+    if not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers])):
+        raise ValueError(f"vision_feature_layer is {layers!r}")
     top = {
         **raw,
         "image_token_index": raw.get("image_token_index", raw.get("image_token_id")),
@@ -141,7 +143,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, OSError) as broken:
+    except (ValueError, OSError, RecursionError) as broken:
         raise InputError(f"{path} is not readable JSON ({broken}); fetch the file again") from broken
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object; fetch the file again")

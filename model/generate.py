@@ -8,7 +8,7 @@ import torch
 from .cache import DenseCache
 from .config import InputError
 from .image import preprocess, read_image, with_mode
-from .tokenizer import Detokenizer, build_prompt
+from .tokenizer import TEMPLATES, Detokenizer, build_prompt
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Generation:
         """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`."""
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.template = checkpoint.template if template == "auto" else template
+        if self.template not in TEMPLATES or image_mode not in ("auto", "crop", "pad"):
+            raise InputError(
+                f"template {self.template!r} or image mode {image_mode!r} is unknown; use {TEMPLATES}, crop or pad"
+            )
         self.image_settings = with_mode(checkpoint.image_settings, image_mode)
         config = checkpoint.config
         text = build_prompt(prompt, len(images), self.template, system)
@@ -169,7 +173,7 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
 
     top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p.
     """
-    logits = logits / temperature
+    logits = (logits - logits.max()) / temperature  # the shift keeps a tiny temperature finite
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
     if top_p is not None and top_p < 1:

@@ -1,7 +1,6 @@
 """Pictures to pixel values, as the CLIP preprocessing of the checkpoints does it: Pillow bicubic, crop or pad."""
 
 import base64
-import binascii
 import io
 import sys
 from dataclasses import dataclass, replace
@@ -55,6 +54,10 @@ def read_image_settings(folder, image_size):
         raise InputError(
             f"preprocessor_config.json asks for resample {raw['resample']}; only 3 (bicubic) is implemented"
         )
+    off = [k for k in ("do_resize", "do_center_crop", "do_rescale", "do_normalize") if raw.get(k) is False]
+    if off or (isinstance(raw.get("size"), dict) and "height" in raw["size"]):
+        what = f"{off[0]} false" if off else "a resize that does not keep the aspect"
+        raise InputError(f"{path} asks for {what}; only resize, centre crop, rescale and normalise are implemented")
     pad = raw.get("do_pad") or raw.get("image_aspect_ratio") == "pad"
     return ImageSettings(image_size, "pad" if pad else "crop", mean, std, rescale)
 
@@ -92,13 +95,9 @@ def read_image(source):
         raise InputError(
             f"{shown} unpacks to far more pixels than a photograph has ({bomb}); scale it down first"
         ) from bomb
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        binascii.Error,
-    ) as broken:  # what Pillow raises for broken files
+    except MemoryError:
+        raise
+    except Exception as broken:  # Pillow's readers raise a dozen kinds for broken files
         raise InputError(f"{shown} is truncated or broken ({broken}); save it again") from broken
     return to_rgb(image, shown)
 
@@ -119,7 +118,9 @@ def to_rgb(image, path):
     """Picture of a PIL image. Transparency is dropped, as LLaVA itself does (transformers 5 paints it white)."""
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+    if image.mode == "F":
+        raise InputError(f"{path} holds floating point numbers of unknown range; save it with 8 bits per channel")
+    if image.mode.startswith("I"):
         # Pillow would clip to 255, which turns a 16-bit picture white
         grey = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
         return Picture(path, grey.convert("RGB"), f"{path}: 16-bit grey reduced to 8 bits")

@@ -121,7 +121,10 @@ def _prefix_rule(config, fast):
             return True, False
     for part in (pre, *(pre.get("pretokenizers") or [])):
         if part.get("type") == "Metaspace":
-            return part.get("prepend_scheme", "always") != "first", True
+            scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
+            if scheme not in ("always", "first"):
+                raise InputError(f"tokenizer.json asks for prepend_scheme {scheme!r}; only always and first are known")
+            return scheme == "always", True
     return config.get("legacy") is not False, False
 
 
@@ -133,7 +136,7 @@ _ASSISTANT_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the {whose} questions."
 )
 
-# What stands before the first turn. All three share "USER: {question} ASSISTANT:"; the space before ASSISTANT and none
+# What stands before the first turn; all three go on with the same words. The space before ASSISTANT and none
 # behind the colon change greedy output.
 SYSTEM_TEXT = {
     "llava": "",  # the llava-hf 1.5 conversions
@@ -150,10 +153,12 @@ def build_prompt(question, images, template, system=None):
     match. template "raw" takes the question verbatim.
     """
     found = question.count(IMAGE)
+    if IMAGE in (system or ""):
+        raise InputError(f"the system text has {IMAGE} in it; place pictures in the prompt")
     if found and found != images:
         raise InputError(
-            f"the prompt has {found} {IMAGE} for {images} --image; give one picture for each, or leave {IMAGE} "
-            "out of the prompt"
+            f"the prompt has {found} {IMAGE} for {images} --image; "
+            f"give one picture for each, or leave {IMAGE} out of the prompt"
         )
     if not found:
         question = (IMAGE + "\n") * images + question

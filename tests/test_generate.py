@@ -1,6 +1,7 @@
 """Writing an answer: choice of tokens, where it ends, what it reports, and what the cache holds."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -176,12 +177,25 @@ def test_a_stop_string_ends_the_answer_before_it(demo, stop):
 
 
 def test_the_context_ends_the_answer(demo):
-    long = "circle " * 1700
-    generation = Generation(demo, long, [PICTURE], Sampling(max_new_tokens=500))
-    room = demo.config.text_config.max_position_embeddings - generation.prompt_tokens
-    assert generation.room == room > 0
-    with pytest.raises(InputError, match="2048"):
-        Generation(demo, "circle " * 1900, [PICTURE])
+    text = dataclasses.replace(demo.config.text_config, max_position_embeddings=280)
+    small = dataclasses.replace(demo, config=dataclasses.replace(demo.config, text_config=text))
+    generation = finished(small, QUESTION, [PICTURE], Sampling(max_new_tokens=500))
+    assert 0 < generation.room == len(generation.token_ids) == 280 - generation.prompt_tokens
+    assert generation.finish_reason == "length"
+    with pytest.raises(InputError, match="280"):
+        Generation(small, "circle " * 100, [PICTURE])
+
+
+@pytest.mark.parametrize("wrong", [{"template": "chatml"}, {"image_mode": "squash"}, {"system": "<image>"}])
+def test_what_the_library_does_not_know_is_refused_at_once(demo, wrong):
+    with pytest.raises(InputError, match="; "):
+        Generation(demo, QUESTION, [PICTURE], **wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-6, 1e4])
+def test_any_temperature_gives_probabilities(temperature):
+    weights = probabilities(torch.tensor([1.0, 200.0, 3.0]), temperature)
+    assert weights.isfinite().all() and weights.argmax() == 1
 
 
 class Letters:

@@ -104,7 +104,7 @@ def test_the_demo_folder_is_small_and_complete():
 
 @pytest.mark.parametrize("stage", ["tower", "decoder"])
 def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage):
-    """Two steps, then two more, equal four in one go."""
+    """Two steps in one go equal one step, a new process, and another step."""
 
     def train(folder, steps, stage):
         args = [
@@ -128,7 +128,6 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage):
         train(tmp_path / "whole", 1, "tower")
         (tmp_path / "parts").mkdir()
         (tmp_path / "parts" / "tower.pt").write_bytes((tmp_path / "whole" / "tower.pt").read_bytes())
-    # a schedule of four steps in both, so stop the second by hand: its checkpoint at step 2 is that of a two-step run
     train(tmp_path / "whole", 2, stage)
     train(tmp_path / "parts", 1, stage)
     assert "resumed at step 1" in train(tmp_path / "parts", 2, stage)

@@ -68,9 +68,10 @@ def run_transformers(args):
     from transformers import LlavaForConditionalGeneration
 
     from model import Generation, open_checkpoint
+    from model.load import DTYPES
 
     start = time.perf_counter()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    dtype = DTYPES[args.dtype]
     model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).eval()
     loaded = time.perf_counter() - start
     asked = Generation(open_checkpoint(args.model), args.prompt, [args.image])  # for ids and pixels only
@@ -109,6 +110,8 @@ def child(args):
 
 def main():
     args = parser().parse_args()
+    if args.max_new_tokens < 2:
+        return "error: -n must be at least 2, for the first token comes from prefill; try -n 4"
     if args.engine:
         return child(args)
     rows = {}

@@ -1,5 +1,6 @@
 """What an answer took: the object of `run.py --json` and the table of `run.py --stats`."""
 
+import math
 import sys
 import time
 
@@ -30,7 +31,7 @@ def report(generation, model, seed, load_seconds, device):
             "kept_per_layer": [float(generation.vision_tokens)] * config.num_hidden_layers,
             "kv_bytes_full": kv_bytes,
             "kv_bytes_held": kv_bytes,
-            "kv_bytes_reserved": cache.nbytes_reserved if cache and cache.pos is not None else 0,
+            "kv_bytes_reserved": cache.nbytes_reserved if cache else 0,
         },
         "timing_ms": {
             "load": 1e3 * load_seconds,
@@ -53,7 +54,7 @@ def report(generation, model, seed, load_seconds, device):
 
 def percentile(values, q):
     """Nearest rank in a sorted list; 0 if it is empty."""
-    return values[min(len(values) - 1, int(q * len(values)))] if values else 0.0
+    return values[math.ceil(q * len(values)) - 1] if values else 0.0
 
 
 def peak_memory(device):

@@ -127,8 +127,11 @@ class Question:
 # ---------------------------------------------------------------- scenes
 
 
-def make_scene(rng, unseen=False, count=None, with_sign=None):
-    """A random scene. unseen=True puts at least one held-out colour x shape pair into it."""
+def make_scene(rng, unseen=False, count=None, with_sign=None, alike=False):
+    """A random scene. unseen=True puts at least one held-out colour x shape pair into it.
+
+    alike=True takes things of few colours and shapes, so that it needs both to tell one from another.
+    """
     with_sign = rng.random() < 0.5 if with_sign is None else with_sign
     count = rng.randint(2, 5) if count is None else count
     cells = [(r, c) for r in range(3) for c in range(3)]
@@ -139,6 +142,9 @@ def make_scene(rng, unseen=False, count=None, with_sign=None):
         word = rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS)
         sign = Sign(word, row, (left + 1) * CELL + rng.uniform(-8, 8), (row + 0.5) * CELL + rng.uniform(-8, 8))
     seen_pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in UNSEEN_PAIRS]
+    if alike:
+        few = rng.sample(tuple(COLOURS), 3), rng.sample(SHAPES, 3)
+        seen_pairs = [(c, s) for c, s in seen_pairs if c in few[0] and s in few[1]]
     pairs = rng.sample(seen_pairs, count)  # distinct, so "the red circle" names one object
     if unseen:
         pairs[rng.randrange(count)] = rng.choice(UNSEEN_PAIRS)
@@ -239,7 +245,7 @@ def coverage(thing):
     """How much of each patch the thing covers: 256 numbers in 0..255, row by row."""
     mask = Image.new("L", (SIZE, SIZE))
     _paint(ImageDraw.Draw(mask), thing, 1.0, 255)
-    return list(mask.reduce(PATCH).get_flattened_data())
+    return list(mask.reduce(PATCH).tobytes())
 
 
 def letter_coverage(sign):
@@ -248,7 +254,7 @@ def letter_coverage(sign):
     for _, box in _letter_boxes(sign):
         mask = Image.new("L", (SIZE, SIZE))
         ImageDraw.Draw(mask).rectangle(box, fill=255)
-        result.append(list(mask.reduce(PATCH).get_flattened_data()))
+        result.append(list(mask.reduce(PATCH).tobytes()))
     return result
 
 
@@ -338,14 +344,17 @@ def ask_relation(scene, rng):
 def ask_presence(scene, rng):
     """Balanced yes and no, said behind the name, so that the first token gives nothing away.
 
-    A no asks for a colour and a shape that are both there, on different objects.
+    Most noes ask for a colour and a shape that are both there, on different objects; the rest for a colour or a shape
+    that is not.
     """
     present = {(t.colour, t.shape) for t in scene.things}
-    seen = {(c, s) for c, _ in present for _, s in present} - set(UNSEEN_PAIRS)
-    hard = sorted(seen - present)
-    if rng.random() < 0.5 and hard:
-        colour, shape = rng.choice(hard)
-        value, found = "no", [t for t in scene.things if colour == t.colour or shape == t.shape]
+    allowed = {(c, s) for c in COLOURS for s in SHAPES} - set(UNSEEN_PAIRS) - present
+    colours, shapes = {c for c, _ in present}, {s for _, s in present}
+    hard = sorted((c, s) for c, s in allowed if c in colours and s in shapes)
+    easy = sorted((c, s) for c, s in allowed if (c in colours) != (s in shapes))
+    if rng.random() < 0.5:
+        value, (colour, shape) = "no", rng.choice(hard if hard and rng.random() < 0.65 else easy)
+        found = [t for t in scene.things if colour == t.colour or shape == t.shape]
     else:
         found = [rng.choice(scene.things)]
         value, colour, shape = "yes", found[0].colour, found[0].shape
@@ -469,7 +478,7 @@ def make_pair(rng, unseen=False):
 # ---------------------------------------------------------------- samples
 
 
-def sample(seed, tasks=None, pair=False, unseen=False):
+def sample(seed, tasks=None, pair=False, unseen=False, alike=False):
     """(scenes, questions) of one seed: the same seed gives the same pictures and words everywhere.
 
     tasks: names of ASKERS, or of PAIR_ASKERS with pair=True, which makes two scenes (default: each once; a name may
@@ -477,7 +486,7 @@ def sample(seed, tasks=None, pair=False, unseen=False):
     """
     rng = random.Random(f"scene {seed} {pair} {unseen}")
     askers = PAIR_ASKERS if pair else ASKERS
-    scenes = make_pair(rng, unseen) if pair else (make_scene(rng, unseen),)
+    scenes = make_pair(rng, unseen) if pair else (make_scene(rng, unseen, alike=alike),)
     asked = [askers[task](scenes if pair else scenes[0], rng) for task in (askers if tasks is None else tasks)]
     return scenes, [q for q in asked if q is not None]
 
