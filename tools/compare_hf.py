@@ -27,6 +27,7 @@ def parser():
     p.add_argument("-n", "--max-new-tokens", type=int, default=128)
     p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
     p.add_argument("--repeat", type=int, default=3, help="runs after one that warms up; the best counts (default 3)")
+    p.add_argument("--process", action="store_true", help="also time whole run.py processes beside `import torch`")
     p.add_argument("--engine", choices=("ours", "transformers"), help=argparse.SUPPRESS)  # the child processes
     return p
 
@@ -108,6 +109,16 @@ def child(args):
     print(json.dumps({**result, **more}))
 
 
+def process_seconds(words, repeat=3):
+    """Wall time of a Python process, the best of `repeat`."""
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
 def main():
     args = parser().parse_args()
     if args.max_new_tokens < 2:
@@ -134,6 +145,11 @@ def main():
     print(
         f"weights {ours['weights'] / 1e6:.0f} MB; decode {decode:.2f}x transformers, first token {first:.2f}x; {agree}"
     )
+    if args.process:
+        bare = process_seconds(["-c", "import torch"])
+        words = ["--model", args.model, "--image", args.image, "--prompt", args.prompt]
+        whole = process_seconds([str(ROOT / "run.py"), *words])
+        print(f"a whole run.py process {whole:.2f} s, `import torch` alone {bare:.2f} s: {whole / bare:.2f}x")
     return 0
 
 
