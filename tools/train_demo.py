@@ -571,9 +571,9 @@ USER: {% for part in message.content if part.type == 'image' %}{{ '<image>\\n' }
 
 def write_fast_tokenizer(folder):
     """tokenizer.json, for those who load the folder with transformers (which made it from tokenizer.model)."""
-    from transformers import AutoTokenizer
+    from transformers import LlamaTokenizer  # AutoTokenizer would leave out the dummy space
 
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def draw_curve(folder, path):
@@ -589,6 +589,7 @@ def draw_curve(folder, path):
     ):
         with open(folder / f"{stage}.csv", newline="") as f:
             rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(f)]
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for name in rows[0]:
             if name not in ("step", "seconds", "loss"):
                 axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name, linewidth=1.2)
