@@ -1,7 +1,7 @@
 """The same checkpoint, picture and prompt through this project and through transformers, each in a process of its own.
 
     python tools/compare_hf.py                                    # the demo model
-    python tools/compare_hf.py --model DIR --dtype bf16 -n 4      # a 7B checkpoint on a CPU
+    python tools/compare_hf.py --model DIR --dtype bf16 -n 4 --repeat 1    # 7B on a CPU
 
 Prints one table: load time, time to first token, decode speed, anonymous memory (what the process really had to be
 given; mapped weight files are not in it) and whether the greedy ids agree. It needs requirements-test.txt.
@@ -121,8 +121,8 @@ def process_seconds(words, repeat=3):
 
 def main():
     args = parser().parse_args()
-    if args.max_new_tokens < 2:
-        return "error: -n must be at least 2, for the first token comes from prefill; try -n 4"
+    if args.max_new_tokens < 2 or args.repeat < 1:
+        return "error: -n must be at least 2 (the first token comes from prefill) and --repeat 1; try -n 4"
     if args.engine:
         return child(args)
     rows = {}
