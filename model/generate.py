@@ -191,6 +191,7 @@ class _Writer:
         self.detokenizer, self.stop, self.held, self.stopped = detokenizer, tuple(stop), "", False
 
     def push(self, token):
+        """Text that is safe to show after one more id; sets `stopped` when a stop string is complete."""
         self.held += self.detokenizer.push(token)
         found = [self.held.find(s) for s in self.stop if s in self.held]
         if found:
@@ -201,5 +202,6 @@ class _Writer:
         return ready
 
     def flush(self):
+        """What was withheld, at the end of the answer."""
         rest, self.held = self.held + ("" if self.stopped else self.detokenizer.flush()), ""
         return rest

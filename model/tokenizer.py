@@ -85,6 +85,7 @@ class Detokenizer:
         self._at_start = True
 
     def push(self, token):
+        """Text that one more id makes certain; empty for added and control tokens."""
         sp = self.tokenizer.sp
         if token in self.tokenizer._silent or not 0 <= token < len(sp):
             return ""
