@@ -128,8 +128,8 @@ class Llama(nn.Module):
         """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
 
         Causal over everything present. With a cache, each layer's K and V are packed into it. positions (B, T) or (T,)
-        default to 0..T-1; mask (bool, broadcast to (B, Hq, T, T), True = may look) replaces the causal rule: both are
-        for training on packed sequences.
+        default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may look, or added to the scores) replaces the
+        causal rule: both are for training on packed sequences.
         """
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
