@@ -68,6 +68,13 @@ def parser():
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
                    help="attention in decode (this version has torch only)")
+    p.add_argument("--prune", "--method", default="none", metavar="SPEC",
+                   help="which vision tokens each head keeps in its cache: none, random, or FILE.py::FUNCTION; then "
+                        "optionally :key=value,... (default none)")
+    p.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
+                   help="fraction of the vision tokens that is kept")
+    p.add_argument("--keep-tokens", type=number(int, 1), metavar="N", help="vision tokens kept per KV head and picture")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE|@FILE.json", help="settings of the method")
     p.add_argument("--stats", "--profile", action="store_true", help="times, bytes and the decode ceiling, on stderr")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     p.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
@@ -101,6 +108,10 @@ def check_flags(args):
         p.error("--backend triton: this version has no Triton kernels, use --backend torch")
     if [args.prompt, *args.image].count("-") > 1:
         p.error("only one thing can be read from stdin")
+    if args.retention is not None and args.keep_tokens is not None:
+        p.error("--retention and --keep-tokens exclude each other")
+    if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
+        p.error("--retention, --keep-tokens and --set need --prune METHOD")
     if "" in args.stop:
         p.error("--stop needs a text")
     if args.system is not None and args.template == "raw":
@@ -159,11 +170,14 @@ def answer(args):
     from model.image import read_image
     from tools.report import measure_bandwidth, report, stats
 
+    prune = choose_method(args)
     device = choose_device(args.device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
-    generation = Generation(checkpoint, args.prompt, pictures, sampling, args.template, args.image_mode, args.system)
+    generation = Generation(
+        checkpoint, args.prompt, pictures, sampling, args.template, args.image_mode, args.system, prune, args.backend
+    )
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
     dtype = str(checkpoint.dtype).removeprefix("torch.")
@@ -180,12 +194,23 @@ def answer(args):
     code = write(generation, stream=not (args.json or args.no_stream))
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.json:
-        print(json.dumps(took, ensure_ascii=False), flush=True)
+        print(json.dumps(took, ensure_ascii=False, default=str), flush=True)
     elif args.no_stream:
         print(generation.text, flush=True)
     if args.stats:
         say(stats(took, measure_bandwidth(device), generation))
     return code
+
+
+def choose_method(args):
+    """The pruning method of --prune, or None; InputError if there is none such."""
+    from model import InputError
+    from model.pruning import make_method
+
+    try:
+        return make_method(args.prune, args.retention, args.keep_tokens, args.set)
+    except ValueError as wrong:
+        raise InputError(str(wrong)) from wrong
 
 
 def choose_device(name):

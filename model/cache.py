@@ -1,68 +1,154 @@
-"""The KV cache. For now a dense one: every head of every layer keeps every token.
+"""The KV cache: every head of every layer keeps its own tokens and its own number of them.
 
-One K and one V arena of (N, D) slots per layer; segment b * Hkv + h (sequence b, KV head h) owns `capacity` slots
-of it, and the first `length` of them are taken:
+One K and one V arena of (N, D) rows per layer holds all B sequences. Segment b * Hkv + h (sequence b, KV head h) owns
+kv_cap slots from kv_start on; the first kv_len of them are taken, '.' is a free slot for a new token:
 
-    head 0            head 1            head 2
-    [k k k k k . . .][k k k k k . . .][k k k k k . . .]      '.' = free slot for a new token
+    head 0            head 1      head 2
+    [k k k k k . . .][k k . . .][k k k k . . .]      kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
 
-A new token is written in place. Only when the free slots run out does a layer move to a larger arena.
+A new token is written in place. Only when a segment is full do all move to larger arenas. A cache in which nothing was
+pruned is the case where all lengths are equal. Keys carry the position their token had in the prompt, so the position
+of the next token is `pos`, and no length says what it is.
 """
 
 import torch
-import torch.nn.functional as F
+
+from kernels import decode_plan, ragged_decode, ragged_pack
 
 
-class DenseCache:
-    """K and V of B sequences of equal length.
+class RaggedCache:
+    """K and V of B sequences. S = B * Hkv segments, L layers.
 
-    pos (B,) int64: the true position of the next token of each sequence (what RoPE needs; not a slot number).
-    slack: free slots per segment after prefill, and the step in which a full arena grows.
+    k, v               L arenas (N, D) each
+    kv_start, kv_len, kv_cap   (L, S) int32: first slot, taken slots, all slots of a segment
+    pos (B,) int64     position of the next token of each sequence
+    live (B,) bool     False once `finish` was called: the sequence takes no more tokens
+    slack              free slots per segment after packing, and the least by which full arenas grow
     """
 
-    def __init__(self, num_layers, slack=64):
-        self.slack = max(1, slack)
-        self.k, self.v = [None] * num_layers, [None] * num_layers  # (B, Hkv, capacity, D) views of the arenas
-        self.length = [0] * num_layers  # taken slots per segment
-        self.pos = None
+    def __init__(self, num_layers, slack=64, backend="auto"):
+        self.slack, self.backend = max(1, slack), backend
+        self.k, self.v, self.plans = [None] * num_layers, [None] * num_layers, [None] * num_layers
+        self.kv_start = self.kv_len = self.kv_cap = self.pos = self.live = None
+        self.takes = None  # (S,) int32: 1 where a step adds a token, 0 in finished sequences
+        self.rows = None  # segments that take tokens; None: all
+        self.lengths = ()  # rows of kv_len, one per layer
+        self.slots = ()  # per layer: the slots that were claimed for the tokens of this step
+        self.room = 0  # tokens that fit before a live segment is full
 
-    def pack(self, layer, k, v):
-        """Keep a layer's prefill: k, v (B, Hkv, T, D)."""
-        self.length[layer] = k.shape[2]
-        self.k[layer], self.v[layer] = _with_slack(k, self.slack), _with_slack(v, self.slack)
+    # ------------------------------------------------------------ prefill
+
+    def pack(self, layer, k, v, keep=None):
+        """Keep rows of a layer's prefill: k, v (B, Hkv, T, D); keep (B * Hkv, T) bool, or None for all of them."""
+        b, _, tokens, _ = k.shape
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        total = None
+        if keep is None:
+            keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
         if self.pos is None:
-            self.pos = torch.full((k.shape[0],), k.shape[2], device=k.device)
+            tables = k.new_zeros(3, len(self.k), len(k), dtype=torch.int32)
+            self.kv_start, self.kv_len, self.kv_cap = tables
+            self.lengths = self.kv_len.unbind()
+            self.pos = torch.full((b,), tokens, device=k.device)
+            self._set_live(torch.ones(b, dtype=torch.bool, device=k.device))
+            self.room = self.slack
+        self.k[layer], self.v[layer], start, length, _ = ragged_pack(
+            k, v, keep, slack=self.slack, total=total, backend=self.backend
+        )
+        self._settle(layer, start, length, self.slack)
+
+    def _settle(self, layer, start, length, slack):
+        """Note where a layer's segments lie."""
+        self.kv_start[layer], self.kv_len[layer], self.kv_cap[layer] = start, length, length + slack
+        self.plans[layer] = decode_plan(self.kv_start[layer], self.kv_cap[layer])
+
+    @classmethod
+    def join(cls, caches):
+        """One cache of all the sequences of several, which are emptied layer by layer: no second copy of the whole."""
+        first, layers = caches[0], range(len(caches[0].k))
+        joined = cls(len(layers), first.slack, first.backend)
+        before = torch.zeros(len(layers), 1, dtype=torch.int32, device=first.pos.device)  # rows of the earlier caches
+        starts = []
+        for cache in caches:
+            starts.append(cache.kv_start + before)
+            before += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=before.device)
+        joined.kv_start = torch.cat(starts, 1)
+        joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
+        joined.lengths = joined.kv_len.unbind()
+        joined.pos = torch.cat([c.pos for c in caches])
+        joined._set_live(torch.cat([c.live for c in caches]))
+        joined.room = min(c.room for c in caches)
+        for i in layers:
+            joined.k[i], joined.v[i] = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
+            joined.plans[i] = decode_plan(joined.kv_start[i], joined.kv_cap[i])
+            for c in caches:
+                c.k[i] = c.v[i] = None
+        return joined
+
+    # ------------------------------------------------------------ decode
+
+    def grow(self, tokens=1):
+        """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer."""
+        if self.room < tokens:
+            self.repack(max(self.slack, tokens))
+        claimed = (self.kv_start + self.kv_len).long()  # (L, S)
+        if self.rows is not None:  # a full segment of a finished sequence has no slot to claim
+            claimed = claimed[:, self.rows]
+        if tokens > 1:
+            claimed = (claimed[..., None] + torch.arange(tokens, device=claimed.device)).flatten(1)
+        self.slots = claimed.unbind()
+        self.kv_len.add_(self.takes, alpha=tokens)
+        self.pos.add_(self.live, alpha=tokens)
+        self.room -= tokens
 
     def append(self, layer, k, v):
-        """Write one token per sequence behind the others: k, v (B, Hkv, D)."""
-        n = self.length[layer]
-        if n == self.k[layer].shape[2]:
-            self.repack(layer)
-        self.k[layer][:, :, n], self.v[layer][:, :, n] = k, v
-        self.length[layer] = n + 1
+        """Write the claimed slots: k, v (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""
+        for arena, new in ((self.k[layer], k), (self.v[layer], v)):
+            if new.ndim == 4:
+                new = new.transpose(1, 2)  # segment by segment
+            if self.rows is not None:
+                new = new.flatten(0, 1)[self.rows]
+            arena.index_copy_(0, self.slots[layer], new.reshape(-1, new.shape[-1]))
 
-    def repack(self, layer):
-        """Move a full layer to an arena with `slack` more slots per segment."""
-        n = self.length[layer]
-        self.k[layer] = _with_slack(self.k[layer][:, :, :n], self.slack)
-        self.v[layer] = _with_slack(self.v[layer][:, :, :n], self.slack)
+    def attend(self, layer, q, kv_len=None, return_lse=False):
+        """q (B, [T,] Hq, D) against everything kept, the claimed slots included; kv_len (S,) overrides the lengths."""
+        plan, length = self.plans[layer], self.lengths[layer] if kv_len is None else kv_len
+        return ragged_decode(
+            q, self.k[layer], self.v[layer], plan.kv_start, length,
+            return_lse=return_lse, plan=plan, backend=self.backend,
+        )  # fmt: skip
 
-    def attend(self, layer, q):
-        """One query row per head, q (B, Hq, D), against everything kept -> (B, Hq, D)."""
-        k, v = self.k[layer], self.v[layer]
-        n = self.length[layer]
-        # the G query heads of a KV head are G rows of one small product: no K or V is repeated
-        rows = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, D)
-        return F.scaled_dot_product_attention(rows, k[:, :, :n], v[:, :, :n]).flatten(1, 2)
+    def finish(self, sequence):
+        """The sequence takes no more tokens: it stops growing, its `pos` stands still, what it is given is ignored."""
+        self.live[sequence] = False
+        self._set_live(self.live)
 
-    def advance(self):
-        """All layers have taken the token at `pos`: the next one comes after it."""
-        self.pos += 1
+    def _set_live(self, live):
+        """What follows from `live` for the segments."""
+        self.live, heads = live, self.kv_len.shape[1] // len(live)
+        self.takes = live.repeat_interleave(heads).int()
+        self.rows = None if live.all() else self.takes.nonzero()[:, 0]
+
+    def repack(self, slack):
+        """Move every layer to arenas with `slack` free slots in each segment, one layer after the other."""
+        for layer in range(len(self.k)):
+            length = self.kv_len[layer].clone()
+            start = (length.cumsum(0) - length + slack * torch.arange(len(length), device=length.device)).int()
+            source, slot = _taken(self.kv_start[layer], length), _taken(start, length)
+            for arenas in (self.k, self.v):
+                old = arenas[layer]
+                new = old.new_empty(len(slot) + slack * len(length), old.shape[1])
+                arenas[layer] = new.index_copy_(0, slot, old[source])
+            self._settle(layer, start, length, slack)
+        self.room = slack
+
+    # ------------------------------------------------------------ bytes
 
     @property
     def nbytes_held(self):
         """Bytes of the K and V rows that are taken."""
-        return sum(2 * k[:, :, :n].numel() * k.element_size() for k, n in zip(self.k, self.length, strict=True) if n)
+        rows = self.kv_len.sum(1).tolist()
+        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=True))
 
     @property
     def nbytes_reserved(self):
@@ -70,9 +156,7 @@ class DenseCache:
         return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v) if t is not None)
 
 
-def _with_slack(x, slack):
-    """A copy of x (B, Hkv, T, D) in an arena with `slack` free slots behind each segment."""
-    b, h, t, d = x.shape
-    arena = x.new_empty(b, h, t + slack, d)
-    arena[:, :, :t] = x
-    return arena
+def _taken(start, length):
+    """Indices of the taken slots of all segments: start, length (S,) -> (sum of length,)."""
+    shift = start - (length.cumsum(0) - length)  # from the row's number among all rows to its slot
+    return torch.repeat_interleave(shift, length) + torch.arange(int(length.sum()), device=start.device)

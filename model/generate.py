@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import DenseCache
+from kernels import window_scores
+
+from .cache import RaggedCache
 from .config import InputError
-from .image import preprocess, read_image, with_mode
+from .image import normalise, read_image, to_square, with_mode
 from .tokenizer import TEMPLATES, Detokenizer, build_prompt
 
 
@@ -23,6 +25,18 @@ class Sampling:
     stop: tuple = ()  # strings that end the answer; they are not part of it
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a pruning method may know of a prompt beside its scores."""
+
+    num_layers: int  # L
+    q_heads: int  # Hq
+    kv_heads: int  # Hkv
+    tokens: int  # T, pictures expanded
+    spans: list  # [(start, stop)] of the pictures among the T
+    device: torch.device
+
+
 class Generation:
     """One answer, while it is written and after.
 
@@ -34,13 +48,24 @@ class Generation:
     finish_reason  "stop" | "length" | "interrupted"
     prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    what was asked, pictures expanded
     spans          [(start, stop)] of the pictures among the prompt's tokens
-    cache          the DenseCache
-    timing         seconds: vision, prefill, and steps, one entry per decode step (the first token comes from prefill)
+    cache          the RaggedCache
+    kept           vision tokens that a KV head keeps, one number per layer, averaged over the layer's heads
+    bytes_held     K and V bytes of the prompt rows that were kept
+    timing         seconds: vision, prefill, prune (a part of prefill), and steps, one entry per decode step (the first
+                   token comes from prefill)
     """
 
-    def __init__(self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None):
-        """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`."""
+    def __init__(
+        self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
+        prune=None, backend="auto",
+    ):  # fmt: skip
+        """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`.
+
+        prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
+        of the kernels.
+        """
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
+        self.prune, self.backend = prune, backend
         self.template = checkpoint.template if template == "auto" else template
         if self.template not in TEMPLATES or image_mode not in ("auto", "crop", "pad"):
             raise InputError(
@@ -63,14 +88,19 @@ class Generation:
                 "images, and the model's context is "
                 f"{config.text_config.max_position_embeddings}; use fewer images or a shorter prompt"
             )
-        self.pixels = [preprocess(p.image, self.image_settings) for p in pictures]
+        self.squares = [to_square(p.image, self.image_settings) for p in pictures]
         self._begin()
+
+    @property
+    def pixels(self):
+        """Pixel values of the pictures, (3, S, S) fp32 each; made anew, so that no tensor outlives its use."""
+        return [normalise(square, self.image_settings) for square in self.squares]
 
     def _begin(self):
         """Nothing said yet."""
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
-        self.timing = {"vision": 0.0, "prefill": 0.0, "steps": []}
-        self.spans, self.cache = [], None
+        self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
+        self.spans, self.cache, self.kept, self.bytes_held = [], None, [], 0
 
     @torch.inference_mode()
     def __iter__(self):
@@ -107,18 +137,37 @@ class Generation:
         model = self.checkpoint.model
         start = time.perf_counter()
         tokens = ()
-        if self.pixels:
+        if self.squares:
             tokens = model.encode_images(torch.stack(self.pixels).to(self.checkpoint.device, self.checkpoint.dtype))
         x, self.spans = model.splice(self.ids, tokens)
         _wait(self.checkpoint.device)
         self.timing["vision"] = time.perf_counter() - start
         start = time.perf_counter()
-        self.cache = DenseCache(self.checkpoint.config.text_config.num_hidden_layers, slack=min(limit, 64))
-        hidden = model.language_model.prefill(x[None], self.cache)
+        config = self.checkpoint.config.text_config
+        self.cache = RaggedCache(config.num_hidden_layers, slack=min(limit, 64), backend=self.backend)
+        hidden = model.language_model.prefill(x[None], self.cache, choose=self._choose if self.prune else None)
         logits = model.language_model.logits(hidden[0, -1])
+        self.bytes_held = self.cache.nbytes_held
+        self.kept = [float(n) for n in self.kept] or [float(self.vision_tokens)] * config.num_hidden_layers
         _wait(self.checkpoint.device)
         self.timing["prefill"] = time.perf_counter() - start
         return logits
+
+    def _choose(self, layer, q, k):
+        """Hook B: the pruning method's choice for a layer, from q (1, Hq, T, D) and k (1, Hkv, T, D)."""
+        start = time.perf_counter()
+        (_, q_heads, tokens, _), kv_heads = q.shape, k.shape[1]
+        rows = min(self.prune.window, tokens)
+        scores = window_scores(q[0, :, -rows:], k[0], group="none", backend=self.backend) if rows else None
+        layout = Layout(len(self.cache.k), q_heads, kv_heads, tokens, self.spans, k.device)
+        keep = self.prune.choose(layer, scores, layout)
+        if not isinstance(keep, torch.Tensor) or keep.shape != (kv_heads, tokens) or keep.dtype != torch.bool:
+            shape = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
+            raise InputError(f"method {self.prune.name} returned {shape}; return bool ({kv_heads}, {tokens})")
+        self.kept.append(sum(keep[:, a:b].sum() for a, b in self.spans) / kv_heads)
+        _wait(self.checkpoint.device)
+        self.timing["prune"] += time.perf_counter() - start
+        return keep
 
     def _decode(self, token):
         """One more token into the cache -> logits (V,) of the one after it."""
@@ -142,6 +191,25 @@ def ask(checkpoint, prompt, images=(), **options):
     """The whole answer as a string. options: fields of Sampling."""
     generation = Generation(checkpoint, prompt, images, Sampling(**options))
     return "".join(generation)
+
+
+@torch.inference_mode()
+def next_turn(checkpoint, cache, ids, pixels=()):
+    """Feed a new turn behind what a cache has kept, without computing the past again -> logits (V,) of the next token.
+
+    ids: token ids that the cache has not seen, one image placeholder per picture; they begin with the last token of
+    the answer before, which was chosen but never fed. pixels: (3, S, S) each. The cache, of one sequence, takes all
+    of the new tokens; decoding goes on from there.
+    """
+    model = checkpoint.model
+    tokens = ()
+    if len(pixels):
+        tokens = model.encode_images(torch.stack(list(pixels)).to(checkpoint.device, checkpoint.dtype))
+    x, _ = model.splice(ids, tokens)
+    room = checkpoint.config.text_config.max_position_embeddings - int(cache.pos[0])
+    if len(x) > room:
+        raise InputError(f"the turn needs {len(x)} tokens, the context has room for {room}; start a new conversation")
+    return model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
 
 
 def _wait(device):

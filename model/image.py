@@ -129,10 +129,14 @@ def to_rgb(image, path):
 
 
 def preprocess(image, settings):
-    """RGB picture -> pixel values (3, S, S) fp32.
+    """RGB picture -> pixel values (3, S, S) fp32."""
+    return normalise(to_square(image, settings), settings)
 
-    Shortest edge to S (the longest to int(S * long / short)), centre crop S x S with offsets rounded down, times
-    rescale, minus mean, over std.
+
+def to_square(image, settings):
+    """RGB picture -> the S x S pixels that the model looks at.
+
+    Shortest edge to S (the longest to int(S * long / short)), centre crop S x S with offsets rounded down.
     """
     if settings.mode == "pad":
         image = pad_to_square(image, settings.mean)
@@ -140,14 +144,17 @@ def preprocess(image, settings):
     wide, high = (int(size * side / short) for side in image.size)  # after the resize, before the crop
     left, top = (wide - size) // 2, (high - size) // 2
     if max(wide, high) <= STRIP * size:
-        image = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    else:
-        # only the part that survives the crop, so that 10000 x 3 does not become a million pixels wide on the way; the
-        # order of Pillow's two passes may change with it, and with the order the clipping of overshoots
-        fx, fy = image.width / wide, image.height / high  # source pixels per resized pixel
-        box = (left * fx, top * fy, min((left + size) * fx, image.width), min((top + size) * fy, image.height))
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+        return image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    # only the part that survives the crop, so that 10000 x 3 does not become a million pixels wide on the way; the
+    # order of Pillow's two passes may change with it, and with the order the clipping of overshoots
+    fx, fy = image.width / wide, image.height / high  # source pixels per resized pixel
+    box = (left * fx, top * fy, min((left + size) * fx, image.width), min((top + size) * fy, image.height))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def normalise(square, settings):
+    """S x S picture -> (3, S, S) fp32: times rescale, minus mean, over std."""
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(settings.size, settings.size, 3)
     mean, std = torch.tensor(settings.mean), torch.tensor(settings.std)
     return ((pixels * settings.rescale - mean) / std).permute(2, 0, 1).contiguous()
 

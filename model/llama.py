@@ -1,13 +1,15 @@
 """The Llama decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. Two ways through
-the same weights: `prefill` (many tokens, attention among themselves) and `decode` (one token per sequence against
-a cache). Module names are the checkpoint's keys.
+B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. Three ways through
+the same weights: `prefill` (many tokens, attention among themselves), `decode` (one token per sequence against a cache)
+and `extend` (many tokens among themselves and against a cache). Module names are the checkpoint's keys.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from kernels import merge_states
 
 
 class RMSNorm(nn.Module):
@@ -59,18 +61,40 @@ class Attention(nn.Module):
         return rotate(q, rope), rotate(k, rope), v
 
     def prefill(self, x, rope, mask=None):
-        """x (B, T, C) -> y (B, T, C) and this layer's k, v (B, Hkv, T, D)."""
+        """x (B, T, C) -> y (B, T, C) and this layer's q (B, Hq, T, D) and k, v (B, Hkv, T, D)."""
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))  # (B, H, T, D)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2)), k, v
+        return self.o_proj(y.transpose(1, 2).flatten(2)), q, k, v
 
     def decode(self, x, rope, cache, layer):
         """x (B, C), one token per sequence -> y (B, C); its k and v are appended to the cache first."""
         q, k, v = self.project(x, rope)  # (B, H, D)
         cache.append(layer, k, v)
         return self.o_proj(cache.attend(layer, q).flatten(1))
+
+    def extend(self, x, rope, cache, layer, past):
+        """x (B, T, C), T tokens per sequence behind `past` (S,) cached ones -> y (B, T, C); k and v are appended."""
+        q, k, v = self.project(x, rope)  # (B, T, H, D)
+        cache.append(layer, k, v)
+        y, lse = cache.attend(layer, q, past, return_lse=True)  # every row sees all of the past
+        y, _ = merge_states(y, lse, *causal_attention(q, k, v))
+        return self.o_proj(y.flatten(2))
+
+
+def causal_attention(q, k, v):
+    """Attention of T tokens among themselves, with its log-sum-exp, in fp32.
+
+    q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D), (B, T, Hq).
+    """
+    t, d = q.shape[1], q.shape[3]
+    q = q.unflatten(2, (k.shape[2], -1)).float()  # (B, T, Hkv, G, D)
+    scores = d**-0.5 * torch.einsum("bthgd,bshd->bhgts", q, k.float())
+    future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill_(future, float("-inf"))
+    out = torch.einsum("bhgts,bshd->bthgd", scores.softmax(-1), v.float()).flatten(2, 3)
+    return out.to(v.dtype), scores.logsumexp(-1).permute(0, 3, 1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -96,12 +120,16 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def prefill(self, x, rope, mask=None):
-        y, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask)
+        y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+        return x + self.mlp(self.post_attention_layernorm(x)), q, k, v
 
     def decode(self, x, rope, cache, layer):
         x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def extend(self, x, rope, cache, layer, past):
+        x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -124,27 +152,43 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def prefill(self, x, cache=None, positions=None, mask=None):
+    def prefill(self, x, cache=None, positions=None, mask=None, choose=None):
         """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
 
-        Causal over everything present. With a cache, each layer's K and V are packed into it. positions (B, T) or (T,)
-        default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may look, or added to the scores) replaces the
-        causal rule: both are for training on packed sequences.
+        Causal over everything present. With a cache, each layer's K and V are packed into it as soon as the layer is
+        done, and die here: choose(layer, q, k), called with q (B, Hq, T, D) and k (B, Hkv, T, D), says which rows every
+        head keeps, (B * Hkv, T) bool or None for all. Hidden states are never dropped, so what a layer forgets changes
+        decoding only. positions (B, T) or (T,) default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may
+        look, or added to the scores) replaces the causal rule: both are for training on packed sequences.
         """
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
         for i, layer in enumerate(self.model.layers):
-            x, k, v = layer.prefill(x, rope, mask)
+            x, q, k, v = layer.prefill(x, rope, mask)
             if cache is not None:
-                cache.pack(i, k, v)
+                cache.pack(i, k, v, None if choose is None else choose(i, q, k))
+            del q, k, v  # not kept until the next layer has made its own
         return self.model.norm(x)
 
     def decode(self, x, cache):
         """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one."""
         rope = rope_table(cache.pos, self.config, x.dtype)  # (B, 1, D)
+        cache.grow()
         for i, layer in enumerate(self.model.layers):
             x = layer.decode(x, rope, cache, i)
-        cache.advance()
+        return self.model.norm(x)
+
+    def extend(self, x, cache):
+        """A new turn: T embedded tokens per sequence, x (B, T, C), behind a cache -> final hidden states (B, T, C).
+
+        Each sees all that the cache kept and the new ones before it. The cache grows by T.
+        """
+        positions = cache.pos[:, None] + torch.arange(x.shape[1], device=x.device)
+        rope = rope_table(positions, self.config, x.dtype)  # (B, T, 1, D)
+        past = cache.kv_len.clone()
+        cache.grow(x.shape[1])
+        for i, layer in enumerate(self.model.layers):
+            x = layer.extend(x, rope, cache, i, past[i])
         return self.model.norm(x)
 
     def logits(self, hidden):

@@ -10,9 +10,10 @@ import torch
 def report(generation, model, seed, load_seconds, device):
     """The object of --json: what was asked, what was said, bytes and milliseconds. generation must be over."""
     checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
-    config, cache = checkpoint.config.text_config, generation.cache
+    config, cache, prune = checkpoint.config.text_config, generation.cache, generation.prune
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
     kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
+    held = generation.bytes_held
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -25,31 +26,47 @@ def report(generation, model, seed, load_seconds, device):
         "vision_tokens": generation.vision_tokens,
         "new_tokens": len(generation.token_ids),
         "prune": {
-            "method": "none",
-            "retention_requested": None,
-            "retention_actual": 1.0,
-            "kept_per_layer": [float(generation.vision_tokens)] * config.num_hidden_layers,
+            "method": prune.name if prune else "none",
+            "settings": prune.settings if prune else {},
+            "retention_requested": requested(prune),
+            "retention_actual": actual(generation),
+            "kept_per_layer": generation.kept,
             "kv_bytes_full": kv_bytes,
-            "kv_bytes_held": kv_bytes,
+            "kv_bytes_held": held,
             "kv_bytes_reserved": cache.nbytes_reserved if cache else 0,
         },
         "timing_ms": {
             "load": 1e3 * load_seconds,
             "vision": 1e3 * generation.timing["vision"],
             "prefill": 1e3 * generation.timing["prefill"],
-            "prune": 0.0,
+            "prune": 1e3 * generation.timing["prune"],  # a part of prefill
             "decode_total": 1e3 * sum(steps),
             "decode_p50": 1e3 * percentile(steps, 0.5),
             "decode_p95": 1e3 * percentile(steps, 0.95),
         },
         "peak_memory_bytes": peak_memory(device),
-        "ceiling_speedup": 1.0,  # unpruned bytes per decode step over the bytes it really reads
+        # unpruned bytes per decode step over the bytes it really reads
+        "ceiling_speedup": step_bytes(checkpoint, kv_bytes) / step_bytes(checkpoint, held) if held else 1.0,
         "seed": seed,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": str(device),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "backend": "torch",
     }
+
+
+def requested(prune):
+    """The fraction that was asked for; None without pruning or where the budget is a number of tokens."""
+    if prune is None or prune.settings.get("keep_tokens") is not None:
+        return None
+    return prune.settings.get("retention")
+
+
+def actual(generation):
+    """Kept over all (head, vision token) pairs."""
+    if not generation.kept or not generation.vision_tokens:
+        return 1.0
+    return sum(generation.kept) / (len(generation.kept) * generation.vision_tokens)
 
 
 def percentile(values, q):
@@ -116,7 +133,11 @@ def stats(r, bandwidth, generation):
     lines.append(
         f"memory   {r['peak_memory_bytes'] / 1e6:8.0f} MB peak    KV cache: {kv['kv_bytes_full'] / 1e6:.2f} MB "
         f"full, {kv['kv_bytes_held'] / 1e6:.2f} MB held, "
-        f"{kv['kv_bytes_reserved'] / 1e6:.2f} MB reserved; pruning {kv['method']}, at most "
-        f"{r['ceiling_speedup']:.2f}x faster"
+        f"{kv['kv_bytes_reserved'] / 1e6:.2f} MB reserved"
+    )
+    kept = sum(kv["kept_per_layer"]) / max(1, len(kv["kept_per_layer"]))
+    lines.append(
+        f"pruning  {t['prune']:8.1f} ms        {kv['method']}: {100 * kv['retention_actual']:.1f} % of the vision tokens "
+        f"kept, {kept:.1f} per KV head; decode at most {r['ceiling_speedup']:.2f}x faster"
     )
     return "\n".join(lines)

@@ -479,7 +479,8 @@ def sample(seed, tasks=None, pair=False, unseen=False, alike=False):
     """(scenes, questions) of one seed: the same seed gives the same pictures and words everywhere.
 
     tasks: names of ASKERS and EASY_ASKERS, or of PAIR_ASKERS with pair=True, which makes two scenes (default: each of
-    ASKERS or PAIR_ASKERS once; a name may come twice). alike: see `make_scene`. A question that the scene does not admit, such as reading a sign that is not there, is left out.
+    ASKERS or PAIR_ASKERS once; a name may come twice). A question that the scene does not admit, such as reading a sign
+    that is not there, is left out. alike: see `make_scene`.
     """
     rng = random.Random(f"scene {seed} {pair} {unseen}")
     tasks = (PAIR_ASKERS if pair else ASKERS) if tasks is None else tasks

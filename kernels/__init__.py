@@ -1,0 +1,29 @@
+"""Operations on KV caches in which every head keeps its own tokens. They know tensors and offsets, nothing of models.
+
+Each file holds one operation: what it computes, the plain-PyTorch reference, the fast versions. Reading order:
+ragged_decode, ragged_pack, window_scores.
+"""
+
+from .ragged_decode import (
+    DecodePlan,
+    decode_plan,
+    merge_states,
+    merge_states_ref,
+    ragged_decode,
+    ragged_decode_ref,
+)
+from .ragged_pack import ragged_pack, ragged_pack_ref
+from .window_scores import window_scores, window_scores_ref
+
+__all__ = [
+    "DecodePlan",
+    "decode_plan",
+    "merge_states",
+    "merge_states_ref",
+    "ragged_decode",
+    "ragged_decode_ref",
+    "ragged_pack",
+    "ragged_pack_ref",
+    "window_scores",
+    "window_scores_ref",
+]

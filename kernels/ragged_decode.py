@@ -1,0 +1,215 @@
+"""Decode attention over a KV cache in which every head keeps its own tokens.
+
+    out = softmax(scale * q K^T) V        for each query row, over the kept rows of its segment
+
+A segment is one (sequence, KV head): segment b * Hkv + h owns kv_cap slots of the flat arenas from kv_start on, and
+the first kv_len of them are taken. '.' is a free slot for a token to come:
+
+    K arena (N, D)   [k k k k k . . . ][k k . . . ][k k k k . . . ]
+    kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
+
+The G = Hq / Hkv query heads of a KV head read the same rows. A call moves 2 * sum(kv_len) * D * itemsize bytes and
+does 2 * G FLOP per element read: it is bound by memory or, on a pruned cache, by its fixed costs; never by arithmetic.
+
+Two partial results over disjoint keys join exactly by their log-sum-exp (`merge_states`), the identity behind
+FlashAttention (arXiv 2205.14135) and Flash-Decoding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .backend import DTYPES, check_alike, choose_backend
+
+
+def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False):
+    """The specification of `ragged_decode`: one segment after the other, fp32 maths (float64 stays float64)."""
+    rows = q if q.ndim == 4 else q[:, None]  # (B, T, Hq, D)
+    b, t, hq, d = rows.shape
+    hkv = len(kv_start) // b
+    scale = d**-0.5 if scale is None else scale
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(rows.shape, dtype=compute, device=q.device)
+    lse = torch.full((b, t, hq), float("-inf"), dtype=compute, device=q.device)
+    for s, (start, length) in enumerate(zip(kv_start.tolist(), kv_len.tolist(), strict=True)):
+        if length == 0:
+            continue  # attention over nothing: out 0, lse -inf
+        heads = slice(s % hkv * (hq // hkv), (s % hkv + 1) * (hq // hkv))
+        keys, values = (x[start : start + length].to(compute) for x in (k, v))  # (n, D)
+        scores = scale * (rows[s // hkv, :, heads].to(compute) @ keys.T)  # (T, G, n)
+        out[s // hkv, :, heads] = scores.softmax(-1) @ values
+        lse[s // hkv, :, heads] = scores.logsumexp(-1)
+    out = out.to(q.dtype).view(q.shape)
+    return (out, lse.view(q.shape[:-1])) if return_lse else out
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What does not change while a cache is decoded from: where segments lie and how long they may become.
+
+    kv_start, kv_cap (S,) int32; shortest, longest: the extreme capacities; end: slots that the arena must have. first:
+    where segment 0 starts; step: slots from one segment's start to the next's if that is the same for all (then
+    segments of equal length are a rectangle with gaps), else None.
+    """
+
+    kv_start: torch.Tensor
+    kv_cap: torch.Tensor
+    shortest: int
+    longest: int
+    end: int
+    first: int
+    step: int | None
+
+
+def decode_plan(kv_start, kv_cap):
+    """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Built once per prefill; reads them once."""
+    for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
+        if t.dtype != torch.int32 or t.ndim != 1 or len(t) == 0:
+            raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; give one int32 per segment")
+    if len(kv_start) != len(kv_cap) or kv_start.device != kv_cap.device:
+        raise ValueError(
+            f"{len(kv_start)} starts on {kv_start.device} for {len(kv_cap)} capacities on {kv_cap.device}; give pairs"
+        )
+    if min(kv_start.min(), kv_cap.min()) < 0:
+        raise ValueError(f"starts {kv_start.tolist()} and capacities {kv_cap.tolist()} must not be negative")
+    shortest, longest, end = int(kv_cap.min()), int(kv_cap.max()), int((kv_start + kv_cap).max())
+    return DecodePlan(kv_start, kv_cap, shortest, longest, end, *_first_and_step(kv_start))
+
+
+def _first_and_step(kv_start):
+    """The first start, and the distance between neighbours if it is the same everywhere and not negative, else None."""
+    steps = kv_start.diff().tolist() or [0]
+    return int(kv_start[0]), steps[0] if min(steps) == max(steps) >= 0 else None
+
+
+def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto"):
+    """Attention of new tokens over what each head kept.
+
+    q         (B, Hq, D), or (B, T, Hq, D) where each of the T rows sees the whole segment
+    k, v      (N, D) arenas of q's dtype, keys carrying their positions already
+    kv_start  (B * Hkv,) int32, first slot of each segment; query head h reads KV head h // (Hq // Hkv)
+    kv_len    (B * Hkv,) int32, taken slots of each segment; 0 is allowed
+    scale     of the scores, default D**-0.5
+    plan      `decode_plan(kv_start, kv_cap)`; without it every call looks at kv_start again
+    backend   "auto" | "torch" | "triton", see `choose_backend`
+
+    Returns out, shape and dtype of q; with return_lse also the natural log-sum-exp of the scaled scores, fp32, shape
+    of q without D. An empty segment gives out 0 and lse -inf. Slots behind kv_len are never used, whatever they hold.
+    ValueError names what does not fit. Lengths are looked at on CPU tensors only.
+    """
+    _check(q, k, v, kv_start, kv_len, plan)
+    choose_backend(backend, q.device)
+    lengths = _lengths(kv_start, kv_len, k.shape[0], plan)
+    segments, d = kv_start.shape[0], q.shape[-1]
+    keys, values, bias = _rectangle(k, v, kv_start, kv_len, lengths, plan)
+    # all rows that read a segment are one small matrix: (S, T * G, D)
+    rows = q if q.ndim == 3 else q.unflatten(2, (segments // len(q), -1)).transpose(1, 2).contiguous()
+    rows = rows.view(1, segments, -1, d)
+    out, lse = _attend(rows, keys, values, bias, d**-0.5 if scale is None else scale, return_lse)
+    if bias is not None:  # softmax over nothing is NaN
+        empty = (kv_len == 0)[:, None]
+        out = out.masked_fill(empty[..., None], 0)
+        lse = None if lse is None else lse.masked_fill(empty, float("-inf"))
+    if q.ndim == 4:  # (B, Hkv, T, G, ...) -> (B, T, Hkv, G, ...)
+        shape = (len(q), segments // len(q), q.shape[1], -1)
+        out = out.view(*shape, d).transpose(1, 2).contiguous()
+        lse = None if lse is None else lse.view(shape).transpose(1, 2).contiguous()
+    return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
+
+
+def _attend(q, k, v, bias, scale, return_lse):
+    """q (1, S, M, D) over k, v (1, S, n, D), bias (S, 1, n) or None -> out (1, S, M, D), lse (1, S, M) or None."""
+    if not return_lse:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * (q.to(compute) @ k.to(compute).transpose(2, 3))  # (1, S, M, n)
+    scores = scores if bias is None else scores + bias
+    return (scores.softmax(-1) @ v.to(compute)).to(q.dtype), scores.logsumexp(-1)
+
+
+def _rectangle(k, v, kv_start, kv_len, lengths, plan):
+    """Keys and values as (1, S, n, D), and the bias (S, 1, n) that hides what is no row of a segment, or None.
+
+    Segments of one length at even distances are a view: nothing is copied. All others are gathered, each padded with
+    copies of its own last row (a free slot may hold anything, and 0 * NaN is NaN).
+    """
+    segments, d = kv_start.shape[0], k.shape[1]
+    longest = plan.longest if lengths is None else max(lengths)
+    if lengths is not None and longest == min(lengths) > 0:
+        first, step = _first_and_step(kv_start) if plan is None else (plan.first, plan.step)
+        if step is not None:
+            shape, strides = (1, segments, longest, d), (0, step * d, d, 1)
+            return k.as_strided(shape, strides, first * d), v.as_strided(shape, strides, first * d), None
+    column = torch.arange(max(longest, 1), device=k.device)
+    last = (kv_len - 1).clamp(min=0)[:, None]
+    slot = (kv_start[:, None] + torch.minimum(column, last)).clamp(max=max(len(k) - 1, 0)).flatten()
+    k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # an arena without slots
+    keys, values = (x.index_select(0, slot).view(1, segments, -1, d) for x in (k, v))
+    bias = torch.zeros(segments, 1, len(column), dtype=k.dtype, device=k.device)
+    return keys, values, bias.masked_fill_((column >= kv_len[:, None])[:, None], float("-inf"))
+
+
+def _check(q, k, v, kv_start, kv_len, plan):
+    """ValueError for whatever `ragged_decode` cannot work with. On the path of every step: few looks at the tensors."""
+    q_shape, k_shape, segments = q.shape, k.shape, kv_start.numel()
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and q.dtype in DTYPES):
+        check_alike(q=q, k=k, v=v)  # says which
+    if len(q_shape) not in (3, 4) or len(k_shape) != 2 or k_shape != v.shape or k_shape[1] != q_shape[-1]:
+        shapes = f"q {tuple(q_shape)}, k {tuple(k_shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"{shapes}; give (B, [T,] Hq, D) and twice (N, D)")
+    if not (k.is_contiguous() and v.is_contiguous() and q.is_contiguous()):
+        strides = f"strides {q.stride()}, {k.stride()}, {v.stride()}"
+        raise ValueError(f"non-contiguous q, k or v ({strides}); call .contiguous()")
+    for name, t in (("kv_start", kv_start), ("kv_len", kv_len)):
+        if t.dtype != torch.int32 or t.shape != (segments,) or t.device != q.device:
+            what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
+            raise ValueError(f"{name} is {what}; give (B * Hkv,) int32 on {q.device}")
+    b, hq = q_shape[0], q_shape[-2]
+    if segments == 0 or segments % b or hq % (segments // b):
+        raise ValueError(
+            f"{segments} segments for {b} sequences of {hq} query heads; give B * Hkv, Hq being a multiple of Hkv"
+        )
+    if plan is not None and (plan.kv_cap.numel() != segments or plan.end > k_shape[0]):
+        raise ValueError(
+            f"the plan is for {plan.kv_cap.numel()} segments in {plan.end} slots, this call has {segments} in "
+            f"{k_shape[0]}; build it anew"
+        )
+
+
+def _lengths(kv_start, kv_len, slots, plan):
+    """kv_len as a list, or None where asking would make a device wait. ValueError for lengths that cannot be."""
+    if kv_len.is_cuda and plan is not None:
+        return None
+    lengths = kv_len.tolist()
+    if min(lengths) < 0 or (plan is None and min(kv_start.tolist()) < 0):
+        raise ValueError(f"starts {kv_start.tolist()} and lengths {lengths} are negative; count slots from 0")
+    if plan is None and (kv_start + kv_len).max() > slots:
+        where = f"starts {kv_start.tolist()} plus lengths {lengths}"
+        raise ValueError(f"{where} go beyond the arena's {slots} slots; repack first")
+    if plan is not None and max(lengths) > plan.shortest and (kv_len > plan.kv_cap).any():
+        raise ValueError(f"lengths {lengths} go beyond the capacities {plan.kv_cap.tolist()}; repack first")
+    return lengths
+
+
+def merge_states_ref(out_a, lse_a, out_b, lse_b):
+    """The specification of `merge_states`: a part weighs as much as the exponentials it has summed. float64 maths."""
+    sums = torch.stack((lse_a, lse_b)).double().exp()  # (2, ...)
+    total = sums.sum(0)
+    parts = torch.stack((out_a, out_b)).double() * sums[..., None]
+    out = torch.where(total[..., None] > 0, parts.sum(0) / total[..., None], 0.0)
+    return out.to(out_a.dtype), total.log().to(lse_a.dtype)
+
+
+def merge_states(out_a, lse_a, out_b, lse_b):
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    out_a, out_b (..., D); lse_a, lse_b (...), natural log, -inf where there were no keys. Returns (out, lse) in the
+    dtypes of out_a and lse_a; two empty parts give out 0 and lse -inf.
+    """
+    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
+        shapes = [tuple(t.shape) for t in (out_a, lse_a, out_b, lse_b)]
+        raise ValueError(f"shapes {shapes} do not fit; give (..., D), (...), (..., D), (...)")
+    ratio = (lse_a - lse_b)[..., None]  # exact where the two are large; NaN where both are -inf
+    weight_a, weight_b = ratio.sigmoid().nan_to_num(0.0), (-ratio).sigmoid().nan_to_num(0.0)
+    return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), torch.logaddexp(lse_a, lse_b)

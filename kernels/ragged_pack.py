@@ -1,0 +1,70 @@
+"""From the dense K and V of a prefill to arenas that hold only what each head keeps.
+
+    keep, head 0   1 1 0 1 0 0      k_arena  [a b d . .][c f . .]      kv_start = 0  5     kv_len = 3  2
+          head 1   0 0 1 0 0 1      kv_pos    0 1 3 - -  2 5 - -       '.' and '-': `slack` free slots per head
+
+Reads the kept rows once and writes them once; nothing of the dense tensors is referred to afterwards, so their memory
+is free as soon as the caller lets go of them.
+"""
+
+import torch
+
+from .backend import check_alike, choose_backend
+
+
+def ragged_pack_ref(k, v, keep, *, slack, total=None):
+    """The specification of `ragged_pack`: row after row. total is not needed here."""
+    lengths = keep.sum(-1).tolist()
+    starts = [sum(lengths[:h]) + h * slack for h in range(len(lengths))]
+    n = sum(lengths) + len(lengths) * slack
+    k_arena, v_arena = k.new_zeros(n, k.shape[2]), v.new_zeros(n, v.shape[2])
+    kv_pos = torch.full((n,), -1, dtype=torch.int32, device=k.device)
+    for h, start in enumerate(starts):
+        for i, position in enumerate(keep[h].nonzero().flatten().tolist()):
+            k_arena[start + i], v_arena[start + i], kv_pos[start + i] = k[h, position], v[h, position], position
+    integers = (torch.tensor(x, dtype=torch.int32, device=k.device) for x in (starts, lengths))
+    return k_arena, v_arena, *integers, kv_pos
+
+
+def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
+    """Pack what each head keeps, with room for new tokens behind it.
+
+    k, v     (Hkv, T, D); or, for several sequences at once, (B * Hkv, T, D)
+    keep     (Hkv, T) bool
+    slack    free slots behind each head's rows; what they hold is undefined
+    total    number of kept rows over all heads, if known: then nothing is read back from the device
+    backend  see `choose_backend`
+
+    Returns k_arena, v_arena (N, D) with N = total + Hkv * slack; kv_start, kv_len (Hkv,) int32; kv_pos (N,) int32, the
+    original index of each slot's token, -1 in free slots. Kept tokens stay in ascending order. ValueError names what
+    does not fit; a wrong total is noticed on CPU tensors only.
+    """
+    _check(k, v, keep, slack)
+    choose_backend(backend, k.device)
+    heads, tokens, d = k.shape
+    kv_len = keep.sum(-1)
+    if total is None or k.device.type == "cpu":
+        kept = int(kv_len.sum())
+        if total is not None and total != kept:
+            raise ValueError(f"total is {total}, but keep holds {kept} rows; give that or None")
+        total = kept
+    kv_start = kv_len.cumsum(0) - kv_len + slack * torch.arange(heads, device=k.device)
+    source = keep.flatten().nonzero_static(size=total)[:, 0]  # of the rows of all heads, ascending
+    head, position = source // tokens, source % tokens
+    slot = torch.arange(total, device=k.device) + slack * head
+    k_arena, v_arena = (x.new_empty(total + heads * slack, d).index_copy_(0, slot, x[head, position]) for x in (k, v))
+    kv_pos = torch.full((len(k_arena),), -1, dtype=torch.int32, device=k.device)
+    kv_pos[slot] = position.int()
+    return k_arena, v_arena, kv_start.int(), kv_len.int(), kv_pos
+
+
+def _check(k, v, keep, slack):
+    """ValueError for whatever `ragged_pack` cannot work with."""
+    check_alike(k=k, v=v)
+    if k.ndim != 3 or k.shape != v.shape or keep.shape != k.shape[:2] or 0 in k.shape:
+        shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}, keep {tuple(keep.shape)}"
+        raise ValueError(f"{shapes}; give twice (Hkv, T, D) and (Hkv, T)")
+    if keep.dtype != torch.bool or keep.device != k.device:
+        raise ValueError(f"keep is {keep.dtype} on {keep.device}; make it bool on {k.device}")
+    if slack < 0:
+        raise ValueError(f"slack is {slack}; give 0 or more slots")

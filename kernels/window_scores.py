@@ -1,0 +1,78 @@
+"""How much attention the last rows of a prompt pay to each of its tokens, per head: what pruning methods rank by.
+
+    p[h, w, j] = softmax over j <= q_pos[w] of scale * q[h, w] . k[h // G, j]
+    score[h, j] = mean over w of p[h, w, j]
+
+Only W rows of the T x T attention matrix are ever computed, from keys alone; everything is fp32.
+"""
+
+import torch
+
+from .backend import check_alike, choose_backend
+
+GROUPS = ("mean", "max", "none")
+
+
+def window_scores_ref(q, k, *, q_pos=None, scale=None, group="mean"):
+    """The specification of `window_scores`: head by head, row by row, fp32 maths (float64 stays float64)."""
+    (hq, w, d), (hkv, t, _) = q.shape, k.shape
+    q_pos = range(t - w, t) if q_pos is None else q_pos.tolist()
+    scale = d**-0.5 if scale is None else scale
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.zeros(hq, t, dtype=compute, device=q.device)
+    for h in range(hq):
+        for row, position in zip(q[h].to(compute), q_pos, strict=True):
+            seen = k[h // (hq // hkv), : position + 1].to(compute)
+            scores[h, : len(seen)] += (scale * (seen @ row)).softmax(0) / w
+    grouped = scores.view(hkv, hq // hkv, t)
+    return {"none": scores, "mean": grouped.mean(1), "max": grouped.amax(1)}[group]
+
+
+def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto"):
+    """Attention probabilities of W query rows, averaged over the rows.
+
+    q        (Hq, W, D), rotated like the keys
+    k        (Hkv, T, D)
+    q_pos    (W,) integers, position of each row, which sees the keys up to it; default: the last W of the T
+    scale    of the scores, default D**-0.5
+    group    "none": per query head, (Hq, T); "mean" | "max" over the query heads of a KV head: (Hkv, T)
+    backend  see `choose_backend`
+
+    Returns fp32 (float64 for float64). A method that ranks per query head wants "none". ValueError names what does not
+    fit; positions are looked at on CPU tensors only.
+    """
+    _check(q, k, q_pos, group)
+    choose_backend(backend, q.device)
+    (hq, w, d), (hkv, t, _) = q.shape, k.shape
+    q_pos = torch.arange(t - w, t, device=q.device) if q_pos is None else q_pos
+    scale = d**-0.5 if scale is None else scale
+    compute = torch.promote_types(q.dtype, torch.float32)
+    rows = q.reshape(hkv, -1, d).to(compute)  # (Hkv, G * W, D): a KV head's keys are read once
+    scores = (scale * (rows @ k.to(compute).transpose(1, 2))).view(hq, w, t)
+    future = torch.arange(t, device=q.device) > q_pos[:, None]  # (W, T)
+    scores = scores.masked_fill_(future, float("-inf")).softmax(-1).mean(1)
+    if group == "none":
+        return scores
+    grouped = scores.view(hkv, hq // hkv, t)
+    return grouped.mean(1) if group == "mean" else grouped.amax(1)
+
+
+def _check(q, k, q_pos, group):
+    """ValueError for whatever `window_scores` cannot work with."""
+    check_alike(q=q, k=k)
+    if q.ndim != 3 or k.ndim != 3 or q.shape[2] != k.shape[2] or 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}; give (Hq, W, D) and (Hkv, T, D)")
+    if q.shape[0] % k.shape[0]:
+        raise ValueError(f"{q.shape[0]} query heads over {k.shape[0]} KV heads; Hq must be a multiple of Hkv")
+    if group not in GROUPS:
+        raise ValueError(f"group is {group!r}; use one of {', '.join(GROUPS)}")
+    w, t = q.shape[1], k.shape[1]
+    if q_pos is None:
+        if w > t:
+            raise ValueError(f"{w} rows of {t} tokens; give q_pos or fewer rows")
+    elif q_pos.shape != (w,) or q_pos.dtype not in (torch.int32, torch.int64) or q_pos.device != q.device:
+        raise ValueError(
+            f"q_pos is {q_pos.dtype} of shape {tuple(q_pos.shape)} on {q_pos.device}; give {w} integers there"
+        )
+    elif q.device.type == "cpu" and q_pos.min() < 0:
+        raise ValueError(f"q_pos is {q_pos.tolist()}; positions must not be negative")

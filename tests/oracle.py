@@ -1,0 +1,36 @@
+"""What several test files compare with: the tolerance of the design, and attention written out with a keep mask."""
+
+import torch
+
+ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def assert_as_exact(got, plain, exact, dtype, what=""):
+    """Error of `got` at most twice that of `plain`, the same maths in plain PyTorch, plus two ulp of a dtype.
+
+    exact: float64, which float64 can only be compared with as a neighbour. NaN is never right; infinities have to
+    agree.
+    """
+    assert got.shape == exact.shape and not got.isnan().any(), what
+    finite = exact.isfinite()
+    assert torch.equal(got.isfinite(), finite), what
+    if finite.any():
+        got, plain, exact = (t[finite].double() for t in (got, plain, exact))
+        ulps = 64 if dtype == torch.float64 else 2
+        allowed = 2 * (plain - exact).abs().max() + ulps * ULP[dtype] * exact.abs().max().clamp(min=1e-3)
+        error = (got - exact).abs().max()
+        assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def masked_attention(q, k, v, keep, scale=None):
+    """Dense attention with a keep mask, in the dtype of q.
+
+    q (B, T, Hq, D); k, v (B, Hkv, N, D); keep (B, Hkv, N) bool -> out (B, T, Hq, D), lse (B, T, Hq). A head that keeps
+    nothing gives 0 and -inf.
+    """
+    group = q.shape[2] // k.shape[1]
+    k, v, keep = (t.repeat_interleave(group, 1) for t in (k, v, keep))
+    scores = torch.einsum("bthd,bhnd->bthn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~keep[:, None], float("-inf"))
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bthn,bhnd->bthd", weights, v), scores.logsumexp(-1)

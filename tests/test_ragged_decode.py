@@ -1,0 +1,183 @@
+"""ragged_decode and merge_states: against dense attention with a mask in float64, with NaN wherever nothing is kept."""
+
+import importlib
+import random
+
+import pytest
+import torch
+
+from kernels import decode_plan, merge_states, merge_states_ref, ragged_decode, ragged_decode_ref
+from tests.oracle import assert_as_exact, masked_attention
+
+module = importlib.import_module("kernels.ragged_decode")  # the package has a function of that name
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def arena(k, v, keep, caps, order=None):
+    """Dense k, v (S, N, D) and keep (S, N) -> arenas full of NaN but for the kept rows, kv_start, kv_len, kv_cap.
+
+    order: in which the segments lie in the arena.
+    """
+    segments, _, d = k.shape
+    k_arena, v_arena = (torch.full((sum(caps), d), float("nan"), dtype=k.dtype) for _ in range(2))
+    start, length, at = [0] * segments, keep.sum(1).tolist(), 0
+    for s in order or range(segments):
+        start[s] = at
+        k_arena[at : at + length[s]], v_arena[at : at + length[s]] = k[s, keep[s]], v[s, keep[s]]
+        at += caps[s]
+    return k_arena, v_arena, *(torch.tensor(x, dtype=torch.int32) for x in (start, length, caps))
+
+
+def case(seed, dtype):
+    """A random call and its dense twin. Every fourth has equal lengths, every fourth equal capacities besides."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    b, hkv, group, d = (
+        rng.choice([1, 1, 2, 3]),
+        rng.choice([1, 2, 4]),
+        rng.choice([1, 2, 3, 4, 7, 8]),
+        rng.choice([8, 20, 64, 80]),
+    )
+    rows, n = rng.choice([None, 1, 2, 5]), rng.choice([1, 2, 17, 64, 65])
+    segments = b * hkv
+    q = torch.randn(b, *([] if rows is None else [rows]), hkv * group, d, generator=generator).to(dtype)
+    k, v = (torch.randn(segments, n, d, generator=generator).to(dtype) for _ in range(2))
+    lengths = [rng.choice([0, 1, n, rng.randint(0, n)]) for _ in range(segments)]
+    if seed % 4 > 1:
+        lengths = lengths[:1] * segments
+    keep = torch.zeros(segments, n, dtype=torch.bool)
+    for s, length in enumerate(lengths):
+        keep[s, rng.sample(range(n), length)] = True
+    caps = [length + (3 if seed % 4 == 3 else rng.randint(0, 4)) for length in lengths]
+    return q, k, v, keep, *arena(k, v, keep, caps, rng.sample(range(segments), segments) if seed % 3 == 0 else None)
+
+
+def dense(q, k, v, keep, scale=None, dtype=None):
+    """masked_attention in the shape of q."""
+    b = len(q)
+    q4 = q if q.ndim == 4 else q[:, None]
+    k, v = (t.unflatten(0, (b, -1)) for t in (k, v))
+    dtype = dtype or q.dtype
+    out, lse = masked_attention(q4.to(dtype), k.to(dtype), v.to(dtype), keep.unflatten(0, (b, -1)), scale)
+    return out.view(q.shape), lse.view(q.shape[:-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_dense_attention_with_the_keep_mask(dtype):
+    for seed in range(80):
+        q, k, v, keep, k_arena, v_arena, start, length, cap = case(seed, dtype)
+        scale = [None, 0.3][seed % 2]
+        exact, exact_lse = dense(q, k, v, keep, scale, torch.float64)
+        plain, plain_lse = dense(q, k, v, keep, scale)
+        plan = decode_plan(start, cap) if seed % 5 < 3 else None
+        call = (q, k_arena, v_arena, start, length)
+        alone = ragged_decode(*call, scale=scale, plan=plan)
+        out, lse = ragged_decode(*call, scale=scale, plan=plan, return_lse=True)
+        reference = ragged_decode_ref(*call, scale=scale, return_lse=True)
+        for name, got in (("ours", alone), ("ours with lse", out), ("reference", reference[0])):
+            assert got.dtype == q.dtype and got.shape == q.shape
+            assert_as_exact(got, plain, exact, dtype, f"{name}, seed {seed}")
+        for got in (lse, reference[1]):
+            assert got.dtype == torch.promote_types(dtype, torch.float32)
+            assert_as_exact(got, plain_lse, exact_lse, got.dtype, f"lse, seed {seed}")
+
+
+def test_equal_lengths_are_read_where_they_lie():
+    k = torch.randn(2 * 4, 30, 16)
+    keep = torch.zeros(8, 30, dtype=torch.bool)
+    keep[:, 5:25] = True
+    k_arena, v_arena, start, length, cap = arena(k, k, keep, [24] * 8)
+    plan = decode_plan(start, cap)
+    keys, values, bias = module._rectangle(k_arena, v_arena, start, length, length.tolist(), plan)
+    assert bias is None and keys.data_ptr() == k_arena.data_ptr() and values.data_ptr() == v_arena.data_ptr()
+    assert keys.shape == (1, 8, 20, 16) and plan.step == 24
+
+
+def test_rows_of_a_segment_may_be_shuffled():
+    q, k, v, keep, k_arena, v_arena, start, length, _ = case(9, torch.float64)
+    out = ragged_decode(q, k_arena, v_arena, start, length)
+    for s, n in zip(start.tolist(), length.tolist(), strict=True):
+        order = torch.randperm(n) + s
+        k_arena[s : s + n], v_arena[s : s + n] = k_arena[order], v_arena[order]
+    torch.testing.assert_close(ragged_decode(q, k_arena, v_arena, start, length), out)
+
+
+def test_nobody_keeps_anything():
+    q, none = torch.randn(2, 4, 8), torch.zeros(4, dtype=torch.int32)
+    for slots in (0, 5):
+        hollow = torch.full((slots, 8), float("nan"))
+        out, lse = ragged_decode(q, hollow, hollow, none, none, return_lse=True)
+        assert (out == 0).all() and (lse == float("-inf")).all()
+        assert (ragged_decode(q, hollow, hollow, none, none, plan=decode_plan(none, none)) == 0).all()
+
+
+GOOD = {
+    "q": torch.zeros(2, 4, 8), "k": torch.zeros(40, 8), "v": torch.zeros(40, 8),
+    "kv_start": torch.tensor([0, 10, 20, 30], dtype=torch.int32),
+    "kv_len": torch.tensor([3, 10, 0, 7], dtype=torch.int32),
+}  # fmt: skip
+PLAN = decode_plan(GOOD["kv_start"], torch.tensor([10, 10, 10, 10], dtype=torch.int32))
+BAD = {
+    "q of one dimension too few": ({"q": torch.zeros(4, 8)}, "(4, 8)"),
+    "another head size": ({"q": torch.zeros(2, 4, 16)}, "16"),
+    "k and v differ": ({"v": torch.zeros(39, 8)}, "(39, 8)"),
+    "k of another dtype": ({"k": torch.zeros(40, 8).half()}, "float16"),
+    "whole numbers": ({n: torch.zeros(40, 8).int() for n in "kv"} | {"q": torch.zeros(2, 4, 8).int()}, "int32"),
+    "k on another device": ({"k": torch.zeros(40, 8, device="meta")}, "meta"),
+    "k with gaps": ({"k": torch.zeros(40, 16)[:, :8]}, "non-contiguous"),
+    "q transposed": ({"q": torch.zeros(2, 8, 4).transpose(1, 2)}, "non-contiguous"),
+    "Hq no multiple of Hkv": ({"q": torch.zeros(2, 5, 8)}, "5"),
+    "segments no multiple of B": ({"q": torch.zeros(3, 4, 8)}, "3 sequences"),
+    "starts of another type": ({"kv_start": GOOD["kv_start"].long()}, "int64"),
+    "fewer lengths": ({"kv_len": GOOD["kv_len"][:3]}, "(3,)"),
+    "negative length": ({"kv_len": torch.tensor([3, -1, 0, 7], dtype=torch.int32)}, "-1"),
+    "negative start": ({"kv_start": torch.tensor([0, -10, 20, 30], dtype=torch.int32)}, "-10"),
+    "beyond the arena": ({"kv_len": torch.tensor([3, 10, 0, 11], dtype=torch.int32)}, "40 slots"),
+    "beyond the capacity": ({"kv_len": torch.tensor([3, 11, 0, 7], dtype=torch.int32), "plan": PLAN}, "11"),
+    "a plan of other segments": ({"plan": decode_plan(*[torch.zeros(3, dtype=torch.int32)] * 2)}, "3 segments"),
+    "a plan of a larger arena": ({"k": torch.zeros(39, 8), "v": torch.zeros(39, 8), "plan": PLAN}, "40 slots"),
+    "an unknown backend": ({"backend": "cuda"}, "'cuda'"),
+    "triton without CUDA": ({"backend": "triton"}, "cpu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls_are_refused_with_the_value(name):
+    change, word = BAD[name]
+    with pytest.raises(ValueError) as refused:
+        ragged_decode(**GOOD | change)
+    message = str(refused.value)
+    assert word in message and ";" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("start", "cap", "word"),
+    [([0, 5], [5], "1 capacities"), ([0, -5], [5, 5], "-5"), ([], [], "(0,)"), ([0.0], [1], "float32")],
+)
+def test_bad_plans_are_refused(start, cap, word):
+    integers = [torch.tensor(x, dtype=torch.float32 if x == [0.0] else torch.int32) for x in (start, cap)]
+    with pytest.raises(ValueError) as refused:
+        decode_plan(*integers)
+    assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_two_halves_merge_into_the_whole(dtype):
+    for seed in range(30):
+        q, k, v, keep, *_ = case(seed, dtype)
+        first = keep & (torch.rand(keep.shape) < 0.5)
+        exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
+        parts = []
+        for part in (first, keep & ~first):
+            parts += ragged_decode(q, *arena(k, v, part, part.sum(1).tolist())[:4], return_lse=True)
+        plain, plain_lse = merge_states_ref(*parts)
+        out, lse = merge_states(*parts)
+        assert out.dtype == dtype and lse.dtype == parts[1].dtype
+        assert_as_exact(out, plain, exact, dtype, f"seed {seed}")
+        assert_as_exact(lse, plain_lse, exact_lse, lse.dtype, f"seed {seed}")
+
+
+def test_merging_survives_scores_that_overflow_exp():
+    out, lse = merge_states(torch.ones(1, 4), torch.tensor([900.0]), torch.zeros(1, 4), torch.tensor([900.0]))
+    assert torch.equal(out, torch.full((1, 4), 0.5)) and lse.item() == pytest.approx(900 + 0.6931472)
+    with pytest.raises(ValueError, match="do not fit"):
+        merge_states(torch.ones(1, 4), torch.ones(2), torch.ones(1, 4), torch.ones(1))

@@ -1,0 +1,64 @@
+"""ragged_pack: what is kept arrives, in order, and nothing else does."""
+
+import random
+
+import pytest
+import torch
+
+from kernels import ragged_pack, ragged_pack_ref
+
+
+@pytest.mark.parametrize("op", [ragged_pack, ragged_pack_ref])
+def test_kept_rows_arrive_in_order(op):
+    rng = random.Random(0)
+    for _ in range(60):
+        heads, tokens, d, slack = (
+            rng.choice([1, 2, 5]),
+            rng.choice([1, 2, 31]),
+            rng.choice([4, 20]),
+            rng.choice([0, 1, 7]),
+        )
+        k, v = torch.randn(tokens, heads, d).transpose(0, 1), torch.randn(heads, tokens, d)  # k: as a prefill leaves it
+        keep = torch.rand(heads, tokens) < rng.choice([0.0, 0.3, 0.9, 1.0])
+        kept = keep.sum().item()
+        k_arena, v_arena, start, length, pos = op(k, v, keep, slack=slack, total=rng.choice([None, kept]))
+        assert k_arena.shape == v_arena.shape == (kept + heads * slack, d) and pos.shape == (len(k_arena),)
+        assert start.dtype == length.dtype == pos.dtype == torch.int32 and start[0] == 0
+        assert length.tolist() == keep.sum(1).tolist()
+        assert start.diff().tolist() == (length[:-1] + slack).tolist()
+        for h, (a, n) in enumerate(zip(start.tolist(), length.tolist(), strict=True)):
+            assert pos[a : a + n].tolist() == keep[h].nonzero()[:, 0].tolist()
+            assert (pos[a + n : a + n + slack] == -1).all()
+            assert torch.equal(k_arena[a : a + n], k[h, keep[h]]) and torch.equal(v_arena[a : a + n], v[h, keep[h]])
+
+
+def test_the_arenas_are_copies():
+    k, v = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    k_arena, v_arena, *_ = ragged_pack(k, v, torch.ones(2, 3, dtype=torch.bool), slack=0)
+    k.zero_(), v.zero_()
+    assert (k_arena == 1).all() and (v_arena == 1).all()
+    assert k_arena.untyped_storage().nbytes() == k_arena.nbytes  # no view of something larger
+
+
+KEEP = torch.tensor([[True, False, True], [False, False, True]])
+BAD = {
+    "keep of another shape": ({"keep": KEEP[:, :2]}, "(2, 2)"),
+    "keep of numbers": ({"keep": KEEP.int()}, "int32"),
+    "v of another shape": ({"v": torch.zeros(2, 4, 4)}, "(2, 4, 4)"),
+    "v of another dtype": ({"v": torch.zeros(2, 3, 4).double()}, "float64"),
+    "keep on another device": ({"keep": KEEP.to("meta")}, "meta"),
+    "columns instead of rows": ({"k": torch.zeros(2, 4, 3).transpose(1, 2)}, "non-contiguous"),
+    "no heads": ({"k": torch.zeros(0, 3, 4), "v": torch.zeros(0, 3, 4), "keep": KEEP[:0]}, "(0, 3, 4)"),
+    "negative slack": ({"slack": -1}, "-1"),
+    "wrong total": ({"total": 4}, "3 rows"),
+    "backend": ({"backend": "triton"}, "triton"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls_are_refused_with_the_value(name):
+    change, word = BAD[name]
+    good = {"k": torch.zeros(2, 3, 4), "v": torch.zeros(2, 3, 4), "keep": KEEP, "slack": 1}
+    with pytest.raises(ValueError) as refused:
+        ragged_pack(**good | change)
+    assert word in str(refused.value) and ";" in str(refused.value)

@@ -1,0 +1,78 @@
+"""window_scores: against the softmax of the whole score matrix in float64."""
+
+import random
+
+import pytest
+import torch
+
+from kernels import window_scores, window_scores_ref
+
+
+def exact_scores(q, k, positions, scale, group):
+    """The full (Hq, W, T) matrix in float64, masked, softmaxed and averaged."""
+    size = q.shape[0] // k.shape[0]
+    scores = scale * q.double() @ k.double().repeat_interleave(size, 0).transpose(1, 2)
+    hidden = torch.arange(k.shape[1]) > torch.tensor(positions)[:, None]
+    scores = scores.masked_fill(hidden, float("-inf")).softmax(-1).mean(1)
+    grouped = scores.view(k.shape[0], size, -1)
+    return {"none": scores, "mean": grouped.mean(1), "max": grouped.amax(1)}[group]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("group", ["none", "mean", "max"])
+def test_scores_are_the_mean_attention_of_the_rows(dtype, group):
+    rng = random.Random(0)
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        hkv, size, t, d = (
+            rng.choice([1, 2, 4]),
+            rng.choice([1, 2, 3, 8]),
+            rng.choice([1, 5, 33]),
+            rng.choice([8, 20, 64]),
+        )
+        w = rng.randint(1, min(t, 6))
+        # rows as they come from a prefill: a slice with gaps between the heads
+        q = torch.randn(hkv * size, t, d, generator=generator).to(dtype)[:, t - w :]
+        k = torch.randn(t, hkv, d, generator=generator).to(dtype).transpose(0, 1)
+        positions = sorted(rng.sample(range(t), w)) if seed % 2 else list(range(t - w, t))
+        q_pos, scale = torch.tensor(positions) if seed % 2 else None, [None, 0.2][seed % 3 == 0]
+        exact = exact_scores(q, k, positions, d**-0.5 if scale is None else scale, group)
+        for op in (window_scores, window_scores_ref):
+            got = op(q, k, q_pos=q_pos, scale=scale, group=group)
+            assert got.dtype == torch.promote_types(dtype, torch.float32) and got.shape == exact.shape
+            torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-7)
+            if group != "max":
+                torch.testing.assert_close(got.sum(-1), torch.ones(len(got), dtype=got.dtype))
+
+
+def test_a_row_never_sees_what_comes_after_it():
+    q, k = torch.randn(4, 2, 8), torch.randn(2, 9, 8)
+    k[:, 5:] = float("nan")
+    scores = window_scores(q, k[:, :5], q_pos=torch.tensor([1, 4]))
+    assert scores.shape == (2, 5)
+    assert (window_scores(q, torch.randn(2, 9, 8), q_pos=torch.tensor([1, 4]))[:, 5:] == 0).all()
+
+
+BAD = {
+    "heads": ({"q": torch.zeros(3, 2, 8)}, "3 query heads"),
+    "another head size": ({"q": torch.zeros(4, 2, 16)}, "16"),
+    "two dimensions": ({"k": torch.zeros(9, 8)}, "(9, 8)"),
+    "no rows": ({"q": torch.zeros(4, 0, 8)}, "(4, 0, 8)"),
+    "more rows than tokens": ({"q": torch.zeros(4, 10, 8)}, "10 rows"),
+    "dtype": ({"k": torch.zeros(2, 9, 8).half()}, "float16"),
+    "device": ({"k": torch.zeros(2, 9, 8, device="meta")}, "meta"),
+    "rows with gaps": ({"k": torch.zeros(2, 8, 9).transpose(1, 2)}, "non-contiguous"),
+    "group": ({"group": "sum"}, "'sum'"),
+    "backend": ({"backend": "triton"}, "triton"),
+    "one position": ({"q_pos": torch.tensor([3])}, "(1,)"),
+    "negative position": ({"q_pos": torch.tensor([-1, 3])}, "-1"),
+    "fractional position": ({"q_pos": torch.tensor([1.0, 3.0])}, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls_are_refused_with_the_value(name):
+    change, word = BAD[name]
+    with pytest.raises(ValueError) as refused:
+        window_scores(**{"q": torch.zeros(4, 2, 8), "k": torch.zeros(2, 9, 8)} | change)
+    assert word in str(refused.value) and ";" in str(refused.value)
