@@ -61,27 +61,7 @@ def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split):
     cache = RaggedCache(3, slack=2)  # forces several repacks on the way
     states = [model.prefill(x[:, :split], cache)] + [model.decode(x[:, t], cache)[:, None] for t in range(split, 12)]
     torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
-    assert cache.pos.tolist() == [12, 12] and cache.length == [12] * 3
-
-
-@torch.no_grad()
-def test_free_slots_are_never_read():
-    model, x = small_llama(), torch.randn(1, 6, 32)
-    cache, poisoned = RaggedCache(3), RaggedCache(3)
-    for c in (cache, poisoned):
-        model.prefill(x, c)
-    for t in (*poisoned.k, *poisoned.v):
-        t[:, :, 6:] = float("nan")
-    one = torch.randn(1, 32)
-    assert torch.equal(model.decode(one, cache), model.decode(one, poisoned))
-
-
-@torch.no_grad()
-def test_bytes_of_the_cache_are_counted():
-    model, cache = small_llama(), RaggedCache(3, slack=5)
-    model.prefill(torch.randn(1, 7, 32), cache)
-    assert cache.nbytes_held == 3 * 2 * 2 * 7 * 8 * 4  # layers, K and V, KV heads, tokens, D, bytes
-    assert cache.nbytes_reserved == 3 * 2 * 2 * (7 + 5) * 8 * 4
+    assert cache.pos.tolist() == [12, 12] and cache.kv_len.unique().tolist() == [12]
 
 
 @torch.no_grad()

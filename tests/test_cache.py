@@ -1,0 +1,267 @@
+"""The ragged cache under a model: pack, append, decode, extend, repack, join, finish against a dense model with masks.
+
+The oracle runs the whole sequence densely, layer by layer, with a mask that hides from every row behind the prompt what
+its KV head dropped. It shares no code with the cache.
+"""
+
+import copy
+import gc
+import random
+import weakref
+
+import pytest
+import torch
+
+from model import Generation, Sampling, load
+from model.cache import RaggedCache
+from model.config import TextConfig
+from model.generate import next_turn
+from model.llama import Llama, rope_table
+from model.pruning import make_method
+from tests.oracle import assert_as_exact
+from tests.paths import DEMO, DEMO_PICTURE
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, "fp32")
+
+
+def small_llama(heads=4, kv_heads=2, seed=0):
+    torch.manual_seed(seed)
+    config = TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    model = Llama(config).requires_grad_(False)
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def random_keep(rng, kv_heads, tokens):
+    """keep (L, Hkv, T): heads with nothing, one token, everything, or some."""
+    keep = torch.zeros(LAYERS, kv_heads, tokens, dtype=torch.bool)
+    for row in keep.flatten(0, 1):
+        row[rng.sample(range(tokens), rng.choice([0, 1, tokens, rng.randint(0, tokens)]))] = True
+    return keep
+
+
+def dense_with_masks(model, x, keep):
+    """Hidden states of x (T, C), where rows behind the prompt see of it only keep (L, Hkv, P)."""
+    t, prompt = len(x), keep.shape[2]
+    heads = model.config.num_attention_heads
+    rope = rope_table(torch.arange(t), model.config, x.dtype)
+    row, column = torch.arange(t)[:, None], torch.arange(t)
+    x = x[None]
+    for layer, kept in zip(model.model.layers, keep, strict=True):
+        seen = torch.cat((kept, torch.ones(len(kept), t - prompt, dtype=torch.bool)), 1)
+        seen = seen.repeat_interleave(heads // len(kept), 0)[:, None]  # (Hq, 1, T)
+        x, *_ = layer.prefill(x, rope, ((column <= row) & ((row < prompt) | seen))[None])
+    return model.model.norm(x)[0]
+
+
+def poison(cache):
+    """NaN into every slot that is not taken."""
+    for layer, arenas in enumerate(zip(cache.k, cache.v, strict=True)):
+        taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
+        for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
+            assert not taken[start : start + length].any(), "segments overlap"
+            taken[start : start + length] = True
+        for arena in arenas:
+            arena[~taken] = float("nan")
+
+
+def prefilled(model, x, keep, slack):
+    """A cache of one sequence after its prompt x (P, C)."""
+    cache = RaggedCache(LAYERS, slack)
+    hidden = model.prefill(x[None], cache, choose=lambda layer, q, k: keep[layer])
+    poison(cache)
+    return cache, hidden[0]
+
+
+def check(model, x, keep, got):
+    exact = dense_with_masks(copy.deepcopy(model).double(), x.double(), keep)
+    assert_as_exact(got, dense_with_masks(model, x, keep), exact, torch.float32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1), (16, 2)])
+@pytest.mark.parametrize("slack", [1, 2, 30])
+def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, slack):
+    """slack 1 and 2 move the cache to larger arenas in the middle."""
+    model, rng = small_llama(heads, kv_heads), random.Random(heads + slack)
+    for prompt in (1, 9):
+        x, keep = torch.randn(prompt + 7, 32), random_keep(rng, kv_heads, prompt)
+        cache, hidden = prefilled(model, x[:prompt], keep, slack)
+        states = [hidden]
+        for t in range(prompt, len(x)):
+            states.append(model.decode(x[None, t], cache))
+            poison(cache)
+        check(model, x, keep, torch.cat(states))
+        assert cache.pos.tolist() == [len(x)]
+        assert cache.kv_len.tolist() == (keep.sum(2) + 7).tolist()
+
+
+def test_the_position_is_not_the_length():
+    """The middle of the prompt is dropped everywhere: what follows keeps its place."""
+    model, x = small_llama(), torch.randn(24, 32)
+    keep = torch.ones(LAYERS, 2, 20, dtype=torch.bool)
+    keep[:, :, 3:17] = False
+    cache, hidden = prefilled(model, x[:20], keep, 8)
+    assert cache.kv_len.unique().tolist() == [6] and cache.pos.tolist() == [20]
+    check(model, x, keep, torch.cat((hidden, *(model.decode(x[None, t], cache) for t in range(20, 24)))))
+
+
+def test_sequences_of_different_lengths_share_the_arenas():
+    model, rng = small_llama(), random.Random(1)
+    prompts = [5, 1, 12]
+    xs = [torch.randn(p + 9, 32) for p in prompts]
+    keeps = [random_keep(rng, 2, p) for p in prompts]
+    pairs = [prefilled(model, x[:p], k, 3) for x, p, k in zip(xs, prompts, keeps, strict=True)]
+    alone, states = [c for c, _ in pairs], [[hidden] for _, hidden in pairs]
+    reserved = sum(c.nbytes_reserved for c in alone)
+    cache = RaggedCache.join(alone)
+    assert cache.nbytes_reserved == reserved and all(k is None for c in alone for k in (*c.k, *c.v))
+    for step in range(9):  # repacked at 3, 6 and 9; the second sequence ends after 4 tokens, its segments full
+        if step == 4:
+            cache.finish(1)
+            ended = cache.kv_len.view(LAYERS, 3, 2)[:, 1].clone()
+        new = model.decode(torch.stack([x[p + step] for x, p in zip(xs, prompts, strict=True)]), cache)
+        poison(cache)
+        for sequence, row in enumerate(new):
+            if cache.live[sequence]:
+                states[sequence].append(row[None])
+    assert torch.equal(cache.kv_len.view(LAYERS, 3, 2)[:, 1], ended)
+    assert cache.pos.tolist() == [14, 5, 21]
+    for x, keep, rows in zip(xs, keeps, states, strict=True):
+        got = torch.cat(rows)
+        check(model, x[: len(got)], keep, got)
+
+
+def test_a_finished_sequence_never_writes_into_its_neighbour():
+    """Its segments are full when it ends, so the slot behind them belongs to the next."""
+    model, x = small_llama(), torch.randn(2, 12, 32)
+    cache = RaggedCache(LAYERS, slack=4)
+    model.prefill(x[:, :6], cache)
+    for t in range(6, 9):
+        model.decode(x[:, t], cache)
+    cache.finish(0)
+    cache.kv_len.view(LAYERS, 2, 2)[:, 0] += 1  # as if it had taken the last slot
+    before = [k.clone() for k in cache.k]
+    model.decode(x[:, 9], cache)
+    other = torch.zeros(len(before[0]), dtype=torch.bool)
+    other[(cache.kv_start[0] + cache.kv_len[0] - 1)[2:].long()] = True  # what sequence 1 has written
+    for old, new in zip(before, cache.k, strict=True):
+        assert torch.equal(old[~other], new[~other]) and not torch.equal(old[other], new[other])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("slack", [1, 40])
+def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack):
+    model, x = small_llama(kv_heads=kv_heads), torch.randn(2, 21, 32)
+    cache = RaggedCache(LAYERS, slack)
+    states = [model.prefill(x[:, :8], cache), model.decode(x[:, 8], cache)[:, None]]
+    states += [model.extend(x[:, 9:15], cache), model.extend(x[:, 15:16], cache)]
+    states += [model.decode(x[:, t], cache)[:, None] for t in range(16, 21)]
+    everything = torch.ones(LAYERS, kv_heads, 1, dtype=torch.bool)
+    for got, rows in zip(torch.cat(states, 1), x, strict=True):
+        check(model, rows, everything, got)
+    assert cache.pos.tolist() == [21, 21] and cache.kv_len.unique().tolist() == [21]
+
+
+def test_a_new_turn_sees_what_was_kept_and_itself():
+    model, rng = small_llama(), random.Random(5)
+    x, keep = torch.randn(25, 32), random_keep(rng, 2, 12)
+    keep[0], keep[1, 0] = False, True  # a layer that kept nothing, a head that kept all
+    cache, hidden = prefilled(model, x[:12], keep, 3)
+    turn = model.extend(x[None, 12:20], cache)[0]
+    poison(cache)
+    check(model, x, keep, torch.cat((hidden, turn, *(model.decode(x[None, t], cache) for t in range(20, 25)))))
+
+
+def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo):
+    first = Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=12))
+    "".join(first)
+    assert first.finish_reason == "length"  # so the last token was chosen and not fed
+    image = demo.config.image_token_index
+    second = [first.token_ids[-1], *demo.tokenizer.encode("</s>USER: ")[1:], image]
+    second += demo.tokenizer.encode("How many objects are there? ASSISTANT:")[1:]
+    logits = next_turn(demo, first.cache, second, first.pixels)
+    ids = [*first.ids, *first.token_ids[:-1], *second]
+    tokens = demo.model.encode_images(torch.stack(first.pixels * 2))
+    with torch.inference_mode():
+        x, _ = demo.model.splice(ids, tokens)
+        whole = demo.model.language_model.logits(demo.model.language_model.prefill(x[None])[0, -1])
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    assert first.cache.pos.item() == len(x)
+    assert [k.shape for k in first.cache.k] == [first.cache.k[0].shape] * 6
+
+
+# ---------------------------------------------------------------- memory
+
+
+def live_bytes(apart=()):
+    """Bytes of the storages of all tensors that live, each storage once; apart: data pointers that do not count."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(n for pointer, n in storages.items() if pointer not in apart), set(storages)
+
+
+@pytest.mark.parametrize("settings", [("random:pooled=true", 0.3), ("random", 0.3), ("random", 1.0)])
+def test_after_prefill_nothing_lives_but_the_kept_rows(demo, settings):
+    spec, retention = settings
+    method = make_method(spec, retention)
+    generation = Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=64), prune=method)
+    _, before = live_bytes()
+    text = iter(generation)
+    next(text)  # the prefill is over
+    after, _ = live_bytes(apart=before)
+    cache = generation.cache
+    assert abs(after - cache.nbytes_reserved) < 0.01 * cache.nbytes_reserved
+    row = 2 * 32 * 4  # K and V, D, fp32
+    kept = round(retention * 256) + generation.prompt_tokens - 256
+    assert generation.bytes_held == 6 * 4 * kept * row
+    assert cache.nbytes_reserved == generation.bytes_held + 6 * 4 * 64 * row
+    assert cache.nbytes_held == generation.bytes_held + (len(generation.token_ids) - 1) * 6 * 4 * row
+
+
+def test_prefill_never_holds_two_dense_layers():
+    """At the same point of every layer the same bytes live, the packed layers apart; the first one's input is x."""
+    model, x = small_llama(), torch.randn(1, 400, 32)
+    keep = torch.rand(LAYERS, 2, 400) < 0.3
+    cache, seen = RaggedCache(LAYERS, 4), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: seen.append(live_bytes()[0] - cache.nbytes_reserved))
+    model.prefill(x, cache, choose=lambda layer, q, k: keep[layer])
+    assert len(seen) == LAYERS and max(seen) - seen[0] <= x.nbytes + 2000
+
+
+def test_dense_k_and_v_die_when_their_layer_is_packed():
+    model, x, old = small_llama(), torch.randn(1, 9, 32), []
+
+    def choose(layer, q, k):
+        gc.collect()
+        assert not any(reference() is not None for reference in old)
+        old.append(weakref.ref(k))
+
+    cache = RaggedCache(LAYERS)
+    model.prefill(x, cache, choose=choose)
+    assert len(old) == LAYERS and cache.kv_len.unique().tolist() == [9]
+
+
+def test_repacking_frees_the_old_arenas():
+    model, cache = small_llama(), RaggedCache(LAYERS, slack=5)
+    model.prefill(torch.randn(1, 7, 32), cache)
+    assert cache.nbytes_held == LAYERS * 2 * 2 * 7 * 8 * 4  # layers, K and V, KV heads, tokens, D, bytes
+    assert cache.nbytes_reserved == LAYERS * 2 * 2 * (7 + 5) * 8 * 4
+    old = [weakref.ref(k) for k in cache.k]
+    cache.repack(2)
+    gc.collect()
+    assert cache.nbytes_reserved == LAYERS * 2 * 2 * (7 + 2) * 8 * 4 and not any(r() is not None for r in old)

@@ -1,0 +1,225 @@
+"""Pruning methods, how they are named, and the whole of it against transformers with per-layer, per-head masks."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from model import Generation, InputError, Sampling, load
+from model.generate import Layout
+from model.pruning import METHODS, make_method
+from model.pruning.budget import best, budget
+from tests.paths import DEMO, DEMO_PICTURE
+
+LAYOUT = Layout(num_layers=3, q_heads=4, kv_heads=2, tokens=60, spans=[(5, 30), (33, 58)], device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, "fp32")
+
+
+# ---------------------------------------------------------------- choosing
+
+
+@pytest.mark.parametrize(
+    ("tokens", "retention", "kept"),
+    [(576, 0.1, 58), (10, 0.25, 3), (10, 0.24, 2), (10, 0.0, 1), (10, 1.0, 10), (10, 7.0, 10), (1, 0.4, 1)],
+)
+def test_budget_rounds_half_up_within_its_bounds(tokens, retention, kept):
+    assert budget(tokens, retention) == kept
+    assert budget(tokens, retention, 4) == min(4, tokens)
+
+
+def test_ties_go_to_the_lower_index():
+    scores = torch.tensor([[1.0, 3.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert best(scores, 3).int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 0, 0]]
+    many = torch.zeros(5000)  # an unstable sort would not keep the order here
+    assert best(many, 1700).nonzero()[:, 0].tolist() == list(range(1700))
+
+
+def test_random_keeps_its_budget_of_every_picture_and_all_text():
+    method = make_method("random", retention=0.3)
+    keeps = [method.choose(layer, None, LAYOUT) for layer in range(3)]
+    text = torch.ones(60, dtype=torch.bool)
+    for start, stop in LAYOUT.spans:
+        text[start:stop] = False
+        assert all((k[:, start:stop].sum(1) == math.floor(0.3 * 25 + 0.5)).all() for k in keeps)
+    assert all(k[:, text].all() for k in keeps)
+    assert not any(torch.equal(a, b) for a, b in ((keeps[0], keeps[1]), (keeps[0][:1], keeps[0][1:])))
+    assert torch.equal(method.choose(1, None, LAYOUT), keeps[1])  # the same again
+    other = make_method("random:seed=7", retention=0.3)
+    assert not torch.equal(other.choose(1, None, LAYOUT), keeps[1])
+
+
+def test_a_pooled_budget_is_spread_unevenly():
+    method = make_method("random:pooled=true", keep_tokens=6)
+    keeps = torch.stack([method.choose(layer, None, LAYOUT) for layer in range(3)])
+    first = keeps[:, :, slice(*LAYOUT.spans[0])].sum(2)
+    assert (first.sum(1) == 12).all() and (first[:, 0] != first[:, 1]).any()
+
+
+# ---------------------------------------------------------------- naming
+
+
+def test_settings_come_from_the_spec_then_from_set_then_from_flags(tmp_path):
+    (tmp_path / "s.json").write_text('{"seed": 3, "pooled": true}')
+    method = make_method("random:seed=1,retention=1", settings=(f"@{tmp_path}/s.json", "retention=0.25"))
+    assert method.settings == {"retention": 0.25, "keep_tokens": None, "pooled": True, "seed": 3}
+    assert make_method("random:seed=1", 0.75, settings=("seed=2",)).settings["seed"] == 2
+    assert make_method("random", 0.75).settings["retention"] == 0.75 and make_method("none") is None
+    assert set(METHODS) == {"none", "random"}
+
+
+OWN = """
+import torch
+
+def first(layer, scores, layout, *, window=2, part):
+    assert scores.shape == (layout.q_heads, layout.tokens) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores.sum(1), torch.ones(layout.q_heads))
+    keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool)
+    for start, stop in layout.spans:
+        keep[:, start + part : stop] = False
+    return keep
+
+def ids(layer, scores, layout):
+    return [0, 1]
+
+def wide(layer, scores, layout):
+    return torch.ones(layout.kv_heads, layout.tokens + 1, dtype=torch.bool)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("1 +")
+    (tmp_path / "own.txt").write_text("")
+    (tmp_path / "list.json").write_text("[1]")
+    return tmp_path
+
+
+BAD = {
+    "unknown name": (["plphd"], "'plphd'"),
+    "two methods": (["random+none"], "'random+none'"),
+    "both budgets": (["random", 0.5, 3], "one of them"),
+    "no such setting": (["random:speed=3"], "'speed'"),
+    "no value": (["random:seed"], "'seed'"),
+    "empty value": (["random", None, None, ["seed="]], "'seed='"),
+    "text for a number": (["random:seed=x"], "'x'"),
+    "fraction for a whole number": (["random:seed=1.5"], "1.5"),
+    "yes for a number": (["random:retention=true"], "True"),
+    "retention above 1": (["random:retention=1.5"], "1.5"),
+    "retention 0": (["random:retention=0"], "0.0"),
+    "retention NaN": (["random:retention=NaN"], "nan"),
+    "half a token": (["random:keep_tokens=0.5"], "0.5"),
+    "no tokens": (["random:keep_tokens=0"], "0"),
+    "none with settings": (["none:seed=1"], "seed"),
+    "no such file": (["{own}/other.py::first"], "other.py"),
+    "no Python file": (["{own}/own.txt::first"], "own.txt"),
+    "no such function": (["{own}/own.py::last"], "'last'"),
+    "no function at all": (["{own}/own.py::number"], "'number'"),
+    "a file that does not parse": (["{own}/broken.py::first"], "SyntaxError"),
+    "a needed setting": (["{own}/own.py::first"], "part"),
+    "a window below 0": (["{own}/own.py::first:part=1,window=-1"], "-1"),
+    "settings without a file": (["random", None, None, ["@{own}/none.json"]], "none.json"),
+    "settings that are a list": (["random", None, None, ["@{own}/list.json"]], "list.json"),
+    "a budget it does not take": (["{own}/own.py::first:part=1", 0.5], "'retention'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_meant_is_refused_in_one_line(name, own):
+    arguments, word = BAD[name]
+    arguments = [
+        a.format(own=own) if isinstance(a, str) else [x.format(own=own) for x in a] if isinstance(a, list) else a
+        for a in arguments
+    ]
+    with pytest.raises(ValueError) as refused:
+        make_method(*arguments)
+    assert word in str(refused.value) and ";" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_method_of_ones_own_sees_scores_and_decides(demo, own):
+    method = make_method(f"{own}/own.py::first:part=7")
+    generation = Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=2), prune=method)
+    "".join(generation)
+    assert generation.kept == [7.0] * 6 and generation.timing["prune"] > 0
+    for function, word in (("ids", "list"), ("wide", "(4, 270)")):
+        method = make_method(f"{own}/own.py::{function}")
+        with pytest.raises(InputError) as refused:
+            "".join(Generation(demo, "Describe the picture.", [DEMO_PICTURE], prune=method))
+        assert word in str(refused.value) and "(4, 269)" in str(refused.value)
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def test_keeping_everything_changes_nothing(demo):
+    asked = demo, "Describe the picture.", [DEMO_PICTURE]
+    plain, kept = Generation(*asked), Generation(*asked, prune=make_method("random", 1.0))
+    assert "".join(plain) == "".join(kept) and plain.token_ids == kept.token_ids
+    assert kept.kept == plain.kept == [256.0] * 6 and kept.bytes_held == plain.bytes_held
+
+
+def test_without_pictures_nothing_is_pruned(demo):
+    generation = Generation(demo, "What?", sampling=Sampling(max_new_tokens=3), prune=make_method("random", 0.1))
+    "".join(generation)
+    assert generation.kept == [0.0] * 6 and generation.bytes_held == 6 * 4 * 256 * generation.prompt_tokens
+
+
+def masked_ids(folder, generation, keeps, count):
+    """Greedy ids of transformers that hides from decoded tokens what each KV head of each layer dropped."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def attend(module, query, key, value, mask, scaling, **_):
+        """query (1, Hq, T, D), key and value (1, Hkv, N, D)."""
+        group, n = query.shape[1] // key.shape[1], key.shape[2]
+        scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+        if query.shape[2] == 1:
+            keep = keeps[module.layer_idx]
+            seen = torch.cat((keep, torch.ones(len(keep), n - keep.shape[1], dtype=torch.bool)), 1)
+            scores = scores.masked_fill(~seen.repeat_interleave(group, 0)[None, :, None], float("-inf"))
+        else:
+            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+        out = scores.softmax(-1) @ value.repeat_interleave(group, 1)
+        return out.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("dropped", attend)
+    model.model.language_model.set_attn_implementation("dropped")
+    image, tokens = generation.checkpoint.config.image_token_index, generation.checkpoint.config.image_tokens
+    ids = [i for t in generation.ids for i in [t] * (tokens if t == image else 1)]
+    ids = torch.tensor([ids])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.stack(generation.pixels),
+        max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generation._never(),
+    )  # fmt: skip
+    return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("spec", ["random:retention=0.1", "random:retention=0.02,pooled=true", "random:keep_tokens=1"])
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp_path, spec, pictures):
+    text = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+    make_hf_checkpoint(tmp_path, text, vision={"image_size": 84})
+    checkpoint, method = dataclasses.replace(load(tmp_path, "fp32"), stop_ids=()), make_method(spec)
+    sampling = Sampling(max_new_tokens=24)
+    generation = Generation(checkpoint, "what is left?", [DEMO_PICTURE] * pictures, sampling, prune=method)
+    "".join(generation)
+    layout = Layout(4, 8, 4, generation.prompt_tokens, generation.spans, torch.device("cpu"))
+    keeps = [method.choose(layer, None, layout) for layer in range(4)]
+    text_tokens = generation.prompt_tokens - generation.vision_tokens
+    assert generation.kept == [k.sum().item() / 4 - text_tokens for k in keeps]
+    unpruned = Generation(checkpoint, "what is left?", [DEMO_PICTURE] * pictures, sampling)
+    "".join(unpruned)
+    assert generation.token_ids != unpruned.token_ids  # else this test could not fail
+    assert generation.token_ids == masked_ids(tmp_path, generation, keeps, 24)
+
+
+def test_settings_are_valid_json(demo):
+    assert json.loads(json.dumps(make_method("random").settings))["seed"] == 0
