@@ -48,13 +48,14 @@ def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False
 class DecodePlan:
     """What does not change while a cache is decoded from: where segments lie and how long they may become.
 
-    kv_start, kv_cap (S,) int32; shortest, longest: the extreme capacities; end: slots that the arena must have. first:
-    where segment 0 starts; step: slots from one segment's start to the next's if that is the same for all (then
-    segments of equal length are a rectangle with gaps), else None.
+    kv_start, kv_cap (S,) int32; segments: S; shortest, longest: the extreme capacities; end: slots that the arena must
+    have. first: where segment 0 starts; step: slots from one segment's start to the next's if that is the same for all
+    (then segments of equal length are a rectangle with gaps), else None.
     """
 
     kv_start: torch.Tensor
     kv_cap: torch.Tensor
+    segments: int
     shortest: int
     longest: int
     end: int
@@ -74,7 +75,7 @@ def decode_plan(kv_start, kv_cap):
     if min(kv_start.min(), kv_cap.min()) < 0:
         raise ValueError(f"starts {kv_start.tolist()} and capacities {kv_cap.tolist()} must not be negative")
     shortest, longest, end = int(kv_cap.min()), int(kv_cap.max()), int((kv_start + kv_cap).max())
-    return DecodePlan(kv_start, kv_cap, shortest, longest, end, *_first_and_step(kv_start))
+    return DecodePlan(kv_start, kv_cap, len(kv_cap), shortest, longest, end, *_first_and_step(kv_start))
 
 
 def _first_and_step(kv_start):
@@ -151,9 +152,9 @@ def _rectangle(k, v, kv_start, kv_len, lengths, plan):
 
 
 def _check(q, k, v, kv_start, kv_len, plan):
-    """ValueError for whatever `ragged_decode` cannot work with. On the path of every step: few looks at the tensors."""
-    q_shape, k_shape, segments = q.shape, k.shape, kv_start.numel()
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and q.dtype in DTYPES):
+    """ValueError for whatever `ragged_decode` cannot work with. Runs in every step: each tensor is asked once."""
+    q_shape, k_shape, device, dtype = q.shape, k.shape, q.device, q.dtype
+    if not (dtype == k.dtype == v.dtype and device == k.device == v.device and dtype in DTYPES):
         check_alike(q=q, k=k, v=v)  # says which
     if len(q_shape) not in (3, 4) or len(k_shape) != 2 or k_shape != v.shape or k_shape[1] != q_shape[-1]:
         shapes = f"q {tuple(q_shape)}, k {tuple(k_shape)}, v {tuple(v.shape)}"
@@ -161,20 +162,27 @@ def _check(q, k, v, kv_start, kv_len, plan):
     if not (k.is_contiguous() and v.is_contiguous() and q.is_contiguous()):
         strides = f"strides {q.stride()}, {k.stride()}, {v.stride()}"
         raise ValueError(f"non-contiguous q, k or v ({strides}); call .contiguous()")
-    for name, t in (("kv_start", kv_start), ("kv_len", kv_len)):
-        if t.dtype != torch.int32 or t.shape != (segments,) or t.device != q.device:
-            what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
-            raise ValueError(f"{name} is {what}; give (B * Hkv,) int32 on {q.device}")
-    b, hq = q_shape[0], q_shape[-2]
+    shape = kv_start.shape
+    if not (kv_start.dtype == kv_len.dtype == torch.int32 and len(shape) == 1 and shape == kv_len.shape):
+        what = ", ".join(f"{n} is {t.dtype} of shape {tuple(t.shape)}" for n, t in _named(kv_start, kv_len))
+        raise ValueError(f"{what}; give (B * Hkv,) int32 of both")
+    if kv_start.device != device or kv_len.device != device:
+        what = ", ".join(f"{n} is on {t.device}" for n, t in _named(kv_start, kv_len))
+        raise ValueError(f"{what}, q on {device}; move them")
+    segments, b, hq = shape[0], q_shape[0], q_shape[-2]
     if segments == 0 or segments % b or hq % (segments // b):
         raise ValueError(
             f"{segments} segments for {b} sequences of {hq} query heads; give B * Hkv, Hq being a multiple of Hkv"
         )
-    if plan is not None and (plan.kv_cap.numel() != segments or plan.end > k_shape[0]):
+    if plan is not None and (plan.segments != segments or plan.end > k_shape[0]):
         raise ValueError(
-            f"the plan is for {plan.kv_cap.numel()} segments in {plan.end} slots, this call has {segments} in "
-            f"{k_shape[0]}; build it anew"
+            f"the plan is for {plan.segments} segments in {plan.end} slots, this call has {segments} in {k_shape[0]}; "
+            "build it anew"
         )
+
+
+def _named(kv_start, kv_len):
+    return ("kv_start", kv_start), ("kv_len", kv_len)
 
 
 def _lengths(kv_start, kv_len, slots, plan):

@@ -32,8 +32,9 @@ class RaggedCache:
         self.kv_start = self.kv_len = self.kv_cap = self.pos = self.live = None
         self.takes = None  # (S,) int32: 1 where a step adds a token, 0 in finished sequences
         self.rows = None  # segments that take tokens; None: all
-        self.lengths = ()  # rows of kv_len, one per layer
-        self.slots = ()  # per layer: the slots that were claimed for the tokens of this step
+        self.newest = None  # (L, S) int64: slot of each segment's last token
+        self.lengths = self.newest_rows = ()  # rows of kv_len and of newest, one per layer
+        self.slots = ()  # per layer: the slots (S,) or (S, T) that were claimed for the tokens of this step
         self.room = 0  # tokens that fit before a live segment is full
 
     # ------------------------------------------------------------ prefill
@@ -48,7 +49,7 @@ class RaggedCache:
         if self.pos is None:
             tables = k.new_zeros(3, len(self.k), len(k), dtype=torch.int32)
             self.kv_start, self.kv_len, self.kv_cap = tables
-            self.lengths = self.kv_len.unbind()
+            self._make_rows()
             self.pos = torch.full((b,), tokens, device=k.device)
             self._set_live(torch.ones(b, dtype=torch.bool, device=k.device))
             self.room = self.slack
@@ -57,9 +58,15 @@ class RaggedCache:
         )
         self._settle(layer, start, length, self.slack)
 
+    def _make_rows(self):
+        """Views of single layers, made once: a step then only changes what they show."""
+        self.newest = (self.kv_start + self.kv_len - 1).long()
+        self.lengths, self.newest_rows = self.kv_len.unbind(), self.newest.unbind()
+
     def _settle(self, layer, start, length, slack):
         """Note where a layer's segments lie."""
         self.kv_start[layer], self.kv_len[layer], self.kv_cap[layer] = start, length, length + slack
+        self.newest[layer] = start + length - 1
         self.plans[layer] = decode_plan(self.kv_start[layer], self.kv_cap[layer])
 
     @classmethod
@@ -74,7 +81,7 @@ class RaggedCache:
             before += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=before.device)
         joined.kv_start = torch.cat(starts, 1)
         joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
-        joined.lengths = joined.kv_len.unbind()
+        joined._make_rows()
         joined.pos = torch.cat([c.pos for c in caches])
         joined._set_live(torch.cat([c.live for c in caches]))
         joined.room = min(c.room for c in caches)
@@ -91,24 +98,28 @@ class RaggedCache:
         """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer."""
         if self.room < tokens:
             self.repack(max(self.slack, tokens))
-        claimed = (self.kv_start + self.kv_len).long()  # (L, S)
-        if self.rows is not None:  # a full segment of a finished sequence has no slot to claim
-            claimed = claimed[:, self.rows]
         if tokens > 1:
-            claimed = (claimed[..., None] + torch.arange(tokens, device=claimed.device)).flatten(1)
-        self.slots = claimed.unbind()
+            ahead = torch.arange(1, tokens + 1, device=self.newest.device)
+            self.slots = (self.newest[..., None] + ahead).unbind()
+        self.newest.add_(self.takes, alpha=tokens)
+        if tokens == 1:
+            self.slots = self.newest_rows
         self.kv_len.add_(self.takes, alpha=tokens)
         self.pos.add_(self.live, alpha=tokens)
         self.room -= tokens
 
     def append(self, layer, k, v):
         """Write the claimed slots: k, v (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""
-        for arena, new in ((self.k[layer], k), (self.v[layer], v)):
-            if new.ndim == 4:
-                new = new.transpose(1, 2)  # segment by segment
-            if self.rows is not None:
-                new = new.flatten(0, 1)[self.rows]
-            arena.index_copy_(0, self.slots[layer], new.reshape(-1, new.shape[-1]))
+        slots = self.slots[layer]
+        if k.ndim == 4:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (S, [T,] D)
+        if self.rows is not None:  # a full segment of a finished sequence has no slot
+            k, v, slots = k[self.rows], v[self.rows], slots[self.rows]
+        if k.ndim == 3:
+            k, v, slots = k.flatten(0, 1), v.flatten(0, 1), slots.flatten()
+        self.k[layer].index_copy_(0, slots, k)
+        self.v[layer].index_copy_(0, slots, v)
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
         """q (B, [T,] Hq, D) against everything kept, the claimed slots included; kv_len (S,) overrides the lengths."""

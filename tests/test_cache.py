@@ -172,6 +172,19 @@ def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack):
     assert cache.pos.tolist() == [21, 21] and cache.kv_len.unique().tolist() == [21]
 
 
+def test_a_new_turn_of_one_sequence_while_another_is_finished():
+    model, x = small_llama(), torch.randn(2, 14, 32)
+    cache = RaggedCache(LAYERS, slack=2)
+    model.prefill(x[:, :6], cache)
+    cache.finish(0)
+    states = torch.cat(
+        (model.prefill(x[:, :6])[1], model.extend(x[:, 6:11], cache)[1], model.decode(x[:, 11], cache)[1:])
+    )
+    poison(cache)
+    check(model, x[1, :12], torch.ones(LAYERS, 2, 1, dtype=torch.bool), torch.cat(states))
+    assert cache.pos.tolist() == [6, 12] and cache.kv_len[0].tolist() == [6, 6, 12, 12]
+
+
 def test_a_new_turn_sees_what_was_kept_and_itself():
     model, rng = small_llama(), random.Random(5)
     x, keep = torch.randn(25, 32), random_keep(rng, 2, 12)

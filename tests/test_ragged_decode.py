@@ -128,6 +128,7 @@ BAD = {
     "Hq no multiple of Hkv": ({"q": torch.zeros(2, 5, 8)}, "5"),
     "segments no multiple of B": ({"q": torch.zeros(3, 4, 8)}, "3 sequences"),
     "starts of another type": ({"kv_start": GOOD["kv_start"].long()}, "int64"),
+    "lengths on another device": ({"kv_len": GOOD["kv_len"].to("meta")}, "meta"),
     "fewer lengths": ({"kv_len": GOOD["kv_len"][:3]}, "(3,)"),
     "negative length": ({"kv_len": torch.tensor([3, -1, 0, 7], dtype=torch.int32)}, "-1"),
     "negative start": ({"kv_start": torch.tensor([0, -10, 20, 30], dtype=torch.int32)}, "-10"),

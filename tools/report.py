@@ -137,7 +137,7 @@ def stats(r, bandwidth, generation):
     )
     kept = sum(kv["kept_per_layer"]) / max(1, len(kv["kept_per_layer"]))
     lines.append(
-        f"pruning  {t['prune']:8.1f} ms        {kv['method']}: {100 * kv['retention_actual']:.1f} % of the vision tokens "
-        f"kept, {kept:.1f} per KV head; decode at most {r['ceiling_speedup']:.2f}x faster"
+        f"pruning  {t['prune']:8.1f} ms        {kv['method']}: {100 * kv['retention_actual']:.1f} % of the vision "
+        f"tokens kept, {kept:.1f} per KV head; decode at most {r['ceiling_speedup']:.2f}x faster"
     )
     return "\n".join(lines)
