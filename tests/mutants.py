@@ -24,6 +24,11 @@ CROP = "test_image.py::test_a_picture_is_resized_and_cropped_as_the_reference_do
 TOP = "test_generate.py::test_top_k_and_top_p_keep_the_right_set"
 PAD = "test_image.py::test_pad_shows_the_whole_picture_on_the_mean_colour"
 
+RAGGED = "test_ragged_decode.py::test_it_is_dense_attention_with_the_keep_mask"
+SCORES = "test_window_scores.py::test_scores_are_the_mean_attention_of_the_rows"
+PACK = "test_ragged_pack.py::test_kept_rows_arrive_in_order"
+TURNS = "test_cache.py::test_two_turns_through_the_cache_are_one_long_prompt"
+
 # name: (file, the text that stands there once, what the fault makes of it, the tests that must notice)
 MUTANTS = {
     "rope sign": (
@@ -45,40 +50,208 @@ MUTANTS = {
         DECODE,
     ),
     "query heads read another KV head": (
-        "model/cache.py",
-        "rows = q.unflatten(1, (k.shape[1], -1))",
-        "rows = q.unflatten(1, (k.shape[1], -1)).roll(1, 1)",
-        DECODE,
+        "kernels/ragged_decode.py",
+        "rows = rows.view(1, segments, -1, d)",
+        "rows = rows.view(1, segments, -1, d).roll(1, 1)",
+        RAGGED,
+    ),
+    "length mask off by one": (
+        "kernels/ragged_decode.py",
+        "(column >= kv_len[:, None])",
+        "(column > kv_len[:, None])",
+        RAGGED,
+    ),
+    "free slots are read": (
+        "kernels/ragged_decode.py",
+        "torch.minimum(column, last)",
+        "column",
+        RAGGED,
+    ),
+    "wrong row offset": (
+        "kernels/ragged_decode.py",
+        "v.as_strided(shape, strides, first * d)",
+        "v.as_strided(shape, strides, max(0, first - 1) * d)",
+        RAGGED,
+    ),
+    "uneven segments taken for a rectangle": (
+        "kernels/ragged_decode.py",
+        "steps[0] if min(steps) == max(steps) >= 0 else None",
+        "steps[0] if steps[0] >= 0 else None",
+        RAGGED,
+    ),
+    "nothing is not nothing": (
+        "kernels/ragged_decode.py",
+        "empty = (kv_len == 0)[:, None]",
+        "empty = (kv_len < 0)[:, None]",
+        RAGGED,
+    ),
+    "log-sum-exp of another row": (
+        "kernels/ragged_decode.py",
+        "lse.view(shape).transpose(1, 2)",
+        "lse.view(shape)",
+        RAGGED,
+    ),
+    "merge weights swapped": (
+        "kernels/ragged_decode.py",
+        "ratio.sigmoid().nan_to_num(0.0), (-ratio).sigmoid()",
+        "(-ratio).sigmoid().nan_to_num(0.0), ratio.sigmoid()",
+        "test_ragged_decode.py::test_two_halves_merge_into_the_whole",
+    ),
+    "capacity not looked at": (
+        "kernels/ragged_decode.py",
+        "max(lengths) > plan.shortest and",
+        "max(lengths) > plan.end and",
+        "test_ragged_decode.py::test_bad_calls_are_refused_with_the_value",
+    ),
+    "a row does not see itself": (
+        "kernels/window_scores.py",
+        "> q_pos[:, None]  # (W, T)",
+        ">= q_pos[:, None].clamp(min=1)  # (W, T)",
+        SCORES,
+    ),
+    "mean and max of a group swapped": (
+        "kernels/window_scores.py",
+        'grouped.mean(1) if group == "mean"',
+        'grouped.mean(1) if group == "max"',
+        SCORES,
+    ),
+    "packed rows of the neighbour": (
+        "kernels/ragged_pack.py",
+        "source // tokens, source % tokens",
+        "source // tokens, (source + 1) % tokens",
+        PACK,
+    ),
+    "slots forget their tokens": (
+        "kernels/ragged_pack.py",
+        "kv_pos[slot] = position.int()",
+        "kv_pos[slot] = source.int()",
+        PACK,
     ),
     "first decoded position off by one": (
         "model/cache.py",
-        "torch.full((k.shape[0],), k.shape[2],",
-        "torch.full((k.shape[0],), k.shape[2] - 1,",
+        "torch.full((b,), tokens,",
+        "torch.full((b,), tokens - 1,",
         DECODE,
     ),
     "position stands still": (
         "model/cache.py",
-        "self.pos += 1",
-        "self.pos += 0",
+        "self.pos.add_(self.live, alpha=tokens)",
+        "self.pos.add_(self.live, alpha=0)",
+        DECODE,
+    ),
+    "position taken from the length": (
+        "model/cache.py",
+        "self.pos.add_(self.live, alpha=tokens)",
+        "self.pos = self.kv_len[0].view(len(self.live), -1)[:, 0].long()",
+        "test_cache.py::test_the_position_is_not_the_length",
+    ),
+    "append forgotten": (
+        "model/cache.py",
+        "self.v[layer].index_copy_(0, slots, v)",
+        "slots",
         DECODE,
     ),
     "append overwrites the last token": (
         "model/cache.py",
-        "self.length[layer] = n + 1",
-        "self.length[layer] = n",
+        "self.newest.add_(self.takes, alpha=tokens)",
+        "self.newest.add_(self.takes, alpha=0)",
         DECODE,
     ),
     "repack loses a token": (
         "model/cache.py",
-        "arena[:, :, :t] = x",
-        "arena[:, :, 1:t] = x[:, :, 1:]",
+        "source, slot = _taken(self.kv_start[layer], length), _taken(start, length)",
+        "source, slot = _taken(self.kv_start[layer], length).clamp(min=1), _taken(start, length)",
         DECODE,
     ),
-    "free slots are read": (
+    "joined arenas lie on each other": (
         "model/cache.py",
-        "scaled_dot_product_attention(rows, k[:, :, :n], v[:, :, :n])",
-        "scaled_dot_product_attention(rows, k, v)",
-        "test_generate.py::test_free_slots_are_never_read",
+        "starts.append(cache.kv_start + before)",
+        "starts.append(cache.kv_start)",
+        "test_cache.py::test_sequences_of_different_lengths_share_the_arenas",
+    ),
+    "a finished sequence goes on growing": (
+        "model/cache.py",
+        "self.takes = live.repeat_interleave(heads).int()",
+        "self.takes = torch.ones_like(live).repeat_interleave(heads).int()",
+        "test_cache.py::test_sequences_of_different_lengths_share_the_arenas",
+    ),
+    "a finished sequence writes into its neighbour": (
+        "model/cache.py",
+        "self.rows = None if live.all() else",
+        "self.rows = None if live.any() else",
+        "test_cache.py::test_a_finished_sequence_never_writes_into_its_neighbour",
+    ),
+    "dense K and V leak": (
+        "model/cache.py",
+        "        total = None\n",
+        "        total = None\n        self.dense = [*getattr(self, 'dense', []), k, v]\n",
+        "test_cache.py::test_after_prefill_nothing_lives_but_the_kept_rows",
+    ),
+    "dense K and V live until the next layer": (
+        "model/llama.py",
+        "del q, k, v",
+        "pass",
+        "test_cache.py::test_prefill_never_holds_two_dense_layers",
+    ),
+    "a new turn sees its future": (
+        "model/llama.py",
+        "device=q.device).triu(1)",
+        "device=q.device).triu(2)",
+        TURNS,
+    ),
+    "a new turn sees its own keys twice": (
+        "model/llama.py",
+        "past = cache.kv_len.clone()",
+        "past = cache.kv_len",
+        TURNS,
+    ),
+    "a new turn starts one position late": (
+        "model/llama.py",
+        "positions = cache.pos[:, None] + torch.arange(",
+        "positions = cache.pos[:, None] + 1 + torch.arange(",
+        TURNS,
+    ),
+    "budget rounded down": (
+        "model/pruning/budget.py",
+        "math.floor(retention * tokens + 0.5)",
+        "math.floor(retention * tokens)",
+        "test_pruning.py::test_budget_rounds_half_up_within_its_bounds",
+    ),
+    "ties go to the higher index": (
+        "model/pruning/budget.py",
+        "scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]",
+        "scores.sort(dim=-1, stable=True).indices[..., -count:]",
+        "test_pruning.py::test_ties_go_to_the_lower_index",
+    ),
+    "text is dropped": (
+        "model/pruning/random_tokens.py",
+        "keep = torch.ones(",
+        "keep = torch.zeros(",
+        "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
+    ),
+    "only the first picture is pruned": (
+        "model/pruning/random_tokens.py",
+        "in layout.spans:",
+        "in layout.spans[:1]:",
+        "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
+    ),
+    "every layer draws the same": (
+        "model/pruning/random_tokens.py",
+        "seed * layout.num_layers + layer",
+        "seed",
+        "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
+    ),
+    "scores of the wrong rows": (
+        "model/generate.py",
+        "q[0, :, -rows:]",
+        "q[0, :, :rows]",
+        "test_pruning.py::test_scores_are_the_attention_of_the_last_rows",
+    ),
+    "pruned bytes not counted": (
+        "model/generate.py",
+        "self.bytes_held = self.cache.nbytes_held",
+        "self.bytes_held = self.cache.nbytes_reserved",
+        "test_run.py::test_pruning_is_reported",
     ),
     "norm eps ignored": (
         "model/llama.py",

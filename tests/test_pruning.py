@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from model import Generation, InputError, Sampling, load
+from model.cache import RaggedCache
 from model.generate import Layout
-from model.pruning import METHODS, make_method
+from model.pruning import METHODS, Method, make_method
 from model.pruning.budget import best, budget
 from tests.paths import DEMO, DEMO_PICTURE
 
 LAYOUT = Layout(num_layers=3, q_heads=4, kv_heads=2, tokens=60, spans=[(5, 30), (33, 58)], device=torch.device("cpu"))
+KEEP_ALL = torch.ones(4, 269, dtype=torch.bool)  # KV heads and tokens of the demo's prompt
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,23 @@ def test_a_method_of_ones_own_sees_scores_and_decides(demo, own):
         with pytest.raises(InputError) as refused:
             "".join(Generation(demo, "Describe the picture.", [DEMO_PICTURE], prune=method))
         assert word in str(refused.value) and "(4, 269)" in str(refused.value)
+
+
+@torch.inference_mode()
+def test_scores_are_the_attention_of_the_last_rows(demo):
+    """What a method is given, against the softmax of the queries and keys of a second prefill."""
+    seen, wanted = [], []
+    method = Method("look", lambda layer, scores, layout, window: seen.append(scores) or KEEP_ALL, {"window": 3})
+    generation = Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=1), prune=method)
+    "".join(generation)
+
+    def look(layer, q, k):
+        scores = q[0, :, -3:].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * 32**-0.5
+        wanted.append((scores + torch.full((3, 269), float("-inf"), dtype=torch.float64).triu(267)).softmax(-1).mean(1))
+
+    x, _ = demo.model.splice(generation.ids, demo.model.encode_images(torch.stack(generation.pixels)))
+    demo.model.language_model.prefill(x[None], RaggedCache(6), choose=look)
+    torch.testing.assert_close(torch.stack(seen).double(), torch.stack(wanted), rtol=1e-3, atol=1e-6)
 
 
 # ---------------------------------------------------------------- the whole

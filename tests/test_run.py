@@ -97,6 +97,27 @@ def test_json_is_one_object_with_every_field(capsys):
         assert word in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "requested", "kept"),
+    [
+        (["--prune", "random", "--retention", "0.5"], 0.5, 128),
+        (["--prune", "random:retention=0.25,pooled=true"], 0.25, 64),
+        (["--prune", "random", "--keep-tokens", "40", "--set", "seed=3"], None, 40),
+    ],
+)
+def test_pruning_is_reported(capsys, flags, requested, kept):
+    code, out, err = inside(capsys, *ASK, "--json", "--stats", *flags)
+    r = json.loads(out)
+    prune, row = r["prune"], 6 * 4 * 32 * 2 * 4  # layers, KV heads, D, K and V, bytes
+    assert code == 0 and prune["method"] == "random" and prune["retention_requested"] == requested
+    assert prune["retention_actual"] == kept / 256 and prune["kept_per_layer"] == [kept] * 6
+    held = row * (r["prompt_tokens"] - 256 + kept)
+    assert prune["kv_bytes_full"] == row * r["prompt_tokens"] and prune["kv_bytes_held"] == held
+    assert prune["kv_bytes_reserved"] == held + row * 64 * -(-r["new_tokens"] // 64)
+    assert 1 < r["ceiling_speedup"] < 1.2 and 0 < r["timing_ms"]["prune"] < r["timing_ms"]["prefill"]
+    assert f"random: {100 * kept / 256:.1f} % of the vision tokens kept, {kept:.1f} per KV head" in err
+
+
 def test_text_ids_and_stream_agree(capsys):
     from model import load
 
@@ -279,6 +300,18 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--temperature", "1", "--top-p", "0"], "--top-p"),
         (["--temperature", "1", "--top-p", "1.5"], "--top-p"),
         (["--stop", ""], "--stop"),
+        (["--retention", "0.5"], "--prune"),
+        (["--keep-tokens", "5"], "--prune"),
+        (["--set", "seed=1"], "--prune"),
+        (["--prune", "random", "--retention", "0.5", "--keep-tokens", "3"], "exclude"),
+        (["--prune", "random", "--retention", "0"], "--retention"),
+        (["--prune", "random", "--retention", "1.1"], "--retention"),
+        (["--prune", "random", "--keep-tokens", "0"], "--keep-tokens"),
+        (["--prune", "fastv"], "fastv"),
+        (["--prune", "random:speed=1"], "speed"),
+        (["--prune", "random", "--set", "seed"], "KEY=VALUE"),
+        (["--prune", "random", "--set", "@/nowhere.json"], "/nowhere.json"),
+        (["--prune", "/nowhere.py::f"], "/nowhere.py"),
         (["--backend", "triton"], "triton"),
         (["--backend", "cuda"], "--backend"),
         (["--template", "chatml"], "--template"),

@@ -389,7 +389,8 @@ CAPTIONS = (*scenes.ASKERS, "easy presence")
 FINDING = (*("position", "relation", "presence", "list") * 2, "position", "easy presence", "describe")
 PHASES = (
     (0, CAPTIONS, False, 1.5e-3),
-    (900, (*FINDING, ("size", "shape"), ("colour", "count"), ("spell", "read")), True, 8e-4),
+    (900, (*FINDING, ("size", "shape"), ("colour", "count"), ("spell", "read")), True, 1.2e-3),
+    (1700, (*FINDING, ("size", "shape"), ("colour", "count"), ("spell", "read")), True, 8e-4),
 )
 
 
@@ -467,7 +468,7 @@ def answer_loss(logits, target, rows, even):
 
 def train_decoder(args):
     torch.manual_seed(args.seed)
-    steps, batch = args.steps or 3200, args.batch or 8
+    steps, batch = args.steps or 2800, args.batch or 8
     device, folder = torch.device(args.device), Path(args.run)
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         train_tokenizer(folder / "tokenizer")
