@@ -18,9 +18,9 @@ FlashAttention (arXiv 2205.14135) and Flash-Decoding.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .backend import DTYPES, check_alike, choose_backend
+from .ragged_decode_torch import attend, chunk_owners
 
 
 def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False):
@@ -50,7 +50,7 @@ class DecodePlan:
 
     kv_start, kv_cap (S,) int32; segments: S; shortest, longest: the extreme capacities; end: slots that the arena must
     have. first: where segment 0 starts; step: slots from one segment's start to the next's if that is the same for all
-    (then segments of equal length are a rectangle with gaps), else None.
+    (then segments of equal length are a rectangle with gaps), else None. owner: `chunk_owners`, on CPU tensors.
     """
 
     kv_start: torch.Tensor
@@ -61,6 +61,7 @@ class DecodePlan:
     end: int
     first: int
     step: int | None
+    owner: torch.Tensor | None
 
 
 def decode_plan(kv_start, kv_cap):
@@ -75,7 +76,8 @@ def decode_plan(kv_start, kv_cap):
     if min(kv_start.min(), kv_cap.min()) < 0:
         raise ValueError(f"starts {kv_start.tolist()} and capacities {kv_cap.tolist()} must not be negative")
     shortest, longest, end = int(kv_cap.min()), int(kv_cap.max()), int((kv_start + kv_cap).max())
-    return DecodePlan(kv_start, kv_cap, len(kv_cap), shortest, longest, end, *_first_and_step(kv_start))
+    owner = None if kv_start.is_cuda else chunk_owners(kv_start, kv_cap)
+    return DecodePlan(kv_start, kv_cap, len(kv_cap), shortest, longest, end, *_first_and_step(kv_start), owner)
 
 
 def _first_and_step(kv_start):
@@ -102,53 +104,17 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     _check(q, k, v, kv_start, kv_len, plan)
     choose_backend(backend, q.device)
     lengths = _lengths(kv_start, kv_len, k.shape[0], plan)
+    plan = decode_plan(kv_start, kv_len) if plan is None else plan
     segments, d = kv_start.shape[0], q.shape[-1]
-    keys, values, bias = _rectangle(k, v, kv_start, kv_len, lengths, plan)
     # all rows that read a segment are one small matrix: (S, T * G, D)
     rows = q if q.ndim == 3 else q.unflatten(2, (segments // len(q), -1)).transpose(1, 2).contiguous()
-    rows = rows.view(1, segments, -1, d)
-    out, lse = _attend(rows, keys, values, bias, d**-0.5 if scale is None else scale, return_lse)
-    if bias is not None:  # softmax over nothing is NaN
-        empty = (kv_len == 0)[:, None]
-        out = out.masked_fill(empty[..., None], 0)
-        lse = None if lse is None else lse.masked_fill(empty, float("-inf"))
+    rows, scale = rows.view(1, segments, -1, d), d**-0.5 if scale is None else scale
+    out, lse = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, return_lse)
     if q.ndim == 4:  # (B, Hkv, T, G, ...) -> (B, T, Hkv, G, ...)
         shape = (len(q), segments // len(q), q.shape[1], -1)
         out = out.view(*shape, d).transpose(1, 2).contiguous()
         lse = None if lse is None else lse.view(shape).transpose(1, 2).contiguous()
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
-
-
-def _attend(q, k, v, bias, scale, return_lse):
-    """q (1, S, M, D) over k, v (1, S, n, D), bias (S, 1, n) or None -> out (1, S, M, D), lse (1, S, M) or None."""
-    if not return_lse:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
-    compute = torch.promote_types(q.dtype, torch.float32)
-    scores = scale * (q.to(compute) @ k.to(compute).transpose(2, 3))  # (1, S, M, n)
-    scores = scores if bias is None else scores + bias
-    return (scores.softmax(-1) @ v.to(compute)).to(q.dtype), scores.logsumexp(-1)
-
-
-def _rectangle(k, v, kv_start, kv_len, lengths, plan):
-    """Keys and values as (1, S, n, D), and the bias (S, 1, n) that hides what is no row of a segment, or None.
-
-    Segments of one length at even distances are a view: nothing is copied. All others are gathered, each padded with
-    copies of its own last row (a free slot may hold anything, and 0 * NaN is NaN).
-    """
-    segments, d = kv_start.shape[0], k.shape[1]
-    longest = plan.longest if lengths is None else max(lengths)
-    if lengths is not None and longest == min(lengths) > 0:
-        first, step = _first_and_step(kv_start) if plan is None else (plan.first, plan.step)
-        if step is not None:
-            shape, strides = (1, segments, longest, d), (0, step * d, d, 1)
-            return k.as_strided(shape, strides, first * d), v.as_strided(shape, strides, first * d), None
-    column = torch.arange(max(longest, 1), device=k.device)
-    last = (kv_len - 1).clamp(min=0)[:, None]
-    slot = (kv_start[:, None] + torch.minimum(column, last)).clamp(max=max(len(k) - 1, 0)).flatten()
-    k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # an arena without slots
-    keys, values = (x.index_select(0, slot).view(1, segments, -1, d) for x in (k, v))
-    bias = torch.zeros(segments, 1, len(column), dtype=k.dtype, device=k.device)
-    return keys, values, bias.masked_fill_((column >= kv_len[:, None])[:, None], float("-inf"))
 
 
 def _check(q, k, v, kv_start, kv_len, plan):

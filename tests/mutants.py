@@ -56,21 +56,21 @@ MUTANTS = {
         RAGGED,
     ),
     "length mask off by one": (
-        "kernels/ragged_decode.py",
+        "kernels/ragged_decode_torch.py",
         "(column >= kv_len[:, None])",
         "(column > kv_len[:, None])",
         RAGGED,
     ),
     "free slots are read": (
-        "kernels/ragged_decode.py",
-        "torch.minimum(column, last)",
+        "kernels/ragged_decode_torch.py",
+        "torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])",
         "column",
         RAGGED,
     ),
     "wrong row offset": (
-        "kernels/ragged_decode.py",
-        "v.as_strided(shape, strides, first * d)",
-        "v.as_strided(shape, strides, max(0, first - 1) * d)",
+        "kernels/ragged_decode_torch.py",
+        "v.as_strided(shape, strides, plan.first * d)",
+        "v.as_strided(shape, strides, max(0, plan.first - 1) * d)",
         RAGGED,
     ),
     "uneven segments taken for a rectangle": (
@@ -80,9 +80,27 @@ MUTANTS = {
         RAGGED,
     ),
     "nothing is not nothing": (
-        "kernels/ragged_decode.py",
+        "kernels/ragged_decode_torch.py",
         "empty = (kv_len == 0)[:, None]",
         "empty = (kv_len < 0)[:, None]",
+        RAGGED,
+    ),
+    "partly filled chunks count": (
+        "kernels/ragged_decode_torch.py",
+        "(border > end[owner])",
+        "(border - CHUNK > end[owner])",
+        RAGGED,
+    ),
+    "the end of a segment is forgotten": (
+        "kernels/ragged_decode_torch.py",
+        "tail = torch.maximum(end // CHUNK * CHUNK, head_end)",
+        "tail = torch.maximum(end, head_end)",
+        RAGGED,
+    ),
+    "chunks of the neighbour": (
+        "kernels/ragged_decode_torch.py",
+        "first = -(-kv_start.long() // CHUNK)",
+        "first = kv_start.long() // CHUNK",
         RAGGED,
     ),
     "log-sum-exp of another row": (

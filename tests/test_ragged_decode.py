@@ -1,15 +1,14 @@
 """ragged_decode and merge_states: against dense attention with a mask in float64, with NaN wherever nothing is kept."""
 
-import importlib
 import random
 
 import pytest
 import torch
 
+import kernels.ragged_decode_torch as torch_way
 from kernels import decode_plan, merge_states, merge_states_ref, ragged_decode, ragged_decode_ref
 from tests.oracle import assert_as_exact, masked_attention
 
-module = importlib.import_module("kernels.ragged_decode")  # the package has a function of that name
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -62,7 +61,12 @@ def dense(q, k, v, keep, scale=None, dtype=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_is_dense_attention_with_the_keep_mask(dtype):
+@pytest.mark.parametrize("chunk", [None, 4, 16])
+def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
+    """chunk: all that is no rectangle is read in chunks of that size; None: gathered."""
+    if chunk:
+        monkeypatch.setattr(torch_way, "CHUNK", chunk)
+        monkeypatch.setattr(torch_way, "GATHER", 0)
     for seed in range(80):
         q, k, v, keep, k_arena, v_arena, start, length, cap = case(seed, dtype)
         scale = [None, 0.3][seed % 2]
@@ -81,15 +85,38 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype):
             assert_as_exact(got, plain_lse, exact_lse, got.dtype, f"lse, seed {seed}")
 
 
-def test_equal_lengths_are_read_where_they_lie():
+def test_equal_lengths_are_read_where_they_lie(monkeypatch):
     k = torch.randn(2 * 4, 30, 16)
     keep = torch.zeros(8, 30, dtype=torch.bool)
     keep[:, 5:25] = True
     k_arena, v_arena, start, length, cap = arena(k, k, keep, [24] * 8)
-    plan = decode_plan(start, cap)
-    keys, values, bias = module._rectangle(k_arena, v_arena, start, length, length.tolist(), plan)
-    assert bias is None and keys.data_ptr() == k_arena.data_ptr() and values.data_ptr() == v_arena.data_ptr()
-    assert keys.shape == (1, 8, 20, 16) and plan.step == 24
+    seen = []
+    monkeypatch.setattr(torch_way, "_dense", lambda q, k, v, *_: seen.append((k, v)) or (q, None))
+    ragged_decode(torch.randn(2, 8, 16), k_arena, v_arena, start, length, plan=decode_plan(start, cap))
+    keys, values = seen[0]
+    assert keys.data_ptr() == k_arena.data_ptr() and values.data_ptr() == v_arena.data_ptr()
+    assert keys.shape == (1, 8, 20, 16)
+
+
+def test_owners_are_segments_around_whole_chunks():
+    start, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 100, 700, 1000], [100, 192, 64, 0]))
+    owner = torch_way.chunk_owners(start, cap)  # chunks of 64: 100 lies in the second, 292 in the fifth
+    assert owner.tolist() == [0, -1, 1, 1, *[-1] * 11]
+
+
+def test_large_caches_are_read_in_chunks(monkeypatch):
+    """The real sizes: several whole chunks in a segment, and no gather of everything."""
+    monkeypatch.setattr(torch_way, "_gathered", None)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        k, v, q = torch.randn(4, 3000, 32), torch.randn(4, 3000, 32), torch.randn(1, 8, 32)
+        keep = torch.arange(3000) < torch.tensor([[3000], [70], [0], [2500 + seed]])
+        call = arena(k, v, keep, [3100, 70, 5, 2600])
+        out, lse = ragged_decode(q, *call[:4], plan=decode_plan(call[2], call[4]), return_lse=True)
+        exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
+        plain, plain_lse = dense(q, k, v, keep)
+        assert_as_exact(out, plain, exact, torch.float32)
+        assert_as_exact(lse, plain_lse, exact_lse, torch.float32)
 
 
 def test_rows_of_a_segment_may_be_shuffled():

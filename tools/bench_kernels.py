@@ -12,7 +12,6 @@ CUDA a round is one captured graph.
 """
 
 import argparse
-import copy
 import csv
 import importlib.util
 import inspect
@@ -48,6 +47,7 @@ def parser():
     p.add_argument("--shapes", nargs="+", default=["demo", "7b", "gqa8"], choices=SHAPES, metavar="SHAPE")
     p.add_argument("--tokens", nargs="+", type=int, default=[640, 2048], metavar="T", help="before pruning")
     p.add_argument("--retention", nargs="+", type=float, default=[1.0, 0.3], metavar="F")
+    p.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences, of decode (default 1)")
     p.add_argument("--dtype", choices=DTYPES, help="default fp32 on a CPU, bf16 on CUDA")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=int, default=15, help="turns of each provider (default 15)")
@@ -225,38 +225,45 @@ class DenseCache:
         return attention(q, self.k[layer][:, :, :n], self.v[layer][:, :, :n])
 
 
-def step_case(tokens, retention, layout, device, rounds):
-    """One decode step of the demo model on a prompt of `tokens`: the dense cache of all of it, and the ragged one."""
+def step_case(batch, tokens, retention, layout, device, rounds):
+    """One decode step of the demo model on prompts of `tokens`: the dense cache of all of it, and the ragged one."""
     checkpoint = load(ROOT / "assets" / "demo", "fp32", device)
     model, config = checkpoint.model.language_model, checkpoint.config.text_config
     generator = torch.Generator().manual_seed(0)
-    x = model.model.embed_tokens.weight[torch.randint(3, 600, (1, tokens), generator=generator).to(device)]
-    segments = config.num_key_value_heads
-    steps = 2 * rounds + 8
-    caches = {
-        "dense cache": DenseCache(config.num_hidden_layers, tokens + steps),
-        "ours, torch": RaggedCache(config.num_hidden_layers, slack=steps),
-    }
-    right = {}
+    x = model.model.embed_tokens.weight[torch.randint(3, 600, (batch, tokens), generator=generator).to(device)]
+    segments, steps = batch * config.num_key_value_heads, 2 * rounds + 8
+    dense = DenseCache(config.num_hidden_layers, tokens + steps)
+    ragged = RaggedCache(config.num_hidden_layers, slack=steps)
 
     def choose(layer, q, k):
         lengths = lengths_of(layout, segments, tokens, retention, generator)
         draw = torch.rand(segments, tokens, generator=generator).argsort(-1).argsort(-1)
         return (draw < lengths[:, None]).to(device)
 
-    calls = {}
-    for name, cache in caches.items():
-        model.prefill(x, cache, choose=choose if retention < 1 and name != "dense cache" else None)
-        calls[name] = [lambda cache=cache: model.decode(x[:, 0], cache)]
-        if retention == 1:  # both see the same: the same answer
-            whole = torch.cat((x, x[:, :1]), 1)
-            exact = copy.deepcopy(model).double().prefill(whole.double())[:, -1]
-            right[name] = (calls[name][0](), model.prefill(whole)[:, -1], exact)
+    model.prefill(x, dense)
+    model.prefill(x, ragged, choose=choose if retention < 1 else None)
+    q = torch.randn(batch, config.num_attention_heads, config.head_dim, generator=generator).to(device)
+    right = {"dense cache": attended(dense, q), "ours, torch": attended(ragged, q)}
+    calls = {n: [lambda c=c: model.decode(x[:, 0], c)] for n, c in (("dense cache", dense), ("ours, torch", ragged))}
     weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith(("lm_head", "model.embed_tokens")))
-    held = caches["ours, torch"].nbytes_held
-    return Case(
-        f"demo model, {tokens} tokens, {retention:g} kept, {layout}", weights + held, calls, right, "dense cache"
-    )
+    name = f"demo model, {batch} x {tokens} tokens, {retention:g} kept, {layout}"
+    return Case(name, weights + ragged.nbytes_held, calls, right, "dense cache")
+
+
+def attended(cache, q):
+    """What a cache gives for q in all layers, and what its rows should give."""
+    got, plain, exact = [], [], []
+    for layer in range(len(cache.k)):
+        got.append(cache.attend(layer, q))
+        if isinstance(cache, DenseCache):
+            arguments = q, *(t[layer][:, :, : cache.length] for t in (cache.k, cache.v))
+            plain.append(exact_attention(*arguments, dtype=torch.float32))
+            exact.append(exact_attention(*arguments))
+            continue
+        k, v, where = cache.k[layer], cache.v[layer], (cache.kv_start[layer], cache.kv_len[layer])
+        plain.append(kernels.ragged_decode_ref(q, k, v, *where))
+        exact.append(kernels.ragged_decode_ref(q.double(), k.double(), v.double(), *where))
+    return torch.stack(got), torch.stack(plain), torch.stack(exact)
 
 
 # ---------------------------------------------------------------- check, time, print
@@ -348,7 +355,8 @@ def cases(args, dtype, device, own):
             for tokens in args.tokens:
                 for retention in args.retention:
                     for layout in ("equal", "ragged") if retention < 1 else ("equal",):
-                        yield op, step_case(tokens, retention, layout, device, args.rounds)
+                        for batch in args.batch:
+                            yield op, step_case(batch, tokens, retention, layout, device, args.rounds)
             continue
         for shape in args.shapes:
             for tokens in args.tokens:

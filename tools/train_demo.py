@@ -390,7 +390,7 @@ FINDING = (*("position", "relation", "presence", "list") * 2, "position", "easy 
 PHASES = (
     (0, CAPTIONS, False, 1.5e-3),
     (900, (*FINDING, ("size", "shape"), ("colour", "count"), ("spell", "read")), True, 1.2e-3),
-    (1700, (*FINDING, ("size", "shape"), ("colour", "count"), ("spell", "read")), True, 8e-4),
+    (1200, (*FINDING, ("size", "shape"), ("colour", "count"), ("spell", "read")), True, 8e-4),
 )
 
 

@@ -1,0 +1,101 @@
+"""`ragged_decode` in PyTorch, without a loop over heads or tokens: three ways to read the segments.
+
+rectangle   segments of one length at even distances are a strided view of the arena: nothing is copied
+chunks      the arena is cut into chunks of 64 slots, a view; whole chunks are attended to where they lie, the two ends
+            of each segment are gathered, and the parts are merged
+gather      each segment is copied and padded to the longest; for small caches the cheapest
+
+Which is taken when was measured (NOTES.md). Free slots are never used, whatever they hold: 0 * NaN is NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 64  # slots
+GATHER = 2**20  # bytes of padded keys below which the gather is cheaper than the chunks
+
+
+def chunk_owners(kv_start, kv_cap):
+    """Segment in which each whole chunk of the arena lies, -1 for chunks at a border: (S,) twice -> (N // CHUNK,)."""
+    first = -(-kv_start.long() // CHUNK)
+    last = (kv_start + kv_cap).long() // CHUNK
+    count = (last - first).clamp(min=0)
+    chunk = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
+    owner = torch.full((int(last.max()),), -1, device=kv_start.device)
+    owner[chunk + torch.arange(len(chunk), device=chunk.device)] = torch.repeat_interleave(count)
+    return owner
+
+
+def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
+    """q (1, S, M, D), the M rows that read a segment, over arenas k, v -> out (1, S, M, D), lse (1, S, M) or None.
+
+    lengths: kv_len as a list, or None where asking would make a device wait; then nothing depends on it.
+    """
+    _, segments, _, d = q.shape
+    longest = plan.longest if lengths is None else max(lengths)
+    if lengths is not None and plan.step is not None and longest == min(lengths) > 0:
+        shape, strides = (1, segments, longest, d), (0, plan.step * d, d, 1)
+        keys, values = k.as_strided(shape, strides, plan.first * d), v.as_strided(shape, strides, plan.first * d)
+        return _dense(q, keys, values, None, scale, return_lse)
+    small = segments * longest * d * q.element_size() < GATHER
+    way = _gathered if lengths is None or small or q.element_size() < 4 else _chunked
+    k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # an arena without slots
+    out, lse = way(q, k, v, kv_start, kv_len, max(longest, 1), plan, scale, return_lse)
+    empty = (kv_len == 0)[:, None]  # attention over nothing: 0 and -inf
+    return out.masked_fill(empty[..., None], 0), lse if lse is None else lse.masked_fill(empty, float("-inf"))
+
+
+def _dense(q, k, v, bias, scale, return_lse):
+    """q (1, S, M, D) over k, v (1, S, n, D), bias (S, 1, n) or None."""
+    if not return_lse:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * (q.to(compute) @ k.to(compute).transpose(2, 3))  # (1, S, M, n)
+    scores = scores if bias is None else scores + bias
+    return (scores.softmax(-1) @ v.to(compute)).to(q.dtype), scores.logsumexp(-1)
+
+
+def _gathered(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
+    """Each segment padded with copies of its own last row."""
+    column = torch.arange(longest, device=k.device)
+    slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
+    keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))
+    bias = torch.zeros(len(kv_len), 1, longest, dtype=k.dtype, device=k.device)
+    bias.masked_fill_((column >= kv_len[:, None])[:, None], float("-inf"))
+    shape = (1, len(kv_len), longest, k.shape[1])
+    return _dense(q, keys.view(shape), values.view(shape), bias, scale, return_lse)
+
+
+def _chunked(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
+    """Whole chunks in place, the ends of each segment gathered, merged by the largest score (as in Flash-Decoding)."""
+    q, d, end = q[0], k.shape[1], (kv_start + kv_len).long()
+    chunks = len(plan.owner)
+    whole_k, whole_v = (x[: chunks * CHUNK].view(chunks, CHUNK, d) for x in (k, v))
+    owner = plan.owner.clamp(min=0)
+    border = torch.arange(1, chunks + 1, device=k.device) * CHUNK  # where each chunk ends
+    dead = ((plan.owner < 0) | (border > end[owner]))[:, None, None]  # no chunk of one segment's taken slots
+    scores = torch.bmm(q[owner], whole_k.transpose(1, 2)).mul_(scale).masked_fill_(dead, float("-inf"))  # (W, M, CHUNK)
+    slot, taken = _ends(kv_start.long(), end, len(k))
+    rest = torch.bmm(q, k[slot].transpose(1, 2)).mul_(scale)  # (S, M, 2 * CHUNK)
+    rest = rest.masked_fill_(~taken[:, None], float("-inf"))
+    where = owner[:, None].expand(-1, q.shape[1])
+    top = rest.amax(-1).scatter_reduce(0, where, scores.amax(-1), "amax")  # (S, M)
+    top = top.masked_fill(top == float("-inf"), 0)
+    scores, rest = (scores - top[owner][..., None]).exp_(), (rest - top[..., None]).exp_()
+    parts = torch.bmm(scores, whole_v).masked_fill_(dead, 0)
+    out = torch.bmm(rest, v[slot]).index_add_(0, owner, parts)
+    total = rest.sum(-1).index_add_(0, owner, scores.sum(-1))
+    return (out / total[..., None])[None], (top + total.log())[None] if return_lse else None
+
+
+def _ends(start, end, slots):
+    """Slots of each segment that lie in no whole chunk of it (S, 2 * CHUNK), and which of them are meant (bool).
+
+    Those not meant point at the segment's first row, which is harmless to read.
+    """
+    head_end = torch.minimum(end, -(-start // CHUNK) * CHUNK)
+    tail = torch.maximum(end // CHUNK * CHUNK, head_end)
+    column = torch.arange(CHUNK, device=start.device)
+    slot = torch.cat((start[:, None] + column, tail[:, None] + column), 1)
+    taken = slot < torch.stack((head_end, end), 1).repeat_interleave(CHUNK, 1)
+    return torch.where(taken, slot, start[:, None]).clamp(max=slots - 1), taken
