@@ -76,7 +76,7 @@ class Run:
             print(f"{stage}: resumed at step {self.step}", file=sys.stderr)
             if self.curve.exists():  # rows behind the checkpoint are of steps that will be done again
                 lines = self.curve.read_text().splitlines(keepends=True)
-                kept = [line for line in lines[1:] if int(line.split(",")[0]) < self.step]
+                kept = [line for line in lines[1:] if int(line.split(",")[0]) <= self.step]
                 self.curve.write_text("".join([lines[0], *kept]))
         self.started, self.first = time.time() - self.seconds, self.step
 
@@ -90,6 +90,10 @@ class Run:
         }
         torch.save(state, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)
+
+    def due(self, every):
+        """Is it time for a row of the curve? Not right after resuming: that row is there already."""
+        return self.step % every == 0 and (self.step == 0 or self.step > self.first)
 
     def log(self, numbers):
         """One row of the curve and one line of progress with the time that is left."""
@@ -243,7 +247,7 @@ def train_tower(args):
             loss = loss + F.cross_entropy(guess, truth, weight)
             there = truth > 0
             numbers[name] = (guess.argmax(-1)[there] == truth[there]).float().mean().item()
-        if run.step % 50 == 0:
+        if run.due(50):
             run.log({"loss": loss.item(), **numbers})
         descend(run, loss, rate_at(run.step, steps, 1.5e-3))
         if run.step % 200 == 0 or run.step == steps:
@@ -500,7 +504,7 @@ def train_decoder(args):
             for q, first, stop in row.answers:
                 seen[q.task][0] += right[i, first:stop].all().item()
                 seen[q.task][1] += 1
-        if run.step % 50 == 0:
+        if run.due(50):
             run.log({"loss": loss.item(), **{task: right / of if of else None for task, (right, of) in seen.items()}})
             seen = {task: [0, 0] for task in TASKS}
         descend(run, loss, rate_at(run.step, steps, phase_at(run.step)[3], decay=0.25))
