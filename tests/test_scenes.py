@@ -89,31 +89,6 @@ def test_answers_are_true():
             assert said == [[t.colour, t.shape] for t in sorted(scene.things, key=key)]
 
 
-def test_answers_about_two_pictures_are_true():
-    for (first, second), q in all_questions(pair=True):
-        counts = [len(s.things) for s in (first, second)]
-        if q.kind == "pair count":
-            assert [scenes.NUMBERS.index(w) for w in q.answer.replace(":", "").split() if w in scenes.NUMBERS] == counts
-            more = ("the first" if counts[0] > counts[1] else "the second") if counts[0] != counts[1] else "neither"
-            assert q.answer.endswith(f": {more} has more.") and more.endswith(q.value)
-        elif q.kind == "pair colour":
-            things = (first, second)[["first", "second"].index(q.question.split()[-2])].things
-            assert [t.colour for t in things if t.shape in q.question] == [q.value]
-
-
-def test_hard_presence_questions_need_both_colour_and_shape():
-    """A no names a colour and a shape that are both there, unless the scene has no such pair."""
-    hard = 0
-    for (scene,), q in all_questions(range(300), tasks=("presence",)):
-        if q.value == "no":
-            there = {(t.colour, t.shape) for t in scene.things}
-            possible = {(c, s) for c, _ in there for _, s in there} - there - set(scenes.UNSEEN_PAIRS)
-            colour, shape = q.question.rstrip("?").replace(" in the picture", "").split()[-2:]
-            assert ((colour, shape) in possible) == bool(possible)
-            hard += bool(possible)
-    assert hard > 100
-
-
 def test_half_of_the_long_tasks_words_come_from_the_picture():
     for _, q in all_questions():
         assert (q.dependent_words >= 6) == (q.task in scenes.LONG_TASKS), q

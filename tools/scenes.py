@@ -45,7 +45,7 @@ UNSEEN_PAIRS = (
 
 LONG_TASKS = ("list", "describe", "spell", "compare")  # answers with 6 and more image-dependent words
 ATTRIBUTE_WORDS = frozenset(
-    (*COLOURS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS[1:], "yes", "no", "first", "second", "neither")
+    (*COLOURS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS[1:], "yes", "no", "first", "second", "both")
 )
 
 
@@ -341,19 +341,19 @@ def ask_relation(scene, rng):
     )
 
 
-def ask_presence(scene, rng, hard=True):
+def ask_presence(scene, rng):
     """Balanced yes and no, said behind the name, so that the first token gives nothing away.
 
-    A hard no asks for a colour and a shape that are both there, on different objects: only who binds the two can tell.
-    An easy one (hard=False, or a scene that has no hard one) asks for a colour or a shape that is not there.
+    Most noes ask for a colour and a shape that are both there, on different objects; the rest for a colour or a shape
+    that is not.
     """
     present = {(t.colour, t.shape) for t in scene.things}
+    allowed = {(c, s) for c in COLOURS for s in SHAPES} - set(UNSEEN_PAIRS) - present
     colours, shapes = {c for c, _ in present}, {s for _, s in present}
-    absent = sorted({(c, s) for c in COLOURS for s in SHAPES} - set(UNSEEN_PAIRS) - present)
-    both = [(c, s) for c, s in absent if c in colours and s in shapes]
-    one = [(c, s) for c, s in absent if (c in colours) != (s in shapes)]
+    hard = sorted((c, s) for c, s in allowed if c in colours and s in shapes)
+    easy = sorted((c, s) for c, s in allowed if (c in colours) != (s in shapes))
     if rng.random() < 0.5:
-        value, (colour, shape) = "no", rng.choice(both if both and hard else one)
+        value, (colour, shape) = "no", rng.choice(hard if hard and rng.random() < 0.65 else easy)
         found = [t for t in scene.things if colour == t.colour or shape == t.shape]
     else:
         found = [rng.choice(scene.things)]
@@ -362,11 +362,6 @@ def ask_presence(scene, rng, hard=True):
     wording = rng.choice(("Is there {}?", "Is there {} in the picture?", "Can you see {}?"))
     answer = f"{name[0].upper()}{name[1:]} is {'not ' if value == 'no' else ''}in the picture."
     return Question("presence", "presence", wording.format(name), answer, value, _evidence(*found))
-
-
-def ask_easy_presence(scene, rng):
-    """A first step towards `ask_presence`, for training."""
-    return ask_presence(scene, rng, hard=False)
 
 
 def ask_read(scene, rng):
@@ -428,7 +423,6 @@ ASKERS = {
     "relation": ask_relation, "presence": ask_presence, "read": ask_read, "spell": ask_spell, "list": ask_list,
     "describe": ask_describe,
 }  # fmt: skip
-EASY_ASKERS = {"easy presence": ask_easy_presence}  # for training only
 
 
 # ---------------------------------------------------------------- questions about two scenes
@@ -448,11 +442,20 @@ def ask_pair(scenes, rng):
     """A short question that needs the right picture, or both."""
     if rng.random() < 0.4:
         first, second = (len(s.things) for s in scenes)
-        more = "neither" if first == second else ("first" if first > second else "second")
-        counts = f"The first picture has {NUMBERS[first]} objects, the second has {NUMBERS[second]}"
-        answer = f"{counts}: {'neither' if more == 'neither' else f'the {more}'} has more."
-        evidence = tuple(_evidence(*s.things)[0] for s in scenes)
-        return Question("pair", "pair count", "Which picture has more objects?", answer, more, evidence)
+        which = "both" if first == second else ("first" if first > second else "second")
+        answer = (
+            "Both pictures have the same number of objects."
+            if which == "both"
+            else f"The {which} picture has more objects."
+        )
+        return Question(
+            "pair",
+            "pair count",
+            "Which picture has more objects?",
+            answer,
+            which,
+            tuple(_evidence(*s.things)[0] for s in scenes),
+        )
     index = rng.randrange(2)
     options = _one_of(scenes[index].things, lambda t: t.shape)
     if options:
@@ -478,15 +481,13 @@ def make_pair(rng, unseen=False):
 def sample(seed, tasks=None, pair=False, unseen=False, alike=False):
     """(scenes, questions) of one seed: the same seed gives the same pictures and words everywhere.
 
-    tasks: names of ASKERS and EASY_ASKERS, or of PAIR_ASKERS with pair=True, which makes two scenes (default: each of
-    ASKERS or PAIR_ASKERS once; a name may come twice). A question that the scene does not admit, such as reading a sign
-    that is not there, is left out. alike: see `make_scene`.
+    tasks: names of ASKERS, or of PAIR_ASKERS with pair=True, which makes two scenes (default: each once; a name may
+    come twice). A question that the scene does not admit, such as reading a sign that is not there, is left out.
     """
     rng = random.Random(f"scene {seed} {pair} {unseen}")
-    tasks = (PAIR_ASKERS if pair else ASKERS) if tasks is None else tasks
-    askers = PAIR_ASKERS if pair else ASKERS | EASY_ASKERS
+    askers = PAIR_ASKERS if pair else ASKERS
     scenes = make_pair(rng, unseen) if pair else (make_scene(rng, unseen, alike=alike),)
-    asked = [askers[task](scenes if pair else scenes[0], rng) for task in tasks]
+    asked = [askers[task](scenes if pair else scenes[0], rng) for task in (askers if tasks is None else tasks)]
     return scenes, [q for q in asked if q is not None]
 
 
