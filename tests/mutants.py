@@ -51,8 +51,8 @@ MUTANTS = {
     ),
     "query heads read another KV head": (
         "kernels/ragged_decode.py",
-        "rows = rows.view(1, segments, -1, d)",
-        "rows = rows.view(1, segments, -1, d).roll(1, 1)",
+        "rows, scale = rows.view(1, segments, -1, d),",
+        "rows, scale = rows.view(1, segments, -1, d).roll(1, 1),",
         RAGGED,
     ),
     "length mask off by one": (

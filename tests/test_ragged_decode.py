@@ -12,14 +12,14 @@ from tests.oracle import assert_as_exact, masked_attention
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-def arena(k, v, keep, caps, order=None):
+def arena(k, v, keep, caps, order=None, offset=0):
     """Dense k, v (S, N, D) and keep (S, N) -> arenas full of NaN but for the kept rows, kv_start, kv_len, kv_cap.
 
-    order: in which the segments lie in the arena.
+    order: in which the segments lie in the arena; offset: slots before the first.
     """
     segments, _, d = k.shape
-    k_arena, v_arena = (torch.full((sum(caps), d), float("nan"), dtype=k.dtype) for _ in range(2))
-    start, length, at = [0] * segments, keep.sum(1).tolist(), 0
+    k_arena, v_arena = (torch.full((offset + sum(caps), d), float("nan"), dtype=k.dtype) for _ in range(2))
+    start, length, at = [0] * segments, keep.sum(1).tolist(), offset
     for s in order or range(segments):
         start[s] = at
         k_arena[at : at + length[s]], v_arena[at : at + length[s]] = k[s, keep[s]], v[s, keep[s]]
@@ -47,7 +47,8 @@ def case(seed, dtype):
     for s, length in enumerate(lengths):
         keep[s, rng.sample(range(n), length)] = True
     caps = [length + (3 if seed % 4 == 3 else rng.randint(0, 4)) for length in lengths]
-    return q, k, v, keep, *arena(k, v, keep, caps, rng.sample(range(segments), segments) if seed % 3 == 0 else None)
+    order = rng.sample(range(segments), segments) if seed % 3 == 0 else None
+    return q, k, v, keep, *arena(k, v, keep, caps, order, offset=3 * (seed % 2))
 
 
 def dense(q, k, v, keep, scale=None, dtype=None):
