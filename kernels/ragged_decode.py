@@ -98,8 +98,11 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     backend   "auto" | "torch" | "triton", see `choose_backend`
 
     Returns out, shape and dtype of q; with return_lse also the natural log-sum-exp of the scaled scores, fp32, shape
-    of q without D. An empty segment gives out 0 and lse -inf. Slots behind kv_len are never used, whatever they hold.
-    ValueError names what does not fit. Lengths are looked at on CPU tensors only.
+    of q without D. An empty segment gives out 0 and lse -inf. No result depends on the slots behind kv_len, whatever
+    they hold. ValueError names what does not fit; with a plan, lengths are looked at on CPU tensors only.
+
+    The torch backend chooses its way of reading by all lengths of the call, so its results agree with those of another
+    batch up to rounding, not bit by bit. On CUDA with a plan it gathers every segment up to its capacity.
     """
     _check(q, k, v, kv_start, kv_len, plan)
     choose_backend(backend, q.device)
@@ -135,11 +138,15 @@ def _check(q, k, v, kv_start, kv_len, plan):
     if kv_start.device != device or kv_len.device != device:
         what = ", ".join(f"{n} is on {t.device}" for n, t in _named(kv_start, kv_len))
         raise ValueError(f"{what}, q on {device}; move them")
+    if 0 in q_shape:
+        raise ValueError(f"q is empty, {tuple(q_shape)}; give at least one sequence, row, head and channel")
     segments, b, hq = shape[0], q_shape[0], q_shape[-2]
     if segments == 0 or segments % b or hq % (segments // b):
         raise ValueError(
             f"{segments} segments for {b} sequences of {hq} query heads; give B * Hkv, Hq being a multiple of Hkv"
         )
+    if plan is not None and not isinstance(plan, DecodePlan):
+        raise ValueError(f"plan is a {type(plan).__name__}; give decode_plan(kv_start, kv_cap)")
     if plan is not None and (plan.segments != segments or plan.end > k_shape[0]):
         raise ValueError(
             f"the plan is for {plan.segments} segments in {plan.end} slots, this call has {segments} in {k_shape[0]}; "
@@ -156,6 +163,8 @@ def _lengths(kv_start, kv_len, slots, plan):
     if kv_len.is_cuda and plan is not None:
         return None
     lengths = kv_len.tolist()
+    if plan is not None and kv_start is not plan.kv_start and not torch.equal(kv_start, plan.kv_start):
+        raise ValueError(f"the plan is for starts {plan.kv_start.tolist()}, not {kv_start.tolist()}; build it anew")
     if min(lengths) < 0 or (plan is None and min(kv_start.tolist()) < 0):
         raise ValueError(f"starts {kv_start.tolist()} and lengths {lengths} are negative; count slots from 0")
     if plan is None and (kv_start + kv_len).max() > slots:
@@ -168,11 +177,13 @@ def _lengths(kv_start, kv_len, slots, plan):
 
 def merge_states_ref(out_a, lse_a, out_b, lse_b):
     """The specification of `merge_states`: a part weighs as much as the exponentials it has summed. float64 maths."""
-    sums = torch.stack((lse_a, lse_b)).double().exp()  # (2, ...)
+    lse = torch.stack((lse_a, lse_b)).double()  # (2, ...)
+    top = lse.amax(0).masked_fill(lse.amax(0) == float("-inf"), 0)  # exp stays in range
+    sums = (lse - top).exp()
     total = sums.sum(0)
     parts = torch.stack((out_a, out_b)).double() * sums[..., None]
     out = torch.where(total[..., None] > 0, parts.sum(0) / total[..., None], 0.0)
-    return out.to(out_a.dtype), total.log().to(lse_a.dtype)
+    return out.to(out_a.dtype), (top + total.log()).to(lse_a.dtype)
 
 
 def merge_states(out_a, lse_a, out_b, lse_b):
@@ -184,6 +195,8 @@ def merge_states(out_a, lse_a, out_b, lse_b):
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
         shapes = [tuple(t.shape) for t in (out_a, lse_a, out_b, lse_b)]
         raise ValueError(f"shapes {shapes} do not fit; give (..., D), (...), (..., D), (...)")
+    check_alike(out_a=out_a, out_b=out_b)
+    check_alike(lse_a=lse_a[..., None], lse_b=lse_b[..., None])  # these may have gaps
     ratio = (lse_a - lse_b)[..., None]  # exact where the two are large; NaN where both are -inf
     weight_a, weight_b = ratio.sigmoid().nan_to_num(0.0), (-ratio).sigmoid().nan_to_num(0.0)
     return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), torch.logaddexp(lse_a, lse_b)

@@ -5,7 +5,7 @@ chunks      the arena is cut into chunks of 64 slots, a view; whole chunks are a
             of each segment are gathered, and the parts are merged
 gather      each segment is copied and padded to the longest; for small caches the cheapest
 
-Which is taken when was measured (NOTES.md). Free slots are never used, whatever they hold: 0 * NaN is NaN.
+Which is taken when was measured (NOTES.md). No result depends on a free slot, whatever it holds: 0 * NaN is NaN.
 """
 
 import torch
@@ -38,7 +38,7 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
         keys, values = k.as_strided(shape, strides, plan.first * d), v.as_strided(shape, strides, plan.first * d)
         return _dense(q, keys, values, None, scale, return_lse)
     small = segments * longest * d * q.element_size() < GATHER
-    way = _gathered if lengths is None or small or q.element_size() < 4 else _chunked
+    way = _gathered if plan.owner is None or small or q.element_size() < 4 else _chunked
     k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # an arena without slots
     out, lse = way(q, k, v, kv_start, kv_len, max(longest, 1), plan, scale, return_lse)
     empty = (kv_len == 0)[:, None]  # attention over nothing: 0 and -inf

@@ -66,5 +66,5 @@ def _check(k, v, keep, slack):
         raise ValueError(f"{shapes}; give twice (Hkv, T, D) and (Hkv, T)")
     if keep.dtype != torch.bool or keep.device != k.device:
         raise ValueError(f"keep is {keep.dtype} on {keep.device}; make it bool on {k.device}")
-    if slack < 0:
-        raise ValueError(f"slack is {slack}; give 0 or more slots")
+    if type(slack) is not int or slack < 0:
+        raise ValueError(f"slack is {slack}; give 0 or more slots, a whole number")

@@ -41,6 +41,8 @@ class RaggedCache:
 
     def pack(self, layer, k, v, keep=None):
         """Keep rows of a layer's prefill: k, v (B, Hkv, T, D); keep (B * Hkv, T) bool, or None for all of them."""
+        if self.k[layer] is not None:
+            raise ValueError(f"layer {layer} of the cache holds a prompt already; make a new cache")
         b, _, tokens, _ = k.shape
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         total = None
@@ -72,6 +74,8 @@ class RaggedCache:
     @classmethod
     def join(cls, caches):
         """One cache of all the sequences of several, which are emptied layer by layer: no second copy of the whole."""
+        if not caches:
+            raise ValueError("no caches to join; give one for each sequence")
         first, layers = caches[0], range(len(caches[0].k))
         joined = cls(len(layers), first.slack, first.backend)
         before = torch.zeros(len(layers), 1, dtype=torch.int32, device=first.pos.device)  # rows of the earlier caches
@@ -96,8 +100,11 @@ class RaggedCache:
 
     def grow(self, tokens=1):
         """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer."""
-        if self.room < tokens:
-            self.repack(max(self.slack, tokens))
+        if self.live.any():
+            if self.room < tokens:
+                self.slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
+                self.repack(max(self.slack, tokens))
+            self.room -= tokens
         if tokens > 1:
             ahead = torch.arange(1, tokens + 1, device=self.newest.device)
             self.slots = (self.newest[..., None] + ahead).unbind()
@@ -106,7 +113,12 @@ class RaggedCache:
             self.slots = self.newest_rows
         self.kv_len.add_(self.takes, alpha=tokens)
         self.pos.add_(self.live, alpha=tokens)
-        self.room -= tokens
+
+    def give_back(self, tokens=1):
+        """Undo `grow`, when a step was broken off before all layers had filled their slots."""
+        for table, step in ((self.newest, self.takes), (self.kv_len, self.takes), (self.pos, self.live)):
+            table.add_(step, alpha=-tokens)
+        self.room += tokens
 
     def append(self, layer, k, v):
         """Write the claimed slots: k, v (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""
@@ -141,16 +153,17 @@ class RaggedCache:
         self.rows = None if live.all() else self.takes.nonzero()[:, 0]
 
     def repack(self, slack):
-        """Move every layer to arenas with `slack` free slots in each segment, one layer after the other."""
+        """Move every layer to arenas with `slack` free slots in each live segment, one layer after the other."""
+        free = self.takes * slack
         for layer in range(len(self.k)):
             length = self.kv_len[layer].clone()
-            start = (length.cumsum(0) - length + slack * torch.arange(len(length), device=length.device)).int()
+            start = ((length + free).cumsum(0) - (length + free)).int()
             source, slot = _taken(self.kv_start[layer], length), _taken(start, length)
             for arenas in (self.k, self.v):
                 old = arenas[layer]
-                new = old.new_empty(len(slot) + slack * len(length), old.shape[1])
+                new = old.new_empty(len(slot) + int(free.sum()), old.shape[1])
                 arenas[layer] = new.index_copy_(0, slot, old[source])
-            self._settle(layer, start, length, slack)
+            self._settle(layer, start, length, free)
         self.room = slack
 
     # ------------------------------------------------------------ bytes
@@ -158,8 +171,8 @@ class RaggedCache:
     @property
     def nbytes_held(self):
         """Bytes of the K and V rows that are taken."""
-        rows = self.kv_len.sum(1).tolist()
-        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=True))
+        rows = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
+        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=False) if k is not None)
 
     @property
     def nbytes_reserved(self):

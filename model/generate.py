@@ -96,6 +96,11 @@ class Generation:
         """Pixel values of the pictures, (3, S, S) fp32 each; made anew, so that no tensor outlives its use."""
         return [normalise(square, self.image_settings) for square in self.squares]
 
+    @property
+    def unfed(self):
+        """Ids of the answer that the cache has not seen: a last token was chosen, but nothing came after it."""
+        return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :] if self.cache else []
+
     def _begin(self):
         """Nothing said yet."""
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
@@ -145,16 +150,19 @@ class Generation:
         start = time.perf_counter()
         config = self.checkpoint.config.text_config
         self.cache = RaggedCache(config.num_hidden_layers, slack=min(limit, 64), backend=self.backend)
-        hidden = model.language_model.prefill(x[None], self.cache, choose=self._choose if self.prune else None)
+        kept = []  # per layer, still on the device
+        choose = (lambda *layer_q_k: self._choose(kept, *layer_q_k)) if self.prune else None
+        hidden = model.language_model.prefill(x[None], self.cache, choose=choose)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held
-        self.kept = [float(n) for n in self.kept] or [float(self.vision_tokens)] * config.num_hidden_layers
+        self.kept = [float(n) for n in kept] or [float(self.vision_tokens)] * config.num_hidden_layers
         _wait(self.checkpoint.device)
         self.timing["prefill"] = time.perf_counter() - start
         return logits
 
-    def _choose(self, layer, q, k):
+    def _choose(self, kept, layer, q, k):
         """Hook B: the pruning method's choice for a layer, from q (1, Hq, T, D) and k (1, Hkv, T, D)."""
+        _wait(k.device)
         start = time.perf_counter()
         (_, q_heads, tokens, _), kv_heads = q.shape, k.shape[1]
         rows = min(self.prune.window, tokens)
@@ -164,8 +172,8 @@ class Generation:
         if not isinstance(keep, torch.Tensor) or keep.shape != (kv_heads, tokens) or keep.dtype != torch.bool:
             shape = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
             raise InputError(f"method {self.prune.name} returned {shape}; return bool ({kv_heads}, {tokens})")
-        self.kept.append(sum(keep[:, a:b].sum() for a, b in self.spans) / kv_heads)
-        _wait(self.checkpoint.device)
+        kept.append(sum(keep[:, a:b].sum() for a, b in self.spans) / kv_heads)
+        _wait(k.device)
         self.timing["prune"] += time.perf_counter() - start
         return keep
 
@@ -197,10 +205,12 @@ def ask(checkpoint, prompt, images=(), **options):
 def next_turn(checkpoint, cache, ids, pixels=()):
     """Feed a new turn behind what a cache has kept, without computing the past again -> logits (V,) of the next token.
 
-    ids: token ids that the cache has not seen, one image placeholder per picture; they begin with the last token of
-    the answer before, which was chosen but never fed. pixels: (3, S, S) each. The cache, of one sequence, takes all
-    of the new tokens; decoding goes on from there.
+    ids: token ids that the cache has not seen, one image placeholder per picture: `unfed` of the answer before, what
+    the template puts between the turns, the question. pixels: (3, S, S) each. The cache, of one sequence, takes all of
+    the new tokens; `Llama.decode` goes on from there, under inference_mode as here.
     """
+    if not len(ids):
+        raise InputError("the turn has no tokens; give the ids of a question")
     model = checkpoint.model
     tokens = ()
     if len(pixels):

@@ -84,16 +84,19 @@ class Attention(nn.Module):
 
 
 def causal_attention(q, k, v):
-    """Attention of T tokens among themselves, with its log-sum-exp, in fp32.
+    """Attention of T tokens among themselves, with its log-sum-exp, in fp32 (float64 stays float64).
+
+    Written out, because SDPA does not give the log-sum-exp: it holds B * Hq * T * T scores.
 
     q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D), (B, T, Hq).
     """
     t, d = q.shape[1], q.shape[3]
-    q = q.unflatten(2, (k.shape[2], -1)).float()  # (B, T, Hkv, G, D)
-    scores = d**-0.5 * torch.einsum("bthgd,bshd->bhgts", q, k.float())
+    compute = torch.promote_types(q.dtype, torch.float32)
+    q = q.unflatten(2, (k.shape[2], -1)).to(compute)  # (B, T, Hkv, G, D)
+    scores = d**-0.5 * torch.einsum("bthgd,bshd->bhgts", q, k.to(compute))
     future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
     scores = scores.masked_fill_(future, float("-inf"))
-    out = torch.einsum("bhgts,bshd->bthgd", scores.softmax(-1), v.float()).flatten(2, 3)
+    out = torch.einsum("bhgts,bshd->bthgd", scores.softmax(-1), v.to(compute)).flatten(2, 3)
     return out.to(v.dtype), scores.logsumexp(-1).permute(0, 3, 1, 2).flatten(2)
 
 
@@ -174,8 +177,12 @@ class Llama(nn.Module):
         """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one."""
         rope = rope_table(cache.pos, self.config, x.dtype)  # (B, 1, D)
         cache.grow()
-        for i, layer in enumerate(self.model.layers):
-            x = layer.decode(x, rope, cache, i)
+        try:
+            for i, layer in enumerate(self.model.layers):
+                x = layer.decode(x, rope, cache, i)
+        except BaseException:  # Ctrl-C too: the cache stays as it was
+            cache.give_back()
+            raise
         return self.model.norm(x)
 
     def extend(self, x, cache):
@@ -187,8 +194,12 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.config, x.dtype)  # (B, T, 1, D)
         past = cache.kv_len.clone()
         cache.grow(x.shape[1])
-        for i, layer in enumerate(self.model.layers):
-            x = layer.extend(x, rope, cache, i, past[i])
+        try:
+            for i, layer in enumerate(self.model.layers):
+                x = layer.extend(x, rope, cache, i, past[i])
+        except BaseException:
+            cache.give_back(len(positions[0]))
+            raise
         return self.model.norm(x)
 
     def logits(self, hidden):

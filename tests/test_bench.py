@@ -45,18 +45,40 @@ def test_ones_own_kernel_is_timed_beside_ours(tmp_path, capsys):
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, capsys):
-    for result in ("ours(q, k, v, kv_start, kv_len) + 1e-4", "ours(q, k, v, kv_start, kv_len - 1)", "q * float('nan')"):
-        (tmp_path / "wrong.py").write_text(OWN.format(result=result))
-        assert bench_kernels.main([*SMALL, "--kernel", str(tmp_path / "wrong.py")]) == 1
+    once = "ours(q, k, v, kv_start, kv_len) if len(calls.append(1) or calls) < 20 else q"  # right, then lazy
+    for result, said in (
+        ("ours(q, k, v, kv_start, kv_len) + 1e-4", "WRONG RESULT"),
+        ("ours(q, k, v, kv_start, kv_len - 1)", "WRONG RESULT"),
+        ("q * float('nan')", "WRONG RESULT"),
+        ("(q, q)", "WRONG RESULT"),
+        ("ours(q, k)", "TypeError"),
+        (once, "WRONG RESULT"),
+    ):
+        (tmp_path / "bad.py").write_text("calls = []\n" + OWN.format(result=result))
+        assert bench_kernels.main([*SMALL, "--kernel", str(tmp_path / "bad.py")]) == 1
         out = capsys.readouterr().out
-        assert out.count("WRONG RESULT") == 3 and "wrong" not in [x.split()[0] for x in out.splitlines() if "us  " in x]
+        assert out.count(said) >= 3 and "bad" not in [x.split()[0] for x in out.splitlines() if "us  " in x]
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [(["flash"], "flash"), (["--kernel", "/nowhere.py"], "/nowhere.py"), (["--kernel", __file__], "ragged_decode")],
+    [
+        (["flash"], "flash"),
+        (["--kernel", "/nowhere.py"], "/nowhere.py"),
+        (["--kernel", __file__], "ragged_decode"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "foo"], "foo"),
+        (["--json", "/nowhere/x.json"], "/nowhere/x.json"),
+    ],
 )
 def test_what_cannot_be_timed_is_said(flags, word):
     with pytest.raises(SystemExit) as stopped:
         bench_kernels.main(flags)
     assert str(stopped.value).startswith("error: ") and word in str(stopped.value)
+
+
+@pytest.mark.parametrize("flags", ["--rounds 0", "--tokens 0", "--tokens -4", "--retention 7", "--retention 0"])
+def test_numbers_out_of_range_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_kernels.main(flags.split())
+    assert stopped.value.code == 2 and "out of range" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 
-from model import Generation, Sampling, load
+from model import Generation, InputError, Sampling, load
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.generate import next_turn
@@ -193,22 +193,82 @@ def test_a_new_turn_sees_what_was_kept_and_itself():
     check(model, x, keep, torch.cat((hidden, turn, *(model.decode(x[None, t], cache) for t in range(20, 25)))))
 
 
-def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo):
-    first = Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=12))
+@pytest.mark.parametrize(
+    ("limit", "stop", "unfed"), [(12, (), 1), (200, (), 0), (200, (" objects",), 1)], ids=["length", "stop id", "text"]
+)
+def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, limit, stop, unfed):
+    """However the answer ended; with a second picture in the second turn."""
+    sampling = Sampling(max_new_tokens=limit, stop=stop)
+    first = Generation(demo, "Describe the picture.", [DEMO_PICTURE], sampling)
     "".join(first)
-    assert first.finish_reason == "length"  # so the last token was chosen and not fed
+    assert first.finish_reason == ("length" if limit == 12 else "stop") and len(first.unfed) == unfed
     image = demo.config.image_token_index
-    second = [first.token_ids[-1], *demo.tokenizer.encode("</s>USER: ")[1:], image]
+    second = [*first.unfed, *demo.tokenizer.encode("</s>USER: ")[1:], image]
     second += demo.tokenizer.encode("How many objects are there? ASSISTANT:")[1:]
     logits = next_turn(demo, first.cache, second, first.pixels)
-    ids = [*first.ids, *first.token_ids[:-1], *second]
+    ids = [*first.ids, *first.token_ids[: len(first.token_ids) - unfed], *second]
     tokens = demo.model.encode_images(torch.stack(first.pixels * 2))
     with torch.inference_mode():
         x, _ = demo.model.splice(ids, tokens)
         whole = demo.model.language_model.logits(demo.model.language_model.prefill(x[None])[0, -1])
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
-    assert first.cache.pos.item() == len(x)
-    assert [k.shape for k in first.cache.k] == [first.cache.k[0].shape] * 6
+    assert first.cache.pos.item() == len(x) and first.cache.kv_len.unique().tolist() == [len(x)]
+    with pytest.raises(InputError, match="no tokens"):
+        next_turn(demo, first.cache, [])
+
+
+@pytest.mark.parametrize("slack", [2, 40])
+def test_a_step_that_is_broken_off_leaves_the_cache_as_it_was(slack, monkeypatch):
+    model, x = small_llama(), torch.randn(2, 16, 32)
+    cache = RaggedCache(LAYERS, slack)
+    states = [model.prefill(x[:, :8], cache)]
+    last = model.model.layers[-1]
+    for step in (lambda: model.decode(x[:, 8], cache), lambda: model.extend(x[:, 8:13], cache)):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(last), "decode", broken_off(type(last).decode, last))
+            patch.setattr(type(last), "extend", broken_off(type(last).extend, last))
+            with pytest.raises(KeyboardInterrupt):
+                step()
+        assert cache.pos.tolist() == [8, 8] and cache.kv_len.unique().tolist() == [8]
+    states += [model.extend(x[:, 8:15], cache), model.decode(x[:, 15], cache)[:, None]]
+    for got, rows in zip(torch.cat(states, 1), x, strict=True):
+        check(model, rows, torch.ones(LAYERS, 2, 1, dtype=torch.bool), got)
+
+
+def broken_off(method, layer):
+    """The method, but Ctrl-C in that layer."""
+
+    def run(self, *arguments):
+        if self is layer:
+            raise KeyboardInterrupt
+        return method(self, *arguments)
+
+    return run
+
+
+def test_when_all_are_finished_nothing_grows():
+    model, x = small_llama(), torch.randn(2, 8, 32)
+    cache = RaggedCache(LAYERS, slack=1)
+    model.prefill(x, cache)
+    cache.finish(0)
+    for t in range(5):  # repacked: only the live sequence gets free slots
+        model.decode(x[:, t], cache)
+    assert (cache.kv_cap - cache.kv_len)[0].tolist() == [0, 0, 2, 2]
+    cache.finish(1)
+    arenas = [k.data_ptr() for k in cache.k]
+    for t in range(5):
+        model.decode(x[:, t], cache)
+    assert [k.data_ptr() for k in cache.k] == arenas and cache.pos.tolist() == [8, 13]
+
+
+def test_misuse_is_refused():
+    model, cache = small_llama(), RaggedCache(LAYERS)
+    assert cache.nbytes_held == cache.nbytes_reserved == 0
+    model.prefill(torch.randn(1, 3, 32), cache)
+    with pytest.raises(ValueError, match="holds a prompt already"):
+        model.prefill(torch.randn(1, 3, 32), cache)
+    with pytest.raises(ValueError, match="no caches"):
+        RaggedCache.join([])
 
 
 # ---------------------------------------------------------------- memory

@@ -100,6 +100,7 @@ number = 3
 def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("1 +")
+    (tmp_path / "ends.py").write_text("import sys; sys.exit('bye')")
     (tmp_path / "own.txt").write_text("")
     (tmp_path / "list.json").write_text("[1]")
     return tmp_path
@@ -109,6 +110,9 @@ BAD = {
     "unknown name": (["plphd"], "'plphd'"),
     "two methods": (["random+none"], "'random+none'"),
     "both budgets": (["random", 0.5, 3], "one of them"),
+    "both budgets in the spec": (["random:keep_tokens=3", 0.5], "one of them"),
+    "null for a number": (["random:seed=null"], "None"),
+    "a file that ends": (["{own}/ends.py::first"], "bye"),
     "no such setting": (["random:speed=3"], "'speed'"),
     "no value": (["random:seed"], "'seed'"),
     "empty value": (["random", None, None, ["seed="]], "'seed='"),

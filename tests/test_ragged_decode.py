@@ -164,6 +164,10 @@ BAD = {
     "beyond the capacity": ({"kv_len": torch.tensor([3, 11, 0, 7], dtype=torch.int32), "plan": PLAN}, "11"),
     "a plan of other segments": ({"plan": decode_plan(*[torch.zeros(3, dtype=torch.int32)] * 2)}, "3 segments"),
     "a plan of a larger arena": ({"k": torch.zeros(39, 8), "v": torch.zeros(39, 8), "plan": PLAN}, "40 slots"),
+    "a plan of other starts": ({"plan": PLAN, "kv_start": GOOD["kv_start"] + 1}, "[1, 11, 21, 31]"),
+    "a plan that is none": ({"plan": (1, 2)}, "tuple"),
+    "no sequences": ({"q": torch.zeros(0, 4, 8)}, "(0, 4, 8)"),
+    "no rows": ({"q": torch.zeros(2, 0, 4, 8)}, "(2, 0, 4, 8)"),
     "an unknown backend": ({"backend": "cuda"}, "'cuda'"),
     "triton without CUDA": ({"backend": "triton"}, "cpu"),
 }
@@ -206,7 +210,11 @@ def test_two_halves_merge_into_the_whole(dtype):
 
 
 def test_merging_survives_scores_that_overflow_exp():
-    out, lse = merge_states(torch.ones(1, 4), torch.tensor([900.0]), torch.zeros(1, 4), torch.tensor([900.0]))
-    assert torch.equal(out, torch.full((1, 4), 0.5)) and lse.item() == pytest.approx(900 + 0.6931472)
+    for merge in (merge_states, merge_states_ref):
+        for size in (900.0, -900.0):
+            out, lse = merge(torch.ones(1, 4), torch.tensor([size]), torch.zeros(1, 4), torch.tensor([size]))
+            assert torch.equal(out, torch.full((1, 4), 0.5)) and lse.item() == pytest.approx(size + 0.6931472)
+    with pytest.raises(ValueError, match="float64"):
+        merge_states(torch.ones(1, 4), torch.ones(1), torch.ones(1, 4).double(), torch.ones(1))
     with pytest.raises(ValueError, match="do not fit"):
         merge_states(torch.ones(1, 4), torch.ones(2), torch.ones(1, 4), torch.ones(1))

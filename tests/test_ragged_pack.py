@@ -50,6 +50,7 @@ BAD = {
     "columns instead of rows": ({"k": torch.zeros(2, 4, 3).transpose(1, 2)}, "non-contiguous"),
     "no heads": ({"k": torch.zeros(0, 3, 4), "v": torch.zeros(0, 3, 4), "keep": KEEP[:0]}, "(0, 3, 4)"),
     "negative slack": ({"slack": -1}, "-1"),
+    "half a slot": ({"slack": 0.5}, "0.5"),
     "wrong total": ({"total": 4}, "3 rows"),
     "backend": ({"backend": "triton"}, "triton"),
 }

@@ -307,6 +307,8 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--prune", "random", "--retention", "0"], "--retention"),
         (["--prune", "random", "--retention", "1.1"], "--retention"),
         (["--prune", "random", "--keep-tokens", "0"], "--keep-tokens"),
+        (["--prune", "random:retention=0.3", "--keep-tokens", "4"], "one of them"),
+        (["--prune", "random", "--set", "retention=null"], "None"),
         (["--prune", "fastv"], "fastv"),
         (["--prune", "random:speed=1"], "speed"),
         (["--prune", "random", "--set", "seed"], "KEY=VALUE"),

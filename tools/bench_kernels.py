@@ -7,8 +7,9 @@
 
 Every row is one provider on one case. `speed` is the baseline's time over the provider's, the median over rounds in
 which all providers take turns, so a machine that slows down slows all of them. `ceiling` is the part of the measured
-memory bandwidth that the useful bytes reach. Each call of a round has buffers of its own, more than the caches hold. On
-CUDA a round is one captured graph.
+memory bandwidth that the useful bytes reach. A round calls every copy of the problem once, each with buffers of its
+own, so that the caches hold little of it (a decode step reads what one model reads, over and over). On CUDA a round is
+one captured graph. Every copy is checked before the timing and after it.
 """
 
 import argparse
@@ -30,8 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
-from model import load  # noqa: E402
+from model import InputError, load  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
+from run import choose_device, number  # noqa: E402
 from tools.report import measure_bandwidth  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,12 +47,14 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
     p.add_argument("--shapes", nargs="+", default=["demo", "7b", "gqa8"], choices=SHAPES, metavar="SHAPE")
-    p.add_argument("--tokens", nargs="+", type=int, default=[640, 2048], metavar="T", help="before pruning")
-    p.add_argument("--retention", nargs="+", type=float, default=[1.0, 0.3], metavar="F")
-    p.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences, of decode (default 1)")
+    p.add_argument("--tokens", nargs="+", type=number(int, 1), default=[640, 2048], metavar="T", help="before pruning")
+    p.add_argument("--retention", nargs="+", type=number(float, 0, 1, open_low=True), default=[1.0, 0.3], metavar="F")
+    p.add_argument(
+        "--batch", nargs="+", type=number(int, 1), default=[1], metavar="B", help="sequences, of decode (default 1)"
+    )
     p.add_argument("--dtype", choices=DTYPES, help="default fp32 on a CPU, bf16 on CUDA")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--rounds", type=int, default=15, help="turns of each provider (default 15)")
+    p.add_argument("--rounds", type=number(int, 1), default=15, help="turns of each provider (default 15)")
     p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--csv", metavar="FILE")
@@ -67,7 +71,7 @@ class Case:
     name: str
     bytes: int  # that have to be read and written
     calls: dict  # provider -> list of functions
-    right: dict  # provider -> (what it gives, the same maths in plain PyTorch, float64)
+    checks: dict  # provider -> list of functions, each: (what it gives, the same in plain PyTorch, in float64)
     baseline: str
 
 
@@ -97,9 +101,9 @@ def exact_attention(q, k, v, mask=None, dtype=torch.float64):
 
 
 def copies_for(size, device):
-    """How many copies of a problem are more than the last cache holds."""
+    """How many copies of a problem are more than the last cache holds; at most 256."""
     cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**26
-    return max(2, min(64, -(-cache // size)))
+    return max(2, min(256, -(-cache // size)))
 
 
 def decode_case(shape, tokens, retention, layout, dtype, device, own):
@@ -110,13 +114,14 @@ def decode_case(shape, tokens, retention, layout, dtype, device, own):
     lengths = lengths_of(layout, segments, tokens, retention, generator)
     longest, slack = int(lengths.max()), 64
     size = 2 * int(lengths.sum()) * d * dtype.itemsize
-    calls, right = {}, {}
+    calls, checks = {}, {}
 
-    def add(name, call, exact_arguments):
-        if name not in right:
-            plain, exact = (exact_attention(*exact_arguments, dtype=t) for t in (dtype, torch.float64))
-            right[name] = (call(), plain, exact)
+    def add(name, call, arguments):
+        def check():
+            return call(), *(exact_attention(*arguments, dtype=t) for t in (dtype, torch.float64))
+
         calls.setdefault(name, []).append(call)
+        checks.setdefault(name, []).append(check)
 
     for _ in range(copies_for(size, device)):
         random = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
@@ -136,15 +141,15 @@ def decode_case(shape, tokens, retention, layout, dtype, device, own):
         ragged = (q, k, v, start, length)
         add("ours, torch", lambda a=ragged, p=plan: kernels.ragged_decode(*a, plan=p, backend="torch"), masked)
         if own:
-            add(own.__module__, bind(own, ragged, plan=plan), masked)
+            add(*own_call(own, ragged, plan=plan), masked)
     name = f"{shape}, {tokens} tokens, {retention:g} kept, {layout}"
-    return Case(name, size, calls, right, "sdpa, all tokens")
+    return Case(name, size, calls, checks, "sdpa, all tokens")
 
 
 def scores_case(shape, tokens, dtype, device, own, rows=1):
     """window_scores of the last rows of a prompt, beside the written-out softmax."""
     _, hkv, group, d = SHAPES[shape]
-    calls, right = {}, {}
+    calls, checks = {}, {}
     size = hkv * tokens * d * dtype.itemsize
     for i in range(copies_for(size, device)):
         generator = torch.Generator().manual_seed(i)
@@ -159,37 +164,48 @@ def scores_case(shape, tokens, dtype, device, own, rows=1):
 
         providers = {"plain softmax": plain, "ours, torch": lambda a=(q, k): kernels.window_scores(*a, group="none")}
         if own:
-            providers[own.__module__] = bind(own, (q, k), group="none")
+            name, call = own_call(own, (q, k), group="none")
+            providers[name] = call
         for name, call in providers.items():
             calls.setdefault(name, []).append(call)
-            right.setdefault(name, (call(), plain(), plain(compute=torch.float64)))
-    return Case(f"{shape}, {tokens} tokens, {rows} rows", size, calls, right, "plain softmax")
+            check = lambda call=call, plain=plain: (call(), plain(), plain(compute=torch.float64))  # noqa: E731
+            checks.setdefault(name, []).append(check)
+    return Case(f"{shape}, {tokens} tokens, {rows} rows", size, calls, checks, "plain softmax")
 
 
 def pack_case(shape, tokens, retention, dtype, device, own):
-    """ragged_pack of one layer, beside boolean indexing (which frees nothing by itself and leaves no room)."""
+    """ragged_pack of one layer, beside indexing (which leaves no room for new tokens)."""
     _, hkv, _, d = SHAPES[shape]
-    calls, right = {}, {}
+    calls, checks = {}, {}
     size = 4 * round(retention * hkv * tokens) * d * dtype.itemsize  # read and written, K and V
     for i in range(copies_for(size, device)):
         generator = torch.Generator().manual_seed(i)
         k, v = (torch.randn(hkv, tokens, d, generator=generator).to(device, dtype) for _ in range(2))
         keep = (torch.rand(hkv, tokens, generator=generator) < retention).to(device)
         total = int(keep.sum())
-        index = lambda k=k, v=v, keep=keep: torch.cat((k[keep], v[keep]))  # noqa: E731
+
+        def index(k=k, v=v, keep=keep, total=total):
+            rows = keep.flatten().nonzero_static(size=total)[:, 0]  # as k[keep], but without waiting for the device
+            return torch.cat((k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]))
+
         ours = lambda a=(k, v, keep), n=total: kernels.ragged_pack(*a, slack=64, total=n)  # noqa: E731
-        providers = {"boolean indexing": index, "ours, torch": ours}
+        providers = {"indexing": index, "ours, torch": ours}
         if own:
-            providers[own.__module__] = bind(own, (k, v, keep), slack=64, total=total)
+            name, call = own_call(own, (k, v, keep), slack=64, total=total)
+            providers[name] = call
         for name, call in providers.items():
+            check = lambda call=call, index=index: (kept_rows(call()), index(), index().double())  # noqa: E731
             calls.setdefault(name, []).append(call)
-            if name not in right:
-                got = call()
-                if not isinstance(got, torch.Tensor):
-                    taken = got[4] >= 0
-                    got = torch.cat((got[0][taken], got[1][taken]))
-                right[name] = (got, index(), index().double())
-    return Case(f"{shape}, {tokens} tokens, {retention:g} kept", size, calls, right, "boolean indexing")
+            checks.setdefault(name, []).append(check)
+    return Case(f"{shape}, {tokens} tokens, {retention:g} kept", size, calls, checks, "indexing")
+
+
+def kept_rows(packed):
+    """What ragged_pack has put into its arenas, without the free slots."""
+    if isinstance(packed, torch.Tensor):
+        return packed
+    k_arena, v_arena, _, _, kv_pos = packed
+    return torch.cat((k_arena[kv_pos >= 0], v_arena[kv_pos >= 0]))
 
 
 # ---------------------------------------------------------------- whole steps of the demo model
@@ -243,11 +259,11 @@ def step_case(batch, tokens, retention, layout, device, rounds):
     model.prefill(x, dense)
     model.prefill(x, ragged, choose=choose if retention < 1 else None)
     q = torch.randn(batch, config.num_attention_heads, config.head_dim, generator=generator).to(device)
-    right = {"dense cache": attended(dense, q), "ours, torch": attended(ragged, q)}
+    checks = {n: [lambda c=c: attended(c, q)] for n, c in (("dense cache", dense), ("ours, torch", ragged))}
     calls = {n: [lambda c=c: model.decode(x[:, 0], c)] for n, c in (("dense cache", dense), ("ours, torch", ragged))}
     weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith(("lm_head", "model.embed_tokens")))
     name = f"demo model, {batch} x {tokens} tokens, {retention:g} kept, {layout}"
-    return Case(name, weights + ragged.nbytes_held, calls, right, "dense cache")
+    return Case(name, weights + ragged.nbytes_held, calls, checks, "dense cache")
 
 
 def attended(cache, q):
@@ -269,16 +285,32 @@ def attended(cache, q):
 # ---------------------------------------------------------------- check, time, print
 
 
-def bind(function, arguments, **options):
-    """A call without arguments; options that the function does not know are left out."""
+def own_call(own, arguments, **options):
+    """(name, call) of somebody's function; options that it does not know are left out."""
+    name, function = own
     known = inspect.signature(function).parameters
     options = {k: v for k, v in options.items() if k in known}
-    return lambda: function(*arguments, **options)
+    return name, lambda: function(*arguments, **options)
+
+
+def is_wrong(checks):
+    """What is wrong with a provider on all copies, None if nothing is."""
+    try:
+        results = [check() for check in checks]
+        if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
+            return "WRONG RESULT"
+        return (
+            None
+            if is_right(*(torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True)))
+            else "WRONG RESULT"
+        )
+    except Exception as broken:  # somebody's kernel
+        return f"{type(broken).__name__}: {' '.join(str(broken).split())[:80]}"
 
 
 def is_right(got, plain, exact):
     """The tolerance of the tests: twice the error of plain PyTorch plus two ulp of the result's dtype."""
-    if got.shape != exact.shape or not got.isfinite().all():
+    if not got.isfinite().all():
         return False
     ulp = ULP.get(got.dtype, 2**-23) * exact.abs().max()
     return bool((got.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + 2 * ulp)
@@ -317,20 +349,22 @@ def seconds(run, device):
 
 def measure(op, case, rounds, bandwidth, device):
     """Rows of one case, one per provider."""
-    wrong = [name for name, outputs in case.right.items() if not is_right(*outputs)]
-    runs = {name: captured(calls, device) for name, calls in case.calls.items() if name not in wrong}
+    wrong = {name: is_wrong(checks) for name, checks in case.checks.items()}
+    runs = {name: captured(calls, device) for name, calls in case.calls.items() if not wrong[name]}
     times = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
             t = seconds(run, device) / len(case.calls[name])
             if i:  # the first round warms up
                 times[name].append(t)
+    wrong |= {name: is_wrong(case.checks[name]) for name in runs}  # still?
     rows = []
     for name in case.calls:
-        row = {"op": op, "case": case.name, "provider": name, "right": name not in wrong}
-        if name in times:
+        row = {"op": op, "case": case.name, "provider": name, "right": not wrong[name], "wrong": wrong[name]}
+        if not wrong[name]:
             median = statistics.median(times[name])
-            speed = statistics.median(a / b for a, b in zip(times[case.baseline], times[name], strict=True))
+            base = times[case.baseline] if not wrong[case.baseline] else times[name]
+            speed = statistics.median(a / b for a, b in zip(base, times[name], strict=True))
             reads_all = name == case.baseline and op in ("ragged_decode", "decode")  # more bytes than the case's
             reached = None if reads_all else case.bytes / median / bandwidth
             row |= {"us": 1e6 * median, "speed": speed, "ceiling": reached}
@@ -342,7 +376,7 @@ def show(rows):
     """One table per op; a wrong provider has no numbers."""
     for row in rows:
         if not row["right"]:
-            yield f"  {row['provider']:22} WRONG RESULT, not timed"
+            yield f"  {row['provider']:22} {row['wrong']}, not timed"
             continue
         ceiling = f"{100 * row['ceiling']:5.1f} %" if row["ceiling"] is not None else "      -"
         yield f"  {row['provider']:22} {row['us']:10.1f} us   speed {row['speed']:5.2f}   ceiling {ceiling}"
@@ -375,13 +409,17 @@ def load_own(path, ops):
     """Functions of somebody's file, by the name of their op."""
     if path is None:
         return {}
-    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    found = importlib.util.spec_from_file_location(f"own_{Path(path).stem}", path)
     if found is None or not Path(path).is_file():
         raise SystemExit(f"error: {path} is no Python file; give --kernel FILE.py")
     module = importlib.util.module_from_spec(found)
     sys.modules[module.__name__] = module  # triton looks a kernel's module up
-    found.loader.exec_module(module)
-    own = {op: getattr(module, op) for op in ops if callable(getattr(module, op, None))}
+    try:
+        found.loader.exec_module(module)
+    except Exception as broken:
+        raise SystemExit(f"error: {path} cannot be imported ({type(broken).__name__}: {broken}); mend it") from broken
+    name = Path(path).stem
+    own = {op: (name, getattr(module, op)) for op in ops if callable(getattr(module, op, None))}
     if not own:
         raise SystemExit(f"error: {path} has none of {', '.join(ops)}; name the function after the op")
     return own
@@ -393,7 +431,12 @@ def main(argv=None):
     args.ops = list(OPS) if "all" in args.ops else args.ops or ["ragged_decode"]
     if unknown := [op for op in args.ops if op not in OPS]:
         raise SystemExit(f"error: there is no op {unknown[0]!r}; use {', '.join(OPS)} or all")
-    device = torch.device(args.device)
+    try:
+        device = choose_device(args.device)
+        for path in filter(None, (args.json, args.csv)):  # before anything is measured
+            open(path, "a").close()
+    except (InputError, OSError) as wrong:
+        raise SystemExit(f"error: {wrong}") from None
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     own = load_own(args.kernel, args.ops)
     bandwidth = measure_bandwidth(device)
@@ -413,7 +456,7 @@ def main(argv=None):
         Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     if args.csv:
         with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, ["op", "case", "provider", "right", "us", "speed", "ceiling", *about])
+            writer = csv.DictWriter(f, ["op", "case", "provider", "right", "wrong", "us", "speed", "ceiling", *about])
             writer.writeheader()
             writer.writerows(row | about for row in rows)
     return 0 if all(row["right"] for row in rows) else 1

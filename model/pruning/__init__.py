@@ -45,13 +45,13 @@ def make_method(spec, retention=None, keep_tokens=None, settings=()):
     name, pairs = _split(spec)
     if "+" in name and "::" not in name:
         raise ValueError(f"{name!r} combines methods, but all that exist choose at the same place; give one")
-    if retention is not None and keep_tokens is not None:
-        raise ValueError("retention and keep_tokens are both given; give one of them")
     function = _find(name)
     given = dict(_pair(p) for p in pairs)
     for text in settings:
         given |= _read(text[1:]) if text.startswith("@") else dict([_pair(text)])
     given |= {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None}
+    if given.get("retention") is not None and given.get("keep_tokens") is not None:
+        raise ValueError("retention and keep_tokens are both given; give one of them")
     if function is None:
         if given:
             raise ValueError(f"method none has no settings, {', '.join(given)} was given; give --prune METHOD")
@@ -102,7 +102,7 @@ def _find(name):
     module = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
-    except Exception as broken:
+    except (Exception, SystemExit) as broken:
         raise ValueError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); mend it") from broken
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -129,7 +129,7 @@ def _complete(name, function, given):
 
 def _like(name, key, value, default):
     """value as the type of the default; ValueError if it is none such. A default of None takes anything."""
-    if default is None or default is inspect.Parameter.empty or value is None or type(value) is type(default):
+    if default is None or default is inspect.Parameter.empty or type(value) is type(default):
         return value
     if isinstance(default, float) and type(value) is int:
         return float(value)

@@ -11,7 +11,8 @@ def random_tokens(layer, scores, layout, *, retention=0.5, keep_tokens=None, poo
     retention: fraction kept of each picture; keep_tokens: that many per head and picture instead; pooled: the heads
     of a layer share one budget, so that their numbers of tokens differ too. Returns keep (Hkv, T) bool.
     """
-    generator = torch.Generator().manual_seed(seed * layout.num_layers + layer)  # the same on every device
+    number = (seed * layout.num_layers + layer) % 2**63
+    generator = torch.Generator().manual_seed(number)  # on the CPU: the same on every device
     keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool)
     for start, stop in layout.spans:
         count = budget(stop - start, retention, keep_tokens)
