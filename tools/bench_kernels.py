@@ -299,11 +299,8 @@ def is_wrong(checks):
         results = [check() for check in checks]
         if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
             return "WRONG RESULT"
-        return (
-            None
-            if is_right(*(torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True)))
-            else "WRONG RESULT"
-        )
+        got, plain, exact = (torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True))
+        return None if is_right(got, plain, exact) else "WRONG RESULT"
     except Exception as broken:  # somebody's kernel
         return f"{type(broken).__name__}: {' '.join(str(broken).split())[:80]}"
 
