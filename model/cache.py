@@ -100,7 +100,7 @@ class RaggedCache:
 
     def grow(self, tokens=1):
         """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer."""
-        if self.live.any():
+        if self.rows is None or len(self.rows):  # somebody is live
             if self.room < tokens:
                 self.slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
                 self.repack(max(self.slack, tokens))
