@@ -118,7 +118,7 @@ class RaggedCache:
         """Undo `grow`, when a step was broken off before all layers had filled their slots."""
         for table, step in ((self.newest, self.takes), (self.kv_len, self.takes), (self.pos, self.live)):
             table.add_(step, alpha=-tokens)
-        self.room += tokens
+        self.room += tokens if self.live.any() else 0
 
     def append(self, layer, k, v):
         """Write the claimed slots: k, v (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""

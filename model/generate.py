@@ -234,6 +234,7 @@ def _chooser(sampling, never, device):
     generator = torch.Generator(device).manual_seed(sampling.seed)
 
     def choose(logits):
+        """logits (V,) -> id; RuntimeError if they are not finite."""
         logits = logits.float().index_fill(0, never, float("-inf"))
         best, token = logits.max(-1)
         if not best.isfinite():  # the maximum of anything with a NaN is NaN

@@ -14,32 +14,18 @@ import torch
 
 from model import Generation, InputError, Sampling, load
 from model.cache import RaggedCache
-from model.config import TextConfig
 from model.generate import next_turn
-from model.llama import Llama, rope_table
+from model.llama import rope_table
 from model.pruning import make_method
-from tests.oracle import assert_as_exact
+from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 
-LAYERS = 3
+LAYERS = 3  # of small_llama
 
 
 @pytest.fixture(scope="module")
 def demo():
     return load(DEMO, "fp32")
-
-
-def small_llama(heads=4, kv_heads=2, seed=0):
-    torch.manual_seed(seed)
-    config = TextConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=heads, num_key_value_heads=kv_heads,
-    )  # fmt: skip
-    model = Llama(config).requires_grad_(False)
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.3)
-    return model
 
 
 def random_keep(rng, kv_heads, tokens):
@@ -85,7 +71,7 @@ def prefilled(model, x, keep, slack):
 
 def check(model, x, keep, got):
     exact = dense_with_masks(copy.deepcopy(model).double(), x.double(), keep)
-    assert_as_exact(got, dense_with_masks(model, x, keep), exact, torch.float32)
+    assert_as_exact(got, dense_with_masks(model, x, keep), exact, x.dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1), (16, 2)])
@@ -183,9 +169,10 @@ def test_a_new_turn_of_one_sequence_while_another_is_finished():
     assert cache.pos.tolist() == [6, 12] and cache.kv_len[0].tolist() == [6, 6, 12, 12]
 
 
-def test_a_new_turn_sees_what_was_kept_and_itself():
-    model, rng = small_llama(), random.Random(5)
-    x, keep = torch.randn(25, 32), random_keep(rng, 2, 12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_new_turn_sees_what_was_kept_and_itself(dtype):
+    model, rng = small_llama().to(dtype), random.Random(5)
+    x, keep = torch.randn(25, 32).to(dtype), random_keep(rng, 2, 12)
     keep[0], keep[1, 0] = False, True  # a layer that kept nothing, a head that kept all
     cache, hidden = prefilled(model, x[:12], keep, 3)
     turn = model.extend(x[None, 12:20], cache)[0]

@@ -13,7 +13,8 @@ from model import Generation, InputError, Sampling, ask, load
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.generate import _Writer, probabilities
-from model.llama import Llama, rope_table, rotate
+from model.llama import rope_table, rotate
+from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 
 PICTURE = str(DEMO_PICTURE)
@@ -32,23 +33,6 @@ def finished(*args, **kwargs):
 
 
 # ---------------------------------------------------------------- model
-
-
-def small_llama(heads=4, kv_heads=2):
-    torch.manual_seed(0)
-    config = TextConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-    )
-    model = Llama(config)
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.3)
-    return model
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -33,7 +33,7 @@ def case(seed, dtype):
     b, hkv, group, d = (
         rng.choice([1, 1, 2, 3]),
         rng.choice([1, 2, 4]),
-        rng.choice([1, 2, 3, 4, 7, 8]),
+        rng.choice([1, 2, 3, 4, 5, 6, 7, 8]),
         rng.choice([8, 20, 64, 80]),
     )
     rows, n = rng.choice([None, 1, 2, 5]), rng.choice([1, 2, 17, 64, 65])

@@ -215,13 +215,8 @@ class DenseCache:
     """The baseline: contiguous K and V (B, Hkv, capacity, D), every head keeping everything."""
 
     def __init__(self, num_layers, capacity):
-        self.capacity, self.k, self.v, self.length, self.pos = (
-            capacity,
-            [None] * num_layers,
-            [None] * num_layers,
-            0,
-            None,
-        )
+        self.capacity, self.k, self.v = capacity, [None] * num_layers, [None] * num_layers
+        self.length, self.pos = 0, None
 
     def pack(self, layer, k, v, keep=None):
         b, h, t, d = k.shape
