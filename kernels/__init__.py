@@ -10,6 +10,8 @@ from .ragged_decode import (
     merge_states,
     merge_states_ref,
     ragged_decode,
+    ragged_decode_append,
+    ragged_decode_append_ref,
     ragged_decode_ref,
 )
 from .ragged_pack import ragged_pack, ragged_pack_ref
@@ -21,6 +23,8 @@ __all__ = [
     "merge_states",
     "merge_states_ref",
     "ragged_decode",
+    "ragged_decode_append",
+    "ragged_decode_append_ref",
     "ragged_decode_ref",
     "ragged_pack",
     "ragged_pack_ref",

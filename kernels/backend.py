@@ -1,21 +1,40 @@
 """Which implementation runs, and the checks that all operations share."""
 
+import importlib.util
+import os
+
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def choose_backend(backend, device):
-    """ "auto", "triton" or "torch" for tensors on a device -> "torch", so far the only one. Never a silent fallback.
+def interpreted():
+    """Do Triton's kernels run in its interpreter, on a CPU? The variable counts when triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
-    ValueError: an unknown name; "triton", whose kernels do not exist yet.
+
+def choose_backend(backend, device, dtype):
+    """ "auto", "triton" or "torch" for tensors of a dtype on a device -> "triton" or "torch".
+
+    "auto" is Triton for what it can do on CUDA, otherwise PyTorch. "triton" never falls back: ValueError for tensors
+    elsewhere (unless TRITON_INTERPRET=1 and they are on the CPU), for float64, and where triton is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise ValueError(f"backend 'triton' has no kernels yet (the tensors are on {device}); use 'torch'")
-    return "torch"
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return "torch"
+    why = None
+    if importlib.util.find_spec("triton") is None:
+        why = "triton is not installed; install it or use 'torch'"
+    elif dtype == torch.float64:
+        why = "its kernels compute in fp32, not in torch.float64; use 'torch'"
+    elif device.type != ("cpu" if interpreted() else "cuda"):
+        where = "in the interpreter it needs CPU tensors" if interpreted() else "it needs CUDA or TRITON_INTERPRET=1"
+        why = f"the tensors are on {device}; {where}, otherwise use 'torch'"
+    if why and backend == "triton":
+        raise ValueError(f"backend 'triton': {why}")
+    return "torch" if why else "triton"
 
 
 def check_alike(**tensors):

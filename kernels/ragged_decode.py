@@ -11,11 +11,14 @@ the first kv_len of them are taken. '.' is a free slot for a token to come:
 The G = Hq / Hkv query heads of a KV head read the same rows. A call moves 2 * sum(kv_len) * D * itemsize bytes and
 does 2 * G FLOP per element read: it is bound by memory or, on a pruned cache, by its fixed costs; never by arithmetic.
 
+`ragged_decode_append` is the same for a decode step: it also stores the step's own keys and values, in one launch.
+
 Two partial results over disjoint keys join exactly by their log-sum-exp (`merge_states`), the identity behind
 FlashAttention (arXiv 2205.14135) and Flash-Decoding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -48,13 +51,18 @@ def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False
 class DecodePlan:
     """What does not change while a cache is decoded from: where segments lie and how long they may become.
 
-    kv_start, kv_cap (S,) int32; segments: S; shortest, longest: the extreme capacities; end: slots that the arena must
-    have. first: where segment 0 starts; step: slots from one segment's start to the next's if that is the same for all
-    (then segments of equal length are a rectangle with gaps), else None. owner: `chunk_owners`, on CPU tensors.
+    kv_start, kv_cap (S,) int32, and the latter as numbers, caps; split: slots per work item, None for `split_size`;
+    segments: S; shortest, longest: the extreme capacities; end: slots that the arena must have. first: where segment 0
+    starts; step: slots from one segment's start to the next's if that is the same for all (then segments of equal length
+    are a rectangle with gaps), else None. owner: `chunk_owners`, on CPU tensors.
+
+    The rest is for Triton, made at first use. It holds room for partial results: one call at a time.
     """
 
     kv_start: torch.Tensor
     kv_cap: torch.Tensor
+    caps: list
+    split: int | None
     segments: int
     shortest: int
     longest: int
@@ -62,10 +70,62 @@ class DecodePlan:
     first: int
     step: int | None
     owner: torch.Tensor | None
+    room: dict = field(default_factory=dict)
+
+    @cached_property
+    def _items(self):
+        """(S, 3) int32 on the CPU: work items of each segment, at least one; the first of them; slots per item."""
+        size = torch.tensor([self.split or split_size(cap) for cap in self.caps])
+        count = (torch.tensor(self.caps) + size - 1).div(size, rounding_mode="floor").clamp(min=1)
+        return torch.stack((count, count.cumsum(0) - count, size), 1).int()
+
+    @cached_property
+    def work(self):
+        """(W, 4) int32, one row per program: segment, which split of it, the segment's first item, slots per split."""
+        count, first, size = self._items.unbind(1)
+        segment = torch.repeat_interleave(count)
+        split = torch.arange(len(segment)) - first[segment]
+        return torch.stack((segment, split, first[segment], size[segment]), 1).int().to(self.kv_start.device)
+
+    @cached_property
+    def firsts(self):
+        """(S,) int32: the first item of each segment."""
+        return self._items[:, 1].contiguous().to(self.kv_start.device)
+
+    @cached_property
+    def sizes(self):
+        """(S,) int32: slots per item of each segment."""
+        return self._items[:, 2].contiguous().to(self.kv_start.device)
+
+    @cached_property
+    def tickets(self):
+        """(S,) int32: programs of a segment that have arrived. Zero between calls."""
+        return torch.zeros_like(self.kv_cap)
+
+    def scratch(self, rows, d):
+        """fp32 room for the parts of all items, (W, rows, d), and their log-sum-exp (W, rows). Kept for small rows."""
+        if (rows, d) in self.room:
+            return self.room[rows, d]
+        items, device = len(self.work), self.kv_start.device
+        room = torch.empty(items, rows, d, device=device), torch.empty(items, rows, device=device)
+        if rows <= 16:  # a decode step; the parts of a whole new turn are too large to keep
+            self.room[rows, d] = room
+        return room
 
 
-def decode_plan(kv_start, kv_cap):
-    """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Built once per prefill; reads them once."""
+def split_size(cap):
+    """Slots per work item of a segment of `cap`: at most 32 items up to 32,768 slots, and never fewer than 128 slots.
+
+    It looks at nothing but the segment: what else is in the batch cannot change the order of a sum.
+    """
+    return min(1024, max(128, 64 * -(-cap // 2048)))
+
+
+def decode_plan(kv_start, kv_cap, *, split=None):
+    """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Built once per prefill; reads them once.
+
+    split: slots per work item of the Triton kernels, a multiple of 16; default `split_size`.
+    """
     for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
         if t.dtype != torch.int32 or t.ndim != 1 or len(t) == 0:
             raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; give one int32 per segment")
@@ -73,17 +133,18 @@ def decode_plan(kv_start, kv_cap):
         raise ValueError(
             f"{len(kv_start)} starts on {kv_start.device} for {len(kv_cap)} capacities on {kv_cap.device}; give pairs"
         )
-    if min(kv_start.min(), kv_cap.min()) < 0:
-        raise ValueError(f"starts {kv_start.tolist()} and capacities {kv_cap.tolist()} must not be negative")
-    shortest, longest, end = int(kv_cap.min()), int(kv_cap.max()), int((kv_start + kv_cap).max())
+    if split is not None and (type(split) is not int or split < 16 or split % 16):
+        raise ValueError(f"split is {split!r}; give a multiple of 16 slots")
+    starts, caps = torch.stack((kv_start, kv_cap)).tolist()
+    if min(starts) < 0 or min(caps) < 0:
+        raise ValueError(f"starts {starts} and capacities {caps} must not be negative")
+    ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
+    steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [0]
+    step = steps[0] if min(steps) == max(steps) >= 0 else None
     owner = None if kv_start.is_cuda else chunk_owners(kv_start, kv_cap)
-    return DecodePlan(kv_start, kv_cap, len(kv_cap), shortest, longest, end, *_first_and_step(kv_start), owner)
-
-
-def _first_and_step(kv_start):
-    """The first start, and the distance between neighbours if it is the same everywhere and not negative, else None."""
-    steps = kv_start.diff().tolist() or [0]
-    return int(kv_start[0]), steps[0] if min(steps) == max(steps) >= 0 else None
+    return DecodePlan(
+        kv_start, kv_cap, caps, split, len(caps), min(caps), max(caps), max(ends), starts[0], step, owner
+    )  # fmt: skip
 
 
 def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto"):
@@ -101,23 +162,87 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     of q without D. An empty segment gives out 0 and lse -inf. No result depends on the slots behind kv_len, whatever
     they hold. ValueError names what does not fit; with a plan, lengths are looked at on CPU tensors only.
 
-    The torch backend chooses its way of reading by all lengths of the call, so its results agree with those of another
-    batch up to rounding, not bit by bit. On CUDA with a plan it gathers every segment up to its capacity.
+    Triton's results do not depend on the rest of the batch, to the bit. The torch backend chooses its way of reading by
+    all lengths of the call, so its results agree with those of another batch up to rounding; on CUDA with a plan it
+    gathers every segment up to its capacity.
     """
     _check(q, k, v, kv_start, kv_len, plan)
-    choose_backend(backend, q.device)
+    way = choose_backend(backend, q.device, q.dtype)
     lengths = _lengths(kv_start, kv_len, k.shape[0], plan)
     plan = decode_plan(kv_start, kv_len) if plan is None else plan
     segments, d = kv_start.shape[0], q.shape[-1]
+    scale = d**-0.5 if scale is None else scale
+    if way == "triton":
+        from . import ragged_decode_triton  # only here: the rest works without triton
+
+        rows = q if q.ndim == 4 else q[:, None]
+        out, lse = ragged_decode_triton.attend(rows, k, v, kv_start, kv_len, plan, scale)
+        return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
     # all rows that read a segment are one small matrix: (S, T * G, D)
     rows = q if q.ndim == 3 else q.unflatten(2, (segments // len(q), -1)).transpose(1, 2).contiguous()
-    rows, scale = rows.view(1, segments, -1, d), d**-0.5 if scale is None else scale
-    out, lse = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, return_lse)
+    out, lse = attend(rows.view(1, segments, -1, d), k, v, kv_start, kv_len, lengths, plan, scale, return_lse)
     if q.ndim == 4:  # (B, Hkv, T, G, ...) -> (B, T, Hkv, G, ...)
         shape = (len(q), segments // len(q), q.shape[1], -1)
         out = out.view(*shape, d).transpose(1, 2).contiguous()
         lse = None if lse is None else lse.view(shape).transpose(1, 2).contiguous()
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
+
+
+def ragged_decode_append_ref(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False):
+    """The specification of `ragged_decode_append`: write where there is room, attend to the past and the new token."""
+    d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
+    past = [(k[a : a + n], v[a : a + n]) for a, n in zip(starts, lengths, strict=True)]
+    new = list(zip(k_new.reshape(-1, 1, d), v_new.reshape(-1, 1, d), strict=True))
+    keys, values = (
+        torch.cat([x for pair in zip(past, new, strict=True) for x in (pair[0][i], pair[1][i])]) for i in (0, 1)
+    )
+    for (key, value), a, n, cap in zip(new, starts, lengths, kv_cap.tolist(), strict=True):
+        if n < cap:
+            k[a + n], v[a + n] = key[0], value[0]
+    start = (kv_len + 1).cumsum(0, dtype=torch.int32) - (kv_len + 1)
+    return ragged_decode_ref(q, keys, values, start, kv_len + 1, scale=scale, return_lse=return_lse)
+
+
+def ragged_decode_append(
+    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False, plan=None, backend="auto"
+):
+    """A decode step of one layer: store each segment's new token behind its rows, and attend to both.
+
+    q (B, Hq, D); k_new, v_new (B, Hkv, D), the keys rotated; the rest as for `ragged_decode`. kv_len does not count the
+    new token: the caller adds 1 afterwards, for all layers at once. In a segment that is full, kv_len = kv_cap, nothing
+    is stored, and the new token is attended to all the same. Returns what `ragged_decode` returns.
+
+    With Triton one launch; the torch backend takes several calls and, on CUDA, waits to learn which segments are full.
+    """
+    plan = decode_plan(kv_start, kv_cap) if plan is None else plan
+    _check(q, k, v, kv_start, kv_len, plan)
+    b, hq, d = q.shape if q.ndim == 3 else (0, 0, 0)
+    if k_new.shape != v_new.shape or k_new.shape != (b, plan.segments // max(b, 1), d):
+        shapes = f"q {tuple(q.shape)}, k_new {tuple(k_new.shape)}, v_new {tuple(v_new.shape)}"
+        raise ValueError(f"{shapes}; give (B, Hq, D) and twice (B, Hkv, D)")
+    check_alike(q=q, k_new=k_new, v_new=v_new)
+    if kv_cap.shape != kv_len.shape or kv_cap.dtype != torch.int32 or kv_cap.device != q.device:
+        raise ValueError(
+            f"kv_cap is {kv_cap.dtype} of shape {tuple(kv_cap.shape)}; give (B * Hkv,) int32 on {q.device}"
+        )
+    way = choose_backend(backend, q.device, q.dtype)
+    k_new, v_new, scale = k_new.contiguous(), v_new.contiguous(), d**-0.5 if scale is None else scale
+    if way == "triton":
+        from . import ragged_decode_triton
+
+        _lengths(kv_start, kv_len, k.shape[0], plan)
+        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, plan, scale)
+        return (out, lse) if return_lse else out
+    past = ragged_decode(q, k, v, kv_start, kv_len, scale=scale, return_lse=True, plan=plan, backend=backend)
+    free = (kv_len < kv_cap).nonzero()[:, 0]
+    slot = (kv_start + kv_len)[free].long()
+    k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]
+    group, compute = hq // k_new.shape[1], past[1].dtype
+    lse = scale * (q.unflatten(1, (-1, group)).to(compute) * k_new[:, :, None].to(compute)).sum(
+        -1
+    )  # of one token: its score
+    out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), lse.flatten(1))
+    return (out, lse) if return_lse else out
 
 
 def _check(q, k, v, kv_start, kv_len, plan):

@@ -40,7 +40,7 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
     does not fit; a wrong total is noticed on CPU tensors only.
     """
     _check(k, v, keep, slack)
-    choose_backend(backend, k.device)
+    way = choose_backend(backend, k.device, k.dtype)
     heads, tokens, d = k.shape
     kv_len = keep.sum(-1)
     if total is None or k.device.type == "cpu":
@@ -48,6 +48,10 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
         if total is not None and total != kept:
             raise ValueError(f"total is {total}, but keep holds {kept} rows; give that or None")
         total = kept
+    if way == "triton":
+        from . import ragged_pack_triton  # only here: the rest works without triton
+
+        return ragged_pack_triton.pack(k, v, keep, slack, total)
     kv_start = kv_len.cumsum(0) - kv_len + slack * torch.arange(heads, device=k.device)
     source = keep.flatten().nonzero_static(size=total)[:, 0]  # of the rows of all heads, ascending
     head, position = source // tokens, source % tokens

@@ -42,10 +42,14 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     fit; positions are looked at on CPU tensors only.
     """
     _check(q, k, q_pos, group)
-    choose_backend(backend, q.device)
+    way = choose_backend(backend, q.device, q.dtype)
     (hq, w, d), (hkv, t, _) = q.shape, k.shape
     q_pos = torch.arange(t - w, t, device=q.device) if q_pos is None else q_pos
     scale = d**-0.5 if scale is None else scale
+    if way == "triton":
+        from . import window_scores_triton  # only here: the rest works without triton
+
+        return window_scores_triton.scores(q, k, q_pos, scale, group)
     compute = torch.promote_types(q.dtype, torch.float32)
     rows = q.reshape(hkv, -1, d).to(compute)  # (Hkv, G * W, D): a KV head's keys are read once
     scores = (scale * (rows @ k.to(compute).transpose(1, 2))).view(hq, w, t)

@@ -55,9 +55,11 @@ def test_patch_labels_agree_with_the_scene():
     (scene,), _ = scenes.sample(1000000003, ())
     labels = dict(zip(train_demo.LABELS, train_demo.patch_labels(scene), strict=True))
     colours = list(scenes.COLOURS)
+    by_column = sorted(scene.things, key=lambda t: (t.column, t.row))
     for rank, t in enumerate(scene.things, 1):
         centre = int(t.y // 14) * 16 + int((t.x + (0.8 * t.radius if t.shape == "ring" else 0)) // 14)
-        assert colours[labels["colour"][centre] - 1] == t.colour and labels["rank"][centre] == rank
+        assert colours[labels["colour"][centre] - 1] == t.colour and labels["row rank"][centre] == rank
+        assert by_column[labels["column rank"][centre] - 1] == t
         assert (
             scenes.SHAPES[labels["shape"][centre] - 1] == t.shape
             and labels["place"][centre] == t.row * 3 + t.column + 1

@@ -173,16 +173,20 @@ def to_pixels(raw, device):
 # ---------------------------------------------------------------- stage 1: the vision tower
 
 # What a linear head must be able to read off each patch, and how many classes that has (0 = nothing there)
-LABELS = {"colour": 8, "shape": 7, "size": 3, "place": 10, "rank": 6, "letter": len(scenes.LETTERS) + 1, "index": 4}
+LABELS = {
+    "colour": 8, "shape": 7, "size": 3, "place": 10, "row rank": 6, "column rank": 6,
+    "letter": len(scenes.LETTERS) + 1, "index": 4,
+}  # fmt: skip
 
 
 def patch_labels(scene):
-    """(7, 256) uint8 in the order of LABELS: the thing or letter that covers most of each patch.
+    """(8, 256) uint8 in the order of LABELS: the thing or letter that covers most of each patch.
 
-    rank counts the things in reading order, index the letters of the word from the left.
+    The ranks count the things row by row and column by column, index the letters of the word from the left.
     """
     labels = torch.zeros(len(LABELS), scenes.GRID**2, dtype=torch.uint8)
     colours = list(scenes.COLOURS)
+    by_column = sorted(scene.things, key=lambda t: (t.column, t.row))
     owners = []  # (its label column, how much of each patch it covers)
     for rank, t in enumerate(scene.things, 1):
         column = (
@@ -191,6 +195,7 @@ def patch_labels(scene):
             scenes.SIZES.index(t.size) + 1,
             t.row * 3 + t.column + 1,
             rank,
+            by_column.index(t) + 1,
             0,
             0,
         )
@@ -198,7 +203,7 @@ def patch_labels(scene):
     if scene.sign:
         for i, cover in enumerate(scenes.letter_coverage(scene.sign)):
             letter = scenes.LETTERS.index(scene.sign.word[i]) + 1
-            owners.append(((0, 0, 0, scene.sign.row * 3 + 2, 0, letter, i + 1), cover))
+            owners.append(((0, 0, 0, scene.sign.row * 3 + 2, 0, 0, letter, i + 1), cover))
     best = [31] * scenes.GRID**2  # less than an eighth covered: background
     for column, cover in owners:
         for i, c in enumerate(cover):
@@ -208,7 +213,7 @@ def patch_labels(scene):
 
 
 class LabelledScenes(torch.utils.data.Dataset):
-    """Sample i: a picture (224, 224, 3) uint8 and its patch labels (7, 256) uint8."""
+    """Sample i: a picture (224, 224, 3) uint8 and its patch labels (8, 256) uint8."""
 
     def __getitem__(self, i):
         scene = scenes.sample(i, tasks=())[0][0]

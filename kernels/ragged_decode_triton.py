@@ -1,0 +1,258 @@
+"""`ragged_decode` in Triton (Flash-Decoding over ragged segments), and its one-launch form with append.
+
+Each segment is cut into splits of a size that depends on nothing but the segment's own capacity. One program attends to
+one split; the parts of a segment are merged in the order of its splits:
+
+    arena        [k k k k k k k k k . . . ][k k . . ][. . . ]     '.' free slot: never read
+    plan.work     |- item 0 -|- item 1 -|   |- 2 -|   |- 3 -|     (segment, split, its segment's first item, slots)
+    live?            yes        yes          yes       yes, for its output: an empty segment gives 0
+
+    s = scale * q k^T    m = max s    l = sum exp(s - m)    part = sum exp(s - m) v / l    lse = m + log l
+    out = sum_i exp(lse_i - lse) part_i              lse = log sum_i exp(lse_i)            (arXiv 2205.14135, 2.1)
+
+The list is made once, over capacities; an item behind kv_len leaves at once, so no step needs a new plan. No result
+depends on the neighbours, on the order of the list or on who arrives first.
+
+Bytes: 2 * sum(kv_len) * D * itemsize, and 8 * G * (D + 1) for every part of a segment that has several. 2 * G FLOP per
+element of K and V: bound by memory from some 30 MB on, below that by launches and the latency of three dependent loads.
+Inside, exponents are to base 2 (one instruction); scale carries the log2(e). The specification is `ragged_decode_ref`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .backend import interpreted
+
+LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
+
+
+# ---------------------------------------------------------------- pieces that both forms use
+
+
+@triton.jit
+def _rows(segment, heads, times, G: tl.constexpr, M: tl.constexpr):
+    """This program's M of the segment's T * G query rows: their number r, their place in q (B, T, Hq), which exist."""
+    r = tl.program_id(1) * M + tl.arange(0, M)  # r = t * G + g
+    place = ((segment // heads * times + r // G) * heads + segment % heads) * G + r % G
+    return r, place, r < times * G
+
+
+@triton.jit
+def _attend(
+    q, k, v, begin, end, scale, m, l, acc,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """Rows q [M, DP] over the slots begin .. end: the softmax state m, l [M], acc [M, DP] after them. fp32, base 2."""
+    col = tl.arange(0, DP)
+    for first in range(begin, end, BN):
+        slot = first + tl.arange(0, BN)
+        taken = slot < end
+        at = slot.to(tl.int64)[:, None] * D + col[None, :]  # an arena may have more than 2^31 elements
+        there = taken[:, None] & (col < D)[None, :]
+        keys = tl.load(k + at, there, 0.0)  # [BN, DP]
+        values = tl.load(v + at, there, 0.0)  # masked here: a weight of 0 does not help against NaN
+        if UP:  # the interpreter cannot calculate in 16 bits
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # [M, BN]
+        s = tl.where(taken[None, :], s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))  # finite: each tile has a taken slot
+        p = tl.exp2(s - top[:, None])
+        fade = tl.exp2(m - top)
+        l = l * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        m = top
+    return m, l, acc
+
+
+@triton.jit
+def _merge(
+    part, part_lse, first, live, r, there, rows,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Join the `live` parts from item `first` on, BS at a time, in their order -> m, l [M], acc [M, DP]."""
+    col = tl.arange(0, DP)
+    m, l, acc = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
+    for i in range(0, live, BS):
+        item = i + tl.arange(0, BS)
+        at = (first + item).to(tl.int64)[:, None] * rows + r[None, :]  # [BS, M]
+        known = (item < live)[:, None] & there[None, :]
+        lse = tl.load(part_lse + at, known, float("-inf"), cache_modifier=".cg")  # from L2, where others wrote it
+        parts = known[:, :, None] & (col < D)[None, None, :]
+        x = tl.load(part + at[:, :, None] * D + col[None, None, :], parts, 0.0, cache_modifier=".cg")  # [BS, M, DP]
+        top = tl.maximum(m, tl.max(lse, 0))
+        weight = tl.exp2(lse - top[None, :])
+        fade = tl.exp2(m - top)
+        l = l * fade + tl.sum(weight, 0)
+        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * x, 0)
+        m = top
+    return m, l, acc
+
+
+@triton.jit
+def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `place` of out (., D) and lse (.), the latter in units of log2 / UNIT. No keys: l is 0, out 0, lse -inf."""
+    col = tl.arange(0, DP)
+    rows = acc / tl.where(l == 0, 1.0, l)[:, None]
+    at = place.to(tl.int64)
+    tl.store(out + at[:, None] * D + col[None, :], rows.to(out.dtype.element_ty), there[:, None] & (col < D)[None, :])
+    tl.store(lse + at, (m + tl.log2(l)) * UNIT, there)
+
+
+# ---------------------------------------------------------------- two launches: splits, then merge
+
+
+@triton.jit
+def split_kernel(
+    q, k, v, kv_start, kv_len, work, part, part_lse, out, lse,
+    scale, heads, times,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """grid (items, tiles of M rows): one split of one segment. A segment of one live split is finished here."""
+    # which piece am I
+    item = work + 4 * tl.program_id(0)
+    segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    length = tl.load(kv_len + segment)
+    if (split > 0) & (split * size >= length):
+        return
+    # load what stays
+    start = tl.load(kv_start + segment)
+    r, place, there = _rows(segment, heads, times, G, M)
+    col = tl.arange(0, DP)
+    rows = tl.load(q + place[:, None] * D + col[None, :], there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
+    if UP:
+        rows = rows.to(tl.float32)
+    # stream what flows
+    m, l, acc = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
+    begin, end = start + split * size, start + tl.minimum(length, (split + 1) * size)
+    m, l, acc = _attend(rows, k, v, begin, end, scale, m, l, acc, D, DP, BN, UP)
+    # store
+    if length <= size:
+        _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
+    else:
+        slot = (first + split).to(tl.int64) * (times * G) + r
+        _store(part, part_lse, slot, there, m, l, acc, 1.0, D, DP)
+
+
+@triton.jit
+def merge_kernel(
+    kv_len, firsts, sizes, part, part_lse, out, lse,
+    heads, times,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """grid (segments, tiles of M rows): the parts of one segment, if it has several."""
+    segment = tl.program_id(0)
+    live = tl.cdiv(tl.load(kv_len + segment), tl.load(sizes + segment))
+    if live <= 1:
+        return
+    r, place, there = _rows(segment, heads, times, G, M)
+    first = tl.load(firsts + segment)
+    m, l, acc = _merge(part, part_lse, first, live, r, there, times * G, D, DP, M, BS)
+    _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
+
+
+# ---------------------------------------------------------------- one launch: append, splits, merge by the last arriver
+
+
+@triton.jit
+def append_kernel(
+    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, work, tickets, part, part_lse, out, lse,
+    scale,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
+    UP: tl.constexpr,
+):  # fmt: skip
+    """grid (items, 1): one split of one segment; the last split also takes in the new token, kv_len not counting it.
+
+    Whoever of a segment's programs arrives last merges their parts. Nobody waits for anybody, so it cannot hang.
+    """
+    # which piece am I
+    item = work + 4 * tl.program_id(0)
+    segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    length = tl.load(kv_len + segment)
+    last = tl.maximum(tl.cdiv(length, size) - 1, 0)
+    if split > last:
+        return
+    # load what stays
+    start, cap = tl.load(kv_start + segment), tl.load(kv_cap + segment)
+    r, place, there = _rows(segment, 1, 1, G, M)
+    col = tl.arange(0, DP)
+    rows = tl.load(q + place[:, None] * D + col[None, :], there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
+    # the new token is read where it comes from and not where it goes: a load would have to wait for the store
+    mine = split == last
+    key = tl.load(k_new + segment * D + col, mine & (col < D), 0.0)
+    value = tl.load(v_new + segment * D + col, mine & (col < D), 0.0)
+    free = (start + length).to(tl.int64) * D + col
+    room = mine & (length < cap) & (col < D)
+    tl.store(k + free, key, room)
+    tl.store(v + free, value, room)
+    s = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+    m = tl.where(mine, s, float("-inf"))
+    l = tl.zeros([M], tl.float32) + tl.where(mine, 1.0, 0.0)
+    acc = tl.zeros([M, DP], tl.float32) + value.to(tl.float32)[None, :]
+    # stream what flows
+    if UP:
+        rows = rows.to(tl.float32)
+    begin, end = start + split * size, start + tl.minimum(length, (split + 1) * size)
+    m, l, acc = _attend(rows, k, v, begin, end, scale, m, l, acc, D, DP, BN, UP)
+    # store
+    if last == 0:
+        _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
+    else:
+        _store(part, part_lse, (first + split).to(tl.int64) * G + r, there, m, l, acc, 1.0, D, DP)
+        tl.debug_barrier()  # one thread announces what all have stored: none may still be storing
+        if tl.atomic_add(tickets + segment, 1, sem="acq_rel", scope="gpu") == last:
+            m, l, acc = _merge(part, part_lse, first, last + 1, r, there, G, D, DP, M, BS)
+            _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
+            tl.store(tickets + segment, 0)  # for the next step
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def tiles(rows, d, itemsize):
+    """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS parts.
+
+    As many rows as there are, not padded to 16: NVIDIA's compiler takes any. (AMD's matrix units take 4 rows of 64 or 128
+    channels, of others at least 16.) A K tile of 16 KB, in fp32 of 8 KB, keeps the two that are under way and the
+    accumulator within registers and shared memory (tools/inspect_kernels.py).
+    """
+    dp = max(16, triton.next_power_of_2(d))
+    m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64, 4096 // dp)
+    bn = 2**13 // dp if itemsize == 2 else 2**11 // dp
+    return {"M": m, "DP": dp, "BN": max(16, min(64, bn)), "BS": max(1, 4096 // (m * dp))}
+
+
+def attend(q, k, v, kv_start, kv_len, plan, scale):
+    """q (B, T, Hq, D) over arenas k, v -> out like q, lse (B, T, Hq) fp32, natural log."""
+    b, times, hq, d = q.shape
+    rows = times * hq * b // plan.segments
+    part, part_lse = plan.scratch(rows, d)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    tile = tiles(rows, d, q.element_size())
+    bs, steps = tile.pop("BS"), triton.cdiv(rows, tile["M"])
+    with torch.cuda.device_of(q):
+        split_kernel[len(plan.work), steps](
+            q, k, v, kv_start, kv_len, plan.work, part, part_lse, out, lse,
+            scale * LOG2_E, plan.segments // b, times,
+            G=rows // times, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        merge_kernel[plan.segments, steps](
+            kv_len, plan.firsts, plan.sizes, part, part_lse, out, lse,
+            plan.segments // b, times,
+            G=rows // times, D=d, M=tile["M"], DP=tile["DP"], BS=bs, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, plan, scale):
+    """q (B, Hq, D), k_new and v_new (B, Hkv, D): store the new token behind kv_len, attend -> out, lse (B, Hq)."""
+    rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
+    part, part_lse = plan.scratch(rows, d)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        append_kernel[len(plan.work), 1](
+            q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, plan.work, plan.tickets, part, part_lse, out, lse,
+            scale * LOG2_E,
+            G=rows, D=d, UP=interpreted(), **tiles(rows, d, q.element_size()), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,56 @@
+"""`ragged_pack` in Triton: one kernel copies the kept rows of K and V, and notes where each came from.
+
+    keep, one head    1 1 0 1 0 0        a kept row goes to slot   start of its head + kept rows before it
+    rank              1 2 2 3 3 3        (rank - 1, from a running count); the others are not even read
+
+Bytes: 4 * kept * D * itemsize, each row once in and once out; no arithmetic. The specification is `ragged_pack_ref`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pack_kernel(
+    k, v, keep, rank, kv_start, k_arena, v_arena, kv_pos,
+    tokens, slots, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
+    D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """grid (Hkv, tiles of BT tokens)."""
+    # which piece am I
+    head, token = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
+    # load what stays
+    at = head.to(tl.int64) * tokens + token
+    kept = tl.load(keep + at, token < tokens, 0) != 0
+    slot = tl.load(kv_start + head) + tl.load(rank + at, kept, 1) - 1
+    kept = kept & (slot < slots)  # a wrong total must not write behind the arenas
+    # stream what flows
+    col = tl.arange(0, DP)
+    there = kept[:, None] & (col < D)[None, :]
+    source, row, to = head.to(tl.int64), token.to(tl.int64)[:, None], slot.to(tl.int64)[:, None] * D + col[None, :]
+    keys = tl.load(k + source * k_stride_h + row * k_stride_t + col[None, :], there)  # [BT, DP]
+    values = tl.load(v + source * v_stride_h + row * v_stride_t + col[None, :], there)
+    # store
+    tl.store(k_arena + to, keys, there)
+    tl.store(v_arena + to, values, there)
+    tl.store(kv_pos + slot, token, kept)
+
+
+def pack(k, v, keep, slack, total):
+    """k, v (Hkv, T, D), rows without gaps; keep (Hkv, T) bool; total kept rows -> what `ragged_pack` returns."""
+    heads, tokens, d = k.shape
+    rank = keep.cumsum(-1, dtype=torch.int32)
+    kv_len = rank[:, -1].contiguous()
+    kv_start = kv_len.cumsum(0, dtype=torch.int32) - kv_len
+    kv_start += slack * torch.arange(heads, dtype=torch.int32, device=k.device)
+    slots = total + heads * slack
+    k_arena, v_arena = k.new_empty(slots, d), v.new_empty(slots, d)
+    kv_pos = torch.full((slots,), -1, dtype=torch.int32, device=k.device)
+    with torch.cuda.device_of(k):
+        pack_kernel[heads, triton.cdiv(tokens, 32)](
+            k, v, keep.contiguous(), rank, kv_start, k_arena, v_arena, kv_pos,
+            tokens, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            D=d, DP=max(16, triton.next_power_of_2(d)), BT=32, num_warps=4,
+        )  # fmt: skip
+    return k_arena, v_arena, kv_start, kv_len, kv_pos
