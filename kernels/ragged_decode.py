@@ -52,9 +52,9 @@ class DecodePlan:
     """What does not change while a cache is decoded from: where segments lie and how long they may become.
 
     kv_start, kv_cap (S,) int32, and the latter as numbers, caps; split: slots per work item, None for `split_size`;
-    segments: S; shortest, longest: the extreme capacities; end: slots that the arena must have. first: where segment 0
-    starts; step: slots from one segment's start to the next's if that is the same for all (then segments of equal length
-    are a rectangle with gaps), else None. owner: `chunk_owners`, on CPU tensors.
+    segments: S; shortest, longest: the extreme capacities; end: slots that the arena must have; first: where segment 0
+    starts; step: slots from one segment's start to the next's if that is the same for all (then segments of equal
+    length are a rectangle with gaps), else None; owner: `chunk_owners`, on CPU tensors.
 
     The rest is for Triton, made at first use. It holds room for partial results: one call at a time.
     """
@@ -191,16 +191,15 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
 def ragged_decode_append_ref(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False):
     """The specification of `ragged_decode_append`: write where there is room, attend to the past and the new token."""
     d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
-    past = [(k[a : a + n], v[a : a + n]) for a, n in zip(starts, lengths, strict=True)]
-    new = list(zip(k_new.reshape(-1, 1, d), v_new.reshape(-1, 1, d), strict=True))
-    keys, values = (
-        torch.cat([x for pair in zip(past, new, strict=True) for x in (pair[0][i], pair[1][i])]) for i in (0, 1)
-    )
-    for (key, value), a, n, cap in zip(new, starts, lengths, kv_cap.tolist(), strict=True):
-        if n < cap:
-            k[a + n], v[a + n] = key[0], value[0]
+    joined = []  # past and new token of each segment, in arenas of their own
+    for arena, new in ((k, k_new.reshape(-1, d)), (v, v_new.reshape(-1, d))):
+        rows = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
+        joined.append(torch.cat([row for pair in rows for row in pair]))
+        for s, (a, n, cap) in enumerate(zip(starts, lengths, kv_cap.tolist(), strict=True)):
+            if n < cap:
+                arena[a + n] = new[s]
     start = (kv_len + 1).cumsum(0, dtype=torch.int32) - (kv_len + 1)
-    return ragged_decode_ref(q, keys, values, start, kv_len + 1, scale=scale, return_lse=return_lse)
+    return ragged_decode_ref(q, *joined, start, kv_len + 1, scale=scale, return_lse=return_lse)
 
 
 def ragged_decode_append(
@@ -222,9 +221,8 @@ def ragged_decode_append(
         raise ValueError(f"{shapes}; give (B, Hq, D) and twice (B, Hkv, D)")
     check_alike(q=q, k_new=k_new, v_new=v_new)
     if kv_cap.shape != kv_len.shape or kv_cap.dtype != torch.int32 or kv_cap.device != q.device:
-        raise ValueError(
-            f"kv_cap is {kv_cap.dtype} of shape {tuple(kv_cap.shape)}; give (B * Hkv,) int32 on {q.device}"
-        )
+        what = f"kv_cap is {kv_cap.dtype} of shape {tuple(kv_cap.shape)} on {kv_cap.device}"
+        raise ValueError(f"{what}; give (B * Hkv,) int32 on {q.device}")
     way = choose_backend(backend, q.device, q.dtype)
     k_new, v_new, scale = k_new.contiguous(), v_new.contiguous(), d**-0.5 if scale is None else scale
     if way == "triton":
@@ -238,10 +236,8 @@ def ragged_decode_append(
     slot = (kv_start + kv_len)[free].long()
     k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]
     group, compute = hq // k_new.shape[1], past[1].dtype
-    lse = scale * (q.unflatten(1, (-1, group)).to(compute) * k_new[:, :, None].to(compute)).sum(
-        -1
-    )  # of one token: its score
-    out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), lse.flatten(1))
+    score = scale * (q.unflatten(1, (-1, group)).to(compute) * k_new[:, :, None].to(compute)).sum(-1)
+    out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), score.flatten(1))  # the lse of one token
     return (out, lse) if return_lse else out
 
 

@@ -212,8 +212,8 @@ def append_kernel(
 def tiles(rows, d, itemsize):
     """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS parts.
 
-    As many rows as there are, not padded to 16: NVIDIA's compiler takes any. (AMD's matrix units take 4 rows of 64 or 128
-    channels, of others at least 16.) A K tile of 16 KB, in fp32 of 8 KB, keeps the two that are under way and the
+    As many rows as there are, not padded to 16: NVIDIA's compiler takes any. (AMD's matrix units take 4 rows of 64 or
+    128 channels, of others at least 16.) A K tile of 16 KB, in fp32 of 8 KB, keeps the two that are under way and the
     accumulator within registers and shared memory (tools/inspect_kernels.py).
     """
     dp = max(16, triton.next_power_of_2(d))
