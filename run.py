@@ -67,7 +67,7 @@ def parser():
                    help="default: the file's own on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
-                   help="attention in decode (this version has torch only)")
+                   help="kernels of the cache: triton needs CUDA, or TRITON_INTERPRET=1 (default: triton on CUDA)")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
                    help="which vision tokens each head keeps in its cache: none, random, or FILE.py::FUNCTION; then "
                         "optionally :key=value,... (default none)")
@@ -104,8 +104,6 @@ def check_flags(args):
     p = parser()
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         p.error("--top-p and --top-k need --temperature above 0")
-    if args.backend == "triton":
-        p.error("--backend triton: this version has no Triton kernels, use --backend torch")
     if [args.prompt, *args.image].count("-") > 1:
         p.error("only one thing can be read from stdin")
     if args.retention is not None and args.keep_tokens is not None:
@@ -172,6 +170,7 @@ def answer(args):
 
     prune = choose_method(args)
     device = choose_device(args.device)
+    check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
@@ -184,7 +183,7 @@ def answer(args):
     what = "the demo model" if Path(args.model) == DEMO else args.model
     found = checkpoint.template_note if args.template == "auto" else "asked for"
     say(f"{what}: {dtype} on {device}, template {generation.template} ({found}), "
-        f"image mode {generation.image_settings.mode}, backend torch")  # fmt: skip
+        f"image mode {generation.image_settings.mode}, backend {generation.way}")  # fmt: skip
     for note in generation.notes:
         say(f"note: {note}")
     if sampling.max_new_tokens > generation.room:
@@ -232,6 +231,19 @@ def choose_device(name):
             f"--device {name} is not available ({torch.cuda.device_count()} CUDA devices here); use --device cpu"
         )
     return device
+
+
+def check_backend(name, device):
+    """InputError if --backend cannot work on the device, before anything is loaded."""
+    import torch
+
+    from kernels.backend import choose_backend
+    from model import InputError
+
+    try:
+        choose_backend(name, device, torch.float32)  # of the dtypes, all that run.py offers do
+    except ValueError as wrong:
+        raise InputError(f"--{wrong}") from None
 
 
 def write(generation, stream):

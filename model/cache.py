@@ -13,7 +13,8 @@ of the next token is `pos`, and no length says what it is.
 
 import torch
 
-from kernels import decode_plan, ragged_decode, ragged_pack
+from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_pack
+from kernels.backend import choose_backend
 
 
 class RaggedCache:
@@ -36,6 +37,11 @@ class RaggedCache:
         self.lengths = self.newest_rows = ()  # rows of kv_len and of newest, one per layer
         self.slots = ()  # per layer: the slots (S,) or (S, T) that were claimed for the tokens of this step
         self.room = 0  # tokens that fit before a live segment is full
+        self.fused = (
+            False  # does one kernel append and attend? Then `past` (L, S) int32 are the lengths before the step
+        )
+        self.past = None
+        self.version = 0  # counts what a captured graph cannot know of: moved arenas, finished sequences
 
     # ------------------------------------------------------------ prefill
 
@@ -58,18 +64,21 @@ class RaggedCache:
         self.k[layer], self.v[layer], start, length, _ = ragged_pack(
             k, v, keep, slack=self.slack, total=total, backend=self.backend
         )
+        self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
         self._settle(layer, start, length, self.slack)
 
     def _make_rows(self):
         """Views of single layers, made once: a step then only changes what they show."""
         self.newest = (self.kv_start + self.kv_len - 1).long()
         self.lengths, self.newest_rows = self.kv_len.unbind(), self.newest.unbind()
+        self.past = self.kv_len.clone()
 
     def _settle(self, layer, start, length, slack):
         """Note where a layer's segments lie."""
         self.kv_start[layer], self.kv_len[layer], self.kv_cap[layer] = start, length, length + slack
         self.newest[layer] = start + length - 1
         self.plans[layer] = decode_plan(self.kv_start[layer], self.kv_cap[layer])
+        self.version += 1
 
     @classmethod
     def join(cls, caches):
@@ -88,7 +97,7 @@ class RaggedCache:
         joined._make_rows()
         joined.pos = torch.cat([c.pos for c in caches])
         joined._set_live(torch.cat([c.live for c in caches]))
-        joined.room = min(c.room for c in caches)
+        joined.room, joined.fused = min(c.room for c in caches), first.fused
         for i in layers:
             joined.k[i], joined.v[i] = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
             joined.plans[i] = decode_plan(joined.kv_start[i], joined.kv_cap[i])
@@ -100,19 +109,25 @@ class RaggedCache:
 
     def grow(self, tokens=1):
         """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer."""
-        if self.rows is None or len(self.rows):  # somebody is live
-            if self.room < tokens:
-                self.slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
-                self.repack(max(self.slack, tokens))
-            self.room -= tokens
+        self.reserve(tokens)
         if tokens > 1:
             ahead = torch.arange(1, tokens + 1, device=self.newest.device)
             self.slots = (self.newest[..., None] + ahead).unbind()
         self.newest.add_(self.takes, alpha=tokens)
         if tokens == 1:
             self.slots = self.newest_rows
+        if self.fused:
+            self.past.copy_(self.kv_len)
         self.kv_len.add_(self.takes, alpha=tokens)
         self.pos.add_(self.live, alpha=tokens)
+
+    def reserve(self, tokens=1):
+        """The part of `grow` that a captured graph does not repeat: make sure that there is room, and count it."""
+        if self.rows is None or len(self.rows):  # somebody is live
+            if self.room < tokens:
+                self.slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
+                self.repack(max(self.slack, tokens))
+            self.room -= tokens
 
     def give_back(self, tokens=1):
         """Undo `grow`, when a step was broken off before all layers had filled their slots."""
@@ -141,6 +156,17 @@ class RaggedCache:
             return_lse=return_lse, plan=plan, backend=self.backend,
         )  # fmt: skip
 
+    def append_attend(self, layer, q, k, v):
+        """A decode step: one token per sequence, k and v (B, Hkv, D), is appended; q (B, Hq, D) attends -> like q."""
+        if not self.fused:
+            self.append(layer, k, v)
+            return self.attend(layer, q)
+        plan = self.plans[layer]  # a finished sequence writes into a slot that is never counted, if it has one
+        return ragged_decode_append(
+            q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.past[layer], plan.kv_cap,
+            plan=plan, backend=self.backend,
+        )  # fmt: skip
+
     def finish(self, sequence):
         """The sequence takes no more tokens: it stops growing, its `pos` stands still, what it is given is ignored."""
         self.live[sequence] = False
@@ -148,6 +174,7 @@ class RaggedCache:
 
     def _set_live(self, live):
         """What follows from `live` for the segments."""
+        self.version += 1
         self.live, heads = live, self.kv_len.shape[1] // len(live)
         self.takes = live.repeat_interleave(heads).int()
         self.rows = None if live.all() else self.takes.nonzero()[:, 0]

@@ -4,8 +4,10 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from kernels import window_scores
+from kernels.backend import choose_backend
 
 from .cache import RaggedCache
 from .config import InputError
@@ -97,6 +99,11 @@ class Generation:
         return [normalise(square, self.image_settings) for square in self.squares]
 
     @property
+    def way(self):
+        """What the backend comes to where the checkpoint is: "triton" or "torch"."""
+        return choose_backend(self.backend, self.checkpoint.device, self.checkpoint.dtype)
+
+    @property
     def unfed(self):
         """Ids of the answer that the cache has not seen: a last token was chosen, but nothing came after it."""
         return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :] if self.cache else []
@@ -113,10 +120,10 @@ class Generation:
         sampling, tokenizer = self.sampling, self.checkpoint.tokenizer
         limit = min(sampling.max_new_tokens, self.room)
         choose = _chooser(sampling, self._never(), self.checkpoint.device)
-        logits = self._prefill(limit)
+        token = choose(self._prefill(limit))
+        step = DecodeStep(self.checkpoint.model.language_model, self.cache)
         writer = _Writer(Detokenizer(tokenizer), sampling.stop)
         while len(self.token_ids) < limit:
-            token = choose(logits)
             if token in self.checkpoint.stop_ids:
                 self.finish_reason = "stop"
                 break
@@ -129,7 +136,9 @@ class Generation:
                 self.finish_reason = "stop"
                 return
             if len(self.token_ids) < limit:
-                logits = self._decode(token)
+                start = time.perf_counter()
+                token = choose(step(token))  # reading the id is what waits for the device
+                self.timing["steps"].append(time.perf_counter() - start)
         else:
             self.finish_reason = "length"
         rest = writer.flush()
@@ -177,22 +186,51 @@ class Generation:
         self.timing["prune"] += time.perf_counter() - start
         return keep
 
-    def _decode(self, token):
-        """One more token into the cache -> logits (V,) of the one after it."""
-        start = time.perf_counter()
-        language = self.checkpoint.model.language_model
-        x = language.model.embed_tokens.weight[token]
-        logits = language.logits(language.decode(x[None], self.cache))[0]
-        _wait(self.checkpoint.device)
-        self.timing["steps"].append(time.perf_counter() - start)
-        return logits
-
     def _never(self):
         """Ids that must not be said: rows of the embedding that stand for no token, `<image>` and `<pad>`."""
         tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
         ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
         return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
+
+
+class DecodeStep:
+    """One more token into the cache of one sequence: id -> logits (V,) of the one after it.
+
+    With Triton's kernels on CUDA a step is a captured graph: hundreds of launches become one. It is captured again when
+    the arenas have moved. The first step after that runs as it is, which also compiles the kernels.
+    """
+
+    def __init__(self, language, cache):
+        self.language, self.cache = language, cache
+        self.graph = self.token = self.logits = None
+        self.seen = None  # version of the cache that the last step ran on
+
+    def __call__(self, token):
+        cache = self.cache
+        if cache.fused and cache.pos.is_cuda and self.seen == cache.version and cache.room > 0:
+            return self._replay(token)
+        self.graph = self.logits = None  # frees the graph's memory
+        logits = self._step(torch.tensor([token], device=cache.pos.device))
+        self.seen = cache.version
+        return logits
+
+    def _step(self, token):
+        """token (1,) -> logits (V,). Allocates from the device only; reads nothing back."""
+        x = F.embedding(token, self.language.model.embed_tokens.weight)
+        return self.language.logits(self.language.decode(x, self.cache))[0]
+
+    def _replay(self, token):
+        if self.graph is None:
+            self.token = torch.tensor([token], device=self.cache.pos.device)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records the step, and claims the host's part of its slot
+                self.logits = self._step(self.token)
+        else:
+            self.token.fill_(token)
+            self.cache.reserve()
+        self.graph.replay()
+        return self.logits
 
 
 def ask(checkpoint, prompt, images=(), **options):
@@ -237,12 +275,15 @@ def _chooser(sampling, never, device):
         """logits (V,) -> id; RuntimeError if they are not finite."""
         logits = logits.float().index_fill(0, never, float("-inf"))
         best, token = logits.max(-1)
-        if not best.isfinite():  # the maximum of anything with a NaN is NaN
+        finite = best.isfinite()  # the maximum of anything with a NaN is NaN
+        if sampling.temperature > 0:
+            weights = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+            weights = torch.where(finite, weights, 1.0)  # drawing from NaN would take the device down
+            token = torch.multinomial(weights, 1, generator=generator)
+        token = torch.where(finite, token, -1).item()  # the one thing that is read from the device
+        if token < 0:
             raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
-        if sampling.temperature == 0:
-            return token.item()
-        weights = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-        return torch.multinomial(weights, 1, generator=generator).item()
+        return token
 
     return choose
 

@@ -69,10 +69,9 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2)), q, k, v
 
     def decode(self, x, rope, cache, layer):
-        """x (B, C), one token per sequence -> y (B, C); its k and v are appended to the cache first."""
+        """x (B, C), one token per sequence -> y (B, C); its k and v are appended to the cache."""
         q, k, v = self.project(x, rope)  # (B, H, D)
-        cache.append(layer, k, v)
-        return self.o_proj(cache.attend(layer, q).flatten(1))
+        return self.o_proj(cache.append_attend(layer, q, k, v).flatten(1))
 
     def extend(self, x, rope, cache, layer, past):
         """x (B, T, C), T tokens per sequence behind `past` (S,) cached ones -> y (B, T, C); k and v are appended."""

@@ -13,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import sentencepiece
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels: they run on the CPU, slowly
 from safetensors.torch import save_file
 
 from model.config import InputError, parse_config
@@ -112,6 +115,18 @@ def tokenizer_folder(tiny_tokenizer_dir, tmp_path):
         return folder
 
     return build
+
+
+# ---------------------------------------------------------------- backends
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """The backend under test, and around the test the device on which it is tested: Triton on CUDA if there is one."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton has no wheel for this system")
+    with torch.device("cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"):
+        yield request.param
 
 
 # ---------------------------------------------------------------- checkpoints

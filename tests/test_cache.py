@@ -23,9 +23,9 @@ from tests.paths import DEMO, DEMO_PICTURE
 LAYERS = 3  # of small_llama
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load(DEMO, "fp32")
+@pytest.fixture
+def demo(backend):
+    return load(DEMO, "fp32", torch.get_default_device())
 
 
 def random_keep(rng, kv_heads, tokens):
@@ -61,9 +61,9 @@ def poison(cache):
             arena[~taken] = float("nan")
 
 
-def prefilled(model, x, keep, slack):
+def prefilled(model, x, keep, slack, backend):
     """A cache of one sequence after its prompt x (P, C)."""
-    cache = RaggedCache(LAYERS, slack)
+    cache = RaggedCache(LAYERS, slack, backend)
     hidden = model.prefill(x[None], cache, choose=lambda layer, q, k: keep[layer])
     poison(cache)
     return cache, hidden[0]
@@ -76,12 +76,12 @@ def check(model, x, keep, got):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1), (16, 2)])
 @pytest.mark.parametrize("slack", [1, 2, 30])
-def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, slack):
+def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, slack, backend):
     """slack 1 and 2 move the cache to larger arenas in the middle."""
     model, rng = small_llama(heads, kv_heads), random.Random(heads + slack)
     for prompt in (1, 9):
         x, keep = torch.randn(prompt + 7, 32), random_keep(rng, kv_heads, prompt)
-        cache, hidden = prefilled(model, x[:prompt], keep, slack)
+        cache, hidden = prefilled(model, x[:prompt], keep, slack, backend)
         states = [hidden]
         for t in range(prompt, len(x)):
             states.append(model.decode(x[None, t], cache))
@@ -91,22 +91,22 @@ def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, 
         assert cache.kv_len.tolist() == (keep.sum(2) + 7).tolist()
 
 
-def test_the_position_is_not_the_length():
+def test_the_position_is_not_the_length(backend):
     """The middle of the prompt is dropped everywhere: what follows keeps its place."""
     model, x = small_llama(), torch.randn(24, 32)
     keep = torch.ones(LAYERS, 2, 20, dtype=torch.bool)
     keep[:, :, 3:17] = False
-    cache, hidden = prefilled(model, x[:20], keep, 8)
+    cache, hidden = prefilled(model, x[:20], keep, 8, backend)
     assert cache.kv_len.unique().tolist() == [6] and cache.pos.tolist() == [20]
     check(model, x, keep, torch.cat((hidden, *(model.decode(x[None, t], cache) for t in range(20, 24)))))
 
 
-def test_sequences_of_different_lengths_share_the_arenas():
+def test_sequences_of_different_lengths_share_the_arenas(backend):
     model, rng = small_llama(), random.Random(1)
     prompts = [5, 1, 12]
     xs = [torch.randn(p + 9, 32) for p in prompts]
     keeps = [random_keep(rng, 2, p) for p in prompts]
-    pairs = [prefilled(model, x[:p], k, 3) for x, p, k in zip(xs, prompts, keeps, strict=True)]
+    pairs = [prefilled(model, x[:p], k, 3, backend) for x, p, k in zip(xs, prompts, keeps, strict=True)]
     alone, states = [c for c, _ in pairs], [[hidden] for _, hidden in pairs]
     reserved = sum(c.nbytes_reserved for c in alone)
     cache = RaggedCache.join(alone)
@@ -127,10 +127,10 @@ def test_sequences_of_different_lengths_share_the_arenas():
         check(model, x[: len(got)], keep, got)
 
 
-def test_a_finished_sequence_never_writes_into_its_neighbour():
+def test_a_finished_sequence_never_writes_into_its_neighbour(backend):
     """Its segments are full when it ends, so the slot behind them belongs to the next."""
     model, x = small_llama(), torch.randn(2, 12, 32)
-    cache = RaggedCache(LAYERS, slack=4)
+    cache = RaggedCache(LAYERS, slack=4, backend=backend)
     model.prefill(x[:, :6], cache)
     for t in range(6, 9):
         model.decode(x[:, t], cache)
@@ -146,9 +146,9 @@ def test_a_finished_sequence_never_writes_into_its_neighbour():
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("slack", [1, 40])
-def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack):
+def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack, backend):
     model, x = small_llama(kv_heads=kv_heads), torch.randn(2, 21, 32)
-    cache = RaggedCache(LAYERS, slack)
+    cache = RaggedCache(LAYERS, slack, backend=backend)
     states = [model.prefill(x[:, :8], cache), model.decode(x[:, 8], cache)[:, None]]
     states += [model.extend(x[:, 9:15], cache), model.extend(x[:, 15:16], cache)]
     states += [model.decode(x[:, t], cache)[:, None] for t in range(16, 21)]
@@ -158,9 +158,9 @@ def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack):
     assert cache.pos.tolist() == [21, 21] and cache.kv_len.unique().tolist() == [21]
 
 
-def test_a_new_turn_of_one_sequence_while_another_is_finished():
+def test_a_new_turn_of_one_sequence_while_another_is_finished(backend):
     model, x = small_llama(), torch.randn(2, 14, 32)
-    cache = RaggedCache(LAYERS, slack=2)
+    cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)
     cache.finish(0)
     states = [model.prefill(x[:, :6])[1], model.extend(x[:, 6:11], cache)[1], model.decode(x[:, 11], cache)[1:]]
@@ -170,11 +170,11 @@ def test_a_new_turn_of_one_sequence_while_another_is_finished():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_new_turn_sees_what_was_kept_and_itself(dtype):
+def test_a_new_turn_sees_what_was_kept_and_itself(dtype, backend):
     model, rng = small_llama().to(dtype), random.Random(5)
     x, keep = torch.randn(25, 32).to(dtype), random_keep(rng, 2, 12)
     keep[0], keep[1, 0] = False, True  # a layer that kept nothing, a head that kept all
-    cache, hidden = prefilled(model, x[:12], keep, 3)
+    cache, hidden = prefilled(model, x[:12], keep, 3, backend)
     turn = model.extend(x[None, 12:20], cache)[0]
     poison(cache)
     check(model, x, keep, torch.cat((hidden, turn, *(model.decode(x[None, t], cache) for t in range(20, 25)))))
@@ -183,10 +183,10 @@ def test_a_new_turn_sees_what_was_kept_and_itself(dtype):
 @pytest.mark.parametrize(
     ("limit", "stop", "unfed"), [(12, (), 1), (200, (), 0), (200, (" objects",), 1)], ids=["length", "stop id", "text"]
 )
-def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, limit, stop, unfed):
+def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, stop, unfed):
     """However the answer ended; with a second picture in the second turn."""
     sampling = Sampling(max_new_tokens=limit, stop=stop)
-    first = Generation(demo, "Describe the picture.", [DEMO_PICTURE], sampling)
+    first = Generation(demo, "Describe the picture.", [DEMO_PICTURE], sampling, backend=backend)
     "".join(first)
     assert first.finish_reason == ("length" if limit == 12 else "stop") and len(first.unfed) == unfed
     image = demo.config.image_token_index
@@ -205,9 +205,9 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, limit, stop, unf
 
 
 @pytest.mark.parametrize("slack", [2, 40])
-def test_a_step_that_is_broken_off_leaves_the_cache_as_it_was(slack, monkeypatch):
+def test_a_step_that_is_broken_off_leaves_the_cache_as_it_was(backend, slack, monkeypatch):
     model, x = small_llama(), torch.randn(2, 16, 32)
-    cache = RaggedCache(LAYERS, slack)
+    cache = RaggedCache(LAYERS, slack, backend=backend)
     states = [model.prefill(x[:, :8], cache)]
     last = model.model.layers[-1]
     for step in (lambda: model.decode(x[:, 8], cache), lambda: model.extend(x[:, 8:13], cache)):
@@ -233,9 +233,9 @@ def broken_off(method, layer):
     return run
 
 
-def test_when_all_are_finished_nothing_grows():
+def test_when_all_are_finished_nothing_grows(backend):
     model, x = small_llama(), torch.randn(2, 8, 32)
-    cache = RaggedCache(LAYERS, slack=1)
+    cache = RaggedCache(LAYERS, slack=1, backend=backend)
     model.prefill(x, cache)
     cache.finish(0)
     for t in range(5):  # repacked: only the live sequence gets free slots
@@ -266,17 +266,20 @@ def live_bytes(apart=()):
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":  # isinstance would ask odd objects
+        if (
+            issubclass(type(thing), torch.Tensor) and thing.device.type == torch.get_default_device().type
+        ):  # isinstance would ask odd objects
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(n for pointer, n in storages.items() if pointer not in apart), set(storages)
 
 
 @pytest.mark.parametrize("settings", [("random:pooled=true", 0.3), ("random", 0.3), ("random", 1.0)])
-def test_after_prefill_nothing_lives_but_the_kept_rows(demo, settings):
+def test_after_prefill_nothing_lives_but_the_kept_rows(demo, backend, settings):
     spec, retention = settings
     method = make_method(spec, retention)
-    generation = Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=64), prune=method)
+    asked = demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=64)
+    generation = Generation(*asked, prune=method, backend=backend)
     _, before = live_bytes()
     text = iter(generation)
     next(text)  # the prefill is over
@@ -290,18 +293,18 @@ def test_after_prefill_nothing_lives_but_the_kept_rows(demo, settings):
     assert cache.nbytes_held == generation.bytes_held + (len(generation.token_ids) - 1) * 6 * 4 * row
 
 
-def test_prefill_never_holds_two_dense_layers():
+def test_prefill_never_holds_two_dense_layers(backend):
     """At the same point of every layer the same bytes live, the packed layers apart; the first one's input is x."""
     model, x = small_llama(), torch.randn(1, 400, 32)
     keep = torch.rand(LAYERS, 2, 400) < 0.3
-    cache, seen = RaggedCache(LAYERS, 4), []
+    cache, seen = RaggedCache(LAYERS, 4, backend=backend), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda *_: seen.append(live_bytes()[0] - cache.nbytes_reserved))
     model.prefill(x, cache, choose=lambda layer, q, k: keep[layer])
     assert len(seen) == LAYERS and max(seen) - seen[0] <= x.nbytes + 2000
 
 
-def test_dense_k_and_v_die_when_their_layer_is_packed():
+def test_dense_k_and_v_die_when_their_layer_is_packed(backend):
     model, x, old = small_llama(), torch.randn(1, 9, 32), []
 
     def choose(layer, q, k):
@@ -309,13 +312,13 @@ def test_dense_k_and_v_die_when_their_layer_is_packed():
         assert not any(reference() is not None for reference in old)
         old.append(weakref.ref(k))
 
-    cache = RaggedCache(LAYERS)
+    cache = RaggedCache(LAYERS, backend=backend)
     model.prefill(x, cache, choose=choose)
     assert len(old) == LAYERS and cache.kv_len.unique().tolist() == [9]
 
 
-def test_repacking_frees_the_old_arenas():
-    model, cache = small_llama(), RaggedCache(LAYERS, slack=5)
+def test_repacking_frees_the_old_arenas(backend):
+    model, cache = small_llama(), RaggedCache(LAYERS, slack=5, backend=backend)
     model.prefill(torch.randn(1, 7, 32), cache)
     assert cache.nbytes_held == LAYERS * 2 * 2 * 7 * 8 * 4  # layers, K and V, KV heads, tokens, D, bytes
     assert cache.nbytes_reserved == LAYERS * 2 * 2 * (7 + 5) * 8 * 4

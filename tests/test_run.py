@@ -215,14 +215,15 @@ def test_ctrl_c_keeps_what_was_written():
 def test_ctrl_c_in_an_answer_still_reports(capsys, monkeypatch):
     import model.generate
 
-    decode = model.generate.Generation._decode
+    step, calls = model.generate.DecodeStep.__call__, []
 
     def interrupted(self, token):
-        if len(self.token_ids) == 5:
+        calls.append(token)
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        return decode(self, token)
+        return step(self, token)
 
-    monkeypatch.setattr(model.generate.Generation, "_decode", interrupted)
+    monkeypatch.setattr(model.generate.DecodeStep, "__call__", interrupted)
     code, out, err = inside(capsys, *ASK, "--json")
     r = json.loads(out)
     assert code == 130 and r["finish_reason"] == "interrupted" and r["new_tokens"] == 5 and "interrupted" in err

@@ -51,7 +51,7 @@ def report(generation, model, seed, load_seconds, device):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": str(device),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "backend": "torch",
+        "backend": generation.way,
     }
 
 
