@@ -181,14 +181,17 @@ def test_a_new_turn_sees_what_was_kept_and_itself(dtype, backend):
 
 
 @pytest.mark.parametrize(
-    ("limit", "stop", "unfed"), [(12, (), 1), (200, (), 0), (200, (" objects",), 1)], ids=["length", "stop id", "text"]
+    ("backend", "limit", "stop", "unfed"),
+    [("torch", 12, (), 1), ("torch", 200, (), 0), ("torch", 200, (" objects",), 1), ("triton", 3, (), 1)],
+    ids=["length", "stop id", "text", "triton"],
+    indirect=["backend"],
 )
 def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, stop, unfed):
     """However the answer ended; with a second picture in the second turn."""
     sampling = Sampling(max_new_tokens=limit, stop=stop)
     first = Generation(demo, "Describe the picture.", [DEMO_PICTURE], sampling, backend=backend)
     "".join(first)
-    assert first.finish_reason == ("length" if limit == 12 else "stop") and len(first.unfed) == unfed
+    assert first.finish_reason == ("length" if limit < 200 else "stop") and len(first.unfed) == unfed
     image = demo.config.image_token_index
     second = [*first.unfed, *demo.tokenizer.encode("</s>USER: ")[1:], image]
     second += demo.tokenizer.encode("How many objects are there? ASSISTANT:")[1:]

@@ -15,12 +15,11 @@ from model.pruning.budget import best, budget
 from tests.paths import DEMO, DEMO_PICTURE
 
 LAYOUT = Layout(num_layers=3, q_heads=4, kv_heads=2, tokens=60, spans=[(5, 30), (33, 58)], device=torch.device("cpu"))
-KEEP_ALL = torch.ones(4, 269, dtype=torch.bool)  # KV heads and tokens of the demo's prompt
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def demo():
-    return load(DEMO, "fp32")
+    return load(DEMO, "fp32", torch.get_default_device())
 
 
 # ---------------------------------------------------------------- choosing
@@ -163,11 +162,16 @@ def test_a_method_of_ones_own_sees_scores_and_decides(demo, own):
 
 
 @torch.inference_mode()
-def test_scores_are_the_attention_of_the_last_rows(demo):
+def test_scores_are_the_attention_of_the_last_rows(demo, backend):
     """What a method is given, against the softmax of the queries and keys of a second prefill."""
     seen, wanted = [], []
-    method = Method("look", lambda layer, scores, layout, window: seen.append(scores) or KEEP_ALL, {"window": 3})
-    generation = Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=1), prune=method)
+    method = Method(
+        "look",
+        lambda layer, scores, layout, window: seen.append(scores) or torch.ones(4, 269, dtype=torch.bool),
+        {"window": 3},
+    )
+    asked = demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=1)
+    generation = Generation(*asked, prune=method, backend=backend)
     "".join(generation)
 
     def look(layer, q, k):
@@ -227,21 +231,24 @@ def masked_ids(folder, generation, keeps, count):
 
 @pytest.mark.parametrize("spec", ["random:retention=0.1", "random:retention=0.02,pooled=true", "random:keep_tokens=1"])
 @pytest.mark.parametrize("pictures", [1, 2])
-def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp_path, spec, pictures):
+def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp_path, backend, spec, pictures):
     text = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
     make_hf_checkpoint(tmp_path, text, vision={"image_size": 84})
-    checkpoint, method = dataclasses.replace(load(tmp_path, "fp32"), stop_ids=()), make_method(spec)
+    checkpoint = dataclasses.replace(load(tmp_path, "fp32", torch.get_default_device()), stop_ids=())
+    method = make_method(spec)
     sampling = Sampling(max_new_tokens=24)
-    generation = Generation(checkpoint, "what is left?", [DEMO_PICTURE] * pictures, sampling, prune=method)
+    asked = checkpoint, "what is left?", [DEMO_PICTURE] * pictures, sampling
+    generation = Generation(*asked, prune=method, backend=backend)
     "".join(generation)
-    layout = Layout(4, 8, 4, generation.prompt_tokens, generation.spans, torch.device("cpu"))
+    layout = Layout(4, 8, 4, generation.prompt_tokens, generation.spans, torch.get_default_device())
     keeps = [method.choose(layer, None, layout) for layer in range(4)]
     text_tokens = generation.prompt_tokens - generation.vision_tokens
     assert generation.kept == [k.sum().item() / 4 - text_tokens for k in keeps]
-    unpruned = Generation(checkpoint, "what is left?", [DEMO_PICTURE] * pictures, sampling)
+    unpruned = Generation(*asked)
     "".join(unpruned)
     assert generation.token_ids != unpruned.token_ids  # else this test could not fail
-    assert generation.token_ids == masked_ids(tmp_path, generation, keeps, 24)
+    with torch.device("cpu"):
+        assert generation.token_ids == masked_ids(tmp_path, generation, [keep.cpu() for keep in keeps], 24)
 
 
 def test_settings_are_valid_json(demo):

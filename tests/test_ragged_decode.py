@@ -1,12 +1,22 @@
 """ragged_decode and merge_states: against dense attention with a mask in float64, with NaN wherever nothing is kept."""
 
 import random
+import sys
 
 import pytest
 import torch
 
 import kernels.ragged_decode_torch as torch_way
-from kernels import decode_plan, merge_states, merge_states_ref, ragged_decode, ragged_decode_ref
+from kernels import (
+    decode_plan,
+    merge_states,
+    merge_states_ref,
+    ragged_decode,
+    ragged_decode_append,
+    ragged_decode_append_ref,
+    ragged_decode_ref,
+)
+from kernels.backend import choose_backend
 from tests.oracle import assert_as_exact, masked_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -18,13 +28,14 @@ def arena(k, v, keep, caps, order=None, offset=0):
     order: in which the segments lie in the arena; offset: slots before the first.
     """
     segments, _, d = k.shape
-    k_arena, v_arena = (torch.full((offset + sum(caps), d), float("nan"), dtype=k.dtype) for _ in range(2))
+    shape = offset + sum(caps), d
+    k_arena, v_arena = (torch.full(shape, float("nan"), dtype=k.dtype, device=k.device) for _ in range(2))
     start, length, at = [0] * segments, keep.sum(1).tolist(), offset
     for s in order or range(segments):
         start[s] = at
         k_arena[at : at + length[s]], v_arena[at : at + length[s]] = k[s, keep[s]], v[s, keep[s]]
         at += caps[s]
-    return k_arena, v_arena, *(torch.tensor(x, dtype=torch.int32) for x in (start, length, caps))
+    return k_arena, v_arena, *(torch.tensor(x, dtype=torch.int32, device=k.device) for x in (start, length, caps))
 
 
 def case(seed, dtype):
@@ -83,7 +94,35 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
             assert_as_exact(got, plain, exact, dtype, f"{name}, seed {seed}")
         for got in (lse, reference[1]):
             assert got.dtype == torch.promote_types(dtype, torch.float32)
-            assert_as_exact(got, plain_lse, exact_lse, got.dtype, f"lse, seed {seed}")
+            assert_as_exact(got, plain_lse, exact_lse, got.dtype, f"lse, seed {seed}", floor=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend, dtype):
+    """A third of the segments are full. Against the reference, which is dense attention one token longer."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton's kernels compute in fp32; float64 is refused")
+    for seed in range(40 if backend == "torch" else 12):
+        q, k, v, keep, k_arena, v_arena, start, length, cap = (on_device(t) for t in case(seed, dtype))
+        q = q if q.ndim == 3 else q[:, 0].contiguous()
+        cap = torch.where(torch.arange(len(cap)) % 3 == seed % 3, length, cap)
+        k_new, v_new = (torch.randn(len(q), len(start) // len(q), q.shape[2]).to(dtype) for _ in range(2))
+        exact_q, *exact_new = (t.double() for t in (q, k_new, v_new))
+        tail, options = (start, length, cap), {"scale": [None, 0.3][seed % 2], "return_lse": True}
+        exact = ragged_decode_append_ref(exact_q, *exact_new, k_arena.double(), v_arena.double(), *tail, **options)
+        wanted, ours = ((k_arena.clone(), v_arena.clone()) for _ in range(2))
+        plain = ragged_decode_append_ref(q, k_new, v_new, *wanted, *tail, **options)
+        plan = decode_plan(start, cap, split=32) if seed % 4 else None
+        got = ragged_decode_append(q, k_new, v_new, *ours, *tail, **options, plan=plan, backend=backend)
+        assert_as_exact(got[0], plain[0], exact[0], dtype, f"seed {seed}")
+        assert_as_exact(got[1], plain[1], exact[1], got[1].dtype, f"lse, seed {seed}", floor=1.0)
+        for a, b in zip(wanted, ours, strict=True):
+            assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)), f"seed {seed}: not what should be stored"
+
+
+def on_device(thing):
+    """A tensor on the device of the test, the `backend` fixture's."""
+    return thing.to(torch.get_default_device()) if isinstance(thing, torch.Tensor) else thing
 
 
 def test_equal_lengths_are_read_where_they_lie(monkeypatch):
@@ -169,7 +208,7 @@ BAD = {
     "no sequences": ({"q": torch.zeros(0, 4, 8)}, "(0, 4, 8)"),
     "no rows": ({"q": torch.zeros(2, 0, 4, 8)}, "(2, 0, 4, 8)"),
     "an unknown backend": ({"backend": "cuda"}, "'cuda'"),
-    "triton without CUDA": ({"backend": "triton"}, "cpu"),
+    "float64 in Triton": ({n: GOOD[n].double() for n in "qkv"} | {"backend": "triton"}, "float64"),
 }
 
 
@@ -180,6 +219,19 @@ def test_bad_calls_are_refused_with_the_value(name):
         ragged_decode(**GOOD | change)
     message = str(refused.value)
     assert word in message and ";" in message and "\n" not in message
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="cpu; it needs CUDA or TRITON_INTERPRET=1"):
+        ragged_decode(**GOOD, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="CPU tensors"):
+        choose_backend("triton", torch.device("cuda"), torch.float32)
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="not installed"):
+        ragged_decode(**GOOD, backend="triton")
+    assert choose_backend("auto", torch.device("cuda"), torch.float32) == "torch"
 
 
 @pytest.mark.parametrize(

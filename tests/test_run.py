@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 import run
@@ -315,7 +316,6 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--prune", "random", "--set", "seed"], "KEY=VALUE"),
         (["--prune", "random", "--set", "@/nowhere.json"], "/nowhere.json"),
         (["--prune", "/nowhere.py::f"], "/nowhere.py"),
-        (["--backend", "triton"], "triton"),
         (["--backend", "cuda"], "--backend"),
         (["--template", "chatml"], "--template"),
         (["--image-mode", "anyres"], "--image-mode"),
@@ -350,6 +350,22 @@ def test_templates_are_those_of_the_tokenizer():
     from model.tokenizer import TEMPLATES
 
     assert ("auto", *TEMPLATES) == run.TEMPLATES
+
+
+def test_triton_is_refused_without_cuda_before_anything_is_loaded(refused, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused(*ASK, "--backend", "triton", "--device", "cpu", "--model", "/nowhere", naming="--backend 'triton'")
+
+
+def test_triton_answers_like_torch(backend, capsys, monkeypatch):
+    """In the interpreter on a CPU; what was used is reported."""
+    device = torch.get_default_device().type
+    code, out, err = inside(
+        capsys, *ASK, "--backend", backend, "--device", device, "--max-new-tokens", "4", "--prune", "random", "--json"
+    )
+    r = json.loads(out)
+    assert code == 0 and r["backend"] == backend and f"backend {backend}" in err
+    assert r["text"] == "The picture shows"
 
 
 def test_without_torch_it_says_what_to_do():

@@ -1,5 +1,7 @@
 """window_scores: against the softmax of the whole score matrix in float64."""
 
+import functools
+import importlib
 import random
 
 import pytest
@@ -12,7 +14,7 @@ def exact_scores(q, k, positions, scale, group):
     """The full (Hq, W, T) matrix in float64, masked, softmaxed and averaged."""
     size = q.shape[0] // k.shape[0]
     scores = scale * q.double() @ k.double().repeat_interleave(size, 0).transpose(1, 2)
-    hidden = torch.arange(k.shape[1]) > torch.tensor(positions)[:, None]
+    hidden = torch.arange(k.shape[1], device=k.device) > torch.tensor(positions, device=k.device)[:, None]
     scores = scores.masked_fill(hidden, float("-inf")).softmax(-1).mean(1)
     grouped = scores.view(k.shape[0], size, -1)
     return {"none": scores, "mean": grouped.mean(1), "max": grouped.amax(1)}[group]
@@ -20,24 +22,32 @@ def exact_scores(q, k, positions, scale, group):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("group", ["none", "mean", "max"])
-def test_scores_are_the_mean_attention_of_the_rows(dtype, group):
-    rng = random.Random(0)
-    for seed in range(30):
+def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkeypatch):
+    if backend == "triton":
+        if dtype == torch.float64:
+            pytest.skip("Triton's kernels compute in fp32; float64 is refused, see below")
+        monkeypatch.setattr(importlib.import_module("kernels.window_scores_triton"), "PART", 64)
+    ours = functools.partial(window_scores, backend=backend)
+    rng, device = random.Random(0), torch.get_default_device()
+    for seed in range(30 if backend == "torch" else 8):
         generator = torch.Generator().manual_seed(seed)
         hkv, size, t, d = (
             rng.choice([1, 2, 4]),
             rng.choice([1, 2, 3, 8]),
-            rng.choice([1, 5, 33]),
+            rng.choice([1, 5, 33, 150]),
             rng.choice([8, 20, 64]),
         )
         w = rng.randint(1, min(t, 6))
         # rows as they come from a prefill: a slice with gaps between the heads
-        q = torch.randn(hkv * size, t, d, generator=generator).to(dtype)[:, t - w :]
-        k = torch.randn(t, hkv, d, generator=generator).to(dtype).transpose(0, 1)
+        q, k = (
+            torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+            for shape in ((hkv * size, t, d), (t, hkv, d))
+        )
+        q, k = q[:, t - w :], k.transpose(0, 1)
         positions = sorted(rng.sample(range(t), w)) if seed % 2 else list(range(t - w, t))
         q_pos, scale = torch.tensor(positions) if seed % 2 else None, [None, 0.2][seed % 3 == 0]
         exact = exact_scores(q, k, positions, d**-0.5 if scale is None else scale, group)
-        for op in (window_scores, window_scores_ref):
+        for op in (ours, window_scores_ref):
             got = op(q, k, q_pos=q_pos, scale=scale, group=group)
             assert got.dtype == torch.promote_types(dtype, torch.float32) and got.shape == exact.shape
             torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-7)
@@ -45,12 +55,13 @@ def test_scores_are_the_mean_attention_of_the_rows(dtype, group):
                 torch.testing.assert_close(got.sum(-1), torch.ones(len(got), dtype=got.dtype))
 
 
-def test_a_row_never_sees_what_comes_after_it():
+def test_a_row_never_sees_what_comes_after_it(backend):
     q, k = torch.randn(4, 2, 8), torch.randn(2, 9, 8)
     k[:, 5:] = float("nan")
-    scores = window_scores(q, k[:, :5], q_pos=torch.tensor([1, 4]))
-    assert scores.shape == (2, 5)
-    assert (window_scores(q, torch.randn(2, 9, 8), q_pos=torch.tensor([1, 4]))[:, 5:] == 0).all()
+    scores = window_scores(q, k[:, :5], q_pos=torch.tensor([1, 4]), backend=backend)
+    assert scores.shape == (2, 5) and scores.isfinite().all()
+    late = window_scores(q, torch.randn(2, 9, 8), q_pos=torch.tensor([1, 4]), backend=backend)
+    assert (late[:, 5:] == 0).all()
 
 
 BAD = {
@@ -63,7 +74,11 @@ BAD = {
     "device": ({"k": torch.zeros(2, 9, 8, device="meta")}, "meta"),
     "rows with gaps": ({"k": torch.zeros(2, 8, 9).transpose(1, 2)}, "non-contiguous"),
     "group": ({"group": "sum"}, "'sum'"),
-    "backend": ({"backend": "triton"}, "triton"),
+    "backend": ({"backend": "cuda"}, "'cuda'"),
+    "float64 in Triton": (
+        {"backend": "triton", "q": torch.zeros(4, 2, 8).double(), "k": torch.zeros(2, 9, 8).double()},
+        "float64",
+    ),
     "one position": ({"q_pos": torch.tensor([3])}, "(1,)"),
     "negative position": ({"q_pos": torch.tensor([-1, 3])}, "-1"),
     "fractional position": ({"q_pos": torch.tensor([1.0, 3.0])}, "float32"),

@@ -1,0 +1,283 @@
+"""Triton's ragged_decode where splits, tiles and tickets matter. On a CPU in the interpreter, else on the GPU.
+
+What other files ask of every backend is asked of Triton there. Here: lengths around the borders of tiles and splits,
+all head dims, NaN in whatever no result may depend on, results that are equal to the bit.
+"""
+
+import mmap
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheel for this system")
+
+from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_decode_append_ref, ragged_decode_ref
+from kernels import ragged_decode_triton as triton_way
+from tests.oracle import assert_as_exact
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+ONLY_CUDA = pytest.mark.skipif(not CUDA, reason="needs a CUDA device: no interpreter has threads or graphs")
+NAN = float("nan")
+
+
+def problem(lengths, hkv, group, d, dtype=torch.float32, rows=None, slack=3, seed=0, split=32):
+    """(q, k, v, kv_start, kv_len, kv_cap, plan) on the device: NaN in every free slot and in the room for parts."""
+    generator = torch.Generator().manual_seed(seed)
+    length = torch.tensor(lengths, dtype=torch.int32)
+    cap = length + slack
+    start = cap.cumsum(0, dtype=torch.int32) - cap
+    k, v = (torch.randn(int(cap.sum()), d, generator=generator) for _ in range(2))
+    for s, n in zip(start.tolist(), lengths, strict=True):
+        k[s + n : s + n + slack] = v[s + n : s + n + slack] = NAN
+    b = len(lengths) // hkv
+    q = torch.randn(b, *([] if rows is None else [rows]), hkv * group, d, generator=generator)
+    q, k, v = (t.to(DEVICE, dtype) for t in (q, k, v))
+    start, length, cap = (t.to(DEVICE) for t in (start, length, cap))
+    plan = decode_plan(start, cap, split=split)
+    spoil(plan, (rows or 1) * group, d)
+    return q, k, v, start, length, cap, plan
+
+
+def spoil(plan, rows, d):
+    for room in plan.scratch(rows, d):
+        room.fill_(NAN)
+
+
+def check(got, reference, q, k, v, *integers):
+    """(out, lse) against the reference in float64, allowing twice the error of the reference in this dtype."""
+    exact = reference(q.double(), k.double(), v.double(), *integers, return_lse=True)
+    plain = reference(q, k, v, *integers, return_lse=True)
+    assert_as_exact(got[0], plain[0], exact[0], q.dtype)
+    assert_as_exact(got[1], plain[1], exact[1], torch.float32, floor=1.0)
+
+
+@pytest.fixture(autouse=True)
+def outputs_begin_as_nan(monkeypatch):
+    """So that a row which nobody writes shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(NAN))
+    monkeypatch.setattr(torch, "empty_like", lambda like: empty_like(like).fill_(NAN))
+
+
+# ---------------------------------------------------------------- right
+
+
+BN = triton_way.tiles(1, 128, 4)["BN"]  # 16 slots: the smallest tile, so the borders are near
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lengths_at_the_borders_of_tiles_and_splits(seed):
+    rng, split = random.Random(seed), 2 * BN
+    borders = [0, 1, BN - 1, BN, BN + 1, split - 1, split, split + 1, rng.randint(2, 4 * split)]
+    lengths = rng.sample(borders, 5) + [rng.choice([7 * split + 5, 0])]  # one giant, or none
+    rng.shuffle(lengths)
+    group = [1, 4, 2][seed % 3]
+    q, k, v, start, length, cap, plan = problem(lengths, [1, 2, 3][seed % 3], group, 128, split=split, seed=seed)
+    got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
+    check(got, ragged_decode_ref, q, k, v, start, length)
+    assert len(plan.work) == sum(max(1, -(-c // split)) for c in cap.tolist())
+
+
+DIMS = [32, 64, 72, 80, 96, 128, 256]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", DIMS)
+def test_head_dims_and_groups(d, dtype):
+    """Each dim with three of the groups 1 .. 16; the last time with rows that need several tiles."""
+    for i, group in enumerate([1 + DIMS.index(d), 8 + DIMS.index(d), 16]):
+        rows = [None, 2, 5][i]
+        q, k, v, start, length, _, plan = problem([70, 0, 33, 5], 2, group, d, dtype, rows, seed=i, split=48)
+        got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
+        check(got, ragged_decode_ref, q, k, v, start, length)
+
+
+def test_a_long_turn_has_many_tiles_of_rows():
+    q, k, v, start, length, _, plan = problem([40, 0, 75, 20], 2, 3, 64, rows=30, split=32)
+    assert triton_way.tiles(90, 64, 4)["M"] < 90
+    got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
+    check(got, ragged_decode_ref, q, k, v, start, length)
+
+
+def test_splits_depend_on_the_segment_alone():
+    start = torch.tensor([0, 5000, 5100, 5100], dtype=torch.int32)
+    cap = torch.tensor([5000, 100, 0, 60000], dtype=torch.int32)
+    work = decode_plan(start, cap).work
+    for s, size, count in ((0, 192, 27), (1, 128, 1), (2, 128, 1), (3, 1024, 59)):
+        rows = work[work[:, 0] == s]
+        assert rows[:, 1].tolist() == list(range(count)) and (rows[:, 3] == size).all()
+        assert (rows[:, 2] == (work[:, 0] == s).nonzero()[0]).all()
+
+
+def test_an_arena_of_more_than_two_to_the_31_elements():
+    """Rows behind element 2^31 are read and written where they are, not 2^32 elements before that."""
+    d, rows = 64, 2**31 // 64  # the arenas begin in the middle of the memory: a wrapped offset stays inside
+    k, v = (untouched(2 * rows * d + 1000 * d)[rows * d :].view(-1, d) for _ in range(2))
+    q, near, far, _, length, cap, _ = problem([50, 70], 2, 4, d, torch.float16)
+    start = torch.tensor([0, rows + 100], dtype=torch.int32, device=DEVICE)
+    for s, at in enumerate(start.tolist()):
+        n, source = int(length[s]), int(s * cap[0])
+        k[at : at + n], v[at : at + n] = near[source : source + n], far[source : source + n]
+    plan = decode_plan(start, cap, split=32)
+    together = cap.cumsum(0, dtype=torch.int32) - cap
+    check(decoded(q, k, v, start, length, plan), ragged_decode_ref, q, near, far, together, length)
+    got = appended(q, k, v, start, length, cap, plan)
+    assert same(got, appended(q, near, far, together, length, cap, decode_plan(together, cap, split=32)))
+    assert k[rows + 170].any() and v[rows + 170].any()
+
+
+def untouched(elements):
+    """fp16 memory of that size, which is only taken up where it is touched."""
+    if CUDA:
+        return torch.zeros(elements, dtype=torch.float16, device=DEVICE)
+    no_reserve = 0x4000  # Linux; Python names it from 3.13 on
+    memory = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(memory, dtype=torch.float16)
+
+
+# ---------------------------------------------------------------- equal to the bit
+
+
+def decoded(q, k, v, start, length, plan):
+    return ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
+
+
+def appended(q, k, v, start, length, cap, plan, seed=9):
+    """One step of ragged_decode_append with its own new tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(q), len(start) // len(q), q.shape[-1]
+    new = [torch.randn(shape, generator=generator).to(q) for _ in range(2)]
+    options = {"return_lse": True, "plan": plan, "backend": "triton"}
+    return ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_of_the_work_does_not_matter(dtype):
+    """In the interpreter the last item in the list is the last to arrive: every order has another one merge."""
+    q, k, v, start, length, cap, plan = problem([130, 64, 3, 97], 2, 4, 64, dtype, split=32)
+    wanted, wanted_step = decoded(q, k, v, start, length, plan), appended(q, k, v, start, length, cap, plan)
+    for seed in range(4):
+        order = torch.randperm(len(plan.work), generator=torch.Generator().manual_seed(seed))
+        plan.work.copy_(plan.work[order.to(DEVICE)])
+        spoil(plan, 4, 64)
+        assert same(decoded(q, k, v, start, length, plan), wanted)
+        assert same(appended(q, k, v, start, length, cap, plan), wanted_step)
+        assert (plan.tickets == 0).all()
+
+
+def test_the_neighbours_do_not_matter():
+    """One sequence alone, between others, with other lengths around it."""
+    alone = problem([90, 33], 2, 4, 64, split=32)
+    wanted, wanted_step = decoded(*alone[:5], alone[6]), appended(*alone)
+    q, k, v, start, length, cap, _ = alone
+    for others in ([1, 0], [400, 7]):
+        q2, k2, v2, start2, length2, cap2, _ = problem([*others, 90, 33, *others], 2, 4, 64, split=32, seed=5)
+        q2[1] = q[0]
+        for s in (0, 1):
+            for arena, source in ((k2, k), (v2, v)):
+                n, a, b = int(cap[s]), int(start2[2 + s]), int(start[s])
+                arena[a : a + n] = source[b : b + n]
+        plan = decode_plan(start2, cap2, split=32)
+        got = decoded(q2, k2, v2, start2, length2, plan)
+        assert same([t[1] for t in got], [t[0] for t in wanted])
+        # the new token of the middle sequence has to be the same too
+        generator = torch.Generator().manual_seed(9)
+        new = [torch.randn(1, 2, 64, generator=generator).expand(3, 2, 64).to(q) for _ in range(2)]
+        options = {"return_lse": True, "plan": plan, "backend": "triton"}
+        got = ragged_decode_append(q2, *new, k2, v2, start2, length2, cap2, **options)
+        assert same([t[1] for t in got], [t[0] for t in wanted_step])
+
+
+def test_rows_of_a_segment_may_be_shuffled():
+    q, k, v, start, length, _, plan = problem([90, 33], 2, 4, 64, split=32)
+    out, _ = decoded(q, k, v, start, length, plan)
+    for s, n in zip(start.tolist(), length.tolist(), strict=True):
+        order = torch.randperm(n) + s
+        k[s : s + n], v[s : s + n] = k[order.to(DEVICE)], v[order.to(DEVICE)]
+    torch.testing.assert_close(decoded(q, k, v, start, length, plan)[0], out, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- step after step
+
+
+def test_steps_follow_each_other_over_one_plan():
+    """Segments grow over the border of a split, start empty, and run full: tickets and parts are as new each time."""
+    q, k, v, start, length, cap, plan = problem([30, 0, 64, 7], 2, 2, 64, slack=4, split=32)
+    ours, wanted = (k, v), (k.clone(), v.clone())
+    for step in range(6):  # the last two find every segment full
+        generator = torch.Generator().manual_seed(step)
+        q, *new = (torch.randn(2, h, 64, generator=generator).to(DEVICE) for h in (4, 2, 2))
+        exact_arenas = [a.double() for a in wanted]
+        exact = ragged_decode_append_ref(
+            q.double(), *(n.double() for n in new), *exact_arenas, start, length, cap, return_lse=True
+        )
+        plain = ragged_decode_append_ref(q, *new, *wanted, start, length, cap, return_lse=True)
+        spoil(plan, 2, 64)
+        got = ragged_decode_append(q, *new, *ours, start, length, cap, plan=plan, return_lse=True, backend="triton")
+        assert_as_exact(got[0], plain[0], exact[0], torch.float32, f"step {step}")
+        assert_as_exact(got[1], plain[1], exact[1], torch.float32, f"step {step}", floor=1.0)
+        assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(ours, wanted, strict=True))
+        length += (length < cap).int()
+    assert torch.equal(length, cap)
+
+
+def test_with_a_plan_a_step_keeps_nothing_and_asks_nothing(monkeypatch):
+    """No storage is left behind but the result's, and no value is read from a device tensor to decide anything."""
+    q, k, v, start, length, cap, plan = problem([30, 5], 2, 2, 64)
+    appended(q, k, v, start, length, cap, plan)
+    room = dict(plan.room)
+    for name in ("item", "tolist", "__bool__", "nonzero"):
+        if CUDA:
+            monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"a step calls {name}"))
+    appended(q, k, v, start, length, cap, plan)
+    assert plan.room == room
+
+
+# ---------------------------------------------------------------- only on a GPU
+
+
+@ONLY_CUDA
+@pytest.mark.parametrize("group", [1, 4])
+def test_ten_thousand_replays_are_equal(group):
+    """A race in the ticket would sooner or later merge a part that is not there."""
+    q, k, v, start, length, cap, plan = problem([3000, 17, 900, 2048] * 4, 4, group, 128, torch.bfloat16, split=128)
+    wanted = appended(q, k, v, start, length, cap, plan)
+    new = [torch.randn(4, 4, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    options = {"plan": plan, "return_lse": True, "backend": "triton"}
+    wanted = ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(10_000):
+        graph.replay()
+        differing += (got[0] != wanted[0]).any() | (got[1] != wanted[1]).any()
+    assert differing.item() == 0 and (plan.tickets == 0).all()
+
+
+@ONLY_CUDA
+def test_a_growing_series_in_a_graph_equals_eager():
+    q, k, v, start, length, cap, plan = problem([500, 0, 128, 127], 2, 4, 128, torch.bfloat16, slack=300, split=128)
+    new = [torch.zeros(2, 2, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    eager, eager_length = (k.clone(), v.clone()), length.clone()
+    options = {"plan": plan, "return_lse": True, "backend": "triton"}
+    ragged_decode_append(q, *new, k, v, start, length, cap, **options)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+        length += 1
+    for step in range(280):
+        for t in (q, *new):
+            t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(step)))
+        graph.replay()
+        wanted = ragged_decode_append(q, *new, *eager, start, eager_length, cap, **options)
+        eager_length += 1
+        assert same(got, wanted), f"step {step}"
+        if step % 40 == 0:
+            check(got, ragged_decode_ref, q, k, v, start, length)
