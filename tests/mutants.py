@@ -27,6 +27,9 @@ PAD = "test_image.py::test_pad_shows_the_whole_picture_on_the_mean_colour"
 RAGGED = "test_ragged_decode.py::test_it_is_dense_attention_with_the_keep_mask"
 SCORES = "test_window_scores.py::test_scores_are_the_mean_attention_of_the_rows"
 PACK = "test_ragged_pack.py::test_kept_rows_arrive_in_order"
+TRITON = "test_triton.py::test_lengths_at_the_borders_of_tiles_and_splits"
+TICKETS = "test_triton.py::test_steps_follow_each_other_over_one_plan"
+ORDER = "test_triton.py::test_the_order_of_the_work_does_not_matter"
 TURNS = "test_cache.py::test_two_turns_through_the_cache_are_one_long_prompt"
 
 # name: (file, the text that stands there once, what the fault makes of it, the tests that must notice)
@@ -51,8 +54,8 @@ MUTANTS = {
     ),
     "query heads read another KV head": (
         "kernels/ragged_decode.py",
-        "rows, scale = rows.view(1, segments, -1, d),",
-        "rows, scale = rows.view(1, segments, -1, d).roll(1, 1),",
+        "attend(rows.view(1, segments, -1, d),",
+        "attend(rows.view(1, segments, -1, d).roll(1, 1),",
         RAGGED,
     ),
     "length mask off by one": (
@@ -120,6 +123,156 @@ MUTANTS = {
         "max(lengths) > plan.shortest and",
         "max(lengths) > plan.end and",
         "test_ragged_decode.py::test_bad_calls_are_refused_with_the_value",
+    ),
+    "Triton: length mask off by one": (
+        "kernels/ragged_decode_triton.py",
+        "taken = slot < end",
+        "taken = slot <= end",
+        TRITON,
+    ),
+    "Triton: sum not rescaled": (
+        "kernels/ragged_decode_triton.py",
+        "l = l * fade + tl.sum(p, 1)",
+        "l = l + tl.sum(p, 1)",
+        TRITON,
+    ),
+    "Triton: accumulator not rescaled": (
+        "kernels/ragged_decode_triton.py",
+        "acc = acc * fade[:, None] + tl.dot(",
+        "acc = acc + tl.dot(",
+        TRITON,
+    ),
+    "Triton: V not masked": (
+        "kernels/ragged_decode_triton.py",
+        "values = tl.load(v + at, there, 0.0)",
+        "values = tl.load(v + at, (col < D)[None, :], 0.0)",
+        TRITON,
+    ),
+    "Triton: rows of another head": (
+        "kernels/ragged_decode_triton.py",
+        "* heads + segment % heads) * G + r % G",
+        "* heads + (segment + 1) % heads) * G + r % G",
+        TRITON,
+    ),
+    "Triton: a split begins one slot late": (
+        "kernels/ragged_decode_triton.py",
+        "for first in range(begin, end, BN):",
+        "for first in range(begin + 1, end, BN):",
+        TRITON,
+    ),
+    "Triton: merge weights upside down": (
+        "kernels/ragged_decode_triton.py",
+        "weight = tl.exp2(lse - top[None, :])",
+        "weight = tl.exp2(top[None, :] - lse)",
+        TRITON,
+    ),
+    "Triton: merge forgets the last part": (
+        "kernels/ragged_decode_triton.py",
+        "known = (item < live)[:, None]",
+        "known = (item < live - 1)[:, None]",
+        TRITON,
+    ),
+    "Triton: log-sum-exp to base 2": (
+        "kernels/ragged_decode_triton.py",
+        "tl.constexpr(0.6931471805599453)",
+        "tl.constexpr(1.0)",
+        TRITON,
+    ),
+    "Triton: scale without log2(e)": (
+        "kernels/ragged_decode_triton.py",
+        "LOG2_E, LN_2 = 1.4426950408889634,",
+        "LOG2_E, LN_2 = 1.0,",
+        TRITON,
+    ),
+    "Triton: offsets in 32 bits": (
+        "kernels/ragged_decode_triton.py",
+        "at = slot.to(tl.int64)[:, None] * D",
+        "at = slot[:, None] * D",
+        "test_triton.py::test_an_arena_of_more_than_two_to_the_31_elements",
+    ),
+    "Triton: the barrier before the ticket removed": (
+        "kernels/ragged_decode_triton.py",
+        "        tl.debug_barrier()  # one",
+        "        # one",
+        "test_inspect.py",
+    ),
+    "Triton: tickets not taken back": (
+        "kernels/ragged_decode_triton.py",
+        "tl.store(tickets + segment, 0)",
+        "tl.store(tickets + segment, 1)",
+        TICKETS,
+    ),
+    "Triton: one before the last merges": (
+        "kernels/ragged_decode_triton.py",
+        'scope="gpu") == last:',
+        'scope="gpu") == last - 1:',
+        ORDER,
+    ),
+    "Triton: a full segment is written to": (
+        "kernels/ragged_decode_triton.py",
+        "room = mine & (length < cap)",
+        "room = mine & (length <= cap)",
+        "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
+    ),
+    "Triton: the new token is not attended to": (
+        "kernels/ragged_decode_triton.py",
+        'm = tl.where(mine, s, float("-inf"))',
+        'm = tl.where(mine, s - 1e9, float("-inf"))',
+        TICKETS,
+    ),
+    "Triton: every split takes the new token": (
+        "kernels/ragged_decode_triton.py",
+        "mine = split == last",
+        "mine = split <= last",
+        TICKETS,
+    ),
+    "Triton: the cache counts the new token twice": (
+        "model/cache.py",
+        "self.past.copy_(self.kv_len)",
+        "self.past.copy_(self.kv_len + 1)",
+        "test_cache.py::test_the_position_is_not_the_length",
+    ),
+    "plan: splits look at the neighbours": (
+        "kernels/ragged_decode.py",
+        "self.split or split_size(cap) for cap in self.caps",
+        "self.split or split_size(max(self.caps)) for cap in self.caps",
+        "test_triton.py::test_splits_depend_on_the_segment_alone",
+    ),
+    "plan: empty segments have no item": (
+        "kernels/ragged_decode.py",
+        'rounding_mode="floor").clamp(min=1)',
+        'rounding_mode="floor")',
+        TRITON,
+    ),
+    "Triton scores: the future is seen": (
+        "kernels/window_scores_triton.py",
+        "column[None, :] <= position[:, None]",
+        "column[None, :] <= position[:, None] + 1",
+        SCORES,
+    ),
+    "Triton scores: parts overwrite each other": (
+        "kernels/window_scores_triton.py",
+        "* tl.num_programs(1) + part, m +",
+        "* tl.num_programs(1), m +",
+        SCORES,
+    ),
+    "Triton scores: mean over the wrong count": (
+        "kernels/window_scores_triton.py",
+        "total += mass / G",
+        "total += mass",
+        SCORES,
+    ),
+    "Triton pack: one slot late": (
+        "kernels/ragged_pack_triton.py",
+        "tl.load(rank + at, kept, 1) - 1",
+        "tl.load(rank + at, kept, 1)",
+        PACK,
+    ),
+    "Triton pack: dropped rows are copied": (
+        "kernels/ragged_pack_triton.py",
+        "there = kept[:, None] & (col < D)[None, :]",
+        "there = (token < tokens)[:, None] & (col < D)[None, :]",
+        PACK,
     ),
     "a row does not see itself": (
         "kernels/window_scores.py",

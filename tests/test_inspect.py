@@ -1,0 +1,101 @@
+"""tools/inspect_kernels.py: what ships passes its gates on four architectures, and a spoilt kernel does not."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.paths import ROOT
+from tools.inspect_kernels import ARCHS, KERNELS, KNOWN, Variant
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def tool(*arguments, root=ROOT):
+    """The tool of a copy of the repository, in a process that compiles: the tests may run in Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(root / "tools" / "inspect_kernels.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+
+
+def test_what_ships_passes_its_gates_on_every_architecture(tmp_path):
+    done = tool("--json", tmp_path / "facts.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "facts.json").read_text())["rows"]
+    bad = [row for row in rows if row["verdict"] != "ok" and not row["verdict"].startswith("known: ")]
+    assert not bad, bad
+    assert {(row["kernel"], row["arch"]) for row in rows} == {(kernel, arch) for kernel in KERNELS for arch in ARCHS}
+    for kernel, gates, applies in KNOWN:  # what has been repaired is to be taken from the list
+        seen = {gate for row in rows if row["kernel"] == kernel and applies(variant(row)) for gate in row["known"]}
+        assert seen >= gates, f"{kernel} no longer fails {gates - seen}"
+
+
+def variant(row):
+    return Variant(*(row[name] for name in ("kernel", "dtype", "d", "group", "tokens")))
+
+
+WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
+FAULTS = {  # gates that must fail: what is changed
+    ("barrier", "int64"): {
+        "        tl.debug_barrier()": "        pass",
+        WIDE: "at = slot[:, None] * D + col[None, :]",
+    },
+    ("stack", "int64"): {
+        '"BN": max(16, min(64, bn))': '"BN": 256',  # too many registers
+        WIDE: "at = (slot[:, None] * D).to(tl.int64) + col[None, :]",  # wide when it is too late
+    },
+}
+
+
+@pytest.mark.parametrize("gates", FAULTS, ids=" and ".join)
+def test_a_spoilt_kernel_fails_the_gate(gates, tmp_path):
+    for folder in ("kernels", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    path = tmp_path / "kernels" / "ragged_decode_triton.py"
+    text = path.read_text()
+    for sound, spoilt in FAULTS[gates].items():
+        assert text.count(sound) == 1, sound
+        text = text.replace(sound, spoilt)
+    path.write_text(text)
+    done = tool("--arch", "sm_90", "--kernel", "append_kernel", root=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    header, *rows, summary = done.stdout.splitlines()
+    verdicts = [row[header.index("verdict") :].split(", ") for row in rows]
+    assert any(set(gates) <= set(verdict) for verdict in verdicts), done.stdout
+    assert all("int64" in verdict for verdict in verdicts) and "failed a gate" in summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "naming"),
+    [
+        (["--arch", "sm_1"], "sm_1"),
+        (["--kernel", "split_kernel", "attend"], "attend"),
+        (["--json", "no/such/folder/facts.json"], "no/such/folder"),
+        (["--processes", "0"], "0 processes"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, naming):
+    refused(tool(*arguments), naming)
+
+
+def test_it_says_when_triton_is_missing():
+    code = "import sys; sys.modules['triton'] = None\nfrom tools import inspect_kernels\nsys.exit(inspect_kernels.main([]))"
+    refused(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT), "triton")
+
+
+def test_a_kernel_that_it_does_not_know_is_noticed(tmp_path):
+    for folder in ("kernels", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "kernels" / "new_triton.py").write_text("def new_kernel(x):\n    pass\n")
+    refused(tool(root=tmp_path), "new_kernel")
+
+
+def refused(done, naming):
+    """Exit 2, one line on stderr that says what and what to do, nothing on stdout."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "; " in line and naming in line, line
