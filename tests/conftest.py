@@ -1,5 +1,6 @@
 """What the tests share: a tokenizer trained on the spot, checkpoints with random weights, the form of an error."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,7 +16,11 @@ import sentencepiece
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels: they run on the CPU, slowly
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, slowly
+with contextlib.suppress(ImportError):  # now, while the variable is as it is: some tests change it
+    import kernels.ragged_decode_triton
+    import kernels.ragged_pack_triton
+    import kernels.window_scores_triton  # noqa: F401
 from safetensors.torch import save_file
 
 from model.config import InputError, parse_config

@@ -1,0 +1,582 @@
+"""Compile every Triton kernel without a GPU, and read from the binaries how it would run on one.
+
+    python tools/inspect_kernels.py                               # some variants of each kernel, four architectures
+    python tools/inspect_kernels.py --arch sm_90 --kernel append_kernel
+    python tools/inspect_kernels.py --all --json facts.json       # every head dimension, group and dtype: takes long
+
+A row is a variant on an architecture:
+
+    M        query rows of a tile                narrow   loads of K and V of less than 16 bytes per thread
+    regs     registers of a thread               wide     those of 16 bytes or more; both in the whole kernel
+    shared   bytes of a program                  matrix   instructions of the matrix units
+    stack    bytes of a thread                   loop     instructions of the loop over tiles of K and V (not on AMD)
+    spills   instructions that access the stack  barrier  between append_kernel's parts and its ticket
+
+The verdict is ok or the names of the gates that fail, see `failures`; "known" are those of `KNOWN`. No run on a GPU is
+replaced by this: races, times and wrong results do not show. Exit codes: 0 no gate fails but known ones; 1 some gate
+fails; 2 wrong arguments.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import DEFAULT, patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+ARCHS = {  # Triton's backend, its name for the architecture, threads of a warp
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+HEAD_DIMS, GROUPS, BYTES = (32, 64, 72, 80, 96, 128, 256), (1, 2, 4, 7, 8, 16), {"bf16": 2, "fp16": 2, "fp32": 4}
+# every head dimension and dtype, and with M 2, 4, 8 and 16, at about a sixth of the price of all combinations
+COVER = (
+    (32, 4, "fp16"), (64, 2, "bf16"), (72, 16, "bf16"), (80, 7, "bf16"), (128, 4, "bf16"), (96, 8, "fp16"),
+    (256, 16, "fp32"),
+)  # fmt: skip
+
+# ---------------------------------------------------------------- limits of the gates
+
+# A multiprocessor has 65,536 registers: 128 per thread leave room for four programs of 128 threads, 168 for three, 200
+# for two. A stream of loads wants several. The compiler begins to spill at 255.
+REGISTERS = {"16 bit": 128, "16 bit, D > 128 or M > 16": 168, "fp32": 200, "AMD": 512}
+# Bytes. Beside 48 KB of shared memory there is room for three more programs on sm_90 (227 KB), and for two on sm_80.
+# AMD has 64 KB: what needs more cannot start.
+SHARED = {"16 bit": 48 << 10, "fp32": 56 << 10, "AMD": 64 << 10}
+
+# What fails today, to be repaired in the kernel and deleted here: kernel, gates, of which variants.
+KNOWN = (
+    # The JIT marks strides that are multiples of 16, and 72 is none. Rows might begin anywhere, for all ptxas knows.
+    ("lse_kernel", {"loads", "pipeline", "stack", "registers"}, lambda v: v.d == 72),
+    ("mass_kernel", {"loads"}, lambda v: v.d == 72),
+    ("pack_kernel", {"loads", "stack"}, lambda v: v.d == 72),
+    # It loads its query rows again with every tile of keys, and these loads are pipelined too.
+    ("lse_kernel", {"shared"}, lambda v: v.d >= 72),
+    # Their tiles are not made smaller for fp32.
+    ("lse_kernel", {"stack", "shared", "registers"}, lambda v: v.dtype == "fp32"),
+    ("mass_kernel", {"shared"}, lambda v: v.dtype == "fp32" and v.d == 256),
+)
+
+
+# ---------------------------------------------------------------- variants
+
+
+@dataclass(frozen=True)
+class Variant:
+    """group: query heads per KV head; tokens: of a new turn (split, merge), or rows of the window (lse, mass)."""
+
+    kernel: str
+    dtype: str
+    d: int
+    group: int
+    tokens: int
+
+
+def variants(kernel, everything):
+    """What of a kernel is compiled: all that ships, or a selection."""
+    plain = Variant(kernel, "bf16", 128, 4, 16 if kernel in ("lse_kernel", "mass_kernel") else 1)
+    cover = COVER[::2] if kernel in ("merge_kernel", "pack_kernel") else COVER  # little depends on D there
+    if everything:
+        cover = itertools.product(HEAD_DIMS, GROUPS if kernel != "pack_kernel" else (1,), BYTES)
+    chosen = [replace(plain, d=d, group=group, dtype=dtype) for d, group, dtype in cover]
+    if kernel in ("split_kernel", "append_kernel"):
+        chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
+    if kernel in ("split_kernel", "merge_kernel"):
+        chosen += [replace(plain, d=d, tokens=17) for d in (64, 128)]  # more rows than the highest tile has
+    if kernel == "lse_kernel":
+        chosen += [replace(plain, tokens=1)]
+    return list(dict.fromkeys(chosen))
+
+
+# ---------------------------------------------------------------- launches, taken down from the launchers
+
+HEADS = 4  # of K and V
+SLOTS = 300  # of a segment: several splits
+PROMPT = 1500  # tokens: two parts
+
+
+def launch_decode(variant, dtype):
+    import torch
+
+    from kernels import decode_plan, ragged_decode_triton
+
+    start, cap = SLOTS * torch.arange(HEADS, dtype=torch.int32), torch.full((HEADS,), SLOTS, dtype=torch.int32)
+    q = torch.empty(1, variant.tokens, HEADS * variant.group, variant.d, dtype=dtype)
+    k, v = torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype)
+    ragged_decode_triton.attend(q, k, v, start, cap, decode_plan(start, cap), 1.0)
+
+
+def launch_append(variant, dtype):
+    import torch
+
+    from kernels import decode_plan, ragged_decode_triton
+
+    start, cap = SLOTS * torch.arange(HEADS, dtype=torch.int32), torch.full((HEADS,), SLOTS, dtype=torch.int32)
+    q, new = (torch.empty(1, heads, variant.d, dtype=dtype) for heads in (HEADS * variant.group, HEADS))
+    k, v = torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype)
+    ragged_decode_triton.append_attend(q, new, new, k, v, start, cap, cap, decode_plan(start, cap), 1.0)
+
+
+def launch_scores(variant, dtype):
+    """q and k lie in memory as a prefill leaves them, (T, H, D)."""
+    import torch
+
+    from kernels import window_scores_triton
+
+    q, k = (torch.empty(PROMPT, h, variant.d, dtype=dtype).transpose(0, 1) for h in (HEADS * variant.group, HEADS))
+    positions = torch.arange(PROMPT - variant.tokens, PROMPT)
+    window_scores_triton.scores(q[:, -variant.tokens :], k, positions, 1.0, "none")
+
+
+def launch_pack(variant, dtype):
+    """Likewise."""
+    import torch
+
+    from kernels import ragged_pack_triton
+
+    k, v = torch.empty(2, PROMPT, HEADS, variant.d, dtype=dtype).transpose(1, 2)
+    ragged_pack_triton.pack(k, v, torch.ones(HEADS, PROMPT, dtype=torch.bool), 64, HEADS * PROMPT)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """module and launcher; how many tiles of K and V it loads, of how many rows (the constant's name);
+
+    streams: in a loop, which must be pipelined; multiplies: with the matrix units.
+    """
+
+    module: str
+    launch: Callable
+    tiles: int = 0
+    rows: str = ""
+    streams: bool = False
+    multiplies: bool = False
+
+
+KERNELS = {
+    "split_kernel": Kernel("ragged_decode_triton", launch_decode, 2, "BN", streams=True, multiplies=True),
+    "merge_kernel": Kernel("ragged_decode_triton", launch_decode),
+    "append_kernel": Kernel("ragged_decode_triton", launch_append, 2, "BN", streams=True, multiplies=True),
+    "lse_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", streams=True, multiplies=True),
+    "mass_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", multiplies=True),
+    "pack_kernel": Kernel("ragged_pack_triton", launch_pack, 2, "BT"),
+}
+TYPES = {
+    "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32",
+    "torch.int32": "i32", "torch.int64": "i64", "torch.bool": "i1",
+}  # fmt: skip
+
+
+def launched(variant):
+    """The jitted function, arguments and options of a launch: the launcher runs, on a CPU, with stand-ins for them."""
+    import torch
+
+    module = importlib.import_module(f"kernels.{KERNELS[variant.kernel].module}")
+    function = getattr(module, variant.kernel)
+    siblings = [name for name in KERNELS if hasattr(module, name)]
+    dtype = next(getattr(torch, name.removeprefix("torch.")) for name, t in TYPES.items() if t == variant.dtype)
+    with patch.multiple(module, **dict.fromkeys(siblings, DEFAULT)) as stand_ins:
+        KERNELS[variant.kernel].launch(variant, dtype)
+    arguments, options = stand_ins[variant.kernel].__getitem__.return_value.call_args
+    return function, arguments, options
+
+
+def specialise(function, arguments, options):
+    """What the JIT makes of a launch -> signature, constants, attributes, options of the compiler.
+
+    Tensors on 16 bytes and integers that are multiples of 16 are marked as such; an integer of 1 becomes a constant.
+    """
+    import torch
+
+    values = dict(zip(function.arg_names, arguments, strict=False)) | options
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        value = values.pop(name)
+        if function.params[i].is_constexpr or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif type(value) is float:
+            signature[name] = "fp32"
+        else:
+            tensor = isinstance(value, torch.Tensor)
+            signature[name] = "*" + TYPES[str(value.dtype)] if tensor else "i32"
+            if (value.data_ptr() if tensor else value) % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes, values
+
+
+# ---------------------------------------------------------------- what a binary says
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """op: without a predicate; line: (file name, number) in the kernel's source."""
+
+    op: str
+    text: str
+    line: tuple
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The columns of the table (see the top). copies: loads of K and V that are asynchronous."""
+
+    regs: int
+    shared: int
+    stack: int
+    spills: int
+    wide: int
+    narrow: int
+    copies: int
+    matrix: int
+    loop: int | None
+    barrier: str
+    int64: bool
+
+
+def read_cuda(compiled, loads):
+    """Facts of a CUDA binary; loads: the lines of the source that load K or V."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources = nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code, labels = parse_sass(nvidia_tool("nvdisasm", "-c", "-g", file.name))
+    kv = [i for i in code if i.line in loads and i.op.startswith(("LDG.", "LDGSTS."))]
+    wide = sum(re.search(r"\.(128|256)\b", i.op) is not None for i in kv)
+    return Facts(
+        regs=int(re.search(r"REG:(\d+)", resources)[1]),
+        shared=compiled.metadata.shared,
+        stack=int(re.search(r"STACK:(\d+)", resources)[1]),  # LOCAL is 0 even where registers spill
+        spills=sum(i.op.startswith(("LDL", "STL")) for i in code),
+        wide=wide,
+        narrow=len(kv) - wide,
+        copies=sum(i.op.startswith("LDGSTS.") for i in kv),
+        matrix=sum(re.match(r"HMMA|HGMMA|QGMMA|UTC\w*MMA", i.op) is not None for i in code),
+        loop=loop_length(code, labels, kv),
+        barrier=ticket_barrier(compiled.asm),
+        int64=offsets_are_64_bit(compiled.asm["ttir"]),
+    )
+
+
+def nvidia_tool(name, *arguments):
+    """What a program that comes with Triton prints."""
+    from triton import knobs
+
+    path = getattr(knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def parse_sass(text):
+    """What `nvdisasm -c -g` prints -> instructions, {label: number of the instruction behind it}."""
+    code, labels, line = [], {}, ()
+    for row in text.splitlines():
+        if found := re.search(r'//## File "(.*)", line (\d+)', row):
+            line = Path(found[1]).name, int(found[2])
+        elif found := re.match(r"(\.L\w+):", row):
+            labels[found[1]] = len(code)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)(.*)", row):
+            code.append(Instruction(found[1], found[2], line))
+    return code, labels
+
+
+def loop_length(code, labels, wanted):
+    """Instructions of the shortest loop, from a label to the branch back to it, with one of those wanted; or None."""
+    lengths = []
+    for end, branch in enumerate(code):
+        target = re.search(r"\.L\w+", branch.text)
+        if branch.op.startswith("BRA") and target and labels[target[0]] <= end:
+            body = code[labels[target[0]] : end + 1]
+            lengths += [len(body)] if any(i in wanted for i in body) else []
+    return min(lengths, default=None)
+
+
+def read_amd(compiled, loads):
+    """Facts of an AMD binary, from its assembly."""
+    text = compiled.asm["amdgcn"]
+    code = parse_gcn(text)
+    kv = [i for i in code if i.line in loads and re.match(r"(global|buffer)_load", i.op)]
+    wide = sum("dwordx4" in i.op for i in kv)
+    return Facts(
+        regs=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+        shared=compiled.metadata.shared,
+        stack=int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]),
+        spills=sum(i.op.startswith("scratch_") for i in code),
+        wide=wide,
+        narrow=len(kv) - wide,
+        copies=0,
+        matrix=sum(i.op.startswith("v_mfma") for i in code),
+        loop=None,
+        barrier=ticket_barrier(compiled.asm),
+        int64=offsets_are_64_bit(compiled.asm["ttir"]),
+    )
+
+
+def parse_gcn(text):
+    """AMD's assembly -> instructions."""
+    files, code, line = {}, [], ()
+    for row in text.splitlines():
+        if found := re.match(r'\s+\.file\s+(\d+) .*"(.*)"', row):
+            files[found[1]] = Path(found[2]).name
+        elif found := re.match(r"\s+\.loc\s+(\d+) (\d+)", row):
+            line = files.get(found[1]), int(found[2])
+        elif found := re.match(r"\s+([a-z]\w*)(.*)", row):
+            code.append(Instruction(found[1], found[2], line))
+    return code
+
+
+def last_before(lines, end, wanted, store):
+    """Number of the last line before `end` that matches `wanted`; None if there is none or a store comes after it."""
+    for n in range(end - 1, -1, -1):
+        if re.search(wanted, lines[n]):
+            return n
+        if re.search(store, lines[n]):
+            return None
+
+
+# how stores, tickets and barriers look in Triton's first representation, in PTX and in AMD's assembly
+MARKS = {
+    "ttir": (r"\btt\.store", r"\btt\.atomic_rmw add", r"\b(gpu|ttg)\.\w*barrier"),
+    "ptx": (r"\bst\.global", r"\batom\.global\.gpu\.acq_rel\.add", r"\bbar(rier)?\.(cta\.)?sync"),
+    "amdgcn": (r"\b(global|flat|buffer)_store", r"\b(global|flat|buffer)_atomic_add", r"\bs_barrier\b"),
+}
+
+
+def barriers(asm, form):
+    """For each ticket: the number of the line of the barrier that parts it from all stores before it, or None."""
+    store, ticket, barrier = MARKS[form]
+    lines = asm[form].splitlines()
+    return [last_before(lines, n, barrier, store) for n, line in enumerate(lines) if re.search(ticket, line)]
+
+
+def ticket_barrier(asm):
+    """What parts the tickets from the stores of all threads before them; "-" where there are no tickets.
+
+    "yes": a barrier that the kernel asks for. "chance": one that only Triton has put there, to use shared memory again.
+    "weak" (AMD): waves come to it without waiting for their stores, so it rests on the hardware that the ticket does
+    not overtake those of other waves. LLVM has added the wait for newer GPUs than gfx942 (llvm-project, pull request
+    161638); whether it is needed there only a run could show. "no": none at all.
+    """
+    form = "ptx" if "ptx" in asm else "amdgcn"
+    asked, there = barriers(asm, "ttir"), barriers(asm, form)
+    if not asked + there:
+        return "-"
+    if not there or None in there:
+        return "no"
+    if not asked or None in asked:
+        return "chance"
+    lines = asm[form].splitlines()
+    waits = [last_before(lines, n, r"\bs_waitcnt .*vmcnt\(0\)", MARKS[form][0]) for n in there]
+    return "weak" if form == "amdgcn" and None in waits else "yes"
+
+
+# operations of Triton's representation through which the number of a row or an offset passes on
+PASSING = {f"arith.{op}" for op in ("addi", "subi", "muli", "shli", "extsi", "extui")} | {
+    f"tt.{op}" for op in ("splat", "broadcast", "expand_dims")
+}
+
+
+def offsets_are_64_bit(ttir):
+    """Are the offsets into K and V products of 64 bits? Read from Triton's first representation of a kernel.
+
+    A product of 32 bits must not enter such an offset, not even if it is widened later; but for that of a program's id,
+    which is the number of a row. What a loop counts and what is loaded are such numbers too: the search ends there.
+    """
+    arenas, products, narrow, ids = set(), set(), set(), set()
+    multiplied = False
+    for line in ttir.splitlines():
+        names, found = re.findall(r"%\w+", line), re.match(r'\s*%\w+ = "?([\w.]+)', line)
+        if "tt.func" in line:
+            arenas = {"%k", "%v", "%k_arena", "%v_arena"} & set(names)
+        if not found or found[1] == "scf.for":  # a block may name its own values like those of an earlier block
+            products, narrow, ids = (group - set(names) for group in (products, narrow, ids))
+            continue
+        op, result, operands = found[1], names[0], names[1:]
+        for group in (products, narrow):
+            keep(group, result, op in PASSING and group & set(operands))
+        if op in ("arith.muli", "arith.shli"):
+            keep(products, result, "i64" in line)
+            keep(narrow, result, "i64" not in line and not ids & set(operands))
+        keep(ids, result, op == "tt.get_program_id")
+        if op == "tt.addptr" and operands[0] in arenas:
+            if operands[1] in narrow:
+                return False
+            multiplied |= operands[1] in products
+        keep(arenas, result, op in ("tt.addptr", "tt.splat", "tt.broadcast") and operands[0] in arenas)
+    return multiplied
+
+
+def keep(group, name, inside):
+    """Put the name into the set or take it out."""
+    (group.add if inside else group.discard)(name)
+
+
+# ---------------------------------------------------------------- gates
+
+
+def failures(variant, arch, facts, constants, threads):
+    """Names of the gates that a variant fails."""
+    kernel, amd, m = KERNELS[variant.kernel], arch.startswith("gfx"), constants.get("M", 1)
+    bits = "fp32" if variant.dtype == "fp32" else "16 bit"
+    large = ", D > 128 or M > 16" if bits == "16 bit" and (variant.d > 128 or m > 16) else ""
+    gates = {
+        "stack": facts.stack == 0 and facts.spills == 0,
+        "registers": facts.regs <= REGISTERS["AMD" if amd else bits + large],
+        "shared": facts.shared <= SHARED["AMD" if amd else bits],
+        "loads": loads_are_wide(variant, facts, constants, threads),
+        "pipeline": amd or not kernel.streams or 0 < facts.copies == facts.wide + facts.narrow,
+        # ieee products of fp32 have no matrix instructions on NVIDIA; AMD's take no fewer than 4 rows
+        "matrix": not kernel.multiplies or bits == "fp32" or (amd and m < 4) or facts.matrix > 0,
+        "barrier": facts.barrier in ("yes", "weak") or variant.kernel != "append_kernel",
+        "int64": facts.int64 or not kernel.tiles,
+    }
+    return [name for name, passed in gates.items() if not passed]
+
+
+def loads_are_wide(variant, facts, constants, threads):
+    """All of K and V in pieces of 16 bytes, as many as the tiles have; a thread each, if there are as many."""
+    kernel = KERNELS[variant.kernel]
+    if not kernel.tiles:
+        return True
+    pieces = constants[kernel.rows] * constants["DP"] * BYTES[variant.dtype] // 16
+    if pieces < threads:
+        return facts.wide + facts.narrow >= kernel.tiles
+    return facts.narrow == 0 and facts.wide >= kernel.tiles * pieces // threads
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def inspect(job):
+    """Compile (variant, architecture) -> a row: the variant, its facts, its verdict."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    variant, arch = job
+    backend, _, warp = ARCHS[arch]
+    function, arguments, options = launched(variant)
+    signature, constants, attributes, options = specialise(function, arguments, options)
+    row = {"kernel": variant.kernel, "arch": arch, **asdict(variant), "M": constants.get("M"), "constants": constants}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    try:
+        compiled = triton.compile(source, target=GPUTarget(*ARCHS[arch]), options=options)
+    except Exception as broken:  # Triton, LLVM and ptxas raise what they like
+        return {
+            **row,
+            "known": [],
+            "failed": ["compile"],
+            "verdict": "compile",
+            "error": f"{type(broken).__name__}: {broken}",
+        }
+    facts = (read_cuda if backend == "cuda" else read_amd)(compiled, kv_lines(KERNELS[variant.kernel].module))
+    failed = failures(variant, arch, facts, constants, warp * options["num_warps"])
+    known = [gate for gate in failed if is_known(variant, gate)]
+    new = [gate for gate in failed if gate not in known]
+    verdict = ", ".join(new) or (f"known: {', '.join(known)}" if known else "ok")
+    return {**row, **asdict(facts), "known": known, "failed": new, "verdict": verdict}
+
+
+def is_known(variant, gate):
+    return any(variant.kernel == kernel and gate in gates and applies(variant) for kernel, gates, applies in KNOWN)
+
+
+def kv_lines(module):
+    """(file name, number) of the lines of a module that load K or V."""
+    path = ROOT / "kernels" / f"{module}.py"
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return {(path.name, n) for n, line in lines if re.match(r"\s*(keys|values) = tl\.load\(", line)}
+
+
+def inspect_all(jobs, processes):
+    """Rows in the order of the jobs; how far it is goes to stderr."""
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for row in pool.imap(inspect, jobs, chunksize=2):
+            rows.append(row)
+            if len(rows) % 20 == 0 or len(rows) == len(jobs):
+                print(f"{len(rows)} of {len(jobs)} compiled", file=sys.stderr)
+    return rows
+
+
+COLUMNS = (
+    "kernel", "dtype", "d", "M", "arch", "regs", "shared", "stack", "spills", "wide", "narrow", "matrix", "loop",
+    "barrier", "verdict",
+)  # fmt: skip
+
+
+def table(rows):
+    """Lines, columns aligned."""
+    cells = [["D" if name == "d" else name for name in COLUMNS]]
+    cells += [["-" if row.get(name) is None else str(row[name]) for name in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--arch", nargs="+", default=list(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
+    p.add_argument("--kernel", nargs="+", default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS))
+    p.add_argument("--all", action="store_true", help="all combinations")
+    p.add_argument("--json", metavar="FILE", help="also write the rows to a file")
+    p.add_argument("--processes", type=int, default=2, metavar="N", help="default 2")
+    return p
+
+
+def objection(args):
+    """Why this cannot be done, and what to do; or None."""
+    for kind, asked, known in (("architecture", args.arch, ARCHS), ("kernel", args.kernel, KERNELS)):
+        if unknown := [name for name in asked if name not in known]:
+            return f"there is no {kind} {unknown[0]!r}; use {', '.join(known)}"
+    source = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*_triton.py")))
+    if forgotten := set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M)) - set(KERNELS):
+        return f"this tool does not know {', '.join(sorted(forgotten))}; add them to KERNELS in {Path(__file__).name}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (it has no wheels for macOS and Windows)"
+    if args.processes < 1:
+        return f"{args.processes} processes can do nothing; use 1 or more"
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    wrong = objection(args)
+    try:
+        if args.json and not wrong:
+            open(args.json, "a").close()  # before minutes of work
+    except OSError as refused:
+        wrong = f"{args.json} cannot be written ({refused.strerror}); give another --json FILE"
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)  # the processes must see compiled kernels
+    start = time.monotonic()
+    jobs = [(v, arch) for name in args.kernel for v in variants(name, args.all) for arch in args.arch]
+    rows = inspect_all(jobs, args.processes)
+    print("\n".join(table(rows)))
+    for row in rows:
+        if "error" in row:
+            print(f"{row['kernel']} on {row['arch']}: {row['error']}", file=sys.stderr)
+    failed = sum(row["failed"] != [] for row in rows)
+    seconds = round(time.monotonic() - start)
+    print(f"{len(rows)} variants in {seconds} s with triton {version('triton')}: {failed or 'none'} failed a gate")
+    if args.json:
+        about = {"triton": version("triton"), "seconds": seconds}
+        Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

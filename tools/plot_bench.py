@@ -1,0 +1,181 @@
+"""Draw what tools/bench_kernels.py --json has measured: bandwidth over size, and time over skew.
+
+    python tools/plot_bench.py gpu.json --out gpu.png
+    python tools/plot_bench.py a.json b.json --op ragged_decode --shape 7b --layout equal --out b.png
+
+Left: the part of the memory bandwidth that the useful bytes reach, over MB of K and V per layer (logarithmic). Right,
+if there is a --skew sweep: the time over that of equal lengths, at the same bytes. One line per provider, always in the
+same colour. Where the same was measured twice, the later row counts.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# colours of Okabe and Ito, which colour-blind people can tell apart; markers and dashes say the same once more
+STYLES = {
+    "ours, triton": ("#D55E00", "o", "-"),
+    "ours, triton (interpreted)": ("#D55E00", "o", ":"),
+    "ours, torch": ("#E69F00", "s", "--"),
+    "sdpa, all tokens": ("#000000", "x", ":"),
+    "sdpa, rectangle": ("#0072B2", "^", "-"),
+    "sdpa, padded + mask": ("#56B4E9", "v", "--"),
+    "varlen, heads as batch": ("#009E73", "D", "-"),
+    "adakv-style": ("#CC79A7", "P", "--"),
+}
+OTHERS = ("#777777", "*", "-.")
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", nargs="+", metavar="FILE.json")
+    p.add_argument("--op", help="default: the first in the files")
+    p.add_argument("--shape", help="default: the one measured at most sizes")
+    p.add_argument("--layout", help="equal or ragged (default: the one with most rows, ragged if both have as many)")
+    p.add_argument("--out", default="bench.png", metavar="FILE.png")
+    return p
+
+
+def read(paths):
+    """(about, timed rows) of all files. SystemExit where they are not of one machine."""
+    abouts, rows = [], {}
+    for path in paths:
+        try:
+            data = json.loads(Path(path).read_text())
+            abouts.append(data["about"])
+            timed = [row for row in data["rows"] if "us" in row]
+        except (OSError, ValueError, KeyError, TypeError) as wrong:
+            raise SystemExit(f"error: {path} is no file of bench_kernels.py --json ({wrong}); give one") from None
+        rows |= {(row["op"], row["case"], row["provider"]): row for row in timed}
+    for key in ("machine", "dtype"):
+        if len({about[key] for about in abouts}) > 1:
+            raise SystemExit(f"error: the files differ in {key}; draw one {key} at a time")
+    return abouts[-1], list(rows.values())
+
+
+def chosen(rows, args):
+    """(op, shape, layout) to draw, by what was asked for and what there is."""
+    op = args.op or next((row["op"] for row in rows if row["shape"]), None)
+    rows = [row for row in rows if row["op"] == op and row["layout"]]
+    shape = args.shape or most((row["shape"], row["megabytes"]) for row in rows)
+    rows = [row for row in rows if row["shape"] == shape]
+    plain = [row for row in rows if not row["layout"].startswith("skew")]
+    layout = args.layout or most((row["layout"], row["case"]) for row in sorted(plain, key=lambda r: r["layout"]))
+    if not rows or (args.layout and not any(row["layout"] == layout for row in plain)):
+        asked = ", ".join(filter(None, (args.op, args.shape, args.layout))) or "attention over a layer"
+        raise SystemExit(f"error: no timed rows for {asked} in {', '.join(args.files)}; measure it first")
+    return op, shape, layout
+
+
+def most(pairs):
+    """The first of a pair that comes with most different seconds, the last of several; None without pairs."""
+    seen = {}
+    for name, value in pairs:
+        seen.setdefault(name, set()).add(value)
+    return max(reversed(seen), key=lambda name: len(seen[name]), default=None)
+
+
+def lines(rows, x, y):
+    """provider -> sorted points (x(row), y(row)), in the order of STYLES, others behind."""
+    found = {}
+    for row in rows:
+        if y(row) is not None:
+            found.setdefault(row["provider"], {})[x(row)] = y(row)
+    order = [*STYLES, *found]
+    return {name: sorted(found[name].items()) for name in sorted(found, key=order.index)}
+
+
+def draw(axes, points):
+    for name, line in points.items():
+        colour, marker, dash = STYLES.get(name, OTHERS)
+        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=name, markersize=5)
+    axes.grid(alpha=0.3)
+
+
+def ticks(axis, values):
+    """Exactly these, as plain numbers."""
+    axis.set_ticks(values, [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in values])
+    axis.set_ticks([], minor=True)
+
+
+def apart(values):
+    """Those of the sorted values that are at least a fifth larger than the one before, so that labels do not touch."""
+    kept = []
+    for value in values:
+        if not kept or value > 1.2 * kept[-1]:
+            kept.append(value)
+    return kept
+
+
+def figure(about, rows, op, shape, layout):
+    """One panel, or two where there is a skew sweep."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["op"] == op and row["shape"] == shape]
+    sizes = lines(
+        [row for row in rows if row["layout"] == layout],
+        lambda row: row["megabytes"],
+        lambda row: None if row["ceiling"] is None else 100 * row["ceiling"],
+    )
+    skews = lines(
+        [row for row in rows if row["layout"].startswith("skew")],
+        lambda row: float(row["layout"].split()[1]),
+        lambda row: row.get("over_uniform"),
+    )
+    panels = [panel for panel, points in ((by_size, sizes), (by_skew, skews)) if points]
+    # 9 inches at 100 dots are the width of a README; text stays legible because the figure is not larger than that
+    page, grid = pyplot.subplots(1, len(panels), figsize=(9, 4.3), squeeze=False, layout="constrained")
+    for axes, panel in zip(grid[0], panels, strict=True):
+        panel(axes, sizes if panel is by_size else skews, layout)
+    handles = {}
+    for axes in grid[0]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    page.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    bandwidth = f"{about['bandwidth_GBps']:.0f} GB/s measured"
+    dtype = about["dtype"].removeprefix("torch.")
+    page.suptitle(f"{op}, shape {shape}, {dtype}, {about['machine']} ({bandwidth})", fontsize=11)
+    return page
+
+
+def by_size(axes, points, layout):
+    draw(axes, points)
+    axes.set_xscale("log")
+    ticks(axes.xaxis, apart(sorted({x for line in points.values() for x, _ in line})))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("MB of K and V per layer")
+    axes.set_ylabel("% of memory bandwidth")
+    axes.set_title(f"size, heads of {'equal' if layout == 'equal' else 'different'} lengths", fontsize=10)
+
+
+def by_skew(axes, points, layout):
+    draw(axes, points)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    ticks(axes.xaxis, sorted({x for line in points.values() for x, _ in line}))
+    values = [y for line in points.values() for _, y in line]
+    doubled = [2.0**i for i in range(-10, 11)]
+    ticks(axes.yaxis, [t for t in doubled if min(values) / 2 < t < 2 * max(values)])
+    axes.set_xlabel("longest head over mean")
+    axes.set_ylabel("time over that of equal lengths")
+    axes.set_title("skew, at the same bytes", fontsize=10)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    about, rows = read(args.files)
+    op, shape, layout = chosen(rows, args)
+    page = figure(about, rows, op, shape, layout)
+    try:
+        page.savefig(args.out, dpi=200)
+    except (OSError, ValueError) as wrong:
+        raise SystemExit(f"error: {args.out} cannot be written ({wrong}); name another --out") from None
+    print(f"{args.out}: {op}, {shape}, {layout}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
