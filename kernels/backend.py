@@ -1,6 +1,7 @@
 """Which implementation runs, and the checks that all operations share."""
 
 import importlib.util
+import math
 import os
 
 import torch
@@ -35,6 +36,17 @@ def choose_backend(backend, device, dtype):
     if why and backend == "triton":
         raise ValueError(f"backend 'triton': {why}")
     return "torch" if why else "triton"
+
+
+def head_and_token_strides(*tensors):
+    """Strides of the first two dimensions of (H, T, D) tensors for a Triton kernel, in units of `align`, and align.
+
+    A kernel that multiplies by the constant align knows that rows begin on 16 bytes, and loads 16 bytes at a time. The
+    stride of a dimension of one element may be anything.
+    """
+    strides = [16 if n == 1 else s for t in tensors for n, s in zip(t.shape[:2], t.stride()[:2], strict=True)]
+    align = math.gcd(16, *strides)
+    return [s // align for s in strides], align
 
 
 def check_alike(**tensors):

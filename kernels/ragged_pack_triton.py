@@ -10,12 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .backend import head_and_token_strides
+
 
 @triton.jit
 def pack_kernel(
     k, v, keep, rank, kv_start, k_arena, v_arena, kv_pos,
     tokens, slots, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
-    D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """grid (Hkv, tiles of BT tokens)."""
     # which piece am I
@@ -28,9 +30,11 @@ def pack_kernel(
     # stream what flows
     col = tl.arange(0, DP)
     there = kept[:, None] & (col < D)[None, :]
-    source, row, to = head.to(tl.int64), token.to(tl.int64)[:, None], slot.to(tl.int64)[:, None] * D + col[None, :]
-    keys = tl.load(k + source * k_stride_h + row * k_stride_t + col[None, :], there)  # [BT, DP]
-    values = tl.load(v + source * v_stride_h + row * v_stride_t + col[None, :], there)
+    k_row = head.to(tl.int64) * (k_stride_h * ALIGN) + token.to(tl.int64) * (k_stride_t * ALIGN)
+    v_row = head.to(tl.int64) * (v_stride_h * ALIGN) + token.to(tl.int64) * (v_stride_t * ALIGN)
+    keys = tl.load(k + k_row[:, None] + col[None, :], there)  # [BT, DP]
+    values = tl.load(v + v_row[:, None] + col[None, :], there)
+    to = slot.to(tl.int64)[:, None] * D + col[None, :]
     # store
     tl.store(k_arena + to, keys, there)
     tl.store(v_arena + to, values, there)
@@ -47,10 +51,11 @@ def pack(k, v, keep, slack, total):
     slots = total + heads * slack
     k_arena, v_arena = k.new_empty(slots, d), v.new_empty(slots, d)
     kv_pos = torch.full((slots,), -1, dtype=torch.int32, device=k.device)
+    strides, align = head_and_token_strides(k, v)
     with torch.cuda.device_of(k):
         pack_kernel[heads, triton.cdiv(tokens, 32)](
             k, v, keep.contiguous(), rank, kv_start, k_arena, v_arena, kv_pos,
-            tokens, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            D=d, DP=max(16, triton.next_power_of_2(d)), BT=32, num_warps=4,
+            tokens, slots, *strides,
+            D=d, DP=max(16, triton.next_power_of_2(d)), BT=32, ALIGN=align, num_warps=4,
         )  # fmt: skip
     return k_arena, v_arena, kv_start, kv_len, kv_pos

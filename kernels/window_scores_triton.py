@@ -1,6 +1,6 @@
 """`window_scores` in Triton: two kernels that read keys only. The T x T matrix never exists, nor do W x T rows of it.
 
-    lse_kernel    a program per (KV head, part of the keys): log-sum-exp of each query row over that part
+    lse_kernel    a program per (KV head, part of the keys, tile of rows): log-sum-exp of each query row over that part
     mass_kernel   a program per (KV head, BN keys): joins the parts of each row, adds up exp(s - lse) over the rows
 
       query rows of a KV head      keys 0 ............ T      lse[row, part]      score[column]
@@ -16,33 +16,49 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import interpreted
-from .ragged_decode_triton import LOG2_E
+from .backend import head_and_token_strides, interpreted
+from .ragged_decode_triton import LOG2_E, tiles
 
 PART = 1024  # keys per program of lse_kernel
 
 
 @triton.jit
-def _scores(
-    q, row, there, position, keys, column, scale,
-    D: tl.constexpr, DP: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
-    """Scores [M, BN] to base 2 of query rows (offsets row [M]) with keys [BN, DP]; -inf in the future of a row."""
+def _rows(
+    q, head, w, there, stride_h, stride_w, D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr
+):
+    """Rows [M, DP]: row w[i] of query head `head` (one, or one per row)."""
     col = tl.arange(0, DP)
-    rows = tl.load(q + row[:, None] + col[None, :], there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
-    if UP:  # the interpreter cannot calculate in 16 bits
-        rows = rows.to(tl.float32)
-    s = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale
-    return tl.where(there[:, None] & (column[None, :] <= position[:, None]), s, float("-inf"))
+    row = head.to(tl.int64) * (stride_h * ALIGN) + w * (stride_w * ALIGN)
+    rows = tl.load(q + row[:, None] + col[None, :], there[:, None] & (col < D)[None, :], 0.0)
+    return rows.to(tl.float32) if UP else rows  # the interpreter cannot calculate in 16 bits
 
 
 @triton.jit
-def _keys(k, head, column, tokens, stride_h, stride_t, D: tl.constexpr, DP: tl.constexpr, UP: tl.constexpr):
-    """Keys [BN, DP] of a head, 0 behind the last."""
+def _keys(
+    k,
+    head,
+    column,
+    tokens,
+    stride_h,
+    stride_t,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """Keys [BN, DP] of a KV head, 0 behind the last."""
     col = tl.arange(0, DP)
-    at = head.to(tl.int64) * stride_h + column.to(tl.int64)[:, None] * stride_t + col[None, :]
-    keys = tl.load(k + at, (column < tokens)[:, None] & (col < D)[None, :], 0.0)
+    row = head.to(tl.int64) * (stride_h * ALIGN) + column.to(tl.int64) * (stride_t * ALIGN)
+    keys = tl.load(k + row[:, None] + col[None, :], (column < tokens)[:, None] & (col < D)[None, :], 0.0)
     return keys.to(tl.float32) if UP else keys
+
+
+@triton.jit
+def _scores(rows, keys, scale, there, position, column, tokens):
+    """Scores [M, BN] to base 2; -inf for keys in a row's future or behind the last, and in rows that are not there."""
+    s = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale
+    seen = (column[None, :] <= position[:, None]) & (column < tokens)[None, :]
+    return tl.where(there[:, None] & seen, s, float("-inf"))
 
 
 @triton.jit
@@ -50,7 +66,7 @@ def lse_kernel(
     q, k, q_pos, lse,
     scale, window, tokens, q_stride_h, q_stride_w, k_stride_h, k_stride_t,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
-    UP: tl.constexpr,
+    ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """grid (Hkv, parts, tiles of M rows): lse (Hq, W, parts) to base 2."""
     # which piece am I
@@ -59,14 +75,13 @@ def lse_kernel(
     there, w, query_head = r < G * window, r % window, head * G + r // window
     # load what stays
     position = tl.load(q_pos + w, there, -1)
-    row = query_head.to(tl.int64) * q_stride_h + w * q_stride_w
+    rows = _rows(q, query_head, w, there, q_stride_h, q_stride_w, D, DP, ALIGN, UP)
     m, l = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     # stream what flows
     for first in range(part * PART, tl.minimum(tokens, (part + 1) * PART), BN):
         column = first + tl.arange(0, BN)
-        keys = _keys(k, head, column, tokens, k_stride_h, k_stride_t, D, DP, UP)
-        s = _scores(q, row, there & (position >= first), position, keys, column, scale, D, DP, UP)
-        s = tl.where((column < tokens)[None, :], s, float("-inf"))
+        keys = _keys(k, head, column, tokens, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
+        s = _scores(rows, keys, scale, there, position, column, tokens)
         top = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
         l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
@@ -80,14 +95,14 @@ def mass_kernel(
     q, k, q_pos, lse, out,
     scale, window, tokens, parts, q_stride_h, q_stride_w, k_stride_h, k_stride_t,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
-    GROUP: tl.constexpr, UP: tl.constexpr,
+    GROUP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """grid (Hkv, tiles of BN keys): out (Hkv, T), or (Hq, T) for GROUP "none"."""
     # which piece am I
     head = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     # load what stays
-    keys = _keys(k, head, column, tokens, k_stride_h, k_stride_t, D, DP, UP)
+    keys = _keys(k, head, column, tokens, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
     part = tl.arange(0, PARTS)
     total = tl.zeros([BN], tl.float32)
     # stream what flows: the rows of one query head after the other
@@ -97,8 +112,8 @@ def mass_kernel(
             w = first + tl.arange(0, M)
             there = w < window
             position = tl.load(q_pos + w, there, -1)
-            row = query_head.to(tl.int64) * q_stride_h + w * q_stride_w
-            s = _scores(q, row, there, position, keys, column, scale, D, DP, UP)
+            rows = _rows(q, query_head, w, there, q_stride_h, q_stride_w, D, DP, ALIGN, UP)
+            s = _scores(rows, keys, scale, there, position, column, tokens)
             known = there[:, None] & (part < parts)[None, :]
             pieces = tl.load(lse + (query_head * window + w)[:, None] * parts + part[None, :], known, float("-inf"))
             top = tl.max(pieces, 1)
@@ -120,20 +135,21 @@ def mass_kernel(
 def scores(q, k, q_pos, scale, group):
     """q (Hq, W, D), k (Hkv, T, D), rows without gaps; q_pos (W,) -> fp32 (Hkv, T), or (Hq, T) for "none"."""
     (hq, window, d), (hkv, tokens, _) = q.shape, k.shape
-    parts, size, dp = triton.cdiv(tokens, PART), hq // hkv, max(16, triton.next_power_of_2(d))
+    parts, size = triton.cdiv(tokens, PART), hq // hkv
     lse = torch.empty(hq, window, parts, dtype=torch.float32, device=q.device)
     out = torch.empty(hq if group == "none" else hkv, tokens, dtype=torch.float32, device=q.device)
-    strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
-    shared = {"G": size, "D": d, "DP": dp, "UP": interpreted(), "BN": 64 if dp <= 128 else 32}
+    strides, align = head_and_token_strides(q, k)
+    shared = {"G": size, "D": d, "ALIGN": align, "UP": interpreted()}
     with torch.cuda.device_of(q):
-        m = min(triton.next_power_of_2(size * window), 64)
-        lse_kernel[hkv, parts, triton.cdiv(size * window, m)](
+        tile = tiles(size * window, d, q.element_size())
+        lse_kernel[hkv, parts, triton.cdiv(size * window, tile["M"])](
             q, k, q_pos, lse, scale * LOG2_E, window, tokens, *strides,
-            M=m, PART=PART, **shared, num_warps=4, num_stages=2,
+            M=tile["M"], DP=tile["DP"], BN=tile["BN"], PART=PART, **shared, num_warps=4, num_stages=2,
         )  # fmt: skip
-        mass_kernel[hkv, triton.cdiv(tokens, shared["BN"])](
+        tile = tiles(window, d, q.element_size())
+        mass_kernel[hkv, triton.cdiv(tokens, tile["BN"])](
             q, k, q_pos, lse, out, scale * LOG2_E, window, tokens, parts, *strides,
-            M=min(triton.next_power_of_2(window), 64), PARTS=triton.next_power_of_2(parts), GROUP=group, **shared,
+            M=tile["M"], DP=tile["DP"], BN=tile["BN"], PARTS=triton.next_power_of_2(parts), GROUP=group, **shared,
             num_warps=4,
         )  # fmt: skip
     return out

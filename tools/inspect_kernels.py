@@ -383,38 +383,33 @@ def ticket_barrier(asm):
     return "weak" if form == "amdgcn" and None in waits else "yes"
 
 
-# operations of Triton's representation through which the number of a row or an offset passes on
-PASSING = {f"arith.{op}" for op in ("addi", "subi", "muli", "shli", "extsi", "extui")} | {
-    f"tt.{op}" for op in ("splat", "broadcast", "expand_dims")
-}
+# operations of Triton's representation that pass a product on
+PASSING = {"arith.addi", "arith.subi", "arith.extsi", "arith.extui", "tt.splat", "tt.broadcast", "tt.expand_dims"}
 
 
 def offsets_are_64_bit(ttir):
     """Are the offsets into K and V products of 64 bits? Read from Triton's first representation of a kernel.
 
-    A product of 32 bits must not enter such an offset, not even if it is widened later; but for that of a program's id,
-    which is the number of a row. What a loop counts and what is loaded are such numbers too: the search ends there.
+    A product of 32 bits must not be added to such an offset, not even if it is widened first. It may be a factor in it:
+    the number of a row, a stride.
     """
-    arenas, products, narrow, ids = set(), set(), set(), set()
+    arenas, wide, narrow = set(), set(), set()  # names: pointers to K and V; what products of 64, 32 bits went into
     multiplied = False
     for line in ttir.splitlines():
         names, found = re.findall(r"%\w+", line), re.match(r'\s*%\w+ = "?([\w.]+)', line)
         if "tt.func" in line:
             arenas = {"%k", "%v", "%k_arena", "%v_arena"} & set(names)
         if not found or found[1] == "scf.for":  # a block may name its own values like those of an earlier block
-            products, narrow, ids = (group - set(names) for group in (products, narrow, ids))
+            wide, narrow = wide - set(names), narrow - set(names)
             continue
         op, result, operands = found[1], names[0], names[1:]
-        for group in (products, narrow):
-            keep(group, result, op in PASSING and group & set(operands))
-        if op in ("arith.muli", "arith.shli"):
-            keep(products, result, "i64" in line)
-            keep(narrow, result, "i64" not in line and not ids & set(operands))
-        keep(ids, result, op == "tt.get_program_id")
+        for group, bits in ((wide, "i64"), (narrow, "i32")):
+            product = op in ("arith.muli", "arith.shli") and bits in line.rpartition(" : ")[2]
+            keep(group, result, product or (op in PASSING and group & set(operands)))
         if op == "tt.addptr" and operands[0] in arenas:
             if operands[1] in narrow:
                 return False
-            multiplied |= operands[1] in products
+            multiplied |= operands[1] in wide
         keep(arenas, result, op in ("tt.addptr", "tt.splat", "tt.broadcast") and operands[0] in arenas)
     return multiplied
 

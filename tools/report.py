@@ -88,7 +88,8 @@ def peak_memory(device):
 
 def measure_bandwidth(device):
     """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five."""
-    x = torch.ones(2**26, dtype=torch.float32, device=device)  # 256 MiB: far larger than a CPU's cache
+    size = 2**28 if device.type == "cuda" else 2**26  # 1 GiB or 256 MiB: beyond caches, and the launch does not count
+    x = torch.ones(size, dtype=torch.float32, device=device)
     y = torch.empty_like(x)
     best = 0.0
     for work, moved in ((lambda: y.copy_(x), 2 * x.nbytes), (x.sum, x.nbytes)):
