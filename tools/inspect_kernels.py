@@ -12,8 +12,8 @@ A row is a variant on an architecture:
     stack    bytes of a thread                   loop     instructions of the loop over tiles of K and V (not on AMD)
     spills   instructions that access the stack  barrier  between append_kernel's parts and its ticket
 
-The verdict is ok or the names of the gates that fail, see `failures`. No run on a GPU is replaced by this: races, times
-and wrong results do not show. Exit codes: 0 no gate fails; 1 some gate fails; 2 wrong arguments.
+The verdict is ok, the names of the gates that fail (see `failures`), or compile. No run on a GPU is replaced by this:
+races, times and wrong results do not show. Exit codes: 0 all is ok; 1 some variant is not; 2 wrong arguments.
 """
 
 import argparse
@@ -412,7 +412,7 @@ def keep(group, name, inside):
 
 
 def failures(variant, arch, facts, constants, threads):
-    """Names of the gates that a variant fails."""
+    """Names of the gates that a variant fails. threads: of a program."""
     kernel, amd, m = KERNELS[variant.kernel], arch.startswith("gfx"), constants.get("M", 1)
     bits = "fp32" if variant.dtype == "fp32" else "16 bit"
     large = ", D > 128 or M > 16" if bits == "16 bit" and (variant.d > 128 or m > 16) else ""
@@ -431,7 +431,7 @@ def failures(variant, arch, facts, constants, threads):
 
 
 def loads_are_wide(variant, facts, constants, threads):
-    """All of K and V in pieces of 16 bytes, as many as the tiles have; a thread each, if there are as many."""
+    """Are K and V loaded in pieces of 16 bytes? Where a tile has fewer of these than threads, smaller ones are right."""
     kernel = KERNELS[variant.kernel]
     if not kernel.tiles:
         return True
@@ -445,7 +445,7 @@ def loads_are_wide(variant, facts, constants, threads):
 
 
 def inspect(job):
-    """Compile (variant, architecture) -> a row: the variant, its facts, its verdict."""
+    """Compile a job (variant, architecture) -> its row: what it is, its facts, its verdict."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -459,13 +459,7 @@ def inspect(job):
     try:
         compiled = triton.compile(source, target=GPUTarget(*ARCHS[arch]), options=options)
     except Exception as broken:  # Triton, LLVM and ptxas raise what they like
-        return {
-            **row,
-            "known": [],
-            "failed": ["compile"],
-            "verdict": "compile",
-            "error": f"{type(broken).__name__}: {broken}",
-        }
+        return {**row, "verdict": "compile", "error": f"{type(broken).__name__}: {broken}"}
     facts = (read_cuda if backend == "cuda" else read_amd)(compiled, kv_lines(KERNELS[variant.kernel].module))
     failed = failures(variant, arch, facts, constants, warp * options["num_warps"])
     return {**row, **asdict(facts), "verdict": ", ".join(failed) or "ok"}
