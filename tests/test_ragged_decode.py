@@ -39,7 +39,12 @@ def arena(k, v, keep, caps, order=None, offset=0):
 
 
 def case(seed, dtype):
-    """A random call and its dense twin. Every fourth has equal lengths, every fourth equal capacities besides."""
+    """A random call and its dense twin. Every fourth has equal lengths, every fourth equal capacities besides. On the CPU."""
+    with torch.device("cpu"):
+        return _case(seed, dtype)
+
+
+def _case(seed, dtype):
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     b, hkv, group, d = (
         rng.choice([1, 1, 2, 3]),
