@@ -39,7 +39,7 @@ def arena(k, v, keep, caps, order=None, offset=0):
 
 
 def case(seed, dtype):
-    """A random call and its dense twin. Every fourth has equal lengths, every fourth equal capacities besides. On the CPU."""
+    """A random call and its dense twin. A fourth has equal lengths, a fourth equal capacities too. CPU tensors."""
     with torch.device("cpu"):
         return _case(seed, dtype)
 

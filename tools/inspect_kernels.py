@@ -85,8 +85,9 @@ def variants(kernel, everything):
     chosen = [replace(plain, d=d, group=group, dtype=dtype) for d, group, dtype in cover]
     if kernel in ("split_kernel", "append_kernel"):
         chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
-    if kernel in ("split_kernel", "merge_kernel"):
-        chosen += [replace(plain, d=d, tokens=17) for d in (64, 128)]  # more rows than the highest tile has
+    if kernel in ("split_kernel", "merge_kernel"):  # 17 * 4 rows: more than the highest tile has
+        chosen += [replace(v, tokens=17) for v in chosen if v.group == 4 and (everything or v.d == 128)]
+        chosen += [replace(plain, d=64, tokens=17)]
     if kernel == "lse_kernel":
         chosen.append(replace(plain, tokens=1))
     return list(dict.fromkeys(chosen))
@@ -431,7 +432,7 @@ def failures(variant, arch, facts, constants, threads):
 
 
 def loads_are_wide(variant, facts, constants, threads):
-    """Are K and V loaded in pieces of 16 bytes? Where a tile has fewer of these than threads, smaller ones are right."""
+    """Are K and V loaded in pieces of 16 bytes? A tile with fewer of these than threads may come in smaller ones."""
     kernel = KERNELS[variant.kernel]
     if not kernel.tiles:
         return True
