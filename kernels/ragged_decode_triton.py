@@ -24,6 +24,8 @@ import triton.language as tl
 
 from .backend import interpreted
 
+# rows of the cache's tables: compiled once, not once for each way in which they happen to be aligned
+TABLES = ["kv_start", "kv_len", "kv_cap"]
 LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
 
@@ -102,7 +104,7 @@ def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexp
 # ---------------------------------------------------------------- two launches: splits, then merge
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES[:2])
 def split_kernel(
     q, k, v, kv_start, kv_len, work, part, part_lse, out, lse,
     scale, heads, times,
@@ -134,7 +136,7 @@ def split_kernel(
         _store(part, part_lse, slot, there, m, l, acc, 1.0, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES[1:2])
 def merge_kernel(
     kv_len, firsts, sizes, part, part_lse, out, lse,
     heads, times,
@@ -154,7 +156,7 @@ def merge_kernel(
 # ---------------------------------------------------------------- one launch: append, splits, merge by the last arriver
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def append_kernel(
     q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, work, tickets, part, part_lse, out, lse,
     scale,
@@ -213,13 +215,13 @@ def tiles(rows, d, itemsize):
     """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS parts.
 
     As many rows as there are, not padded to 16: NVIDIA's compiler takes any. (AMD's matrix units take 4 rows of 64 or
-    128 channels, of others at least 16.) A K tile of 16 KB, in fp32 of 8 KB, keeps the two that are under way and the
-    accumulator within registers and shared memory (tools/inspect_kernels.py).
+    128 channels, of others at least 16.) K tiles of 16 KB, in fp32 of 8 KB and no more than 16 rows, are what fits into
+    registers and shared memory beside the tile that is under way (tools/inspect_kernels.py).
     """
     dp = max(16, triton.next_power_of_2(d))
-    m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64, 4096 // dp)
+    m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64 if itemsize == 2 else 16, 4096 // dp)
     bn = 2**13 // dp if itemsize == 2 else 2**11 // dp
-    return {"M": m, "DP": dp, "BN": max(16, min(64, bn)), "BS": max(1, 4096 // (m * dp))}
+    return {"M": m, "DP": dp, "BN": max(16, min(64, bn)), "BS": max(1, 2048 // (m * dp))}
 
 
 def attend(q, k, v, kv_start, kv_len, plan, scale):

@@ -54,9 +54,6 @@ COVER = (
 # A multiprocessor has 65,536 registers: 128 per thread leave room for four programs of 128 threads, 168 for three, 200
 # for two. A stream of loads wants several. The compiler begins to spill at 255.
 REGISTERS = {"16 bit": 128, "16 bit, D > 128 or M > 16": 168, "fp32": 200, "AMD": 512}
-# Bytes and instructions: two registers may be put aside while the loop runs, as ptxas does for sm_90 in split_kernel
-# at D = 64, G = 7 to come by with 64. Real spilling takes hundreds.
-STACK, SPILLS = 8, 4
 # Bytes. Beside 48 KB of shared memory there is room for three more programs on sm_90 (227 KB), and for two on sm_80.
 # AMD has 64 KB: what needs more cannot start.
 SHARED = {"16 bit": 48 << 10, "fp32": 56 << 10, "AMD": 64 << 10}
@@ -87,9 +84,9 @@ def variants(kernel, everything):
         chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
     if kernel in ("split_kernel", "merge_kernel"):  # 17 * 4 rows: more than the highest tile has
         chosen += [replace(v, tokens=17) for v in chosen if v.group == 4 and (everything or v.d == 128)]
-        chosen += [replace(plain, d=64, tokens=17)]
+        chosen += [replace(plain, d=64, tokens=17), replace(plain, d=64, dtype="fp32", tokens=17)]
     if kernel == "lse_kernel":
-        chosen.append(replace(plain, tokens=1))
+        chosen += [replace(plain, tokens=1), replace(plain, d=64, dtype="fp32")]
     return list(dict.fromkeys(chosen))
 
 
@@ -204,7 +201,8 @@ def specialise(function, arguments, options):
         else:
             tensor = isinstance(value, torch.Tensor)
             signature[name] = "*" + TYPES[str(value.dtype)] if tensor else "i32"
-            if (value.data_ptr() if tensor else value) % 16 == 0:
+            aligned = (value.data_ptr() if tensor else value) % 16 == 0
+            if aligned and not function.params[i].do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes, values
 
@@ -418,7 +416,7 @@ def failures(variant, arch, facts, constants, threads):
     bits = "fp32" if variant.dtype == "fp32" else "16 bit"
     large = ", D > 128 or M > 16" if bits == "16 bit" and (variant.d > 128 or m > 16) else ""
     gates = {
-        "stack": facts.stack <= STACK and facts.spills <= SPILLS,
+        "stack": facts.stack == 0 and facts.spills == 0,
         "registers": facts.regs <= REGISTERS["AMD" if amd else bits + large],
         "shared": facts.shared <= SHARED["AMD" if amd else bits],
         "loads": loads_are_wide(variant, facts, constants, threads),
