@@ -194,7 +194,7 @@ MUTANTS = {
         "kernels/ragged_decode_triton.py",
         "        tl.debug_barrier()  # one",
         "        # one",
-        "test_inspect.py",
+        "test_inspect.py::test_the_step_in_one_launch_passes_on_its_own",
     ),
     "Triton: tickets not taken back": (
         "kernels/ragged_decode_triton.py",

@@ -1,5 +1,6 @@
 """What several test files share: a small decoder, the tolerance of the design, attention written out with a mask."""
 
+import pytest
 import torch
 
 from model.config import TextConfig
@@ -51,3 +52,40 @@ def masked_attention(q, k, v, keep, scale=None):
     scores = scores.masked_fill(~keep[:, None], float("-inf"))
     weights = scores.softmax(-1).nan_to_num(0.0)
     return torch.einsum("bthn,bhnd->bthd", weights, v), scores.logsumexp(-1)
+
+
+def masked_ids(folder, generation, choose, count):
+    """Greedy ids of transformers that hides from decoded tokens what each KV head of each layer dropped.
+
+    choose(layer, attention) -> keep (Hkv, T) bool, once per layer; attention (Hq, T): that of the prompt's last row.
+    Returns (ids, [keep of each layer]).
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
+    kept = {}
+
+    def attend(module, query, key, value, mask, scaling, **_):
+        """query (1, Hq, T, D), key and value (1, Hkv, N, D)."""
+        group, n, layer = query.shape[1] // key.shape[1], key.shape[2], module.layer_idx
+        scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+        if query.shape[2] == 1:
+            keep = kept[layer]
+            seen = torch.cat((keep, torch.ones(len(keep), n - keep.shape[1], dtype=torch.bool)), 1)
+            scores = scores.masked_fill(~seen.repeat_interleave(group, 0)[None, :, None], float("-inf"))
+        else:
+            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+            kept[layer] = choose(layer, scores[0, :, -1].softmax(-1))
+        out = scores.softmax(-1) @ value.repeat_interleave(group, 1)
+        return out.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("dropped", attend)
+    image, tokens = generation.checkpoint.config.image_token_index, generation.checkpoint.config.image_tokens
+    ids = [i for t in generation.ids for i in [t] * (tokens if t == image else 1)]
+    with torch.device("cpu"):
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        model.model.language_model.set_attn_implementation("dropped")
+        ids = torch.tensor([ids])
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.stack(generation.pixels),
+            max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generation._never(),
+        )  # fmt: skip
+    return out[0, ids.shape[1] :].tolist(), [kept[layer] for layer in sorted(kept)]

@@ -31,6 +31,12 @@ def test_what_ships_passes_its_gates_on_every_architecture(tmp_path):
     assert {(row["kernel"], row["arch"]) for row in rows} == {(kernel, arch) for kernel in KERNELS for arch in ARCHS}
 
 
+def test_the_step_in_one_launch_passes_on_its_own():
+    """Quick enough for tests/mutants.py."""
+    done = tool("--arch", "sm_90", "--kernel", "append_kernel")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
 FAULTS = {  # gates that must fail: what is changed
     ("barrier", "int64"): {

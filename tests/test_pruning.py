@@ -12,6 +12,7 @@ from model.cache import RaggedCache
 from model.generate import Layout
 from model.pruning import METHODS, Method, make_method
 from model.pruning.budget import best, budget
+from tests.oracle import masked_ids
 from tests.paths import DEMO, DEMO_PICTURE
 
 LAYOUT = Layout(num_layers=3, q_heads=4, kv_heads=2, tokens=60, spans=[(5, 30), (33, 58)], device=torch.device("cpu"))
@@ -71,7 +72,7 @@ def test_settings_come_from_the_spec_then_from_set_then_from_flags(tmp_path):
     assert method.settings == {"retention": 0.25, "keep_tokens": None, "pooled": True, "seed": 3}
     assert make_method("random:seed=1", 0.75, settings=("seed=2",)).settings["seed"] == 2
     assert make_method("random", 0.75).settings["retention"] == 0.75 and make_method("none") is None
-    assert set(METHODS) == {"none", "random"}
+    assert set(METHODS) == {"none", "random", "plphp", "plphp-ada"}
 
 
 OWN = """
@@ -167,7 +168,7 @@ def test_scores_are_the_attention_of_the_last_rows(demo, backend):
     seen, wanted = [], []
     method = Method(
         "look",
-        lambda layer, scores, layout, window: seen.append(scores) or torch.ones(4, 269, dtype=torch.bool),
+        lambda layer, scores, layout: seen.append(scores) or torch.ones(4, 269, dtype=torch.bool),
         {"window": 3},
     )
     asked = demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=1)
@@ -199,36 +200,6 @@ def test_without_pictures_nothing_is_pruned(demo):
     assert generation.kept == [0.0] * 6 and generation.bytes_held == 6 * 4 * 256 * generation.prompt_tokens
 
 
-def masked_ids(folder, generation, keeps, count):
-    """Greedy ids of transformers that hides from decoded tokens what each KV head of each layer dropped."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def attend(module, query, key, value, mask, scaling, **_):
-        """query (1, Hq, T, D), key and value (1, Hkv, N, D)."""
-        group, n = query.shape[1] // key.shape[1], key.shape[2]
-        scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
-        if query.shape[2] == 1:
-            keep = keeps[module.layer_idx]
-            seen = torch.cat((keep, torch.ones(len(keep), n - keep.shape[1], dtype=torch.bool)), 1)
-            scores = scores.masked_fill(~seen.repeat_interleave(group, 0)[None, :, None], float("-inf"))
-        else:
-            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
-        out = scores.softmax(-1) @ value.repeat_interleave(group, 1)
-        return out.transpose(1, 2).contiguous(), None
-
-    transformers.AttentionInterface.register("dropped", attend)
-    model.model.language_model.set_attn_implementation("dropped")
-    image, tokens = generation.checkpoint.config.image_token_index, generation.checkpoint.config.image_tokens
-    ids = [i for t in generation.ids for i in [t] * (tokens if t == image else 1)]
-    ids = torch.tensor([ids])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.stack(generation.pixels),
-        max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generation._never(),
-    )  # fmt: skip
-    return out[0, ids.shape[1] :].tolist()
-
-
 @pytest.mark.parametrize("spec", ["random:retention=0.1", "random:retention=0.02,pooled=true", "random:keep_tokens=1"])
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp_path, backend, spec, pictures):
@@ -247,8 +218,8 @@ def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp
     unpruned = Generation(*asked)
     "".join(unpruned)
     assert generation.token_ids != unpruned.token_ids  # else this test could not fail
-    with torch.device("cpu"):
-        assert generation.token_ids == masked_ids(tmp_path, generation, [keep.cpu() for keep in keeps], 24)
+    ids, _ = masked_ids(tmp_path, generation, lambda layer, attention: keeps[layer].cpu(), 24)
+    assert generation.token_ids == ids
 
 
 def test_settings_are_valid_json(demo):

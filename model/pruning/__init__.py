@@ -1,38 +1,37 @@
 """The pruning methods, and how to name one.
 
-A method is a function method(layer, scores, layout, *, settings...) -> keep (Hkv, T) bool, called once per layer after
-its prefill attention. Its keyword arguments are its settings. If it has one called `window`, scores are fp32 (Hq, T):
-the attention of each query head, averaged over the last `window` rows of the prompt; otherwise scores are None. layout
-says where the pictures are (`model.generate.Layout`). A new method is one function in a file here and one row below.
+A method is called once per layer, after its prefill attention: method(layer, scores, layout) -> keep (Hkv, T) bool.
+It is either a function whose further keyword arguments are its settings, or a frozen dataclass with a `__call__`, whose
+fields are (its `__post_init__` may refuse them with a ValueError). If it has a setting called `window`, scores are fp32
+(Hq, T), the attention of each query head, averaged over the last `window` rows of the prompt; otherwise None. layout
+says where the pictures are (`model.generate.Layout`). A new method is one file here and one row below.
 """
 
 import importlib.util
 import inspect
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from .plphp import Plphp, PlphpAda
 from .random_tokens import random_tokens
 
-METHODS = {"none": None, "random": random_tokens}
+METHODS = {"none": None, "plphp": Plphp, "plphp-ada": PlphpAda, "random": random_tokens}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its settings."""
+    """A method with its settings. choose: (layer, scores (Hq, T) fp32 or None, layout) -> keep (Hkv, T) bool."""
 
     name: str
-    function: object
+    choose: object
     settings: dict
 
     @property
     def window(self):
         """Rows of the prompt's end whose attention the method wants to see."""
         return self.settings.get("window", 0)
-
-    def choose(self, layer, scores, layout):
-        """keep (Hkv, T) bool for a layer; scores (Hq, T) fp32 or None."""
-        return self.function(layer, scores, layout, **self.settings)
 
 
 def make_method(spec, retention=None, keep_tokens=None, settings=()):
@@ -56,7 +55,8 @@ def make_method(spec, retention=None, keep_tokens=None, settings=()):
         if given:
             raise ValueError(f"method none has no settings, {', '.join(given)} was given; give --prune METHOD")
         return None
-    return Method(name, function, _complete(name, function, given))
+    settings = _complete(name, function, given)
+    return Method(name, function(**settings) if isinstance(function, type) else partial(function, **settings), settings)
 
 
 def _split(spec):

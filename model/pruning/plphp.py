@@ -1,0 +1,107 @@
+"""PLPHP: per-layer, per-head pruning of vision tokens (arXiv 2502.14504), and a variant of ours with uneven heads.
+
+    gamma  = mean over heads of the attention that the last prompt token pays to all vision tokens    one per layer
+    rate   = r + dr  if gamma >= alpha       a layer that looks at the picture keeps more,
+             r - dr  if gamma < beta         one that does not keeps less,
+             r       otherwise               clamped to 0 .. 1
+    keep   = in each KV head, for each picture of n tokens: its own floor(rate * n + 0.5) most attended, at least one
+
+Only K and V are dropped, after the layer's own attention: the first new token is that of the unpruned model. All heads
+of a layer keep the same number of tokens and different tokens.
+
+The abstract and reviews of the paper say what is computed, not with which numbers, and its code is not public: alpha,
+beta, r, dr, the layers that are spared, the query row and the treatment of grouped heads are our reading.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .budget import best, budget
+
+GROUPS = ("mean", "max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plphp:
+    """The rates and thresholds above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
+
+    group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention is averaged.
+    retention: if given, r is that and dr at most its distance to 0 and 1; keep_tokens: if given, every layer keeps
+    that many of each picture, whatever gamma says.
+    """
+
+    r: float = 0.4
+    dr: float = 0.3
+    alpha: float = 0.25
+    beta: float = 0.1
+    skip: int | None = None
+    group: str = "mean"
+    window: int = 1
+    retention: float | None = None
+    keep_tokens: int | None = None
+
+    def __post_init__(self):
+        if not (0 <= self.r <= 1 and 0 <= self.dr <= 1):
+            raise ValueError(f"r is {self.r} and dr {self.dr}; give fractions from 0 to 1")
+        if not self.alpha >= self.beta:
+            raise ValueError(f"alpha {self.alpha} is below beta {self.beta}; give alpha >= beta")
+        if self.group not in GROUPS:
+            raise ValueError(f"group is {self.group!r}; use {' or '.join(GROUPS)}")
+        if self.skip is not None and (type(self.skip) is not int or self.skip < 0):
+            raise ValueError(f"skip is {self.skip!r}; give a number of layers from 0 on")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; give at least 1 row")
+
+    def __call__(self, layer, scores, layout):
+        """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
+        keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool, device=layout.device)
+        if not layout.spans or layer < self.spared(layout.num_layers):
+            return keep
+        rate = self.rate(gamma(scores, layout))
+        heads = scores.view(layout.kv_heads, -1, layout.tokens)  # (Hkv, G, T)
+        heads = heads.mean(1) if self.group == "mean" else heads.amax(1)
+        for start, stop in layout.spans:
+            keep[:, start:stop] = self.choose(heads[:, start:stop], budget(stop - start, rate, self.keep_tokens))
+        return keep
+
+    def spared(self, num_layers):
+        """How many layers at the beginning keep everything."""
+        return (2 if num_layers >= 12 else 1) if self.skip is None else self.skip
+
+    def rate(self, gamma):
+        """The fraction that a layer keeps."""
+        r = self.r if self.retention is None else self.retention
+        dr = self.dr if self.retention is None else min(self.dr, r, 1 - r)
+        rate = r + dr if gamma >= self.alpha else r - dr if gamma < self.beta else r
+        return min(1.0, max(0.0, rate))
+
+    def choose(self, scores, count):
+        """scores (Hkv, n) of a picture -> bool (Hkv, n): `count` in each head."""
+        return best(scores, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlphpAda(Plphp):
+    """The same budget of a layer, divided among its heads by what they attend to: their lengths differ.
+
+    The most attended (head, token) pairs of a picture are kept, as AdaKV divides a budget (arXiv 2407.11550); floor:
+    fraction of an even share that every head keeps in any case.
+    """
+
+    floor: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor is {self.floor}; give a fraction from 0 to 1")
+
+    def choose(self, scores, count):
+        safe = best(scores, max(1, int(self.floor * count)))
+        pooled = scores.masked_fill(safe, float("inf")).flatten()
+        return best(pooled, count * len(scores)).view_as(safe)
+
+
+def gamma(scores, layout):
+    """Share of the last row's attention that falls on vision tokens, scores (Hq, T) averaged over heads: a number."""
+    return float(sum(scores[:, start:stop].sum(1) for start, stop in layout.spans).mean())
