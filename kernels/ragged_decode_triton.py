@@ -221,7 +221,7 @@ def tiles(rows, d, itemsize):
     dp = max(16, triton.next_power_of_2(d))
     m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64 if itemsize == 2 else 16, 4096 // dp)
     bn = 2**13 // dp if itemsize == 2 else 2**11 // dp
-    return {"M": m, "DP": dp, "BN": max(16, min(64, bn)), "BS": max(1, 2048 // (m * dp))}
+    return {"M": m, "DP": dp, "BN": max(16, min(128 if m <= 16 else 64, bn)), "BS": max(1, 2048 // (m * dp))}
 
 
 def attend(q, k, v, kv_start, kv_len, plan, scale):
