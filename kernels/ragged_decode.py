@@ -56,7 +56,8 @@ class DecodePlan:
     starts; step: slots from one segment's start to the next's if that is the same for all (then segments of equal
     length are a rectangle with gaps), else None; owner: `chunk_owners`, on CPU tensors.
 
-    The rest is for Triton, made at first use. It holds room for partial results: one call at a time.
+    The rest is for Triton. It holds room for partial results, so a plan serves one call at a time; the first call with
+    a number of query rows makes that room. Parts of more than 16 rows (a new turn) get theirs in every call.
     """
 
     kv_start: torch.Tensor
@@ -97,10 +98,11 @@ class DecodePlan:
         """(S,) int32: slots per item of each segment."""
         return self._items[:, 2].contiguous().to(self.kv_start.device)
 
-    @cached_property
-    def tickets(self):
-        """(S,) int32: programs of a segment that have arrived. Zero between calls."""
-        return torch.zeros_like(self.kv_cap)
+    def tickets(self, tiles):
+        """(S * tiles,) int32: programs of a segment's tile of query rows that have arrived. Zero between calls."""
+        if tiles not in self.room:
+            self.room[tiles] = self.kv_cap.new_zeros(self.segments * tiles)
+        return self.room[tiles]
 
     def scratch(self, rows, d):
         """fp32 room for the parts of all items, (W, rows, d), and their log-sum-exp (W, rows). Kept for small rows."""
@@ -133,8 +135,9 @@ def decode_plan(kv_start, kv_cap, *, split=None):
         raise ValueError(
             f"{len(kv_start)} starts on {kv_start.device} for {len(kv_cap)} capacities on {kv_cap.device}; give pairs"
         )
-    if split is not None and (type(split) is not int or split < 16 or split % 16):
-        raise ValueError(f"split is {split!r}; give a multiple of 16 slots")
+    if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
+        raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
+    kv_start, kv_cap = kv_start.contiguous(), kv_cap.contiguous()
     starts, caps = torch.stack((kv_start, kv_cap)).tolist()
     if min(starts) < 0 or min(caps) < 0:
         raise ValueError(f"starts {starts} and capacities {caps} must not be negative")
@@ -142,9 +145,12 @@ def decode_plan(kv_start, kv_cap, *, split=None):
     steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [0]
     step = steps[0] if min(steps) == max(steps) >= 0 else None
     owner = None if kv_start.is_cuda else chunk_owners(kv_start, kv_cap)
-    return DecodePlan(
+    plan = DecodePlan(
         kv_start, kv_cap, caps, split, len(caps), min(caps), max(caps), max(ends), starts[0], step, owner
     )  # fmt: skip
+    if kv_start.is_cuda:
+        _ = plan.work, plan.firsts, plan.sizes  # now, not in a step: they are copied to the device
+    return plan
 
 
 def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto"):
@@ -209,7 +215,8 @@ def ragged_decode_append(
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D), the keys rotated; the rest as for `ragged_decode`. kv_len does not count the
     new token: the caller adds 1 afterwards, for all layers at once. In a segment that is full, kv_len = kv_cap, nothing
-    is stored, and the new token is attended to all the same. Returns what `ragged_decode` returns.
+    is stored, and the new token is attended to all the same. With a plan it is the plan's kv_cap that counts. Returns
+    what `ragged_decode` returns.
 
     With Triton one launch; the torch backend takes several calls and, on CUDA, waits to learn which segments are full.
     """
@@ -220,19 +227,18 @@ def ragged_decode_append(
         shapes = f"q {tuple(q.shape)}, k_new {tuple(k_new.shape)}, v_new {tuple(v_new.shape)}"
         raise ValueError(f"{shapes}; give (B, Hq, D) and twice (B, Hkv, D)")
     check_alike(q=q, k_new=k_new, v_new=v_new)
-    if kv_cap.shape != kv_len.shape or kv_cap.dtype != torch.int32 or kv_cap.device != q.device:
-        what = f"kv_cap is {kv_cap.dtype} of shape {tuple(kv_cap.shape)} on {kv_cap.device}"
-        raise ValueError(f"{what}; give (B * Hkv,) int32 on {q.device}")
+    if kv_cap is not plan.kv_cap and (kv_cap.is_cpu != q.is_cpu or (q.is_cpu and not torch.equal(kv_cap, plan.kv_cap))):
+        raise ValueError(f"kv_cap is {kv_cap} on {kv_cap.device}, in the plan {plan.kv_cap}; build the plan from it")
     way = choose_backend(backend, q.device, q.dtype)
     k_new, v_new, scale = k_new.contiguous(), v_new.contiguous(), d**-0.5 if scale is None else scale
     if way == "triton":
         from . import ragged_decode_triton
 
         _lengths(kv_start, kv_len, k.shape[0], plan)
-        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, plan, scale)
+        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale)
         return (out, lse) if return_lse else out
     past = ragged_decode(q, k, v, kv_start, kv_len, scale=scale, return_lse=True, plan=plan, backend=backend)
-    free = (kv_len < kv_cap).nonzero()[:, 0]
+    free = (kv_len < plan.kv_cap).nonzero()[:, 0]
     slot = (kv_start + kv_len)[free].long()
     k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]
     group, compute = hq // k_new.shape[1], past[1].dtype
@@ -256,6 +262,9 @@ def _check(q, k, v, kv_start, kv_len, plan):
     if not (kv_start.dtype == kv_len.dtype == torch.int32 and len(shape) == 1 and shape == kv_len.shape):
         what = ", ".join(f"{n} is {t.dtype} of shape {tuple(t.shape)}" for n, t in _named(kv_start, kv_len))
         raise ValueError(f"{what}; give (B * Hkv,) int32 of both")
+    if not (kv_start.is_contiguous() and kv_len.is_contiguous()):
+        strides = f"strides {kv_start.stride()}, {kv_len.stride()}"
+        raise ValueError(f"non-contiguous kv_start or kv_len ({strides}); call .contiguous()")
     if kv_start.device != device or kv_len.device != device:
         what = ", ".join(f"{n} is on {t.device}" for n, t in _named(kv_start, kv_len))
         raise ValueError(f"{what}, q on {device}; move them")

@@ -163,7 +163,8 @@ def append_kernel(
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (items, 1): one split of one segment; the last split also takes in the new token, kv_len not counting it.
+    """grid (items, tiles of M rows): one split of one segment; the last one takes in the new token too, which kv_len
+    does not count.
 
     Whoever of a segment's programs arrives last merges their parts. Nobody waits for anybody, so it cannot hang.
     """
@@ -184,7 +185,7 @@ def append_kernel(
     key = tl.load(k_new + segment * D + col, mine & (col < D), 0.0)
     value = tl.load(v_new + segment * D + col, mine & (col < D), 0.0)
     free = (start + length).to(tl.int64) * D + col
-    room = mine & (length < cap) & (col < D)
+    room = mine & (length < cap) & (col < D) & (tl.program_id(1) == 0)
     tl.store(k + free, key, room)
     tl.store(v + free, value, room)
     s = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
@@ -202,10 +203,11 @@ def append_kernel(
     else:
         _store(part, part_lse, (first + split).to(tl.int64) * G + r, there, m, l, acc, 1.0, D, DP)
         tl.debug_barrier()  # one thread announces what all have stored: none may still be storing
-        if tl.atomic_add(tickets + segment, 1, sem="acq_rel", scope="gpu") == last:
+        ticket = tickets + segment * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == last:
             m, l, acc = _merge(part, part_lse, first, last + 1, r, there, G, D, DP, M, BS)
             _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
-            tl.store(tickets + segment, 0)  # for the next step
+            tl.store(ticket, 0)  # for the next step
 
 
 # ---------------------------------------------------------------- launchers
@@ -246,15 +248,17 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
     return out, lse
 
 
-def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, plan, scale):
+def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale):
     """q (B, Hq, D), k_new and v_new (B, Hkv, D): store the new token behind kv_len, attend -> out, lse (B, Hq)."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
     part, part_lse = plan.scratch(rows, d)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    tile = tiles(rows, d, q.element_size())
+    steps = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
-        append_kernel[len(plan.work), 1](
-            q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, plan.work, plan.tickets, part, part_lse, out, lse,
-            scale * LOG2_E,
-            G=rows, D=d, UP=interpreted(), **tiles(rows, d, q.element_size()), num_warps=4, num_stages=2,
+        append_kernel[len(plan.work), steps](
+            q, k_new, v_new, k, v, kv_start, kv_len, plan.kv_cap,
+            plan.work, plan.tickets(steps), part, part_lse, out, lse, scale * LOG2_E,
+            G=rows, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out, lse

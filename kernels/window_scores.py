@@ -49,7 +49,7 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     if way == "triton":
         from . import window_scores_triton  # only here: the rest works without triton
 
-        return window_scores_triton.scores(q, k, q_pos, scale, group)
+        return window_scores_triton.scores(q, k, q_pos.contiguous(), scale, group)
     compute = torch.promote_types(q.dtype, torch.float32)
     rows = q.reshape(hkv, -1, d).to(compute)  # (Hkv, G * W, D): a KV head's keys are read once
     scores = (scale * (rows @ k.to(compute).transpose(1, 2))).view(hq, w, t)

@@ -8,8 +8,8 @@
       g = 1: w = 0 .. W - 1
 
 Columns are independent, so nothing is added up between programs. Keys are read twice: 2 * Hkv * T * D * itemsize bytes,
-with 4 * G * W FLOP per element: bound by memory for a few rows, by arithmetic from some 64 on, and once per prompt
-either way. The specification is `window_scores_ref`.
+and for each tile of keys 4 * G * W * (T / PART) bytes of lse (from L2). 4 * G * W FLOP per element: bound by memory for
+a few rows, by arithmetic from some 64 on, and once per prompt either way. The specification is `window_scores_ref`.
 """
 
 import torch
@@ -38,7 +38,7 @@ def _keys(
     k,
     head,
     column,
-    tokens,
+    end,
     stride_h,
     stride_t,
     D: tl.constexpr,
@@ -46,18 +46,18 @@ def _keys(
     ALIGN: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """Keys [BN, DP] of a KV head, 0 behind the last."""
+    """Keys [BN, DP] of a KV head, 0 from `end` on."""
     col = tl.arange(0, DP)
     row = head.to(tl.int64) * (stride_h * ALIGN) + column.to(tl.int64) * (stride_t * ALIGN)
-    keys = tl.load(k + row[:, None] + col[None, :], (column < tokens)[:, None] & (col < D)[None, :], 0.0)
+    keys = tl.load(k + row[:, None] + col[None, :], (column < end)[:, None] & (col < D)[None, :], 0.0)
     return keys.to(tl.float32) if UP else keys
 
 
 @triton.jit
-def _scores(rows, keys, scale, there, position, column, tokens):
-    """Scores [M, BN] to base 2; -inf for keys in a row's future or behind the last, and in rows that are not there."""
+def _scores(rows, keys, scale, there, position, column, end):
+    """Scores [M, BN] to base 2; -inf for keys in a row's future or from `end` on, and in rows that are not there."""
     s = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale
-    seen = (column[None, :] <= position[:, None]) & (column < tokens)[None, :]
+    seen = (column[None, :] <= position[:, None]) & (column < end)[None, :]
     return tl.where(there[:, None] & seen, s, float("-inf"))
 
 
@@ -78,10 +78,11 @@ def lse_kernel(
     rows = _rows(q, query_head, w, there, q_stride_h, q_stride_w, D, DP, ALIGN, UP)
     m, l = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     # stream what flows
-    for first in range(part * PART, tl.minimum(tokens, (part + 1) * PART), BN):
+    end = tl.minimum(tokens, (part + 1) * PART)
+    for first in range(part * PART, end, BN):
         column = first + tl.arange(0, BN)
-        keys = _keys(k, head, column, tokens, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
-        s = _scores(rows, keys, scale, there, position, column, tokens)
+        keys = _keys(k, head, column, end, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
+        s = _scores(rows, keys, scale, there, position, column, end)
         top = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
         l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)

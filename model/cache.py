@@ -131,9 +131,10 @@ class RaggedCache:
 
     def give_back(self, tokens=1):
         """Undo `grow`, when a step was broken off before all layers had filled their slots."""
-        for table, step in ((self.newest, self.takes), (self.kv_len, self.takes), (self.pos, self.live)):
-            table.add_(step, alpha=-tokens)
-        self.room += tokens if self.live.any() else 0
+        if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # then nothing has been done yet
+            for table, step in ((self.newest, self.takes), (self.kv_len, self.takes), (self.pos, self.live)):
+                table.add_(step, alpha=-tokens)
+        self.room += tokens if self.rows is None or len(self.rows) else 0
 
     def append(self, layer, k, v):
         """Write the claimed slots: k, v (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""

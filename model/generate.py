@@ -208,12 +208,17 @@ class DecodeStep:
 
     def __call__(self, token):
         cache = self.cache
-        if cache.fused and cache.pos.is_cuda and self.seen == cache.version and cache.room > 0:
+        if self.captures and self.seen == cache.version and cache.room > 0:
             return self._replay(token)
         self.graph = self.logits = None  # frees the graph's memory
         logits = self._step(torch.tensor([token], device=cache.pos.device))
         self.seen = cache.version
         return logits
+
+    @property
+    def captures(self):
+        """Are steps captured? The kernels of the torch backend cannot be: they look at lengths."""
+        return self.cache.fused and self.cache.pos.is_cuda
 
     def _step(self, token):
         """token (1,) -> logits (V,). Allocates from the device only; reads nothing back."""
@@ -221,11 +226,12 @@ class DecodeStep:
         return self.language.logits(self.language.decode(x, self.cache))[0]
 
     def _replay(self, token):
+        device = self.cache.pos.device
         if self.graph is None:
-            self.token = torch.tensor([token], device=self.cache.pos.device)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records the step, and claims the host's part of its slot
-                self.logits = self._step(self.token)
+            self.token, graph = torch.tensor([token], device=device), torch.cuda.CUDAGraph()
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+                self.logits = self._step(self.token)  # records the step, and claims the host's part of its slot
+            self.graph = graph
         else:
             self.token.fill_(token)
             self.cache.reserve()
@@ -278,8 +284,8 @@ def _chooser(sampling, never, device):
         finite = best.isfinite()  # the maximum of anything with a NaN is NaN
         if sampling.temperature > 0:
             weights = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-            weights = torch.where(finite, weights, 1.0)  # drawing from NaN would take the device down
-            token = torch.multinomial(weights, 1, generator=generator)
+            noise = torch.empty_like(weights).exponential_(generator=generator)
+            token = (weights / noise).argmax(-1)  # what multinomial does, without waiting to check its weights
         token = torch.where(finite, token, -1).item()  # the one thing that is read from the device
         if token < 0:
             raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
@@ -300,7 +306,8 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
         sorted_logits, order = logits.sort(descending=True)
         weights = sorted_logits.softmax(-1)
         before = weights.cumsum(-1) - weights  # mass of everything better
-        logits = logits.index_fill(0, order[before >= top_p], float("-inf"))
+        rest = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, before >= top_p)
+        logits = logits.masked_fill(rest, float("-inf"))
     return logits.softmax(-1)
 
 

@@ -198,8 +198,8 @@ MUTANTS = {
     ),
     "Triton: tickets not taken back": (
         "kernels/ragged_decode_triton.py",
-        "tl.store(tickets + segment, 0)",
-        "tl.store(tickets + segment, 1)",
+        "tl.store(ticket, 0)",
+        "tl.store(ticket, 1)",
         TICKETS,
     ),
     "Triton: one before the last merges": (
@@ -510,8 +510,8 @@ MUTANTS = {
     ),
     "global random state": (
         "model/generate.py",
-        "torch.multinomial(weights, 1, generator=generator)",
-        "torch.multinomial(weights, 1)",
+        ".exponential_(generator=generator)",
+        ".exponential_()",
         "test_generate.py::test_sampling_is_repeatable_and_depends_on_the_seed",
     ),
     "no space before ASSISTANT": (

@@ -50,15 +50,15 @@ def dense_with_masks(model, x, keep):
     return model.model.norm(x)[0]
 
 
-def poison(cache):
-    """NaN into every slot that is not taken."""
+def poison(cache, value=float("nan")):
+    """NaN, or another value, into every slot that is not taken."""
     for layer, arenas in enumerate(zip(cache.k, cache.v, strict=True)):
         taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
         for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
             assert not taken[start : start + length].any(), "segments overlap"
             taken[start : start + length] = True
         for arena in arenas:
-            arena[~taken] = float("nan")
+            arena[~taken] = value
 
 
 def prefilled(model, x, keep, slack, backend):
@@ -136,6 +136,7 @@ def test_a_finished_sequence_never_writes_into_its_neighbour(backend):
         model.decode(x[:, t], cache)
     cache.finish(0)
     cache.kv_len.view(LAYERS, 2, 2)[:, 0] += 1  # as if it had taken the last slot
+    poison(cache, 7.0)
     before = [k.clone() for k in cache.k]
     model.decode(x[:, 9], cache)
     other = torch.zeros(len(before[0]), dtype=torch.bool)

@@ -213,6 +213,7 @@ BAD = {
     "no sequences": ({"q": torch.zeros(0, 4, 8)}, "(0, 4, 8)"),
     "no rows": ({"q": torch.zeros(2, 0, 4, 8)}, "(2, 0, 4, 8)"),
     "an unknown backend": ({"backend": "cuda"}, "'cuda'"),
+    "starts with gaps": ({"kv_start": GOOD["kv_start"].repeat_interleave(2)[::2]}, "non-contiguous"),
     "float64 in Triton": ({n: GOOD[n].double() for n in "qkv"} | {"backend": "triton"}, "float64"),
 }
 
@@ -224,6 +225,25 @@ def test_bad_calls_are_refused_with_the_value(name):
         ragged_decode(**GOOD | change)
     message = str(refused.value)
     assert word in message and ";" in message and "\n" not in message
+
+
+def test_bad_steps_are_refused():
+    new, cap = torch.zeros(2, 2, 8), PLAN.kv_cap
+    good = [*(GOOD[n] for n in ("q",)), new, new, *(GOOD[n] for n in ("k", "v", "kv_start", "kv_len"))]
+    for arguments, options, word in (
+        ([*good, cap + 1], {"plan": PLAN}, "in the plan"),
+        ([good[0], new[:, :1], *good[2:], cap], {}, "(2, 1, 8)"),
+        ([good[0], new, new.double(), *good[3:], cap], {}, "float64"),
+        ([good[0][:, None], *good[1:], cap], {}, "(2, 1, 4, 8)"),
+        ([*good, cap + 30], {}, "the plan is for 4 segments in 70 slots"),
+        ([*good[:6], GOOD["kv_len"] + 9, cap], {}, "repack"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            ragged_decode_append(*arguments, **options)
+        assert word in str(refused.value) and ";" in str(refused.value), str(refused.value)
+    for split in (0, 8, 24.0, 40, 2**40):
+        with pytest.raises(ValueError, match="multiple of 16"):
+            decode_plan(GOOD["kv_start"], cap, split=split)
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

@@ -44,6 +44,24 @@ def test_the_arenas_are_copies(backend):
     assert k_arena.untyped_storage().nbytes() == k_arena.nbytes  # no view of something larger
 
 
+def test_nothing_is_written_behind_the_arenas(monkeypatch):
+    """Not even by a total that is too small, which cannot be noticed on a GPU."""
+    way = pytest.importorskip("kernels.ragged_pack_triton", reason="triton has no wheel for this system")
+    device, room, whole = "cuda" if torch.cuda.is_available() else "cpu", torch.Tensor.new_empty, []
+
+    def larger(self, slots, *d, **how):
+        if not d:  # the interpreter's own
+            return room(self, slots, **how)
+        whole.append(room(self, slots + 50, *d).fill_(float("nan")))
+        return whole[-1][:slots]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", larger)
+    k, v = torch.randn(2, 40, 20, device=device), torch.randn(2, 40, 20, device=device)
+    k_arena, v_arena, *_ = way.pack(k, v, torch.ones(2, 40, dtype=torch.bool, device=device), 3, 70)
+    assert len(k_arena) == 76 and not (k_arena[43:].isnan().any() or v_arena[43:].isnan().any())
+    assert all(w[76:].isnan().all() for w in whole)
+
+
 KEEP = torch.tensor([[True, False, True], [False, False, True]])
 BAD = {
     "keep of another shape": ({"keep": KEEP[:, :2]}, "(2, 2)"),

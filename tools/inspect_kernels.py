@@ -54,6 +54,9 @@ COVER = (
 # A multiprocessor has 65,536 registers: 128 per thread leave room for four programs of 128 threads, 168 for three, 200
 # for two. A stream of loads wants several. The compiler begins to spill at 255.
 REGISTERS = {"16 bit": 128, "16 bit, D > 128 or M > 16": 168, "fp32": 200, "AMD": 512}
+# Bytes and instructions: ptxas may put two registers aside while the loop runs, to come by with a rounder number of
+# them (append_kernel for sm_80 with G = 1 and D = 72, 80, 96). Real spilling takes hundreds.
+STACK, SPILLS = 8, 4
 # Bytes. Beside 48 KB of shared memory there is room for three more programs on sm_90 (227 KB), and for two on sm_80.
 # AMD has 64 KB: what needs more cannot start.
 SHARED = {"16 bit": 48 << 10, "fp32": 56 << 10, "AMD": 64 << 10}
@@ -116,7 +119,7 @@ def launch_append(variant, dtype):
     start, cap = SLOTS * torch.arange(HEADS, dtype=torch.int32), torch.full((HEADS,), SLOTS, dtype=torch.int32)
     q, new = (torch.empty(1, heads, variant.d, dtype=dtype) for heads in (HEADS * variant.group, HEADS))
     k, v = torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype)
-    ragged_decode_triton.append_attend(q, new, new, k, v, start, cap, cap, decode_plan(start, cap), 1.0)
+    ragged_decode_triton.append_attend(q, new, new, k, v, start, cap, decode_plan(start, cap), 1.0)
 
 
 def launch_scores(variant, dtype):
@@ -416,7 +419,7 @@ def failures(variant, arch, facts, constants, threads):
     bits = "fp32" if variant.dtype == "fp32" else "16 bit"
     large = ", D > 128 or M > 16" if bits == "16 bit" and (variant.d > 128 or m > 16) else ""
     gates = {
-        "stack": facts.stack == 0 and facts.spills == 0,
+        "stack": facts.stack <= STACK and facts.spills <= SPILLS,
         "registers": facts.regs <= REGISTERS["AMD" if amd else bits + large],
         "shared": facts.shared <= SHARED["AMD" if amd else bits],
         "loads": loads_are_wide(variant, facts, constants, threads),
