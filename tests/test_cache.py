@@ -135,8 +135,8 @@ def test_a_finished_sequence_never_writes_into_its_neighbour(backend):
     for t in range(6, 9):
         model.decode(x[:, t], cache)
     cache.finish(0)
+    poison(cache, 7.0)  # a number: what lay there before may be NaN, which equals nothing
     cache.kv_len.view(LAYERS, 2, 2)[:, 0] += 1  # as if it had taken the last slot
-    poison(cache, 7.0)
     before = [k.clone() for k in cache.k]
     model.decode(x[:, 9], cache)
     other = torch.zeros(len(before[0]), dtype=torch.bool)
