@@ -38,13 +38,14 @@ def test_the_step_in_one_launch_passes_on_its_own():
 
 
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
+WARPS = "G=rows, D=d, UP=interpreted(), **tile, num_warps="  # of append_kernel
 FAULTS = {  # gates that must fail: what is changed
     ("barrier", "int64"): {
         "        tl.debug_barrier()": "        pass",
         WIDE: "at = slot[:, None] * D + col[None, :]",
     },
     ("stack", "int64"): {
-        "q.element_size()), num_warps=4": "q.element_size()), num_warps=1",  # needs too many registers
+        WARPS + "4": WARPS + "1",  # needs too many registers
         WIDE: "at = (slot[:, None] * D).to(tl.int64) + col[None, :]",  # wide when it is too late
     },
 }
