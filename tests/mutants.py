@@ -30,6 +30,7 @@ PACK = "test_ragged_pack.py::test_kept_rows_arrive_in_order"
 TRITON = "test_triton.py::test_lengths_at_the_borders_of_tiles_and_splits"
 TICKETS = "test_triton.py::test_steps_follow_each_other_over_one_plan"
 ORDER = "test_triton.py::test_the_order_of_the_work_does_not_matter"
+PLPHP = "test_plphp.py::test_three_classes_with_their_borders"
 TURNS = "test_cache.py::test_two_turns_through_the_cache_are_one_long_prompt"
 
 # name: (file, the text that stands there once, what the fault makes of it, the tests that must notice)
@@ -411,6 +412,30 @@ MUTANTS = {
         "seed * layout.num_layers + layer",
         "seed",
         "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
+    ),
+    "PLPHP: a layer at alpha is balanced": (
+        "model/pruning/plphp.py",
+        "if gamma >= self.alpha",
+        "if gamma > self.alpha",
+        PLPHP,
+    ),
+    "PLPHP: gamma is summed over heads": (
+        "model/pruning/plphp.py",
+        "for start, stop in layout.spans).mean())",
+        "for start, stop in layout.spans).sum())",
+        "test_plphp.py::test_each_head_keeps_its_own_best_of_each_picture",
+    ),
+    "PLPHP: one ranking for all heads": (
+        "model/pruning/plphp.py",
+        "heads = heads.mean(1) if",
+        "heads = heads.mean((0, 1))[None].expand(layout.kv_heads, -1) if",
+        "test_plphp.py::test_each_head_keeps_its_own_best_of_each_picture",
+    ),
+    "PLPHP-ada: no floor": (
+        "model/pruning/plphp.py",
+        "max(1, int(self.floor * count))",
+        "1",
+        "test_plphp.py::test_ada_divides_the_same_budget_unevenly",
     ),
     "scores of the wrong rows": (
         "model/generate.py",
