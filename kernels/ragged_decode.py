@@ -228,7 +228,8 @@ def ragged_decode_append(
         raise ValueError(f"{shapes}; give (B, Hq, D) and twice (B, Hkv, D)")
     check_alike(q=q, k_new=k_new, v_new=v_new)
     if kv_cap is not plan.kv_cap and (kv_cap.is_cpu != q.is_cpu or (q.is_cpu and not torch.equal(kv_cap, plan.kv_cap))):
-        raise ValueError(f"kv_cap is {kv_cap} on {kv_cap.device}, in the plan {plan.kv_cap}; build the plan from it")
+        what = kv_cap.tolist() if kv_cap.is_cpu else f"on {kv_cap.device}"
+        raise ValueError(f"kv_cap is {what}, in the plan {plan.caps} on {q.device}; build the plan from it")
     way = choose_backend(backend, q.device, q.dtype)
     k_new, v_new, scale = k_new.contiguous(), v_new.contiguous(), d**-0.5 if scale is None else scale
     if way == "triton":

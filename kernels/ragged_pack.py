@@ -42,9 +42,8 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
     _check(k, v, keep, slack)
     way = choose_backend(backend, k.device, k.dtype)
     heads, tokens, d = k.shape
-    kv_len = keep.sum(-1)
     if total is None or k.device.type == "cpu":
-        kept = int(kv_len.sum())
+        kept = int(keep.sum())
         if total is not None and total != kept:
             raise ValueError(f"total is {total}, but keep holds {kept} rows; give that or None")
         total = kept
@@ -52,6 +51,7 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
         from . import ragged_pack_triton  # only here: the rest works without triton
 
         return ragged_pack_triton.pack(k, v, keep, slack, total)
+    kv_len = keep.sum(-1)
     kv_start = kv_len.cumsum(0) - kv_len + slack * torch.arange(heads, device=k.device)
     source = keep.flatten().nonzero_static(size=total)[:, 0]  # of the rows of all heads, ascending
     head, position = source // tokens, source % tokens

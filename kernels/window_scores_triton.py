@@ -24,8 +24,9 @@ PART = 1024  # keys per program of lse_kernel
 
 @triton.jit
 def _rows(
-    q, head, w, there, stride_h, stride_w, D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr
-):
+    q, head, w, there, stride_h, stride_w,
+    D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
     """Rows [M, DP]: row w[i] of query head `head` (one, or one per row)."""
     col = tl.arange(0, DP)
     row = head.to(tl.int64) * (stride_h * ALIGN) + w * (stride_w * ALIGN)
@@ -35,17 +36,9 @@ def _rows(
 
 @triton.jit
 def _keys(
-    k,
-    head,
-    column,
-    end,
-    stride_h,
-    stride_t,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ALIGN: tl.constexpr,
-    UP: tl.constexpr,
-):
+    k, head, column, end, stride_h, stride_t,
+    D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
     """Keys [BN, DP] of a KV head, 0 from `end` on."""
     col = tl.arange(0, DP)
     row = head.to(tl.int64) * (stride_h * ALIGN) + column.to(tl.int64) * (stride_t * ALIGN)

@@ -37,10 +37,8 @@ class RaggedCache:
         self.lengths = self.newest_rows = ()  # rows of kv_len and of newest, one per layer
         self.slots = ()  # per layer: the slots (S,) or (S, T) that were claimed for the tokens of this step
         self.room = 0  # tokens that fit before a live segment is full
-        self.fused = (
-            False  # does one kernel append and attend? Then `past` (L, S) int32 are the lengths before the step
-        )
-        self.past = None
+        self.fused = False  # does one kernel append and attend?
+        self.past = None  # then these, (L, S) int32, are the lengths before the step
         self.version = 0  # counts what a captured graph cannot know of: moved arenas, finished sequences
 
     # ------------------------------------------------------------ prefill
