@@ -1,7 +1,7 @@
 """Ask a loaded checkpoint something: prompt and pictures in, pieces of text out as they are written."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,59 @@ class Layout:
     tokens: int  # T, pictures expanded
     spans: list  # [(start, stop)] of the pictures among the T
     device: torch.device
+
+
+class Pruner:
+    """Asks a method about the layers of one prefill: what a layer's attention says goes in, what is kept comes out.
+
+    kept      vision tokens that a KV head of each layer keeps, averaged over its heads; tensors or numbers
+    layout    of the prompt as the current layer sees it
+    seconds   spent on scoring and choosing
+    """
+
+    def __init__(self, method, layout, backend="auto"):
+        self.method, self.layout, self.backend = method, layout, backend
+        self.kept, self.seconds = [], 0.0
+
+    def choose(self, layer, q, k):
+        """Which K and V rows of a layer each head keeps: q (1, Hq, T, D), k (1, Hkv, T, D) -> (Hkv, T) bool or None."""
+        start, keep = time.perf_counter(), None
+        if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
+            _wait(k.device)
+            start = time.perf_counter()
+            keep = self._heed(self.method.choose, layer, self._scores(q, k), self.layout)
+            _wait(k.device)
+        spans, heads = self.layout.spans, self.layout.kv_heads
+        self.kept.append(sum(b - a if keep is None else keep[:, a:b].sum() / heads for a, b in spans))
+        self.seconds += time.perf_counter() - start
+        return keep
+
+    def narrow(self, layer, q, k):
+        """Which tokens go on to the layers after this one: indices (T',), ascending, or None for all."""
+        if not self.layout.spans or self.method.layer != layer + 1:
+            return None
+        _wait(k.device)
+        start = time.perf_counter()
+        keep = self._heed(self.method.narrow, self._scores(q, k), self.layout)
+        rows = keep.nonzero()[:, 0]
+        before = [0, *keep.cumsum(0).tolist()]
+        spans = [(before[a], before[b]) for a, b in self.layout.spans]
+        self.layout = replace(self.layout, tokens=len(rows), spans=spans)
+        self.seconds += time.perf_counter() - start
+        return rows
+
+    def _scores(self, q, k):
+        """(Hq, T) fp32, averaged over the method's window; it ends where the last picture does. None if it has none."""
+        behind = self.layout.tokens - self.layout.spans[-1][1]
+        rows = min(self.method.window, max(1, behind))
+        return window_scores(q[0, :, -rows:], k[0], group="none", backend=self.backend) if rows else None
+
+    def _heed(self, ask, *arguments):
+        """What a method answers; what it refuses is wrong input."""
+        try:
+            return ask(*arguments)
+        except ValueError as wrong:
+            raise InputError(str(wrong)) from wrong
 
 
 class Generation:
@@ -90,8 +143,18 @@ class Generation:
                 "images, and the model's context is "
                 f"{config.text_config.max_position_embeddings}; use fewer images or a shorter prompt"
             )
+        if prune:
+            self._check_method(prune, config.text_config)
         self.squares = [to_square(p.image, self.image_settings) for p in pictures]
         self._begin()
+
+    def _check_method(self, prune, text):
+        try:
+            prune.check(text.num_hidden_layers, text.num_key_value_heads)
+        except ValueError as wrong:
+            raise InputError(f"method {prune.name}: {wrong}") from wrong
+        if not self.vision_tokens:
+            self.notes.append(f"there is no picture, so {prune.name} has nothing to drop")
 
     @property
     def pixels(self):
@@ -159,32 +222,18 @@ class Generation:
         start = time.perf_counter()
         config = self.checkpoint.config.text_config
         self.cache = RaggedCache(config.num_hidden_layers, slack=min(limit, 64), backend=self.backend)
-        kept = []  # per layer, still on the device
-        choose = (lambda *layer_q_k: self._choose(kept, *layer_q_k)) if self.prune else None
-        hidden = model.language_model.prefill(x[None], self.cache, choose=choose)
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device)
+        pruner = Pruner(self.prune, layout, self.backend) if self.prune else None
+        asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
+        hidden = model.language_model.prefill(x[None], self.cache, **asked)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held
-        self.kept = [float(n) for n in kept] or [float(self.vision_tokens)] * config.num_hidden_layers
+        self.kept = [float(n) for n in pruner.kept] if pruner else [float(self.vision_tokens)] * layers
         _wait(self.checkpoint.device)
         self.timing["prefill"] = time.perf_counter() - start
+        self.timing["prune"] = pruner.seconds if pruner else 0.0
         return logits
-
-    def _choose(self, kept, layer, q, k):
-        """Hook B: the pruning method's choice for a layer, from q (1, Hq, T, D) and k (1, Hkv, T, D)."""
-        _wait(k.device)
-        start = time.perf_counter()
-        (_, q_heads, tokens, _), kv_heads = q.shape, k.shape[1]
-        rows = min(self.prune.window, tokens)
-        scores = window_scores(q[0, :, -rows:], k[0], group="none", backend=self.backend) if rows else None
-        layout = Layout(len(self.cache.k), q_heads, kv_heads, tokens, self.spans, k.device)
-        keep = self.prune.choose(layer, scores, layout)
-        if not isinstance(keep, torch.Tensor) or keep.shape != (kv_heads, tokens) or keep.dtype != torch.bool:
-            shape = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
-            raise InputError(f"method {self.prune.name} returned {shape}; return bool ({kv_heads}, {tokens})")
-        kept.append(sum(keep[:, a:b].sum() for a, b in self.spans) / kv_heads)
-        _wait(k.device)
-        self.timing["prune"] += time.perf_counter() - start
-        return keep
 
     def _never(self):
         """Ids that must not be said: rows of the embedding that stand for no token, `<image>` and `<pad>`."""

@@ -154,14 +154,19 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def prefill(self, x, cache=None, positions=None, mask=None, choose=None):
+    def prefill(self, x, cache=None, positions=None, mask=None, choose=None, narrow=None):
         """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
 
         Causal over everything present. With a cache, each layer's K and V are packed into it as soon as the layer is
-        done, and die here: choose(layer, q, k), called with q (B, Hq, T, D) and k (B, Hkv, T, D), says which rows every
-        head keeps, (B * Hkv, T) bool or None for all. Hidden states are never dropped, so what a layer forgets changes
-        decoding only. positions (B, T) or (T,) default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may
-        look, or added to the scores) replaces the causal rule: both are for training on packed sequences.
+        done, and die here. Behind each layer two functions may be asked, with its q (B, Hq, T, D) and k (B, Hkv, T, D):
+
+            choose(layer, q, k)   which K and V rows every head keeps, (B * Hkv, T) bool or None for all; the hidden
+                                  states go on unchanged, so what a layer forgets changes decoding only
+            narrow(layer, q, k)   which tokens the layers after it still see, indices (T',) or None for all; then what
+                                  is returned is (B, T', C)
+
+        positions (B, T) or (T,) default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may look, or added to
+        the scores) replaces the causal rule: both are for training on packed sequences, without `narrow`.
         """
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
@@ -169,6 +174,9 @@ class Llama(nn.Module):
             x, q, k, v = layer.prefill(x, rope, mask)
             if cache is not None:
                 cache.pack(i, k, v, None if choose is None else choose(i, q, k))
+            rows = None if narrow is None else narrow(i, q, k)
+            if rows is not None:  # they keep their positions
+                x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)
             del q, k, v  # not kept until the next layer has made its own
         return self.model.norm(x)
 

@@ -29,7 +29,7 @@ def test_three_classes_with_their_borders(gamma, rate):
 def test_rates_stay_between_nothing_and_everything():
     assert Plphp(r=0.9, dr=0.3).rate(1.0) == 1.0 and Plphp(r=0.2, dr=0.3).rate(0.0) == 0.0
     for wanted, dr in ((0.5, 0.3), (0.2, 0.2), (0.9, 0.1), (1.0, 0.0)):  # dr = min(dr, F, 1 - F)
-        method = make_method("plphp", wanted).choose
+        method = make_method("plphp", wanted).rule
         assert method.rate(1.0) == pytest.approx(wanted + dr) and method.rate(0.0) == pytest.approx(wanted - dr)
         assert method.rate(0.2) == wanted
     same = Plphp(alpha=0.2, beta=0.2)  # no balanced layers
@@ -37,11 +37,10 @@ def test_rates_stay_between_nothing_and_everything():
 
 
 def test_the_first_layers_are_spared():
-    scores, place = torch.rand(4, 20), layout([(2, 18)], 20)
-    assert Plphp()(0, scores, place).all() and not Plphp()(1, scores, place).all()
-    deep = dataclasses.replace(place, num_layers=12)
-    assert Plphp()(1, scores, deep).all() and not Plphp()(2, scores, deep).all()
-    assert not Plphp(skip=0)(0, scores, place).all() and Plphp(skip=6)(5, scores, place).all()
+    pruned = lambda method, num_layers: [method.wants(i, num_layers) for i in range(num_layers)]  # noqa: E731
+    assert pruned(Plphp(), 6) == [False] + [True] * 5
+    assert pruned(Plphp(), 12) == [False] * 2 + [True] * 10
+    assert all(pruned(Plphp(skip=0), 6)) and not any(pruned(Plphp(skip=6), 6))
 
 
 def test_each_head_keeps_its_own_best_of_each_picture():
@@ -140,6 +139,17 @@ def plphp_by_hand(spans, group, ada):
     return choose, classes
 
 
+class Spy:
+    """A method's rule, and what it answered."""
+
+    def __init__(self, rule, answers):
+        self.rule, self.answers, self.wants = rule, answers, rule.wants
+
+    def __call__(self, *asked):
+        self.answers.append(self.rule(*asked))
+        return self.answers[-1]
+
+
 def share(count, ada):
     """What a head keeps before the rest is divided."""
     return max(1, int(0.2 * count)) if ada else count
@@ -158,12 +168,13 @@ def test_ids_and_kept_sets_are_those_of_transformers_with_masks(
     prompt = "what is <image> and <image> left of <image> there?" if pictures == 3 else "what is left?"
     asked = checkpoint, prompt, [DEMO_PICTURE] * pictures, Sampling(max_new_tokens=24)
     method, ours = make_method(spec), []
-    spy = dataclasses.replace(method, choose=lambda *a: ours.append(method.choose(*a)) or ours[-1])
+    spy = dataclasses.replace(method, rule=Spy(method.rule, ours))
     generation = Generation(*asked, prune=spy, backend=backend)
     "".join(generation)
     choose, classes = plphp_by_hand(generation.spans, heads[0] // heads[1], spec == "plphp-ada")
     ids, kept = masked_ids(tmp_path, generation, choose, 24)
-    for layer, (a, b) in enumerate(zip(ours, kept, strict=True)):
+    assert kept[0].all() and len(ours) == len(kept) - 1  # the first layer is spared
+    for layer, (a, b) in enumerate(zip(ours, kept[1:], strict=True), 1):
         assert torch.equal(a.cpu(), b), f"layer {layer} ({classes[layer]})"
     assert generation.token_ids == ids
     unpruned = Generation(*asked)
@@ -176,11 +187,6 @@ def test_the_first_token_is_that_of_the_unpruned_model_and_text_stays():
     asked = demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=1)
     pruned, plain = Generation(*asked, prune=make_method("plphp", 0.1)), Generation(*asked)
     assert "".join(pruned) == "".join(plain) and pruned.bytes_held < plain.bytes_held
-
-
-def test_without_a_picture_nothing_is_dropped():
-    keep = Plphp(skip=0)(0, torch.rand(4, 9), layout([], 9))
-    assert keep.shape == (2, 9) and keep.all()
 
 
 def test_keeping_all_by_rate_is_no_pruning():

@@ -1,10 +1,19 @@
 """The pruning methods, and how to name one.
 
-A method is called once per layer, after its prefill attention: method(layer, scores, layout) -> keep (Hkv, T) bool.
-It is either a function whose further keyword arguments are its settings, or a frozen dataclass with a `__call__`, whose
-fields are (its `__post_init__` may refuse them with a ValueError). If it has a setting called `window`, scores are fp32
-(Hq, T), the attention of each query head, averaged over the last `window` rows of the prompt; otherwise None. layout
-says where the pictures are (`model.generate.Layout`). A new method is one file here and one row below.
+A method is one small file here and one row of METHODS: a function whose further keyword arguments are its settings,
+or a frozen dataclass whose fields are (its `__post_init__` may refuse them with a ValueError). It works at one of two
+places:
+
+    method(layer, scores, layout) -> keep (Hkv, T) bool
+        after a layer's attention: which K and V rows each head keeps; or None for all. Hidden states go on unchanged.
+    method.narrow(scores, layout) -> keep (T,) bool
+        once, before layer `method.layer`: which tokens that layer and all later ones get to see.
+
+scores, fp32 (Hq, T), is the attention of each query head averaged over the last `window` rows of the prompt, which end
+where the last picture does; `window` is a setting (scores is None without one), and 1 for `narrow`. layout
+(`model.generate.Layout`) says where the pictures are. A method may have two more members: wants(layer, num_layers) is
+False where a layer keeps all and need not be scored, check(num_layers, kv_heads) refuses a model with a ValueError.
+Text is kept whatever a method says.
 """
 
 import importlib.util
@@ -14,24 +23,83 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from .budget import GROUPS, SCOPES
+from .fastv import FastV
 from .plphp import Plphp, PlphpAda
 from .random_tokens import random_tokens
+from .shared import shared_tokens
+from .snapkv import AdaKV, SnapKV
+from .uniform import Uniform
 
-METHODS = {"none": None, "plphp": Plphp, "plphp-ada": PlphpAda, "random": random_tokens}
+METHODS = {
+    "none": None,
+    "plphp": Plphp,
+    "plphp-ada": PlphpAda,
+    "random": random_tokens,
+    "uniform": Uniform,
+    "shared": shared_tokens,
+    "snapkv": SnapKV,
+    "adakv": AdaKV,
+    "fastv": FastV,
+}
+
+GUARDS = {"sink": 0, "recent": 0}  # settings of every method: tokens at both ends of the prompt that no head may drop
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its settings. choose: (layer, scores (Hq, T) fp32 or None, layout) -> keep (Hkv, T) bool."""
+    """A method with its settings, and around it what holds for all of them. rule: what its file defines."""
 
     name: str
-    choose: object
+    rule: object
     settings: dict
 
     @property
     def window(self):
         """Rows of the prompt's end whose attention the method wants to see."""
-        return self.settings.get("window", 0)
+        return self.settings.get("window", 1 if self.layer else 0)
+
+    @property
+    def layer(self):
+        """The layer before which tokens leave the prompt, or None if the method only drops K and V."""
+        return self.rule.layer if hasattr(self.rule, "narrow") else None
+
+    def check(self, num_layers, kv_heads):
+        """ValueError if the model is not one for this method."""
+        if hasattr(self.rule, "check"):
+            self.rule.check(num_layers, kv_heads)
+
+    def wants(self, layer, num_layers):
+        """Is the method to be asked about a layer's K and V?"""
+        return callable(self.rule) and (not hasattr(self.rule, "wants") or self.rule.wants(layer, num_layers))
+
+    def choose(self, layer, scores, layout):
+        """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, or None for all. ValueError if it is anything else."""
+        keep = self.rule(layer, scores, layout)
+        return None if keep is None else self._guarded(keep, layout, (layout.kv_heads, layout.tokens))
+
+    def narrow(self, scores, layout):
+        """scores (Hq, T) fp32 -> keep (T,) bool."""
+        return self._guarded(self.rule.narrow(scores, layout), layout, (layout.tokens,))
+
+    def _guarded(self, keep, layout, shape):
+        """keep with text and guards in it; ValueError if it is no bool of the shape."""
+        if not isinstance(keep, torch.Tensor) or keep.shape != shape or keep.dtype != torch.bool:
+            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
+            raise ValueError(f"method {self.name} returned {found}; return bool {shape}")
+        return keep.to(layout.device) | guarded(layout, self.settings.get("sink", 0), self.settings.get("recent", 0))
+
+
+def guarded(layout, sink=0, recent=0):
+    """(T,) bool: the tokens that are never dropped: text, the first `sink` and the last `recent` of the prompt."""
+    mask = torch.ones(layout.tokens, dtype=torch.bool, device=layout.device)
+    for start, stop in layout.spans:
+        mask[start:stop] = False
+    mask[:sink] = True
+    mask[max(0, layout.tokens - recent) :] = True
+    return mask
 
 
 def make_method(spec, retention=None, keep_tokens=None, settings=()):
@@ -43,7 +111,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=()):
     """
     name, pairs = _split(spec)
     if "+" in name and "::" not in name:
-        raise ValueError(f"{name!r} combines methods, but all that exist choose at the same place; give one")
+        raise ValueError(f"{name!r} combines methods, which none of them is made for; give one")
     function = _find(name)
     given = dict(_pair(p) for p in pairs)
     for text in settings:
@@ -56,7 +124,11 @@ def make_method(spec, retention=None, keep_tokens=None, settings=()):
             raise ValueError(f"method none has no settings, {', '.join(given)} was given; give --prune METHOD")
         return None
     settings = _complete(name, function, given)
-    return Method(name, function(**settings) if isinstance(function, type) else partial(function, **settings), settings)
+    own = {k: v for k, v in settings.items() if k not in GUARDS or k in _defaults(function)}
+    rule = function(**own) if isinstance(function, type) else partial(function, **own)
+    if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
+        raise ValueError(f"method {name} can neither be called nor has it `layer` and `narrow`; see model/pruning")
+    return Method(name, rule, settings)
 
 
 def _split(spec):
@@ -110,10 +182,15 @@ def _find(name):
     return function
 
 
+def _defaults(function):
+    """Its settings and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def _complete(name, function, given):
     """All settings of a function: its defaults, and what was given in their place."""
-    parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    defaults = GUARDS | _defaults(function)
     unknown = [key for key in given if key not in defaults]
     if unknown:
         raise ValueError(f"method {name} has no setting {unknown[0]!r}; it has {', '.join(defaults) or 'none'}")
@@ -123,7 +200,7 @@ def _complete(name, function, given):
     settings = {}
     for key, value in (defaults | given).items():
         settings[key] = _like(name, key, value, defaults[key])
-    _check_budget(name, settings)
+    _check_common(name, settings)
     return settings
 
 
@@ -136,11 +213,16 @@ def _like(name, key, value, default):
     raise ValueError(f"setting {key} of method {name} is {value!r}; give {type(default).__name__}")
 
 
-def _check_budget(name, settings):
+def _check_common(name, settings):
+    """ValueError for values of the settings that mean the same in every method."""
     retention, keep_tokens = settings.get("retention"), settings.get("keep_tokens")
-    if retention is not None and not (isinstance(retention, float) and 0 < retention <= 1):
+    if retention is not None and not (type(retention) in (int, float) and 0 < retention <= 1):
         raise ValueError(f"retention of method {name} is {retention!r}; give a fraction above 0 and up to 1")
     if keep_tokens is not None and (type(keep_tokens) is not int or keep_tokens < 1):
         raise ValueError(f"keep_tokens of method {name} is {keep_tokens!r}; give a whole number from 1 on")
-    if type(settings.get("window", 0)) is not int or settings.get("window", 0) < 0:
-        raise ValueError(f"window of method {name} is {settings['window']!r}; give a number of rows from 0 on")
+    for key in ("window", *GUARDS):
+        if key in settings and (type(settings[key]) is not int or settings[key] < 0):
+            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give a number of tokens from 0 on")
+    for key, allowed in (("scope", SCOPES), ("group", GROUPS)):
+        if key in settings and settings[key] not in allowed:
+            raise ValueError(f"{key} of method {name} is {settings[key]!r}; use {' or '.join(allowed)}")

@@ -15,20 +15,17 @@ beta, r, dr, the layers that are spared, the query row and the treatment of grou
 
 from dataclasses import dataclass
 
-import torch
-
-from .budget import best, budget
-
-GROUPS = ("mean", "max")
+from .budget import best, budget, by_kv_head, pooled, select
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plphp:
-    """The rates and thresholds above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
+    """The layer's rate from how much its last prompt row looks at the pictures; each head its own most attended.
 
-    group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention is averaged.
-    retention: if given, r is that and dr at most its distance to 0 and 1; keep_tokens: if given, every layer keeps
-    that many of each picture, whatever gamma says.
+    r, dr, alpha, beta: as above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
+    group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention is averaged;
+    scope: rank and count for each picture, or for all together. retention: if given, r is that and dr at most its
+    distance to 0 and 1; keep_tokens: if given, every layer keeps that many of each picture, whatever gamma says.
     """
 
     r: float = 0.4
@@ -38,6 +35,7 @@ class Plphp:
     skip: int | None = None
     group: str = "mean"
     window: int = 1
+    scope: str = "image"
     retention: float | None = None
     keep_tokens: int | None = None
 
@@ -46,28 +44,20 @@ class Plphp:
             raise ValueError(f"r is {self.r} and dr {self.dr}; give fractions from 0 to 1")
         if not self.alpha >= self.beta:
             raise ValueError(f"alpha {self.alpha} is below beta {self.beta}; give alpha >= beta")
-        if self.group not in GROUPS:
-            raise ValueError(f"group is {self.group!r}; use {' or '.join(GROUPS)}")
         if self.skip is not None and (type(self.skip) is not int or self.skip < 0):
             raise ValueError(f"skip is {self.skip!r}; give a number of layers from 0 on")
         if self.window < 1:
             raise ValueError(f"window is {self.window}; give at least 1 row")
 
+    def wants(self, layer, num_layers):
+        """Is the layer pruned at all? The others need no scores."""
+        return layer >= ((2 if num_layers >= 12 else 1) if self.skip is None else self.skip)
+
     def __call__(self, layer, scores, layout):
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool, device=layout.device)
-        if not layout.spans or layer < self.spared(layout.num_layers):
-            return keep
         rate = self.rate(gamma(scores, layout))
-        heads = scores.view(layout.kv_heads, -1, layout.tokens)  # (Hkv, G, T)
-        heads = heads.mean(1) if self.group == "mean" else heads.amax(1)
-        for start, stop in layout.spans:
-            keep[:, start:stop] = self.choose(heads[:, start:stop], budget(stop - start, rate, self.keep_tokens))
-        return keep
-
-    def spared(self, num_layers):
-        """How many layers at the beginning keep everything."""
-        return (2 if num_layers >= 12 else 1) if self.skip is None else self.skip
+        heads = by_kv_head(scores, layout, self.group)
+        return select(heads, layout, lambda s: self.choose(s, budget(s.shape[1], rate, self.keep_tokens)), self.scope)
 
     def rate(self, gamma):
         """The fraction that a layer keeps."""
@@ -83,10 +73,10 @@ class Plphp:
 
 @dataclass(frozen=True, kw_only=True)
 class PlphpAda(Plphp):
-    """The same budget of a layer, divided among its heads by what they attend to: their lengths differ.
+    """Ours: PLPHP's budget of a layer, divided among its heads by what they attend to, so that their lengths differ.
 
-    The most attended (head, token) pairs of a picture are kept, as AdaKV divides a budget (arXiv 2407.11550); floor:
-    fraction of an even share that every head keeps in any case.
+    The most attended (head, token) pairs of a picture are kept; floor: fraction of an even share that every head keeps
+    in any case.
     """
 
     floor: float = 0.2
@@ -97,9 +87,7 @@ class PlphpAda(Plphp):
             raise ValueError(f"floor is {self.floor}; give a fraction from 0 to 1")
 
     def choose(self, scores, count):
-        safe = best(scores, max(1, int(self.floor * count)))
-        pooled = scores.masked_fill(safe, float("inf")).flatten()
-        return best(pooled, count * len(scores)).view_as(safe)
+        return pooled(scores, count, self.floor)
 
 
 def gamma(scores, layout):

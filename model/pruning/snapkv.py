@@ -1,0 +1,73 @@
+"""SnapKV (arXiv 2404.14469) and AdaKV (2407.11550) on vision tokens.
+
+Both rank by the attention of the last prompt rows, smoothed along the tokens. The originals drop text too, rank the
+tokens of the whole prompt, and keep the window itself. Here the window is text, which stays; pictures are smoothed each
+by itself; grouped heads agree before they are smoothed, and store one copy.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from .budget import best, budget, by_kv_head, pooled, select
+
+POOLS = ("avg", "max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV:
+    """Each head its own most attended by the last 32 text rows, smoothed over 5 neighbours (2404.14469).
+
+    retention: fraction kept; keep_tokens: that many per head and picture instead; window: rows at the prompt's end,
+    not reaching into a picture; kernel, pool: width and kind (avg|max) of the smoothing; group, scope: as in plphp.
+    """
+
+    retention: float = 0.5
+    keep_tokens: int | None = None
+    window: int = 32
+    kernel: int = 5
+    pool: str = "avg"
+    group: str = "mean"
+    scope: str = "image"
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; give at least 1 row")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}; give an odd number of tokens")
+        if self.pool not in POOLS:
+            raise ValueError(f"pool is {self.pool!r}; use {' or '.join(POOLS)}")
+
+    def __call__(self, layer, scores, layout):
+        """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
+        heads = by_kv_head(scores, layout, self.group).clone()
+        for start, stop in layout.spans:
+            heads[:, start:stop] = self.smooth(heads[:, start:stop])
+        count = lambda s: budget(s.shape[1], self.retention, self.keep_tokens)  # noqa: E731
+        return select(heads, layout, lambda s: self.choose(s, count(s)), self.scope)
+
+    def smooth(self, scores):
+        """scores (Hkv, n) -> the same shape; beyond the ends of a picture the mean finds zeros."""
+        pool = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
+        return pool(scores[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
+
+    def choose(self, scores, count):
+        return best(scores, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaKV(SnapKV):
+    """SnapKV's scores, a layer's budget divided among its heads by them, so that their lengths differ (2407.11550).
+
+    floor: fraction of an even share that every head keeps in any case, the original's safeguard.
+    """
+
+    floor: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor is {self.floor}; give a fraction from 0 to 1")
+
+    def choose(self, scores, count):
+        return pooled(scores, count, self.floor)

@@ -1,0 +1,60 @@
+"""One rate for every layer, or a table of rates: PLPHP's ranking without its layers' classes.
+
+With a table this is how HeadKV (arXiv 2410.19258) and SparseMM (2506.05344) spend a budget that was measured offline,
+with `mass` how ZipVL (2410.08584) sizes one: as many tokens as a share of the attention needs.
+"""
+
+from dataclasses import dataclass
+
+from .budget import best, budget, by_head, by_kv_head, mass, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Each head its own most attended by the last prompt row, the same fraction in every layer.
+
+    retention: the fraction, or keep_tokens: the number, or mass: keep in each head the fewest tokens that hold this
+    share of its attention to the picture, or rates: a list with a fraction per layer, or with a list of fractions per
+    KV head for a layer. group, window, scope: as in plphp.
+    """
+
+    retention: float | None = None
+    keep_tokens: int | None = None
+    mass: float | None = None
+    rates: list | None = None
+    group: str = "mean"
+    window: int = 1
+    scope: str = "image"
+
+    def __post_init__(self):
+        given = [n for n in ("retention", "keep_tokens", "mass", "rates") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; give one of them")
+        if self.mass is not None and not (isinstance(self.mass, (int, float)) and 0 < self.mass <= 1):
+            raise ValueError(f"mass is {self.mass!r}; give a share above 0 and up to 1")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; give at least 1 row")
+        for rate in [r for row in self.rates or () for r in (row if isinstance(row, list) else [row])]:
+            if not (isinstance(rate, (int, float)) and 0 <= rate <= 1):
+                raise ValueError(f"rates holds {rate!r}; give fractions from 0 to 1")
+
+    def check(self, num_layers, kv_heads):
+        """ValueError if the table is not of this model."""
+        for row in self.rates or ():
+            if isinstance(row, list) and len(row) != kv_heads:
+                raise ValueError(f"rates has {len(row)} heads in a layer, the model {kv_heads}; give one for each")
+        if self.rates is not None and len(self.rates) != num_layers:
+            raise ValueError(f"rates has {len(self.rates)} layers, the model {num_layers}; give one for each")
+
+    def __call__(self, layer, scores, layout):
+        """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
+        return select(by_kv_head(scores, layout, self.group), layout, lambda s: self.choose(layer, s), self.scope)
+
+    def choose(self, layer, scores):
+        """scores (Hkv, n) -> bool (Hkv, n)."""
+        heads, tokens = scores.shape
+        if self.mass is not None:
+            return mass(scores, self.mass)
+        if self.rates is not None:
+            return best(scores, by_head(self.rates, layer, heads, tokens))
+        return best(scores, budget(tokens, 0.5 if self.retention is None else self.retention, self.keep_tokens))
