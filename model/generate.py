@@ -37,6 +37,7 @@ class Layout:
     tokens: int  # T, pictures expanded
     spans: list  # [(start, stop)] of the pictures among the T
     device: torch.device
+    norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norm of the layer's value rows, for methods that ask for values
 
 
 class Pruner:
@@ -51,20 +52,21 @@ class Pruner:
         self.method, self.layout, self.backend = method, layout, backend
         self.kept, self.seconds = [], 0.0
 
-    def choose(self, layer, q, k):
-        """Which K and V rows of a layer each head keeps: q (1, Hq, T, D), k (1, Hkv, T, D) -> (Hkv, T) bool or None."""
+    def choose(self, layer, q, k, v):
+        """Which rows of k and v (1, Hkv, T, D) each head keeps, after q (1, Hq, T, D): (Hkv, T) bool, None for all."""
         start, keep = time.perf_counter(), None
         if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
             _wait(k.device)
             start = time.perf_counter()
-            keep = self._heed(self.method.choose, layer, self._scores(q, k), self.layout)
+            norms = v[0].float().norm(1, dim=-1) if self.method.settings.get("values") else None
+            keep = self._heed(self.method.choose, layer, self._scores(q, k), replace(self.layout, norms=norms))
             _wait(k.device)
         spans, heads = self.layout.spans, self.layout.kv_heads
         self.kept.append(sum(b - a if keep is None else keep[:, a:b].sum() / heads for a, b in spans))
         self.seconds += time.perf_counter() - start
         return keep
 
-    def narrow(self, layer, q, k):
+    def narrow(self, layer, q, k, v):
         """Which tokens go on to the layers after this one: indices (T',), ascending, or None for all."""
         if not self.layout.spans or self.method.layer != layer + 1:
             return None

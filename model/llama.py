@@ -158,12 +158,13 @@ class Llama(nn.Module):
         """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
 
         Causal over everything present. With a cache, each layer's K and V are packed into it as soon as the layer is
-        done, and die here. Behind each layer two functions may be asked, with its q (B, Hq, T, D) and k (B, Hkv, T, D):
+        done, and die here. Behind each layer two functions may be asked, with its q (B, Hq, T, D) and its k and v
+        (B, Hkv, T, D):
 
-            choose(layer, q, k)   which K and V rows every head keeps, (B * Hkv, T) bool or None for all; the hidden
-                                  states go on unchanged, so what a layer forgets changes decoding only
-            narrow(layer, q, k)   which tokens the layers after it still see, indices (T',) or None for all; then what
-                                  is returned is (B, T', C)
+            choose(layer, q, k, v)   which K and V rows every head keeps, (B * Hkv, T) bool or None for all; the hidden
+                                     states go on unchanged, so what a layer forgets changes decoding only
+            narrow(layer, q, k, v)   which tokens the layers after it still see, indices (T',) or None for all; then
+                                     what is returned is (B, T', C)
 
         positions (B, T) or (T,) default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may look, or added to
         the scores) replaces the causal rule: both are for training on packed sequences, without `narrow`.
@@ -173,8 +174,8 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.model.layers):
             x, q, k, v = layer.prefill(x, rope, mask)
             if cache is not None:
-                cache.pack(i, k, v, None if choose is None else choose(i, q, k))
-            rows = None if narrow is None else narrow(i, q, k)
+                cache.pack(i, k, v, None if choose is None else choose(i, q, k, v))
+            rows = None if narrow is None else narrow(i, q, k, v)
             if rows is not None:  # they keep their positions
                 x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)
             del q, k, v  # not kept until the next layer has made its own

@@ -528,7 +528,7 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
     x = model.model.embed_tokens.weight[ids.to(setting.device)]
     segments, steps = batch * config.num_key_value_heads, 2 * rounds + 8
 
-    def choose(layer, q, k):
+    def choose(layer, q, k, v):
         generator = torch.Generator().manual_seed(layer)  # the same for every cache
         lengths = lengths_of(layout, segments, tokens, retention, generator)
         draw = torch.rand(segments, tokens, generator=generator).argsort(-1).argsort(-1)

@@ -11,9 +11,9 @@ places:
 
 scores, fp32 (Hq, T), is the attention of each query head averaged over the last `window` rows of the prompt, which end
 where the last picture does; `window` is a setting (scores is None without one), and 1 for `narrow`. layout
-(`model.generate.Layout`) says where the pictures are. A method may have two more members: wants(layer, num_layers) is
-False where a layer keeps all and need not be scored, check(num_layers, kv_heads) refuses a model with a ValueError.
-Text is kept whatever a method says.
+(`model.generate.Layout`) says where the pictures are, and with a true setting `values` the norms of each head's value
+rows. A method may have two more members: wants(layer, num_layers) is False where a layer keeps all and need not be
+scored, check(num_layers, kv_heads) refuses a model with a ValueError. Text is kept whatever a method says.
 """
 
 import importlib.util

@@ -89,7 +89,12 @@ def select(scores, layout, choose, scope="image"):
     return keep
 
 
-def by_kv_head(scores, layout, group="mean"):
-    """scores (Hq, T) of query heads -> (Hkv, T): the mean or the largest over those that read the same KV head."""
+def by_kv_head(scores, layout, group="mean", values=False):
+    """scores (Hq, T) of query heads -> (Hkv, T): the mean or the largest over those that read the same KV head.
+
+    values: times the L1 norm of the token's value row, as VATP does (arXiv 2406.12335). What a head reads is attention
+    times value, and heads park the attention that they have no use for on tokens whose values are next to nothing.
+    """
     heads = scores.view(layout.kv_heads, -1, layout.tokens)  # (Hkv, G, T)
-    return heads.mean(1) if group == "mean" else heads.amax(1)
+    heads = heads.mean(1) if group == "mean" else heads.amax(1)
+    return heads * layout.norms if values else heads

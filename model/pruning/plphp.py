@@ -24,8 +24,9 @@ class Plphp:
 
     r, dr, alpha, beta: as above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
     group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention is averaged;
-    scope: rank and count for each picture, or for all together. retention: if given, r is that and dr at most its
-    distance to 0 and 1; keep_tokens: if given, every layer keeps that many of each picture, whatever gamma says.
+    values: rank by attention times the L1 norm of the value row (VATP, 2406.12335); scope: rank and count in each
+    picture (image), or in all together (vision). retention: if given, r is that and dr at most its distance to 0 and 1;
+    keep_tokens: if given, every layer keeps that many of each picture, whatever gamma says.
     """
 
     r: float = 0.4
@@ -34,6 +35,7 @@ class Plphp:
     beta: float = 0.1
     skip: int | None = None
     group: str = "mean"
+    values: bool = False
     window: int = 1
     scope: str = "image"
     retention: float | None = None
@@ -56,7 +58,7 @@ class Plphp:
     def __call__(self, layer, scores, layout):
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
         rate = self.rate(gamma(scores, layout))
-        heads = by_kv_head(scores, layout, self.group)
+        heads = by_kv_head(scores, layout, self.group, self.values)
         return select(heads, layout, lambda s: self.choose(s, budget(s.shape[1], rate, self.keep_tokens)), self.scope)
 
     def rate(self, gamma):

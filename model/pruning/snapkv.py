@@ -19,7 +19,8 @@ class SnapKV:
     """Each head its own most attended by the last 32 text rows, smoothed over 5 neighbours (2404.14469).
 
     retention: fraction kept; keep_tokens: that many per head and picture instead; window: rows at the prompt's end,
-    not reaching into a picture; kernel, pool: width and kind (avg|max) of the smoothing; group, scope: as in plphp.
+    not reaching into a picture; kernel, pool: width and kind (avg|max) of the smoothing; group, values, scope: as in
+    plphp.
     """
 
     retention: float = 0.5
@@ -28,6 +29,7 @@ class SnapKV:
     kernel: int = 5
     pool: str = "avg"
     group: str = "mean"
+    values: bool = False
     scope: str = "image"
 
     def __post_init__(self):
@@ -40,7 +42,7 @@ class SnapKV:
 
     def __call__(self, layer, scores, layout):
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        heads = by_kv_head(scores, layout, self.group).clone()
+        heads = by_kv_head(scores, layout, self.group, self.values).clone()
         for start, stop in layout.spans:
             heads[:, start:stop] = self.smooth(heads[:, start:stop])
         count = lambda s: budget(s.shape[1], self.retention, self.keep_tokens)  # noqa: E731

@@ -15,7 +15,7 @@ class Uniform:
 
     retention: the fraction, or keep_tokens: the number, or mass: keep in each head the fewest tokens that hold this
     share of its attention to the picture, or rates: a list with a fraction per layer, or with a list of fractions per
-    KV head for a layer. group, window, scope: as in plphp.
+    KV head for a layer. group, values, window, scope: as in plphp.
     """
 
     retention: float | None = None
@@ -23,6 +23,7 @@ class Uniform:
     mass: float | None = None
     rates: list | None = None
     group: str = "mean"
+    values: bool = False
     window: int = 1
     scope: str = "image"
 
@@ -48,7 +49,9 @@ class Uniform:
 
     def __call__(self, layer, scores, layout):
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        return select(by_kv_head(scores, layout, self.group), layout, lambda s: self.choose(layer, s), self.scope)
+        return select(
+            by_kv_head(scores, layout, self.group, self.values), layout, lambda s: self.choose(layer, s), self.scope
+        )
 
     def choose(self, layer, scores):
         """scores (Hkv, n) -> bool (Hkv, n)."""

@@ -1,0 +1,688 @@
+"""What pruning costs, on the demo world with its ground truth or on any checkpoint against itself.
+
+    python tools/evaluate.py accuracy                # methods x retentions, the same questions for all; tables, picture
+    python tools/evaluate.py second                  # prune for one question, then ask another one
+    python tools/evaluate.py fidelity --model DIR --image x.png --prompt "..."      # no labels: against unpruned
+
+Every method prunes a real cache (`model.cache.RaggedCache`): no masks, and bytes are counted from what it holds. A
+prompt is computed once; the caches that all methods and retentions make of it are joined into one ragged batch, and
+the answer is fed to that. Greedy decoding repeats an answer if and only if each of its tokens is the most likely one
+after the true beginning, so this gives the exact match of greedy decoding (a test compares real generations).
+
+accuracy and second append a line per scene to a file and go on where they were cut off.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kernels import window_scores  # noqa: E402
+from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.cache import RaggedCache  # noqa: E402
+from model.generate import Layout, Pruner  # noqa: E402
+from model.image import normalise, read_image, to_square  # noqa: E402
+from model.pruning import Method, make_method  # noqa: E402
+from model.pruning.budget import best, budget, by_kv_head, select  # noqa: E402
+from model.pruning.plphp import gamma  # noqa: E402
+from model.tokenizer import build_prompt  # noqa: E402
+from tools import scenes  # noqa: E402
+from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
+
+FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
+RETENTIONS = (0.5, 0.3, 0.15)
+ROWS = 64  # of a prompt's end whose queries are remembered: no method's window is larger
+IGNORED = -100
+
+
+# ---------------------------------------------------------------- one prompt, many caches
+
+
+class Asked:
+    """A prompt of T tokens and F more that are fed behind it, computed once without pruning.
+
+    layers    per layer: q (1, Hq, <= ROWS, D) of the prompt's last rows, k and v (1, Hkv, T, D) of the prompt, and
+              q_fed (1, Hq, F, D)
+    logits    (F + 1, V) fp32, after the prompt and after each fed token
+    layout    of the prompt
+    """
+
+    def __init__(self, checkpoint, ids, image_tokens, fed, backend="auto"):
+        self.checkpoint, self.backend = checkpoint, backend
+        model, text = checkpoint.model, checkpoint.config.text_config
+        self.x, spans = model.splice([*ids, *fed], image_tokens)
+        self.tokens, self.fed, self.layers = len(self.x) - len(fed), self.x[len(self.x) - len(fed) :], []
+        self.layout = Layout(
+            text.num_hidden_layers,
+            text.num_attention_heads,
+            text.num_key_value_heads,
+            self.tokens,
+            spans,
+            self.x.device,
+        )
+        hidden = model.language_model.prefill(self.x[None], self, choose=self._look)
+        self.logits = model.language_model.logits(hidden[0, self.tokens - 1 :]).float()
+
+    def attention_of_fed(self, layer):
+        """(Hkv, T): the attention that the fed tokens pay to the prompt in a layer, mean over them and the group."""
+        _, k, _, q = self.layers[layer]
+        end = torch.full((q.shape[2],), self.tokens - 1, device=q.device)
+        return by_kv_head(window_scores(q[0], k[0], q_pos=end, group="none", backend=self.backend), self.layout)
+
+    def _look(self, layer, q, k, v):
+        """Remember a layer, keep all."""
+        t = self.tokens
+        self.layers.append((q[:, :, max(0, t - ROWS) : t], k[:, :, :t], v[:, :, :t], q[:, :, t:]))
+
+    def pack(self, layer, k, v, keep):
+        """In the place of a cache: nothing is packed."""
+
+    def cache(self, method):
+        """What a method makes of the prompt: its cache, and what each layer kept, (Hkv, T) bool or None for all."""
+        if method is None or method.layer is None:
+            return self._packed(method)
+        pruner, dropped = Pruner(method, self.layout, self.backend), {}
+
+        def narrow(layer, q, k, v):
+            rows = pruner.narrow(layer, q, k, v)
+            if rows is not None:
+                mask = torch.zeros(self.tokens, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
+                dropped[layer] = mask.expand(self.layout.kv_heads, -1)
+            return rows
+
+        language, cache = self.checkpoint.model.language_model, self._empty()
+        hidden = language.prefill(self.x[None, : self.tokens], cache, choose=pruner.choose, narrow=narrow)
+        self.narrowed = language.logits(hidden[0, -1:]).float()
+        (first, mask), *_ = dropped.items()
+        return cache, [None if layer <= first else mask for layer in range(self.layout.num_layers)]
+
+    def _packed(self, method):
+        cache, keeps = self._empty(), []
+        pruner = Pruner(method, self.layout, self.backend) if method else None
+        for layer, (q, k, v, _) in enumerate(self.layers):
+            keep = pruner.choose(layer, q, k, v) if pruner else None
+            if isinstance(getattr(method, "rule", None), ValuesDropped):
+                v, packed = v * keep[None, ..., None], None
+            else:
+                packed = keep
+            cache.pack(layer, k, v, packed)
+            keeps.append(keep)
+        return cache, keeps
+
+    def _empty(self):
+        return RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
+
+
+def replay(asked, methods):
+    """Feed the same tokens behind what each of B methods kept.
+
+    Returns logits (B, F + 1, V) fp32, kept: the fraction of vision rows each cache holds, keeps: B lists of a layer's
+    (Hkv, T) bool or None.
+    """
+    layout, caches, keeps, first = asked.layout, [], [], []
+    vision = sum(stop - start for start, stop in layout.spans)
+    for method in methods:
+        cache, kept = asked.cache(method)
+        caches.append(cache)
+        keeps.append(kept)
+        first.append(asked.logits[:1] if method is None or method.layer is None else asked.narrowed)
+    segments = layout.num_layers * layout.kv_heads
+    held = [cache.kv_len.sum().item() - segments * (layout.tokens - vision) for cache in caches]
+    logits = torch.stack(first)
+    if len(asked.fed):
+        cache = RaggedCache.join(caches)
+        language = asked.checkpoint.model.language_model
+        hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache)
+        logits = torch.cat((logits, language.logits(hidden).float()), 1)
+    return logits, [h / max(1, segments * vision) for h in held], keeps
+
+
+# ---------------------------------------------------------------- controls that know more than a method may
+
+
+@dataclasses.dataclass
+class Evidence:
+    """Keeps the patches that show what the answer needs, then others at random; anti: those last of all."""
+
+    patches: tuple  # per picture, indices of its patches
+    retention: float
+    anti: bool = False
+
+    def __call__(self, layer, scores, layout):
+        worth = torch.rand(layout.kv_heads, layout.tokens, generator=torch.Generator().manual_seed(layer))
+        for (start, _), patches in zip(layout.spans, self.patches, strict=True):
+            worth[:, [start + p for p in patches]] += -1 if self.anti else 1
+        return select(worth.to(layout.device), layout, lambda s: best(s, budget(s.shape[1], self.retention)))
+
+
+@dataclasses.dataclass
+class Hindsight:
+    """Ranks by the attention that the fed tokens, the answer, will pay: how good could attention be as a guide?"""
+
+    asked: Asked
+    retention: float
+
+    def __call__(self, layer, scores, layout):
+        worth = self.asked.attention_of_fed(layer)
+        return select(worth, layout, lambda s: best(s, budget(s.shape[1], self.retention)))
+
+
+@dataclasses.dataclass
+class Like:
+    """In each layer, head and picture as many tokens as another method keeps, but others: at random, or shared."""
+
+    other: object  # its rule
+    shared: bool
+    values: bool = False
+
+    def wants(self, layer, num_layers):
+        return not hasattr(self.other, "wants") or self.other.wants(layer, num_layers)
+
+    def __call__(self, layer, scores, layout):
+        kept = self.other(layer, scores, layout)
+        if self.shared:
+            worth = by_kv_head(scores, layout, values=self.values).mean(0, keepdim=True).expand(layout.kv_heads, -1)
+        else:
+            worth = torch.rand(kept.shape, generator=torch.Generator().manual_seed(layer)).to(layout.device)
+        result = torch.ones_like(kept)
+        for start, stop in layout.spans:
+            result[:, start:stop] = best(worth[:, start:stop], kept[:, start:stop].sum(1, keepdim=True))
+        return result
+
+
+@dataclasses.dataclass
+class ValuesDropped:
+    """No way to save anything, but to learn why: a dropped token keeps its key and loses its value.
+
+    So every head still divides its attention as the unpruned model does, and what it gave to dropped tokens reads
+    nothing. If this answers right where dropping does not, not the lost values did the harm but the attention that went
+    to other tokens instead.
+    """
+
+    rule: object
+
+    def __call__(self, layer, scores, layout):
+        return self.rule(layer, scores, layout)
+
+
+VARIANTS = {  # of PLPHP: how many rows look, and do values count
+    "": "window=1",
+    " rows": "window=32",
+    " rows+values": "window=32,values=true",
+}
+
+
+def conditions(thresholds, retentions=RETENTIONS):
+    """{name: how to make the Method for (asked, evidence)}: "none", and NAME@RETENTION for all others.
+
+    thresholds: {window: (alpha, beta)} of PLPHP for this model, by which a third of its layers falls into each class.
+    """
+    made = {"none": lambda asked, evidence: None, "plphp (defaults)": _spec("plphp")}
+    for f in retentions:
+        named = {name: _spec(name, f) for name in ("random", "uniform", "shared", "snapkv", "adakv")}
+        for layer in (2, 1):  # FastV keeps all in the layers before, so the others have to keep less
+            rest = (6 * f - layer) / (6 - layer)
+            if rest > 0.05:
+                named["fastv"] = _spec(f"fastv:layer={layer}", rest)
+                break
+        for variant, more in VARIANTS.items():
+            alpha, beta = thresholds[int(more.split(",")[0].removeprefix("window="))]
+            spec = f":{more},alpha={alpha},beta={beta},skip=0"
+            named[f"plphp{variant}"] = _spec("plphp" + spec, f)
+            if variant != " rows":
+                named[f"plphp-ada{variant}"] = _spec("plphp-ada" + spec, f)
+                named[f"random like plphp{variant}"] = _like("plphp" + spec, f, False)
+                named[f"shared like plphp{variant}"] = _like("plphp" + spec, f, True, "values" in variant)
+            if not variant:
+                named["plphp, values dropped only"] = _values_dropped(make_method("plphp" + spec, f))
+        named["evidence"] = lambda asked, evidence, f=f: Method("evidence", Evidence(evidence, f), {})
+        named["evidence, values dropped only"] = lambda asked, evidence, f=f: Method(
+            "evidence", ValuesDropped(Evidence(evidence, f)), {}
+        )
+        named["anti-evidence"] = lambda asked, evidence, f=f: Method("anti-evidence", Evidence(evidence, f, True), {})
+        named["hindsight"] = lambda asked, evidence, f=f: Method("hindsight", Hindsight(asked, f), {})
+        made |= {f"{name}@{f}": make for name, make in named.items()}
+    return made
+
+
+def _spec(spec, retention=None):
+    method = make_method(spec, retention)
+    return lambda asked, evidence: method
+
+
+def _values_dropped(method):
+    method = dataclasses.replace(method, rule=ValuesDropped(method.rule))
+    return lambda asked, evidence: method
+
+
+def _like(spec, retention, shared, values=False):
+    method = make_method(spec, retention)
+    method = dataclasses.replace(method, name="like", rule=Like(method.rule, shared, values))
+    return lambda asked, evidence: method
+
+
+# ---------------------------------------------------------------- the demo world
+
+
+def encode_scenes(checkpoint, drawn):
+    """Scenes -> image tokens (n, P, C)."""
+    settings = checkpoint.image_settings
+    pictures = [to_square(read_image(scenes.draw_scene(s)).image, settings) for s in drawn]
+    pixels = torch.stack([normalise(p, settings) for p in pictures])
+    return checkpoint.model.encode_images(pixels.to(checkpoint.device, checkpoint.dtype))
+
+
+def conversation(checkpoint, first, second, pictures):
+    """Token ids of the prompt, of what is fed behind it, and the targets of each step, IGNORED before a second answer.
+
+    first, second: Questions; without a second the answer to the first is what counts.
+    """
+    tokenizer = checkpoint.tokenizer
+    prompt = build_prompt(first.question, pictures, "llava")
+    text = f"{prompt} {first.answer}</s>"
+    ids, whole = tokenizer.encode(prompt), tokenizer.encode(text)
+    answer = len(ids)
+    if second:
+        text += f"USER: {second.question} ASSISTANT:"
+        answer = len(tokenizer.encode(text))
+        whole = tokenizer.encode(f"{text} {second.answer}</s>")
+    assert whole[: len(ids)] == ids
+    return ids, whole[len(ids) : -1], [IGNORED] * (answer - len(ids)) + whole[answer:]
+
+
+@torch.inference_mode()
+def evaluate_scene(checkpoint, made, number, mode):
+    """All held-out questions of a scene under all conditions: one dict per question.
+
+    results: {condition: [exact match 0|1, share of tokens >= 2 right, kept, [evidence kept per layer], [attention kept
+    per layer]]}, the last being how much of the attention that the answer pays to the pictures falls on kept tokens.
+    """
+    pair = number % 5 == 4  # one pair of pictures for every four single ones
+    drawn, questions = held_out_questions(number, pair, False, 0)
+    image_tokens, result = encode_scenes(checkpoint, drawn), []
+    for i, q in enumerate(questions):
+        second = questions[(i + 1) % len(questions)] if mode == "second" else None
+        counted = second or q
+        ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
+        asked = Asked(checkpoint, ids, image_tokens, fed)
+        logits, kept, keeps = replay(asked, [make(asked, q.evidence) for make in made.values()])
+        targets = torch.tensor(targets, device=logits.device)
+        rows = targets != IGNORED
+        right = (logits[:, rows].argmax(-1) == targets[rows]).cpu()
+        attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
+        results = {}
+        for name, hits, share, layers in zip(made, right, kept, keeps, strict=True):
+            shown = [_evidence_kept(k, asked.layout, counted.evidence) for k in layers]
+            looked = [_attention_kept(k, asked.layout, a) for k, a in zip(layers, attention, strict=True)]
+            tokens = round(hits[1:].float().mean().item(), 4)
+            results[name] = [int(hits.all()), tokens, round(share, 4), shown, looked]
+        result.append({"task": counted.task, "words": counted.dependent_words, "results": results})
+    return result
+
+
+def _attention_kept(keep, layout, attention):
+    """Share of the attention (Hkv, T) to pictures that falls on what is kept."""
+    if keep is None:
+        return 1.0
+    spans = [slice(start, stop) for start, stop in layout.spans]
+    held = sum((attention[:, s] * keep[:, s]).sum() for s in spans)
+    return round((held / sum(attention[:, s].sum() for s in spans)).item(), 3)
+
+
+def _evidence_kept(keep, layout, evidence):
+    """Share of the evidence patches that a layer's heads keep, on average."""
+    if keep is None:
+        return 1.0
+    columns = [start + p for (start, _), patches in zip(layout.spans, evidence, strict=True) for p in patches]
+    return round(keep[:, columns].float().mean().item(), 3) if columns else 1.0
+
+
+@torch.inference_mode()
+def thresholds(checkpoint, number=48):
+    """{window: (alpha, beta)}: the upper and lower third of gamma over all layers, on scenes that are not evaluated."""
+    found = {1: [], 32: []}
+    for scene in range(number):
+        drawn, questions = held_out_questions(scene, False, False, 0)
+        image_tokens = encode_scenes(checkpoint, drawn)
+        for q in questions[:3]:
+            ids, fed, _ = conversation(checkpoint, q, None, 1)
+            asked = Asked(checkpoint, ids, image_tokens, fed[:0])
+            for q_rows, k, _, _ in asked.layers:
+                behind = asked.tokens - asked.layout.spans[-1][1]
+                for window, values in found.items():
+                    rows = q_rows[0, :, -min(window, behind) :]
+                    values.append(gamma(window_scores(rows, k[0], group="none"), asked.layout))
+    thirds = {w: (sorted(v)[2 * len(v) // 3], sorted(v)[len(v) // 3]) for w, v in found.items()}
+    return {window: (round(alpha, 3), round(beta, 3)) for window, (alpha, beta) in thirds.items()}
+
+
+# ---------------------------------------------------------------- runs that can be cut off
+
+
+def fingerprint(folder):
+    """Of the weights, so that lines of two models never end up in one file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def open_answers(path, head):
+    """Questions by scene that are there already. A torn last line is cut off, another head refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.read_bytes() if path.exists() else b""
+    end = whole.rfind(b"\n") + 1
+    if not end:
+        path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+        return {}
+    lines = [json.loads(line) for line in whole[:end].splitlines()]
+    if lines[0] != json.loads(json.dumps(head)):
+        raise InputError(f"{path} was made with other weights, methods or thresholds; give another --answers")
+    os.truncate(path, end)
+    return {line["scene"]: line["questions"] for line in lines[1:]}
+
+
+worker = {}  # of a worker process: its checkpoint and conditions, which cannot be sent along with every scene
+
+
+def start_worker(model, device, dtype, thresholds, mode, only):
+    torch.set_num_threads(1)  # small tensors: threads would only wait for each other
+    worker["checkpoint"], worker["mode"] = load(model, dtype, device), mode
+    worker["made"] = {name: make for name, make in conditions(thresholds).items() if chosen(name, only)}
+
+
+def chosen(name, only):
+    return not only or name == "none" or any(name == o or name.startswith(o + "@") for o in only)
+
+
+def work(number):
+    return number, evaluate_scene(worker["checkpoint"], worker["made"], number, worker["mode"])
+
+
+def run_scenes(args, path):
+    """Answer until there are args.questions of them -> (head, {scene: questions})."""
+    checkpoint = load(args.model, args.dtype, args.device)
+    found = thresholds(checkpoint)
+    names = [name for name in conditions(found) if chosen(name, args.only)]
+    if len(names) < 1 + len(args.only):
+        raise InputError(f"--only names none of {', '.join(conditions(found))}; give some of these")
+    head = {"mode": args.stage, "weights": fingerprint(args.model), "thresholds": found, "conditions": names}
+    done = open_answers(path, head)
+    count, numbers = 0, []
+    while count < args.questions:  # how many a scene has is known without a model
+        number = FIRST + len(numbers)
+        numbers.append(number)
+        count += len(held_out_questions(number, number % 5 == 4, False, 0)[1])
+    todo, started = [n for n in numbers if n not in done], time.time()
+    setup = args.model, args.device, args.dtype, found, args.stage, args.only
+    pool = torch.multiprocessing.get_context("spawn").Pool(args.workers, start_worker, setup)
+    with open(path, "a", encoding="utf-8") as file, pool:
+        for i, (number, questions) in enumerate(pool.imap_unordered(work, todo), 1):
+            done[number] = questions
+            file.write(json.dumps({"scene": number, "questions": questions}) + "\n")
+            file.flush()
+            left = (time.time() - started) / i * (len(todo) - i)
+            if i % 10 == 0 or i == len(todo):
+                print(f"{args.stage}: {i}/{len(todo)} scenes, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+    return head, {n: done[n] for n in numbers}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def columns_of(done):
+    """Long answers only, all, and each task: {group: {condition: tensors}} with the scene of each question."""
+    flat = [(scene, q) for scene, questions in sorted(done.items()) for q in questions]
+    place = {scene: i for i, scene in enumerate(sorted(done))}
+    group = torch.tensor([place[scene] for scene, _ in flat])
+    long = torch.tensor([q["words"] >= 6 for _, q in flat])
+    task = [q["task"] for _, q in flat]
+    names = list(flat[0][1]["results"])
+    data = {}
+    for name in names:
+        rows = [q["results"][name] for _, q in flat]
+        data[name] = {
+            "exact": torch.tensor([r[0] for r in rows]),
+            "tokens": torch.tensor([r[1] for r in rows]),
+            "kept": torch.tensor([r[2] for r in rows]),
+            "evidence": torch.tensor([r[3] for r in rows]),
+            "attention": torch.tensor([r[4] for r in rows]),
+        }
+    return data, group, long, task
+
+
+def summarise(head, done, folder, name):
+    """Write folder/name.csv, .md and .png from the answers."""
+    from tools.paired import interval, mcnemar, resamples
+
+    data, group, long, task = columns_of(done)
+    weights = resamples(int(group.max()) + 1)
+    rows = []
+    for condition, d in data.items():
+        method, _, retention = condition.partition("@")
+        control = f"random@{retention}" if f"random@{retention}" in data else None
+        full, mine = data["none"]["exact"].bool(), d["exact"].bool()
+        row = {"method": method, "retention": retention or "", "kept": f"{100 * d['kept'].mean():.1f}"}
+        for label, where in (("long", long), ("all", torch.ones_like(long))):
+            mean, low, high = interval(d["exact"][where], group[where], weights)
+            row |= {
+                label: f"{100 * mean:.1f}",
+                f"{label} low": f"{100 * low:.1f}",
+                f"{label} high": f"{100 * high:.1f}",
+            }
+        lost = interval((d["exact"] - data["none"]["exact"])[long], group[long], weights)
+        row |= dict(zip(("loss", "loss low", "loss high"), (f"{100 * v:+.2f}" for v in lost), strict=True))
+        row["p against full"] = f"{mcnemar(full[long], mine[long])[2]:.2g}"
+        if control:
+            row["p against random"] = f"{mcnemar(data[control]['exact'].bool()[long], mine[long])[2]:.2g}"
+        row["tokens >= 2"] = f"{100 * d['tokens'].mean():.1f}"
+        for share in ("evidence", "attention"):
+            row[share] = " ".join(f"{100 * r:.0f}" for r in d[share].mean(0))
+        for t in TASKS:
+            where = torch.tensor([name == t for name in task])
+            row[t] = f"{100 * d['exact'][where].float().mean():.1f}" if where.any() else ""
+        rows.append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    header = list(dict.fromkeys(k for row in rows for k in row))
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = markdown(head, rows, data, group, long, weights)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    draw(rows, folder / f"{name}.png")
+    print(text)
+
+
+PAIRS = (  # which of two is better, on the long answers: (the first minus the second)
+    ("evidence", "random"), ("anti-evidence", "random"),
+    ("hindsight", "random"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "uniform"),
+    ("plphp-ada", "plphp"), ("plphp rows", "plphp"), ("plphp rows+values", "plphp rows"),
+    ("plphp rows+values", "random like plphp rows+values"), ("plphp rows+values", "shared like plphp rows+values"),
+    ("plphp-ada rows+values", "plphp rows+values"), ("plphp rows+values", "snapkv"),
+    ("plphp, values dropped only", "plphp"), ("evidence, values dropped only", "evidence"),
+)  # fmt: skip
+
+
+def markdown(head, rows, data, group, long, weights):
+    """The two tables of the README."""
+    from tools.paired import interval, mcnemar
+
+    questions, scenes_seen = len(group), int(group.max()) + 1
+    found = " and ".join(f"{alpha}, {beta} ({window} rows)" for window, (alpha, beta) in head["thresholds"].items())
+    lines = [
+        f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; PLPHP's "
+        f"alpha, beta: {found}; weights {head['weights']}.",
+        "",
+        "| method | wanted | kept | long answers | all answers | tokens >= 2 | evidence kept | attention kept |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for r in rows:
+        spread = max(float(r["long high"]) - float(r["long"]), float(r["long"]) - float(r["long low"]))
+        lines.append(
+            f"| {r['method']} | {r['retention']} | {r['kept']} | {r['long']} ± {spread:.1f} | {r['all']} | "
+            f"{r['tokens >= 2']} | {r['evidence']} | {r['attention']} |"
+        )
+    lines += [
+        "",
+        "| long answers, exact match | retention | points | 95 % | only the first right | only the second | p |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for a, b in PAIRS:
+        for retention in dict.fromkeys(r["retention"] for r in rows if r["retention"]):
+            one, two = data.get(f"{a}@{retention}"), data.get(f"{b}@{retention}")
+            if one is None or two is None:
+                continue
+            one, two = one["exact"][long], two["exact"][long]
+            mean, low, high = (100 * v for v in interval(one - two, group[long], weights))
+            first, second, p = mcnemar(one.bool(), two.bool())
+            lines.append(
+                f"| {a} against {b} | {retention} | {mean:+.1f} | {low:+.1f} to {high:+.1f} | {first} | {second} | "
+                f"{p:.2g} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows, path):
+    """Exact match of long answers against the vision KV bytes that were really kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    styles = {  # Okabe and Ito's colours, told apart by everyone; controls grey
+        "evidence": ("0.45", "^"), "anti-evidence": ("0.45", "v"), "random": ("black", "o"), "shared": ("#E69F00", "s"),
+        "snapkv": ("#56B4E9", "D"), "adakv": ("#009E73", "P"), "fastv": ("#CC79A7", "X"), "plphp": ("#D55E00", "o"),
+        "plphp-ada": ("#D55E00", "s"), "plphp rows": ("#F0E442", "o"), "plphp rows+values": ("#0072B2", "o"),
+        "hindsight": ("0.45", "*"),
+    }  # fmt: skip
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    full = next(r for r in rows if r["method"] == "none")
+    axis.axhline(float(full["long"]), color="0.7", linewidth=1)
+    axis.annotate(
+        "unpruned", (2, float(full["long"])), xytext=(0, 4), textcoords="offset points", color="0.4", fontsize=8
+    )
+    for method, (colour, marker) in styles.items():
+        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: float(r["kept"]))
+        if not mine:
+            continue
+        y = [float(r["long"]) for r in mine]
+        spread = [[a - float(r["long low"]) for a, r in zip(y, mine, strict=True)],
+                  [float(r["long high"]) - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
+        dashed = "--" if method == "plphp-ada" or colour == "0.45" else "-"
+        axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=dashed,
+                      label=method, linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
+    axis.set(
+        xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
+        xlim=(0, None), title="What pruning costs on the demo world",
+    )  # fmt: skip
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------- any checkpoint, no labels
+
+
+@torch.inference_mode()
+def fidelity(args):
+    """Each method against the unpruned answer: agreement of greedy ids, first divergence, KL; a table on stdout."""
+    checkpoint = open_checkpoint(args.model)
+    methods = {"none": None}
+    for spec in args.methods:
+        for retention in args.retentions:
+            methods[f"{spec}@{retention}"] = make_method(spec, retention)
+    generation = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens))
+    checkpoint.read_weights(args.dtype, torch.device(args.device))
+    for method in methods.values():
+        if method:
+            generation._check_method(method, checkpoint.config.text_config)
+    text = "".join(generation)
+    print(f"unpruned: {text}", file=sys.stderr)
+    pixels = generation.pixels
+    tokens = (
+        checkpoint.model.encode_images(torch.stack(pixels).to(checkpoint.device, checkpoint.dtype)) if pixels else ()
+    )
+    ids = generation.token_ids
+    asked = Asked(checkpoint, generation.ids, tokens, ids[:-1], args.backend)
+    lines = [
+        "| method | retention | kept | same token | first divergence | KL mean | KL max |",
+        "|---|---:|" + "---:|" * 5,
+    ]
+    names, rows = list(methods), []
+    for start in range(0, len(names), args.batch):
+        part = names[start : start + args.batch]
+        logits, kept, _ = replay(asked, [methods[n] for n in part])
+        rows += [compare(n, asked.logits, pruned, k, ids) for n, pruned, k in zip(part, logits, kept, strict=True)]
+        print(f"fidelity: {len(rows)}/{len(names)} methods", file=sys.stderr, flush=True)
+    for r in rows:
+        method, _, retention = r["method"].rpartition("@") if "@" in r["method"] else (r["method"], "", "")
+        lines.append(
+            f"| {method} | {retention} | {100 * r['kept']:.1f} % | {100 * r['same']:.1f} % | {r['diverges']} | "
+            f"{r['kl_mean']:.4f} | {r['kl_max']:.4f} |"
+        )
+    print(f"{len(ids)} tokens, {generation.vision_tokens} vision tokens of {len(args.image)} pictures\n")
+    print("\n".join(lines))
+
+
+def compare(name, full, pruned, kept, ids):
+    """One row: logits (F + 1, V) of both at the steps of the same greedy answer."""
+    target = torch.tensor(ids, device=full.device)
+    same = pruned.argmax(-1) == target
+    ours, theirs = full.log_softmax(-1), pruned.log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0)
+    wrong = (~same).nonzero()
+    return {
+        "method": name, "kept": kept, "same": same.float().mean().item(),
+        "diverges": f"token {wrong[0].item() + 1}" if len(wrong) else "never",
+        "kl_mean": kl.mean().item(), "kl_max": kl.max().item(),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    parser.add_argument("stage", choices=("accuracy", "second", "fidelity"))
+    parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--questions", type=int, default=10000, help="at least so many (default 10000)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="these conditions (default all)")
+    parser.add_argument("--answers", type=Path, help="file of the answers (default runs/evaluate/STAGE.jsonl)")
+    parser.add_argument("--out", type=Path, help="folder of the tables (default beside the answers)")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    parser.add_argument("--image", nargs="+", default=[], help="fidelity: pictures")
+    parser.add_argument("--prompt", help="fidelity: the question")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="fidelity: longest answer (default 64)")
+    parser.add_argument("--methods", nargs="+", default=["random", "shared", "snapkv", "plphp"], metavar="SPEC")
+    parser.add_argument("--retentions", nargs="+", type=float, default=list(RETENTIONS))
+    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"))
+    parser.add_argument("--batch", type=int, default=8, help="fidelity: caches that are decoded together (default 8)")
+    # fmt: on
+    args = parser.parse_args()
+    try:
+        if args.stage == "fidelity":
+            if not args.prompt or not args.image:
+                raise InputError("fidelity needs --image and --prompt; give both")
+            return fidelity(args)
+        answers = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
+        head, done = run_scenes(args, answers)
+        summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}")
+    except (InputError, ValueError) as wrong:
+        parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; the answers so far are kept, run it again to go on\n")
+
+
+if __name__ == "__main__":
+    main()
