@@ -54,38 +54,56 @@ def masked_attention(q, k, v, keep, scale=None):
     return torch.einsum("bthn,bhnd->bthd", weights, v), scores.logsumexp(-1)
 
 
-def masked_ids(folder, generation, choose, count):
+def masked_ids(folder, generation, choose, count, rows=1, narrow=None):
     """Greedy ids of transformers that hides from decoded tokens what each KV head of each layer dropped.
 
-    choose(layer, attention) -> keep (Hkv, T) bool, once per layer; attention (Hq, T): that of the prompt's last row.
-    Returns (ids, [keep of each layer]).
+    choose(layer, attention) -> keep (Hkv, T) bool, once per layer; attention (Hq, T): that of the prompt's last row, or
+    with rows > 1 that of its last rows, (Hq, rows, T). narrow(layer, attention) -> keep (T,) bool or None: the layers
+    after this one hide all other columns from every row, those of the prompt too. Returns (ids, [keep of each layer]).
     """
+    return masked_batch(folder, [generation], [choose], count, rows, narrow)[0]
+
+
+def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
+    """`masked_ids` of several prompts at once, padded on the left: [(ids, [keep of each layer])], one per prompt."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
+    config = generations[0].checkpoint.config
+    image, tokens = config.image_token_index, config.image_tokens
+    prompts = [[i for t in g.ids for i in [t] * (tokens if t == image else 1)] for g in generations]
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    hidden = torch.arange(longest, device="cpu") < torch.tensor(pads, device="cpu")[:, None]  # (B, N), from all rows
     kept = {}
 
     def attend(module, query, key, value, mask, scaling, **_):
-        """query (1, Hq, T, D), key and value (1, Hkv, N, D)."""
+        """query (B, Hq, T, D), key and value (B, Hkv, N, D)."""
         group, n, layer = query.shape[1] // key.shape[1], key.shape[2], module.layer_idx
         scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
         if query.shape[2] == 1:
-            keep = kept[layer]
-            seen = torch.cat((keep, torch.ones(len(keep), n - keep.shape[1], dtype=torch.bool)), 1)
-            scores = scores.masked_fill(~seen.repeat_interleave(group, 0)[None, :, None], float("-inf"))
-        else:
-            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
-            kept[layer] = choose(layer, scores[0, :, -1].softmax(-1))
-        out = scores.softmax(-1) @ value.repeat_interleave(group, 1)
+            new = torch.ones(*key.shape[:2], n - longest, dtype=torch.bool)
+            seen = torch.cat((kept[layer], new), 2).repeat_interleave(group, 1)[:, :, None]
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        else:  # a hidden row sees itself, for a softmax over nothing is NaN
+            seen = torch.ones(n, n, dtype=torch.bool).tril() & ~hidden[:, None, None] | torch.eye(n, dtype=torch.bool)
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            kept[layer] = (~hidden)[:, None].repeat(1, key.shape[1], 1)
+            for b, pad in enumerate(pads):
+                attention = weights[b, :, -rows:, pad:].squeeze(1)
+                kept[layer][b, :, pad:] &= chooses[b](layer, attention)
+                stays = narrow(layer, attention) if narrow else None
+                if stays is not None:
+                    hidden[b, pad:] |= ~stays
+        out = weights @ value.repeat_interleave(group, 1)
         return out.transpose(1, 2).contiguous(), None
 
     transformers.AttentionInterface.register("dropped", attend)
-    image, tokens = generation.checkpoint.config.image_token_index, generation.checkpoint.config.image_tokens
-    ids = [i for t in generation.ids for i in [t] * (tokens if t == image else 1)]
     with torch.device("cpu"):
         model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         model.model.language_model.set_attn_implementation("dropped")
-        ids = torch.tensor([ids])
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.stack(generation.pixels),
-            max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generation._never(),
+            input_ids=torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]),
+            attention_mask=(~hidden).long(), pixel_values=torch.stack([p for g in generations for p in g.pixels]),
+            max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generations[0]._never(),
         )  # fmt: skip
-    return out[0, ids.shape[1] :].tolist(), [kept[layer] for layer in sorted(kept)]
+    ids = out[:, longest:].tolist()
+    return [(ids[b], [kept[i][b, :, pad:] for i in sorted(kept)]) for b, pad in enumerate(pads)]

@@ -177,7 +177,7 @@ def test_scores_are_the_attention_of_the_last_rows(demo, backend):
     generation = Generation(*asked, prune=method, backend=backend)
     "".join(generation)
 
-    def look(layer, q, k):
+    def look(layer, q, k, v):
         scores = q[0, :, -3:].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * 32**-0.5
         wanted.append((scores + torch.full((3, 269), float("-inf"), dtype=torch.float64).triu(267)).softmax(-1).mean(1))
 

@@ -348,7 +348,7 @@ def _evidence_kept(keep, layout, evidence):
 
 
 @torch.inference_mode()
-def thresholds(checkpoint, number=48):
+def thresholds(checkpoint, number=24):
     """{window: (alpha, beta)}: the upper and lower third of gamma over all layers, on scenes that are not evaluated."""
     found = {1: [], 32: []}
     for scene in range(number):
@@ -411,11 +411,13 @@ def work(number):
 
 def run_scenes(args, path):
     """Answer until there are args.questions of them -> (head, {scene: questions})."""
-    checkpoint = load(args.model, args.dtype, args.device)
-    found = thresholds(checkpoint)
-    names = [name for name in conditions(found) if chosen(name, args.only)]
-    if len(names) < 1 + len(args.only):
-        raise InputError(f"--only names none of {', '.join(conditions(found))}; give some of these")
+    every = conditions({1: (1, 0), 32: (1, 0)})
+    for name in args.only:
+        if not any(name == n or n.startswith(name + "@") for n in every):
+            known = dict.fromkeys(n.split("@")[0] for n in every)
+            raise InputError(f"there is no condition {name!r}; use {', '.join(known)}")
+    names = [name for name in every if chosen(name, args.only)]
+    found = thresholds(load(args.model, args.dtype, args.device))
     head = {"mode": args.stage, "weights": fingerprint(args.model), "thresholds": found, "conditions": names}
     done = open_answers(path, head)
     count, numbers = 0, []

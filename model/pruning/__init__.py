@@ -124,7 +124,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=()):
             raise ValueError(f"method none has no settings, {', '.join(given)} was given; give --prune METHOD")
         return None
     settings = _complete(name, function, given)
-    own = {k: v for k, v in settings.items() if k not in GUARDS or k in _defaults(function)}
+    own = {k: v for k, v in settings.items() if k not in GUARDS or k in settings_of(function)}
     rule = function(**own) if isinstance(function, type) else partial(function, **own)
     if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
         raise ValueError(f"method {name} can neither be called nor has it `layer` and `narrow`; see model/pruning")
@@ -182,15 +182,15 @@ def _find(name):
     return function
 
 
-def _defaults(function):
-    """Its settings and their defaults."""
+def settings_of(function):
+    """{setting: default} of what METHODS holds for a name, without GUARDS."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _complete(name, function, given):
     """All settings of a function: its defaults, and what was given in their place."""
-    defaults = GUARDS | _defaults(function)
+    defaults = GUARDS | settings_of(function)
     unknown = [key for key in given if key not in defaults]
     if unknown:
         raise ValueError(f"method {name} has no setting {unknown[0]!r}; it has {', '.join(defaults) or 'none'}")

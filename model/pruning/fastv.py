@@ -7,7 +7,7 @@ from .budget import budget, select, shared
 
 @dataclass(frozen=True, kw_only=True)
 class FastV:
-    """From layer `layer` on, only the tokens that the last prompt row attended to most in the layer before it.
+    """From layer `layer` on, for all heads, what the last prompt row attended to most in the layer before (2403.06764).
 
     Hidden states are dropped, not only K and V: prefill gets cheaper too, and the first new token may already differ.
     Layers before it keep all. Positions stay those of the prompt. layer: the K of the paper, 2 there; retention:

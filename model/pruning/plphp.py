@@ -20,7 +20,7 @@ from .budget import best, budget, by_kv_head, pooled, select
 
 @dataclass(frozen=True, kw_only=True)
 class Plphp:
-    """The layer's rate from how much its last prompt row looks at the pictures; each head its own most attended.
+    """Each head its own most attended, as many as the layer's share of attention to the pictures earns (2502.14504).
 
     r, dr, alpha, beta: as above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
     group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention is averaged;

@@ -13,7 +13,7 @@ from .budget import best, budget, by_head, by_kv_head, mass, select
 class Uniform:
     """Each head its own most attended by the last prompt row, the same fraction in every layer.
 
-    retention: the fraction, or keep_tokens: the number, or mass: keep in each head the fewest tokens that hold this
+    retention: the fraction, 0.5 without any budget, or keep_tokens: the number, or mass: keep in each head the fewest tokens that hold this
     share of its attention to the picture, or rates: a list with a fraction per layer, or with a list of fractions per
     KV head for a layer. group, values, window, scope: as in plphp.
     """

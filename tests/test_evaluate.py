@@ -1,0 +1,225 @@
+"""The evaluation: its shortcuts against real generations, its statistics against scipy, its files after a kill."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import Generation, Sampling, load
+from model.generate import next_turn
+from model.pruning import make_method
+from tests.paths import DEMO, DEMO_PICTURE, ROOT
+from tools import evaluate, roofline, scenes
+from tools.evaluate import Asked, Evidence, Like, ValuesDropped, conversation, encode_scenes, replay
+from tools.paired import interval, mcnemar, resamples
+from tools.report import step_bytes
+
+SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, "fp32")
+
+
+def held_out(number):
+    """The pictures and questions of a scene of the evaluation."""
+    return evaluate.held_out_questions(evaluate.FIRST + number, number % 5 == 4, False, 0)
+
+
+def asked_about(demo, number, which, second=None):
+    drawn, questions = held_out(number)
+    ids, fed, targets = conversation(demo, questions[which], second and questions[second], len(drawn))
+    return Asked(demo, ids, encode_scenes(demo, drawn), fed), targets, drawn, questions
+
+
+# ---------------------------------------------------------------- what is measured is what run.py does
+
+
+@torch.inference_mode()
+def test_exact_match_is_that_of_greedy_decoding(demo):
+    """One joined batch that is fed the true answer, against a real run for every question and method."""
+    seen = set()
+    for number, which in ((0, 0), (0, 3), (1, 1), (4, 0)):  # the last is about two pictures
+        asked, targets, drawn, questions = asked_about(demo, number, which)
+        methods = [None, *map(make_method, SPECS)]
+        logits, kept, _ = replay(asked, methods)
+        right = (logits.argmax(-1) == torch.tensor(targets)).all(1).tolist()
+        for spec, method, hit, share in zip(("none", *SPECS), methods, right, kept, strict=True):
+            pictures = [scenes.draw_scene(s) for s in drawn]
+            sampling = Sampling(max_new_tokens=len(targets))
+            real = Generation(demo, questions[which].question, pictures, sampling, prune=method)
+            assert ("".join(real) == questions[which].answer) == hit, (number, which, spec)
+            assert sum(real.kept) / len(real.kept) / real.vision_tokens == pytest.approx(share), spec
+            seen.add(hit)
+    assert seen == {True, False}  # else it could not fail
+
+
+@torch.inference_mode()
+def test_a_second_question_meets_what_the_first_one_left(demo):
+    """Fed in one piece behind the pruned cache, against a cache that a generation pruned, decoded token by token."""
+    outcomes, language = set(), demo.model.language_model
+    for spec in ("random:retention=0.1", "plphp:r=0.9,dr=0.1", "random:retention=0.8"):
+        method = make_method(spec)
+        asked, targets, drawn, questions = asked_about(demo, 2, 3, second=4)
+        rows = torch.tensor(targets) != evaluate.IGNORED
+        answer = torch.tensor(targets)[rows].tolist()
+        hit = replay(asked, [method])[0][0, rows].argmax(-1).tolist() == answer
+        pictures = [scenes.draw_scene(s) for s in drawn]
+        first = Generation(demo, questions[3].question, pictures, Sampling(max_new_tokens=1), prune=method)
+        "".join(first)  # its cache holds the prompt and nothing else
+        _, fed, _ = conversation(demo, questions[3], questions[4], len(drawn))
+        ids = [next_turn(demo, first.cache, fed[: len(fed) - len(answer) + 1]).argmax().item()]
+        while ids[-1] not in demo.stop_ids and len(ids) < len(answer):
+            x = language.model.embed_tokens(torch.tensor(ids[-1:]))
+            ids.append(language.logits(language.decode(x, first.cache))[0].argmax().item())
+        assert (ids == answer) == hit, spec
+        outcomes.add(hit)
+    assert outcomes == {True, False}
+
+
+@torch.inference_mode()
+def test_controls_keep_what_they_say(demo):
+    asked, _, _, questions = asked_about(demo, 3, 0)
+    layout, evidence = asked.layout, questions[0].evidence
+    start = layout.spans[0][0]
+    columns = [start + p for p in evidence[0]]
+    shown, hidden = (Evidence(evidence, 0.5, anti)(2, None, layout) for anti in (False, True))
+    assert shown[:, columns].all() and not hidden[:, columns].any()
+    assert shown[:, start : start + 256].sum(1).tolist() == hidden[:, start : start + 256].sum(1).tolist() == [128] * 4
+    other = make_method("plphp-ada:r=0.3,dr=0.1").rule
+    scores = torch.rand(8, layout.tokens).softmax(-1)
+    for shared in (False, True):
+        like = Like(other, shared)(2, scores, layout)
+        assert torch.equal(like.sum(1), other(2, scores, layout).sum(1)) and not like.equal(other(2, scores, layout))
+    plain, dropped, cut = replay(asked, [None, values(0.0001), values(1.0)])[0]
+    torch.testing.assert_close(cut, plain, rtol=1e-4, atol=1e-4)  # nothing dropped
+    assert not torch.allclose(dropped[1:], plain[1:], atol=0.1) and torch.equal(dropped[0], plain[0])
+
+
+def values(retention):
+    return evaluate._values_dropped(make_method("random", retention))(None, None)
+
+
+@torch.inference_mode()
+def test_a_dropped_value_leaves_the_keys_where_they_are(demo):
+    asked, *_ = asked_about(demo, 3, 0)
+    cache, _ = asked.cache(values(0.25))
+    full, _ = asked.cache(None)
+    keep = make_method("random", 0.25).choose(3, None, asked.layout)
+    rows = torch.stack([full.v[3][s : s + n] for s, n in zip(full.kv_start[3], full.kv_len[3], strict=True)])
+    got = torch.stack([cache.v[3][s : s + n] for s, n in zip(cache.kv_start[3], cache.kv_len[3], strict=True)])
+    torch.testing.assert_close(got, rows * keep[..., None])
+    assert torch.equal(cache.kv_len, full.kv_len) and isinstance(values(0.25).rule, ValuesDropped)
+
+
+@torch.inference_mode()
+def test_fidelity_diverges_where_two_real_answers_do(demo):
+    asked_of = demo, "Describe the picture.", [DEMO_PICTURE]
+    full = Generation(*asked_of)
+    "".join(full)
+    image_tokens = demo.model.encode_images(torch.stack(full.pixels))
+    asked = Asked(demo, full.ids, image_tokens, full.token_ids[:-1])
+    diverged = set()
+    for spec in ("none", "random:retention=0.9", "plphp:r=0.3,dr=0", "shared:retention=0.1"):
+        method = make_method(spec)
+        logits, kept, _ = replay(asked, [method])
+        row = evaluate.compare(spec, asked.logits, logits[0], kept[0], full.token_ids)
+        real = Generation(*asked_of, prune=method)
+        "".join(real)
+        pairs = list(zip(full.token_ids, real.token_ids, strict=False))
+        first = next((f"token {i}" for i, (a, b) in enumerate(pairs, 1) if a != b), "never")
+        assert row["diverges"] == first and (row["kl_max"] > 1e-4) == (spec != "none"), spec
+        diverged.add(first == "never")
+    assert diverged == {True, False}
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_mcnemar_is_the_binomial_test():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle here")
+    torch.manual_seed(0)
+    for n in (1, 7, 200, 4000):
+        a, b = torch.rand(n) < 0.5, torch.rand(n) < 0.55
+        only_a, only_b, p = mcnemar(a, b)
+        assert p == pytest.approx(stats.binomtest(only_a, max(1, only_a + only_b)).pvalue if only_a + only_b else 1.0)
+        assert (only_a, only_b) == (int((a & ~b).sum()), int((~a & b).sum()))
+    assert mcnemar(a, a) == (0, 0, 1.0)
+
+
+def test_intervals_draw_whole_groups():
+    """Eight copies of each answer are one observation: the interval must not shrink."""
+    torch.manual_seed(1)
+    values = (torch.rand(400) < 0.3).float()
+    weights = resamples(400)
+    mean, low, high = interval(values, torch.arange(400), weights)
+    error = 1.96 * (0.3 * 0.7 / 400) ** 0.5
+    assert mean == pytest.approx(values.mean().item()) and low < mean < high
+    assert high - low == pytest.approx(2 * error, rel=0.15)
+    copies = values.repeat_interleave(8), torch.arange(400).repeat_interleave(8)
+    assert interval(*copies, weights)[1:] == (low, high)
+    same = interval(torch.ones(10), torch.arange(10), resamples(10))
+    assert same == (1.0, 1.0, 1.0)
+
+
+def test_tables_say_what_the_answers_say(tmp_path, capsys):
+    """Ten scenes of two questions: random loses one long answer in five, plphp none."""
+    head = {"mode": "accuracy", "weights": "0", "thresholds": {"1": [0.7, 0.5]}}
+    done = {}
+    for scene in range(10):
+        outcome = {"none": 1, "random@0.5": int(scene % 5 > 0), "random like plphp@0.5": 0, "plphp@0.5": 1}
+        results = {k: [v, float(v), 0.5, [0.5] * 6, [0.5] * 6] for k, v in outcome.items()}
+        short = {k: [0, 0.0, 0.5, [0.5] * 6, [0.5] * 6] for k in outcome}
+        done[scene] = [{"task": "list", "words": 9, "results": results}, {"task": "size", "words": 1, "results": short}]
+    evaluate.summarise(head, done, tmp_path, "t")
+    text = (tmp_path / "t.md").read_text()
+    assert "| none |  | 50.0 | 100.0 ± 0.0 | 50.0 |" in text and "| random | 0.5 | 50.0 | 80.0 ±" in text
+    assert "| plphp against random like plphp | 0.5 | +100.0 | +100.0 to +100.0 | 10 | 0 | 0.002 |" in text
+    assert text == capsys.readouterr().out.rstrip("\n") + "\n" and (tmp_path / "t.png").stat().st_size > 10_000
+    rows = (tmp_path / "t.csv").read_text().splitlines()
+    assert len(rows) == 5 and "loss low" in rows[0]
+
+
+# ---------------------------------------------------------------- files
+
+
+def evaluated(*words):
+    command = [sys.executable, "tools/evaluate.py", "accuracy", "--questions", "9", "--workers", "1", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_run_goes_on_where_it_was_killed(tmp_path):
+    """A torn last line is done again, whole lines are not; lines of other conditions are refused."""
+    answers = tmp_path / "a.jsonl"
+    words = "--answers", str(answers), "--only", "random", "plphp"
+    done = evaluated(*words)
+    assert done.returncode == 0, done.stderr
+    whole = answers.read_text().splitlines()
+    assert len(whole) == 3 and "| plphp | 0.3 |" in done.stdout and (tmp_path / "pruning-accuracy.csv").exists()
+    answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:100])
+    again = evaluated(*words)
+    assert again.returncode == 0 and answers.read_text().splitlines() == whole and again.stdout == done.stdout
+    assert "1/1 scenes" in again.stderr
+    other = evaluated("--answers", str(answers), "--only", "random")
+    assert other.returncode == 2 and other.stderr.startswith("error: ") and "other weights" in other.stderr
+    unknown = evaluated("--answers", str(tmp_path / "b.jsonl"), "--only", "magic")
+    assert unknown.returncode == 2 and "evidence" in unknown.stderr and not (tmp_path / "b.jsonl").exists()
+    assert json.loads(whole[0])["conditions"][0] == "none"
+
+
+# ---------------------------------------------------------------- ceilings
+
+
+def test_ceilings_count_the_bytes_that_a_step_reads(demo):
+    """The arithmetic from shapes against the parameters of a loaded model."""
+    shape = next(s for s in roofline.SHAPES if s.name == "the demo model")
+    kv = 2 * 6 * 4 * 32 * 4 * (shape.vision + shape.text)  # bytes of fp32 K and V
+    assert roofline.step_bytes(shape, bytes_per_number=4) == step_bytes(demo, kv)
+    assert roofline.ceiling(shape, 8, 1.0) == 1 and roofline.ceiling(shape, 8, 0.1) > roofline.ceiling(shape, 1, 0.1)
+
+
+def test_the_ceilings_of_the_readme_are_the_arithmetic():
+    assert roofline.table([1, 8, 32], [0.5, 0.2]) in (ROOT / "README.md").read_text()

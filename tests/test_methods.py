@@ -1,0 +1,681 @@
+"""Every method: its pieces against loops, the whole against transformers with masks, what it may never do."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import refusal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model import Generation, InputError, Sampling, load
+from model.cache import RaggedCache
+from model.generate import Layout, Pruner
+from model.pruning import METHODS, Method, guarded, make_method
+from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
+from tests.oracle import masked_batch, masked_ids, small_llama
+from tests.paths import DEMO_PICTURE
+from tests.test_plphp import plphp_by_hand
+
+NAMES = [name for name in METHODS if name != "none"]
+UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
+NARROWING = {"fastv"}  # tokens leave the prompt
+
+
+def layout(spans, tokens, q_heads=4, kv_heads=2, num_layers=4):
+    return Layout(num_layers, q_heads, kv_heads, tokens, spans, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- pieces
+
+FEW = settings(max_examples=50, deadline=None)
+# rows of small whole numbers: sums are exact, ties are the rule
+ROWS = st.tuples(st.integers(1, 4), st.integers(1, 12)).flatmap(
+    lambda shape: st.lists(
+        st.lists(st.integers(0, 4), min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0]
+    )
+)
+
+
+def ranked(row):
+    """Indices from the highest to the lowest, equal ones in their order."""
+    return sorted(range(len(row)), key=lambda j: (-row[j], j))
+
+
+def pairs(keep):
+    """bool (H, n) -> {(head, token)}."""
+    return {tuple(pair) for pair in keep.nonzero().tolist()}
+
+
+@FEW
+@given(ROWS, st.data())
+def test_every_row_may_have_its_own_count(rows, data):
+    counts = data.draw(st.lists(st.integers(0, len(rows[0]) + 2), min_size=len(rows), max_size=len(rows)))
+    wanted = {(h, j) for h, row in enumerate(rows) for j in ranked(row)[: counts[h]]}
+    assert pairs(best(torch.tensor(rows).float(), torch.tensor(counts)[:, None])) == wanted
+
+
+def test_a_table_of_rates_has_a_number_for_each_layer_or_head():
+    table = [0.25, [0.0, 1.0, 0.75]]
+    assert by_head(table, 0, 3, 10).tolist() == [[3], [3], [3]]  # 2.5 is rounded up
+    assert by_head(table, 1, 3, 10).tolist() == [[1], [10], [8]]
+
+
+@FEW
+@given(ROWS, st.integers(1, 13))
+def test_shared_rows_keep_the_best_of_their_sum(rows, count):
+    sums = [sum(column) for column in zip(*rows, strict=True)]
+    wanted = {(h, j) for h in range(len(rows)) for j in ranked(sums)[:count]}
+    assert pairs(shared(torch.tensor(rows).float(), count)) == wanted
+
+
+@FEW
+@given(ROWS, st.data(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_a_pot_is_divided_by_rank_above_a_floor(rows, data, floor):
+    """First every row's own floor, then the best pairs of all that is left, ties by row and then by token."""
+    scores, count = torch.tensor(rows).float(), data.draw(st.integers(1, len(rows[0])))
+    least = max(1, int(floor * count))
+    chosen = [(h, j) for h, row in enumerate(rows) for j in ranked(row)[:least]]
+    rest = [(h, j) for h, row in enumerate(rows) for j in range(len(row)) if (h, j) not in chosen]
+    rest.sort(key=lambda pair: (-rows[pair[0]][pair[1]], pair))
+    got = pooled(scores, count, floor)
+    assert pairs(got) == {*chosen, *rest[: len(rows) * count - len(chosen)]}
+    assert got.sum() == len(rows) * count and (got.sum(1) >= least).all()
+    if floor == 1:
+        assert got.equal(best(scores, count))
+
+
+@FEW
+@given(ROWS, st.integers(1, 8))
+def test_mass_is_the_fewest_tokens_that_hold_the_share(rows, eighths):
+    wanted = set()
+    for h, row in enumerate(rows):
+        count = next(
+            c for c in range(1, len(row) + 1) if sum(row[j] for j in ranked(row)[:c]) * 8 >= eighths * sum(row)
+        )
+        wanted |= {(h, j) for j in ranked(row)[:count]}  # of a row of zeros one: it holds all there is
+    assert pairs(mass(torch.tensor(rows).float(), eighths / 8)) == wanted
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1 / 576])
+def test_mass_of_equal_tokens_is_that_share_of_them(value):
+    """The sums of these are not exact in fp32: a token too many would come from rounding."""
+    for n in (4, 8, 36, 576):
+        scores = torch.full((1, n), value)
+        assert [mass(scores, q / 4).sum().item() for q in (1, 2, 3, 4)] == [n // 4, n // 2, 3 * n // 4, n]
+
+
+def test_mass_of_everything_is_every_token_that_has_any():
+    assert mass(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0, 1, 0, 0]]), 1.0).sum(1).tolist() == [4, 1]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_picture_is_starved_only_where_all_are_ranked_together(kv_heads):
+    place = layout([(0, 4), (6, 8), (8, 12)], 12, kv_heads=kv_heads)  # two pictures touch
+    scores = torch.arange(12.0).expand(kv_heads, 12)  # the last picture has the best of all
+    asked = []
+
+    def choose(s):
+        asked.append(s[0].tolist())
+        return best(s, 2)
+
+    each = select(scores, place, choose, "image")
+    together = select(scores, place, choose, "vision")
+    assert asked == [[0, 1, 2, 3], [6, 7], [8, 9, 10, 11], [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]]
+    assert each[0].int().tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1]
+    assert together[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
+    assert select(scores, layout([], 12, kv_heads=kv_heads), choose, "vision").all()
+
+
+@FEW
+@given(st.data())
+def test_guards_and_text_wherever_the_pictures_are(data):
+    """Also a picture that begins or ends the prompt, and guards longer than the prompt."""
+    kinds = data.draw(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=1, max_size=5))
+    sink, recent = data.draw(st.tuples(st.integers(0, 22), st.integers(0, 22)))
+    vision = [picture for picture, n in kinds for _ in range(n)]
+    ends = list(itertools.accumulate(n for _, n in kinds))
+    spans = [(end - n, end) for (picture, n), end in zip(kinds, ends, strict=True) if picture]
+    wanted = [not v or i < sink or i >= len(vision) - recent for i, v in enumerate(vision)]
+    assert guarded(layout(spans, len(vision)), sink, recent).tolist() == wanted
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_the_query_heads_of_a_kv_head_agree(q_heads, kv_heads):
+    torch.manual_seed(0)
+    scores, size = torch.rand(q_heads, 5), q_heads // kv_heads
+    place = layout([(0, 5)], 5, q_heads, kv_heads)
+    for h in range(kv_heads):
+        for j in range(5):
+            own = [scores[h * size + g, j].item() for g in range(size)]
+            assert by_kv_head(scores, place)[h, j].item() == pytest.approx(sum(own) / size)
+            assert by_kv_head(scores, place, "max")[h, j].item() == max(own)
+
+
+# ---------------------------------------------------------------- any method
+
+
+def answer(method, scores, place, layer=1):
+    """keep (Hkv, T): for a method that narrows the same tokens in every head."""
+    if method.layer is None:
+        return method.choose(layer, scores, place)
+    return method.narrow(scores, place).expand(place.kv_heads, -1)
+
+
+def attention(place, seed=0):
+    return torch.randn(place.q_heads, place.tokens, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rate", [0.01, 0.37, 0.5, 1.0])
+def test_every_picture_keeps_its_rounded_share(name, rate):
+    """Pictures of one token, of an even and of an odd number of them; an uneven method keeps the same in sum."""
+    place = layout([(3, 4), (6, 40), (40, 55)], 60, 8, 4)
+    method = make_method(f"{name}:dr=0" if name.startswith("plphp") else name, rate)
+    keep = answer(method, attention(place), place)
+    for a, b in place.spans:
+        count = min(b - a, max(1, math.floor(rate * (b - a) + 0.5)))
+        kept = keep[:, a:b].sum(1)
+        assert kept.sum() == 4 * count and kept.min() >= 1
+        assert name in UNEVEN or kept.tolist() == [count] * 4
+    assert keep[:, guarded(place)].all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spans", [[(0, 30)], [(10, 40)], [(0, 12), (25, 40)]])
+@pytest.mark.parametrize("guards", ["sink=0,recent=0", "sink=5,recent=0", "sink=15,recent=13", "sink=99"])
+def test_protected_tokens_are_never_dropped(name, spans, guards):
+    place, method = layout(spans, 40), make_method(f"{name}:{guards}", keep_tokens=1)
+    keep = answer(method, attention(place), place)
+    sink, recent = method.settings["sink"], method.settings["recent"]
+    outside = {t for t in range(40) if not any(a <= t < b for a, b in spans)}
+    safe = outside | set(range(min(sink, 40))) | set(range(40 - recent, 40))
+    assert all(safe <= {t for h, t in pairs(keep) if h == head} for head in range(2))
+    assert safe == set(range(40)) or not keep.all()  # and the rest is not
+
+
+@pytest.fixture(scope="module")
+def small(make_checkpoint, tmp_path_factory):
+    """A checkpoint of random weights: 4 layers, 4 heads over 2, 36 tokens a picture."""
+    folder = tmp_path_factory.mktemp("small")
+    make_checkpoint(folder, {"num_hidden_layers": 4}, {"image_size": 84}, seed=3)
+    return load(folder, "fp32")
+
+
+@functools.cache
+def pictures(count):
+    """Different ones, the demo's first."""
+    with Image.open(DEMO_PICTURE) as picture:
+        return [picture.convert("RGB").rotate(90 * i) for i in range(count)]
+
+
+QUESTIONS = {  # name: (question, number of pictures, template)
+    "one": ("what is left?", 1, "auto"),
+    "three": ("what is <image> and <image> left of <image> there?", 3, "auto"),
+    "last": ("what is left of <image> in <image>", 2, "raw"),  # a picture ends the prompt
+    "none": ("what is left?", 0, "auto"),
+}
+
+
+def answered(checkpoint, question, tokens, prune=None):
+    """The finished answer to one of the QUESTIONS, of so many tokens at most."""
+    prompt, count, template = QUESTIONS[question]
+    generation = Generation(
+        checkpoint, prompt, pictures(count), Sampling(tokens), template, prune=prune, backend="torch"
+    )
+    "".join(generation)
+    return generation
+
+
+@pytest.mark.parametrize(
+    ("spec", "retention"), [*((n, 1.0) for n in NAMES), ("plphp:r=1,dr=0,skip=0", None), ("plphp:skip=4", 0.1)]
+)
+def test_keeping_everything_is_no_pruning(small, spec, retention):
+    pruned, plain = answered(small, "last", 8, make_method(spec, retention)), answered(small, "last", 8)
+    assert pruned.token_ids == plain.token_ids and pruned.text == plain.text
+    assert pruned.kept == plain.kept == [72.0] * 4 and pruned.bytes_held == plain.bytes_held
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in NARROWING])
+def test_dropping_k_and_v_does_not_change_the_first_token(small, name):
+    """The hidden states of the prompt go on as they are, so its logits are the same to the bit."""
+    pruned, plain = (Generation(small, "what?", pictures(1), prune=p) for p in (make_method(name, keep_tokens=1), None))
+    with torch.inference_mode():
+        assert pruned._prefill(1).equal(plain._prefill(1))
+    assert pruned.bytes_held < plain.bytes_held and min(pruned.kept) == 1.0
+    assert answered(small, "three", 1, make_method(name, 0.1)).token_ids == answered(small, "three", 1).token_ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_picture_nothing_is_dropped_and_a_note_says_so(small, name):
+    pruned, plain = answered(small, "none", 4, make_method(name, keep_tokens=1)), answered(small, "none", 4)
+    assert pruned.token_ids == plain.token_ids and pruned.bytes_held == plain.bytes_held
+    assert pruned.kept == [0.0] * 4 and plain.notes == []
+    (note,) = pruned.notes
+    assert name in note and "no picture" in note
+    "".join(pruned)
+    assert len(pruned.notes) == 1  # asking again says it no second time
+
+
+# ---------------------------------------------------------------- no T x T
+
+
+class Sizes(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns, and which operation that was."""
+
+    largest, where = 0, None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() > self.largest:
+                self.largest, self.where = tensor.numel(), str(function)
+        return out
+
+
+LONG = 700  # tokens, far more than the 32 channels
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):
+    model, cache = small_llama(kv_heads=kv_heads), RaggedCache(3, backend="torch")
+    method, place = make_method(name), layout([(20, 320), (320, 650)], LONG, 4, kv_heads, 3)
+    pruner = Pruner(method, place, "torch") if method else None
+    asked = {"choose": pruner.choose, "narrow": pruner.narrow} if method else {}
+    with Sizes() as sizes:
+        model.prefill(torch.randn(1, LONG, 32), cache, **asked)
+    assert sizes.where and sizes.largest < LONG**2, sizes.where
+    assert not method or cache.kv_len.min() < LONG  # something was chosen
+
+
+def test_a_whole_matrix_of_attention_would_be_noticed():
+    q, k = torch.randn(2, 1, LONG, 8)
+    with Sizes() as sizes:
+        (q @ k.transpose(1, 2)).softmax(-1)
+    assert sizes.largest == LONG**2
+    with Sizes() as sizes:  # the mask makes SDPA no smaller
+        F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(LONG, LONG).tril().bool())
+    assert sizes.largest == LONG**2
+
+
+# ---------------------------------------------------------------- against transformers
+
+
+@pytest.fixture(scope="module")
+def oracle(make_hf_checkpoint, tmp_path_factory):
+    """Function (Hq, Hkv) -> folder, and its checkpoint: 4 layers, 36 tokens a picture, no stop id."""
+
+    @functools.cache
+    def make(heads, kv_heads):
+        folder = tmp_path_factory.mktemp("oracle")
+        text = {"num_hidden_layers": 4, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        make_hf_checkpoint(folder, text, vision={"image_size": 84}, seed=3)
+        return folder, dataclasses.replace(load(folder, "fp32"), stop_ids=())
+
+    return make
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What the methods answer, in the order in which they are asked."""
+    found = []
+
+    def listening(ask):
+        return lambda *arguments: found.append(ask(*arguments)) or found[-1]
+
+    for name in ("choose", "narrow"):
+        monkeypatch.setattr(Method, name, listening(getattr(Method, name)))
+    return found
+
+
+def count_of(rate, n):
+    return max(1, math.floor(rate * n + 0.5))
+
+
+# rules: worth (Hkv, n) of a picture in a layer -> {(head, token)}, in loops
+
+
+def own(rate):
+    """In each head its own best. rate (layer, head) -> fraction."""
+    return lambda layer, worth: {
+        (h, j) for h, row in enumerate(worth) for j in ranked(row)[: count_of(rate(layer, h), len(row))]
+    }
+
+
+def one_set(layer, worth):
+    """In all heads the best half of the sum."""
+    total = [sum(column) for column in zip(*worth, strict=True)]
+    return {(h, j) for h in range(len(worth)) for j in ranked(total)[: count_of(0.5, len(total))]}
+
+
+def one_pot(layer, worth):
+    """Half of all pairs, a fifth of an even share for every head."""
+    count = count_of(0.5, len(worth[0]))
+    chosen = [(h, j) for h, row in enumerate(worth) for j in ranked(row)[: max(1, int(0.2 * count))]]
+    rest = [(h, j) for h, row in enumerate(worth) for j in range(len(row)) if (h, j) not in chosen]
+    rest.sort(key=lambda pair: (-worth[pair[0]][pair[1]], pair))
+    return {*chosen, *rest[: count * len(worth) - len(chosen)]}
+
+
+def portion(layer, worth):
+    """As many as hold 0.6 of a head's attention to the picture."""
+    chosen, share = set(), Fraction(6, 10)
+    for h, row in enumerate(worth):
+        held = 0.0
+        for j in ranked(row):
+            chosen.add((h, j))
+            held += row[j]
+            if held >= share * sum(row):
+                break
+    return chosen
+
+
+def around(row, j):
+    """The neighbours of a token, two on each side, those that the picture has."""
+    return row[max(0, j - 2) : j + 3]
+
+
+PER_LAYER, PER_HEAD = [0.1, 1.0, 0.25, 0.5], [[0.1, 0.9], 0.3, [1.0, 0.0], [0.5, 0.25]]
+HALF = own(lambda layer, head: 0.5)
+RULES = {  # (spec, further settings): (window, smoothing (row, token) -> number, rule)
+    ("uniform",): (1, None, HALF),
+    ("uniform:window=3,retention=0.5",): (3, None, HALF),
+    ("uniform:mass=0.6",): (1, None, portion),
+    ("uniform", f"rates={json.dumps(PER_LAYER)}"): (1, None, own(lambda layer, head: PER_LAYER[layer])),
+    ("uniform", f"rates={json.dumps(PER_HEAD)}"): (
+        1, None, own(lambda layer, h: PER_HEAD[layer][h] if layer != 1 else 0.3),
+    ),
+    ("shared",): (1, None, one_set),
+    ("snapkv",): (32, lambda row, j: sum(around(row, j)) / 5, HALF),
+    ("snapkv:pool=max,window=4",): (4, lambda row, j: max(around(row, j)), HALF),
+    ("adakv",): (32, lambda row, j: sum(around(row, j)) / 5, one_pot),
+}  # fmt: skip
+
+
+def by_hand(rule, smooth, spans, group):
+    """choose(layer, attention) for `masked_ids`: rows are averaged, then heads, then neighbours."""
+
+    def choose(layer, attention):
+        rows = attention.double().numpy()
+        rows = rows if rows.ndim == 3 else rows[:, None]
+        heads = [rows[h : h + group].mean((0, 1)).tolist() for h in range(0, len(rows), group)]
+        keep = torch.ones(len(heads), rows.shape[2], dtype=torch.bool)
+        for a, b in spans:
+            worth = [row[a:b] for row in heads]
+            if smooth:
+                worth = [[smooth(row, j) for j in range(b - a)] for row in worth]
+            keep[:, a:b] = False
+            for h, j in rule(layer, worth):
+                keep[h, a + j] = True
+        return keep
+
+    return choose
+
+
+@pytest.mark.parametrize("case", RULES, ids=" ".join)
+@pytest.mark.parametrize("question", ["one", "three", "last"])
+def test_kept_sets_and_ids_are_those_of_transformers_with_masks(oracle, answers, case, question):
+    """8 query heads over 2. The window does not reach into the last picture, and is 1 where that ends the prompt."""
+    (spec, *more), (window, smooth, rule) = case, RULES[case]
+    folder, checkpoint = oracle(8, 2)
+    generation = answered(checkpoint, question, 24, make_method(spec, settings=more))
+    behind = generation.prompt_tokens - generation.spans[-1][1]
+    assert (behind == 0) if question == "last" else (4 <= behind < 32)
+    rows = max(1, min(window, behind))
+    ids, kept = masked_ids(folder, generation, by_hand(rule, smooth, generation.spans, 4), 24, rows)
+    assert [torch.equal(a, b) for a, b in zip(answers, kept, strict=True)] == [True] * 4
+    assert generation.token_ids == ids
+
+
+def narrow_by_hand(spans, layer, count):
+    """narrow(layer, attention) for `masked_ids`: of each picture what the last row attends to, and that row itself."""
+
+    def narrow(at, attention):
+        if at != layer - 1:
+            return None
+        mean = [sum(column) / len(attention) for column in zip(*attention.tolist(), strict=True)]
+        keep = torch.ones(len(mean), dtype=torch.bool)
+        for a, b in spans:
+            for j in ranked(mean[a:b])[count:]:
+                keep[a + j] = False
+        keep[-1] = True  # what it says is the next token
+        return keep
+
+    return narrow
+
+
+@pytest.mark.parametrize("question", ["one", "three", "last"])
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_fastv_is_hiding_columns_from_every_row_of_later_layers(oracle, answers, layer, question):
+    """The last token goes on even if it is of a picture: without it the answer would continue another place."""
+    folder, checkpoint = oracle(8, 2)
+    generation = answered(checkpoint, question, 24, make_method(f"fastv:layer={layer}", 0.25))
+    everything = torch.ones(2, generation.prompt_tokens, dtype=torch.bool)
+    narrow = narrow_by_hand(generation.spans, layer, 9)  # a quarter of 36
+    ids, kept = masked_ids(folder, generation, lambda *_: everything, 24, narrow=narrow)
+    (answer,) = answers  # asked once
+    assert all(keep.equal(everything if i < layer else answer.expand(2, -1)) for i, keep in enumerate(kept))
+    assert generation.token_ids == ids
+    assert answered(checkpoint, question, 24).token_ids != ids  # else hiding would not matter here
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_fastv_frees_the_later_layers(small, layer):
+    generation = answered(small, "three", 24, make_method(f"fastv:layer={layer}", 0.25))
+    lengths = [generation.prompt_tokens - (0 if i < layer else 3 * 27) for i in range(4)]
+    assert generation.kept == [108.0] * layer + [27.0] * (4 - layer)
+    assert generation.cache.kv_len.tolist() == [[n + 23] * 2 for n in lengths]
+    assert generation.bytes_held == sum(lengths) * 2 * 2 * 16 * 4  # K and V of two heads of 16 channels in fp32
+
+
+def test_fastv_needs_a_layer_that_the_model_has(small):
+    for layer in (4, 5):
+        message = refusal(Generation, small, "what?", pictures(1), prune=make_method(f"fastv:layer={layer}"))
+        assert f"layer is {layer}" in message and "from 1 to 3" in message
+
+
+@torch.inference_mode()
+def together(generations, count):
+    """Greedy ids of several answers, each begun by itself, decoded as one batch."""
+    language, never = generations[0].checkpoint.model.language_model, generations[0]._never()
+    cache, ids = RaggedCache.join([g.cache for g in generations]), [list(g.token_ids) for g in generations]
+    for _ in range(count - 1):
+        x = F.embedding(torch.tensor([row[-1] for row in ids]), language.model.embed_tokens.weight)
+        logits = language.logits(language.decode(x, cache))
+        logits[:, never] = float("-inf")
+        for row, token in zip(ids, logits.argmax(-1).tolist(), strict=True):
+            row.append(token)
+    return ids
+
+
+@pytest.mark.parametrize("spec", ["plphp", "plphp-ada"])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+def test_a_joined_batch_is_that_of_transformers_padded_on_the_left(oracle, answers, spec, heads):
+    """One picture beside three: what a sequence keeps is told by its own last row, over its own columns."""
+    folder, checkpoint = oracle(*heads)
+    generations = [answered(checkpoint, question, 1, make_method(spec)) for question in ("one", "three")]
+    assert generations[0].prompt_tokens < generations[1].prompt_tokens
+    chooses = [plphp_by_hand(g.spans, heads[0] // heads[1], spec == "plphp-ada")[0] for g in generations]
+    (first, second), found = masked_batch(folder, generations, chooses, 24), together(generations, 24)
+    kept = [*first[1][1:], *second[1][1:]]  # the first layers are spared, and not asked about
+    assert [torch.equal(a, b) for a, b in zip(answers, kept, strict=True)] == [True] * 6
+    assert found == [first[0], second[0]]
+
+
+# ---------------------------------------------------------------- refusals
+
+BAD = {
+    "uniform:scope=all": "'all'",
+    "shared:scope=all": "'all'",
+    "fastv:scope=text": "'text'",
+    "uniform:group=sum": "'sum'",
+    "snapkv:group=sum": "'sum'",
+    "uniform:retention=0.5,keep_tokens=3": "one of them",
+    "uniform:retention=0.5,mass=0.5": "one of them",
+    "uniform:keep_tokens=3,mass=0.5": "one of them",
+    "uniform:mass=0": "0",
+    "uniform:mass=2": "2",
+    "uniform:mass=most": "'most'",
+    "uniform:window=0": "0",
+    "snapkv:window=0": "0",
+    "snapkv:window=-3": "-3",
+    "snapkv:kernel=4": "4",
+    "snapkv:kernel=-1": "-1",
+    "adakv:kernel=0": "0",
+    "snapkv:pool=sum": "'sum'",
+    "snapkv:floor=0.5": "'floor'",
+    "adakv:floor=2": "2",
+    "adakv:floor=-0.1": "-0.1",
+    "fastv:layer=0": "0",
+    "fastv:layer=-1": "-1",
+    "fastv:layer=1.5": "1.5",
+    "fastv:retention=0": "0",
+    "uniform:sink=-1": "-1",
+    "fastv:recent=1.5": "1.5",
+    "adakv:recent=-2": "-2",
+}
+
+
+def refused(*arguments, **options):
+    """The message with which make_method refuses: one line, `what; what to do`."""
+    with pytest.raises(ValueError) as caught:
+        make_method(*arguments, **options)
+    message = str(caught.value)
+    assert ";" in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("spec", BAD)
+def test_settings_that_cannot_be_meant_are_refused_in_one_line(spec):
+    assert BAD[spec] in refused(spec)
+
+
+@pytest.mark.parametrize(
+    "rates", ["[0.5, 1.5]", "[[0.5, -1]]", '["half"]', "[NaN]", "[[[0.5]]]", "half", "0.5", "0", "true"]
+)
+def test_rates_that_are_no_table_of_fractions_are_refused(rates):
+    assert "rates" in refused("uniform", settings=[f"rates={rates}"])
+    assert "one of them" in refused("uniform", 0.5, settings=["rates=[0.5]"])
+
+
+@pytest.mark.parametrize(
+    ("rates", "word"),
+    [([0.5] * 3, "3 layers"), ([0.5] * 5, "5 layers"), ([[0.5] * 3] * 4, "3 heads"), ([], "0 layers")],
+)
+def test_rates_of_another_model_are_refused(small, rates, word):
+    method = make_method("uniform", settings=[f"rates={json.dumps(rates)}"])
+    assert word in refusal(Generation, small, "what?", pictures(1), prune=method)
+
+
+# ---------------------------------------------------------------- a visitor's own file
+
+OWN = """
+from dataclasses import dataclass
+import torch
+
+@dataclass(frozen=True, kw_only=True)
+class Thin:
+    layer: int = 1
+    step: int = 2
+
+    def narrow(self, scores, layout):
+        assert scores.shape == (layout.q_heads, layout.tokens) and scores.dtype == torch.float32
+        torch.testing.assert_close(scores.sum(1), torch.ones(layout.q_heads))
+        keep = torch.zeros(layout.tokens, dtype=torch.bool)
+        for start, stop in layout.spans:
+            keep[start : stop : self.step] = True
+        return keep
+
+@dataclass(frozen=True, kw_only=True)
+class Both(Thin):
+    def __call__(self, layer, scores, layout):
+        assert scores.shape == (layout.q_heads, layout.tokens)
+        keep = torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.bool)
+        for start, stop in layout.spans:
+            keep[:, start : start + 5] = True
+        return keep
+
+@dataclass(frozen=True, kw_only=True)
+class Neither:
+    layer: int = 1
+
+@dataclass(frozen=True, kw_only=True)
+class NoLayer:
+    def narrow(self, scores, layout):
+        return None
+
+def everything(layer, scores, layout):
+    return None
+
+def unsure(layer, scores, layout):
+    raise ValueError("the picture is too dark; switch the light on")
+
+def forgets_text(layer, scores, layout):
+    return torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.bool)
+
+@dataclass(frozen=True)
+class Short:
+    step: int
+
+    def __call__(self, layer, scores, layout):
+        return None
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Function (name, settings) -> the method of a visitor's file."""
+    (tmp_path / "mine.py").write_text(OWN)
+    return lambda name, *settings: make_method(f"{tmp_path}/mine.py::{name}", settings=settings)
+
+
+def test_a_class_of_ones_own_may_narrow(small, mine):
+    text = answered(small, "three", 3).prompt_tokens - 108
+    for changed, before, each in ((("step=3",), 1, 12), (("layer=3", "recent=2"), 3, 18)):
+        generation = answered(small, "three", 3, mine("Thin", *changed))
+        assert generation.kept == [108.0] * before + [3.0 * each] * (4 - before)
+        assert generation.bytes_held == (4 * text + 108 * before + 3 * each * (4 - before)) * 2 * 2 * 16 * 4
+    both = answered(small, "three", 3, mine("Both", "layer=2"))  # later layers are asked about what is left
+    assert both.kept == [15.0] * 4
+
+
+def test_a_class_that_is_no_method_is_refused(mine):
+    for name in ("Neither", "NoLayer"):
+        with pytest.raises(ValueError) as caught:
+            mine(name)
+        assert name in str(caught.value) and "; " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_function_of_ones_own_may_keep_all_refuse_or_forget(small, mine):
+    plain, all_kept = answered(small, "three", 4), answered(small, "three", 4, mine("everything"))
+    assert all_kept.token_ids == plain.token_ids and all_kept.bytes_held == plain.bytes_held
+    with pytest.raises(InputError, match="too dark; switch"):
+        answered(small, "three", 4, mine("unsure"))
+    blind = answered(small, "three", 4, mine("forgets_text"))
+    assert blind.kept == [0.0] * 4 and blind.cache.kv_len.tolist() == [[blind.prompt_tokens - 108 + 3] * 2] * 4
+    few = answered(small, "three", 4, mine("forgets_text", f"sink={blind.spans[0][0] + 2}"))
+    assert few.kept == [2.0] * 4
+
+
+def test_a_field_without_a_value_is_asked_for(mine):
+    """An ordinary frozen dataclass, whose fields are no keyword-only arguments."""
+    with pytest.raises(ValueError, match="step"):
+        mine("Short")
+    assert mine("Short", "step=2").rule.step == 2
+
+
+def test_a_file_may_postpone_its_annotations(tmp_path):
+    """`from __future__ import annotations` makes dataclasses look their own module up."""
+    (tmp_path / "late.py").write_text("from __future__ import annotations\n" + OWN)
+    assert make_method(f"{tmp_path}/late.py::Thin:step=3").rule.step == 3

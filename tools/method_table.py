@@ -1,0 +1,58 @@
+"""The README's table of pruning methods, from their docstrings and settings.
+
+python tools/method_table.py            # print it
+python tools/method_table.py --write    # put it into README.md, between its two comments
+"""
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model.pruning import GUARDS, METHODS, settings_of  # noqa: E402
+
+BEGIN, END = "<!-- methods: python tools/method_table.py --write -->", "<!-- end of methods -->"
+
+
+def table():
+    """Markdown: a row for each method, and what they all have in common below it."""
+    lines = ["| `--prune` | what stays | settings |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        if method is None:
+            lines.append(f"| `{name}` | Everything. | |")
+            continue
+        file = Path(inspect.getsourcefile(method)).relative_to(ROOT)
+        what = " ".join(inspect.getdoc(method).split("\n\n")[0].split())
+        what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", what)
+        settings = ", ".join(f"`{k}={_shown(v)}`" for k, v in settings_of(method).items())
+        lines.append(f"| [`{name}`]({file.as_posix()}) | {what} | {settings} |")
+    guards = " and ".join(f"`{k}={v}`" for k, v in GUARDS.items())
+    return "\n".join(
+        [*lines, "", f"Every method also has {guards}: tokens at both ends of the prompt that no head drops."]
+    )
+
+
+def _shown(value):
+    """A default as --set takes it: JSON, but for the quotes of a text."""
+    return json.dumps(value).strip('"')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    args = parser.parse_args()
+    if not args.write:
+        return print(table())
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+    path.write_text(f"{text[:before]}\n{table()}\n{text[after:]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
