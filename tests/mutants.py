@@ -30,6 +30,7 @@ PACK = "test_ragged_pack.py::test_kept_rows_arrive_in_order"
 TRITON = "test_triton.py::test_lengths_at_the_borders_of_tiles_and_splits"
 TICKETS = "test_triton.py::test_steps_follow_each_other_over_one_plan"
 ORDER = "test_triton.py::test_the_order_of_the_work_does_not_matter"
+METHOD = "test_methods.py::"
 PLPHP = "test_plphp.py::test_three_classes_with_their_borders"
 TURNS = "test_cache.py::test_two_turns_through_the_cache_are_one_long_prompt"
 
@@ -391,21 +392,99 @@ MUTANTS = {
     ),
     "ties go to the higher index": (
         "model/pruning/budget.py",
-        "scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]",
-        "scores.sort(dim=-1, stable=True).indices[..., -count:]",
+        "order = scores.sort(dim=-1, descending=True, stable=True).indices",
+        "order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices.neg() + scores.shape[-1] - 1",
         "test_pruning.py::test_ties_go_to_the_lower_index",
     ),
     "text is dropped": (
-        "model/pruning/random_tokens.py",
-        "keep = torch.ones(",
-        "keep = torch.zeros(",
-        "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
+        "model/pruning/__init__.py",
+        "mask = torch.ones(layout.tokens",
+        "mask = torch.zeros(layout.tokens",
+        f"{METHOD}test_guards_and_text_wherever_the_pictures_are",
     ),
     "only the first picture is pruned": (
-        "model/pruning/random_tokens.py",
-        "in layout.spans:",
-        "in layout.spans[:1]:",
+        "model/pruning/budget.py",
+        "    for start, stop in layout.spans:\n        keep[:, start:stop] = choose(",
+        "    for start, stop in layout.spans[:1]:\n        keep[:, start:stop] = choose(",
         "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
+    ),
+    "pictures that share a budget are ranked each by itself": (
+        "model/pruning/budget.py",
+        'if scope == "vision" and',
+        'if scope == "all" and',
+        f"{METHOD}test_a_picture_is_starved_only_where_all_are_ranked_together",
+    ),
+    "the recent window is one token short": (
+        "model/pruning/__init__.py",
+        "layout.tokens - recent) :",
+        "layout.tokens - recent + 1) :",
+        f"{METHOD}test_guards_and_text_wherever_the_pictures_are",
+    ),
+    "the last token may leave the prompt": (
+        "model/pruning/__init__.py",
+        "        keep[-1] = True\n",
+        "",
+        f"{METHOD}test_fastv_is_hiding_columns",
+    ),
+    "what is left of the prompt gets new positions": (
+        "model/llama.py",
+        "x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)",
+        "x, rope = x[:, rows], tuple(t[..., : len(rows), :, :] for t in rope)",
+        f"{METHOD}test_fastv_is_hiding_columns",
+    ),
+    "FastV looks a layer too late": (
+        "model/generate.py",
+        "self.method.layer != layer + 1",
+        "self.method.layer != layer",
+        f"{METHOD}test_fastv_is_hiding_columns",
+    ),
+    "the window reaches into the picture": (
+        "model/generate.py",
+        "rows = min(self.method.window, max(1, behind))",
+        "rows = min(self.method.window, self.layout.tokens)",
+        f"{METHOD}test_kept_sets_and_ids_are_those_of_transformers_with_masks",
+    ),
+    "values are weighed by their L2 norm": (
+        "model/generate.py",
+        "v[0].float().norm(1, dim=-1)",
+        "v[0].float().norm(2, dim=-1)",
+        f"{METHOD}test_value_norms_weigh_the_attention",
+    ),
+    "a share of the mass is exceeded": (
+        "model/pruning/budget.py",
+        "taken = before < share",
+        "taken = before <= share",
+        f"{METHOD}test_mass_is_the_fewest_tokens_that_hold_the_share",
+    ),
+    "SnapKV smooths across the picture's end": (
+        "model/pruning/snapkv.py",
+        "            heads[:, start:stop] = self.smooth(heads[:, start:stop])",
+        "            heads = self.smooth(heads)",
+        f"{METHOD}test_kept_sets_and_ids_are_those_of_transformers_with_masks",
+    ),
+    "kept bytes of the evaluation count text": (
+        "tools/evaluate.py",
+        "- segments * (layout.tokens - vision) for cache",
+        "for cache",
+        "test_evaluate.py::test_exact_match_is_that_of_greedy_decoding",
+    ),
+    "the evaluation forgets the first token": (
+        "tools/evaluate.py",
+        "first.append(asked.logits[:1] if method is None or method.layer is None else asked.narrowed)",
+        "first.append(asked.logits[-1:])",
+        "test_evaluate.py::test_exact_match_is_that_of_greedy_decoding",
+    ),
+    "intervals draw single answers": (
+        "tools/paired.py",
+        "sums[1].index_add_(0, group, torch.ones(",
+        "sums[1].index_add_(0, group, 2 * torch.ones(",
+        "test_evaluate.py::test_intervals_draw_whole_groups",
+    ),
+    "a torn line is kept": (
+        "tools/evaluate.py",
+        "os.truncate(path, end)",
+        "os.truncate(path, len(whole))",
+        "test_evaluate.py::test_a_run_goes_on_where_it_was_killed",
     ),
     "every layer draws the same": (
         "model/pruning/random_tokens.py",
@@ -426,14 +505,14 @@ MUTANTS = {
         "test_plphp.py::test_each_head_keeps_its_own_best_of_each_picture",
     ),
     "PLPHP: one ranking for all heads": (
-        "model/pruning/plphp.py",
-        "heads = heads.mean(1) if",
-        "heads = heads.mean((0, 1))[None].expand(layout.kv_heads, -1) if",
+        "model/pruning/budget.py",
+        'heads = heads.mean(1) if group == "mean"',
+        'heads = heads.mean((0, 1))[None].expand(layout.kv_heads, -1) if group == "mean"',
         "test_plphp.py::test_each_head_keeps_its_own_best_of_each_picture",
     ),
     "PLPHP-ada: no floor": (
-        "model/pruning/plphp.py",
-        "max(1, int(self.floor * count))",
+        "model/pruning/budget.py",
+        "max(1, int(floor * count))",
         "1",
         "test_plphp.py::test_ada_divides_the_same_budget_unevenly",
     ),

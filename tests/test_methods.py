@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -161,18 +160,47 @@ def test_the_query_heads_of_a_kv_head_agree(q_heads, kv_heads):
             assert by_kv_head(scores, place, "max")[h, j].item() == max(own)
 
 
+@torch.inference_mode()
+def test_value_norms_weigh_the_attention(small):
+    """A method that asks for values ranks by attention times the L1 norm of each token's own value row."""
+    seen = {}
+
+    def look(layer, q, k, v):
+        """Its own softmax of the last row, in float64."""
+        q, k = q[0, :, -1].double().view(2, 2, -1), k[0].double()
+        weights = torch.einsum("hgd,htd->hgt", q, k).mul(q.shape[-1] ** -0.5).softmax(-1).mean(1)
+        seen[layer] = weights * v[0].double().abs().sum(-1)
+
+    generation = Generation(small, "what is left?", pictures(1), Sampling(1))
+    x, (span,) = small.model.splice(generation.ids, small.model.encode_images(torch.stack(generation.pixels)))
+    place = layout([span], len(x), num_layers=4)
+    pruner = Pruner(make_method("uniform:values=true", keep_tokens=9), place, "torch")
+    plain, differ = Pruner(make_method("uniform", keep_tokens=9), place, "torch"), 0
+
+    def choose(layer, q, k, v):
+        look(layer, q, k, v)
+        keep = pruner.choose(layer, q, k, v)
+        for h, row in enumerate(seen[layer][:, slice(*span)].tolist()):
+            assert keep[h, slice(*span)].nonzero()[:, 0].tolist() == sorted(ranked(row)[:9])
+        nonlocal differ
+        differ += not keep.equal(plain.choose(layer, q, k, v))
+
+    small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), choose=choose)
+    assert differ  # else it could not fail
+
+
 # ---------------------------------------------------------------- any method
 
 
 def answer(method, scores, place, layer=1):
-    """keep (Hkv, T): for a method that narrows the same tokens in every head."""
+    """keep (Hkv, T); for a method that narrows the prompt the same in every head."""
     if method.layer is None:
         return method.choose(layer, scores, place)
     return method.narrow(scores, place).expand(place.kv_heads, -1)
 
 
-def attention(place, seed=0):
-    return torch.randn(place.q_heads, place.tokens, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+def attention(place):
+    return torch.randn(place.q_heads, place.tokens, generator=torch.Generator().manual_seed(0)).softmax(-1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,6 +216,15 @@ def test_every_picture_keeps_its_rounded_share(name, rate):
         assert kept.sum() == 4 * count and kept.min() >= 1
         assert name in UNEVEN or kept.tolist() == [count] * 4
     assert keep[:, guarded(place)].all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_may_share_a_budget(name):
+    """20 of all that they have; each of them would have kept so many by itself."""
+    place = layout([(3, 40), (45, 70), (70, 100)], 110, 8, 4)
+    keep = answer(make_method(f"{name}:scope=vision", keep_tokens=20), attention(place), place)
+    assert keep[:, ~guarded(place)].sum() == 4 * 20 and keep[:, guarded(place)].all()
+    assert name in UNEVEN or keep.sum(1).unique().tolist() == [110 - 92 + 20]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,6 +280,7 @@ def test_keeping_everything_is_no_pruning(small, spec, retention):
     pruned, plain = answered(small, "last", 8, make_method(spec, retention)), answered(small, "last", 8)
     assert pruned.token_ids == plain.token_ids and pruned.text == plain.text
     assert pruned.kept == plain.kept == [72.0] * 4 and pruned.bytes_held == plain.bytes_held
+    assert pruned.notes == []
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in NARROWING])
@@ -370,13 +408,13 @@ def one_pot(layer, worth):
 
 def portion(layer, worth):
     """As many as hold 0.6 of a head's attention to the picture."""
-    chosen, share = set(), Fraction(6, 10)
+    chosen = set()
     for h, row in enumerate(worth):
         held = 0.0
         for j in ranked(row):
             chosen.add((h, j))
             held += row[j]
-            if held >= share * sum(row):
+            if held >= 0.6 * sum(row):
                 break
     return chosen
 
@@ -407,8 +445,7 @@ def by_hand(rule, smooth, spans, group):
     """choose(layer, attention) for `masked_ids`: rows are averaged, then heads, then neighbours."""
 
     def choose(layer, attention):
-        rows = attention.double().numpy()
-        rows = rows if rows.ndim == 3 else rows[:, None]
+        rows = attention.double() if attention.ndim == 3 else attention.double()[:, None]  # (Hq, W, T)
         heads = [rows[h : h + group].mean((0, 1)).tolist() for h in range(0, len(rows), group)]
         keep = torch.ones(len(heads), rows.shape[2], dtype=torch.bool)
         for a, b in spans:
@@ -436,6 +473,7 @@ def test_kept_sets_and_ids_are_those_of_transformers_with_masks(oracle, answers,
     ids, kept = masked_ids(folder, generation, by_hand(rule, smooth, generation.spans, 4), 24, rows)
     assert [torch.equal(a, b) for a, b in zip(answers, kept, strict=True)] == [True] * 4
     assert generation.token_ids == ids
+    assert answered(checkpoint, question, 24).token_ids != ids  # else what was dropped would not matter here
 
 
 def narrow_by_hand(spans, layer, count):
@@ -464,8 +502,8 @@ def test_fastv_is_hiding_columns_from_every_row_of_later_layers(oracle, answers,
     everything = torch.ones(2, generation.prompt_tokens, dtype=torch.bool)
     narrow = narrow_by_hand(generation.spans, layer, 9)  # a quarter of 36
     ids, kept = masked_ids(folder, generation, lambda *_: everything, 24, narrow=narrow)
-    (answer,) = answers  # asked once
-    assert all(keep.equal(everything if i < layer else answer.expand(2, -1)) for i, keep in enumerate(kept))
+    (stays,) = answers  # asked once
+    assert all(keep.equal(everything if i < layer else stays.expand(2, -1)) for i, keep in enumerate(kept))
     assert generation.token_ids == ids
     assert answered(checkpoint, question, 24).token_ids != ids  # else hiding would not matter here
 
@@ -477,6 +515,8 @@ def test_fastv_frees_the_later_layers(small, layer):
     assert generation.kept == [108.0] * layer + [27.0] * (4 - layer)
     assert generation.cache.kv_len.tolist() == [[n + 23] * 2 for n in lengths]
     assert generation.bytes_held == sum(lengths) * 2 * 2 * 16 * 4  # K and V of two heads of 16 channels in fp32
+    starved = answered(small, "three", 3, make_method(f"fastv:scope=vision,layer={layer}", keep_tokens=1))
+    assert starved.kept == [108.0] * layer + [1.0] * (4 - layer)  # two pictures are gone
 
 
 def test_fastv_needs_a_layer_that_the_model_has(small):

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import run
+from model.pruning import METHODS
 from tests.paths import ROOT
+from tools import method_table
 
 README = ROOT / "README.md"
 STDLIB = set(sys.stdlib_module_names)
@@ -138,6 +140,14 @@ def test_python_of_the_readme_runs(capsys, monkeypatch):
 def test_files_named_in_the_readme_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_methods_of_the_readme_and_of_the_help_are_those_that_exist():
+    text = README.read_text()
+    begin, end = text.index(method_table.BEGIN) + len(method_table.BEGIN), text.index(method_table.END)
+    assert text[begin:end].strip() == method_table.table()
+    listed = re.search(r"keeps in its cache: (.*?) or FILE", re.sub(r"\s+", " ", run.parser().format_help()))
+    assert listed[1].split(", ") == list(METHODS)
 
 
 def test_the_accuracy_table_of_the_readme_is_the_measured_one():

@@ -19,6 +19,7 @@ scored, check(num_layers, kv_heads) refuses a model with a ValueError. Text is k
 import importlib.util
 import inspect
 import json
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,8 @@ class Method:
 
     def check(self, num_layers, kv_heads):
         """ValueError if the model is not one for this method."""
+        if self.layer is not None and not 1 <= self.layer < num_layers:
+            raise ValueError(f"layer is {self.layer}, the model has {num_layers}; give one from 1 to {num_layers - 1}")
         if hasattr(self.rule, "check"):
             self.rule.check(num_layers, kv_heads)
 
@@ -81,8 +84,10 @@ class Method:
         return None if keep is None else self._guarded(keep, layout, (layout.kv_heads, layout.tokens))
 
     def narrow(self, scores, layout):
-        """scores (Hq, T) fp32 -> keep (T,) bool."""
-        return self._guarded(self.rule.narrow(scores, layout), layout, (layout.tokens,))
+        """scores (Hq, T) fp32 -> keep (T,) bool; the last token goes on in any case, the answer begins at it."""
+        keep = self._guarded(self.rule.narrow(scores, layout), layout, (layout.tokens,))
+        keep[-1] = True
+        return keep
 
     def _guarded(self, keep, layout, shape):
         """keep with text and guards in it; ValueError if it is no bool of the shape."""
@@ -172,6 +177,7 @@ def _find(name):
     if found is None:
         raise ValueError(f"{path!r} is no Python file; give FILE.py::NAME")
     module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # where dataclasses look up postponed annotations
     try:
         found.loader.exec_module(module)
     except (Exception, SystemExit) as broken:
@@ -184,8 +190,10 @@ def _find(name):
 
 def settings_of(function):
     """{setting: default} of what METHODS holds for a name, without GUARDS."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    # the first arguments of a function are what it is asked, the fields of a dataclass are all settings
+    return {p.name: p.default for p in parameters if p.kind in (kinds if isinstance(function, type) else kinds[:1])}
 
 
 def _complete(name, function, given):

@@ -56,9 +56,9 @@ def shared(scores, count):
 
 
 def pooled(scores, count, floor):
-    """scores (H, n) -> bool (H, n): the H * count best (row, token) pairs, in each row at least floor * count of them.
+    """scores (H, n) -> bool (H, n): the H * count best (row, token) pairs, at least int(floor * count) in each row.
 
-    As AdaKV divides a budget (arXiv 2407.11550), its floor being the safeguard; at least one token in every row.
+    As AdaKV divides a budget (arXiv 2407.11550), its floor being the safeguard; one token in every row at the least.
     """
     safe = best(scores, max(1, int(floor * count)))
     everything = scores.masked_fill(safe, float("inf")).flatten()
@@ -67,7 +67,7 @@ def pooled(scores, count, floor):
 
 def mass(scores, share):
     """scores (H, n) -> bool (H, n): the fewest best of each row whose sum is at least `share` of the row's, but one."""
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    ordered, order = scores.double().sort(dim=-1, descending=True, stable=True)  # in fp32 the sums would round
     before = ordered.cumsum(-1) - ordered  # what all better ones hold
     taken = before < share * ordered.sum(-1, keepdim=True)
     taken[..., 0] = True

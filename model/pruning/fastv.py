@@ -24,11 +24,6 @@ class FastV:
         if self.layer < 1:
             raise ValueError(f"layer is {self.layer}; give 1 or more, the layer before it has to look first")
 
-    def check(self, num_layers, kv_heads):
-        """ValueError if the model has no such layer."""
-        if self.layer >= num_layers:
-            raise ValueError(f"layer is {self.layer}, the model has {num_layers}; give one from 1 to {num_layers - 1}")
-
     def narrow(self, scores, layout):
         """Attention (Hq, T) of layer `layer` - 1 -> (T,) bool: the tokens that go on. Called once."""
         heads = scores.mean(0, keepdim=True).expand(layout.kv_heads, -1)

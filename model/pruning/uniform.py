@@ -13,9 +13,9 @@ from .budget import best, budget, by_head, by_kv_head, mass, select
 class Uniform:
     """Each head its own most attended by the last prompt row, the same fraction in every layer.
 
-    retention: the fraction, 0.5 without any budget, or keep_tokens: the number, or mass: keep in each head the fewest tokens that hold this
-    share of its attention to the picture, or rates: a list with a fraction per layer, or with a list of fractions per
-    KV head for a layer. group, values, window, scope: as in plphp.
+    One budget of four, 0.5 without any: retention: the fraction; keep_tokens: the number; mass: in each head the fewest
+    tokens that hold this share of its attention to the picture; rates: a list with a fraction for each layer, or a list
+    of fractions for its KV heads. group, values, window, scope: as in plphp.
     """
 
     retention: float | None = None
@@ -31,12 +31,14 @@ class Uniform:
         given = [n for n in ("retention", "keep_tokens", "mass", "rates") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one of them")
-        if self.mass is not None and not (isinstance(self.mass, (int, float)) and 0 < self.mass <= 1):
+        if self.mass is not None and not (type(self.mass) in (int, float) and 0 < self.mass <= 1):
             raise ValueError(f"mass is {self.mass!r}; give a share above 0 and up to 1")
         if self.window < 1:
             raise ValueError(f"window is {self.window}; give at least 1 row")
+        if self.rates is not None and not isinstance(self.rates, list):
+            raise ValueError(f"rates is {self.rates!r}; give a list")
         for rate in [r for row in self.rates or () for r in (row if isinstance(row, list) else [row])]:
-            if not (isinstance(rate, (int, float)) and 0 <= rate <= 1):
+            if not (type(rate) in (int, float) and 0 <= rate <= 1):
                 raise ValueError(f"rates holds {rate!r}; give fractions from 0 to 1")
 
     def check(self, num_layers, kv_heads):
