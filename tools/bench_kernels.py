@@ -2,6 +2,7 @@
 
     python tools/bench_kernels.py                            # ragged_decode on this machine
     python tools/bench_kernels.py decode                     # whole decode steps of the demo model
+    python tools/bench_kernels.py prefill                    # its prefill, and what scoring, choosing and packing add
     python tools/bench_kernels.py all --json out.json --csv out.csv
     python tools/bench_kernels.py ragged_decode --kernel my.py    # my.py::ragged_decode beside ours
     python tools/bench_kernels.py --shapes gqa8 --mbytes 4 65     # as many tokens as make a layer's K and V so large
@@ -41,6 +42,8 @@ import kernels  # noqa: E402
 from kernels.backend import choose_backend, interpreted  # noqa: E402
 from model import InputError, load  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
+from model.generate import Layout, Pruner  # noqa: E402
+from model.pruning import make_method  # noqa: E402
 from run import choose_device, number  # noqa: E402
 from tools.report import measure_bandwidth  # noqa: E402
 
@@ -52,7 +55,15 @@ SHAPES = {
     "qwen": (1, 4, 7, 128), "g8": (1, 8, 8, 128),
 }  # fmt: skip
 ATTENTION = ("ragged_decode", "ragged_decode_append")
-OPS = (*ATTENTION, "window_scores", "ragged_pack", "decode")
+OPS = (*ATTENTION, "window_scores", "ragged_pack", "prefill", "decode")
+METHODS = (
+    "random",
+    "shared",
+    "plphp",
+    "plphp-ada",
+    "snapkv",
+    "plphp:values=true,window=32",
+)  # that prefill is timed with
 LONGEST = 2**15  # kept tokens per head, on average or in a skewed head, from which --mbytes takes more sequences
 SLACK = 64  # free slots per segment
 # command lines; what is given beside --preset counts more
@@ -62,12 +73,14 @@ PRESETS = {
         "ragged_decode ragged_decode_append --shapes 7b gqa8 --mbytes 65 --skew 1 2 4 8",
         "ragged_decode ragged_decode_append --shapes qwen g8 --mbytes 17 --retention 0.2",
         "window_scores ragged_pack --shapes 7b gqa8 --tokens 2048 8192 --retention 0.3",
+        "prefill --tokens 640 2900",
     ),
     "smoke": (
         "ragged_decode ragged_decode_append --shapes demo qwen g8 --tokens 40 --retention 0.3 --copies 2 --rounds 2",
         "ragged_decode ragged_decode_append --shapes demo --mbytes 0.03 0.1 --retention 0.5 --copies 2 --rounds 2",
         "ragged_decode ragged_decode_append --shapes demo --tokens 40 --skew 1 2 --copies 2 --rounds 2",
         "window_scores ragged_pack --shapes demo --tokens 40 --retention 0.3 --copies 2 --rounds 2",
+        "prefill --tokens 40 --rounds 2",
     ),
 }
 
@@ -552,6 +565,37 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
     return case
 
 
+def prefill_case(tokens, setting):
+    """Prefill of the demo model on `tokens`, all but 16 of them a picture: without a cache, packed, and pruned."""
+    checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
+    model, config = checkpoint.model.language_model, checkpoint.config.text_config
+    heads = config.num_attention_heads, config.num_key_value_heads
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, tokens, config.hidden_size, generator=generator).to(setting.device)
+    q = torch.randn(1, heads[0], config.head_dim, generator=generator).to(setting.device)
+    span = min(4, tokens - 1), max(5, tokens - 12)
+    layout = Layout(config.num_hidden_layers, *heads, tokens, [span], setting.device)
+    plain = model.prefill(x).double()
+
+    def prefill(method):
+        cache = RaggedCache(config.num_hidden_layers)
+        pruner = Pruner(method, layout) if method else None
+        return cache, model.prefill(x, cache, choose=pruner.choose if pruner else None)
+
+    def check(call):
+        """The hidden states are those without a cache, and the cache gives what its rows say."""
+        cache, hidden = call()
+        given = attended(cache, q)
+        return [torch.cat((a.flatten(), b.flatten())) for a, b in zip(given, (hidden, plain, plain), strict=True)]
+
+    case = Case(f"demo model, prefill of {tokens} tokens", 0, "no cache")
+    case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, plain))
+    case.add("kept all", partial(prefill, None), check)
+    for spec in METHODS:
+        case.add(spec, partial(prefill, make_method(spec, 0.5)), check)
+    return case
+
+
 def attended(cache, q):
     """What a cache gives for q in all layers, and what its rows should give."""
     got, plain, exact = [], [], []
@@ -673,7 +717,7 @@ def measure(op, case, rounds, bandwidth, device):
             median = statistics.median(times[name])
             base = times[case.baseline] if not wrong[case.baseline] else times[name]
             speed = statistics.median(a / b for a, b in zip(base, times[name], strict=True))
-            reached = None if name == case.reads_more else case.bytes / median / bandwidth
+            reached = None if name == case.reads_more or not case.bytes else case.bytes / median / bandwidth
             row |= {"us": 1e6 * median, "speed": speed, "ceiling": reached, "graph": runs[name][2]}
         rows.append(row)
     return rows + [about | {"provider": name, "right": None, "why": why} for name, why in case.missing.items()]
@@ -713,6 +757,9 @@ def cases(args, setting):
         if op in ATTENTION:
             for layer in layers(args, setting.dtype.itemsize):
                 yield op, partial(attention_case, op, layer, setting)
+        elif op == "prefill":
+            for tokens in args.tokens:
+                yield op, partial(prefill_case, tokens, setting)
         elif op == "decode":
             for tokens in args.tokens:
                 for retention in args.retention:
