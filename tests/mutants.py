@@ -463,13 +463,13 @@ MUTANTS = {
         f"{METHOD}test_kept_sets_and_ids_are_those_of_transformers_with_masks",
     ),
     "kept bytes of the evaluation count text": (
-        "tools/evaluate.py",
+        "tools/replay.py",
         "- segments * (layout.tokens - vision) for cache",
         "for cache",
         "test_evaluate.py::test_exact_match_is_that_of_greedy_decoding",
     ),
     "the evaluation forgets the first token": (
-        "tools/evaluate.py",
+        "tools/replay.py",
         "first.append(asked.logits[:1] if method is None or method.layer is None else asked.narrowed)",
         "first.append(asked.logits[-1:])",
         "test_evaluate.py::test_exact_match_is_that_of_greedy_decoding",

@@ -29,191 +29,21 @@ sys.path.insert(0, str(ROOT))
 
 from kernels import window_scores  # noqa: E402
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
-from model.cache import RaggedCache  # noqa: E402
-from model.generate import Layout, Pruner  # noqa: E402
 from model.image import normalise, read_image, to_square  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
-from model.pruning.budget import best, budget, by_kv_head, select  # noqa: E402
 from model.pruning.plphp import gamma  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from tools import scenes  # noqa: E402
+from tools.controls import Evidence, Hindsight, Like, ValuesDropped  # noqa: E402
+from tools.replay import Asked, compare, replay  # noqa: E402
 from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
 
 FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
 RETENTIONS = (0.5, 0.3, 0.15)
-ROWS = 64  # of a prompt's end whose queries are remembered: no method's window is larger
 IGNORED = -100
 
 
-# ---------------------------------------------------------------- one prompt, many caches
-
-
-class Asked:
-    """A prompt of T tokens and F more that are fed behind it, computed once without pruning.
-
-    layers    per layer: q (1, Hq, <= ROWS, D) of the prompt's last rows, k and v (1, Hkv, T, D) of the prompt, and
-              q_fed (1, Hq, F, D)
-    logits    (F + 1, V) fp32, after the prompt and after each fed token
-    layout    of the prompt
-    """
-
-    def __init__(self, checkpoint, ids, image_tokens, fed, backend="auto"):
-        self.checkpoint, self.backend = checkpoint, backend
-        model, text = checkpoint.model, checkpoint.config.text_config
-        self.x, spans = model.splice([*ids, *fed], image_tokens)
-        self.tokens, self.fed, self.layers = len(self.x) - len(fed), self.x[len(self.x) - len(fed) :], []
-        self.layout = Layout(
-            text.num_hidden_layers,
-            text.num_attention_heads,
-            text.num_key_value_heads,
-            self.tokens,
-            spans,
-            self.x.device,
-        )
-        hidden = model.language_model.prefill(self.x[None], self, choose=self._look)
-        self.logits = model.language_model.logits(hidden[0, self.tokens - 1 :]).float()
-
-    def attention_of_fed(self, layer):
-        """(Hkv, T): the attention that the fed tokens pay to the prompt in a layer, mean over them and the group."""
-        _, k, _, q = self.layers[layer]
-        end = torch.full((q.shape[2],), self.tokens - 1, device=q.device)
-        return by_kv_head(window_scores(q[0], k[0], q_pos=end, group="none", backend=self.backend), self.layout)
-
-    def _look(self, layer, q, k, v):
-        """Remember a layer, keep all."""
-        t = self.tokens
-        self.layers.append((q[:, :, max(0, t - ROWS) : t], k[:, :, :t], v[:, :, :t], q[:, :, t:]))
-
-    def pack(self, layer, k, v, keep):
-        """In the place of a cache: nothing is packed."""
-
-    def cache(self, method):
-        """What a method makes of the prompt: its cache, and what each layer kept, (Hkv, T) bool or None for all."""
-        if method is None or method.layer is None:
-            return self._packed(method)
-        pruner, dropped = Pruner(method, self.layout, self.backend), {}
-
-        def narrow(layer, q, k, v):
-            rows = pruner.narrow(layer, q, k, v)
-            if rows is not None:
-                mask = torch.zeros(self.tokens, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
-                dropped[layer] = mask.expand(self.layout.kv_heads, -1)
-            return rows
-
-        language, cache = self.checkpoint.model.language_model, self._empty()
-        hidden = language.prefill(self.x[None, : self.tokens], cache, choose=pruner.choose, narrow=narrow)
-        self.narrowed = language.logits(hidden[0, -1:]).float()
-        (first, mask), *_ = dropped.items()
-        return cache, [None if layer <= first else mask for layer in range(self.layout.num_layers)]
-
-    def _packed(self, method):
-        cache, keeps = self._empty(), []
-        pruner = Pruner(method, self.layout, self.backend) if method else None
-        for layer, (q, k, v, _) in enumerate(self.layers):
-            keep = pruner.choose(layer, q, k, v) if pruner else None
-            if isinstance(getattr(method, "rule", None), ValuesDropped):
-                v, packed = v * keep[None, ..., None], None
-            else:
-                packed = keep
-            cache.pack(layer, k, v, packed)
-            keeps.append(keep)
-        return cache, keeps
-
-    def _empty(self):
-        return RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
-
-
-def replay(asked, methods):
-    """Feed the same tokens behind what each of B methods kept.
-
-    Returns logits (B, F + 1, V) fp32, kept: the fraction of vision rows each cache holds, keeps: B lists of a layer's
-    (Hkv, T) bool or None.
-    """
-    layout, caches, keeps, first = asked.layout, [], [], []
-    vision = sum(stop - start for start, stop in layout.spans)
-    for method in methods:
-        cache, kept = asked.cache(method)
-        caches.append(cache)
-        keeps.append(kept)
-        first.append(asked.logits[:1] if method is None or method.layer is None else asked.narrowed)
-    segments = layout.num_layers * layout.kv_heads
-    held = [cache.kv_len.sum().item() - segments * (layout.tokens - vision) for cache in caches]
-    logits = torch.stack(first)
-    if len(asked.fed):
-        cache = RaggedCache.join(caches)
-        language = asked.checkpoint.model.language_model
-        hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache)
-        logits = torch.cat((logits, language.logits(hidden).float()), 1)
-    return logits, [h / max(1, segments * vision) for h in held], keeps
-
-
-# ---------------------------------------------------------------- controls that know more than a method may
-
-
-@dataclasses.dataclass
-class Evidence:
-    """Keeps the patches that show what the answer needs, then others at random; anti: those last of all."""
-
-    patches: tuple  # per picture, indices of its patches
-    retention: float
-    anti: bool = False
-
-    def __call__(self, layer, scores, layout):
-        worth = torch.rand(layout.kv_heads, layout.tokens, generator=torch.Generator().manual_seed(layer))
-        for (start, _), patches in zip(layout.spans, self.patches, strict=True):
-            worth[:, [start + p for p in patches]] += -1 if self.anti else 1
-        return select(worth.to(layout.device), layout, lambda s: best(s, budget(s.shape[1], self.retention)))
-
-
-@dataclasses.dataclass
-class Hindsight:
-    """Ranks by the attention that the fed tokens, the answer, will pay: how good could attention be as a guide?"""
-
-    asked: Asked
-    retention: float
-
-    def __call__(self, layer, scores, layout):
-        worth = self.asked.attention_of_fed(layer)
-        return select(worth, layout, lambda s: best(s, budget(s.shape[1], self.retention)))
-
-
-@dataclasses.dataclass
-class Like:
-    """In each layer, head and picture as many tokens as another method keeps, but others: at random, or shared."""
-
-    other: object  # its rule
-    shared: bool
-    values: bool = False
-
-    def wants(self, layer, num_layers):
-        return not hasattr(self.other, "wants") or self.other.wants(layer, num_layers)
-
-    def __call__(self, layer, scores, layout):
-        kept = self.other(layer, scores, layout)
-        if self.shared:
-            worth = by_kv_head(scores, layout, values=self.values).mean(0, keepdim=True).expand(layout.kv_heads, -1)
-        else:
-            worth = torch.rand(kept.shape, generator=torch.Generator().manual_seed(layer)).to(layout.device)
-        result = torch.ones_like(kept)
-        for start, stop in layout.spans:
-            result[:, start:stop] = best(worth[:, start:stop], kept[:, start:stop].sum(1, keepdim=True))
-        return result
-
-
-@dataclasses.dataclass
-class ValuesDropped:
-    """No way to save anything, but to learn why: a dropped token keeps its key and loses its value.
-
-    So every head still divides its attention as the unpruned model does, and what it gave to dropped tokens reads
-    nothing. If this answers right where dropping does not, not the lost values did the harm but the attention that went
-    to other tokens instead.
-    """
-
-    rule: object
-
-    def __call__(self, layer, scores, layout):
-        return self.rule(layer, scores, layout)
-
+# ---------------------------------------------------------------- conditions
 
 VARIANTS = {  # of PLPHP: how many rows look, and do values count
     "": "window=1",
@@ -625,30 +455,18 @@ def fidelity(args):
     for start in range(0, len(names), args.batch):
         part = names[start : start + args.batch]
         logits, kept, _ = replay(asked, [methods[n] for n in part])
-        rows += [compare(n, asked.logits, pruned, k, ids) for n, pruned, k in zip(part, logits, kept, strict=True)]
+        for name, pruned, share in zip(part, logits, kept, strict=True):
+            rows.append({"method": name, "kept": share, **compare(asked.logits, pruned, ids)})
         print(f"fidelity: {len(rows)}/{len(names)} methods", file=sys.stderr, flush=True)
     for r in rows:
         method, _, retention = r["method"].rpartition("@") if "@" in r["method"] else (r["method"], "", "")
+        where = "never" if r["diverges"] is None else f"token {r['diverges'] + 1}"
         lines.append(
-            f"| {method} | {retention} | {100 * r['kept']:.1f} % | {100 * r['same']:.1f} % | {r['diverges']} | "
-            f"{r['kl_mean']:.4f} | {r['kl_max']:.4f} |"
+            f"| {method} | {retention} | {100 * r['kept']:.1f} % | {100 * r['same']:.1f} % | {where} | "
+            f"{r['kl'].mean():.4f} | {r['kl'].max():.4f} |"
         )
     print(f"{len(ids)} tokens, {generation.vision_tokens} vision tokens of {len(args.image)} pictures\n")
     print("\n".join(lines))
-
-
-def compare(name, full, pruned, kept, ids):
-    """One row: logits (F + 1, V) of both at the steps of the same greedy answer."""
-    target = torch.tensor(ids, device=full.device)
-    same = pruned.argmax(-1) == target
-    ours, theirs = full.log_softmax(-1), pruned.log_softmax(-1)
-    kl = (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0)
-    wrong = (~same).nonzero()
-    return {
-        "method": name, "kept": kept, "same": same.float().mean().item(),
-        "diverges": f"token {wrong[0].item() + 1}" if len(wrong) else "never",
-        "kl_mean": kl.mean().item(), "kl_max": kl.max().item(),
-    }  # fmt: skip
 
 
 def main():

@@ -1,0 +1,77 @@
+"""Rules that know more than a pruning method may, or obey another one: what methods are compared with.
+
+Each is a rule of `model.pruning.Method`: rule(layer, scores, layout) -> keep (Hkv, T).
+"""
+
+import dataclasses
+
+import torch
+
+from model.pruning.budget import best, budget, by_kv_head, select
+from tools.replay import Asked
+
+
+@dataclasses.dataclass
+class Evidence:
+    """Keeps the patches that show what the answer needs, then others at random; anti: those last of all."""
+
+    patches: tuple  # per picture, indices of its patches
+    retention: float
+    anti: bool = False
+
+    def __call__(self, layer, scores, layout):
+        worth = torch.rand(layout.kv_heads, layout.tokens, generator=torch.Generator().manual_seed(layer))
+        for (start, _), patches in zip(layout.spans, self.patches, strict=True):
+            worth[:, [start + p for p in patches]] += -1 if self.anti else 1
+        return select(worth.to(layout.device), layout, lambda s: best(s, budget(s.shape[1], self.retention)))
+
+
+@dataclasses.dataclass
+class Hindsight:
+    """Ranks by the attention that the fed tokens, the answer, will pay: how good could attention be as a guide?"""
+
+    asked: Asked
+    retention: float
+
+    def __call__(self, layer, scores, layout):
+        worth = self.asked.attention_of_fed(layer)
+        return select(worth, layout, lambda s: best(s, budget(s.shape[1], self.retention)))
+
+
+@dataclasses.dataclass
+class Like:
+    """In each layer, head and picture as many tokens as another method keeps, but others: at random, or shared."""
+
+    other: object  # its rule
+    shared: bool
+    values: bool = False
+
+    def wants(self, layer, num_layers):
+        return not hasattr(self.other, "wants") or self.other.wants(layer, num_layers)
+
+    def __call__(self, layer, scores, layout):
+        kept = self.other(layer, scores, layout)
+        if self.shared:
+            worth = by_kv_head(scores, layout, values=self.values).mean(0, keepdim=True).expand(layout.kv_heads, -1)
+        else:
+            worth = torch.rand(kept.shape, generator=torch.Generator().manual_seed(layer)).to(layout.device)
+        result = torch.ones_like(kept)
+        for start, stop in layout.spans:
+            result[:, start:stop] = best(worth[:, start:stop], kept[:, start:stop].sum(1, keepdim=True))
+        return result
+
+
+@dataclasses.dataclass
+class ValuesDropped:
+    """No way to save anything, but to learn why: a dropped token keeps its key and loses its value.
+
+    So every head still divides its attention as the unpruned model does, and what it gave to dropped tokens reads
+    nothing. If this answers right where dropping does not, not the lost values did the harm but the attention that went
+    to other tokens instead.
+    """
+
+    rule: object
+    only_values = True
+
+    def __call__(self, layer, scores, layout):
+        return self.rule(layer, scores, layout)
