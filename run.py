@@ -75,6 +75,7 @@ def parser():
                    help="fraction of the vision tokens that is kept")
     p.add_argument("--keep-tokens", type=number(int, 1), metavar="N", help="vision tokens kept per KV head and picture")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE|@FILE.json", help="settings of the method")
+    p.add_argument("--compare", action="store_true", help="ask again without pruning, and say on stderr what differs")
     p.add_argument("--stats", "--profile", action="store_true", help="times, bytes and the decode ceiling, on stderr")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     p.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
@@ -110,6 +111,8 @@ def check_flags(args):
         p.error("--retention and --keep-tokens exclude each other")
     if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
         p.error("--retention, --keep-tokens and --set need --prune METHOD")
+    if args.compare and (args.prune == "none" or args.temperature > 0):
+        p.error("--compare needs --prune METHOD and --temperature 0")
     if "" in args.stop:
         p.error("--stop needs a text")
     if args.system is not None and args.template == "raw":
@@ -192,6 +195,8 @@ def answer(args):
         torch.cuda.reset_peak_memory_stats(device)
     code = write(generation, stream=not (args.json or args.no_stream))
     took = report(generation, args.model, args.seed, load_seconds, device)
+    if args.compare and code == 0:
+        took["compare"] = compared(generation, took)
     if args.json:
         print(json.dumps(took, ensure_ascii=False, default=str), flush=True)
     elif args.no_stream:
@@ -199,6 +204,16 @@ def answer(args):
     if args.stats:
         say(stats(took, measure_bandwidth(device), generation))
     return code
+
+
+def compared(generation, took):
+    """The answer without pruning beside the pruned one, in words on stderr -> the object of --json."""
+    from tools.replay import against_unpruned
+    from tools.report import comparison, differences
+
+    found = comparison(generation, *against_unpruned(generation))
+    say(differences(found, took))
+    return found
 
 
 def choose_method(args):

@@ -1,5 +1,6 @@
 """Ask a loaded checkpoint something: prompt and pictures in, pieces of text out as they are written."""
 
+import copy
 import time
 from dataclasses import dataclass, replace
 
@@ -150,6 +151,13 @@ class Generation:
         self.squares = [to_square(p.image, self.image_settings) for p in pictures]
         self._begin()
 
+    def unpruned(self):
+        """The same question, still to be asked, with a cache that keeps everything."""
+        twin = copy.copy(self)
+        twin.prune = None
+        twin._begin()
+        return twin
+
     def _check_method(self, prune, text):
         try:
             prune.check(text.num_hidden_layers, text.num_key_value_heads)
@@ -184,7 +192,7 @@ class Generation:
         self._begin()  # iterating again gives the answer again
         sampling, tokenizer = self.sampling, self.checkpoint.tokenizer
         limit = min(sampling.max_new_tokens, self.room)
-        choose = _chooser(sampling, self._never(), self.checkpoint.device)
+        choose = _chooser(sampling, self.never(), self.checkpoint.device)
         token = choose(self._prefill(limit))
         step = DecodeStep(self.checkpoint.model.language_model, self.cache)
         writer = _Writer(Detokenizer(tokenizer), sampling.stop)
@@ -237,7 +245,7 @@ class Generation:
         self.timing["prune"] = pruner.seconds if pruner else 0.0
         return logits
 
-    def _never(self):
+    def never(self):
         """Ids that must not be said: rows of the embedding that stand for no token, `<image>` and `<pad>`."""
         tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]

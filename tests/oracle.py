@@ -103,7 +103,7 @@ def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
         out = model.generate(
             input_ids=torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]),
             attention_mask=(~hidden).long(), pixel_values=torch.stack([p for g in generations for p in g.pixels]),
-            max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generations[0]._never(),
+            max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generations[0].never(),
         )  # fmt: skip
     ids = out[:, longest:].tolist()
     return [(ids[b], [kept[i][b, :, pad:] for i in sorted(kept)]) for b, pad in enumerate(pads)]

@@ -116,7 +116,7 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(demo):
 
 def test_padding_vocabulary_and_image_ids_are_never_said(demo):
     generation = Generation(demo, QUESTION, [PICTURE])
-    never = generation._never()
+    never = generation.never()
     assert demo.config.image_token_index in never and demo.tokenizer.added["<pad>"] in never
     hot = finished(demo, QUESTION, [PICTURE], Sampling(temperature=1e4, max_new_tokens=200))
     assert len(set(hot.token_ids)) > 60 and not set(hot.token_ids) & set(never)

@@ -401,7 +401,7 @@ def test_a_tokenizer_without_image_token_is_refused(folder):
 
 def test_ids_that_stand_for_nothing_are_never_said(folder):
     answer = Generation(load(folder), "what?")
-    assert set(answer._never()) == set(range(IMAGE_ID, TEXT["vocab_size"])) and PAD_ID in answer._never()
+    assert set(answer.never()) == set(range(IMAGE_ID, TEXT["vocab_size"])) and PAD_ID in answer.never()
 
 
 def test_opening_reads_no_weights(folder):

@@ -528,7 +528,7 @@ def test_fastv_needs_a_layer_that_the_model_has(small):
 @torch.inference_mode()
 def together(generations, count):
     """Greedy ids of several answers, each begun by itself, decoded as one batch."""
-    language, never = generations[0].checkpoint.model.language_model, generations[0]._never()
+    language, never = generations[0].checkpoint.model.language_model, generations[0].never()
     cache, ids = RaggedCache.join([g.cache for g in generations]), [list(g.token_ids) for g in generations]
     for _ in range(count - 1):
         x = F.embedding(torch.tensor([row[-1] for row in ids]), language.model.embed_tokens.weight)

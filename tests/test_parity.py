@@ -141,7 +141,7 @@ def test_32_greedy_ids_are_those_of_transformers(pair, case):
         **hf_inputs(checkpoint, ours.ids, ours.pixels),
         do_sample=False,
         max_new_tokens=32,
-        suppress_tokens=ours._never(),
+        suppress_tokens=ours.never(),
         eos_token_id=None,
     )
     assert ours.token_ids == theirs[0, -32:].tolist() and ours.finish_reason == "length"
@@ -160,7 +160,7 @@ def test_an_answer_ends_where_transformers_ends_it(pair):
         **hf_inputs(checkpoint, ours.ids, ours.pixels),
         do_sample=False,
         max_new_tokens=12,
-        suppress_tokens=ours._never(),
+        suppress_tokens=ours.never(),
         eos_token_id=stop,
     )
     assert [*ours.token_ids, stop] == theirs[0, ours.prompt_tokens :].tolist() and ours.finish_reason == "stop"

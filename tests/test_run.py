@@ -119,6 +119,25 @@ def test_pruning_is_reported(capsys, flags, requested, kept):
     assert f"random: {100 * kept / 256:.1f} % of the vision tokens kept, {kept:.1f} per KV head" in err
 
 
+@pytest.mark.parametrize("spec", ["random:retention=0.02", "random:retention=0.9", "fastv:layer=1,retention=0.05"])
+@pytest.mark.parametrize("tokens", ["256", "5"])
+def test_compare_shows_both_answers_and_where_they_part(capsys, spec, tokens):
+    asked = *ASK, "--max-new-tokens", tokens, "--json"
+    plain = json.loads(inside(capsys, *asked)[1])
+    code, out, err = inside(capsys, *asked, "--prune", spec, "--compare")
+    r = json.loads(out)
+    found = r["compare"]
+    assert code == 0 and found["token_ids"] == plain["token_ids"] and found["text"] == plain["text"]
+    ended = plain["finish_reason"] == "stop"
+    assert found["steps"] == plain["new_tokens"] + ended and found["kv_bytes_held"] > r["prune"]["kv_bytes_held"]
+    pairs = zip(
+        [*plain["token_ids"], *[2] * ended], [*r["token_ids"], *[2] * (r["finish_reason"] == "stop")], strict=False
+    )
+    assert found["first_divergence"] == next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    assert found["same_text"] == (r["text"] == plain["text"]) and 0 < found["kl_mean"] <= found["kl_max"]
+    assert f"unpruned {plain['text']}\npruned   {r['text']}\n" in err and "nats on average" in err
+
+
 def test_text_ids_and_stream_agree(capsys):
     from model import load
 
@@ -311,6 +330,8 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--prune", "random", "--keep-tokens", "0"], "--keep-tokens"),
         (["--prune", "random:retention=0.3", "--keep-tokens", "4"], "one of them"),
         (["--prune", "random", "--set", "retention=null"], "None"),
+        (["--compare"], "--prune"),
+        (["--compare", "--prune", "random", "--temperature", "1"], "--temperature 0"),
         (["--prune", "fastx"], "fastx"),
         (["--prune", "plphp", "--retention", "1.5"], "--retention"),
         (["--prune", "plphp", "--set", "alpha=0.1", "beta=0.2"], "beta=0.2"),

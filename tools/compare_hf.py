@@ -83,7 +83,7 @@ def run_transformers(args):
 
     def timed(n):
         begin = time.perf_counter()
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=n, suppress_tokens=asked._never())
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=n, suppress_tokens=asked.never())
         return time.perf_counter() - begin, out[0, len(ids) :].tolist()
 
     runs = []

@@ -112,6 +112,29 @@ def replay(asked, methods):
     return logits, [h / max(1, segments * vision) for h in held], keeps
 
 
+def against_unpruned(generation):
+    """Ask the same as a finished, pruned, greedy Generation without pruning, and see where the two part.
+
+    Returns (the unpruned Generation, a dict): `compare` of the pruned model's logits along the unpruned answer, its end
+    included, and steps, how many those are.
+    """
+    reference = generation.unpruned()
+    "".join(reference)
+    checkpoint, ended = generation.checkpoint, reference.finish_reason == "stop"
+    with torch.inference_mode():
+        tokens = ()
+        if reference.squares:
+            pixels = torch.stack(reference.pixels).to(checkpoint.device, checkpoint.dtype)
+            tokens = checkpoint.model.encode_images(pixels)
+        fed = reference.token_ids if ended else reference.token_ids[:-1]
+        asked = Asked(checkpoint, reference.ids, tokens, fed, generation.backend)
+        pruned, _, _ = replay(asked, [generation.prune])
+        never = torch.tensor(reference.never(), dtype=torch.long, device=pruned.device)
+        full, pruned = (x.index_fill(1, never, float("-inf")) for x in (asked.logits, pruned[0]))
+        ids = reference.token_ids + ([full[-1].argmax().item()] if ended else [])
+        return reference, {"steps": len(ids), **compare(full, pruned, ids)}
+
+
 def compare(full, pruned, ids):
     """How far pruned logits (F + 1, V) are from unpruned ones at the steps of the same greedy answer.
 
@@ -124,5 +147,5 @@ def compare(full, pruned, ids):
     return {
         "same": same.float().mean().item(),
         "diverges": wrong[0].item() if len(wrong) else None,
-        "kl": (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0),
+        "kl": (ours.exp() * (ours - theirs).nan_to_num(0)).sum(-1).clamp(min=0),  # ids that are never said: -inf - -inf
     }

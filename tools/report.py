@@ -55,6 +55,43 @@ def report(generation, model, seed, load_seconds, device):
     }
 
 
+def comparison(generation, reference, found):
+    """The `compare` object of --json: the unpruned answer, and where the pruned one (`generation`) leaves it."""
+    return {
+        "text": reference.text,
+        "token_ids": reference.token_ids,
+        "same_text": reference.text == generation.text,
+        "same_tokens": found["same"],  # of the steps along the unpruned answer
+        "first_divergence": found["diverges"],  # index of a step, None if there is none
+        "kl_mean": found["kl"].mean().item(),
+        "kl_max": found["kl"].max().item(),
+        "steps": found["steps"],
+        "kv_bytes_held": reference.bytes_held,
+        "timing_ms": {
+            "prefill": 1e3 * reference.timing["prefill"],
+            "decode_p50": 1e3 * percentile(sorted(reference.timing["steps"]), 0.5),
+        },
+    }
+
+
+def differences(found, took):
+    """The table of run.py --compare, from that and the pruned run's own object."""
+    first, steps = found["first_divergence"], found["steps"]
+    where = "never" if first is None else f"at token {first + 1} of {steps}"
+    before, after = found["timing_ms"], took["timing_ms"]
+    held = [1e-6 * n for n in (found["kv_bytes_held"], took["prune"]["kv_bytes_held"])]
+    lines = [
+        f"unpruned {found['text']}",
+        f"pruned   {took['text']}",
+        f"differs  {where}; along the unpruned answer {100 * found['same_tokens']:.1f} % of the tokens are the same,",
+        f"         KL {found['kl_mean']:.4f} nats on average, {found['kl_max']:.4f} at most",
+        f"KV cache {held[0]:.2f} -> {held[1]:.2f} MB held",
+        f"prefill  {before['prefill']:.1f} -> {after['prefill']:.1f} ms (the unpruned run came second, warm)",
+        f"decode   {before['decode_p50']:.2f} -> {after['decode_p50']:.2f} ms/token",
+    ]
+    return "\n".join(lines)
+
+
 def requested(prune):
     """The fraction that was asked for; None without pruning or where the budget is a number of tokens."""
     if prune is None or prune.settings.get("keep_tokens") is not None:
