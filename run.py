@@ -171,11 +171,11 @@ def answer(args):
     from model.image import read_image
     from tools.report import measure_bandwidth, report, stats
 
-    prune = choose_method(args)
     device = choose_device(args.device)
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
+    prune = choose_method(args, checkpoint.folder)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
     generation = Generation(
         checkpoint, args.prompt, pictures, sampling, args.template, args.image_mode, args.system, prune, args.backend
@@ -216,13 +216,16 @@ def compared(generation, took):
     return found
 
 
-def choose_method(args):
+def choose_method(args, folder):
     """The pruning method of --prune, or None; InputError if there is none such."""
     from model import InputError
-    from model.pruning import make_method
+    from model.pruning import calibrated, make_method
 
+    own = calibrated(folder, args.prune.split(":")[0])
+    if own:
+        say(f"{own.stem}: settings of {own}, changed by what is given here")
     try:
-        return make_method(args.prune, args.retention, args.keep_tokens, args.set)
+        return make_method(args.prune, args.retention, args.keep_tokens, args.set, folder)
     except ValueError as wrong:
         raise InputError(str(wrong)) from wrong
 

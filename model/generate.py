@@ -38,6 +38,7 @@ class Layout:
     tokens: int  # T, pictures expanded
     spans: list  # [(start, stop)] of the pictures among the T
     device: torch.device
+    last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
     norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norm of the layer's value rows, for methods that ask for values
 
 
@@ -59,8 +60,12 @@ class Pruner:
         if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
             _wait(k.device)
             start = time.perf_counter()
-            norms = v[0].float().norm(1, dim=-1) if self.method.settings.get("values") else None
-            keep = self._heed(self.method.choose, layer, self._scores(q, k), replace(self.layout, norms=norms))
+            layout = self.layout
+            if self.method.settings.get("values"):
+                layout = replace(layout, norms=v[0].float().norm(1, dim=-1))
+            if getattr(self.method.rule, "wants_last_row", False):
+                layout = replace(layout, last=self._scores(q, k, 1))
+            keep = self._heed(self.method.choose, layer, self._scores(q, k, self.method.window), layout)
             _wait(k.device)
         spans, heads = self.layout.spans, self.layout.kv_heads
         self.kept.append(sum(b - a if keep is None else keep[:, a:b].sum() / heads for a, b in spans))
@@ -73,7 +78,7 @@ class Pruner:
             return None
         _wait(k.device)
         start = time.perf_counter()
-        keep = self._heed(self.method.narrow, self._scores(q, k), self.layout)
+        keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self.layout)
         rows = keep.nonzero()[:, 0]
         before = [0, *keep.cumsum(0).tolist()]
         spans = [(before[a], before[b]) for a, b in self.layout.spans]
@@ -81,10 +86,10 @@ class Pruner:
         self.seconds += time.perf_counter() - start
         return rows
 
-    def _scores(self, q, k):
-        """(Hq, T) fp32, averaged over the method's window; it ends where the last picture does. None if it has none."""
+    def _scores(self, q, k, window):
+        """(Hq, T) fp32, averaged over the last rows, down to where the last picture ends. None for a window of 0."""
         behind = self.layout.tokens - self.layout.spans[-1][1]
-        rows = min(self.method.window, max(1, behind))
+        rows = min(window, max(1, behind))
         return window_scores(q[0, :, -rows:], k[0], group="none", backend=self.backend) if rows else None
 
     def _heed(self, ask, *arguments):

@@ -169,7 +169,7 @@ def test_intervals_draw_whole_groups():
 
 def test_tables_say_what_the_answers_say(tmp_path, capsys):
     """Ten scenes of two questions: random loses one long answer in five, plphp none."""
-    head = {"mode": "accuracy", "weights": "0", "thresholds": {"1": [0.7, 0.5]}}
+    head = {"mode": "accuracy", "weights": "0", "thresholds": [0.7, 0.5]}
     done = {}
     for scene in range(10):
         outcome = {"none": 1, "random@0.5": int(scene % 5 > 0), "random like plphp@0.5": 0, "plphp@0.5": 1}

@@ -182,6 +182,19 @@ def test_ids_and_kept_sets_are_those_of_transformers_with_masks(
     assert generation.token_ids[0] == unpruned.token_ids[0]  # the prompt is read unpruned
 
 
+def test_more_rows_rank_but_gamma_is_the_last_ones():
+    """The layer's class is that of the last row, whatever the window."""
+    demo = load(DEMO, "fp32")
+    kept = {}
+    for settings in ("window=1", "window=32", "window=32,values=true"):
+        spec = f"plphp:r=0.5,dr=0.3,alpha=0.7,beta=0.6,{settings}"
+        asked = demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=2)
+        generation = Generation(*asked, prune=make_method(spec))
+        "".join(generation)
+        kept[settings] = generation.kept
+    assert len({tuple(k) for k in kept.values()}) == 1 and len(set(kept["window=1"])) > 2
+
+
 def test_the_first_token_is_that_of_the_unpruned_model_and_text_stays():
     demo = load(DEMO, "fp32")
     asked = demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=1)

@@ -27,13 +27,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels import window_scores  # noqa: E402
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.image import normalise, read_image, to_square  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
-from model.pruning.plphp import gamma  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from tools import scenes  # noqa: E402
+from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Hindsight, Like, ValuesDropped  # noqa: E402
 from tools.replay import Asked, compare, replay  # noqa: E402
 from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
@@ -55,7 +54,7 @@ VARIANTS = {  # of PLPHP: how many rows look, and do values count
 def conditions(thresholds, retentions=RETENTIONS):
     """{name: how to make the Method for (asked, evidence)}: "none", and NAME@RETENTION for all others.
 
-    thresholds: {window: (alpha, beta)} of PLPHP for this model, by which a third of its layers falls into each class.
+    thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class.
     """
     made = {"none": lambda asked, evidence: None, "plphp (defaults)": _spec("plphp")}
     for f in retentions:
@@ -66,8 +65,7 @@ def conditions(thresholds, retentions=RETENTIONS):
                 named["fastv"] = _spec(f"fastv:layer={layer}", rest)
                 break
         for variant, more in VARIANTS.items():
-            alpha, beta = thresholds[int(more.split(",")[0].removeprefix("window="))]
-            spec = f":{more},alpha={alpha},beta={beta},skip=0"
+            spec = f":{more},alpha={thresholds[0]},beta={thresholds[1]},skip=0"
             named[f"plphp{variant}"] = _spec("plphp" + spec, f)
             if variant != " rows":
                 named[f"plphp-ada{variant}"] = _spec("plphp-ada" + spec, f)
@@ -179,21 +177,16 @@ def _evidence_kept(keep, layout, evidence):
 
 @torch.inference_mode()
 def thresholds(checkpoint, number=24):
-    """{window: (alpha, beta)}: the upper and lower third of gamma over all layers, on scenes that are not evaluated."""
-    found = {1: [], 32: []}
+    """(alpha, beta): the upper and lower third of gamma over all layers, on scenes that are not evaluated."""
+    found = []
     for scene in range(number):
         drawn, questions = held_out_questions(scene, False, False, 0)
         image_tokens = encode_scenes(checkpoint, drawn)
         for q in questions[:3]:
             ids, fed, _ = conversation(checkpoint, q, None, 1)
-            asked = Asked(checkpoint, ids, image_tokens, fed[:0])
-            for q_rows, k, _, _ in asked.layers:
-                behind = asked.tokens - asked.layout.spans[-1][1]
-                for window, values in found.items():
-                    rows = q_rows[0, :, -min(window, behind) :]
-                    values.append(gamma(window_scores(rows, k[0], group="none"), asked.layout))
-    thirds = {w: (sorted(v)[2 * len(v) // 3], sorted(v)[len(v) // 3]) for w, v in found.items()}
-    return {window: (round(alpha, 3), round(beta, 3)) for window, (alpha, beta) in thirds.items()}
+            found += gammas_of(Asked(checkpoint, ids, image_tokens, fed[:0]))
+    found.sort()
+    return round(found[2 * len(found) // 3], 3), round(found[len(found) // 3], 3)
 
 
 # ---------------------------------------------------------------- runs that can be cut off
@@ -241,7 +234,7 @@ def work(number):
 
 def run_scenes(args, path):
     """Answer until there are args.questions of them -> (head, {scene: questions})."""
-    every = conditions({1: (1, 0), 32: (1, 0)})
+    every = conditions((1, 0))
     for name in args.only:
         if not any(name == n or n.startswith(name + "@") for n in every):
             known = dict.fromkeys(n.split("@")[0] for n in every)
@@ -351,10 +344,10 @@ def markdown(head, rows, data, group, long, weights):
     from tools.paired import interval, mcnemar
 
     questions, scenes_seen = len(group), int(group.max()) + 1
-    found = " and ".join(f"{alpha}, {beta} ({window} rows)" for window, (alpha, beta) in head["thresholds"].items())
+    alpha, beta = head["thresholds"]
     lines = [
-        f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; PLPHP's "
-        f"alpha, beta: {found}; weights {head['weights']}.",
+        f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; PLPHP with "
+        f"alpha {alpha}, beta {beta}; weights {head['weights']}.",
         "",
         "| method | wanted | kept | long answers | all answers | tokens >= 2 | evidence kept | attention kept |",
         "|---|---:|---:|---:|---:|---:|---|---|",

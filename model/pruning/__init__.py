@@ -11,9 +11,10 @@ places:
 
 scores, fp32 (Hq, T), is the attention of each query head averaged over the last `window` rows of the prompt, which end
 where the last picture does; `window` is a setting (scores is None without one), and 1 for `narrow`. layout
-(`model.generate.Layout`) says where the pictures are, and with a true setting `values` the norms of each head's value
-rows. A method may have two more members: wants(layer, num_layers) is False where a layer keeps all and need not be
-scored, check(num_layers, kv_heads) refuses a model with a ValueError. Text is kept whatever a method says.
+(`model.generate.Layout`) says where the pictures are; with a true setting `values` also the norms of each head's value
+rows, with a true member `wants_last_row` the attention of that row alone. Two more members are optional: wants(layer,
+num_layers) is False where a layer keeps all and need not be scored, check(num_layers, kv_heads) refuses a model with a
+ValueError. Text is kept whatever a method says.
 """
 
 import importlib.util
@@ -107,18 +108,21 @@ def guarded(layout, sink=0, recent=0):
     return mask
 
 
-def make_method(spec, retention=None, keep_tokens=None, settings=()):
+def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
     """The Method of a SPEC, or None for "none".
 
     spec: NAME or FILE.py::NAME, then optionally ":" and key=value pairs with commas between them; settings: more such
     pairs, or "@file.json" with an object of them, which win over the spec's. retention, keep_tokens: the budget, for
-    methods that have a setting of that name. ValueError says what is wrong.
+    methods that have a setting of that name. folder: of a checkpoint, whose NAME.json, if there is one, takes the place
+    of the method's defaults. ValueError says what is wrong.
     """
     name, pairs = _split(spec)
     if "+" in name and "::" not in name:
         raise ValueError(f"{name!r} combines methods, which none of them is made for; give one")
     function = _find(name)
-    given = dict(_pair(p) for p in pairs)
+    own = calibrated(folder, name)
+    given = _read(own) if own else {}
+    given |= dict(_pair(p) for p in pairs)
     for text in settings:
         given |= _read(text[1:]) if text.startswith("@") else dict([_pair(text)])
     given |= {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None}
@@ -134,6 +138,12 @@ def make_method(spec, retention=None, keep_tokens=None, settings=()):
     if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
         raise ValueError(f"method {name} can neither be called nor has it `layer` and `narrow`; see model/pruning")
     return Method(name, rule, settings)
+
+
+def calibrated(folder, name):
+    """Path of the settings that a checkpoint's folder has for a method of METHODS, or None (tools/calibrate.py)."""
+    path = None if folder is None or name not in METHODS else Path(folder) / f"{name}.json"
+    return path if path and path.is_file() else None
 
 
 def _split(spec):

@@ -23,7 +23,7 @@ class Plphp:
     """Each head its own most attended, as many as the layer's share of attention to the pictures earns (2502.14504).
 
     r, dr, alpha, beta: as above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
-    group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention is averaged;
+    group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention, averaged, ranks;
     values: rank by attention times the L1 norm of the value row (VATP, 2406.12335); scope: rank and count in each
     picture (image), or in all together (vision). retention: if given, r is that and dr at most its distance to 0 and 1;
     keep_tokens: if given, every layer keeps that many of each picture, whatever gamma says.
@@ -51,13 +51,18 @@ class Plphp:
         if self.window < 1:
             raise ValueError(f"window is {self.window}; give at least 1 row")
 
+    @property
+    def wants_last_row(self):
+        """gamma is the last row's, also where more rows rank."""
+        return self.window > 1
+
     def wants(self, layer, num_layers):
         """Is the layer pruned at all? The others need no scores."""
         return layer >= ((2 if num_layers >= 12 else 1) if self.skip is None else self.skip)
 
     def __call__(self, layer, scores, layout):
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        rate = self.rate(gamma(scores, layout))
+        rate = self.rate(gamma(layout.last if self.wants_last_row else scores, layout))
         heads = by_kv_head(scores, layout, self.group, self.values)
         return select(heads, layout, lambda s: self.choose(s, budget(s.shape[1], rate, self.keep_tokens)), self.scope)
 

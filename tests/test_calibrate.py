@@ -1,0 +1,93 @@
+"""Calibration: what it proposes keeps what was wanted, is close to the unpruned model, and is found by run.py."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import run
+from model import load
+from model.pruning import make_method
+from tests.paths import DEMO, DEMO_PICTURE
+from tools import calibrate, scenes
+from tools.train_demo import HELD_OUT, held_out_questions
+
+
+def samples(checkpoint, numbers):
+    found = []
+    for number in numbers:
+        drawn, questions = held_out_questions(number, False, False, 0)
+        pictures = [scenes.draw_scene(s) for s in drawn]
+        found += [calibrate.sample(checkpoint, q.question, pictures, 64) for q in questions[:3]]
+    return found
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.3])
+@torch.inference_mode()
+def test_a_proposal_holds_on_scenes_it_has_not_seen(tmp_path, wanted, capsys):
+    """Within three points of the wanted fraction, and at most the KL of the fixed defaults."""
+    calibrate.main(["--scenes", "2", "--retention", str(wanted), "--out", str(tmp_path / "p.json")])
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert "median" in out and str(found) in out
+    checkpoint = load(DEMO, "fp32")
+    fresh = samples(checkpoint, range(HELD_OUT + 7000, HELD_OUT + 7004))
+    gammas = [s.gammas[1:] for s in fresh]
+    r = calibrate.solve(gammas, 1, 6, 0.25, 0.1, 0.3, wanted)
+    fixed = {"r": r, "dr": 0.3}  # the thresholds that are not fitted, at the same bytes
+    (ours, kept), (others, same) = calibrate.judge(fresh, "plphp", [found, fixed])
+    assert abs(kept - wanted) <= 0.03 and abs(same - wanted) <= 0.03 and ours <= 1.02 * others
+
+
+def test_r_is_solved_for_with_clamped_rates():
+    """A layer far above alpha cannot keep more than all, so r has to be larger than the plain mean says."""
+    gammas = [[0.9, 0.1]]
+    r = calibrate.solve(gammas, 0, 2, alpha=0.5, beta=0.2, dr=0.3, retention=0.8)
+    assert (min(1, r + 0.3) + max(0, r - 0.3)) / 2 == pytest.approx(0.8, abs=1e-3) and r > 0.85
+    assert calibrate.solve(gammas, 1, 3, alpha=0.5, beta=0.2, dr=0.0, retention=0.5) == pytest.approx(0.25, abs=1e-3)
+
+
+def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    (folder / "plphp.json").write_text('{"r": 0.25, "dr": 0.0, "skip": 0}')
+    asked = ["--model", str(folder), "--image", str(DEMO_PICTURE), "--prompt", "Count the objects.", "--json"]
+
+    def settings(*flags):
+        assert run.main([*asked, *flags]) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out)["prune"], err
+
+    found, err = settings("--prune", "plphp")
+    assert found["kept_per_layer"] == [64] * 6 and "plphp.json" in err
+    assert settings("--prune", "plphp", "--retention", "0.5")[0]["kept_per_layer"] == [128] * 6
+    assert settings("--prune", "plphp:r=0.75", "--set", "skip=2")[0]["kept_per_layer"] == [256] * 2 + [192] * 4
+    found, err = settings("--prune", "random")
+    assert found["settings"]["retention"] == 0.5 and "plphp.json" not in err
+    (folder / "plphp.json").write_text('{"speed": 1}')
+    assert run.main([*asked, "--prune", "plphp"]) == 2 and "'speed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--retention", "0"], "--retention"),
+        ([], "--image"),
+        (["--image", "a.png", "--scenes", "2"], "--scenes"),
+        (["--image", "/nowhere.png"], "/nowhere.png"),
+        (["--scenes", "1", "--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        calibrate.main([*flags, "--out", str(tmp_path / "p.json")])
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and out == "" and not (tmp_path / "p.json").exists()
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and word in line
+
+
+def test_the_demo_has_settings_of_its_own():
+    method = make_method("plphp", folder=DEMO)
+    assert method.settings == {**make_method("plphp").settings, **json.loads((DEMO / "plphp.json").read_text())}

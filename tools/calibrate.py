@@ -1,0 +1,203 @@
+"""Find PLPHP's thresholds and rates for a model, from a few pictures and prompts.
+
+    python tools/calibrate.py --model DIR --image a.png b.png --prompt "Describe the picture." --out plphp.json
+    python run.py --model DIR --image x.png --prompt "..." --prune plphp --set @plphp.json
+    python tools/calibrate.py --scenes 12 --retention 0.5 --out assets/demo/plphp.json    # the demo world's own
+
+How much attention a layer pays to pictures differs from model to model, so no fixed alpha and beta fit. Prints that
+distribution. Then tries some hundred settings: for each, r is solved for so that the wanted fraction is kept on
+average; the one whose pruned model stays closest to the unpruned one (KL along the unpruned answers) is written down.
+A file plphp.json (or plphp-ada.json) in a model's folder is the default of that method for that model.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kernels import window_scores  # noqa: E402
+from model import Generation, InputError, Sampling, load  # noqa: E402
+from model.pruning import make_method  # noqa: E402
+from model.pruning.plphp import Plphp, gamma  # noqa: E402
+from tools import scenes  # noqa: E402
+from tools.replay import Asked, compare, replay  # noqa: E402
+from tools.train_demo import held_out_questions  # noqa: E402
+
+QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma: where beta and alpha are tried
+SPREADS = (0.1, 0.2, 0.3)  # dr
+WINDOWS = (1, 32)  # rows that rank
+
+
+@dataclasses.dataclass
+class Sample:
+    """One prompt: what it asked, the unpruned answer, and gamma of every layer."""
+
+    asked: Asked
+    ids: list
+    gammas: list
+
+
+def sample(checkpoint, prompt, images, longest):
+    """Answer a prompt without pruning and look at its layers. None if the answer has a single token."""
+    generation = Generation(checkpoint, prompt, images, Sampling(longest))
+    "".join(generation)
+    pixels = torch.stack(generation.pixels).to(checkpoint.device, checkpoint.dtype)
+    tokens = checkpoint.model.encode_images(pixels)
+    asked = Asked(checkpoint, generation.ids, tokens, generation.token_ids[:-1])
+    return Sample(asked, generation.token_ids, gammas_of(asked)) if len(generation.token_ids) > 1 else None
+
+
+def gammas_of(asked):
+    """gamma of every layer: the attention that the prompt's last row pays to pictures, mean over heads."""
+    return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.layout) for q, k, _, _ in asked.layers]
+
+
+def candidates(samples, retention, wide=False):
+    """Settings of PLPHP that keep the wanted fraction of these samples, or as near to it as any r comes.
+
+    alpha, beta, r and dr; if wide, also skip, window and values.
+    """
+    layers = len(samples[0].asked.layers)
+    usual = 1 if layers < 12 else 2
+    for skip in (usual, 0) if wide else (usual,):
+        gammas = [s.gammas[skip:] for s in samples]
+        ordered = sorted(g for row in gammas for g in row)
+        at = {p: round(ordered[int(p * (len(ordered) - 1))], 4) for pair in QUANTILES for p in pair}
+        tried = [(Plphp.alpha, Plphp.beta, Plphp.dr), (at[0.67], at[0.33], 0.0)]  # without dr thresholds say nothing
+        tried += [(at[high], at[low], dr) for low, high in QUANTILES for dr in SPREADS]
+        for alpha, beta, dr in tried:
+            r = solve(gammas, skip, layers, alpha, beta, dr, retention)
+            found = {"r": r, "dr": dr, "alpha": alpha, "beta": beta}
+            if not wide:
+                yield found
+                continue
+            for window, values in itertools.product(WINDOWS, (False, True)):
+                yield found | {"skip": skip, "window": window, "values": values}
+
+
+def solve(gammas, skip, layers, alpha, beta, dr, retention):
+    """r for which the mean of the clamped rates is `retention`, unpruned layers included; by bisection."""
+
+    def kept(r):
+        method = make_method(f"plphp:r={r},dr={dr},alpha={alpha},beta={beta}").rule
+        rates = [method.rate(g) for row in gammas for g in row]
+        return (skip + (layers - skip) * statistics.mean(rates)) / layers
+
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        r = (low + high) / 2
+        low, high = (r, high) if kept(r) < retention else (low, r)
+    return round(high, 4)
+
+
+@torch.inference_mode()
+def judge(samples, method_name, tried, batch=32):
+    """For each of the settings: (KL to the unpruned model, mean over all steps but the first; fraction kept)."""
+    sums, kept, steps = [0.0] * len(tried), [0.0] * len(tried), 0
+    methods = [make_method(method_name, settings=[f"{k}={json.dumps(v)}" for k, v in t.items()]) for t in tried]
+    for number, s in enumerate(samples, 1):
+        for start in range(0, len(methods), batch):
+            logits, shares, _ = replay(s.asked, methods[start : start + batch])
+            for i, (pruned, share) in enumerate(zip(logits, shares, strict=True), start):
+                sums[i] += compare(s.asked.logits[1:], pruned[1:], s.ids[1:])["kl"].sum().item()
+                kept[i] += share / len(samples)
+        steps += len(s.ids) - 1
+        print(f"\r{number}/{len(samples)} prompts, {len(methods)} settings each", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return [(total / steps, share) for total, share in zip(sums, kept, strict=True)]
+
+
+def distribution(samples):
+    """Table: gamma of each layer over the samples, smallest, quartiles, largest."""
+    lines = [
+        "gamma, the attention of the prompt's last row to pictures",
+        "layer     min     25 %  median     75 %     max",
+    ]
+    for layer in range(len(samples[0].asked.layers)):
+        values = sorted(s.gammas[layer] for s in samples)
+        cut = [values[round(p * (len(values) - 1))] for p in (0, 0.25, 0.5, 0.75, 1)]
+        lines.append(f"{layer:5d}" + "".join(f"  {v:6.3f}" for v in cut))
+    return "\n".join(lines)
+
+
+def samples_of(args, checkpoint):
+    """From pictures and prompts, or from scenes of the demo world that no table is made of."""
+    if args.scenes:
+        asked = []
+        for number in range(args.scenes):
+            drawn, questions = held_out_questions(number, False, False, 0)
+            asked += [(q.question, [scenes.draw_scene(s) for s in drawn]) for q in questions]
+    else:
+        asked = [(prompt, [image]) for image in args.image for prompt in args.prompt]
+    found = []
+    with torch.inference_mode():
+        for i, (prompt, images) in enumerate(asked, 1):
+            found.append(sample(checkpoint, prompt, images, args.max_new_tokens))
+            print(f"\r{i}/{len(asked)} unpruned answers", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    if not any(found):
+        raise InputError("every answer has one token, which pruning cannot change; give prompts with longer answers")
+    return [s for s in found if s]
+
+
+def calibrate(args):
+    checkpoint = load(args.model, args.dtype, args.device)
+    samples = samples_of(args, checkpoint)
+    print(distribution(samples), end="\n\n")
+    tried = list(candidates(samples, args.retention, args.wide))
+    fixed = {"retention": args.retention}
+    results = judge(samples, args.method, [*tried, fixed])
+    near = [i for i, (_, kept) in enumerate(results[:-1]) if abs(kept - args.retention) < 0.02]
+    if not near:
+        raise InputError(
+            f"no setting keeps {args.retention} of these prompts; give another --retention or more prompts"
+        )
+    ranked = sorted(near, key=lambda i: results[i][0])
+    print("     KL    kept  settings")
+    for i in [*ranked[:5], 0, len(tried)]:
+        what = f"{tried[i]}" if i < len(tried) else f"--retention {args.retention} without calibration"
+        print(
+            f"{results[i][0]:7.4f}  {100 * results[i][1]:4.1f} %  {what}{' (thresholds not fitted)' if i == 0 else ''}"
+        )
+    Path(args.out).write_text(json.dumps(tried[ranked[0]], indent=1) + "\n", encoding="utf-8")
+    print(f"written to {args.out}", file=sys.stderr)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
+    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="each is asked every prompt")
+    parser.add_argument("--prompt", nargs="+", default=["Describe the picture."], metavar="TEXT")
+    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="instead: N scenes of the demo world")
+    parser.add_argument("--retention", type=float, default=0.5, metavar="F", help="wanted fraction kept (default 0.5)")
+    parser.add_argument("--wide", action="store_true", help="also try skip, window and values")
+    parser.add_argument("--method", default="plphp", choices=("plphp", "plphp-ada"))
+    parser.add_argument("--out", default="plphp.json", metavar="FILE")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    # fmt: on
+    args = parser.parse_args(argv)
+    try:
+        if not 0 < args.retention <= 1:
+            raise InputError(f"--retention is {args.retention}; give a fraction above 0 and up to 1")
+        if bool(args.image) == bool(args.scenes):
+            raise InputError("give either --image with --prompt, or --scenes")
+        calibrate(args)
+    except (InputError, OSError) as wrong:
+        parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; nothing was written\n")
+
+
+if __name__ == "__main__":
+    main()
