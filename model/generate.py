@@ -38,6 +38,7 @@ class Layout:
     tokens: int  # T, pictures expanded
     spans: list  # [(start, stop)] of the pictures among the T
     device: torch.device
+    attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, where `sink_keys` are guarded
     last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
     norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norm of the layer's value rows, for methods that ask for values
 
@@ -60,7 +61,7 @@ class Pruner:
         if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
             _wait(k.device)
             start = time.perf_counter()
-            layout = self.layout
+            layout = self._guarded(q, k)
             if self.method.settings.get("values"):
                 layout = replace(layout, norms=v[0].float().norm(1, dim=-1))
             if getattr(self.method.rule, "wants_last_row", False):
@@ -78,13 +79,20 @@ class Pruner:
             return None
         _wait(k.device)
         start = time.perf_counter()
-        keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self.layout)
+        keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
         before = [0, *keep.cumsum(0).tolist()]
         spans = [(before[a], before[b]) for a, b in self.layout.spans]
         self.layout = replace(self.layout, tokens=len(rows), spans=spans)
         self.seconds += time.perf_counter() - start
         return rows
+
+    def _guarded(self, q, k):
+        """The layout, with what the method needs to know the keys that attention is parked on."""
+        if not self.method.settings.get("sink_keys"):
+            return self.layout
+        attended = self._scores(q, k, 32).view(self.layout.kv_heads, -1, self.layout.tokens).mean(1)
+        return replace(self.layout, attended=attended)
 
     def _scores(self, q, k, window):
         """(Hq, T) fp32, averaged over the last rows, down to where the last picture ends. None for a window of 0."""

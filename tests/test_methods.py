@@ -189,6 +189,43 @@ def test_value_norms_weigh_the_attention(small):
     assert differ  # else it could not fail
 
 
+@pytest.mark.parametrize("name", ["random", "uniform", "fastv"])
+@torch.inference_mode()
+def test_the_key_that_attention_is_parked_on_stays(small, name):
+    """In each KV head the most attended keys of the last 32 rows, or of all text behind the picture if that is less."""
+    generation = Generation(small, "what is left?", pictures(1), Sampling(1))
+    x, (span,) = small.model.splice(generation.ids, small.model.encode_images(torch.stack(generation.pixels)))
+    pruner = Pruner(make_method(f"{name}:sink_keys=3", keep_tokens=1), layout([span], len(x)), "torch")
+    kept = {}
+
+    def parked(q, k):
+        """(Hkv, T) bool, from a softmax in float64."""
+        rows = min(32, len(x) - span[1])
+        scores = q[0, :, -rows:].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(torch.ones(rows, len(x)).triu(len(x) - rows + 1).bool(), float("-inf"))
+        top = scores.softmax(-1).mean(1).view(2, 2, -1).mean(1).topk(3).indices
+        return torch.zeros(2, len(x), dtype=torch.bool).scatter(1, top, True)
+
+    def choose(layer, q, k, v):
+        keep = pruner.choose(layer, q, k, v)
+        if keep is not None:
+            sinks = parked(q, k)
+            assert keep[sinks].all() and (keep[:, slice(*span)].sum(1) <= 4).all()
+            kept[layer] = sinks[:, slice(*span)].any()
+        return keep
+
+    def narrow(layer, q, k, v):
+        rows = pruner.narrow(layer, q, k, v)
+        if rows is not None:
+            wanted = parked(q, k).any(0).nonzero()[:, 0]
+            assert torch.isin(wanted, rows).all()
+            kept[layer] = ((wanted >= span[0]) & (wanted < span[1])).any()
+        return rows
+
+    small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), choose=choose, narrow=narrow)
+    assert any(kept.values())  # else text alone would do
+
+
 # ---------------------------------------------------------------- any method
 
 

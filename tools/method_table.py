@@ -31,10 +31,10 @@ def table():
         what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", what)
         settings = ", ".join(f"`{k}={_shown(v)}`" for k, v in settings_of(method).items())
         lines.append(f"| [`{name}`]({file.as_posix()}) | {what} | {settings} |")
-    guards = " and ".join(f"`{k}={v}`" for k, v in GUARDS.items())
-    return "\n".join(
-        [*lines, "", f"Every method also has {guards}: tokens at both ends of the prompt that no head drops."]
-    )
+    guards = ", ".join(f"`{k}={v}`" for k, v in GUARDS.items())
+    lines += ["", f"Every method also has {guards}: how many tokens no head may drop, of the first of the prompt,"]
+    lines += ["of the last, and of those that the head's last 32 rows attend to most."]
+    return "\n".join(lines)
 
 
 def _shown(value):

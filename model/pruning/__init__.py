@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from .budget import GROUPS, SCOPES
+from .budget import GROUPS, SCOPES, best
 from .fastv import FastV
 from .plphp import Plphp, PlphpAda
 from .random_tokens import random_tokens
@@ -47,7 +47,9 @@ METHODS = {
     "fastv": FastV,
 }
 
-GUARDS = {"sink": 0, "recent": 0}  # settings of every method: tokens at both ends of the prompt that no head may drop
+# settings of every method: how many tokens no head may drop, of the first and of the last ones of the prompt, and of
+# those that the head's last rows attend to most
+GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class Method:
         if not isinstance(keep, torch.Tensor) or keep.shape != shape or keep.dtype != torch.bool:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
             raise ValueError(f"method {self.name} returned {found}; return bool {shape}")
-        return keep.to(layout.device) | guarded(layout, self.settings.get("sink", 0), self.settings.get("recent", 0))
+        keep = keep.to(layout.device) | guarded(layout, self.settings.get("sink", 0), self.settings.get("recent", 0))
+        if layout.attended is None:
+            return keep
+        # a head that has nothing to say parks its attention on such a key: without it, it would read something else
+        sinks = best(layout.attended, self.settings["sink_keys"])
+        return keep | (sinks if keep.ndim == 2 else sinks.any(0))
 
 
 def guarded(layout, sink=0, recent=0):

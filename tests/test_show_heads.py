@@ -1,0 +1,91 @@
+"""The diagnostics of heads, on attention made by hand."""
+
+import csv
+
+import pytest
+import torch
+
+from model import load
+from tests.paths import DEMO, DEMO_PICTURE
+from tools import show_heads
+from tools.show_heads import measure
+
+T, D, C = 40, 4, 6  # tokens, head channels, model channels
+
+
+def planted(sink=None):
+    """q (4, T, D), k and v (2, T, D), projection: all attention even, but query head 1's lies on the sink token.
+
+    The sink's value is zero in KV head 0, which query heads 0 and 1 read.
+    """
+    torch.manual_seed(0)
+    q, k, v = torch.zeros(4, T, D), torch.zeros(2, T, D), torch.randn(2, T, D)
+    if sink is not None:
+        q[1, :, 0], k[0, sink, 0], v[0, sink] = 100.0, 100.0, 0.0
+    return q, k, v, torch.randn(C, 4 * D)
+
+
+def test_even_attention_has_the_mass_of_a_harmonic_mean():
+    heads = measure(*planted(), spans=[(10, 20)])
+    mass = [sum(1 / (i + 1) for i in range(j, T)) / (T - j) for j in range(T)]
+    assert heads.first.tolist() == pytest.approx([mass[0]] * 4, rel=1e-5)
+    assert heads.where.tolist() == [0] * 4 and heads.most.equal(heads.first)
+    assert heads.out.mean().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_parked_head_is_found():
+    """All attention on a drained token: it adds nothing, and nothing of it comes from the picture."""
+    q, k, v, out = planted(sink=1)
+    heads = measure(q, k, v, out, spans=[(10, 20)])
+    assert heads.where[1] == 1 and heads.drain[1] == 0
+    # only the first row cannot see it
+    assert heads.most[1] > 0.99 and heads.out[1] < 0.3 * heads.out[0] and heads.vision[1] < 1e-6
+    other = measure(q, k, v, out, spans=[])
+    assert other.vision.tolist() == [0] * 4
+
+
+def test_sizes_are_measured_through_the_heads_own_projection():
+    q, k, v, out = planted()
+    plain = measure(q, k, v, out, spans=[(0, 20)])
+    out = out.clone()
+    out[:, 2 * D : 3 * D] *= 3  # of query head 2, which reads KV head 1
+    scaled = measure(q, k, v, out, spans=[(0, 20)])
+    ratio = scaled.out / plain.out
+    assert (ratio / ratio[0]).tolist() == pytest.approx([1, 1, 3, 1], rel=1e-4)
+    assert torch.allclose(scaled.vision, plain.vision, rtol=1e-4)
+    # the last rows behind the picture, by hand, in float64
+    behind = torch.arange(20, T)
+    whole = torch.stack([v[1, : i + 1].double().mean(0) for i in behind]) @ out[:, 2 * D : 3 * D].double().T
+    seen = torch.stack([v[1, :20].double().sum(0) / (i + 1) for i in behind]) @ out[:, 2 * D : 3 * D].double().T
+    assert scaled.vision[2].item() == pytest.approx(
+        (seen.norm(dim=1).mean() / whole.norm(dim=1).mean()).item(), rel=1e-4
+    )
+
+
+def test_the_measured_attention_is_the_models(tmp_path, capsys):
+    """Picture and table of the demo; the last layer's state behind `diagnose` is that of an ordinary prefill."""
+    show_heads.main(
+        [
+            "--image",
+            str(DEMO_PICTURE),
+            "--prompt",
+            "What?",
+            "--out",
+            str(tmp_path / "a.png"),
+            "--csv",
+            str(tmp_path / "a.csv"),
+        ]
+    )
+    assert (tmp_path / "a.png").stat().st_size > 20_000 and "of 48 heads dormant" in capsys.readouterr().out
+    with open(tmp_path / "a.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 48
+    for layer in range(6):
+        assert sum(float(r["out"]) for r in rows if int(r["layer"]) == layer) == pytest.approx(8, abs=1e-2)
+    heads, peaks, tokens, spans = show_heads.diagnose(load(DEMO, "fp32"), "What?", [DEMO_PICTURE])
+    assert len(peaks) == 6 and spans[0][1] - spans[0][0] == 256
+    assert [f"{h:.4f}" for h in heads[3].first.tolist()] == [r["first"] for r in rows if r["layer"] == "3"]
+    with pytest.raises(SystemExit) as left:
+        show_heads.main(["--prompt", "What?", "--image", "/nowhere.png"])
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert left.value.code == 2 and line.startswith("error: ") and "/nowhere.png" in line
