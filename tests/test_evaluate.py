@@ -196,11 +196,11 @@ def evaluated(*words):
 def test_a_run_goes_on_where_it_was_killed(tmp_path):
     """A torn last line is done again, whole lines are not; lines of other conditions are refused."""
     answers = tmp_path / "a.jsonl"
-    words = "--answers", str(answers), "--only", "random", "plphp"
+    words = "--answers", str(answers), "--only", "random", "shared"
     done = evaluated(*words)
     assert done.returncode == 0, done.stderr
     whole = answers.read_text().splitlines()
-    assert len(whole) == 3 and "| plphp | 0.3 |" in done.stdout and (tmp_path / "pruning-accuracy.csv").exists()
+    assert len(whole) == 3 and "| shared | 0.3 |" in done.stdout and (tmp_path / "pruning-accuracy.csv").exists()
     answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:100])
     again = evaluated(*words)
     assert again.returncode == 0 and answers.read_text().splitlines() == whole and again.stdout == done.stdout
