@@ -96,13 +96,16 @@ def test_controls_keep_what_they_say(demo):
     for shared in (False, True):
         like = Like(other, shared)(2, scores, layout)
         assert torch.equal(like.sum(1), other(2, scores, layout).sum(1)) and not like.equal(other(2, scores, layout))
+    for condition in ("random like plphp@0.3", "plphp rows+values@0.3"):
+        kept = replay(asked, [evaluate.conditions((0.7, 0.5))[condition](asked, evidence)])[1]
+        assert kept == pytest.approx([0.3], abs=0.15)
     plain, dropped, cut = replay(asked, [None, values(0.0001), values(1.0)])[0]
     torch.testing.assert_close(cut, plain, rtol=1e-4, atol=1e-4)  # nothing dropped
     assert not torch.allclose(dropped[1:], plain[1:], atol=0.1) and torch.equal(dropped[0], plain[0])
 
 
 def values(retention):
-    return evaluate._values_dropped(make_method("random", retention))(None, None)
+    return evaluate._values_dropped("random", retention)(None, None)
 
 
 @torch.inference_mode()

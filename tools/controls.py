@@ -44,7 +44,10 @@ class Like:
 
     other: object  # its rule
     shared: bool
-    values: bool = False
+
+    @property
+    def wants_last_row(self):
+        return getattr(self.other, "wants_last_row", False)
 
     def wants(self, layer, num_layers):
         return not hasattr(self.other, "wants") or self.other.wants(layer, num_layers)
@@ -52,7 +55,7 @@ class Like:
     def __call__(self, layer, scores, layout):
         kept = self.other(layer, scores, layout)
         if self.shared:
-            worth = by_kv_head(scores, layout, values=self.values).mean(0, keepdim=True).expand(layout.kv_heads, -1)
+            worth = by_kv_head(scores, layout).mean(0, keepdim=True).expand(layout.kv_heads, -1)
         else:
             worth = torch.rand(kept.shape, generator=torch.Generator().manual_seed(layer)).to(layout.device)
         result = torch.ones_like(kept)

@@ -44,11 +44,8 @@ IGNORED = -100
 
 # ---------------------------------------------------------------- conditions
 
-VARIANTS = {  # of PLPHP: how many rows look, and do values count
-    "": "window=1",
-    " rows": "window=32",
-    " rows+values": "window=32,values=true",
-}
+LAYERS = 6  # of the demo
+ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
 
 
 def conditions(thresholds, retentions=RETENTIONS):
@@ -56,27 +53,25 @@ def conditions(thresholds, retentions=RETENTIONS):
 
     thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class.
     """
-    made = {"none": lambda asked, evidence: None, "plphp (defaults)": _spec("plphp")}
+    made = {"none": lambda asked, evidence: None, "plphp, defaults": _spec("plphp")}
+    plphp = f"alpha={thresholds[0]},beta={thresholds[1]},skip=0"
     for f in retentions:
         named = {name: _spec(name, f) for name in ("random", "uniform", "shared", "snapkv", "adakv")}
         for layer in (2, 1):  # FastV keeps all in the layers before, so the others have to keep less
-            rest = (6 * f - layer) / (6 - layer)
+            rest = (LAYERS * f - layer) / (LAYERS - layer)
             if rest > 0.05:
                 named["fastv"] = _spec(f"fastv:layer={layer}", rest)
                 break
-        for variant, more in VARIANTS.items():
-            spec = f":{more},alpha={thresholds[0]},beta={thresholds[1]},skip=0"
-            named[f"plphp{variant}"] = _spec("plphp" + spec, f)
-            if variant != " rows":
-                named[f"plphp-ada{variant}"] = _spec("plphp-ada" + spec, f)
-                named[f"random like plphp{variant}"] = _like("plphp" + spec, f, False)
-                named[f"shared like plphp{variant}"] = _like("plphp" + spec, f, True, "values" in variant)
-            if not variant:
-                named["plphp, values dropped only"] = _values_dropped(make_method("plphp" + spec, f))
+        named["plphp"] = _spec(f"plphp:{plphp}", f)
+        named["plphp-ada"] = _spec(f"plphp-ada:{plphp}", f)
+        named["random like plphp"] = _like(f"plphp:{plphp}", f, shared=False)
+        named["shared like plphp"] = _like(f"plphp:{plphp}", f, shared=True)
+        named["plphp, values dropped only"] = _values_dropped(f"plphp:{plphp}", f)
+        named["plphp rows+values"] = _spec(f"plphp:{ROWS_VALUES},{plphp}", f)
+        named["uniform rows"] = _spec("uniform:window=32", f)
+        named["uniform rows+values"] = _spec(f"uniform:{ROWS_VALUES}", f)
+        named["shared rows+values"] = _spec(f"shared:{ROWS_VALUES}", f)
         named["evidence"] = lambda asked, evidence, f=f: Method("evidence", Evidence(evidence, f), {})
-        named["evidence, values dropped only"] = lambda asked, evidence, f=f: Method(
-            "evidence", ValuesDropped(Evidence(evidence, f)), {}
-        )
         named["anti-evidence"] = lambda asked, evidence, f=f: Method("anti-evidence", Evidence(evidence, f, True), {})
         named["hindsight"] = lambda asked, evidence, f=f: Method("hindsight", Hindsight(asked, f), {})
         made |= {f"{name}@{f}": make for name, make in named.items()}
@@ -88,14 +83,15 @@ def _spec(spec, retention=None):
     return lambda asked, evidence: method
 
 
-def _values_dropped(method):
+def _values_dropped(spec, retention):
+    method = make_method(spec, retention)
     method = dataclasses.replace(method, rule=ValuesDropped(method.rule))
     return lambda asked, evidence: method
 
 
-def _like(spec, retention, shared, values=False):
+def _like(spec, retention, shared):
     method = make_method(spec, retention)
-    method = dataclasses.replace(method, name="like", rule=Like(method.rule, shared, values))
+    method = dataclasses.replace(method, name="like", rule=Like(method.rule, shared))
     return lambda asked, evidence: method
 
 
@@ -330,13 +326,12 @@ def summarise(head, done, folder, name):
     print(text)
 
 
-PAIRS = (  # which of two is better, on the long answers: (the first minus the second)
-    ("evidence", "random"), ("anti-evidence", "random"),
-    ("hindsight", "random"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "uniform"),
-    ("plphp-ada", "plphp"), ("plphp rows", "plphp"), ("plphp rows+values", "plphp rows"),
-    ("plphp rows+values", "random like plphp rows+values"), ("plphp rows+values", "shared like plphp rows+values"),
-    ("plphp-ada rows+values", "plphp rows+values"), ("plphp rows+values", "snapkv"),
-    ("plphp, values dropped only", "plphp"), ("evidence, values dropped only", "evidence"),
+PAIRS = (  # which of two is better, on the long answers: the first minus the second
+    ("evidence", "random"), ("anti-evidence", "random"), ("hindsight", "random"), ("hindsight", "evidence"),
+    ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "uniform"), ("plphp-ada", "plphp"),
+    ("plphp, values dropped only", "plphp"), ("uniform rows", "uniform"), ("uniform rows+values", "uniform rows"),
+    ("uniform rows+values", "random"), ("uniform rows+values", "shared rows+values"),
+    ("uniform rows+values", "plphp rows+values"), ("uniform rows+values", "snapkv"),
 )  # fmt: skip
 
 
@@ -389,8 +384,7 @@ def draw(rows, path):
     styles = {  # Okabe and Ito's colours, told apart by everyone; controls grey
         "evidence": ("0.45", "^"), "anti-evidence": ("0.45", "v"), "random": ("black", "o"), "shared": ("#E69F00", "s"),
         "snapkv": ("#56B4E9", "D"), "adakv": ("#009E73", "P"), "fastv": ("#CC79A7", "X"), "plphp": ("#D55E00", "o"),
-        "plphp-ada": ("#D55E00", "s"), "plphp rows": ("#F0E442", "o"), "plphp rows+values": ("#0072B2", "o"),
-        "hindsight": ("0.45", "*"),
+        "plphp-ada": ("#D55E00", "s"), "uniform rows+values": ("#0072B2", "o"), "hindsight": ("0.45", "*"),
     }  # fmt: skip
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     full = next(r for r in rows if r["method"] == "none")
