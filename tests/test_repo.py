@@ -14,7 +14,7 @@ import torch
 import run
 from model.pruning import METHODS
 from tests.paths import ROOT
-from tools import method_table
+from tools import evaluate, method_table
 
 README = ROOT / "README.md"
 STDLIB = set(sys.stdlib_module_names)
@@ -150,6 +150,8 @@ def test_the_methods_of_the_readme_and_of_the_help_are_those_that_exist():
     assert listed[1].split(", ") == list(METHODS)
 
 
-def test_the_accuracy_table_of_the_readme_is_the_measured_one():
+def test_the_tables_of_the_readme_are_the_measured_ones():
     table = (ROOT / "assets" / "demo-accuracy.md").read_text().strip()
-    assert table in README.read_text()
+    about, short, *_ = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text().split("\n\n")
+    assert table in README.read_text() and short.startswith("| long answers right") and short in README.read_text()
+    assert evaluate.fingerprint(ROOT / "assets" / "demo") in about  # of these weights

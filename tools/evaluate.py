@@ -335,8 +335,33 @@ PAIRS = (  # which of two is better, on the long answers: the first minus the se
 )  # fmt: skip
 
 
+SHORT = (  # of the README: name there, condition
+    ("unpruned", "none"), ("random in each head", "random"), ("`plphp`, last prompt row", "plphp"),
+    ("`plphp-ada`", "plphp-ada"), ("as many as `plphp`, at random", "random like plphp"),
+    ("as many as `plphp`, the same in all heads", "shared like plphp"),
+    ("one rate, last prompt row", "uniform"), ("one rate, all prompt rows behind the picture", "uniform rows"),
+    ("the same, times the values' norms", "uniform rows+values"), ("`snapkv`", "snapkv"), ("`adakv`", "adakv"),
+    ("`fastv`", "fastv"), ("told where the evidence is", "evidence"), ("told, and avoiding it", "anti-evidence"),
+    ("told what the answer will attend to", "hindsight"),
+)  # fmt: skip
+
+
+def short(rows):
+    """Exact match of long answers, one row per method, one column per retention; half of the interval's width."""
+    retentions = list(dict.fromkeys(r["retention"] for r in rows if r["retention"]))
+    lines = ["| long answers right, % | " + " | ".join(f"{r} kept" for r in retentions) + " |"]
+    lines.append("|---|" + "---:|" * len(retentions))
+    by_name = {(r["method"], r["retention"]): r for r in rows}
+    for label, method in SHORT:
+        found = [by_name.get((method, r)) or by_name.get((method, "")) for r in retentions]
+        cells = [f"{r['long']} ± {(float(r['long high']) - float(r['long low'])) / 2:.1f}" if r else "" for r in found]
+        if any(found):
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def markdown(head, rows, data, group, long, weights):
-    """The two tables of the README."""
+    """The table of the README, all conditions, and which of two is better."""
     from tools.paired import interval, mcnemar
 
     questions, scenes_seen = len(group), int(group.max()) + 1
@@ -344,6 +369,8 @@ def markdown(head, rows, data, group, long, weights):
     lines = [
         f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; PLPHP with "
         f"alpha {alpha}, beta {beta}; weights {head['weights']}.",
+        "",
+        short(rows),
         "",
         "| method | wanted | kept | long answers | all answers | tokens >= 2 | evidence kept | attention kept |",
         "|---|---:|---:|---:|---:|---:|---|---|",
