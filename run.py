@@ -196,7 +196,7 @@ def answer(args):
     code = write(generation, stream=not (args.json or args.no_stream))
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.compare and code == 0:
-        took["compare"] = compared(generation, took)
+        code = compare(generation, took)
     if args.json:
         print(json.dumps(took, ensure_ascii=False, default=str), flush=True)
     elif args.no_stream:
@@ -206,14 +206,23 @@ def answer(args):
     return code
 
 
-def compared(generation, took):
-    """The answer without pruning beside the pruned one, in words on stderr -> the object of --json."""
-    from tools.replay import against_unpruned
+def compare(generation, took):
+    """Ask again without pruning: what differs goes to stderr and into the object of --json -> exit code."""
+    from tools.replay import along
     from tools.report import comparison, differences
 
-    found = comparison(generation, *against_unpruned(generation))
-    say(differences(found, took))
-    return found
+    if not generation.vision_tokens:
+        say("there is no picture, so there is nothing to compare")
+        return 0
+    try:
+        reference = generation.unpruned()
+        "".join(reference)
+        took["compare"] = comparison(generation, reference, *along(reference, [generation.prune]))
+    except KeyboardInterrupt:
+        say("interrupted; the comparison is missing")
+        return 130
+    say(differences(took["compare"], took))
+    return 0
 
 
 def choose_method(args, folder):
@@ -221,13 +230,14 @@ def choose_method(args, folder):
     from model import InputError
     from model.pruning import calibrated, make_method
 
-    own = calibrated(folder, args.prune.split(":")[0])
-    if own:
-        say(f"{own.stem}: settings of {own}, changed by what is given here")
     try:
-        return make_method(args.prune, args.retention, args.keep_tokens, args.set, folder)
+        method = make_method(args.prune, args.retention, args.keep_tokens, args.set, folder)
     except ValueError as wrong:
         raise InputError(str(wrong)) from wrong
+    own = calibrated(folder, method.name) if method else None
+    if own:
+        say(f"{method.name}: settings of {own}, changed by what is given here")
+    return method
 
 
 def choose_device(name):

@@ -160,7 +160,7 @@ class Generation:
                 f"{config.text_config.max_position_embeddings}; use fewer images or a shorter prompt"
             )
         if prune:
-            self._check_method(prune, config.text_config)
+            self.check_method(prune)
         self.squares = [to_square(p.image, self.image_settings) for p in pictures]
         self._begin()
 
@@ -171,7 +171,9 @@ class Generation:
         twin._begin()
         return twin
 
-    def _check_method(self, prune, text):
+    def check_method(self, prune):
+        """InputError if the model is not one for the method; a note if there is nothing to drop."""
+        text = self.checkpoint.config.text_config
         try:
             prune.check(text.num_hidden_layers, text.num_key_value_heads)
         except ValueError as wrong:
@@ -183,6 +185,13 @@ class Generation:
     def pixels(self):
         """Pixel values of the pictures, (3, S, S) fp32 each; made anew, so that no tensor outlives its use."""
         return [normalise(square, self.image_settings) for square in self.squares]
+
+    def encode_images(self):
+        """The pictures' tokens, (n, P, C), or nothing."""
+        if not self.squares:
+            return ()
+        pixels = torch.stack(self.pixels).to(self.checkpoint.device, self.checkpoint.dtype)
+        return self.checkpoint.model.encode_images(pixels)
 
     @property
     def way(self):
@@ -236,10 +245,7 @@ class Generation:
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
         model = self.checkpoint.model
         start = time.perf_counter()
-        tokens = ()
-        if self.squares:
-            tokens = model.encode_images(torch.stack(self.pixels).to(self.checkpoint.device, self.checkpoint.dtype))
-        x, self.spans = model.splice(self.ids, tokens)
+        x, self.spans = model.splice(self.ids, self.encode_images())
         _wait(self.checkpoint.device)
         self.timing["vision"] = time.perf_counter() - start
         start = time.perf_counter()

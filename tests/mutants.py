@@ -487,8 +487,8 @@ MUTANTS = {
     ),
     "the evaluation forgets the first token": (
         "tools/replay.py",
-        "first.append(asked.logits[:1] if method is None or method.layer is None else asked.narrowed)",
-        "first.append(asked.logits[-1:])",
+        "return cache, keeps, self.logits[:1]",
+        "return cache, keeps, self.logits[-1:]",
         "test_evaluate.py::test_exact_match_is_that_of_greedy_decoding",
     ),
     "intervals draw single answers": (

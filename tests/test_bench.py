@@ -53,7 +53,10 @@ def smoke(quick, tmp_path_factory):
 # ---------------------------------------------------------------- what is timed
 
 
-@pytest.mark.parametrize("op", bench_kernels.OPS)
+PREFILL = "prefill"  # whole models: no kernel of its own
+
+
+@pytest.mark.parametrize("op", [op for op in bench_kernels.OPS if op != PREFILL])
 def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
     files = tmp_path / "a.json", tmp_path / "a.csv"
     assert bench_kernels.main([op, *SMALL, "--json", str(files[0]), "--csv", str(files[1])]) == 0
@@ -74,7 +77,7 @@ def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="conftest.py asks for the interpreter only without CUDA")
-@pytest.mark.parametrize("op", [op for op in bench_kernels.OPS if op != "decode"])
+@pytest.mark.parametrize("op", [op for op in bench_kernels.OPS if op not in ("decode", PREFILL)])
 def test_triton_is_checked_in_the_interpreter(op, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_kernels, "interpreted", lambda: True)
     flags = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", "--rounds", "1", "--copies", "1"]
@@ -96,9 +99,16 @@ def test_everything_is_timed_on_cuda(tmp_path):
 def test_the_smoke_preset_runs_all_kernels(smoke):
     rows = json.loads(smoke.read_text())["rows"]
     assert {r["op"] for r in rows} == set(bench_kernels.OPS) - {"decode"}
-    assert {r["shape"] for r in rows} == {"demo", "qwen", "g8"}
+    assert {r["shape"] for r in rows} == {"demo", "qwen", "g8", ""}
     steps = {r["provider"] for r in rows if r["op"] == "ragged_decode_append" and r["right"]}
     assert steps == {"sdpa, all tokens", "sdpa, rectangle", "sdpa, padded + mask", "adakv-style", "ours, torch"}
+
+
+def test_prefill_is_timed_with_every_method(smoke):
+    """Right hidden states and right caches, or no time."""
+    rows = [r for r in json.loads(smoke.read_text())["rows"] if r["op"] == PREFILL]
+    assert [r["provider"] for r in rows] == ["no cache", "kept all", *bench_kernels.METHODS]
+    assert all(r["right"] and r["us"] > 0 for r in rows) and rows[0]["speed"] == 1
 
 
 def test_a_skew_sweep_is_compared_with_equal_lengths(smoke):

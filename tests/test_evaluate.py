@@ -1,5 +1,6 @@
 """The evaluation: its shortcuts against real generations, its statistics against scipy, its files after a kill."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tools import evaluate, roofline, scenes
 from tools.controls import Evidence, Like, ValuesDropped
 from tools.evaluate import conversation, encode_scenes
 from tools.paired import interval, mcnemar, resamples
-from tools.replay import Asked, compare, replay
+from tools.replay import Asked, along, compare, replay
 from tools.report import step_bytes
 
 SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
@@ -88,16 +89,17 @@ def test_controls_keep_what_they_say(demo):
     layout, evidence = asked.layout, questions[0].evidence
     start = layout.spans[0][0]
     columns = [start + p for p in evidence[0]]
-    shown, hidden = (Evidence(evidence, 0.5, anti)(2, None, layout) for anti in (False, True))
+    shown, hidden = (Evidence(evidence, 0.5, 7, anti)(2, None, layout) for anti in (False, True))
+    assert not shown.equal(Evidence(evidence, 0.5, 8)(2, None, layout))  # other questions, other draws
     assert shown[:, columns].all() and not hidden[:, columns].any()
     assert shown[:, start : start + 256].sum(1).tolist() == hidden[:, start : start + 256].sum(1).tolist() == [128] * 4
     other = make_method("plphp-ada:r=0.3,dr=0.1").rule
     scores = torch.rand(8, layout.tokens).softmax(-1)
     for shared in (False, True):
-        like = Like(other, shared)(2, scores, layout)
+        like = Like(other, shared, 7)(2, scores, layout)
         assert torch.equal(like.sum(1), other(2, scores, layout).sum(1)) and not like.equal(other(2, scores, layout))
     for condition in ("random like plphp@0.3", "plphp rows+values@0.3"):
-        kept = replay(asked, [evaluate.conditions((0.7, 0.5))[condition](asked, evidence)])[1]
+        kept = replay(asked, [evaluate.conditions((0.7, 0.5), 6)[condition](asked, evidence, 7)])[1]
         assert kept == pytest.approx([0.3], abs=0.15)
     plain, dropped, cut = replay(asked, [None, values(0.0001), values(1.0)])[0]
     torch.testing.assert_close(cut, plain, rtol=1e-4, atol=1e-4)  # nothing dropped
@@ -105,14 +107,15 @@ def test_controls_keep_what_they_say(demo):
 
 
 def values(retention):
-    return evaluate._values_dropped("random", retention)(None, None)
+    method = make_method("random", retention)
+    return dataclasses.replace(method, rule=ValuesDropped(method.rule))
 
 
 @torch.inference_mode()
 def test_a_dropped_value_leaves_the_keys_where_they_are(demo):
     asked, *_ = asked_about(demo, 3, 0)
-    cache, _ = asked.cache(values(0.25))
-    full, _ = asked.cache(None)
+    cache, *_ = asked.cache(values(0.25))
+    full, *_ = asked.cache(None)
     keep = make_method("random", 0.25).choose(3, None, asked.layout)
     rows = torch.stack([full.v[3][s : s + n] for s, n in zip(full.kv_start[3], full.kv_len[3], strict=True)])
     got = torch.stack([cache.v[3][s : s + n] for s, n in zip(cache.kv_start[3], cache.kv_len[3], strict=True)])
@@ -125,20 +128,37 @@ def test_fidelity_diverges_where_two_real_answers_do(demo):
     asked_of = demo, "Describe the picture.", [DEMO_PICTURE]
     full = Generation(*asked_of)
     "".join(full)
-    image_tokens = demo.model.encode_images(torch.stack(full.pixels))
-    asked = Asked(demo, full.ids, image_tokens, full.token_ids[:-1])
-    diverged = set()
-    for spec in ("none", "random:retention=0.9", "plphp:r=0.3,dr=0", "shared:retention=0.1"):
+    diverged, specs = set(), ("none", "random:retention=0.9", "plphp:r=0.3,dr=0", "shared:retention=0.1", "fastv")
+    rows = along(full, [make_method(spec) for spec in specs], batch=2)
+    for spec, row in zip(specs, rows, strict=True):
         method = make_method(spec)
-        logits, _, _ = replay(asked, [method])
-        row = compare(asked.logits, logits[0], full.token_ids)
+        assert row["steps"] == len(full.token_ids) + 1  # it ends by itself, and that counts
         real = Generation(*asked_of, prune=method)
         "".join(real)
-        pairs = list(zip(full.token_ids, real.token_ids, strict=False))
+        pairs = list(zip([*full.token_ids, 2], [*real.token_ids, 2], strict=False))
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         assert row["diverges"] == first and (row["kl"].max() > 1e-4) == (spec != "none"), spec
         diverged.add(first is None)
     assert diverged == {True, False}
+
+
+def test_nan_is_no_agreement():
+    full = torch.randn(3, 7)
+    full[:, 2] = float("-inf")  # an id that is never said
+    broken = full.clone()
+    broken[1] = float("nan")
+    ids = full.argmax(-1).tolist()
+    assert compare(full, full, ids)["kl"].tolist() == [0, 0, 0] and compare(full, full, ids)["same"] == 1
+    assert compare(full, broken, ids)["kl"].isnan().tolist() == [False, True, False]
+
+
+def test_fidelity_of_any_checkpoint(capsys):
+    flags = ["--image", str(DEMO_PICTURE), "--prompt", "Count the objects.", "--methods", "random", "plphp:dr=0.1"]
+    evaluate.main(["fidelity", *flags, "--retentions", "0.9", "0.05"])
+    out, err = capsys.readouterr()
+    assert (
+        out.count("| random | 0.9 | 89.8 %") == 1 and out.count("\n|") == 6 and "unpruned: The picture has four" in err
+    )
 
 
 # ---------------------------------------------------------------- statistics
@@ -177,15 +197,19 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
     for scene in range(10):
         outcome = {"none": 1, "random@0.5": int(scene % 5 > 0), "random like plphp@0.5": 0, "plphp@0.5": 1}
         results = {k: [v, float(v), 0.5, [0.5] * 6, [0.5] * 6] for k, v in outcome.items()}
-        short = {k: [0, 0.0, 0.5, [0.5] * 6, [0.5] * 6] for k in outcome}
-        done[scene] = [{"task": "list", "words": 9, "results": results}, {"task": "size", "words": 1, "results": short}]
+        short, size = {k: [0, 0.0, 0.5, [0.5] * 6, [0.5] * 6] for k in outcome}, [1000, 3000]
+        done[scene] = [
+            {"task": "list", "words": 9, "bytes": size, "results": results},
+            {"task": "size", "words": 1, "bytes": size, "results": short},
+        ]
     evaluate.summarise(head, done, tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
-    assert "| none |  | 50.0 | 100.0 ± 0.0 | 50.0 |" in text and "| random | 0.5 | 50.0 | 80.0 ±" in text
+    assert "| none |  | 50.0 | 100.0 (100–100) | 50.0 |" in text and "| random | 0.5 | 50.0 | 80.0 (" in text
+    assert "| unpruned | 100.0 (100–100) |" in text
     assert "| plphp against random like plphp | 0.5 | +100.0 | +100.0 to +100.0 | 10 | 0 | 0.002 |" in text
     assert text == capsys.readouterr().out.rstrip("\n") + "\n" and (tmp_path / "t.png").stat().st_size > 10_000
     rows = (tmp_path / "t.csv").read_text().splitlines()
-    assert len(rows) == 5 and "loss low" in rows[0]
+    assert len(rows) == 5 and "loss low" in rows[0] and rows[1].split(",")[3:5] == ["2500", "4000"]  # bytes
 
 
 # ---------------------------------------------------------------- files
@@ -210,9 +234,28 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path):
     assert "1/1 scenes" in again.stderr
     other = evaluated("--answers", str(answers), "--only", "random")
     assert other.returncode == 2 and other.stderr.startswith("error: ") and "other weights" in other.stderr
-    unknown = evaluated("--answers", str(tmp_path / "b.jsonl"), "--only", "magic")
-    assert unknown.returncode == 2 and "evidence" in unknown.stderr and not (tmp_path / "b.jsonl").exists()
     assert json.loads(whole[0])["conditions"][0] == "none"
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["accuracy", "--only", "magic"], "hindsight"),
+        (["accuracy", "--questions", "0"], "--questions"),
+        (["second", "--model", "/nowhere"], "/nowhere"),
+        (["accuracy", "--device", "cuda:99"], "cuda:99"),
+        (["fidelity", "--prompt", "What?"], "--image"),
+        (["fidelity", "--prompt", "What?", "--image", "/nowhere.png"], "/nowhere.png"),
+        (["fidelity", "--prompt", "What?", "--image", str(DEMO_PICTURE), "--methods", "plphd"], "plphd"),
+        (["fidelity", "--prompt", "What?", "--image", str(DEMO_PICTURE), "--retentions", "2"], "2"),
+        (["fidelity", "--prompt", "What?", "--image", str(DEMO_PICTURE), "--methods", "fastv:layer=9"], "layer is 9"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        evaluate.main([*flags, "--answers", str(tmp_path / "a.jsonl"), "--workers", "1"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and line.startswith("error: ") and word in line and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- ceilings

@@ -56,6 +56,15 @@ def test_random_keeps_its_budget_of_every_picture_and_all_text():
     assert not torch.equal(other.choose(1, None, LAYOUT), keeps[1])
 
 
+def test_heads_may_draw_together():
+    method = make_method("random:shared=true", keep_tokens=6)
+    keeps = [method.choose(layer, None, LAYOUT) for layer in range(2)]
+    assert all((k == k[:1]).all() and k[:, slice(*LAYOUT.spans[0])].sum() == 12 for k in keeps)
+    assert not keeps[0].equal(keeps[1])
+    with pytest.raises(ValueError, match="one of them"):
+        make_method("random:shared=true,pooled=true").choose(0, None, LAYOUT)
+
+
 def test_a_pooled_budget_is_spread_unevenly():
     method = make_method("random:pooled=true", keep_tokens=6)
     keeps = torch.stack([method.choose(layer, None, LAYOUT) for layer in range(3)])
@@ -70,7 +79,8 @@ def test_settings_come_from_the_spec_then_from_set_then_from_flags(tmp_path):
     (tmp_path / "s.json").write_text('{"seed": 3, "pooled": true}')
     method = make_method("random:seed=1,retention=1", settings=(f"@{tmp_path}/s.json", "retention=0.25"))
     assert method.settings == {
-        "retention": 0.25, "keep_tokens": None, "pooled": True, "scope": "image", "seed": 3, "sink": 0, "recent": 0,
+        "retention": 0.25, "keep_tokens": None, "pooled": True, "shared": False, "scope": "image", "seed": 3,
+        "sink": 0, "recent": 0, "sink_keys": 0,
     }  # fmt: skip
     assert make_method("random:seed=1", 0.75, settings=("seed=2",)).settings["seed"] == 2
     assert make_method("random", 0.75).settings["retention"] == 0.75 and make_method("none") is None

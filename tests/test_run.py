@@ -138,6 +138,38 @@ def test_compare_shows_both_answers_and_where_they_part(capsys, spec, tokens):
     assert f"unpruned {plain['text']}\npruned   {r['text']}\n" in err and "nats on average" in err
 
 
+def test_compare_without_a_picture_or_with_ctrl_c(capsys, monkeypatch):
+    from tools import replay
+
+    code, out, err = inside(
+        capsys, "--prompt", "What?", "--max-new-tokens", "3", "--prune", "fastv", "--compare", "--json"
+    )
+    assert code == 0 and "compare" not in json.loads(out) and "nothing to compare" in err and "nothing to drop" in err
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay, "along", interrupt)
+    code, out, err = inside(capsys, *ASK, "--prune", "random", "--compare", "--json")
+    assert code == 130 and json.loads(out)["text"] and "the comparison is missing" in err
+
+
+def test_prune_none_is_no_flag(capsys):
+    plain, none = (json.loads(inside(capsys, *ASK, "--json", *more)[1]) for more in ((), ("--prune", "none")))
+    for took in (plain, none):
+        del took["timing_ms"], took["peak_memory_bytes"]
+    assert plain == none
+
+
+def test_plphp_answers_a_long_question_right_with_half_of_the_bytes(capsys):
+    """The README's command, with the settings that the demo's folder has."""
+    question = "--image", str(DEMO_PICTURE), "--prompt", "List the objects row by row."
+    code, out, err = inside(capsys, *question, "--prune", "plphp", "--stats", "--json")
+    r = json.loads(out)
+    assert code == 0 and r["text"] == "A small red cross, a large black star, a large blue square, a large orange star."
+    assert r["prune"]["retention_actual"] < 0.51 and "decode at most" in err
+
+
 def test_text_ids_and_stream_agree(capsys):
     from model import load
 

@@ -49,9 +49,7 @@ def sample(checkpoint, prompt, images, longest):
     """Answer a prompt without pruning and look at its layers. None if the answer has a single token."""
     generation = Generation(checkpoint, prompt, images, Sampling(longest))
     "".join(generation)
-    pixels = torch.stack(generation.pixels).to(checkpoint.device, checkpoint.dtype)
-    tokens = checkpoint.model.encode_images(pixels)
-    asked = Asked(checkpoint, generation.ids, tokens, generation.token_ids[:-1])
+    asked = Asked(checkpoint, generation.ids, generation.encode_images(), generation.token_ids[:-1])
     return Sample(asked, generation.token_ids, gammas_of(asked)) if len(generation.token_ids) > 1 else None
 
 

@@ -1,6 +1,7 @@
 """Rules that know more than a pruning method may, or obey another one: what methods are compared with.
 
-Each is a rule of `model.pruning.Method`: rule(layer, scores, layout) -> keep (Hkv, T).
+Each is a rule of `model.pruning.Method`: rule(layer, scores, layout) -> keep (Hkv, T). Those that draw take a seed, so
+that every question has draws of its own.
 """
 
 import dataclasses
@@ -11,19 +12,26 @@ from model.pruning.budget import best, budget, by_kv_head, select
 from tools.replay import Asked
 
 
+def _draw(seed, layer, layout):
+    """(Hkv, T) of uniform noise: on the CPU, the same on every device."""
+    generator = torch.Generator().manual_seed(1000 * seed + layer + 500)
+    return torch.rand(layout.kv_heads, layout.tokens, generator=generator).to(layout.device)
+
+
 @dataclasses.dataclass
 class Evidence:
     """Keeps the patches that show what the answer needs, then others at random; anti: those last of all."""
 
     patches: tuple  # per picture, indices of its patches
     retention: float
+    seed: int
     anti: bool = False
 
     def __call__(self, layer, scores, layout):
-        worth = torch.rand(layout.kv_heads, layout.tokens, generator=torch.Generator().manual_seed(layer))
+        worth = _draw(self.seed, layer, layout)
         for (start, _), patches in zip(layout.spans, self.patches, strict=True):
             worth[:, [start + p for p in patches]] += -1 if self.anti else 1
-        return select(worth.to(layout.device), layout, lambda s: best(s, budget(s.shape[1], self.retention)))
+        return select(worth, layout, lambda s: best(s, budget(s.shape[1], self.retention)))
 
 
 @dataclasses.dataclass
@@ -38,12 +46,8 @@ class Hindsight:
         return select(worth, layout, lambda s: best(s, budget(s.shape[1], self.retention)))
 
 
-@dataclasses.dataclass
-class Like:
-    """In each layer, head and picture as many tokens as another method keeps, but others: at random, or shared."""
-
-    other: object  # its rule
-    shared: bool
+class Obeying:
+    """What a rule has in common that asks another one, `other`, first."""
 
     @property
     def wants_last_row(self):
@@ -52,12 +56,21 @@ class Like:
     def wants(self, layer, num_layers):
         return not hasattr(self.other, "wants") or self.other.wants(layer, num_layers)
 
+
+@dataclasses.dataclass
+class Like(Obeying):
+    """In each layer, head and picture as many tokens as another rule keeps, but others: at random, or shared."""
+
+    other: object
+    shared: bool
+    seed: int = 0
+
     def __call__(self, layer, scores, layout):
         kept = self.other(layer, scores, layout)
         if self.shared:
             worth = by_kv_head(scores, layout).mean(0, keepdim=True).expand(layout.kv_heads, -1)
         else:
-            worth = torch.rand(kept.shape, generator=torch.Generator().manual_seed(layer)).to(layout.device)
+            worth = _draw(self.seed, layer, layout)
         result = torch.ones_like(kept)
         for start, stop in layout.spans:
             result[:, start:stop] = best(worth[:, start:stop], kept[:, start:stop].sum(1, keepdim=True))
@@ -65,7 +78,7 @@ class Like:
 
 
 @dataclasses.dataclass
-class ValuesDropped:
+class ValuesDropped(Obeying):
     """No way to save anything, but to learn why: a dropped token keeps its key and loses its value.
 
     So every head still divides its attention as the unpruned model does, and what it gave to dropped tokens reads
@@ -73,8 +86,8 @@ class ValuesDropped:
     to other tokens instead.
     """
 
-    rule: object
+    other: object
     only_values = True
 
     def __call__(self, layer, scores, layout):
-        return self.rule(layer, scores, layout)
+        return self.other(layer, scores, layout)

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,10 +32,11 @@ from model import Generation, InputError, Sampling, load, open_checkpoint  # noq
 from model.image import normalise, read_image, to_square  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
+from run import choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Hindsight, Like, ValuesDropped  # noqa: E402
-from tools.replay import Asked, compare, replay  # noqa: E402
+from tools.replay import Asked, along, replay  # noqa: E402
 from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
 
 FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
@@ -44,55 +46,63 @@ IGNORED = -100
 
 # ---------------------------------------------------------------- conditions
 
-LAYERS = 6  # of the demo
 ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
 
 
-def conditions(thresholds, retentions=RETENTIONS):
-    """{name: how to make the Method for (asked, evidence)}: "none", and NAME@RETENTION for all others.
+def conditions(thresholds, layers, retentions=RETENTIONS):
+    """{name: how to make the Method for (asked, evidence, seed)}: "none", and NAME@RETENTION for all others.
 
-    thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class.
+    thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class; layers:
+    of the model; seed: of what is drawn, one for each question.
     """
-    made = {"none": lambda asked, evidence: None, "plphp, defaults": _spec("plphp")}
+    made = {"none": lambda *_: None, "plphp, defaults": _spec("plphp")}
     plphp = f"alpha={thresholds[0]},beta={thresholds[1]},skip=0"
     for f in retentions:
-        named = {name: _spec(name, f) for name in ("random", "uniform", "shared", "snapkv", "adakv")}
+        named = {
+            "random": lambda asked, evidence, seed, f=f: make_method(f"random:seed={seed}", f),
+            "random, same in all heads": lambda asked, evidence, seed, f=f: make_method(
+                f"random:shared=true,seed={seed}", f
+            ),
+        }
+        named |= {name: _spec(name, f) for name in ("uniform", "shared", "snapkv", "adakv")}
         for layer in (2, 1):  # FastV keeps all in the layers before, so the others have to keep less
-            rest = (LAYERS * f - layer) / (LAYERS - layer)
+            rest = (layers * f - layer) / (layers - layer)
             if rest > 0.05:
                 named["fastv"] = _spec(f"fastv:layer={layer}", rest)
                 break
         named["plphp"] = _spec(f"plphp:{plphp}", f)
+        named["plphp dr=0.1"] = _spec(f"plphp:{plphp},dr=0.1", f)
         named["plphp-ada"] = _spec(f"plphp-ada:{plphp}", f)
-        named["random like plphp"] = _like(f"plphp:{plphp}", f, shared=False)
-        named["shared like plphp"] = _like(f"plphp:{plphp}", f, shared=True)
-        named["plphp, values dropped only"] = _values_dropped(f"plphp:{plphp}", f)
+        named["random like plphp"] = _obeying(Like, f"plphp:{plphp}", f, shared=False)
+        named["shared like plphp"] = _obeying(Like, f"plphp:{plphp}", f, shared=True)
+        named["plphp, values dropped only"] = _obeying(ValuesDropped, f"plphp:{plphp}", f)
         named["plphp rows+values"] = _spec(f"plphp:{ROWS_VALUES},{plphp}", f)
         named["uniform rows"] = _spec("uniform:window=32", f)
-        named["uniform rows+values"] = _spec(f"uniform:{ROWS_VALUES}", f)
+        named["uniform rows+values"] = _spec(f"uniform:{ROWS_VALUES}", f)  # what calibration comes to, for the demo
         named["shared rows+values"] = _spec(f"shared:{ROWS_VALUES}", f)
-        named["evidence"] = lambda asked, evidence, f=f: Method("evidence", Evidence(evidence, f), {})
-        named["anti-evidence"] = lambda asked, evidence, f=f: Method("anti-evidence", Evidence(evidence, f, True), {})
-        named["hindsight"] = lambda asked, evidence, f=f: Method("hindsight", Hindsight(asked, f), {})
+        for name, anti in (("evidence", False), ("anti-evidence", True)):
+            named[name] = lambda asked, evidence, seed, f=f, anti=anti: Method(
+                "evidence", Evidence(evidence, f, seed, anti), {}
+            )
+        named["hindsight"] = lambda asked, evidence, seed, f=f: Method("hindsight", Hindsight(asked, f), {})
         made |= {f"{name}@{f}": make for name, make in named.items()}
     return made
 
 
 def _spec(spec, retention=None):
     method = make_method(spec, retention)
-    return lambda asked, evidence: method
+    return lambda *_: method
 
 
-def _values_dropped(spec, retention):
+def _obeying(kind, spec, retention, **options):
+    """A rule of tools/controls.py that asks the method of a spec first."""
     method = make_method(spec, retention)
-    method = dataclasses.replace(method, rule=ValuesDropped(method.rule))
-    return lambda asked, evidence: method
 
+    def make(asked, evidence, seed):
+        more = options | ({"seed": seed} if kind is Like else {})
+        return dataclasses.replace(method, name=kind.__name__, rule=kind(method.rule, **more))
 
-def _like(spec, retention, shared):
-    method = make_method(spec, retention)
-    method = dataclasses.replace(method, name="like", rule=Like(method.rule, shared))
-    return lambda asked, evidence: method
+    return make
 
 
 # ---------------------------------------------------------------- the demo world
@@ -130,6 +140,7 @@ def evaluate_scene(checkpoint, made, number, mode):
 
     results: {condition: [exact match 0|1, share of tokens >= 2 right, kept, [evidence kept per layer], [attention kept
     per layer]]}, the last being how much of the attention that the answer pays to the pictures falls on kept tokens.
+    bytes: [of K and V of the prompt's text, of its vision tokens].
     """
     pair = number % 5 == 4  # one pair of pictures for every four single ones
     drawn, questions = held_out_questions(number, pair, False, 0)
@@ -139,7 +150,8 @@ def evaluate_scene(checkpoint, made, number, mode):
         counted = second or q
         ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
         asked = Asked(checkpoint, ids, image_tokens, fed)
-        logits, kept, keeps = replay(asked, [make(asked, q.evidence) for make in made.values()])
+        seed = 10 * number + i  # draws of its own for each question
+        logits, kept, keeps = replay(asked, [make(asked, q.evidence, seed) for make in made.values()])
         targets = torch.tensor(targets, device=logits.device)
         rows = targets != IGNORED
         right = (logits[:, rows].argmax(-1) == targets[rows]).cpu()
@@ -150,7 +162,10 @@ def evaluate_scene(checkpoint, made, number, mode):
             looked = [_attention_kept(k, asked.layout, a) for k, a in zip(layers, attention, strict=True)]
             tokens = round(hits[1:].float().mean().item(), 4)
             results[name] = [int(hits.all()), tokens, round(share, 4), shown, looked]
-        result.append({"task": counted.task, "words": counted.dependent_words, "results": results})
+        row = sum(2 * k[0, :, 0].numel() * k.element_size() for _, k, _, _ in asked.layers)  # bytes of a token
+        vision = sum(stop - start for start, stop in asked.layout.spans)
+        size = [row * (asked.tokens - vision), row * vision]
+        result.append({"task": counted.task, "words": counted.dependent_words, "bytes": size, "results": results})
     return result
 
 
@@ -215,9 +230,11 @@ worker = {}  # of a worker process: its checkpoint and conditions, which cannot 
 
 
 def start_worker(model, device, dtype, thresholds, mode, only):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)  # small tensors: threads would only wait for each other
-    worker["checkpoint"], worker["mode"] = load(model, dtype, device), mode
-    worker["made"] = {name: make for name, make in conditions(thresholds).items() if chosen(name, only)}
+    checkpoint = load(model, dtype, device)
+    made = conditions(thresholds, checkpoint.config.text_config.num_hidden_layers)
+    worker.update(checkpoint=checkpoint, mode=mode, made={k: v for k, v in made.items() if chosen(k, only)})
 
 
 def chosen(name, only):
@@ -228,25 +245,30 @@ def work(number):
     return number, evaluate_scene(worker["checkpoint"], worker["made"], number, worker["mode"])
 
 
+def scenes_for(questions):
+    """Numbers of the first scenes that hold so many questions: how many a scene has is known without a model."""
+    numbers, count = [], 0
+    while count < questions:
+        numbers.append(FIRST + len(numbers))
+        count += len(held_out_questions(numbers[-1], numbers[-1] % 5 == 4, False, 0)[1])
+    return numbers
+
+
 def run_scenes(args, path):
     """Answer until there are args.questions of them -> (head, {scene: questions})."""
-    every = conditions((1, 0))
+    checkpoint = open_checkpoint(args.model)  # what cannot be used is refused here, not by each worker
+    every = conditions((1, 0), checkpoint.config.text_config.num_hidden_layers)
     for name in args.only:
         if not any(name == n or n.startswith(name + "@") for n in every):
             known = dict.fromkeys(n.split("@")[0] for n in every)
             raise InputError(f"there is no condition {name!r}; use {', '.join(known)}")
     names = [name for name in every if chosen(name, args.only)]
     fitted = any("plphp" in name and "@" in name for name in names)
-    found = thresholds(load(args.model, args.dtype, args.device)) if fitted else (1, 0)
-    head = {"mode": args.stage, "weights": fingerprint(args.model), "thresholds": found, "conditions": names}
-    done = open_answers(path, head)
-    count, numbers = 0, []
-    while count < args.questions:  # how many a scene has is known without a model
-        number = FIRST + len(numbers)
-        numbers.append(number)
-        count += len(held_out_questions(number, number % 5 == 4, False, 0)[1])
+    found = thresholds(checkpoint.read_weights(args.dtype, args.device)) if fitted else (1, 0)
+    head = {"mode": args.stage, "weights": fingerprint(checkpoint.folder), "thresholds": found, "conditions": names}
+    done, numbers = open_answers(path, head), scenes_for(args.questions)
     todo, started = [n for n in numbers if n not in done], time.time()
-    setup = args.model, args.device, args.dtype, found, args.stage, args.only
+    setup = str(checkpoint.folder), args.device, args.dtype, found, args.stage, args.only
     pool = torch.multiprocessing.get_context("spawn").Pool(args.workers, start_worker, setup)
     with open(path, "a", encoding="utf-8") as file, pool:
         for i, (number, questions) in enumerate(pool.imap_unordered(work, todo), 1):
@@ -285,35 +307,11 @@ def columns_of(done):
 
 def summarise(head, done, folder, name):
     """Write folder/name.csv, .md and .png from the answers."""
-    from tools.paired import interval, mcnemar, resamples
+    from tools.paired import resamples
 
     data, group, long, task = columns_of(done)
-    weights = resamples(int(group.max()) + 1)
-    rows = []
-    for condition, d in data.items():
-        method, _, retention = condition.partition("@")
-        control = f"random@{retention}" if f"random@{retention}" in data else None
-        full, mine = data["none"]["exact"].bool(), d["exact"].bool()
-        row = {"method": method, "retention": retention or "", "kept": f"{100 * d['kept'].mean():.1f}"}
-        for label, where in (("long", long), ("all", torch.ones_like(long))):
-            mean, low, high = interval(d["exact"][where], group[where], weights)
-            row |= {
-                label: f"{100 * mean:.1f}",
-                f"{label} low": f"{100 * low:.1f}",
-                f"{label} high": f"{100 * high:.1f}",
-            }
-        lost = interval((d["exact"] - data["none"]["exact"])[long], group[long], weights)
-        row |= dict(zip(("loss", "loss low", "loss high"), (f"{100 * v:+.2f}" for v in lost), strict=True))
-        row["p against full"] = f"{mcnemar(full[long], mine[long])[2]:.2g}"
-        if control:
-            row["p against random"] = f"{mcnemar(data[control]['exact'].bool()[long], mine[long])[2]:.2g}"
-        row["tokens >= 2"] = f"{100 * d['tokens'].mean():.1f}"
-        for share in ("evidence", "attention"):
-            row[share] = " ".join(f"{100 * r:.0f}" for r in d[share].mean(0))
-        for t in TASKS:
-            where = torch.tensor([name == t for name in task])
-            row[t] = f"{100 * d['exact'][where].float().mean():.1f}" if where.any() else ""
-        rows.append(row)
+    weights, sizes = resamples(int(group.max()) + 1), mean_bytes(done)
+    rows = [row_of(condition, data, group, long, task, weights, sizes) for condition in data]
     folder.mkdir(parents=True, exist_ok=True)
     header = list(dict.fromkeys(k for row in rows for k in row))
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as f:
@@ -326,38 +324,78 @@ def summarise(head, done, folder, name):
     print(text)
 
 
+def mean_bytes(done):
+    """K and V bytes of text and of vision tokens, mean over questions."""
+    sizes = [q["bytes"] for questions in done.values() for q in questions]
+    return [sum(column) / len(sizes) for column in zip(*sizes, strict=True)]
+
+
+def row_of(condition, data, group, long, task, weights, sizes):
+    """A condition in all numbers of the CSV, percent but for the bytes."""
+    from tools.paired import interval, mcnemar
+
+    d, (method, _, retention) = data[condition], condition.partition("@")
+    kept = d["kept"].mean().item()
+    row = {
+        "method": method, "retention": retention, "kept": f"{100 * kept:.1f}",
+        "kv bytes": round(sizes[0] + kept * sizes[1]), "kv bytes, all kept": round(sum(sizes)),
+    }  # fmt: skip
+    for label, where in (("long", long), ("all", torch.ones_like(long))):
+        mean, low, high = interval(d["exact"][where], group[where], weights)
+        row |= {label: f"{100 * mean:.1f}", f"{label} low": f"{100 * low:.1f}", f"{label} high": f"{100 * high:.1f}"}
+    lost = interval((d["exact"] - data["none"]["exact"])[long], group[long], weights)
+    row |= dict(zip(("loss", "loss low", "loss high"), (f"{100 * v:+.2f}" for v in lost), strict=True))
+    for against, other in (("full", "none"), ("random", f"random@{retention}")):
+        if other in data:
+            pair = data[other]["exact"].bool()[long], d["exact"].bool()[long]
+            row[f"p against {against}"] = f"{mcnemar(*pair)[2]:.2g}"
+    row["tokens >= 2"] = f"{100 * d['tokens'].mean():.1f}"
+    for share in ("evidence", "attention"):
+        row[share] = " ".join(f"{100 * r:.0f}" for r in d[share].mean(0))
+    for t in TASKS:
+        where = torch.tensor([name == t for name in task])
+        for label, key in ((t, "exact"), (f"{t}, tokens >= 2", "tokens")):
+            row[label] = f"{100 * d[key][where].float().mean():.1f}" if where.any() else ""
+    return row
+
+
 PAIRS = (  # which of two is better, on the long answers: the first minus the second
-    ("evidence", "random"), ("anti-evidence", "random"), ("hindsight", "random"), ("hindsight", "evidence"),
-    ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "uniform"), ("plphp-ada", "plphp"),
+    ("hindsight", "random"), ("evidence", "random"), ("anti-evidence", "random"), ("hindsight", "evidence"),
+    ("random", "random, same in all heads"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"),
+    ("plphp", "random"), ("plphp", "uniform"), ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"),
     ("plphp, values dropped only", "plphp"), ("uniform rows", "uniform"), ("uniform rows+values", "uniform rows"),
     ("uniform rows+values", "random"), ("uniform rows+values", "shared rows+values"),
     ("uniform rows+values", "plphp rows+values"), ("uniform rows+values", "snapkv"),
 )  # fmt: skip
 
 
-SHORT = (  # of the README: name there, condition
-    ("unpruned", "none"), ("random in each head", "random"), ("`plphp`, last prompt row", "plphp"),
-    ("`plphp-ada`", "plphp-ada"), ("as many as `plphp`, at random", "random like plphp"),
-    ("as many as `plphp`, the same in all heads", "shared like plphp"),
-    ("one rate, last prompt row", "uniform"), ("one rate, all prompt rows behind the picture", "uniform rows"),
-    ("the same, times the values' norms", "uniform rows+values"), ("`snapkv`", "snapkv"), ("`adakv`", "adakv"),
-    ("`fastv`", "fastv"), ("told where the evidence is", "evidence"), ("told, and avoiding it", "anti-evidence"),
-    ("told what the answer will attend to", "hindsight"),
-)  # fmt: skip
+LABELS = {  # condition: its name in the README and in the picture
+    "none": "unpruned", "random": "random, each head its own", "random, same in all heads": "random, all the same",
+    "plphp": "`plphp`, last prompt row", "plphp-ada": "`plphp-ada`", "random like plphp": "as many as `plphp`, random",
+    "shared like plphp": "as many as `plphp`, all heads the same", "uniform": "one rate, last prompt row",
+    "uniform rows": "one rate, all prompt rows", "uniform rows+values": "one rate, all rows x values (calibrated)",
+    "shared": "one rate, all heads the same",
+    "shared rows+values": "the same, all heads the same", "snapkv": "`snapkv`", "adakv": "`adakv`", "fastv": "`fastv`",
+    "evidence": "told where the evidence is", "anti-evidence": "told, and dropping it first",
+    "hindsight": "told what the answer attends to",
+}  # fmt: skip
 
 
 def short(rows):
-    """Exact match of long answers, one row per method, one column per retention; half of the interval's width."""
+    """Exact match of long answers, one row per method, one column per retention; 95 % intervals."""
     retentions = list(dict.fromkeys(r["retention"] for r in rows if r["retention"]))
     lines = ["| long answers right, % | " + " | ".join(f"{r} kept" for r in retentions) + " |"]
     lines.append("|---|" + "---:|" * len(retentions))
     by_name = {(r["method"], r["retention"]): r for r in rows}
-    for label, method in SHORT:
+    for method, label in LABELS.items():
         found = [by_name.get((method, r)) or by_name.get((method, "")) for r in retentions]
-        cells = [f"{r['long']} ± {(float(r['long high']) - float(r['long low'])) / 2:.1f}" if r else "" for r in found]
         if any(found):
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {label} | " + " | ".join(_with_interval(r) if r else "" for r in found) + " |")
     return "\n".join(lines)
+
+
+def _with_interval(row):
+    return f"{row['long']} ({float(row['long low']):.0f}–{float(row['long high']):.0f})"
 
 
 def markdown(head, rows, data, group, long, weights):
@@ -376,9 +414,8 @@ def markdown(head, rows, data, group, long, weights):
         "|---|---:|---:|---:|---:|---:|---|---|",
     ]
     for r in rows:
-        spread = max(float(r["long high"]) - float(r["long"]), float(r["long"]) - float(r["long low"]))
         lines.append(
-            f"| {r['method']} | {r['retention']} | {r['kept']} | {r['long']} ± {spread:.1f} | {r['all']} | "
+            f"| {r['method']} | {r['retention']} | {r['kept']} | {_with_interval(r)} | {r['all']} | "
             f"{r['tokens >= 2']} | {r['evidence']} | {r['attention']} |"
         )
     lines += [
@@ -408,10 +445,12 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {  # Okabe and Ito's colours, told apart by everyone; controls grey
-        "evidence": ("0.45", "^"), "anti-evidence": ("0.45", "v"), "random": ("black", "o"), "shared": ("#E69F00", "s"),
-        "snapkv": ("#56B4E9", "D"), "adakv": ("#009E73", "P"), "fastv": ("#CC79A7", "X"), "plphp": ("#D55E00", "o"),
-        "plphp-ada": ("#D55E00", "s"), "uniform rows+values": ("#0072B2", "o"), "hindsight": ("0.45", "*"),
+    styles = {  # Okabe and Ito's colours, told apart by everyone; what is told the truth is grey
+        "hindsight": ("0.35", "*", ":"), "evidence": ("0.55", "^", "--"), "anti-evidence": ("0.55", "v", "--"),
+        "random": ("black", "o", "-"), "random, same in all heads": ("black", "s", "--"),
+        "uniform rows+values": ("#0072B2", "o", "-"), "adakv": ("#009E73", "P", "-"), "snapkv": ("#56B4E9", "D", "-"),
+        "fastv": ("#CC79A7", "X", "-"), "shared": ("#E69F00", "s", "-"), "plphp": ("#D55E00", "o", "-"),
+        "plphp-ada": ("#D55E00", "s", "--"),
     }  # fmt: skip
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     full = next(r for r in rows if r["method"] == "none")
@@ -419,16 +458,15 @@ def draw(rows, path):
     axis.annotate(
         "unpruned", (2, float(full["long"])), xytext=(0, 4), textcoords="offset points", color="0.4", fontsize=8
     )
-    for method, (colour, marker) in styles.items():
+    for method, (colour, marker, line) in styles.items():
         mine = sorted((r for r in rows if r["method"] == method), key=lambda r: float(r["kept"]))
         if not mine:
             continue
         y = [float(r["long"]) for r in mine]
         spread = [[a - float(r["long low"]) for a, r in zip(y, mine, strict=True)],
                   [float(r["long high"]) - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
-        dashed = "--" if method == "plphp-ada" or colour == "0.45" else "-"
-        axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=dashed,
-                      label=method, linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
+        axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=line,
+                      label=LABELS[method].replace("`", ""), linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
     axis.set(
         xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
         xlim=(0, None), title="What pruning costs on the demo world",
@@ -441,55 +479,33 @@ def draw(rows, path):
 # ---------------------------------------------------------------- any checkpoint, no labels
 
 
-@torch.inference_mode()
 def fidelity(args):
     """Each method against the unpruned answer: agreement of greedy ids, first divergence, KL; a table on stdout."""
     checkpoint = open_checkpoint(args.model)
-    methods = {"none": None}
-    for spec in args.methods:
-        for retention in args.retentions:
-            methods[f"{spec}@{retention}"] = make_method(spec, retention)
-    generation = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens))
-    checkpoint.read_weights(args.dtype, torch.device(args.device))
-    for method in methods.values():
-        if method:
-            generation._check_method(method, checkpoint.config.text_config)
-    text = "".join(generation)
-    print(f"unpruned: {text}", file=sys.stderr)
-    pixels = generation.pixels
-    tokens = (
-        checkpoint.model.encode_images(torch.stack(pixels).to(checkpoint.device, checkpoint.dtype)) if pixels else ()
-    )
-    ids = generation.token_ids
-    asked = Asked(checkpoint, generation.ids, tokens, ids[:-1], args.backend)
-    lines = [
-        "| method | retention | kept | same token | first divergence | KL mean | KL max |",
-        "|---|---:|" + "---:|" * 5,
-    ]
-    names, rows = list(methods), []
-    for start in range(0, len(names), args.batch):
-        part = names[start : start + args.batch]
-        logits, kept, _ = replay(asked, [methods[n] for n in part])
-        for name, pruned, share in zip(part, logits, kept, strict=True):
-            rows.append({"method": name, "kept": share, **compare(asked.logits, pruned, ids)})
-        print(f"fidelity: {len(rows)}/{len(names)} methods", file=sys.stderr, flush=True)
-    for r in rows:
-        method, _, retention = r["method"].rpartition("@") if "@" in r["method"] else (r["method"], "", "")
-        where = "never" if r["diverges"] is None else f"token {r['diverges'] + 1}"
+    names = [(spec, retention) for spec in args.methods for retention in args.retentions]
+    methods = [make_method(spec, retention, folder=checkpoint.folder) for spec, retention in names]
+    reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
+    for method in filter(None, methods):
+        reference.check_method(method)
+    checkpoint.read_weights(args.dtype, args.device)
+    print(f"unpruned: {''.join(reference)}", file=sys.stderr)
+    lines = ["| method | retention | kept | same token | first divergence | KL mean | KL max |", "|---|" + "---:|" * 6]
+    for (spec, retention), found in zip(names, along(reference, methods, args.batch), strict=True):
+        where = "never" if found["diverges"] is None else f"token {found['diverges'] + 1}"
         lines.append(
-            f"| {method} | {retention} | {100 * r['kept']:.1f} % | {100 * r['same']:.1f} % | {where} | "
-            f"{r['kl'].mean():.4f} | {r['kl'].max():.4f} |"
+            f"| {spec} | {retention} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
+            f"{found['kl'].mean():.4f} | {found['kl'].max():.4f} |"
         )
-    print(f"{len(ids)} tokens, {generation.vision_tokens} vision tokens of {len(args.image)} pictures\n")
-    print("\n".join(lines))
+    pictures = f"{reference.vision_tokens} vision tokens of {len(args.image)} pictures"
+    print(f"{len(reference.token_ids)} tokens, {pictures}\n\n" + "\n".join(lines))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     parser.add_argument("stage", choices=("accuracy", "second", "fidelity"))
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     parser.add_argument("--dtype", default="fp32", choices=("auto", "bf16", "fp16", "fp32"))
     parser.add_argument("--questions", type=int, default=10000, help="at least so many (default 10000)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="these conditions (default all)")
@@ -504,8 +520,11 @@ def main():
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"))
     parser.add_argument("--batch", type=int, default=8, help="fidelity: caches that are decoded together (default 8)")
     # fmt: on
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
+        args.device = choose_device(args.device)
+        if args.questions < 1 or args.workers < 1 or args.batch < 1:
+            raise InputError("--questions, --workers and --batch count from 1; give at least that")
         if args.stage == "fidelity":
             if not args.prompt or not args.image:
                 raise InputError("fidelity needs --image and --prompt; give both")
@@ -513,7 +532,7 @@ def main():
         answers = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
         head, done = run_scenes(args, answers)
         summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}")
-    except (InputError, ValueError) as wrong:
+    except (InputError, ValueError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; the answers so far are kept, run it again to go on\n")

@@ -11,33 +11,26 @@ from model.cache import RaggedCache
 from model.generate import Layout, Pruner
 from model.pruning.budget import by_kv_head
 
-ROWS = 64  # of a prompt's end whose queries are remembered: no method's window is larger
-
 
 class Asked:
     """A prompt of T tokens and F more that are fed behind it, computed once without pruning.
 
-    layers    per layer: q (1, Hq, <= ROWS, D) of the prompt's last rows, k and v (1, Hkv, T, D) of the prompt, and
-              q_fed (1, Hq, F, D)
+    layers    per layer: q (1, Hq, W, D) of the prompt's last rows, down to the last picture, as far as any window
+              reaches; k and v (1, Hkv, T, D) of the prompt; q_fed (1, Hq, F, D)
     logits    (F + 1, V) fp32, after the prompt and after each fed token
     layout    of the prompt
     """
 
     def __init__(self, checkpoint, ids, image_tokens, fed, backend="auto"):
         self.checkpoint, self.backend = checkpoint, backend
-        model, text = checkpoint.model, checkpoint.config.text_config
-        self.x, spans = model.splice([*ids, *fed], image_tokens)
-        self.tokens, self.fed, self.layers = len(self.x) - len(fed), self.x[len(self.x) - len(fed) :], []
-        self.layout = Layout(
-            text.num_hidden_layers,
-            text.num_attention_heads,
-            text.num_key_value_heads,
-            self.tokens,
-            spans,
-            self.x.device,
-        )
-        hidden = model.language_model.prefill(self.x[None], self, choose=self._look)
-        self.logits = model.language_model.logits(hidden[0, self.tokens - 1 :]).float()
+        language, text = checkpoint.model.language_model, checkpoint.config.text_config
+        self.x, spans = checkpoint.model.splice([*ids, *fed], image_tokens)
+        self.tokens, self.layers = len(self.x) - len(fed), []
+        self.fed = self.x[self.tokens :]
+        heads = text.num_attention_heads, text.num_key_value_heads
+        self.layout = Layout(text.num_hidden_layers, *heads, self.tokens, spans, self.x.device)
+        hidden = language.prefill(self.x[None], self, choose=self._look)
+        self.logits = language.logits(hidden[0, self.tokens - 1 :]).float()
 
     def attention_of_fed(self, layer):
         """(Hkv, T): the attention that the fed tokens pay to the prompt in a layer, mean over them and the group."""
@@ -47,45 +40,52 @@ class Asked:
 
     def _look(self, layer, q, k, v):
         """Remember a layer, keep all."""
-        t = self.tokens
-        self.layers.append((q[:, :, max(0, t - ROWS) : t], k[:, :, :t], v[:, :, :t], q[:, :, t:]))
+        t, spans = self.tokens, self.layout.spans
+        first = min(t - 1, spans[-1][1] if spans else 0)
+        self.layers.append((q[:, :, first:t], k[:, :, :t], v[:, :, :t], q[:, :, t:]))
 
     def pack(self, layer, k, v, keep):
         """In the place of a cache: nothing is packed."""
 
     def cache(self, method):
-        """What a method makes of the prompt: its cache, and what each layer kept, (Hkv, T) bool or None for all."""
-        if method is None or method.layer is None:
-            return self._packed(method)
-        pruner, dropped = Pruner(method, self.layout, self.backend), {}
+        """What a method makes of the prompt.
 
-        def narrow(layer, q, k, v):
-            rows = pruner.narrow(layer, q, k, v)
-            if rows is not None:
-                mask = torch.zeros(self.tokens, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
-                dropped[layer] = mask.expand(self.layout.kv_heads, -1)
-            return rows
-
-        language, cache = self.checkpoint.model.language_model, self._empty()
-        hidden = language.prefill(self.x[None, : self.tokens], cache, choose=pruner.choose, narrow=narrow)
-        self.narrowed = language.logits(hidden[0, -1:]).float()
-        (first, mask), *_ = dropped.items()
-        return cache, [None if layer <= first else mask for layer in range(self.layout.num_layers)]
-
-    def _packed(self, method):
-        cache, keeps = self._empty(), []
-        pruner = Pruner(method, self.layout, self.backend) if method else None
+        Returns its cache, what each layer kept as (Hkv, T) bool or None for all, and the logits (1, V) of the first new
+        token, which a method that narrows the prompt changes.
+        """
+        cache = RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
+        if method is not None and method.layer is not None:
+            return self._narrowed(method, cache)
+        pruner, keeps = Pruner(method, self.layout, self.backend) if method else None, []
         for layer, (q, k, v, _) in enumerate(self.layers):
             keep = pruner.choose(layer, q, k, v) if pruner else None
-            if getattr(getattr(method, "rule", None), "only_values", False):  # an experiment, see tools/controls.py
-                cache.pack(layer, k, v * keep[None, ..., None])
-            else:
-                cache.pack(layer, k, v, keep)
             keeps.append(keep)
-        return cache, keeps
+            if keep is not None and getattr(method.rule, "only_values", False):  # an experiment of tools/controls.py
+                v, keep = v * keep[None, ..., None], None
+            cache.pack(layer, k, v, keep)
+        return cache, keeps, self.logits[:1]
 
-    def _empty(self):
-        return RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
+    def _narrowed(self, method, cache):
+        """The prompt again, from the layer on at which tokens leave it."""
+        pruner, keeps = Pruner(method, self.layout, self.backend), []
+        rows = torch.arange(self.tokens, device=self.x.device)  # that are still there
+
+        def choose(layer, q, k, v):
+            keep = pruner.choose(layer, q, k, v)
+            everything = torch.zeros(self.layout.kv_heads, self.tokens, dtype=torch.bool, device=rows.device)
+            everything[:, rows] = True if keep is None else keep
+            keeps.append(everything)
+            return keep
+
+        def narrow(layer, q, k, v):
+            nonlocal rows
+            left = pruner.narrow(layer, q, k, v)
+            rows = rows if left is None else left
+            return left
+
+        language = self.checkpoint.model.language_model
+        hidden = language.prefill(self.x[None, : self.tokens], cache, choose=choose, narrow=narrow)
+        return cache, keeps, language.logits(hidden[0, -1:]).float()
 
 
 def replay(asked, methods):
@@ -94,45 +94,37 @@ def replay(asked, methods):
     Returns logits (B, F + 1, V) fp32, kept: the fraction of vision rows each cache holds, keeps: B lists of a layer's
     (Hkv, T) bool or None.
     """
-    layout, caches, keeps, first = asked.layout, [], [], []
+    caches, keeps, first = zip(*(asked.cache(method) for method in methods), strict=True)
+    layout, segments = asked.layout, asked.layout.num_layers * asked.layout.kv_heads
     vision = sum(stop - start for start, stop in layout.spans)
-    for method in methods:
-        cache, kept = asked.cache(method)
-        caches.append(cache)
-        keeps.append(kept)
-        first.append(asked.logits[:1] if method is None or method.layer is None else asked.narrowed)
-    segments = layout.num_layers * layout.kv_heads
     held = [cache.kv_len.sum().item() - segments * (layout.tokens - vision) for cache in caches]
+    kept = [h / (segments * vision) if vision else 1.0 for h in held]
     logits = torch.stack(first)
     if len(asked.fed):
-        cache = RaggedCache.join(caches)
-        language = asked.checkpoint.model.language_model
+        language, cache = asked.checkpoint.model.language_model, RaggedCache.join(caches)
         hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache)
         logits = torch.cat((logits, language.logits(hidden).float()), 1)
-    return logits, [h / max(1, segments * vision) for h in held], keeps
+    return logits, kept, keeps
 
 
-def against_unpruned(generation):
-    """Ask the same as a finished, pruned, greedy Generation without pruning, and see where the two part.
+@torch.inference_mode()
+def along(reference, methods, batch=8):
+    """How methods do along a finished, greedy, unpruned Generation: a `compare` for each, with `kept` and `steps`.
 
-    Returns (the unpruned Generation, a dict): `compare` of the pruned model's logits along the unpruned answer, its end
-    included, and steps, how many those are.
+    batch: caches that are decoded together.
     """
-    reference = generation.unpruned()
-    "".join(reference)
-    checkpoint, ended = generation.checkpoint, reference.finish_reason == "stop"
-    with torch.inference_mode():
-        tokens = ()
-        if reference.squares:
-            pixels = torch.stack(reference.pixels).to(checkpoint.device, checkpoint.dtype)
-            tokens = checkpoint.model.encode_images(pixels)
-        fed = reference.token_ids if ended else reference.token_ids[:-1]
-        asked = Asked(checkpoint, reference.ids, tokens, fed, generation.backend)
-        pruned, _, _ = replay(asked, [generation.prune])
-        never = torch.tensor(reference.never(), dtype=torch.long, device=pruned.device)
-        full, pruned = (x.index_fill(1, never, float("-inf")) for x in (asked.logits, pruned[0]))
-        ids = reference.token_ids + ([full[-1].argmax().item()] if ended else [])
-        return reference, {"steps": len(ids), **compare(full, pruned, ids)}
+    ended = not reference.unfed  # by the stop id: then that step counts too
+    fed = reference.token_ids if ended else reference.token_ids[:-1]
+    asked = Asked(reference.checkpoint, reference.ids, reference.encode_images(), fed, reference.backend)
+    never = torch.tensor(reference.never(), dtype=torch.long, device=asked.x.device)
+    full = asked.logits.index_fill(1, never, float("-inf"))
+    ids, found = reference.token_ids + ([full[-1].argmax().item()] if ended else []), []
+    for start in range(0, len(methods), batch):
+        logits, kept, _ = replay(asked, methods[start : start + batch])
+        for pruned, share in zip(logits, kept, strict=True):
+            result = compare(full, pruned.index_fill(1, never, float("-inf")), ids)
+            found.append({"steps": len(ids), "kept": share, **result})
+    return found
 
 
 def compare(full, pruned, ids):
@@ -143,9 +135,10 @@ def compare(full, pruned, ids):
     """
     same = pruned.argmax(-1) == torch.tensor(ids, device=full.device)
     ours, theirs = full.log_softmax(-1), pruned.log_softmax(-1)
+    gap = torch.where(ours == float("-inf"), 0, ours - theirs)  # ids that are never said count nothing
     wrong = (~same).nonzero()
     return {
         "same": same.float().mean().item(),
         "diverges": wrong[0].item() if len(wrong) else None,
-        "kl": (ours.exp() * (ours - theirs).nan_to_num(0)).sum(-1).clamp(min=0),  # ids that are never said: -inf - -inf
+        "kl": (ours.exp() * gap).sum(-1).clamp(min=0),
     }

@@ -78,11 +78,8 @@ def diagnose(checkpoint, prompt, images):
     peaks: length of token 0's residual state behind each layer, over the largest of the other tokens.
     """
     generation = Generation(checkpoint, prompt, images, Sampling(1))
-    model, tokens = checkpoint.model, ()
-    if generation.squares:
-        pixels = torch.stack(generation.pixels).to(checkpoint.device, checkpoint.dtype)
-        tokens = model.encode_images(pixels)
-    x, spans = model.splice(generation.ids, tokens)
+    model = checkpoint.model
+    x, spans = model.splice(generation.ids, generation.encode_images())
     x = x[None]
     rope = rope_table(torch.arange(x.shape[1], device=x.device), checkpoint.config.text_config, x.dtype)
     heads, peaks = [], []

@@ -61,9 +61,8 @@ def look(checkpoint, prompt, images, method):
     generation = Generation(checkpoint, prompt, images, Sampling(1), prune=method)
     if not generation.squares:
         raise InputError("there is no picture to draw on; give --image")
-    pixels = torch.stack(generation.pixels).to(checkpoint.device, checkpoint.dtype)
-    asked = Asked(checkpoint, generation.ids, checkpoint.model.encode_images(pixels), [])
-    (full, _), (cache, keeps) = asked.cache(None), asked.cache(method)
+    asked = Asked(checkpoint, generation.ids, generation.encode_images(), [])
+    (full, *_), (cache, keeps, _) = asked.cache(None), asked.cache(method)
     layout = asked.layout
     everything = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool)
     keep = torch.stack([everything if k is None else k.cpu() for k in keeps])

@@ -10,11 +10,11 @@ places:
         once, before layer `method.layer`: which tokens that layer and all later ones get to see.
 
 scores, fp32 (Hq, T), is the attention of each query head averaged over the last `window` rows of the prompt, which end
-where the last picture does; `window` is a setting (scores is None without one), and 1 for `narrow`. layout
-(`model.generate.Layout`) says where the pictures are; with a true setting `values` also the norms of each head's value
-rows, with a true member `wants_last_row` the attention of that row alone. Two more members are optional: wants(layer,
-num_layers) is False where a layer keeps all and need not be scored, check(num_layers, kv_heads) refuses a model with a
-ValueError. Text is kept whatever a method says.
+where the last picture does; `window` is a setting (without one scores is None, and that of the last row for `narrow`).
+layout (`model.generate.Layout`) says where the pictures are; for the call also, with a true setting `values`, the norms
+of each head's value rows, and with a true member `wants_last_row` the attention of that row alone. Two more members
+are optional: wants(layer, num_layers) is False where a layer keeps all and need not be scored, check(num_layers,
+kv_heads) refuses a model with a ValueError. Text is kept whatever a method says.
 """
 
 import importlib.util
@@ -127,8 +127,8 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     if "+" in name and "::" not in name:
         raise ValueError(f"{name!r} combines methods, which none of them is made for; give one")
     function = _find(name)
-    own = calibrated(folder, name)
-    given = _read(own) if own else {}
+    file = calibrated(folder, name)
+    given = _read(file) if file else {}
     given |= dict(_pair(p) for p in pairs)
     for text in settings:
         given |= _read(text[1:]) if text.startswith("@") else dict([_pair(text)])
@@ -141,7 +141,10 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         return None
     settings = _complete(name, function, given)
     own = {k: v for k, v in settings.items() if k not in GUARDS or k in settings_of(function)}
-    rule = function(**own) if isinstance(function, type) else partial(function, **own)
+    try:
+        rule = function(**own) if isinstance(function, type) else partial(function, **own)
+    except ValueError as wrong:
+        raise ValueError(f"{wrong} (what is not given is that of {file})" if file else str(wrong)) from wrong
     if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
         raise ValueError(f"method {name} can neither be called nor has it `layer` and `narrow`; see model/pruning")
     return Method(name, rule, settings)
@@ -177,7 +180,7 @@ def _read(path):
     except (OSError, ValueError) as broken:
         raise ValueError(f"cannot read settings from {path} ({broken}); give a JSON object") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no JSON object; write {{'key': value}} into it")
+        raise ValueError(f'{path} holds no JSON object; write {{"key": value}} into it')
     return settings
 
 

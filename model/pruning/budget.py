@@ -66,7 +66,7 @@ def pooled(scores, count, floor):
 
 
 def mass(scores, share):
-    """scores (H, n) -> bool (H, n): the fewest best of each row whose sum is at least `share` of the row's, but one."""
+    """scores (H, n) -> bool (H, n): the fewest of each row that hold `share` of its sum, and at least one."""
     ordered, order = scores.double().sort(dim=-1, descending=True, stable=True)  # in fp32 the sums would round
     before = ordered.cumsum(-1) - ordered  # what all better ones hold
     taken = before < share * ordered.sum(-1, keepdim=True)

@@ -27,5 +27,6 @@ class FastV:
     def narrow(self, scores, layout):
         """Attention (Hq, T) of layer `layer` - 1 -> (T,) bool: the tokens that go on. Called once."""
         heads = scores.mean(0, keepdim=True).expand(layout.kv_heads, -1)
-        count = lambda s: budget(s.shape[1], self.retention, self.keep_tokens)  # noqa: E731
-        return select(heads, layout, lambda s: shared(s, count(s)), self.scope)[0]
+        return select(
+            heads, layout, lambda s: shared(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
+        )[0]

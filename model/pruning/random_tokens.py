@@ -5,15 +5,21 @@ import torch
 from .budget import best, budget, select
 
 
-def random_tokens(layer, scores, layout, *, retention=0.5, keep_tokens=None, pooled=False, scope="image", seed=0):
+def random_tokens(
+    layer, scores, layout, *, retention=0.5, keep_tokens=None, pooled=False, shared=False, scope="image", seed=0
+):
     """Every KV head of every layer draws its own tokens: the floor that others have to beat.
 
     retention: fraction kept; keep_tokens: that many per head and picture instead; pooled: the heads of a layer share
-    one budget, so that their numbers of tokens differ too. Returns keep (Hkv, T) bool.
+    one budget, so that their numbers of tokens differ too; shared: all of them keep the same. Returns keep (Hkv, T)
+    bool.
     """
     number = (seed * layout.num_layers + layer) % 2**63
     generator = torch.Generator().manual_seed(number)  # on the CPU: the same on every device
     draw = torch.rand(layout.kv_heads, layout.tokens, generator=generator).to(layout.device)
+    if pooled and shared:
+        raise ValueError("pooled and shared are both true; give one of them")
+    draw = draw[:1].expand_as(draw) if shared else draw
     divide = _one_pot if pooled else best
     return select(draw, layout, lambda s: divide(s, budget(s.shape[1], retention, keep_tokens)), scope)
 

@@ -45,8 +45,9 @@ class SnapKV:
         heads = by_kv_head(scores, layout, self.group, self.values).clone()
         for start, stop in layout.spans:
             heads[:, start:stop] = self.smooth(heads[:, start:stop])
-        count = lambda s: budget(s.shape[1], self.retention, self.keep_tokens)  # noqa: E731
-        return select(heads, layout, lambda s: self.choose(s, count(s)), self.scope)
+        return select(
+            heads, layout, lambda s: self.choose(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
+        )
 
     def smooth(self, scores):
         """scores (Hkv, n) -> the same shape; beyond the ends of a picture the mean finds zeros."""
