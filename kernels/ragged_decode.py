@@ -70,8 +70,12 @@ class DecodePlan:
     end: int
     first: int
     step: int | None
-    owner: torch.Tensor | None
     room: dict = field(default_factory=dict)
+
+    @cached_property
+    def owner(self):
+        """See `chunk_owners`; made when heads of unequal length are first read. None on CUDA, where it would wait."""
+        return None if self.kv_start.is_cuda else chunk_owners(self.kv_start, self.kv_cap)
 
     @cached_property
     def _items(self):
@@ -144,10 +148,7 @@ def decode_plan(kv_start, kv_cap, *, split=None):
     ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
     steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [0]
     step = steps[0] if min(steps) == max(steps) >= 0 else None
-    owner = None if kv_start.is_cuda else chunk_owners(kv_start, kv_cap)
-    plan = DecodePlan(
-        kv_start, kv_cap, caps, split, len(caps), min(caps), max(caps), max(ends), starts[0], step, owner
-    )  # fmt: skip
+    plan = DecodePlan(kv_start, kv_cap, caps, split, len(caps), min(caps), max(caps), max(ends), starts[0], step)
     if kv_start.is_cuda:
         _ = plan.work, plan.firsts, plan.sizes  # now, not in a step: they are copied to the device
     return plan

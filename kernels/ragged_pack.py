@@ -51,15 +51,31 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
         from . import ragged_pack_triton  # only here: the rest works without triton
 
         return ragged_pack_triton.pack(k, v, keep, slack, total)
+    if total == heads * tokens:
+        return _pack_all(k, v, slack)
     kv_len = keep.sum(-1)
     kv_start = kv_len.cumsum(0) - kv_len + slack * torch.arange(heads, device=k.device)
     source = keep.flatten().nonzero_static(size=total)[:, 0]  # of the rows of all heads, ascending
     head, position = source // tokens, source % tokens
     slot = torch.arange(total, device=k.device) + slack * head
-    k_arena, v_arena = (x.new_empty(total + heads * slack, d).index_copy_(0, slot, x[head, position]) for x in (k, v))
+    rows = (x.reshape(-1, d).index_select(0, source) for x in (k, v))
+    k_arena, v_arena = (k.new_empty(total + heads * slack, d).index_copy_(0, slot, x) for x in rows)
     kv_pos = torch.full((len(k_arena),), -1, dtype=torch.int32, device=k.device)
     kv_pos[slot] = position.int()
     return k_arena, v_arena, kv_start.int(), kv_len.int(), kv_pos
+
+
+def _pack_all(k, v, slack):
+    """Nothing dropped: the arenas are (Hkv, T + slack, D) with the tokens in front."""
+    heads, tokens, d = k.shape
+    arenas = [x.new_empty(heads, tokens + slack, d) for x in (k, v)]
+    for arena, x in zip(arenas, (k, v), strict=True):
+        arena[:, :tokens] = x
+    kv_pos = torch.full((heads, tokens + slack), -1, dtype=torch.int32, device=k.device)
+    kv_pos[:, :tokens] = torch.arange(tokens, dtype=torch.int32, device=k.device)
+    kv_start = torch.arange(heads, dtype=torch.int32, device=k.device) * (tokens + slack)
+    kv_len = torch.full_like(kv_start, tokens)
+    return *(a.view(-1, d) for a in arenas), kv_start, kv_len, kv_pos.flatten()
 
 
 def _check(k, v, keep, slack):

@@ -27,7 +27,7 @@ def samples(checkpoint, numbers):
 @torch.inference_mode()
 def test_a_proposal_holds_on_scenes_it_has_not_seen(tmp_path, wanted, capsys):
     """Within three points of the wanted fraction, and at most the KL of the fixed defaults."""
-    calibrate.main(["--scenes", "2", "--wide", "--retention", str(wanted), "--out", str(tmp_path / "p.json")])
+    calibrate.main(["--scenes", "2", "--retention", str(wanted), "--out", str(tmp_path / "p.json")])
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "p.json").read_text())
     assert "median" in out and str(found) in out
@@ -35,6 +35,15 @@ def test_a_proposal_holds_on_scenes_it_has_not_seen(tmp_path, wanted, capsys):
     fresh = samples(checkpoint, range(HELD_OUT + 7000, HELD_OUT + 7004))
     (ours, kept), (fixed, _) = calibrate.judge(fresh, "plphp", [found, {"retention": wanted}])
     assert abs(kept - wanted) <= 0.03 and ours <= fixed
+
+
+def test_fitted_thresholds_beat_unfitted_ones_at_the_same_bytes(tmp_path, capsys):
+    """On the samples themselves, with nothing but alpha, beta, r and dr: the unfitted ones are among those tried."""
+    calibrate.main(["--scenes", "1", "--rates-only", "--out", str(tmp_path / "p.json")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("}") or "fitted" in line]
+    best, unfitted = lines[0], next(line for line in lines if "fitted)" in line)
+    assert float(best[0]) <= float(unfitted[0]) and abs(float(best[1]) - float(unfitted[1])) < 2.5  # KL, percent kept
+    assert set(json.loads((tmp_path / "p.json").read_text())) == {"r", "dr", "alpha", "beta"}
 
 
 def test_r_is_solved_for_with_clamped_rates():
@@ -71,6 +80,8 @@ def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
     [
         (["--retention", "0"], "--retention"),
         ([], "--image"),
+        (["--scenes", "-1"], "--scenes"),
+        (["--scenes", "1", "--device", "cuda:99"], "cuda:99"),
         (["--image", "a.png", "--scenes", "2"], "--scenes"),
         (["--image", "/nowhere.png"], "/nowhere.png"),
         (["--scenes", "1", "--model", "/nowhere"], "/nowhere"),

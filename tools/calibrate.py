@@ -3,11 +3,13 @@
     python tools/calibrate.py --model DIR --image a.png b.png --prompt "Describe the picture." --out plphp.json
     python run.py --model DIR --image x.png --prompt "..." --prune plphp --set @plphp.json
     python tools/calibrate.py --scenes 12 --retention 0.5 --out assets/demo/plphp.json    # the demo world's own
+    python tools/calibrate.py --rates-only ...       # leave skip, window and values as they are
 
 How much attention a layer pays to pictures differs from model to model, so no fixed alpha and beta fit. Prints that
-distribution. Then tries some hundred settings: for each, r is solved for so that the wanted fraction is kept on
-average; the one whose pruned model stays closest to the unpruned one (KL along the unpruned answers) is written down.
-A file plphp.json (or plphp-ada.json) in a model's folder is the default of that method for that model.
+distribution. Then tries some hundred settings (14 with --rates-only): for each, r is solved for so that the wanted
+fraction is kept on average; the one whose pruned model stays closest to the unpruned one (KL along the unpruned
+answers) is written down. A file plphp.json (or plphp-ada.json) in a model's folder is the default of that method for
+that model.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from kernels import window_scores  # noqa: E402
 from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import Plphp, gamma  # noqa: E402
+from run import choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.replay import Asked, compare, replay  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402
@@ -58,10 +61,10 @@ def gammas_of(asked):
     return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.layout) for q, k, _, _ in asked.layers]
 
 
-def candidates(samples, retention, wide=False):
+def candidates(samples, retention, wide=True):
     """Settings of PLPHP that keep the wanted fraction of these samples, or as near to it as any r comes.
 
-    alpha, beta, r and dr; if wide, also skip, window and values.
+    alpha, beta, r and dr; if wide, also skip, window and values. The first has thresholds that are not fitted.
     """
     layers = len(samples[0].asked.layers)
     usual = 1 if layers < 12 else 2
@@ -150,7 +153,7 @@ def calibrate(args):
     checkpoint = load(args.model, args.dtype, args.device)
     samples = samples_of(args, checkpoint)
     print(distribution(samples), end="\n\n")
-    tried = list(candidates(samples, args.retention, args.wide))
+    tried = list(candidates(samples, args.retention, not args.rates_only))
     fixed = {"retention": args.retention}
     results = judge(samples, args.method, [*tried, fixed])
     near = [i for i, (_, kept) in enumerate(results[:-1]) if abs(kept - args.retention) < 0.02]
@@ -177,19 +180,22 @@ def main(argv=None):
     parser.add_argument("--prompt", nargs="+", default=["Describe the picture."], metavar="TEXT")
     parser.add_argument("--scenes", type=int, default=0, metavar="N", help="instead: N scenes of the demo world")
     parser.add_argument("--retention", type=float, default=0.5, metavar="F", help="wanted fraction kept (default 0.5)")
-    parser.add_argument("--wide", action="store_true", help="also try skip, window and values")
+    parser.add_argument("--rates-only", action="store_true", help="only alpha, beta, r and dr, nothing else")
     parser.add_argument("--method", default="plphp", choices=("plphp", "plphp-ada"))
     parser.add_argument("--out", default="plphp.json", metavar="FILE")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     # fmt: on
     args = parser.parse_args(argv)
     try:
         if not 0 < args.retention <= 1:
             raise InputError(f"--retention is {args.retention}; give a fraction above 0 and up to 1")
+        if args.scenes < 0 or args.max_new_tokens < 2:
+            raise InputError("--scenes counts from 1, --max-new-tokens from 2; give at least that")
         if bool(args.image) == bool(args.scenes):
             raise InputError("give either --image with --prompt, or --scenes")
+        args.device = choose_device(args.device)
         calibrate(args)
     except (InputError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.llama import rope_table  # noqa: E402
+from run import choose_device  # noqa: E402
 
 SEEN = 16  # rows that have to see a column before its mass counts: the last ones are seen by next to none
 
@@ -166,16 +167,22 @@ def main(argv=None):
     parser.add_argument("--out", default="heads.png", metavar="FILE.png")
     parser.add_argument("--csv", metavar="FILE.csv")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     # fmt: on
     args = parser.parse_args(argv)
     try:
-        heads, peaks, tokens, spans = diagnose(load(args.model, args.dtype, args.device), args.prompt, args.image)
+        heads, peaks, tokens, spans = diagnose(
+            load(args.model, args.dtype, choose_device(args.device)), args.prompt, args.image
+        )
         draw(heads, peaks, spans, args.dormant, args.out)
         if args.csv:
             save(heads, args.csv)
     except (InputError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+    except ImportError as missing:
+        parser.exit(2, f"error: {missing}; install matplotlib, or run `make test` once\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; nothing was written\n")
     dormant = sum(int((h.out < args.dormant).sum()) for h in heads)
     parked = sum(any(a <= w < b for a, b in spans) for h in heads for w in h.where.tolist())
     total = len(heads) * len(heads[0].out)

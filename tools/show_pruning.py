@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.pruning import make_method  # noqa: E402
+from run import choose_device  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.replay import Asked  # noqa: E402
 
@@ -236,11 +237,11 @@ def main(argv=None):
     parser.add_argument("--out", default="kept.png", metavar="FILE.png")
     parser.add_argument("--html", metavar="FILE.html")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     # fmt: on
     args = parser.parse_args(argv)
     try:
-        checkpoint = load(args.model, args.dtype, args.device)
+        checkpoint = load(args.model, args.dtype, choose_device(args.device))
         method = make_method(args.prune, args.retention, settings=args.set, folder=checkpoint.folder)
         if method is None:
             raise InputError("--prune none drops nothing; give a method")
@@ -257,6 +258,10 @@ def main(argv=None):
             Path(args.html).write_text(page(shown, second), encoding="utf-8")
     except (InputError, ValueError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+    except ImportError as missing:
+        parser.exit(2, f"error: {missing}; install matplotlib, or run `make test` once\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; nothing was written\n")
     print("\n".join(filter(None, (args.out, args.html))), file=sys.stderr)
 
 
