@@ -370,15 +370,25 @@ PAIRS = (  # which of two is better, on the long answers: the first minus the se
 
 
 LABELS = {  # condition: its name in the README and in the picture
-    "none": "unpruned", "random": "random, each head its own", "random, same in all heads": "random, all the same",
-    "plphp": "`plphp`, last prompt row", "plphp-ada": "`plphp-ada`", "random like plphp": "as many as `plphp`, random",
-    "shared like plphp": "as many as `plphp`, all heads the same", "uniform": "one rate, last prompt row",
-    "uniform rows": "one rate, all prompt rows", "uniform rows+values": "one rate, all rows x values (calibrated)",
-    "shared": "one rate, all heads the same",
-    "shared rows+values": "the same, all heads the same", "snapkv": "`snapkv`", "adakv": "`adakv`", "fastv": "`fastv`",
-    "evidence": "told where the evidence is", "anti-evidence": "told, and dropping it first",
+    "none": "unpruned",
+    "random": "random, each head its own",
+    "random, same in all heads": "random, all heads the same",
+    "plphp": "`plphp`, last prompt row",
+    "plphp-ada": "`plphp-ada`",
+    "random like plphp": "as many as `plphp`, random",
+    "shared like plphp": "as many as `plphp`, all heads the same",
+    "uniform": "one rate, last prompt row",
+    "shared": "one rate, last prompt row, all heads the same",
+    "uniform rows": "one rate, all prompt rows",
+    "uniform rows+values": "one rate, all rows x values (calibrated)",
+    "shared rows+values": "one rate, all rows x values, all heads the same",
+    "snapkv": "`snapkv`",
+    "adakv": "`adakv`",
+    "fastv": "`fastv`",
+    "evidence": "told where the evidence is",
+    "anti-evidence": "told, and dropping it first",
     "hindsight": "told what the answer attends to",
-}  # fmt: skip
+}
 
 
 def short(rows):
