@@ -320,7 +320,7 @@ def summarise(head, done, folder, name):
         writer.writerows(rows)
     text = markdown(head, rows, data, group, long, weights)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    draw(rows, folder / f"{name}.png")
+    draw(rows, folder / f"{name}.png", second=head["mode"] == "second")
     print(text)
 
 
@@ -448,7 +448,7 @@ def markdown(head, rows, data, group, long, weights):
     return "\n".join(lines) + "\n"
 
 
-def draw(rows, path):
+def draw(rows, path, second=False):
     """Exact match of long answers against the vision KV bytes that were really kept."""
     import matplotlib
 
@@ -479,7 +479,7 @@ def draw(rows, path):
                       label=LABELS[method].replace("`", ""), linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
     axis.set(
         xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
-        xlim=(0, None), title="What pruning costs on the demo world",
+        xlim=(0, None), title="Pruned for one question, asked another" if second else "What pruning costs on the demo world",
     )  # fmt: skip
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
