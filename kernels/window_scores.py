@@ -44,6 +44,7 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     _check(q, k, q_pos, group)
     way = choose_backend(backend, q.device, q.dtype)
     (hq, w, d), (hkv, t, _) = q.shape, k.shape
+    sees_all = q_pos is None and w == 1
     q_pos = torch.arange(t - w, t, device=q.device) if q_pos is None else q_pos
     scale = d**-0.5 if scale is None else scale
     if way == "triton":
@@ -53,8 +54,9 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     compute = torch.promote_types(q.dtype, torch.float32)
     rows = q.reshape(hkv, -1, d).to(compute)  # (Hkv, G * W, D): a KV head's keys are read once
     scores = (scale * (rows @ k.to(compute).transpose(1, 2))).view(hq, w, t)
-    future = torch.arange(t, device=q.device) > q_pos[:, None]  # (W, T)
-    scores = scores.masked_fill_(future, float("-inf")).softmax(-1).mean(1)
+    if not sees_all:
+        scores = scores.masked_fill_(torch.arange(t, device=q.device) > q_pos[:, None], float("-inf"))  # the future
+    scores = scores.softmax(-1).mean(1)
     if group == "none":
         return scores
     grouped = scores.view(hkv, hq // hkv, t)

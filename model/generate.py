@@ -3,6 +3,7 @@
 import copy
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,14 @@ class Layout:
     last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
     norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norm of the layer's value rows, for methods that ask for values
 
+    @cached_property
+    def text(self):
+        """(T,) bool: what is not a picture's."""
+        mask = torch.ones(self.tokens, dtype=torch.bool, device=self.device)
+        for start, stop in self.spans:
+            mask[start:stop] = False
+        return mask
+
 
 class Pruner:
     """Asks a method about the layers of one prefill: what a layer's attention says goes in, what is kept comes out.
@@ -68,8 +77,9 @@ class Pruner:
                 layout = replace(layout, last=self._scores(q, k, 1))
             keep = self._heed(self.method.choose, layer, self._scores(q, k, self.method.window), layout)
             _wait(k.device)
-        spans, heads = self.layout.spans, self.layout.kv_heads
-        self.kept.append(sum(b - a if keep is None else keep[:, a:b].sum() / heads for a, b in spans))
+        vision, heads = sum(b - a for a, b in self.layout.spans), self.layout.kv_heads
+        # text is always kept
+        self.kept.append(vision if keep is None else keep.sum() / heads - (self.layout.tokens - vision))
         self.seconds += time.perf_counter() - start
         return keep
 

@@ -295,8 +295,8 @@ MUTANTS = {
     ),
     "a row does not see itself": (
         "kernels/window_scores.py",
-        "> q_pos[:, None]  # (W, T)",
-        ">= q_pos[:, None].clamp(min=1)  # (W, T)",
+        "> q_pos[:, None], float",
+        ">= q_pos[:, None].clamp(min=1), float",
         SCORES,
     ),
     "mean and max of a group swapped": (
@@ -414,9 +414,9 @@ MUTANTS = {
         "test_pruning.py::test_ties_go_to_the_lower_index",
     ),
     "text is dropped": (
-        "model/pruning/__init__.py",
-        "mask = torch.ones(layout.tokens",
-        "mask = torch.zeros(layout.tokens",
+        "model/generate.py",
+        "mask = torch.ones(self.tokens",
+        "mask = torch.zeros(self.tokens",
         f"{METHOD}test_guards_and_text_wherever_the_pictures_are",
     ),
     "only the first picture is pruned": (

@@ -479,7 +479,8 @@ def draw(rows, path, second=False):
                       label=LABELS[method].replace("`", ""), linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
     axis.set(
         xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
-        xlim=(0, None), title="Pruned for one question, asked another" if second else "What pruning costs on the demo world",
+        xlim=(0, None),
+        title="Pruned for one question, asked another" if second else "What pruning costs on the demo world",
     )  # fmt: skip
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

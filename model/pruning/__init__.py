@@ -107,9 +107,9 @@ class Method:
 
 def guarded(layout, sink=0, recent=0):
     """(T,) bool: the tokens that are never dropped: text, the first `sink` and the last `recent` of the prompt."""
-    mask = torch.ones(layout.tokens, dtype=torch.bool, device=layout.device)
-    for start, stop in layout.spans:
-        mask[start:stop] = False
+    if not sink and not recent:
+        return layout.text
+    mask = layout.text.clone()
     mask[:sink] = True
     mask[max(0, layout.tokens - recent) :] = True
     return mask
