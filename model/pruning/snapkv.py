@@ -67,10 +67,5 @@ class AdaKV(SnapKV):
 
     floor: float = 0.2
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is {self.floor}; give a fraction from 0 to 1")
-
     def choose(self, scores, count):
         return pooled(scores, count, self.floor)
