@@ -248,8 +248,6 @@ def _check_common(name, settings):
         raise ValueError(f"retention of method {name} is {retention!r}; give a fraction above 0 and up to 1")
     if keep_tokens is not None and (type(keep_tokens) is not int or keep_tokens < 1):
         raise ValueError(f"keep_tokens of method {name} is {keep_tokens!r}; give a whole number from 1 on")
-    if not 0 <= settings.get("floor", 0) <= 1:
-        raise ValueError(f"floor of method {name} is {settings['floor']!r}; give a fraction from 0 to 1")
     for key in ("window", *GUARDS):
         if key in settings and (type(settings[key]) is not int or settings[key] < 0):
             raise ValueError(f"{key} of method {name} is {settings[key]!r}; give a number of tokens from 0 on")

@@ -65,6 +65,12 @@ def pooled(scores, count, floor):
     return best(everything[None], count * len(scores)).view_as(safe)
 
 
+def check_floor(floor):
+    """ValueError for a floor that `pooled` cannot keep."""
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor is {floor}; give a fraction from 0 to 1")
+
+
 def mass(scores, share):
     """scores (H, n) -> bool (H, n): the fewest of each row that hold `share` of its sum, and at least one."""
     ordered, order = scores.double().sort(dim=-1, descending=True, stable=True)  # in fp32 the sums would round

@@ -15,7 +15,7 @@ beta, r, dr, the layers that are spared, the query row and the treatment of grou
 
 from dataclasses import dataclass
 
-from .budget import best, budget, by_kv_head, pooled, select
+from .budget import best, budget, by_kv_head, check_floor, pooled, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,10 @@ class PlphpAda(Plphp):
     """
 
     floor: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_floor(self.floor)
 
     def choose(self, scores, count):
         return pooled(scores, count, self.floor)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from .budget import best, budget, by_kv_head, pooled, select
+from .budget import best, budget, by_kv_head, check_floor, pooled, select
 
 POOLS = ("avg", "max")
 
@@ -66,6 +66,10 @@ class AdaKV(SnapKV):
     """
 
     floor: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_floor(self.floor)
 
     def choose(self, scores, count):
         return pooled(scores, count, self.floor)
