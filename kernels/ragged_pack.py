@@ -42,40 +42,48 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
     _check(k, v, keep, slack)
     way = choose_backend(backend, k.device, k.dtype)
     heads, tokens, d = k.shape
+    kv_len, lengths = keep.sum(-1), None
     if total is None or k.device.type == "cpu":
-        kept = int(keep.sum())
-        if total is not None and total != kept:
-            raise ValueError(f"total is {total}, but keep holds {kept} rows; give that or None")
-        total = kept
+        lengths = kv_len.tolist()
+        if total is not None and total != sum(lengths):
+            raise ValueError(f"total is {total}, but keep holds {sum(lengths)} rows; give that or None")
+        total = sum(lengths)
     if way == "triton":
         from . import ragged_pack_triton  # only here: the rest works without triton
 
         return ragged_pack_triton.pack(k, v, keep, slack, total)
     if total == heads * tokens:
-        return _pack_all(k, v, slack)
-    kv_len = keep.sum(-1)
+        return _pack_equal(k, v, torch.arange(tokens, device=k.device), slack)
+    head, position = keep.nonzero_static(size=total).unbind(1)  # ascending
+    if lengths and min(lengths) == max(lengths):
+        shape = heads, lengths[0]
+        rows = (_rows(x, head, position).view(*shape, d) for x in (k, v))
+        return _pack_equal(*rows, position.view(shape), slack)
     kv_start = kv_len.cumsum(0) - kv_len + slack * torch.arange(heads, device=k.device)
-    source = keep.flatten().nonzero_static(size=total)[:, 0]  # of the rows of all heads, ascending
-    head, position = source // tokens, source % tokens
     slot = torch.arange(total, device=k.device) + slack * head
-    rows = (x.reshape(-1, d).index_select(0, source) for x in (k, v))
+    rows = (_rows(x, head, position) for x in (k, v))
     k_arena, v_arena = (k.new_empty(total + heads * slack, d).index_copy_(0, slot, x) for x in rows)
     kv_pos = torch.full((len(k_arena),), -1, dtype=torch.int32, device=k.device)
     kv_pos[slot] = position.int()
     return k_arena, v_arena, kv_start.int(), kv_len.int(), kv_pos
 
 
-def _pack_all(k, v, slack):
-    """Nothing dropped: the arenas are (Hkv, T + slack, D) with the tokens in front."""
-    heads, tokens, d = k.shape
-    arenas = [x.new_empty(heads, tokens + slack, d) for x in (k, v)]
-    for arena, x in zip(arenas, (k, v), strict=True):
-        arena[:, :tokens] = x
-    kv_pos = torch.full((heads, tokens + slack), -1, dtype=torch.int32, device=k.device)
-    kv_pos[:, :tokens] = torch.arange(tokens, dtype=torch.int32, device=k.device)
-    kv_start = torch.arange(heads, dtype=torch.int32, device=k.device) * (tokens + slack)
-    kv_len = torch.full_like(kv_start, tokens)
-    return *(a.view(-1, d) for a in arenas), kv_start, kv_len, kv_pos.flatten()
+def _rows(x, head, position):
+    """x (Hkv, T, D) at pairs of indices (n,) -> (n, D). One index into flat rows is faster than two."""
+    if x.stride(0) < x.stride(1):  # as a prefill leaves it, token after token: no copy is made to flatten it
+        x, head, position = x.transpose(0, 1), position, head
+    return x.reshape(-1, x.shape[2]).index_select(0, head * x.shape[1] + position)
+
+
+def _pack_equal(k, v, position, slack):
+    """k, v (Hkv, n, D) of position (Hkv, n) or (n,) go to arenas (Hkv, n + slack, D): no slot has to be computed."""
+    heads, n, d = k.shape
+    k_arena, v_arena = (x.new_empty(heads, n + slack, d) for x in (k, v))
+    kv_pos = torch.full((heads, n + slack), -1, dtype=torch.int32, device=k.device)
+    for arena, rows in ((k_arena, k), (v_arena, v), (kv_pos, position)):
+        arena[:, :n] = rows
+    kv_start = torch.arange(heads, dtype=torch.int32, device=k.device) * (n + slack)
+    return k_arena.view(-1, d), v_arena.view(-1, d), kv_start, torch.full_like(kv_start, n), kv_pos.flatten()
 
 
 def _check(k, v, keep, slack):

@@ -44,9 +44,10 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     _check(q, k, q_pos, group)
     way = choose_backend(backend, q.device, q.dtype)
     (hq, w, d), (hkv, t, _) = q.shape, k.shape
-    sees_all = q_pos is None and w == 1
-    q_pos = torch.arange(t - w, t, device=q.device) if q_pos is None else q_pos
     scale = d**-0.5 if scale is None else scale
+    sees_all = q_pos is None and w == 1
+    if q_pos is None and (w > 1 or way == "triton"):
+        q_pos = torch.arange(t - w, t, device=q.device)
     if way == "triton":
         from . import window_scores_triton  # only here: the rest works without triton
 
@@ -56,7 +57,8 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     scores = (scale * (rows @ k.to(compute).transpose(1, 2))).view(hq, w, t)
     if not sees_all:
         scores = scores.masked_fill_(torch.arange(t, device=q.device) > q_pos[:, None], float("-inf"))  # the future
-    scores = scores.softmax(-1).mean(1)
+    scores = scores.softmax(-1)
+    scores = scores.mean(1) if w > 1 else scores[:, 0]
     if group == "none":
         return scores
     grouped = scores.view(hkv, hq // hkv, t)

@@ -307,14 +307,20 @@ MUTANTS = {
     ),
     "packed rows of the neighbour": (
         "kernels/ragged_pack.py",
-        "source // tokens, source % tokens",
-        "source // tokens, (source + 1) % tokens",
+        "head * x.shape[1] + position)",
+        "(head * x.shape[1] + position).flip(0).roll(1).flip(0))",
         PACK,
     ),
     "slots forget their tokens": (
         "kernels/ragged_pack.py",
         "kv_pos[slot] = position.int()",
-        "kv_pos[slot] = source.int()",
+        "kv_pos[slot] = slot.int()",
+        PACK,
+    ),
+    "equal heads: a slot to the left": (
+        "kernels/ragged_pack.py",
+        "* (n + slack)\n",
+        "* (n + slack - 1)\n",
         PACK,
     ),
     "first decoded position off by one": (
