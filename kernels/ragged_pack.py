@@ -69,10 +69,13 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
 
 
 def _rows(x, head, position):
-    """x (Hkv, T, D) at pairs of indices (n,) -> (n, D). One index into flat rows is faster than two."""
-    if x.stride(0) < x.stride(1):  # as a prefill leaves it, token after token: no copy is made to flatten it
-        x, head, position = x.transpose(0, 1), position, head
-    return x.reshape(-1, x.shape[2]).index_select(0, head * x.shape[1] + position)
+    """x (Hkv, T, D) at pairs of indices (n,) -> (n, D). One index into all rows of the memory is faster than two."""
+    d, (step_head, step_token, _) = x.shape[2], x.stride()
+    if step_head % d or step_token % d:
+        return x[head, position]
+    rows = 1 + (x.shape[0] - 1) * (step_head // d) + (x.shape[1] - 1) * (step_token // d)
+    flat = x.as_strided((rows, d), (d, 1))  # as a prefill leaves it: token after token, perhaps with q in between
+    return flat.index_select(0, head * (step_head // d) + position * (step_token // d))
 
 
 def _pack_equal(k, v, position, slack):

@@ -14,6 +14,7 @@ from kernels.backend import choose_backend
 from .cache import RaggedCache
 from .config import InputError
 from .image import normalise, read_image, to_square, with_mode
+from .llama import rope_turns
 from .tokenizer import TEMPLATES, Detokenizer, build_prompt
 
 
@@ -291,6 +292,7 @@ class DecodeStep:
 
     def __init__(self, language, cache):
         self.language, self.cache = language, cache
+        self.turns = rope_turns(language.config, cache.pos.device)
         self.graph = self.token = self.logits = None
         self.seen = None  # version of the cache that the last step ran on
 
@@ -311,7 +313,7 @@ class DecodeStep:
     def _step(self, token):
         """token (1,) -> logits (V,). Allocates from the device only; reads nothing back."""
         x = F.embedding(token, self.language.model.embed_tokens.weight)
-        return self.language.logits(self.language.decode(x, self.cache))[0]
+        return self.language.logits(self.language.decode(x, self.cache, self.turns))[0]
 
     def _replay(self, token):
         device = self.cache.pos.device

@@ -24,23 +24,66 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_table(positions, config, dtype):
-    """cos and signed sin of RoPE (arXiv 2104.09864): two tensors positions.shape + (1, D), to broadcast over heads.
+def rope_turns(config, device):
+    """(2, D) fp32: the angle by which each channel turns per position, in radians, and the sign of its sine.
 
     Channel i turns together with channel i + D/2 (the "half" layout of the checkpoints). The minus of the rotation
-    sits in the first half of sin, so that `rotate` needs no negation. Angles are computed in fp32.
+    sits in the sign, so that `rotate` needs no negation.
     """
-    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = config.rope_theta ** (-half / config.head_dim)  # (D/2,)
-    angles = positions[..., None, None].float() * frequencies  # (..., 1, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    speed = config.rope_theta ** (-half / config.head_dim)  # (D/2,)
+    sign = torch.ones_like(speed)
+    return torch.stack((torch.cat((speed, speed)), torch.cat((-sign, sign))))
+
+
+def rope_table(positions, config, dtype, turns=None):
+    """cos and signed sin of RoPE (arXiv 2104.09864): two tensors positions.shape + (1, D), to broadcast over heads.
+
+    Angles are computed in fp32. turns: `rope_turns`, where somebody has them already.
+    """
+    speed, sign = rope_turns(config, positions.device) if turns is None else turns
+    angles = positions[..., None, None] * speed  # (..., 1, D)
+    return angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
 
 
 def rotate(x, rope):
     """x (..., H, D) turned by its position."""
-    cos, sin = (t.to(x.dtype) for t in rope)  # the same type already, but for training under autocast
+    cos, sin = rope
+    if cos.dtype != x.dtype:  # in training under autocast
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class SideBySide:
+    """Linear layers (without biases) of the same input as one product: their weights become views of one matrix.
+
+    For inference: it copies the weights once; what they are called and their values stay. Whoever replaces one of them
+    later, instead of writing into it, is noticed by `current`.
+
+    In fp32 on a CPU the matrix lies in memory column by column: where it has more rows than columns, as here, its
+    product with a single x is then two to three times as fast (kernels/NOTES.md).
+    """
+
+    def __init__(self, *layers):
+        weights = [layer.weight for layer in layers]  # (N, C) each
+        columns = weights[0].dtype == torch.float32 and weights[0].device.type == "cpu"
+        self.layers, self.weight = layers, torch.cat([w.t() for w in weights], 1).t() if columns else torch.cat(weights)
+        self.parts = self.weight.split([layer.out_features for layer in layers])
+        for layer, part in zip(layers, self.parts, strict=True):
+            layer.weight = nn.Parameter(part, requires_grad=False)
+
+    def __call__(self, x):
+        """x (..., C) -> (..., all their channels)."""
+        return F.linear(x, self.weight)
+
+    def current(self):
+        """Are the layers' weights still the parts of this matrix?"""
+        return all(a.weight.data_ptr() == b.data_ptr() for a, b in zip(self.layers, self.parts, strict=True))
+
+
+def add_linear(x, layer, y):
+    """x + layer(y), (B, C), in one call where the layer has no bias."""
+    return torch.addmm(x, y, layer.weight.t()) if layer.bias is None else x + layer(y)
 
 
 class Attention(nn.Module):
@@ -52,13 +95,17 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.attention_bias)
+        self.qkv = None  # of `Llama.arrange`
 
     def project(self, x, rope):
         """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions."""
-        q = self.q_proj(x).unflatten(-1, (self.q_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        return rotate(q, rope), rotate(k, rope), v
+        if self.qkv is None or torch.is_grad_enabled():
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            return rotate(q, rope), rotate(k, rope), v
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (..., Hq + 2 * Hkv, D)
+        turned = rotate(heads[..., : -self.kv_heads, :], rope)  # q and k at once
+        q, k = turned.split((self.q_heads, self.kv_heads), -2)
+        return q, k, heads[..., -self.kv_heads :, :]
 
     def prefill(self, x, rope, mask=None):
         """x (B, T, C) -> y (B, T, C) and this layer's q (B, Hq, T, D) and k, v (B, Hkv, T, D)."""
@@ -68,16 +115,16 @@ class Attention(nn.Module):
         )
         return self.o_proj(y.transpose(1, 2).flatten(2)), q, k, v
 
-    def decode(self, x, rope, cache, layer):
-        """x (B, C), one token per sequence -> y (B, C); its k and v are appended to the cache."""
+    def decode(self, x, residual, rope, cache, layer):
+        """x (B, C), one token per sequence -> residual + y (B, C); its k and v are appended to the cache."""
         q, k, v = self.project(x, rope)  # (B, H, D)
-        return self.o_proj(cache.append_attend(layer, q, k, v).flatten(1))
+        return add_linear(residual, self.o_proj, cache.append_attend(layer, q.contiguous(), k, v).flatten(1))
 
     def extend(self, x, rope, cache, layer, past):
         """x (B, T, C), T tokens per sequence behind `past` (S,) cached ones -> y (B, T, C); k and v are appended."""
         q, k, v = self.project(x, rope)  # (B, T, H, D)
         cache.append(layer, k, v)
-        y, lse = cache.attend(layer, q, past, return_lse=True)  # every row sees all of the past
+        y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)  # every row sees all of the past
         y, _ = merge_states(y, lse, *causal_attention(q, k, v))
         return self.o_proj(y.flatten(2))
 
@@ -108,9 +155,17 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c, f, bias=config.mlp_bias)
         self.up_proj = nn.Linear(c, f, bias=config.mlp_bias)
         self.down_proj = nn.Linear(f, c, bias=config.mlp_bias)
+        self.gate_up = None  # of `Llama.arrange`
+
+    def gated(self, x):
+        """x (..., C) -> (..., F), what `down_proj` takes."""
+        if self.gate_up is None or torch.is_grad_enabled():
+            return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return F.silu(gate) * up
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(x))
 
 
 class DecoderLayer(nn.Module):
@@ -127,8 +182,8 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), q, k, v
 
     def decode(self, x, rope, cache, layer):
-        x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn.decode(self.input_layernorm(x), x, rope, cache, layer)
+        return add_linear(x, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(x)))
 
     def extend(self, x, rope, cache, layer, past):
         x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
@@ -154,6 +209,26 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def arrange(self):
+        """Lay the weights out for decoding: q, k and v in one product, gate and up in one. They are copied once."""
+        for layer in self.model.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            if not self.config.attention_bias:
+                attn.qkv = SideBySide(attn.q_proj, attn.k_proj, attn.v_proj)
+            if not self.config.mlp_bias:
+                mlp.gate_up = SideBySide(mlp.gate_proj, mlp.up_proj)
+        if self.lm_head is not None:
+            SideBySide(self.lm_head)  # for the order of its memory
+
+    def _part_changed(self):
+        """Take apart what `arrange` joined where somebody has replaced a weight since."""
+        for layer in self.model.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            if attn.qkv and not attn.qkv.current():
+                attn.qkv = None
+            if mlp.gate_up and not mlp.gate_up.current():
+                mlp.gate_up = None
+
     def prefill(self, x, cache=None, positions=None, mask=None, choose=None, narrow=None):
         """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
 
@@ -169,6 +244,7 @@ class Llama(nn.Module):
         positions (B, T) or (T,) default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may look, or added to
         the scores) replaces the causal rule: both are for training on packed sequences, without `narrow`.
         """
+        self._part_changed()
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
         for i, layer in enumerate(self.model.layers):
@@ -181,9 +257,12 @@ class Llama(nn.Module):
             del q, k, v  # not kept until the next layer has made its own
         return self.model.norm(x)
 
-    def decode(self, x, cache):
-        """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one."""
-        rope = rope_table(cache.pos, self.config, x.dtype)  # (B, 1, D)
+    def decode(self, x, cache, turns=None):
+        """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one.
+
+        turns: `rope_turns`, for who takes many steps.
+        """
+        rope = rope_table(cache.pos, self.config, x.dtype, turns)  # (B, 1, D)
         cache.grow()
         try:
             for i, layer in enumerate(self.model.layers):

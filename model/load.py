@@ -62,6 +62,11 @@ class Checkpoint:
                 for name, key in pairs:
                     weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
+        mapped = device.type == "cpu" and any(
+            SAFETENSORS_DTYPES[stored] == dtype for _, _, stored in self.keys.values()
+        )
+        if not mapped:  # a copy of what is mapped would be memory of its own
+            self.model.language_model.arrange()
         self.model.requires_grad_(False)
         return self
 

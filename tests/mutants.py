@@ -55,8 +55,8 @@ TURNS = "test_cache.py::test_two_turns_through_the_cache_are_one_long_prompt"
 MUTANTS = {
     "rope sign": (
         "model/llama.py",
-        "torch.cat((-sin, sin), -1)",
-        "torch.cat((sin, -sin), -1)",
+        "torch.cat((-sign, sign))",
+        "torch.cat((sign, -sign))",
         ROPE,
     ),
     "rope theta ignored": (
@@ -307,8 +307,8 @@ MUTANTS = {
     ),
     "packed rows of the neighbour": (
         "kernels/ragged_pack.py",
-        "head * x.shape[1] + position)",
-        "(head * x.shape[1] + position).flip(0).roll(1).flip(0))",
+        "position * (step_token // d))",
+        "position.roll(1) * (step_token // d))",
         PACK,
     ),
     "slots forget their tokens": (
@@ -322,6 +322,24 @@ MUTANTS = {
         "* (n + slack)\n",
         "* (n + slack - 1)\n",
         PACK,
+    ),
+    "k and v of the joined product swapped": (
+        "model/llama.py",
+        "SideBySide(attn.q_proj, attn.k_proj, attn.v_proj)",
+        "SideBySide(attn.q_proj, attn.v_proj, attn.k_proj)",
+        DECODE,
+    ),
+    "a replaced weight is not noticed": (
+        "model/llama.py",
+        "        self._part_changed()\n",
+        "",
+        "test_generate.py::test_a_weight_that_is_replaced_or_written_counts",
+    ),
+    "mapped weights are copied": (
+        "model/load.py",
+        "if not mapped:",
+        "if True:",
+        "test_generate.py::test_mapped_weights_stay_mapped",
     ),
     "first decoded position off by one": (
         "model/cache.py",

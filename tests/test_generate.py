@@ -37,15 +37,61 @@ def finished(*args, **kwargs):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("split", [1, 5, 11])
+@pytest.mark.parametrize("arranged", [False, True])
 @torch.no_grad()
-def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split):
+def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split, arranged):
     model = small_llama(kv_heads=kv_heads)
     x = torch.randn(2, 12, 32)  # two sequences
     whole = model.prefill(x)
+    if arranged:
+        model.arrange()
     cache = RaggedCache(3, slack=2)  # forces several repacks on the way
     states = [model.prefill(x[:, :split], cache)] + [model.decode(x[:, t], cache)[:, None] for t in range(split, 12)]
     torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
     assert cache.pos.tolist() == [12, 12] and cache.kv_len.unique().tolist() == [12]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arranged_weights_keep_names_and_values(dtype):
+    model = small_llama().to(dtype)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    x = torch.randn(1, 6, 32).to(dtype)
+    with torch.no_grad():
+        plain = model.prefill(x)
+        model.arrange()
+        torch.testing.assert_close(model.prefill(x), plain, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[n], w) for n, w in before.items())
+    attn = model.model.layers[1].self_attn
+    assert len({p.weight.untyped_storage().data_ptr() for p in (attn.q_proj, attn.k_proj, attn.v_proj)}) == 1
+    assert attn.qkv.weight.stride(0) == (1 if dtype == torch.float32 else 32)
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
+@torch.no_grad()
+def test_a_weight_that_is_replaced_or_written_counts(name):
+    model, x = small_llama(), torch.randn(1, 6, 32)
+    model.arrange()
+    layer = model.model.layers[1].get_submodule(name)
+    layer.weight.mul_(3)  # written into
+    written = model.prefill(x)
+    other = copy.deepcopy(model)  # whose weights lie apart again
+    layer.weight = torch.nn.Parameter(layer.weight / 3, requires_grad=False)
+    replaced, back = model.prefill(x), small_llama().prefill(x)
+    torch.testing.assert_close(replaced, back, rtol=1e-5, atol=1e-5)
+    assert (written - back).abs().max() > 1e-3
+    for p in other.parameters():
+        p.mul_(1)
+    torch.testing.assert_close(other.prefill(x), written, rtol=1e-5, atol=1e-5)
+    other.model.layers[1].get_submodule(name).weight.div_(3)
+    torch.testing.assert_close(other.prefill(x), back, rtol=1e-5, atol=1e-5)
+
+
+def test_mapped_weights_stay_mapped():
+    """A copy of them would be memory of its own; where they are cast they are copied in any case."""
+    assert load(DEMO, "bf16").model.language_model.model.layers[0].self_attn.qkv is None
+    cast = load(DEMO, "fp32").model.language_model.model.layers
+    assert all(layer.self_attn.qkv.current() and layer.mlp.gate_up.current() for layer in cast)
 
 
 @torch.no_grad()
