@@ -68,6 +68,8 @@ def parser():
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
                    help="kernels of the cache: triton needs CUDA, or TRITON_INTERPRET=1 (default: triton on CUDA)")
+    p.add_argument("--compile", action="store_true",
+                   help="let torch.compile make the decode step: the first token takes half a minute longer")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
                    help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, uniform, "
                         "shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... (default none)")
@@ -143,6 +145,8 @@ def explain(broken):
         return text, 2
     if isinstance(broken, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory ({text[:200]}); try --dtype bf16, a smaller --max-new-tokens or fewer pictures", 1
+    if type(broken).__name__ in ("InductorError", "BackendCompilerFailed"):
+        return f"torch.compile failed ({text[:200]}); run without --compile", 1
     return f"{type(broken).__name__}: {text[:300]}; run again with --debug to see where", 1
 
 
@@ -178,8 +182,9 @@ def answer(args):
     prune = choose_method(args, checkpoint.folder)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
     generation = Generation(
-        checkpoint, args.prompt, pictures, sampling, args.template, args.image_mode, args.system, prune, args.backend
-    )
+        checkpoint, args.prompt, pictures, sampling, args.template, args.image_mode, args.system, prune, args.backend,
+        args.compile,
+    )  # fmt: skip
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
     dtype = str(checkpoint.dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from kernels.backend import choose_backend
 from .cache import RaggedCache
 from .config import InputError
 from .image import normalise, read_image, to_square, with_mode
-from .llama import rope_turns
+from .llama import DecoderLayer, rope_turns
 from .tokenizer import TEMPLATES, Detokenizer, build_prompt
 
 
@@ -139,15 +139,15 @@ class Generation:
 
     def __init__(
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
-        prune=None, backend="auto",
+        prune=None, backend="auto", compile=False,
     ):  # fmt: skip
         """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`.
 
         prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
-        of the kernels.
+        of the kernels; compile: the decode step, see `DecodeStep`.
         """
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
-        self.prune, self.backend = prune, backend
+        self.prune, self.backend, self.compile = prune, backend, compile
         self.template = checkpoint.template if template == "auto" else template
         if self.template not in TEMPLATES or image_mode not in ("auto", "crop", "pad"):
             raise InputError(
@@ -227,7 +227,7 @@ class Generation:
         limit = min(sampling.max_new_tokens, self.room)
         choose = _chooser(sampling, self.never(), self.checkpoint.device)
         token = choose(self._prefill(limit))
-        step = DecodeStep(self.checkpoint.model.language_model, self.cache)
+        step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
         writer = _Writer(Detokenizer(tokenizer), sampling.stop)
         while len(self.token_ids) < limit:
             if token in self.checkpoint.stop_ids:
@@ -290,9 +290,12 @@ class DecodeStep:
     the arenas have moved. The first step after that runs as it is, which also compiles the kernels.
     """
 
-    def __init__(self, language, cache):
+    def __init__(self, language, cache, compile=False):
+        """compile: let torch.compile join the small operations between the products; the first step takes long."""
         self.language, self.cache = language, cache
         self.turns = rope_turns(language.config, cache.pos.device)
+        halves = DecoderLayer.before_attention, DecoderLayer.after_attention
+        self.halves = tuple(torch.compile(half, dynamic=False) for half in halves) if compile else halves
         self.graph = self.token = self.logits = None
         self.seen = None  # version of the cache that the last step ran on
 
@@ -313,7 +316,7 @@ class DecodeStep:
     def _step(self, token):
         """token (1,) -> logits (V,). Allocates from the device only; reads nothing back."""
         x = F.embedding(token, self.language.model.embed_tokens.weight)
-        return self.language.logits(self.language.decode(x, self.cache, self.turns))[0]
+        return self.language.logits(self.language.decode(x, self.cache, self.turns, self.halves))[0]
 
     def _replay(self, token):
         device = self.cache.pos.device

@@ -82,8 +82,8 @@ class SideBySide:
 
 
 def add_linear(x, layer, y):
-    """x + layer(y), (B, C), in one call where the layer has no bias."""
-    return torch.addmm(x, y, layer.weight.t()) if layer.bias is None else x + layer(y)
+    """x += layer(y), (B, C), in one call where the layer has no bias -> x."""
+    return x.addmm_(y, layer.weight.t()) if layer.bias is None else x.add_(layer(y))
 
 
 class Attention(nn.Module):
@@ -114,11 +114,6 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
         )
         return self.o_proj(y.transpose(1, 2).flatten(2)), q, k, v
-
-    def decode(self, x, residual, rope, cache, layer):
-        """x (B, C), one token per sequence -> residual + y (B, C); its k and v are appended to the cache."""
-        q, k, v = self.project(x, rope)  # (B, H, D)
-        return add_linear(residual, self.o_proj, cache.append_attend(layer, q.contiguous(), k, v).flatten(1))
 
     def extend(self, x, rope, cache, layer, past):
         """x (B, T, C), T tokens per sequence behind `past` (S,) cached ones -> y (B, T, C); k and v are appended."""
@@ -181,8 +176,14 @@ class DecoderLayer(nn.Module):
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), q, k, v
 
-    def decode(self, x, rope, cache, layer):
-        x = self.self_attn.decode(self.input_layernorm(x), x, rope, cache, layer)
+    def before_attention(self, x, rope):
+        """A decode step's first half: x (B, C), one token per sequence -> q (B, Hq, D), k and v (B, Hkv, D)."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
+        return q.contiguous(), k, v
+
+    def after_attention(self, x, y):
+        """Its second half: x (B, C) and what attention gave, y (B, Hq, D) -> x (B, C), changed in place."""
+        x = add_linear(x, self.self_attn.o_proj, y.flatten(1))
         return add_linear(x, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(x)))
 
     def extend(self, x, rope, cache, layer, past):
@@ -257,16 +258,19 @@ class Llama(nn.Module):
             del q, k, v  # not kept until the next layer has made its own
         return self.model.norm(x)
 
-    def decode(self, x, cache, turns=None):
+    def decode(self, x, cache, turns=None, halves=(DecoderLayer.before_attention, DecoderLayer.after_attention)):
         """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one.
 
-        turns: `rope_turns`, for who takes many steps.
+        turns: `rope_turns`, for who takes many steps; halves: of a layer, which may be compiled.
         """
+        before_attention, after_attention = halves
         rope = rope_table(cache.pos, self.config, x.dtype, turns)  # (B, 1, D)
+        x = x.clone()  # the layers add to it in place
         cache.grow()
         try:
             for i, layer in enumerate(self.model.layers):
-                x = layer.decode(x, rope, cache, i)
+                q, k, v = before_attention(layer, x, rope)
+                x = after_attention(layer, x, cache.append_attend(i, q, k, v))
         except BaseException:  # Ctrl-C too: the cache stays as it was
             cache.give_back()
             raise

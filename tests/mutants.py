@@ -335,6 +335,12 @@ MUTANTS = {
         "",
         "test_generate.py::test_a_weight_that_is_replaced_or_written_counts",
     ),
+    "a step changes what it is given": (
+        "model/llama.py",
+        "x = x.clone()  #",
+        "#",
+        "test_generate.py::test_a_step_leaves_what_it_is_given",
+    ),
     "mapped weights are copied": (
         "model/load.py",
         "if not mapped:",

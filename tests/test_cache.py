@@ -213,11 +213,10 @@ def test_a_step_that_is_broken_off_leaves_the_cache_as_it_was(backend, slack, mo
     model, x = small_llama(), torch.randn(2, 16, 32)
     cache = RaggedCache(LAYERS, slack, backend=backend)
     states = [model.prefill(x[:, :8], cache)]
-    last = model.model.layers[-1]
+    last = model.model.layers[-1].mlp
     for step in (lambda: model.decode(x[:, 8], cache), lambda: model.extend(x[:, 8:13], cache)):
         with monkeypatch.context() as patch:
-            patch.setattr(type(last), "decode", broken_off(type(last).decode, last))
-            patch.setattr(type(last), "extend", broken_off(type(last).extend, last))
+            patch.setattr(type(last), "gated", broken_off(type(last).gated, last))
             with pytest.raises(KeyboardInterrupt):
                 step()
         assert cache.pos.tolist() == [8, 8] and cache.kv_len.unique().tolist() == [8]
@@ -226,11 +225,11 @@ def test_a_step_that_is_broken_off_leaves_the_cache_as_it_was(backend, slack, mo
         check(model, rows, torch.ones(LAYERS, 2, 1, dtype=torch.bool), got)
 
 
-def broken_off(method, layer):
-    """The method, but Ctrl-C in that layer."""
+def broken_off(method, module):
+    """The method, but Ctrl-C in that module."""
 
     def run(self, *arguments):
-        if self is layer:
+        if self is module:
             raise KeyboardInterrupt
         return method(self, *arguments)
 

@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from model.config import TextConfig
 from model.generate import _Writer, probabilities
 from model.llama import rope_table, rotate
 from tests.oracle import small_llama
-from tests.paths import DEMO, DEMO_PICTURE
+from tests.paths import DEMO, DEMO_PICTURE, ROOT
 
 PICTURE = str(DEMO_PICTURE)
 QUESTION = "Describe the picture."
@@ -85,6 +89,30 @@ def test_a_weight_that_is_replaced_or_written_counts(name):
     torch.testing.assert_close(other.prefill(x), written, rtol=1e-5, atol=1e-5)
     other.model.layers[1].get_submodule(name).weight.div_(3)
     torch.testing.assert_close(other.prefill(x), back, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_says_the_same(demo):
+    """In two graphs, whatever the number of layers. In a process of its own: what a compiler leaves behind is large."""
+    plain = finished(demo, QUESTION, [PICTURE], Sampling(24))
+    script = f"""
+import torch
+from model import Generation, Sampling, load
+answer = Generation(load({str(DEMO)!r}, "fp32"), {QUESTION!r}, [{PICTURE!r}], Sampling(24), compile=True)
+"".join(answer)
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"], answer.token_ids)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"2 {plain.token_ids}\n" and len(plain.token_ids) == 24, done.stderr[-500:]
+
+
+@torch.no_grad()
+def test_a_step_leaves_what_it_is_given():
+    model, x, cache = small_llama(), torch.randn(1, 6, 32), RaggedCache(3)
+    model.prefill(x, cache)
+    before = x.clone()
+    model.decode(x[:, 0], cache)
+    assert torch.equal(x, before)
 
 
 def test_mapped_weights_stay_mapped():
