@@ -1,7 +1,14 @@
 """tools/bench_kernels.py: it times what is right, refuses what is wrong, and writes what it measured. And its plot."""
 
 import csv
+import importlib.util
 import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 import types
 
 import pytest
@@ -13,7 +20,9 @@ from tools import bench_kernels, plot_bench
 
 SMALL = ["--device", "cpu", "--shapes", "demo", "--tokens", "64", "--retention", "1", "0.3"]
 SMALL += ["--rounds", "2", "--copies", "2"]
+ONCE = ["--rounds", "1", "--copies", "2"]
 BASELINES = {"sdpa, all tokens", "plain softmax", "indexing", "dense cache"}
+NUMBERS = {"us", "p20_us", "p80_us", "GBps", "speed", "speeds", "ceiling", "max_error", "over_uniform"}
 OWN = """
 import torch, kernels
 from kernels import ragged_decode as ours
@@ -42,6 +51,13 @@ def quick():
     torch.set_num_threads(threads)
 
 
+def measured(tmp_path, *flags, code=0):
+    """(about, rows) of what --json has written."""
+    assert bench_kernels.main([*flags, "--device", "cpu", "--json", str(tmp_path / "rows.json")]) == code
+    data = json.loads((tmp_path / "rows.json").read_text())
+    return data["about"], data["rows"]
+
+
 @pytest.fixture(scope="module")
 def smoke(quick, tmp_path_factory):
     """The file that `--preset smoke --json` writes."""
@@ -63,17 +79,35 @@ def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
     data = json.loads(files[0].read_text())
     rows = data["rows"]
     with open(files[1], newline="") as f:
-        assert [r["provider"] for r in csv.DictReader(f)] == [r["provider"] for r in rows]
+        table = list(csv.DictReader(f))
+    assert [r["provider"] for r in table] == [r["provider"] for r in rows]
     timed = [r for r in rows if r["right"]]
+    for row, cells in zip(rows, table, strict=True):
+        assert row["repro"] == cells["repro"] and f" {op} " in row["repro"]
+        for key in NUMBERS - {"over_uniform", "speeds"}:
+            assert cells[key] == ("" if row.get(key) is None else str(row[key]))
+        assert not cells["speeds"] or json.loads(cells["speeds"]) == row["speeds"]
+    for row in timed:
+        assert row["p20_us"] <= row["us"] <= row["p80_us"] and 0 <= row["max_error"] < 1e-4
+        assert row["speed"] == row["speeds"][row["baseline"]]
+        assert row["GBps"] is None or row["GBps"] == pytest.approx(1e3 * row["megabytes"] / row["us"])
+        assert (row["GBps"] is None) == (row["ceiling"] is None)  # the bandwidth is taken for 10 GB/s
+        assert row["GBps"] is None or row["GBps"] == pytest.approx(10 * row["ceiling"])
     assert {r["op"] for r in rows} == {op} and all(r["us"] > 0 for r in timed)
     baselines = [r for r in timed if r["provider"] in BASELINES]
     assert all(r["speed"] == 1 for r in baselines) and len(baselines) == len({r["case"] for r in rows})
     missing = {r["provider"]: r["why"] for r in rows if not r["right"]}
     wanted = {"ours, triton"} | ({"varlen, heads as batch"} if op == "ragged_decode" else set())
-    assert missing == dict.fromkeys(wanted, "needs CUDA")
+    wanted |= {"flex attention"} if op in bench_kernels.ATTENTION else set()
+    installed = importlib.util.find_spec("flashinfer") is not None
+    flashinfer = {"flashinfer": "needs CUDA" if installed else "flashinfer is not installed"}
+    assert missing == dict.fromkeys(wanted, "needs CUDA") | (flashinfer if op in bench_kernels.ATTENTION else {})
     assert data["about"]["machine"] and data["about"]["bandwidth_GBps"] == 10 and op in data["about"]["command"]
     out = capsys.readouterr().out
-    assert out.count(" us   speed") == len(timed) and out.count("not timed: needs CUDA") == len(rows) - len(timed)
+    assert out.count("not timed: ") == len(rows) - len(timed)
+    for row in timed:
+        provider, error = re.escape(row["provider"]), re.escape(f"{row['max_error']:.1e}")
+        assert re.search(rf"^  {provider} +{row['us']:.1f} +{row['p20_us']:.1f} .* {error}", out, re.M)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="conftest.py asks for the interpreter only without CUDA")
@@ -142,6 +176,54 @@ def test_layers_have_the_bytes_that_were_asked_for(shape, mbytes):
                 assert lengths.mean() <= bench_kernels.LONGEST
 
 
+@pytest.mark.parametrize("layout", bench_kernels.LAYOUTS)
+@pytest.mark.parametrize("retention", [0.02, 0.2, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize(("b", "hkv"), [(1, 4), (1, 32), (2, 4), (3, 8), (8, 8)])
+def test_layouts_hold_the_same_rows(layout, retention, b, hkv):
+    for tokens in (1, 7, 64, 1000):
+        args = layout, b, hkv, tokens, retention
+        lengths = bench_kernels.lengths_of(*args, torch.Generator().manual_seed(3))
+        assert lengths.shape == (b * hkv,) and lengths.dtype == torch.int64
+        assert lengths.sum() == b * hkv * max(1, round(retention * tokens))
+        assert lengths.min() >= 1 and lengths.max() <= tokens
+        assert torch.equal(lengths, bench_kernels.lengths_of(*args, torch.Generator().manual_seed(3)))
+
+
+def test_layouts_are_what_their_names_say():
+    def lengths(layout, b, hkv, tokens, retention):
+        generator = torch.Generator().manual_seed(0)
+        return bench_kernels.lengths_of(layout, b, hkv, tokens, retention, generator)
+
+    # as 1 / rank, and not in that order
+    zipf = lengths("zipf", 1, 8, 2000, 0.3)
+    ordered = zipf.sort(descending=True).values
+    assert (ordered * torch.arange(1, 9) - ordered[0]).abs().max() <= 8 and not torch.equal(zipf, ordered)
+    # where the first ranks cannot hold their share, they hold everything, and the rest is still as 1 / rank
+    ordered = lengths("zipf", 1, 32, 1000, 0.3).sort(descending=True).values
+    assert (ordered[:2] == 1000).all() and abs(ordered[4] * 5 - ordered[9] * 10) < 15
+    # everything, and the rest equally; or all but one row of each of the others
+    giant = lengths("giant", 1, 8, 1000, 0.2)
+    assert giant.max() == 1000 and set((giant.sort().values[:-1]).tolist()) == {85, 86}
+    assert lengths("giant", 1, 8, 1000, 0.05).sort().values.tolist() == 7 * [1] + [393]
+    # three rates, r = 0.4 and dr = 0.3, each for whole sequences; dr is never more than r
+    assert lengths("plphp", 3, 4, 1000, 0.4).view(3, 4).tolist() == [4 * [100], 4 * [400], 4 * [700]]
+    assert lengths("plphp", 8, 1, 1000, 0.4).bincount()[[100, 400, 700]].tolist() == [3, 2, 3]
+    assert lengths("plphp", 2, 1, 1000, 0.2).tolist() == [1, 399]
+    # one sequence: plphp-ada keeps a floor of 0.2 in every head, and the heads differ
+    ada = lengths("plphp", 1, 8, 1000, 0.2)
+    assert ada.min() >= 40 and 1.5 * 200 < ada.max() < 4 * 200 and len(set(ada.tolist())) > 4
+    ragged = lengths("ragged", 1, 32, 1000, 0.2)
+    assert ragged.max() > 1.3 * 200 and ragged.min() < 0.7 * 200 and ragged.max() < 7.1 * ragged.min()
+
+
+def test_layouts_are_a_choice(tmp_path):
+    (args,) = bench_kernels.parsed(["--shapes", "demo", "--tokens", "9", "--layouts", "zipf", "giant", "zipf"])
+    assert [x.layout for x in bench_kernels.layers(args, itemsize=4)] == ["equal", "zipf", "giant"]  # 1 and 0.3 kept
+    flags = ["decode", *SMALL[2:], "--retention", "0.5", *ONCE, "--layouts", "zipf"]
+    _, rows = measured(tmp_path, *flags)
+    assert {r["layout"] for r in rows} == {"zipf"} and any(r["right"] for r in rows)
+
+
 def test_large_problems_leave_room_on_the_device(monkeypatch):
     gib, setting = 2**30, bench_kernels.Setting(torch.bfloat16, torch.device("cuda"), {}, None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -185,6 +267,249 @@ def test_heads_become_sequences(group, knows_groups):
     assert torch.allclose(attend(q, k, v), wanted, rtol=1e-12)
 
 
+def by_name(rows):
+    return {row["provider"]: row for row in rows}
+
+
+def attention_of(masked):
+    """The stand-ins' arithmetic: SDPA on rectangles of q (S, G, D), k and v (S, n, D), and lengths (S,)."""
+    q, k, v, lengths = masked
+    mask = torch.arange(k.shape[1]) < lengths[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+
+
+class FlashInfer:
+    """A stand-in for flashinfer and its wrapper, in plain PyTorch. scale: of what it gives, 1 is right; fails: in which
+    of its calls it raises."""
+
+    plans, runs, scale, fails = 0, 0, 1.0, None
+
+    def BatchDecodeWithPagedKVCacheWrapper(self, workspace, layout, use_tensor_cores):  # noqa: N802
+        assert layout == "NHD" and workspace.nbytes >= 2**27
+        return self
+
+    def plan(self, indptr, indices, last, q_heads, kv_heads, d, page_size, *, q_data_type, kv_data_type):
+        assert kv_heads == 1 and {indptr.dtype, indices.dtype, last.dtype} == {torch.int32}
+        assert len(indices) == indptr[-1] and last.min() >= 1 and last.max() <= page_size
+        self.table, self.plans = (indptr, indices, last, page_size), self.plans + 1
+
+    def run(self, q, caches):
+        self.runs += 1
+        if self.runs == self.fails:
+            raise NotImplementedError("no groups\nof 2")
+        indptr, indices, last, page_size = self.table
+        lengths = (indptr.diff() - 1) * page_size + last
+        k, v = (q.new_zeros(len(last), int(lengths.max()), q.shape[-1]) for _ in range(2))
+        for dense, pages in zip((k, v), caches, strict=True):
+            assert pages.shape[1:] == (page_size, 1, q.shape[-1])
+            for s, n in enumerate(lengths.tolist()):
+                dense[s, :n] = pages[indices[indptr[s] : indptr[s + 1]].long()].flatten(0, 2)[:n]
+        return self.scale * attention_of((q, k, v, lengths))
+
+
+@pytest.fixture
+def guests(monkeypatch):
+    """FlexAttention uncompiled and a stand-in for FlashInfer, which is returned: both can then be timed on a CPU."""
+    stand_in = FlashInfer()
+    monkeypatch.setattr(bench_kernels, "flex_missing", lambda setting: None)
+    monkeypatch.setattr(bench_kernels, "flashinfer_missing", lambda setting: None)
+    stand_in.compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: stand_in.compiled.append(1) or function)
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
+    return stand_in
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("op", bench_kernels.ATTENTION)
+def test_flex_and_flashinfer_attend_to_what_heads_keep(op, guests, tmp_path):
+    flags = ["--shapes", "demo", "qwen", "--tokens", "40", "--retention", "0.5", "--layouts", "equal", "zipf"]
+    _, rows = measured(tmp_path, op, *flags, *ONCE)
+    found = [r for r in rows if r["provider"] in ("flex attention", "flashinfer")]
+    assert len(found) == 8 and all(r["right"] and r["guest"] for r in found)
+    assert guests.plans == len(guests.compiled) == 4  # once per case, not per copy
+    for row in rows:  # every baseline that was timed beside it
+        rivals = {"sdpa, all tokens", "sdpa, padded + mask", "flex attention", "flashinfer"}
+        rivals |= {"sdpa, rectangle"} if row["layout"] == "equal" else set()
+        rivals |= {"adakv-style"} if op == "ragged_decode_append" else set()
+        assert "us" not in row or set(row["speeds"]) == rivals
+
+
+def test_pages_hold_the_rows_of_each_head(guests):
+    lengths = torch.tensor([16, 1, 32, 17, 40, 15])  # B 2, Hkv 3
+    q, k, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 12, 8), (2, 3, 40, 8), (2, 3, 40, 8)))
+    pages = bench_kernels.paged(k, lengths)
+    assert pages.shape == (1 + 1 + 2 + 2 + 3 + 1, 16, 1, 8)
+    assert torch.equal(pages[bench_kernels.last_slots(lengths)], k.flatten(0, 1)[torch.arange(6), lengths - 1])
+    setting = bench_kernels.Setting(q.dtype, q.device, {}, 1)
+    got = bench_kernels.flashinfer_over(lengths, 4, 8, setting)(q, pages, bench_kernels.paged(v, lengths))
+    mask = (torch.arange(40) < lengths[:, None]).view(2, 3, 1, 40)
+    assert torch.allclose(got, bench_kernels.exact_attention(q, k, v, mask), rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("fails", [1, 2], ids=["first copy", "second copy"])
+def test_what_guests_cannot_do_is_said(fails, guests, tmp_path, monkeypatch, capsys):
+    def no_flex(*_):
+        raise ValueError("no masks")
+
+    flags = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", *ONCE, "--layouts", "zipf"]
+    guests.fails = fails
+    monkeypatch.setattr(bench_kernels, "flex_over", no_flex)
+    _, rows = measured(tmp_path, *flags)
+    found = by_name(rows)
+    assert len(found) == len(rows) and found["ours, torch"]["right"]
+    assert found["flashinfer"]["why"] == "NotImplementedError: no groups of 2" and found["flashinfer"]["right"] is None
+    assert found["flex attention"]["why"] == "ValueError: no masks" and not NUMBERS & set(found["flex attention"])
+    assert "not timed: NotImplementedError: no groups of 2" in capsys.readouterr().out
+
+
+def test_why_guests_are_left_out():
+    for flags, why in (({}, None), ({"flex": False}, "left out by --no-flex")):
+        setting = bench_kernels.Setting(torch.bfloat16, torch.device("cuda"), {}, 1, **flags)
+        assert bench_kernels.flex_missing(setting) == why
+
+
+def test_a_wrong_guest_is_no_failure_of_ours(guests, tmp_path, capsys):
+    guests.scale = 1.01
+    flags = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", *ONCE, "--layouts", "equal"]
+    _, rows = measured(tmp_path, *flags)
+    rows = by_name(rows)
+    assert rows["flashinfer"]["why"] == "WRONG RESULT" and not NUMBERS & set(rows["flashinfer"])
+    assert not any("flashinfer" in row.get("speeds", ()) for row in rows.values()) and rows["ours, torch"]["right"]
+    assert "flashinfer                  WRONG RESULT, not timed" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what is said about it
+
+
+def test_percentiles_and_speeds_are_those_of_the_rounds(monkeypatch, capsys):
+    times = {"plain": [4e-6, 2e-6, 6e-6, 8e-6, 10e-6, 12e-6], "other": [4e-6] * 6, "ours, torch": [2e-6] * 6}
+    times["base X, torch"] = [3e-6] * 6
+    case = bench_kernels.Case("a case", 8000, "plain")
+    for name in times:
+        check = lambda call: (torch.ones(2), torch.zeros(2), torch.tensor([1, 1 + 1e-9], dtype=torch.float64))  # noqa: E731
+        case.add(name, None, check, rival=name != "ours, torch")
+    monkeypatch.setattr(bench_kernels, "take_turns", lambda *_: (times, dict.fromkeys(times, False), {}))
+    rows = bench_kernels.measure("op", case, 6, 1e10, torch.device("cpu"), "again")
+    plain, _, ours, _ = rows
+    assert [plain[k] for k in ("p20_us", "us", "p80_us")] == pytest.approx([4, 7, 10])
+    assert ours["GBps"] == pytest.approx(4) and ours["ceiling"] == pytest.approx(0.4) and ours["repro"] == "again"
+    assert ours["max_error"] == pytest.approx(1e-9)
+    assert ours["speeds"] == pytest.approx({"plain": 3.5, "other": 2, "base X, torch": 1.5}) and ours["speed"] == 3.5
+    assert plain["speeds"] == pytest.approx({"plain": 1, "other": 7 / 12, "base X, torch": 7 / 16})
+    lines = list(bench_kernels.show(rows, torch.device("cpu")))
+    assert lines[3].endswith("2.00 x other   1.50 x base X, torch") and not lines[1].endswith("torch")
+
+
+def again(command):
+    """(args, setting, cases) of a repro line."""
+    words = [word for word in shlex.split(command) if not word.startswith("TRITON_INTERPRET=")]
+    assert words[:2] == ["python", "tools/bench_kernels.py"]
+    (args,) = bench_kernels.parsed(words[2:])
+    setting = bench_kernels.Setting(bench_kernels.DTYPES[args.dtype], torch.device(args.device), {}, args.copies)
+    return args, setting, list(bench_kernels.cases(args, setting))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset", "smoke"],
+        ["--preset", "gpu"],
+        ["all", "--batch", "1", "3", "--layouts", "ragged", "plphp", "--no-flex", "--rounds", "4", "--copies", "3"],
+        ["--skew", "3", "1.23456789", "--shapes", "gqa8 x 8", "--mbytes", "0.5", "7"],
+    ],
+    ids=["smoke", "gpu", "all", "skew"],
+)
+def test_a_repro_line_is_exactly_its_case(flags):
+    total = 0
+    for args in bench_kernels.parsed([*flags, "--dtype", "bf16", "--device", "cpu"]):
+        setting = bench_kernels.Setting(torch.bfloat16, torch.device("cpu"), {}, args.copies)
+        for build, words in bench_kernels.cases(args, setting):
+            args_again, setting_again, found = again(bench_kernels.command(words, args, setting))
+            assert len(found) == 1 and setting_again == setting
+            assert (args_again.rounds, args_again.no_flex) == (args.rounds, args.no_flex)
+            one, total = found[0][0], total + 1
+            assert one.func == build.func and len(one.args) == len(build.args)
+            for a, b in zip(one.args, build.args, strict=True):
+                if isinstance(a, bench_kernels.Layer):
+                    assert (a.name, a.sizes, a.tokens) == (b.name, b.sizes, b.tokens)
+                    assert torch.equal(a.lengths, b.lengths)
+                else:
+                    assert a == b
+    assert total >= 4
+
+
+def test_repro_lines_are_printed_and_run(tmp_path, capsys):
+    (tmp_path / "a b.py").write_text(OWN.format(result="ours(q, k, v, kv_start, kv_len)"))
+    flags = ["--shapes", "demo", "--tokens", "40", *ONCE, "--skew", "2", "--kernel", str(tmp_path / "a b.py")]
+    _, rows = measured(tmp_path, *flags)
+    out = capsys.readouterr().out
+    wanted = [row for row in rows if row["layout"] == "skew 2"]
+    assert f"\n  {wanted[0]['repro']}\n" in out
+    _, rows = measured(tmp_path, *shlex.split(wanted[0]["repro"])[2:])
+    assert [(r["case"], r["provider"]) for r in rows] == [(r["case"], r["provider"]) for r in wanted]
+
+
+# ---------------------------------------------------------------- another commit
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
+    """A repository with three commits: our kernels; the same, and a wrong ragged_decode; none."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    root = tmp_path_factory.mktemp("history")
+    git = lambda *words: subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True)  # noqa: E731
+    git("init")
+    shutil.copytree(bench_kernels.ROOT / "kernels", root / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    wrong = "\nright = ragged_decode\n\ndef ragged_decode(*args, **kw):\n    return 1.01 * right(*args, **kw)\n"
+    for change in (
+        lambda: None,
+        lambda: (root / "kernels" / "__init__.py").open("a").write(wrong),
+        lambda: (root / "kernels").rename(root / "other"),
+    ):
+        change()
+        git("add", "-A")
+        git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-m", "x")
+    return root
+
+
+def test_the_kernels_of_another_commit_are_timed_beside_ours(history, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "ROOT", history)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ops = ["ragged_decode", "ragged_decode_append", "window_scores", "ragged_pack"]
+    flags = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", *ONCE, "--layouts", "zipf"]
+    about, rows = measured(tmp_path, *ops, *flags, "--base", "HEAD~2")
+    sha = subprocess.run(["git", "-C", str(history), "rev-parse", "HEAD~2"], capture_output=True, text=True).stdout
+    assert len(about["base"]) >= 4 and sha.startswith(about["base"])
+    for op in ops:
+        found = by_name(row for row in rows if row["op"] == op)
+        assert found["base HEAD~2, torch"]["right"] and found["base HEAD~2, triton"]["why"] == "needs CUDA"
+        assert found["ours, torch"]["speeds"]["base HEAD~2, torch"] > 0
+        assert f"--base {about['base']}" in found["ours, torch"]["repro"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]  # nothing is left
+
+
+def test_another_commit_that_is_wrong_has_no_numbers(history, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "ROOT", history)
+    flags = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", *ONCE, "--layouts", "zipf"]
+    _, rows = measured(tmp_path, *flags, "--base", "HEAD~1")
+    found = by_name(rows)
+    assert found["base HEAD~1, torch"]["why"] == "WRONG RESULT" and not NUMBERS & set(found["base HEAD~1, torch"])
+    assert found["ours, torch"]["right"] and "base HEAD~1, torch" not in found["ours, torch"]["speeds"]
+
+
+def test_a_commit_without_kernels_is_refused(history, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_kernels, "ROOT", history)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for rev in ("HEAD", "nosuch", "-x", "HEAD:kernels"):
+        with pytest.raises(SystemExit) as stopped:
+            bench_kernels.main([f"--base={rev}"])
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2 and not out and err.startswith("error: --base") and err.count("\n") == 1
+        assert f" {rev} " in err and not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- one's own kernel
 
 
@@ -206,8 +531,37 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, capsys):
     ):
         (tmp_path / "bad.py").write_text("calls = []\n" + OWN.format(result=result))
         assert bench_kernels.main([*SMALL, "--kernel", str(tmp_path / "bad.py")]) == 1
-        out = capsys.readouterr().out
-        assert out.count(said) >= 3 and "bad" not in [x.split()[0] for x in out.splitlines() if "us  " in x]
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  bad ")]
+        assert len(lines) == 3 and all(said in line and line.endswith(", not timed") for line in lines)
+
+
+def test_what_is_wrong_has_no_numbers_anywhere(tmp_path, monkeypatch, capsys):
+    right, masks = bench_kernels.attention, []
+    lazy = lambda mask: mask is not None and len(masks.append(1) or masks) > 2  # noqa: E731, wrong once it is trusted
+    flags = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", *ONCE, "--layouts", "equal"]
+    for wrong, bad in (
+        (lambda q, k, v, mask=None: right(q, k, v, mask) + (mask is not None), {"sdpa, padded + mask"}),
+        (lambda q, k, v, mask=None: right(q, k, v, mask) + lazy(mask), {"sdpa, padded + mask"}),
+        (lambda q, k, v, mask=None: right(q, k, v, mask) + (k.shape[2] == 40), {"sdpa, all tokens"}),  # the baseline
+    ):
+        monkeypatch.setattr(bench_kernels, "attention", wrong)
+        _, rows = measured(tmp_path, *flags, code=1)
+        assert {row["provider"] for row in rows if row["right"] is False} == bad
+        assert not any(NUMBERS & set(row) for row in rows if not row["right"])
+        assert all(not bad & set(row["speeds"]) for row in rows if row["right"])
+        ours = by_name(rows)["ours, torch"]
+        assert ours["us"] > 0 and (ours["speed"] is None) == (bad == {"sdpa, all tokens"})
+        assert (ours["provider"] + " ") in capsys.readouterr().out
+
+
+def test_what_breaks_off_while_it_is_timed_has_no_numbers(tmp_path):
+    late = "ours(q, k, v, kv_start, kv_len) if len(calls.append(1) or calls) < 6 else 1 / 0"
+    (tmp_path / "late.py").write_text("calls = []\n" + OWN.format(result=late))
+    flags = ["--shapes", "demo", "--tokens", "40", "--retention", "1", "--rounds", "4", "--copies", "2"]
+    _, rows = measured(tmp_path, *flags, "--kernel", str(tmp_path / "late.py"), code=1)
+    found = by_name(rows)
+    assert found["late"]["why"].startswith("ZeroDivisionError") and not NUMBERS & set(found["late"])
+    assert found["ours, torch"]["right"] and found["ours, torch"]["us"] > 0
 
 
 def test_a_step_has_to_store_its_token(tmp_path, capsys):
@@ -217,12 +571,12 @@ def test_a_step_has_to_store_its_token(tmp_path, capsys):
         ("return " + ours.format("k.clone(), v.clone()"), "the new token is not in the cache"),
         ("return " + ours.format("k, v.clone()"), "the new token is not in the cache"),
         (late, "WRONG RESULT"),
-        ("return " + ours.format("k, v"), " us   speed"),
+        ("return " + ours.format("k, v"), "e-0"),  # the error
     ):
         (tmp_path / "step.py").write_text(OWN_STEP.format(body=body))
         code = bench_kernels.main(["ragged_decode_append", *SMALL, "--kernel", str(tmp_path / "step.py")])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  step ")]
-        assert len(lines) == 3 and all(said in line for line in lines) and code == ("us" not in said)
+        assert len(lines) == 3 and all(said in line for line in lines) and code == (said != "e-0")
 
 
 @pytest.mark.parametrize(
@@ -235,12 +589,18 @@ def test_a_step_has_to_store_its_token(tmp_path, capsys):
         (["--device", "foo"], "foo"),
         (["--json", "/nowhere/x.json"], "/nowhere/x.json"),
         (["decode", "--preset", "smoke"], "smoke"),
+        (["--layouts", "zipf", "flat"], "'flat'"),
+        (["--layouts", "skew 2"], "'skew 2'"),
+        (["--layouts", "zipf", "--skew"], "'zipf'"),
+        (["--no-such-flag"], "--no-such-flag"),
     ],
 )
-def test_what_cannot_be_timed_is_said(flags, word):
+def test_what_cannot_be_timed_is_said(flags, word, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_kernels.main(flags)
-    assert str(stopped.value).startswith("error: ") and word in str(stopped.value)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err
 
 
 @pytest.mark.parametrize(
@@ -261,6 +621,7 @@ def test_what_was_measured_can_be_drawn(smoke, tmp_path, capsys):
         ([], "ragged_decode, demo, ragged"),
         (["--op", "ragged_decode_append", "--layout", "equal"], "ragged_decode_append, demo, equal"),
         (["--shape", "qwen"], "ragged_decode, qwen, ragged"),  # without a skew sweep
+        (["--layout", "zipf"], "ragged_decode, demo, zipf"),
     ):
         out = tmp_path / "a.png"
         assert plot_bench.main([str(smoke), *flags, "--out", str(out)]) == 0
@@ -279,6 +640,8 @@ def test_points_of_the_plot_are_the_measured_ones(smoke):
     assert [x for x, _ in points["ours, torch"]] == sorted(
         {r["megabytes"] for r in rows if r["layout"] == "ragged"}
     ) and len(points["ours, torch"]) == 3
+    assert len({plot_bench.style(name)[1:] for name in (*plot_bench.STYLES, "base x, y, torch", "mine")}) == 12
+    assert plot_bench.style("base x, triton (interpreted)") == plot_bench.style("base HEAD~1, triton")
     skews = plot_bench.lines(
         [r for r in rows if "over_uniform" in r], lambda r: r["layout"], lambda r: r["over_uniform"]
     )

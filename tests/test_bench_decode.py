@@ -1,0 +1,425 @@
+"""The end-to-end benchmark: right rows from real runs, arithmetic from made-up ones, and no speed for what is wrong."""
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from model import load
+from model.cache import RaggedCache
+from model.config import TextConfig
+from tests.paths import DEMO
+from tools import bench_decode, report
+from tools.bench_decode import Workload
+
+SMALL = TextConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+
+
+class Local:
+    """What Child is, in this process: starting another takes seconds."""
+
+    def __init__(self, task):
+        self.replies = bench_decode.replies(task, itertools.repeat("go"))
+
+    def reply(self):
+        return next(self.replies)
+
+    ask = reply
+
+    def close(self):
+        self.replies.close()
+
+
+def in_this_process(patch):
+    """The benchmark without processes of its own, on a machine of 10 GB/s."""
+    memory = types.SimpleNamespace(start=lambda: None, peak=0)
+    patch.setattr(bench_decode, "Child", Local)
+    patch.setattr(bench_decode, "memory_bandwidth", lambda device: 1e10)
+    patch.setattr(bench_decode, "AnonymousMemory", lambda: memory)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    in_this_process(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """What --smoke wrote of the demo model, ours and transformers: (path of the JSON, that of the CSV)."""
+    pytest.importorskip("transformers", reason="transformers is what is compared with")
+    folder = tmp_path_factory.mktemp("smoke")
+    paths = folder / "a.json", folder / "a.csv"
+    flags = ["--engines", "ours", "hf-sdpa", "--prune", "plphp:dr=0@0.5", "--new-tokens", "2", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        in_this_process(patch)
+        assert bench_decode.main(["--smoke", *flags, "--json", str(paths[0]), "--csv", str(paths[1])]) == 0
+    return paths
+
+
+@pytest.fixture
+def told(here, monkeypatch, capsys):
+    """Function (answers, flags) -> (exit code, rows, stdout), where engines answer what `answers` says.
+
+    answers: {(engine, prune): (facts, seconds of the first token, of each step) or an exception}.
+    """
+
+    def run(answers, *flags):
+        def prepare(task):
+            answer = answers[task.engine, task.prune]
+            if isinstance(answer, BaseException):
+                raise answer
+            facts, first, steps = answer
+            return facts, lambda: (first, steps)
+
+        saved = []
+        monkeypatch.setattr(bench_decode, "prepare", prepare)
+        monkeypatch.setattr(bench_decode, "save", lambda args, about, rows: saved.append(rows))
+        engines, prunes = (list(dict.fromkeys(key[i] for key in answers)) for i in (0, 1))
+        names = "--engines", *engines, "--prune", *prunes
+        asked = "--shape", "demo", "--workloads", "2x20+5", "--rounds", "3", "--device", "cpu", "--dtype", "fp32"
+        code = bench_decode.main([*asked, *names, *flags])
+        return code, saved[-1], capsys.readouterr().out
+
+    return run
+
+
+def facts(ids=((5, 6, 7), (5, 8, 9)), logits=((1.0, 2.0), (3.0, 1.0)), **more):
+    """Of a run of ours in which nothing is wrong."""
+    return {"ids": [*map(list, ids)], "logits": [*map(list, logits)], "finite": True, "kept": 1.0, "error": 0.0} | more
+
+
+# ---------------------------------------------------------------- real runs
+
+
+def test_the_smoke_run_has_all_rows(smoke):
+    data = json.loads(smoke[0].read_text())
+    rows, about = data["rows"], data["about"]
+    names = [(r["workload"], r["engine"], r["prune"]) for r in rows]
+    runs = [("ours", "none"), ("ours", "plphp:dr=0@0.5"), ("hf-sdpa", "none")]
+    assert names == [(w, *run) for w in ("picture", "2x24,8+8") for run in runs]
+    assert all(r["right"] and r["ms_per_token"] > 0 and r["ttft_ms"] > 0 for r in rows)
+    assert {"machine", "torch", "transformers", "dtype", "bandwidth_GBps", "command", "rounds"} <= set(about)
+    for r in rows:
+        assert r["tokens_per_s"] == pytest.approx(1e3 * r["batch"] / r["ms_per_token"])
+        assert r["ms_p20"] <= r["ms_per_token"] <= r["ms_p80"] and not r["beyond_context"]
+        if r["engine"] == "ours":
+            assert r["step_launches"] > 50 and r["step_syncs"] == 0 and r["step_allocated_bytes"] > 0
+            assert r["decode_x_hf-sdpa"] > 0 and r["ttft_x_hf-sdpa"] > 0 and r["speedup"] > 0
+    with open(smoke[1], newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(r["ms_per_token"]) for r in table] == [r["ms_per_token"] for r in rows]
+    assert {r["machine"] for r in table} == {about["machine"]}
+
+
+def test_bytes_are_those_of_the_kept_rows(smoke):
+    """6 layers of 4 heads, 32 numbers of 4 bytes in each of K and V; the demo's PLPHP spares the first layer."""
+    row, rows = 2 * 4 * 32 * 4, json.loads(smoke[0].read_text())["rows"]
+    picture, pruned_picture, _, two, pruned_two, theirs = rows
+    assert picture["kv_bytes_held"] == picture["kv_bytes_full"] == 6 * row * 269
+    assert pruned_picture["kv_bytes_held"] == row * (269 + 5 * (128 + 13))
+    assert two["kv_bytes_held"] == two["kv_bytes_full"] == theirs["kv_bytes_held"] == 2 * 6 * row * 40
+    assert pruned_two["kv_bytes_held"] == 2 * row * (40 + 5 * (12 + 4 + 8))
+    assert pruned_two["kept"] == pytest.approx((32 + 5 * 16) / (6 * 32))
+    checkpoint = load(DEMO, "fp32")
+    for r in rows:  # counted from the parameters, not from a shape
+        wanted = report.step_bytes(checkpoint, r["kv_bytes_held"])
+        assert r["bytes_per_step"] == wanted and r["roofline_ms"] == pytest.approx(1e3 * wanted / 1e10)
+    full = report.step_bytes(checkpoint, two["kv_bytes_full"])
+    assert pruned_two["ceiling_speedup"] == pytest.approx(full / pruned_two["bytes_per_step"]) and two["speedup"] == 1
+
+
+def test_engines_work_in_processes_of_their_own(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    flags = ["--smoke", "--engines", "ours", "--prune", "none", "--workloads", "1x4+4", "--device", "cpu"]
+    assert bench_decode.main([*flags, "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["right"] and (sys.platform != "linux" or row["peak_bytes"] > 20e6)
+    said = capsys.readouterr()
+    assert "1x4+4: 1 x (4 vision + 4 text) tokens" in said.out and "per step: " in said.out
+    assert said.err == "1x4+4: ours, none\n"  # of its stdout nothing is lost in between
+
+
+def test_a_process_that_dies_is_told():
+    child = bench_decode.Child.__new__(bench_decode.Child)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    child.process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], **pipes)
+    assert child.reply() == {"why": "its process ended with 7"} == child.ask()
+    child.close()
+
+
+def test_sequences_of_a_batch_answer_as_if_alone():
+    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
+    language.arrange()
+    work = Workload("", 3, (6, 5), 7)
+    task = types.SimpleNamespace(workload=work, seed=0)
+    x = bench_decode.prompts(task, language)
+    assert work.spans == [(1, 7), (7, 12)] and x.shape == (3, 18, 64)
+    method = bench_decode.method_of("random@0.5")
+    together = bench_decode.answer(language, x, work.spans, method, "auto", 6, 6)
+    for i in range(3):
+        alone = bench_decode.answer(language, x[i : i + 1], work.spans, method, "auto", 6, 6)
+        assert [ids[0] for ids in alone.ids] == [ids[i] for ids in together.ids]
+    assert len(together.ids) == 6 and len(together.steps) == 5
+    assert together.kept == pytest.approx(6 / 11)  # 3 of 6 and 3 of 5, rounded half up
+
+
+def test_any_checkpoint_can_be_timed(here, make_checkpoint, tmp_path, capsys):
+    """One whose head is the embedding, given by its folder; its weights are those that transformers gets."""
+    pytest.importorskip("transformers", reason="transformers is what is compared with")
+    make_checkpoint(tmp_path / "model", top={"tie_word_embeddings": True})
+    flags = [
+        "--smoke",
+        "--engines",
+        "ours",
+        "hf-eager",
+        "--prune",
+        "snapkv@0.5",
+        "--new-tokens",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    assert bench_decode.main(["--model", str(tmp_path / "model"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "not timed" not in out and "picture:" not in out and out.count("hf-eager ") == 3  # its row, and two ratios
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_engines_take_turns_where_there_is_room(room, told, monkeypatch):
+    calls, alive = [], []
+
+    class Watched(Local):
+        def __init__(self, task):
+            super().__init__(task)
+            self.name = task.engine
+            alive.append(self.name)
+            calls.append(tuple(alive))
+
+        def ask(self):
+            calls.append(self.name)
+            return next(self.replies)
+
+        def close(self):
+            alive.remove(self.name)
+
+    monkeypatch.setattr(bench_decode, "Child", Watched)
+    monkeypatch.setattr(bench_decode, "fits", lambda size, pages: room)
+    right = facts(), 0.1, [0.01]
+    code, rows, _ = told({("ours", "none"): right, ("hf-sdpa", "none"): right}, "--rounds", "2")
+    both = [("ours",), ("ours", "hf-sdpa"), "ours", "hf-sdpa", "ours", "hf-sdpa"]
+    alone = [("ours",), "ours", "ours", ("hf-sdpa",), "hf-sdpa", "hf-sdpa"]
+    assert code == 0 and all(r["right"] for r in rows) and calls == (both if room else alone) and not alive
+
+
+def test_random_weights_are_made_in_their_dtype():
+    language = bench_decode.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
+    again = bench_decode.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
+    for (name, p), q in zip(language.named_parameters(), again.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16 and torch.equal(p, q)
+        assert (p == 1).all() if p.ndim == 1 else p.float().std().item() == pytest.approx(0.02, rel=0.1), name
+    for name in bench_decode.SHAPES:
+        config, shape = bench_decode.text_config(name), bench_decode.DECODERS[name]
+        assert bench_decode.roofline.shape_of(config, shape.vision, shape.text).weight_numbers == shape.weight_numbers
+    assert bench_decode.text_config("next-mistral-7b").num_key_value_heads == 8
+
+
+def test_calls_that_do_something_are_counted():
+    x = torch.zeros(4, 8)
+    with bench_decode.Calls() as calls:
+        y = x + 1  # 128 bytes
+        y.view(8, 4)[2:].t()
+        y += 1
+    assert (calls.launches, calls.new, calls.bytes) == (2, 1, 128)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_step_on_cuda_neither_allocates_nor_waits(batch):
+    language = bench_decode.random_language(SMALL, torch.bfloat16, "cuda")
+    language.arrange()
+    task = types.SimpleNamespace(workload=Workload("", batch, (40,), 9), seed=0)
+    x = bench_decode.prompts(task, language)
+    checked = bench_decode.answer(language, x, task.workload.spans, None, "auto", 8)
+    cost = bench_decode.step_cost(checked.step, checked.cache)
+    assert cost["allocations"] == cost["mallocs"] == cost["syncs"] == 0
+    assert cost["launches"] <= 3 and cost["kernels"] > 10  # the ids, and the graph
+
+
+# ---------------------------------------------------------------- what is wrong has no speed
+
+
+def test_a_broken_step_is_not_timed(here, monkeypatch, tmp_path, capsys):
+    """A cache that forgets the newest position: the steps no longer say what one long prefill says."""
+    grow = RaggedCache.grow
+
+    def late(self, tokens=1):
+        self.pos += 1
+        grow(self, tokens)
+
+    monkeypatch.setattr(RaggedCache, "grow", late)
+    path = tmp_path / "a.json"
+    flags = ["--workloads", "2x24,8+8", "--engines", "ours", "--new-tokens", "4", "--rounds", "1", "--device", "cpu"]
+    assert bench_decode.main([*flags, "--prune", "plphp@0.5", "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["right"] for r in rows] == [False, False] and "one long prefill" in rows[0]["why"]
+    assert not any("ms" in key or "tokens_per_s" in key for r in rows for key in r)
+    assert capsys.readouterr().out.count("WRONG, not timed") == 2
+
+
+def test_what_differs_from_transformers_is_not_timed(told):
+    right = facts(), 0.1, [0.01]
+    for broken, flags, said in (
+        (facts(ids=((5, 6, 7), (5, 8, 1))), (), "greedy ids"),
+        (facts(logits=((1.0, 2.1), (3.0, 1.0))), (), "logits are off those of hf-eager by 0.045"),
+        (facts(logits=((1.0, 2.0), (3.0, 1.1))), (), "logits are off those of hf-eager"),
+        (facts(finite=False), (), "not finite"),
+        (facts(error=0.01), (), "one long prefill"),
+        (facts(error=float("nan")), (), "one long prefill"),
+        (facts(ids=((1, 6), (5, 8)), logits=((2.0, 1.0),)), ("--dtype", "bf16"), "logits are off"),
+    ):
+        answers = {("ours", "none"): (broken, 0.1, [0.01]), ("hf-eager", "none"): right, ("hf-sdpa", "none"): right}
+        code, rows, out = told(answers, *flags)
+        assert (code, [r["right"] for r in rows]) == (1, [False, True, True]), said
+        assert said in rows[0]["why"] and "ms_per_token" not in rows[0] and "WRONG, not timed: " in out
+    close = facts(ids=((5, 9, 7), (5, 8, 9)), logits=((1.0, 2.0001), (3.0, 1.0)))  # in 16 bits that is the same
+    code, rows, _ = told({("ours", "none"): (close, 0.1, [0.01]), ("hf-sdpa", "none"): right}, "--dtype", "bf16")
+    assert code == 0 and all(r["right"] for r in rows)
+
+
+def test_a_pruned_run_begins_as_the_unpruned_one(told):
+    other = facts(ids=((5, 6, 7), (6, 8, 9)), kept=0.5)
+    keys = [("ours", name) for name in ("none", "random@0.5", "fastv@0.5")]
+    code, rows, _ = told({key: (other if key[1] != "none" else facts(), 0.1, [0.01]) for key in keys})
+    assert code == 1 and [r["right"] for r in rows] == [True, False, True]  # FastV's prefill is another one
+    assert rows[1]["why"] == "the first token is not the unpruned one"
+
+
+def test_an_engine_that_fails_is_told(told):
+    right = facts(), 0.1, [0.01]
+    missing = ModuleNotFoundError("No module named 'transformers'")
+    code, rows, out = told({("ours", "none"): right, ("hf-sdpa", "none"): missing})
+    assert code == 0 and [r["right"] for r in rows] == [True, None]
+    assert "hf-sdpa   none              not timed: No module named 'transformers'; see requirements-test.txt" in out
+    code, rows, _ = told({("ours", "none"): RuntimeError("CUDA out of memory"), ("hf-sdpa", "none"): right})
+    assert code == 0 and [r["right"] for r in rows] == [None, True]
+    code, rows, out = told({("ours", "none"): TypeError("no\nsuch"), ("hf-sdpa", "none"): right})
+    assert code == 1 and "WRONG, not timed: TypeError: no such" in out
+
+
+# ---------------------------------------------------------------- arithmetic of the rows
+
+
+def test_speeds_are_medians_and_their_ratios(told):
+    held = 4 * 2 * 1536 * 15  # fp32, 2 sequences of 15 tokens; 1536 numbers of a token in the demo's shape
+    answers = {
+        ("ours", "none"): (facts(kv_bytes_held=4 * 2 * 1536 * 25, step={"launches": 9}), 0.1, [0.010, 0.030, 0.020]),
+        ("ours", "random@0.5"): (facts(kept=0.5, kv_bytes_held=held), 0.2, [0.010, 0.016, 0.004]),
+        ("hf-sdpa", "none"): (facts(), 0.4, [0.05, 0.05, 0.05]),
+    }
+    code, (none, pruned, hf), out = told(answers)
+    assert code == 0 and (none["ms_per_token"], none["ms_p20"], none["ms_p80"]) == (20, 10, 30)
+    assert none["tokens_per_s"] == 100 and none["step_launches"] == 9 and "per step: 9 launches" in out
+    weights = report.step_bytes(load(DEMO, "fp32"), 0)
+    ceiling = (weights + 4 * 2 * 1536 * 25) / (weights + held)
+    assert pruned["ceiling_speedup"] == pytest.approx(ceiling) and pruned["speedup"] == 2
+    assert pruned["ceiling_reached"] == pytest.approx(2 / ceiling)
+    assert pruned["roofline_reached"] == pytest.approx((weights + held) / 1e10 / 0.010)
+    assert (pruned["decode_x_hf-sdpa"], pruned["ttft_x_hf-sdpa"]) == (5, 2)
+    assert hf["kv_bytes_held"] == hf["kv_bytes_full"] == none["kv_bytes_held"] and "speedup" not in hf
+
+
+def test_prompts_beyond_the_context_are_marked(told):
+    answers = {("ours", "none"): (facts(), 0.1, [0.01])}
+    for workload, beyond in (("1x2000+16", False), ("1x2000+17", True), ("1x1000,1000+17", True)):
+        _, (row,), out = told(answers, "--workloads", workload)  # and 32 new tokens, in a context of 2048
+        assert row["beyond_context"] == beyond == ("BEYOND THE MODEL'S CONTEXT" in out)
+
+
+def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
+    def prepare(task):
+        if task.workload.name == "1x5+5":
+            raise KeyboardInterrupt
+        return facts(), lambda: (0.1, [0.01])
+
+    monkeypatch.setattr(bench_decode, "prepare", prepare)
+    path = tmp_path / "a.json"
+    flags = ["--workloads", "1x4+4", "1x5+5", "--engines", "ours", "--prune", "none", "--json", str(path)]
+    assert bench_decode.main(["--shape", "demo", *flags]) == 130
+    assert [r["workload"] for r in json.loads(path.read_text())["rows"]] == ["1x4+4"]
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; what was measured until then is in {path}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--workloads two", "'two'"),
+        ("--shape demo --workloads picture", "--image"),
+        ("--workloads 0x5+5", "'0x5+5'"),
+        ("--prune nothing", "nothing"),
+        ("--prune plphp@1.5", "1.5"),
+        ("--prune fastv:layer=9@0.5", "layer"),
+        ("--shape demo --image x.png", "--shape"),
+        ("--model /nowhere", "/nowhere"),
+        ("--image /nowhere.png", "/nowhere.png"),
+        ("--json /nowhere/a.json", "/nowhere/a.json"),
+        ("--device foo", "foo"),
+    ],
+)
+def test_what_cannot_be_run_is_said(flags, word, here, capsys):
+    assert bench_decode.main(flags.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and word in said.err and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", ["--new-tokens 1", "--rounds 0", "--engines vllm", "--shape 70b", "--dtype int8"])
+def test_bad_flags_are_refused_in_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_decode.main(flags.split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and len(said.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- growth
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_growth_is_measured_and_drawn(here, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as if in the process that is started for it
+    files = tmp_path / "a.json", tmp_path / "a.png"
+    flags = ["--growth", "--smoke", "--device", "cpu", "--json", str(files[0]), "--plot", str(files[1])]
+    assert bench_decode.main(flags) == 0
+    data = json.loads(files[0].read_text())
+    assert data["tokens"] == [64, 128, 192] and files[1].stat().st_size > 10000
+    for what in ("decode ms", "prefill MB"):
+        assert len(data[what]["values"]) == 3 and min(data[what]["values"]) >= 0 and data[what]["r2"] <= 1
+    assert capsys.readouterr().out.count("R^2") == 2
+
+
+def test_the_line_through_the_points():
+    fit = bench_decode.fitted([1, 2, 4], [5.0, 7.0, 11.0])
+    assert (fit["slope"], fit["intercept"], fit["r2"]) == pytest.approx((2, 3, 1))
+    assert bench_decode.fitted([1, 2, 4, 8, 16], [1.0, 4.0, 16.0, 64.0, 256.0])["r2"] < 0.96  # a square is no line
+
+
+def test_growth_times_what_was_kept(monkeypatch):
+    """The cache that is timed holds as many rows per head as was asked for, each head its own."""
+    seen = []
+    pack = RaggedCache.pack
+
+    def watched(self, layer, k, v, keep=None):
+        seen.append(keep)
+        pack(self, layer, k, v, keep)
+
+    monkeypatch.setattr(RaggedCache, "pack", watched)
+    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
+    assert bench_decode.decode_seconds(language, 7, 20, 1) > 0
+    assert all((keep.sum(1) == 7).all() and keep.shape == (2, 20) for keep in seen) and len(seen) == 2
+    assert not torch.equal(seen[0][0], seen[0][1])

@@ -1,0 +1,170 @@
+"""The arithmetic of tools/roofline.py against numbers that are worked out here in another way."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.config import LlavaConfig, TextConfig, VisionConfig, read_config
+from model.load import empty_model
+from tests.paths import DEMO, ROOT
+from tools import roofline
+
+SEVEN, THIRTEEN, TILES, EIGHT, MISTRAL, DEMO_SHAPE = roofline.SHAPES
+
+
+def text_config(shape):
+    return TextConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.q_heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Shape -> a whole LLaVA of it, without memory."""
+    seven = LlavaConfig(text_config=text_config(SEVEN))
+    mistral = LlavaConfig(text_config=text_config(MISTRAL))
+    return {SEVEN: empty_model(seven), MISTRAL: empty_model(mistral), DEMO_SHAPE: empty_model(read_config(DEMO))}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [SEVEN, MISTRAL, DEMO_SHAPE], ids=lambda s: s.name)
+def test_weights_are_those_of_the_modules(models, shape):
+    model = models[shape]
+    language, tower = model.language_model, model.vision_tower.vision_model
+    table = language.model.embed_tokens.weight
+    assert shape.weight_numbers == count(language) - table.numel() + table.shape[1]  # of the embedding one row
+    assert shape.tower.projector_numbers(shape.hidden) == count(model.multi_modal_projector)
+    idle = [*tower.encoder.layers[shape.tower.layers :], tower.post_layernorm]  # behind the layer that LLaVA takes
+    assert shape.tower.layers == model.config.feature_layers[0]
+    assert shape.tower.tower_numbers == count(tower) - sum(map(count, idle))
+
+
+def products(work):
+    """Flops that PyTorch counts while it runs work() on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_that_pytorch_counts(models):
+    for shape in (SEVEN, MISTRAL, DEMO_SHAPE):
+        model = models[shape]
+        pixels = torch.empty(shape.pictures, 3, *2 * [model.config.vision_config.image_size], device="meta")
+        features = torch.empty(shape.pictures, shape.tower.patches, shape.tower.hidden, device="meta")
+        counted = products(lambda m=model, x=pixels: m.vision_tower(x, m.config.feature_layers))
+        assert counted == shape.tower.tower_flops(shape.pictures)
+        counted = products(lambda m=model, x=features: m.multi_modal_projector(x))
+        assert counted == shape.tower.projector_flops(shape.pictures, shape.hidden)
+        tokens = shape.vision + shape.text
+        x, language = torch.empty(1, tokens, shape.hidden, device="meta"), model.language_model
+        counted = products(lambda m=language, x=x: m.logits(m.prefill(x)[:, -1]))
+        square = (
+            4 * tokens**2 * shape.layers * shape.q_heads * shape.head_dim
+        )  # PyTorch counts all of it, causal or not
+        assert counted - square / 2 == shape.prefill_flops()
+
+
+def test_a_decode_step_of_7b_by_hand():
+    """32 layers of 4 * 4096^2 + 3 * 4096 * 11008, 65 norms, a head of 32064 rows and one row of the embedding."""
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 65 * 4096 + 32065 * 4096
+    assert roofline.step_bytes(SEVEN) == 2 * weights + 640 * 524288  # half a MiB of K and V per token
+    stages = {s.name: s for s in roofline.stages(SEVEN, batches=(1, 8), retentions=(0.5,))}
+    one, eight = stages["decode step, batch 1"], stages["decode step, batch 8, 0.5 kept"]
+    assert (one.weights, one.kv) == (2 * weights, 640 * 524288)
+    assert (eight.weights, eight.kv) == (2 * weights, 8 * (64 + 288) * 524288)
+    products = 2 * (weights - 65 * 4096 - 4096)  # norms and the embedding multiply no matrix
+    assert one.flops == products + 640 * 32 * 32 * 4 * 128  # q by k and weights by v: 2 * 128 each, per head and layer
+    assert eight.flops == 8 * (products + 352 * 32 * 32 * 4 * 128)
+    assert stages["prefill, 640 tokens"].kv == one.kv
+
+
+def test_least_times_are_the_larger_of_two():
+    h200 = roofline.GPUS["H200"]
+    assert (h200.bandwidth, h200.flops) == (4.8e12, 989e12)
+    stages = {s.name: s for s in roofline.stages(SEVEN)}
+    decode, prefill = stages["decode step, batch 1"], stages["prefill, 640 tokens"]
+    assert decode.seconds(h200) == ((decode.weights + decode.kv) / 4.8e12, "memory")
+    assert prefill.seconds(h200) == (prefill.flops / 989e12, "products")
+    slow = roofline.Machine("", 1e9, None)  # only its bandwidth is known
+    assert prefill.seconds(slow) == ((prefill.weights + prefill.kv) / 1e9, "memory")
+
+
+def test_a_shape_from_a_config():
+    config = read_config(DEMO)
+    shape = roofline.shape_of(config.text_config, 256, 13)
+    assert roofline.step_bytes(shape, 8, 0.5) == roofline.step_bytes(DEMO_SHAPE, 8, 0.5)
+    vision = config.vision_config
+    tower = roofline.Tower(
+        config.feature_layers[0], vision.hidden_size, vision.intermediate_size, vision.num_patches, vision.patch_size
+    )
+    assert tower == DEMO_SHAPE.tower
+    large = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, image_size=336, patch_size=14)
+    assert (large.num_patches, TILES.pictures, EIGHT.pictures) == (SEVEN.tower.patches, 5, 8)
+
+
+def test_neither_torch_nor_a_gpu_is_needed():
+    code = (
+        "import runpy, sys; sys.argv = ['roofline.py', '--stages', '--gpu', 'H100', '--shape', 'mistral']\n"
+        "runpy.run_path('tools/roofline.py', run_name='__main__')\n"
+        "assert not {'torch', 'numpy', 'triton'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "H100 SXM 80 GB, data sheet: 3,350.0 GB/s, 989.0 TFLOP/s" in done.stdout
+    assert done.stdout.count("next-mistral-7b") == 1 and "llava-1.5-7b" not in done.stdout
+    step = 1e3 * roofline.step_bytes(MISTRAL) / 3.35e12
+    assert f"| {step:.3g} | memory |" in done.stdout
+
+
+def test_without_flags_it_is_the_table_of_the_readme(capsys):
+    roofline.main([])
+    out = capsys.readouterr().out
+    assert out == roofline.table([1, 8, 32], [0.5, 0.2]) + "\n" and out in (ROOT / "README.md").read_text()
+
+
+def test_bandwidth_can_be_given_or_measured(capsys, monkeypatch):
+    stages = ["--stages", "--shape", "demo", "--batch", "1", "--retention", "0.5"]
+    roofline.main([*stages, "--bandwidth", "2", "--tflops", "0.001"])
+    given = capsys.readouterr().out
+    assert given.startswith("bandwidth given, flops given: 2 GB/s, 0.001 TFLOP/s\n")
+    decode = roofline.step_bytes(DEMO_SHAPE) / 2e9
+    assert f"| {1e3 * DEMO_SHAPE.decode_flops(1) / 1e9:.3g} | products |" in given and "| memory |" not in given
+    roofline.main([*stages, "--gpu", "L4", "--bandwidth", "2"])
+    assert f"| {1e3 * decode:.3g} | memory |" in capsys.readouterr().out
+    monkeypatch.setattr("tools.report.measure_bandwidth", lambda device: 3e9)
+    roofline.main([*stages, "--measure"])
+    measured = capsys.readouterr().out
+    assert "3 GB/s, flops not known" in measured and "by bytes alone" in measured
+    assert f"| {1e3 * roofline.step_bytes(DEMO_SHAPE) / 3e9:.3g} |" in measured
+    roofline.main(stages)
+    assert "least ms" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--stages --gpu H300", "H300"),
+        ("--gpu H100", "--stages"),
+        ("--stages --tflops 3", "--bandwidth"),
+        ("--stages --gpu H100 --measure", "exclude"),
+        ("--stages --bandwidth 0", "out of range"),
+        ("--shape 70b", "70b"),
+        ("--batch 0", "out of range"),
+        ("--retention 1.5", "out of range"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(flags, word, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        roofline.main(flags.split())
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == "" and said.err.startswith("error: ") and word in said.err
+    assert len(said.err.splitlines()) == 1
