@@ -6,28 +6,43 @@
     python tools/bench_kernels.py all --json out.json --csv out.csv
     python tools/bench_kernels.py ragged_decode --kernel my.py    # my.py::ragged_decode beside ours
     python tools/bench_kernels.py --shapes gqa8 --mbytes 4 65     # as many tokens as make a layer's K and V so large
+    python tools/bench_kernels.py --layouts plphp zipf giant --retention 0.2    # the same rows, divided otherwise
     python tools/bench_kernels.py --skew                     # the same bytes, in heads of ever less equal lengths
+    python tools/bench_kernels.py --base HEAD~1              # the kernels of another commit beside these
     python tools/bench_kernels.py --preset gpu --json gpu.json    # what one session with a GPU is for, in minutes
 
-Every row is one provider on one case. `speed` is the baseline's time over the provider's, the median over rounds in
-which all providers take turns, so a machine that slows down slows all of them. `ceiling` is the part of the measured
-memory bandwidth that the useful bytes reach. A round calls every copy of the problem once, each with buffers of its
-own, so that the caches hold little of it (a decode step reads what one model reads, over and over). On CUDA a round is
-one captured graph, of 16 calls at least. Every copy is checked before the timing, two of them after it.
-tools/plot_bench.py draws what --json has written.
+Every row is one provider on one case: the median time of a call, its 20th and 80th percentile, and
+
+    speed      the baseline's time over the provider's, the median over rounds in which all providers take turns, so
+               that a machine which slows down slows all of them; at the end of a row of ours, the same over the
+               strongest other baseline and over --base. `speeds` of --json has all of them.
+    ceiling    the part of the measured memory bandwidth that the useful bytes reach, and these in GB/s
+    max error  the largest distance of a number from the same in float64
+
+The command under a case's name runs that case alone. A round calls every copy of the problem once, each with buffers of
+its own, so that the caches hold little of it (a decode step reads what one model reads, over and over). On CUDA a round
+is one captured graph, of 16 calls at least. Every copy is checked before the timing, two of them after it: what is
+wrong has no numbers. tools/plot_bench.py draws what --json has written.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import json
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import types
+import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +59,7 @@ from model import InputError, load  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.generate import Layout, Pruner  # noqa: E402
 from model.pruning import make_method  # noqa: E402
+from model.pruning.plphp import PlphpAda  # noqa: E402
 from run import choose_device, number  # noqa: E402
 from tools.report import measure_bandwidth  # noqa: E402
 
@@ -66,27 +82,44 @@ METHODS = (
 )  # that prefill is timed with
 LONGEST = 2**15  # kept tokens per head, on average or in a skewed head, from which --mbytes takes more sequences
 SLACK = 64  # free slots per segment
-# command lines; what is given beside --preset counts more
+LAYOUTS = ("equal", "ragged", "plphp", "zipf", "giant")  # see `lengths_of`
+PAGE = 16  # slots of a page of FlashInfer's cache, as vLLM has them
+QUICK = "--copies 2 --rounds 2"
+# command lines; what is given beside --preset counts more. FlexAttention compiles for seconds in every case, so that
+# only the plain attention of some lines has it
 PRESETS = {
     "gpu": (
-        "ragged_decode ragged_decode_append --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2",
-        "ragged_decode ragged_decode_append --shapes 7b gqa8 --mbytes 65 --skew 1 2 4 8",
-        "ragged_decode ragged_decode_append --shapes qwen g8 --mbytes 17 --retention 0.2",
+        "ragged_decode --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2",
+        "ragged_decode_append --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2 --no-flex",
+        "ragged_decode --shapes 7b gqa8 --mbytes 65 --retention 0.2 --layouts plphp zipf",
+        "ragged_decode --shapes 7b gqa8 --mbytes 65 --retention 0.05 --layouts giant",  # it could be 20 times the mean
+        "ragged_decode_append --shapes 7b gqa8 --mbytes 65 --retention 0.2 --layouts plphp zipf --no-flex",
+        "ragged_decode_append --shapes 7b gqa8 --mbytes 65 --retention 0.05 --layouts giant --no-flex",
+        "ragged_decode ragged_decode_append --shapes 'gqa8 x 8' --mbytes 65 --retention 0.2 --layouts plphp --no-flex",
+        "ragged_decode ragged_decode_append --shapes 7b gqa8 --mbytes 65 --skew 1 2 4 8 --no-flex",
+        "ragged_decode ragged_decode_append --shapes qwen g8 --mbytes 17 --retention 0.2 --no-flex",
         "window_scores ragged_pack --shapes 7b gqa8 --tokens 2048 8192 --retention 0.3",
         "prefill --tokens 640 2900",
     ),
     "smoke": (
-        "ragged_decode ragged_decode_append --shapes demo qwen g8 --tokens 40 --retention 0.3 --copies 2 --rounds 2",
-        "ragged_decode ragged_decode_append --shapes demo --mbytes 0.03 0.1 --retention 0.5 --copies 2 --rounds 2",
-        "ragged_decode ragged_decode_append --shapes demo --tokens 40 --skew 1 2 --copies 2 --rounds 2",
-        "window_scores ragged_pack --shapes demo --tokens 40 --retention 0.3 --copies 2 --rounds 2",
-        "prefill --tokens 40 --rounds 2",
+        f"ragged_decode ragged_decode_append --shapes demo qwen g8 --tokens 40 --retention 0.3 --no-flex {QUICK}",
+        f"ragged_decode ragged_decode_append --shapes demo --mbytes 0.03 0.1 --retention 0.5 --no-flex {QUICK}",
+        f"ragged_decode --shapes demo --tokens 40 --retention 0.3 --layouts plphp zipf giant {QUICK}",
+        f"ragged_decode ragged_decode_append --shapes demo --tokens 40 --skew 1 2 --no-flex {QUICK}",
+        f"window_scores ragged_pack --shapes demo --tokens 40 --retention 0.3 {QUICK}",
+        f"prefill --tokens 40 {QUICK}",
     ),
 }
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as for every other error."""
+        self.exit(2, f"error: {' '.join(message.split())}; see tools/bench_kernels.py -h\n")
+
+
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
     p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: one GPU session, or a quick look at all")
     p.add_argument("--shapes", nargs="+", default=["demo", "7b", "gqa8"], choices=SHAPES, metavar="SHAPE")
@@ -96,6 +129,13 @@ def parser():
         help="of K and V that a layer keeps, instead of --tokens; more sequences where it would be over 32k per head",
     )  # fmt: skip
     p.add_argument("--retention", nargs="+", type=number(float, 0, 1, open_low=True), default=[1.0, 0.3], metavar="F")
+    p.add_argument(
+        "--layouts", nargs="+", metavar="LAYOUT",
+        help="how a layer's rows are divided among its heads, always as many: equal; ragged, 0.25 to 1.75 of the mean; "
+             "plphp, its three rates among several sequences, plphp-ada among the heads of one; zipf, 1/rank; giant, "
+             "one head keeps everything, the others share the rest (default equal and ragged). Beside --skew: those of "
+             "the sweep to run, such as 'skew 4'",
+    )  # fmt: skip
     p.add_argument(
         "--skew", nargs="*", type=number(float, 1), metavar="R",
         help="instead of --retention: one head R times as long as the mean, at the same bytes (default 1 2 4 8)",
@@ -108,12 +148,23 @@ def parser():
     p.add_argument("--rounds", type=number(int, 1), default=15, help="turns of each provider (default 15)")
     p.add_argument("--copies", type=number(int, 1), help="of each problem (default: more than the last cache holds)")
     p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file")
+    p.add_argument("--base", metavar="REV", help="also time the kernels of this commit (not in whole models)")
+    p.add_argument("--no-flex", action="store_true", help="without FlexAttention, which compiles for every case")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--csv", metavar="FILE")
     return p
 
 
 # ---------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The kernels of another commit: as it was asked for, its hash, and the package."""
+
+    rev: str
+    sha: str
+    package: types.ModuleType
 
 
 @dataclass(frozen=True)
@@ -124,6 +175,8 @@ class Setting:
     device: torch.device
     own: dict
     copies: int | None
+    base: Commit | None = None
+    flex: bool = True  # is FlexAttention wanted?
 
 
 @dataclass
@@ -134,28 +187,59 @@ class Case:
     bytes: int  # that have to be read and written
     baseline: str
     shape: str = ""
-    layout: str = ""  # of the lengths: "equal", "ragged" or "skew R"
+    layout: str = ""  # of the lengths: one of LAYOUTS or "skew R"
     family: str = ""  # the cases of a skew sweep share it
     reads_more: str | None = None  # provider that reads more than these bytes, being without pruning
     repeatable: bool = True  # does a call leave everything as it was?
     calls: dict = field(default_factory=dict)  # provider -> list of functions
     checks: dict = field(default_factory=dict)  # likewise, each: (what it gives, the same in plain PyTorch, in float64)
     missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
+    rivals: set = field(default_factory=set)  # providers beside the baseline that speeds are given over
+    guests: set = field(default_factory=set)  # those of them that we cannot mend: what is wrong there is no failure
 
-    def add(self, provider, call, check):
+    def add(self, provider, call, check, rival=False):
         """check: function (call) -> the three."""
         self.calls.setdefault(provider, []).append(call)
         self.checks.setdefault(provider, []).append(partial(check, call))
+        if rival:
+            self.rivals.add(provider)
+
+    def add_guest(self, provider, why, build, check):
+        """A rival that may not support this case: then what it says is why it is not timed. build: () -> call."""
+        self.guests.add(provider)
+        if provider in self.missing:  # it failed on another copy
+            return
+        try:
+            if not why:
+                call = build()
+                call()  # compiles, where that is its way
+        except Exception as broken:
+            why = said(broken)
+        if why:
+            self.missing[provider] = why
+            self.calls.pop(provider, None)
+            self.checks.pop(provider, None)
+        else:
+            self.add(provider, call, check, rival=True)
 
     def add_ours(self, op, setting, arguments, options, check):
-        """This project's backends and somebody's own function; options that the latter does not know are left out."""
+        """This project's backends, those of --base, and somebody's own function.
+
+        options: function (package) -> keyword arguments, since a plan is for the kernels of its commit; those that a
+        function does not know are left out.
+        """
+        ours = options(kernels)
         for provider, function, why in contenders(op, setting):
             if why:
                 self.missing[provider] = why
-                continue
-            known = inspect.signature(function).parameters
-            call = partial(function, *arguments, **{k: v for k, v in options.items() if k in known})
-            self.add(provider, call, check)
+            else:
+                self.add(provider, bound(function, arguments, ours), check)
+        for provider, function, why in base_contenders(op, setting):
+
+            def build(function=function):
+                return bound(function, arguments, options(setting.base.package))
+
+            self.add_guest(provider, why, build, check)
 
 
 @dataclass(frozen=True)
@@ -169,6 +253,7 @@ class Layer:
     lengths: torch.Tensor
     layout: str
     family: str
+    flags: list  # of the command that has just this layer
 
 
 def layers(args, itemsize):
@@ -176,16 +261,23 @@ def layers(args, itemsize):
     for shape in args.shapes:
         for size in args.mbytes or args.tokens:
             b, mean = fit(args, shape, size, itemsize)
+            flags = ["--shapes", shape, "--mbytes" if args.mbytes else "--tokens", size]
             if args.skew:
-                yield from skewed_layers(shape, b, mean, args.skew)
+                yield from skewed_layers(args, shape, b, mean, flags)
                 continue
             for retention in args.retention:
                 tokens = round(mean / retention) if args.mbytes else size
-                for layout in ("equal", "ragged") if retention < 1 else ("equal",):
+                for layout in layouts_of(args, retention):
                     sizes, generator = (b, *SHAPES[shape][1:]), torch.Generator().manual_seed(0)
-                    lengths = lengths_of(layout, b * sizes[1], tokens, retention, generator)
+                    lengths = lengths_of(layout, b, sizes[1], tokens, retention, generator)
                     name = f"{labelled(shape, b)}, {tokens} tokens, {retention:g} kept, {layout}"
-                    yield Layer(name, shape, sizes, tokens, lengths, layout, name)
+                    more = ["--retention", retention, "--layouts", layout]
+                    yield Layer(name, shape, sizes, tokens, lengths, layout, name, flags + more)
+
+
+def layouts_of(args, retention):
+    """The layouts to time at a retention: where everything is kept there is only one."""
+    return dict.fromkeys(args.layouts or ("equal", "ragged")) if retention < 1 else ("equal",)
 
 
 def fit(args, shape, size, itemsize):
@@ -198,16 +290,16 @@ def fit(args, shape, size, itemsize):
     return b, max(1, round(mean))
 
 
-def skewed_layers(shape, b, mean, ratios):
+def skewed_layers(args, shape, b, mean, flags):
     """One head `ratio` times as long as the mean, all others equally shorter: always the same number of rows."""
     sizes, family = (b, *SHAPES[shape][1:]), f"{labelled(shape, b)}, {mean} tokens on average"
-    segments = b * sizes[1]
-    for ratio in sorted({1.0, *ratios}):
-        longest = min(round(ratio * mean), segments * mean - (segments - 1))  # the others have at least one
-        each, over = divmod(segments * mean - longest, segments - 1)
-        lengths = torch.tensor([longest] + over * [each + 1] + (segments - 1 - over) * [each])
-        layout = f"skew {ratio:g}"
-        yield Layer(f"{family}, {layout}", shape, sizes, int(lengths.max()), lengths, layout, family)
+    for ratio in sorted({1.0, *args.skew}):
+        lengths = one_long(b * sizes[1], b * sizes[1] * mean, round(ratio * mean))
+        layout, name = f"skew {ratio:g}", f"{family}, skew {ratio:g}"
+        if not args.layouts or layout in args.layouts:
+            # with the whole sweep, since `fit` looks at its largest ratio
+            more = ["--skew", *args.skew, "--layouts", layout]
+            yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout, family, flags + more)
 
 
 def labelled(shape, b):
@@ -215,15 +307,68 @@ def labelled(shape, b):
     return shape if b == SHAPES[shape][0] else f"{shape} x {b}"
 
 
-def lengths_of(layout, segments, tokens, retention, generator):
-    """Kept tokens per segment (S,): all equal, or between 0.25 and 1.75 of the mean, with the same sum."""
-    mean = max(1, round(retention * tokens))
+def lengths_of(layout, b, hkv, tokens, retention, generator):
+    """Kept tokens per segment (S,), S = b * hkv: from 1 to `tokens` in each, and the same sum in every layout.
+
+    equal    the mean in all heads: a layer under PLPHP, one sequence
+    ragged   at random between 0.25 and 1.75 of the mean
+    plphp    several sequences: all heads of one alike, by PLPHP's three rates, since each sequence has a gamma of its
+             own; one sequence: what plphp-ada makes of heads that attend more and less sharply
+    zipf     as 1 / rank, in random order
+    giant    one head keeps everything (or all but one row for each of the others), the others share the rest equally
+    """
+    segments, mean = b * hkv, max(1, round(retention * tokens))
     if layout == "equal":
         return torch.full((segments,), mean)
-    share = 0.25 + 1.5 * torch.rand(segments, generator=generator)
-    lengths = (share / share.sum() * mean * segments).round().long()
-    lengths[-1] += mean * segments - lengths.sum()
-    return lengths.clamp(1, tokens)
+    if layout == "giant":
+        return one_long(segments, segments * mean, tokens)
+    if layout == "plphp":
+        return three_rates(b, hkv, tokens, mean) if b > 1 else pooled_heads(hkv, tokens, mean, generator)
+    if layout == "zipf":
+        share = 1 / (1 + torch.randperm(segments, generator=generator))
+    else:
+        share = 0.25 + 1.5 * torch.rand(segments, generator=generator)
+    return divided(segments * mean, share.double(), tokens)
+
+
+def one_long(segments, total, longest):
+    """Lengths (S,) with the sum `total`: `longest`, and the rest as equal as it goes, which is at least one each."""
+    longest = min(longest, total - (segments - 1))
+    each, over = divmod(total - longest, segments - 1)
+    return torch.tensor([longest] + over * [each + 1] + (segments - 1 - over) * [each])
+
+
+def three_rates(b, hkv, tokens, mean):
+    """Lengths (b * hkv,) of sequences under PLPHP: a third of them r - dr, a third r + dr, the others r of `tokens`."""
+    dr = min(round(0.3 * tokens), mean - 1, tokens - mean)  # as --retention has it, and at least one token
+    lengths, third = torch.full((b,), mean), (b + 1) // 3
+    lengths[:third] -= dr
+    lengths[b - third :] += dr
+    return lengths.repeat_interleave(hkv)
+
+
+def pooled_heads(hkv, tokens, mean, generator):
+    """Lengths (hkv,) of a layer under plphp-ada.
+
+    Its choice among the softmax of normal scores, whose deviation is 0.5 in the flattest head and 3 in the sharpest. At
+    0.2 kept the longest head is then 1.7 to 1.9 times the mean; in the demo's layers it is 1.1 to 3.4 times.
+    """
+    sharpness = torch.linspace(0.5, 3, hkv)[torch.randperm(hkv, generator=generator), None]
+    scores = (sharpness * torch.randn(hkv, tokens, generator=generator)).softmax(-1)
+    return PlphpAda().choose(scores, mean).sum(1)
+
+
+def divided(total, share, most):
+    """`total` in whole numbers as `share` (S,) says, each from 1 to `most`: what one cannot hold the others get."""
+    low, high = 0.0, most / float(share.min())
+    for _ in range(100):  # the scale at which the bounded numbers add up
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle * share).clamp(1, most).sum() < total else (low, middle)
+    exact = (high * share).clamp(1, most)
+    lengths = exact.floor().long()
+    largest = (exact - lengths).argsort(descending=True)  # of the fractions; those at a bound have none
+    lengths[largest[: total - int(lengths.sum())]] += 1
+    return lengths
 
 
 def copies_for(setting, size, held):
@@ -248,14 +393,36 @@ def contenders(op, setting):
     """(provider, function, why it cannot run here or None) of everybody whom `Case.add_ours` adds."""
     function, why = getattr(kernels, op), triton_missing(setting.dtype, setting.device)
     yield "ours, torch", partial(function, backend="torch"), None
-    yield triton_name(setting.device), partial(function, backend="triton"), why
+    yield f"ours, {triton_name(setting.device)}", partial(function, backend="triton"), why
     if op in setting.own:
         yield *setting.own[op], None
 
 
+def base_contenders(op, setting):
+    """The same of the kernels of --base, which may not have the op."""
+    if setting.base is None:
+        return
+    function, name = getattr(setting.base.package, op, None), f"base {setting.base.rev}"
+    lacks = None if function else f"{setting.base.sha} has no {op}"
+    yield f"{name}, torch", function and partial(function, backend="torch"), lacks
+    why = lacks or triton_missing(setting.dtype, setting.device)
+    yield f"{name}, {triton_name(setting.device)}", function and partial(function, backend="triton"), why
+
+
+def bound(function, arguments, options):
+    """The call, with those of the options that the function knows."""
+    known = inspect.signature(function).parameters
+    return partial(function, *arguments, **{k: v for k, v in options.items() if k in known})
+
+
+def said(broken):
+    """One short line about an exception."""
+    return f"{type(broken).__name__}: {' '.join(str(broken).split())[:80]}"
+
+
 def triton_name(device):
     """Times of the interpreter must not be taken for the kernels'."""
-    return "ours, triton (interpreted)" if device.type == "cpu" and interpreted() else "ours, triton"
+    return "triton (interpreted)" if device.type == "cpu" and interpreted() else "triton"
 
 
 def triton_missing(dtype, device):
@@ -273,19 +440,23 @@ def triton_missing(dtype, device):
 
 
 def attention_case(op, layer, setting):
-    """One of the two ragged_decode over a layer, beside SDPA on static caches and what AdaKV does.
+    """One of the two ragged_decode over a layer, beside SDPA on static caches, what AdaKV does, and others' kernels.
 
     The static caches hold all tokens, the packed rectangle if there is one, or every head padded to the longest and
     masked. ragged_decode_append is a whole step; kv_len is not advanced, so that each call writes the same slot.
     """
     b, hkv, group, d = layer.sizes
     append, rows, longest = op == "ragged_decode_append", int(layer.lengths.sum()), int(layer.lengths.max())
+    # compiled, or planned, for all copies of a case: they have the same lengths
+    lengths = layer.lengths + append
+    flex = functools.cache(partial(flex_over, lengths, group, setting.device))
+    pages = functools.cache(partial(flashinfer_over, lengths, group, d, setting))
     row = 2 * d * setting.dtype.itemsize  # of K and V
     size = row * (rows + 2 * b * hkv * append)  # the new token is read and written
     reads_more = "sdpa, all tokens" if rows < b * hkv * layer.tokens else None
     case = Case(layer.name, size, "sdpa, all tokens", layer.shape, layer.layout, layer.family, reads_more)
-    for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 2 * rows))):
-        q, new, dense, arenas, (start, length, plan) = make_copy(layer, setting, append, i)
+    for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 3 * rows))):
+        q, new, dense, arenas, (start, length, cap) = make_copy(layer, setting, append, i)
         padded = [t[:, :, : longest + append].clone() for t in dense]
         mask = torch.arange(longest + append, device=setting.device) < length[:, None] + append
         masked = q, *padded, mask.view(b, hkv, 1, -1)
@@ -303,17 +474,25 @@ def attention_case(op, layer, setting):
         static["sdpa, padded + mask"] = masked, places([t.flatten(0, 1) for t in padded], *behind)
         for provider, (arguments, where) in static.items():
             write(where)  # it is the reference of the others
-            case.add(provider, partial(write_and_attend, where, *arguments), attention_check(arguments, where))
+            call = partial(write_and_attend, where, attention, *arguments)
+            case.add(provider, call, attention_check(arguments, where), rival=True)
         add_flat(case, layer, setting, q, arenas, new if append else None, attention_check(masked))
-        where = start, length, *((plan.kv_cap,) if append else ())
+        add_flex(case, setting, flex, masked, where)  # where: still of the padded heads
+        add_flashinfer(case, setting, pages, masked, lengths, new if append else ())
+        where = start, length, *((cap,) if append else ())
         check = attention_check(masked, places(arenas, start.long() + length))
-        case.add_ours(op, setting, (q, *(new if append else ()), *arenas, *where), {"plan": plan}, check)
+        plan = partial(plan_of, start, cap)
+        case.add_ours(op, setting, (q, *(new if append else ()), *arenas, *where), plan, check)
     return case
+
+
+def plan_of(start, cap, package):
+    return {"plan": package.decode_plan(start, cap)}
 
 
 def make_copy(layer, setting, room, seed):
     """Random q (B, Hq, D); K and V of a new token (B, Hkv, D); dense K and V (B, Hkv, tokens + room, D), of which each
-    head keeps its first tokens (which ones does not matter for speed); these in arenas (N, D); (start, length, plan).
+    head keeps its first tokens (which ones does not matter for speed); these in arenas (N, D); (start, length, cap).
     """
     b, hkv, group, d = layer.sizes
     random = randoms(setting, seed)
@@ -324,7 +503,7 @@ def make_copy(layer, setting, room, seed):
     *arenas, start, length, pos = kernels.ragged_pack(*rows, keep, slack=SLACK, backend="torch")
     for arena in arenas:
         arena[pos < 0] = float("nan")  # no result may depend on free slots
-    return q, new, dense, arenas, (start, length, kernels.decode_plan(start, length + SLACK))
+    return q, new, dense, arenas, (start, length, length + SLACK)
 
 
 def attention(q, k, v, mask=None):
@@ -346,10 +525,10 @@ def write(places):
         tensor[index] = new
 
 
-def write_and_attend(places, q, k, v, mask=None):
+def write_and_attend(places, attend, *arguments):
     """A step of a static cache: the new token in its place, then attention."""
     write(places)
-    return attention(q, k, v, mask)
+    return attend(*arguments)
 
 
 def attention_check(reference, places=()):
@@ -384,7 +563,7 @@ def add_flat(case, layer, setting, q, arenas, new, check):
         return
     flat = [pieces(arena, layer.lengths, new[i] if append else None) for i, arena in enumerate(arenas)]
     call = (lambda: attend(q, *map(torch.cat, flat))) if append else partial(attend, q, *map(torch.cat, flat))
-    case.add(provider, call, check)
+    case.add(provider, call, check, rival=True)
 
 
 def pieces(arena, lengths, new):
@@ -441,6 +620,100 @@ def over_segments(lengths):
     return lambda q, k, v: kernels.ragged_decode(q, k, v, start, length, plan=plan, backend="torch")
 
 
+# ---------------------------------------------------------------- other people's kernels
+
+
+def add_flex(case, setting, make, masked, where):
+    """FlexAttention on padded heads, of which it skips the blocks behind the end. make: `flex_over` these lengths."""
+    q, k, v, _ = masked
+
+    def build():
+        return partial(write_and_attend, where, make(), q, k, v)
+
+    case.add_guest("flex attention", flex_missing(setting), build, attention_check(masked, where))
+
+
+def flex_missing(setting):
+    """Why FlexAttention is not timed here; None if it is."""
+    if setting.device.type != "cuda":
+        return "needs CUDA"
+    return None if setting.flex else "left out by --no-flex"
+
+
+def flex_over(lengths, group, device):
+    """FlexAttention over segments of `lengths` (S,): function (q (B, Hq, D), k and v (B, Hkv, n, D)) -> like q.
+
+    n is the longest. Segments are its batch and a group's heads its query rows: with one head each, it takes the kernel
+    that splits keys (FlexDecoding) for any group. With heads as heads, masks that differ would get it the kernel of
+    prefill.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # one program per case; dynamo would stop compiling after eight
+    attend, ends, n = torch.compile(flex_attention, dynamic=False), lengths.to(device), int(lengths.max())
+    mask = create_block_mask(lambda s, h, i, j: j < ends[s], len(ends), None, group, n, device=device)
+
+    def call(q, k, v):
+        rows = q.view(len(ends), 1, group, -1)  # (S, 1, G, D)
+        return attend(rows, *(t.flatten(0, 1)[:, None] for t in (k, v)), block_mask=mask).view(q.shape)
+
+    return call
+
+
+def add_flashinfer(case, setting, make, masked, lengths, new):
+    """FlashInfer on pages that hold each head's rows and no others'; in a step the new token is put into its page.
+
+    make: `flashinfer_over` these lengths (S,), the new token counted; new: its K and V (B, Hkv, D), or nothing.
+    """
+    why, (q, *padded, _) = flashinfer_missing(setting), masked
+    caches = [] if why else [paged(t, lengths) for t in padded]
+    slots = last_slots(lengths.to(q.device))
+    where = [(t, slots, x.flatten(0, 1)) for t, x in zip(caches, new, strict=False)]
+
+    def build():
+        return partial(write_and_attend, where, make(), q, *caches)
+
+    case.add_guest("flashinfer", why, build, attention_check(masked, where))
+
+
+def flashinfer_missing(setting):
+    """Why FlashInfer is not timed here; None if it is."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed"
+    if setting.device.type != "cuda":
+        return "needs CUDA"
+    return None if setting.dtype.itemsize == 2 else "needs bf16 or fp16"
+
+
+def flashinfer_over(lengths, group, d, setting):
+    """Segments of `lengths` (S,) as requests with one KV head: function (q (B, Hq, D), k and v of `paged`) -> like q.
+
+    Its plan waits for the device and would be made in every step, for every layer anew. It is made here, not timed.
+    """
+    import flashinfer
+
+    ends = F.pad((-(-lengths // PAGE)).cumsum(0), (1, 0))
+    tables = ends, torch.arange(int(ends[-1])), (lengths - 1) % PAGE + 1  # segments in pages, pages, rows in the last
+    workspace = torch.zeros(2**27, dtype=torch.uint8, device=setting.device)
+    # tensor cores: what its users do from 4 query heads on; the other kernel lacks groups such as 7
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=group >= 4)
+    tables = [t.int().to(setting.device) for t in tables]
+    wrapper.plan(*tables, group, 1, d, PAGE, q_data_type=setting.dtype, kv_data_type=setting.dtype)
+    return lambda q, k, v: wrapper.run(q.view(-1, group, d), (k, v)).view(q.shape)
+
+
+def paged(padded, lengths):
+    """(B, Hkv, n, D) -> (pages, PAGE, 1, D): the pages with each segment's first rows, one segment after the other."""
+    rows = F.pad(padded.flatten(0, 1), (0, 0, 0, -padded.shape[2] % PAGE)).unflatten(1, (-1, PAGE))
+    taken = torch.arange(rows.shape[1]) < -(-lengths // PAGE)[:, None]  # (S, pages)
+    return rows[taken.to(rows.device)][:, :, None]
+
+
+def last_slots(lengths):
+    """Where `paged` puts each segment's last row: (page (S,), slot (S,), head)."""
+    return (-(-lengths // PAGE)).cumsum(0) - 1, (lengths - 1) % PAGE, 0
+
+
 # ---------------------------------------------------------------- the other ops
 
 
@@ -462,7 +735,7 @@ def scores_case(shape, tokens, setting, rows=1):
             return call(), plain(), plain(compute=torch.float64)
 
         case.add("plain softmax", plain, check)
-        case.add_ours("window_scores", setting, (q, k), {"group": "none"}, check)
+        case.add_ours("window_scores", setting, (q, k), lambda package: {"group": "none"}, check)
     return case
 
 
@@ -487,7 +760,8 @@ def pack_case(shape, tokens, retention, setting):
             return kept_rows(call()), index(), index().double()
 
         case.add("indexing", index, check)
-        case.add_ours("ragged_pack", setting, (k, v, keep), {"slack": SLACK, "total": total}, check)
+        options = {"slack": SLACK, "total": total}
+        case.add_ours("ragged_pack", setting, (k, v, keep), lambda package, options=options: options, check)
     return case
 
 
@@ -539,19 +813,20 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 600, (batch, tokens), generator=generator)
     x = model.model.embed_tokens.weight[ids.to(setting.device)]
-    segments, steps = batch * config.num_key_value_heads, 2 * rounds + 8
+    heads, steps = config.num_key_value_heads, 2 * rounds + 8
 
     def choose(layer, q, k, v):
         generator = torch.Generator().manual_seed(layer)  # the same for every cache
-        lengths = lengths_of(layout, segments, tokens, retention, generator)
-        draw = torch.rand(segments, tokens, generator=generator).argsort(-1).argsort(-1)
+        lengths = lengths_of(layout, batch, heads, tokens, retention, generator)
+        draw = torch.rand(batch * heads, tokens, generator=generator).argsort(-1).argsort(-1)
         return (draw < lengths[:, None]).to(setting.device)
 
     caches = {"dense cache": DenseCache(config.num_hidden_layers, tokens + steps)}
     caches["ours, torch"] = ragged = RaggedCache(config.num_hidden_layers, slack=steps, backend="torch")
     why = triton_missing(torch.float32, setting.device)
     if not why:
-        caches[triton_name(setting.device)] = RaggedCache(config.num_hidden_layers, slack=steps, backend="triton")
+        name = f"ours, {triton_name(setting.device)}"
+        caches[name] = RaggedCache(config.num_hidden_layers, slack=steps, backend="triton")
     for cache in caches.values():
         model.prefill(x, cache, choose=choose if retention < 1 and cache is not caches["dense cache"] else None)
     q = torch.randn(batch, config.num_attention_heads, config.head_dim, generator=generator).to(setting.device)
@@ -615,16 +890,16 @@ def attended(cache, q):
 # ---------------------------------------------------------------- check, time, print
 
 
-def is_wrong(checks):
-    """What is wrong with a provider on all copies, None if nothing is."""
+def judge(checks):
+    """(what is wrong with a provider on all copies, None if nothing is; its largest error against float64)."""
     try:
         results = [check() for check in checks]
         if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
-            return "WRONG RESULT"
+            return "WRONG RESULT", None
         got, plain, exact = (torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True))
-        return None if is_right(got, plain, exact) else "WRONG RESULT"
+        return None if is_right(got, plain, exact) else "WRONG RESULT", float((got.double() - exact).abs().max())
     except Exception as broken:  # somebody's kernel
-        return f"{type(broken).__name__}: {' '.join(str(broken).split())[:80]}"
+        return said(broken), None
 
 
 def is_right(got, plain, exact):
@@ -697,30 +972,57 @@ def memory_bandwidth(device):
     return best
 
 
-def measure(op, case, rounds, bandwidth, device):
-    """Rows of one case, one per provider."""
-    wrong = {name: is_wrong(checks) for name, checks in case.checks.items()}
-    right = [name for name in case.calls if not wrong[name]]
-    runs = {name: captured(case.calls[name], device, case.repeatable) for name in right}
+def take_turns(case, names, rounds, device):
+    """({provider: seconds per call in each round}, {provider: is it a graph?}, {provider: what it broke off with})."""
+    runs, broken = {}, {}
+    for name in names:
+        try:
+            runs[name] = captured(case.calls[name], device, case.repeatable)
+        except Exception as why:
+            broken[name] = said(why)
     times = {name: [] for name in runs}
     for i in range(rounds + 1):
-        for name, (run, count, _) in runs.items():
-            t = seconds(run, device) / count
+        for name in [name for name in runs if name not in broken]:
+            run, count, _ = runs[name]
+            try:
+                t = seconds(run, device) / count
+            except Exception as why:
+                broken[name] = said(why)
+                continue
             if i:  # the first round warms up
                 times[name].append(t)
-    wrong |= {name: is_wrong(case.checks[name][:2]) for name in runs}  # still?
+    return times, {name: graph for name, (_, _, graph) in runs.items()}, broken
+
+
+def measure(op, case, rounds, bandwidth, device, again):
+    """Rows of one case, one per provider. again: the command that runs it alone."""
+    verdicts = {name: judge(checks) for name, checks in case.checks.items()}
+    wrong = {name: why for name, (why, _) in verdicts.items()}
+    times, graphs, broken = take_turns(case, [name for name in case.calls if not wrong[name]], rounds, device)
+    wrong |= {name: broken.get(name) or judge(case.checks[name][:2])[0] for name in times | broken}  # still right?
     about = {"op": op, "case": case.name, "shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6}
+    about |= {"repro": again, "baseline": case.baseline}
+    rivals = [name for name in case.calls if name in case.rivals | {case.baseline} and not wrong[name]]
     rows = []
     for name in case.calls:
-        row = about | {"provider": name, "right": not wrong[name], "why": wrong[name]}
+        row = about | {"provider": name, "guest": name in case.guests, "right": not wrong[name], "why": wrong[name]}
         if not wrong[name]:
-            median = statistics.median(times[name])
-            base = times[case.baseline] if not wrong[case.baseline] else times[name]
-            speed = statistics.median(a / b for a, b in zip(base, times[name], strict=True))
-            reached = None if name == case.reads_more or not case.bytes else case.bytes / median / bandwidth
-            row |= {"us": 1e6 * median, "speed": speed, "ceiling": reached, "graph": runs[name][2]}
+            us = 1e6 * torch.tensor(times[name], dtype=torch.float64)
+            low, median, high = us.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+            speeds = {rival: times_over(times[rival], times[name]) for rival in rivals}
+            useful = None if name == case.reads_more or not case.bytes else case.bytes / (1e-6 * median)  # bytes/s
+            row |= {"us": median, "p20_us": low, "p80_us": high, "speed": speeds.get(case.baseline), "speeds": speeds}
+            row |= {"GBps": useful and useful / 1e9, "ceiling": useful and useful / bandwidth}
+            row |= {"max_error": verdicts[name][1], "graph": graphs[name]}
         rows.append(row)
-    return rows + [about | {"provider": name, "right": None, "why": why} for name, why in case.missing.items()]
+    for name, why in case.missing.items():
+        rows.append(about | {"provider": name, "guest": name in case.guests, "right": None, "why": why})
+    return rows
+
+
+def times_over(times, others):
+    """How many times as long: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def against_uniform(rows, family, uniform):
@@ -736,14 +1038,21 @@ def against_uniform(rows, family, uniform):
 
 
 def show(rows, device):
-    """One table per case; a provider that is wrong or cannot run here has no numbers."""
+    """The table of one case; a provider that is wrong or cannot run here has no numbers."""
+    wide = max(27, *(len(row["provider"]) for row in rows))
+    yield f"  {'':{wide}} {'us':>10} {'20 %':>10} {'80 %':>10} {'speed':>7} {'ceiling':>8} {'GB/s':>7}  max error"
     for row in rows:
         if "us" not in row:
-            said = f"not timed: {row['why']}" if row["right"] is None else f"{row['why']}, not timed"
-            yield f"  {row['provider']:27} {said}"
+            text = f"not timed: {row['why']}" if row["right"] is None else f"{row['why']}, not timed"
+            yield f"  {row['provider']:{wide}} {text}"
             continue
-        ceiling = f"{100 * row['ceiling']:5.1f} %" if row["ceiling"] is not None else "      -"
-        line = f"  {row['provider']:27} {row['us']:10.1f} us   speed {row['speed']:5.2f}   ceiling {ceiling}"
+        speed = "-" if row["speed"] is None else f"{row['speed']:.2f}"
+        ceiling, gbps = "-", "-"
+        if row["ceiling"] is not None:
+            ceiling, gbps = f"{100 * row['ceiling']:.1f} %", f"{row['GBps']:.1f}"
+        line = f"  {row['provider']:{wide}} {row['us']:10.1f} {row['p20_us']:10.1f} {row['p80_us']:10.1f} {speed:>7}"
+        line += f" {ceiling:>8} {gbps:>7} {row['max_error']:10.1e}"
+        line += "".join(f"   {row['speeds'][rival]:.2f} x {rival}" for rival in strongest(row))
         if "over_uniform" in row:
             line += f"   {row['over_uniform']:5.2f} x the time of uniform"
         if device.type == "cuda" and not row["graph"]:
@@ -751,73 +1060,140 @@ def show(rows, device):
         yield line
 
 
+def strongest(row):
+    """What a row that is no rival itself is also compared with: the fastest other baseline, and its own past."""
+    if row["provider"] in row["speeds"]:
+        return []
+    others = [name for name in row["speeds"] if name != row["baseline"] and not name.startswith("base ")]
+    backend = row["provider"].removeprefix("ours")  # ", torch"
+    past = [name for name in row["speeds"] if name.startswith("base ") and name.endswith(backend)]
+    return [*sorted(others, key=row["speeds"].get)[:1], *past]
+
+
 def cases(args, setting):
-    """(op, function that builds a Case) one after the other."""
+    """(function that builds a Case, op and flags that choose it alone) one after the other."""
     for op in args.ops:
         if op in ATTENTION:
             for layer in layers(args, setting.dtype.itemsize):
-                yield op, partial(attention_case, op, layer, setting)
+                yield partial(attention_case, op, layer, setting), [op, *layer.flags]
         elif op == "prefill":
             for tokens in args.tokens:
-                yield op, partial(prefill_case, tokens, setting)
+                yield partial(prefill_case, tokens, setting), [op, "--tokens", tokens]
         elif op == "decode":
             for tokens in args.tokens:
                 for retention in args.retention:
-                    for layout in ("equal", "ragged") if retention < 1 else ("equal",):
+                    for layout in layouts_of(args, retention):
                         for batch in args.batch:
-                            yield op, partial(step_case, batch, tokens, retention, layout, args.rounds, setting)
+                            flags = ["--tokens", tokens, "--retention", retention, "--layouts", layout]
+                            build = partial(step_case, batch, tokens, retention, layout, args.rounds, setting)
+                            yield build, [op, *flags, "--batch", batch]
         else:
             for shape in args.shapes:
                 for tokens in args.tokens:
+                    flags = [op, "--shapes", shape, "--tokens", tokens]
                     if op == "window_scores":
-                        yield op, partial(scores_case, shape, tokens, setting)
+                        yield partial(scores_case, shape, tokens, setting), flags
                         continue
                     for retention in args.retention:
-                        yield op, partial(pack_case, shape, tokens, retention, setting)
+                        build = partial(pack_case, shape, tokens, retention, setting)
+                        yield build, [*flags, "--retention", retention]
+
+
+def command(flags, args, setting):
+    """The command that runs one case alone. flags: as `cases` gives them."""
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == setting.dtype)
+    words = ["python", "tools/bench_kernels.py", *flags, "--dtype", dtype, "--device", setting.device]
+    words += ["--rounds", args.rounds, *(["--no-flex"] if args.no_flex else [])]
+    base = setting.base.sha if setting.base else None  # what HEAD is changes
+    for flag, value in (("--copies", args.copies), ("--kernel", args.kernel), ("--base", base)):
+        words += [flag, value] if value else []
+    interpreter = "TRITON_INTERPRET=1 " if setting.device.type == "cpu" and interpreted() else ""
+    return interpreter + shlex.join(map(str, words))
 
 
 def load_own(path, ops):
     """Functions of somebody's file, by the name of their op."""
     if path is None:
         return {}
-    found = importlib.util.spec_from_file_location(f"own_{Path(path).stem}", path)
-    if found is None or not Path(path).is_file():
-        raise SystemExit(f"error: {path} is no Python file; give --kernel FILE.py")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[module.__name__] = module  # triton looks a kernel's module up
-    try:
-        found.loader.exec_module(module)
-    except Exception as broken:
-        raise SystemExit(f"error: {path} cannot be imported ({type(broken).__name__}: {broken}); mend it") from broken
+    if not Path(path).is_file() or Path(path).suffix != ".py":
+        raise InputError(f"{path} is no Python file; give --kernel FILE.py")
     name = Path(path).stem
+    try:
+        module = imported(f"own_{name}", path)
+    except Exception as broken:
+        raise InputError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); mend it") from broken
     own = {op: (name, getattr(module, op)) for op in ops if callable(getattr(module, op, None))}
     if not own:
-        raise SystemExit(f"error: {path} has none of {', '.join(ops)}; name the function after the op")
+        raise InputError(f"{path} has none of {', '.join(ops)}; name the function after the op")
     return own
+
+
+def imported(name, path):
+    """The module, or the package of an __init__.py, at a path."""
+    found = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # triton looks a kernel's module up, and a package its parts
+    found.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def kernels_of(rev):
+    """The Commit `rev` of this repository, its kernels in a folder that is gone afterwards; None for None."""
+    if rev is None:
+        yield None
+        return
+    wanted = f"--base {rev} is no commit with kernels"
+    sha = git(wanted, "rev-parse", "--verify", "--short", "--end-of-options", f"{rev}^{{commit}}").decode().strip()
+    files = git(wanted, "archive", "--format=zip", sha, "kernels")
+    # until the end: triton reads the files when a kernel is first called
+    with tempfile.TemporaryDirectory(prefix=f"kernels_at_{sha}_") as folder:
+        zipfile.ZipFile(io.BytesIO(files)).extractall(folder)
+        try:
+            package = imported(Path(folder).name, Path(folder) / "kernels" / "__init__.py")
+        except Exception as broken:
+            raise InputError(f"the kernels of {rev} cannot be imported ({said(broken)}); give another") from broken
+        yield Commit(rev, sha, package)
+
+
+def git(wanted, *words):
+    """What git prints, bytes. wanted: the beginning of the error, if it does not."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True)
+    except OSError as broken:
+        raise InputError(f"{wanted} ({broken}); install git") from None
+    if done.returncode:
+        *_, why = done.stderr.decode(errors="replace").splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(f"{wanted} ({why}); see git log for those that are")
+    return done.stdout
 
 
 def parsed(argv):
     """One Namespace per command line of the preset; without one just what was given."""
     given = parser().parse_args(argv)
     if given.preset and given.ops:
-        raise SystemExit(f"error: --preset {given.preset} chooses the ops itself; give one or the other")
-    lines = [line.split() for line in PRESETS[given.preset]] if given.preset else [[]]
+        raise InputError(f"--preset {given.preset} chooses the ops itself; give one or the other")
+    lines = [shlex.split(line) for line in PRESETS[given.preset]] if given.preset else [[]]
     found = [parser().parse_args(line + argv) for line in lines]
     for args in found:
         args.ops = list(OPS) if "all" in args.ops else args.ops or ["ragged_decode"]
         args.skew = [1.0, 2.0, 4.0, 8.0] if args.skew == [] else args.skew
         if unknown := [op for op in args.ops if op not in OPS]:
-            raise SystemExit(f"error: there is no op {unknown[0]!r}; use {', '.join(OPS)} or all")
+            raise InputError(f"there is no op {unknown[0]!r}; use {', '.join(OPS)} or all")
+        known = [f"skew {ratio:g}" for ratio in sorted({1.0, *args.skew})] if args.skew else LAYOUTS
+        if unknown := [layout for layout in args.layouts or () if layout not in known]:
+            where = " in this --skew sweep" if args.skew else ""
+            raise InputError(f"there is no layout {unknown[0]!r}{where}; use {', '.join(known)}")
     return found
 
 
-def one_case(op, build, rounds, bandwidth, device, uniform):
+def one_case(build, flags, args, setting, bandwidth, uniform):
     """Build, time and print one case -> its rows. Its buffers are free before the next one is built."""
-    case = build()
-    print(f"\n{op}: {case.name}, {case.bytes / 1e6:.2f} MB", flush=True)
-    rows = measure(op, case, rounds, bandwidth, device)
+    case, again = build(), command(flags, args, setting)
+    print(f"\n{flags[0]}: {case.name}, {case.bytes / 1e6:.2f} MB\n  {again}", flush=True)
+    rows = measure(flags[0], case, args.rounds, bandwidth, setting.device, again)
     against_uniform(rows, case.family, uniform)
-    print("\n".join(show(rows, device)), flush=True)
+    print("\n".join(show(rows, setting.device)), flush=True)
     return rows
 
 
@@ -826,43 +1202,56 @@ def save(args, about, rows):
     if args.json:
         Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     if args.csv:
-        columns = ["op", "case", "shape", "layout", "megabytes", "provider", "right", "why", "us", "speed", "ceiling"]
+        columns = ["op", "case", "shape", "layout", "megabytes", "provider", "guest", "right", "why"]
+        columns += ["us", "p20_us", "p80_us", "GBps", "ceiling", "max_error", "baseline", "speed", "speeds", "graph"]
         with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, [*columns, "graph", "over_uniform", *about])
+            writer = csv.DictWriter(f, [*columns, "over_uniform", "repro", *about])
             writer.writeheader()
-            writer.writerows(row | about for row in rows)
+            for row in rows:
+                speeds = {"speeds": json.dumps(row["speeds"])} if "speeds" in row else {}
+                writer.writerow(row | speeds | about)
 
 
 @torch.inference_mode()
 def main(argv=None):
-    begin, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
-    args, *more = parsed(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        device = choose_device(args.device)
+        parts = parsed(argv)
+        with kernels_of(parts[0].base) as base:
+            return bench(parts, base, argv)
+    except InputError as wrong:
+        parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
+
+
+def bench(parts, base, argv):
+    """Everything that was asked for -> the exit code: 1 if something that is no guest was wrong."""
+    begin, args = time.perf_counter(), parts[0]
+    device = choose_device(args.device)
+    try:
         for path in filter(None, (args.json, args.csv)):  # before anything is measured
             open(path, "a").close()
-    except (InputError, OSError) as wrong:
-        raise SystemExit(f"error: {wrong}") from None
+    except OSError as wrong:
+        raise InputError(f"{wrong}; name another file") from None
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, events and graphs are the current device's
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    own = load_own(args.kernel, {op for a in (args, *more) for op in a.ops})
-    setting = Setting(dtype, device, own, args.copies)
+    own = load_own(args.kernel, {op for part in parts for op in part.ops})
     bandwidth = memory_bandwidth(device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     about = {
         "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": version("triton"),
         "dtype": str(dtype), "bandwidth_GBps": round(bandwidth / 1e9, 1), "rounds": args.rounds,
         "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", "tools/bench_kernels.py", *argv]),
-    }  # fmt: skip
+    } | ({"base": base.sha} if base else {})  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     rows, uniform = [], {}
-    for part in (args, *more):
-        for op, build in cases(part, setting):
-            rows += one_case(op, build, part.rounds, bandwidth, device, uniform)
+    for part in parts:
+        setting = Setting(dtype, device, own, part.copies, base, not part.no_flex)
+        for build, flags in cases(part, setting):
+            rows += one_case(build, flags, part, setting, bandwidth, uniform)
             save(args, about, rows)
     print(f"\n{time.perf_counter() - begin:.0f} s")
-    return 1 if any(row["right"] is False for row in rows) else 0
+    return 1 if any(row["right"] is False and not row["guest"] for row in rows) else 0
 
 
 def version(package):

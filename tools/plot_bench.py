@@ -23,7 +23,10 @@ STYLES = {
     "sdpa, padded + mask": ("#56B4E9", "v", "--"),
     "varlen, heads as batch": ("#009E73", "D", "-"),
     "adakv-style": ("#CC79A7", "P", "--"),
+    "flex attention": ("#999933", "<", "-."),  # these two from Tol's, for the same reason
+    "flashinfer": ("#882255", ">", "-"),
 }
+BASES = {"triton": ("#D55E00", "1", ":"), "torch": ("#E69F00", "2", ":")}  # of another commit: ours, dotted
 OTHERS = ("#777777", "*", "-.")
 
 
@@ -32,7 +35,7 @@ def parser():
     p.add_argument("files", nargs="+", metavar="FILE.json")
     p.add_argument("--op", help="default: the first in the files")
     p.add_argument("--shape", help="default: the one measured at most sizes")
-    p.add_argument("--layout", help="equal or ragged (default: the one with most rows, ragged if both have as many)")
+    p.add_argument("--layout", help="such as equal or zipf (default: the one with most rows, ragged rather than equal)")
     p.add_argument("--out", default="bench.png", metavar="FILE.png")
     return p
 
@@ -86,9 +89,16 @@ def lines(rows, x, y):
     return {name: sorted(found[name].items()) for name in sorted(found, key=order.index)}
 
 
+def style(name):
+    """Colour, marker and dash of a provider; those of --base are called "base REV, backend"."""
+    if name.startswith("base "):
+        return BASES.get(name.split(", ")[-1].split(" (")[0], OTHERS)
+    return STYLES.get(name, OTHERS)
+
+
 def draw(axes, points):
     for name, line in points.items():
-        colour, marker, dash = STYLES.get(name, OTHERS)
+        colour, marker, dash = style(name)
         axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=name, markersize=5)
     axes.grid(alpha=0.3)
 
@@ -148,7 +158,8 @@ def by_size(axes, points, layout):
     axes.set_ylim(bottom=0)
     axes.set_xlabel("MB of K and V per layer")
     axes.set_ylabel("% of memory bandwidth")
-    axes.set_title(f"size, heads of {'equal' if layout == 'equal' else 'different'} lengths", fontsize=10)
+    more = "" if layout in ("equal", "ragged") else f" ({layout})"
+    axes.set_title(f"size, heads of {'equal' if layout == 'equal' else 'different'} lengths{more}", fontsize=10)
 
 
 def by_skew(axes, points, layout):

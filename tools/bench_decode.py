@@ -1,0 +1,959 @@
+"""Decoding end to end, pruned and not, beside transformers' generate(), in one run. A wrong result has no speed.
+
+    python tools/bench_decode.py                             # the demo model, on this machine
+    python tools/bench_decode.py --model DIR --image x.png   # any checkpoint
+    python tools/bench_decode.py --shape llava-1.5-7b        # random weights, made directly on the device
+    python tools/bench_decode.py --shape llava-1.5-7b --workloads one-b32 4x576,576+64 --prune plphp:dr=0@0.3
+    python tools/bench_decode.py --growth --plot growth.png  # decode time over kept tokens, prefill memory over T
+    python tools/bench_decode.py --smoke                     # everything, with next to nothing to do
+
+Every engine works in a process of its own. Where all fit into memory side by side (on a CPU) they answer in turns, so
+that a machine that slows down slows all of them; otherwise one after the other. A round is one answer. `TTFT` is the
+prefill of all sequences, pruning included, until their first ids are known; `ms/token` is a step of all of them until
+the ids are read: the median of all steps of all rounds, the 20th and the 80th percentile.
+
+The workload `picture` is a real picture and question through model.Generation, vision tower included, beside
+LlavaForConditionalGeneration. All others begin with an embedded prompt: random text around pictures of random numbers
+of the embeddings' size, straight into the language model, beside LlamaForCausalLM. BxP,P+T is one of your own: B
+sequences, each with pictures of P tokens and T of text. Prompts beyond the model's context are run and marked.
+
+Checked before any speed: the greedy ids are those of transformers (fp32), or the first logits are close (bf16, fp16);
+the steps' logits are those of one long prefill of the same tokens; a pruned run begins with the same token and stays
+finite. `roofline` is the bytes of weights and held K and V over the measured bandwidth, `ceiling` what pruning can win
+by bytes. --prune SPEC@F is what run.py calls --prune SPEC --retention F; dr=0, because random weights look at pictures
+in every layer alike.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.cache import RaggedCache  # noqa: E402
+from model.config import TextConfig  # noqa: E402
+from model.generate import DecodeStep, Layout, Pruner  # noqa: E402
+from model.llama import Llama, rope_turns  # noqa: E402
+from model.pruning import make_method  # noqa: E402
+from run import check_backend, choose_device, number, one_line  # noqa: E402
+from tools import roofline  # noqa: E402
+from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, version  # noqa: E402
+from tools.compare_hf import AnonymousMemory  # noqa: E402
+from tools.report import percentile  # noqa: E402
+from tools.verify_checkpoint import Parser  # noqa: E402
+
+SHAPES = {  # decoder, context and rope_theta of random weights
+    "llava-1.5-7b": (roofline.SHAPES[0], 4096, 1e4),
+    "llava-1.5-13b": (roofline.SHAPES[1], 4096, 1e4),
+    "next-mistral-7b": (roofline.SHAPES[4], 32768, 1e6),
+    "demo": (roofline.SHAPES[5], 2048, 1e4),
+}
+USUAL = ("one", "one-b8", "one-b32", "tiles", "eight-images", "long")  # workloads; `long` is for GPUs
+ENGINES = ("ours", "hf-eager", "hf-sdpa", "hf-static")
+# Error of logits over their size, root mean squares, up to which two ways of computing them are the same. Measured over
+# 16 to 32 random layers: 1e-6, 0.002, 0.013; a position that is off by one makes 0.17 at a width of 1024.
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
+WATCHED = 8  # tokens that are compared
+
+
+def parser():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    p.add_argument("--model", metavar="DIR|ID", help="a checkpoint (default: the demo model)")
+    p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    p.add_argument("--image", metavar="PATH", help="picture of the workload `picture` (default with the demo: its own)")
+    p.add_argument("--prompt", default="Describe the picture.", help="its question")
+    p.add_argument("--workloads", nargs="+", metavar="NAME|BxP,P+T",
+                   help=f"picture, {', '.join(USUAL)} or your own (default: all, but on a CPU without long)")
+    p.add_argument("--prune", nargs="+", default=["none", "plphp:dr=0@0.5", "plphp:dr=0@0.2"], metavar="SPEC[@F]")
+    p.add_argument("--engines", nargs="+", choices=ENGINES, metavar="ENGINE",
+                   help=f"of {', '.join(ENGINES)} (default: all; static cache and torch.compile on CUDA only)")
+    p.add_argument("--new-tokens", type=number(int, 2), default=32, metavar="N", help="of each answer (default 32)")
+    p.add_argument("--rounds", type=number(int, 1), default=5, help="answers, after one that is checked (default 5)")
+    p.add_argument("--dtype", choices=DTYPES, help="default bf16 on CUDA; on a CPU fp32 if it fits in half of memory")
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
+    p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"))
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of weights and prompts")
+    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--csv", metavar="FILE")
+    p.add_argument("--smoke", action="store_true", help="does it run? tiny prompts, few tokens, one round")
+    p.add_argument("--growth", action="store_true", help="of a thin model: decode time and prefill memory over tokens")
+    p.add_argument("--tokens", nargs="+", type=number(int, 2), metavar="T", help="at which --growth measures")
+    p.add_argument("--plot", metavar="FILE.png", help="of --growth")
+    p.add_argument("--worker", help=argparse.SUPPRESS)  # the child processes
+    # fmt: on
+    return p
+
+
+# ---------------------------------------------------------------- what is to be done
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` sequences, each of `text` tokens with pictures of so many tokens between them."""
+
+    name: str
+    batch: int
+    pictures: tuple
+    text: int
+
+    @property
+    def tokens(self):
+        return sum(self.pictures) + self.text
+
+    @property
+    def spans(self):
+        """[(start, stop)] of the pictures: a quarter of the text is before them."""
+        ends = [self.text // 4 + sum(self.pictures[:i]) for i in range(len(self.pictures) + 1)]
+        return list(zip(ends, ends[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process is for. shape None: the checkpoint `model`; image: only for the workload `picture`."""
+
+    engine: str
+    prune: str
+    workload: Workload
+    model: str | None
+    shape: str | None
+    image: str | None
+    prompt: str
+    dtype: str
+    device: str
+    backend: str
+    new_tokens: int
+    seed: int
+
+
+def workloads(names, picture, asked):
+    """The Workloads of --workloads. picture: tokens of one; asked: the workload `picture`, None without one."""
+    known = {
+        "one": (1, (picture,), 64),
+        "one-b8": (8, (picture,), 64),
+        "one-b32": (32, (picture,), 64),
+        "tiles": (1, (2880,), 64),
+        "eight-images": (1, 8 * (picture,), 64),
+        "long": (1, (10000 - 64,), 64),
+    }
+    for name in names:
+        own = re.fullmatch(r"([1-9]\d*)x([1-9]\d*(?:,[1-9]\d*)*)\+([1-9]\d*)", name)
+        if name == "picture" and asked:
+            yield asked
+        elif own:
+            yield Workload(name, int(own[1]), tuple(map(int, own[2].split(","))), int(own[3]))
+        elif name in known:
+            yield Workload(name, *known[name])
+        else:
+            need = "needs a checkpoint and --image" if name == "picture" else "is unknown"
+            raise InputError(f"workload {name!r} {need}; use one of {', '.join(known)} or for example 4x576,576+64")
+
+
+def method_of(spec, folder=None, config=None):
+    """The Method of SPEC[@F], None for "none"; InputError if there is none such, or not for a model of this config."""
+    name, _, kept = spec.rpartition("@")
+    try:
+        method = make_method(name, float(kept), folder=folder) if name else make_method(spec, folder=folder)
+        if method and config:
+            method.check(config.num_hidden_layers, config.num_key_value_heads)
+    except ValueError as wrong:
+        raise InputError(f"--prune {spec}: {wrong}") from wrong
+    return method
+
+
+def text_config(name):
+    """TextConfig of a shape."""
+    s, context, theta = SHAPES[name]
+    return TextConfig(
+        vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers,
+        num_attention_heads=s.q_heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim,
+        max_position_embeddings=context, rms_norm_eps=1e-5, rope_theta=theta,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- one engine, in its process
+
+
+def random_language(config, dtype, device, seed=0):
+    """A Llama with random weights, made where they are needed and in their dtype: never a second copy of a tensor."""
+    with torch.device("meta"):
+        language = Llama(config).to(dtype).requires_grad_(False)
+    language.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for p in language.parameters():
+        p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02, generator=generator)
+    return language
+
+
+def language_of(task):
+    """The Llama of a task."""
+    if task.shape:
+        return random_language(text_config(task.shape), DTYPES[task.dtype], task.device, task.seed)
+    return load(task.model, task.dtype, task.device).model.language_model
+
+
+def prompts(task, language):
+    """Embedded prompts x (B, T, C): random ids, and where pictures are random numbers of the embeddings' size."""
+    w, table = task.workload, language.model.embed_tokens.weight
+    generator = torch.Generator(table.device).manual_seed(task.seed + 1)
+    x = torch.randn(w.batch, w.tokens, table.shape[1], generator=generator, device=table.device, dtype=table.dtype)
+    x *= table[: min(len(table), 1024)].float().std()
+    ids = torch.randint(3, len(table), (w.batch, w.text), generator=generator, device=table.device)
+    before = w.text // 4
+    x[:, :before], x[:, w.tokens - w.text + before :] = table[ids[:, :before]], table[ids[:, before:]]
+    return x
+
+
+@dataclass
+class Answer:
+    """first, steps: seconds; ids: B of each token; logits: (V,) of the first sequence, for the tokens watched."""
+
+    first: float
+    steps: list
+    ids: list
+    logits: list
+    kept: float  # of the vision tokens, all heads and sequences
+    bytes_held: int  # of K and V after prefill
+    step: object  # function () that takes one more step
+    cache: RaggedCache
+
+
+@torch.inference_mode()
+def answer(language, x, spans, method, backend, new_tokens, watched=0):
+    """Greedy ids for the prompts x (B, T, C), prefilled one by one and decoded together -> Answer."""
+    start, config = time.perf_counter(), language.config
+    layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
+    layout = Layout(layers, *heads, x.shape[1], spans, x.device)
+    caches, pruners, last = [], [], []
+    for sequence in x:
+        cache = RaggedCache(layers, slack=min(new_tokens, 64), backend=backend)
+        pruner = Pruner(method, layout, backend) if method else None
+        asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
+        last.append(language.prefill(sequence[None], cache, **asked)[0, -1].clone())  # the rest is freed
+        caches.append(cache)
+        pruners.append(pruner)
+    cache = caches[0] if len(caches) == 1 else RaggedCache.join(caches)
+    logits = language.logits(torch.stack(last))
+    ids = logits.argmax(-1)
+    said = [ids.tolist()]  # waits for the device
+    first, seen, steps = time.perf_counter() - start, [logits[0].clone()], []
+    held = cache.nbytes_held
+    single = len(x) == 1
+    step = DecodeStep(language, cache) if single else BatchStep(language, cache)
+    for i in range(1, new_tokens):
+        start = time.perf_counter()
+        logits = step(said[-1][0])[None] if single else step(ids)
+        ids = logits.argmax(-1)
+        said.append(ids.tolist())
+        steps.append(time.perf_counter() - start)
+        if i < watched:
+            seen.append(logits[0].clone())
+    vision = sum(b - a for a, b in spans)
+    kept = [float(n) / vision for p in pruners if p for n in p.kept]
+    again = partial(step, said[-1][0] if single else ids)
+    return Answer(first, steps, said, seen, statistics.fmean(kept or [1.0]), held, again, cache)
+
+
+class BatchStep:
+    """What DecodeStep is to one sequence, for B: ids (B,) -> logits (B, V), a captured graph where that can be."""
+
+    def __init__(self, language, cache):
+        self.language, self.cache = language, cache
+        self.turns = rope_turns(language.config, cache.pos.device)
+        self.graph = self.ids = self.logits = self.seen = None
+
+    def __call__(self, ids):
+        cache = self.cache
+        if not (cache.fused and cache.pos.is_cuda and self.seen == cache.version and cache.room > 0):
+            self.graph = self.logits = None  # as it is: the arenas have moved, or kernels are still to be compiled
+            logits = self.plain(ids)
+            self.seen = cache.version
+            return logits
+        if self.graph is None:
+            self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.device(ids.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(ids.device)):
+                self.logits = self.plain(self.ids)
+            self.graph = graph
+        else:
+            self.ids.copy_(ids)
+            cache.reserve()
+        self.graph.replay()
+        return self.logits
+
+    def plain(self, ids):
+        x = F.embedding(ids, self.language.model.embed_tokens.weight)
+        return self.language.logits(self.language.decode(x, self.cache, self.turns))
+
+
+def prepare_ours(task):
+    """(facts for the gate, function that answers -> (seconds to the first token, seconds of each step))."""
+    language = language_of(task)
+    if task.shape:
+        language.arrange()  # as `load` does where weights are not mapped
+    method, spans = method_of(task.prune, task.model), task.workload.spans
+    x = prompts(task, language)
+    run = partial(answer, language, x, spans, method, task.backend, task.new_tokens)
+    checked = run(watched=WATCHED)
+    facts = {
+        "ids": [list(ids) for ids in zip(*checked.ids[:WATCHED], strict=True)],
+        "logits": [row.tolist() for row in checked.logits[:2]],
+        "finite": all(bool(row.isfinite().all()) for row in checked.logits),
+        "kept": checked.kept,
+        "kv_bytes_held": checked.bytes_held,
+        "step": step_cost(checked.step, checked.cache),
+    }
+    if method is None:
+        facts["error"] = error_of_steps(language, x[0], checked)
+    del checked
+
+    def again():
+        a = run()
+        return a.first, a.steps
+
+    return facts, again
+
+
+@torch.inference_mode()
+def error_of_steps(language, x, checked):
+    """Largest error of the steps' logits against one prefill of prompt x (T, C) and the tokens said, in one go."""
+    steps = len(checked.logits)
+    said = torch.tensor([ids[0] for ids in checked.ids[: steps - 1]], dtype=torch.long, device=x.device)
+    whole = torch.cat((x, language.model.embed_tokens(said)))[None]
+    wanted = language.logits(language.prefill(whole)[0, -steps:])
+    return max(error(a.tolist(), b.tolist()) for a, b in zip(checked.logits, wanted, strict=True))
+
+
+def prepare_picture(task):
+    """The same for a picture and a question through model.Generation."""
+    checkpoint = load(task.model, task.dtype, task.device)
+    method = method_of(task.prune, checkpoint.folder)
+    sampling = Sampling(max_new_tokens=task.new_tokens)
+    generation = Generation(checkpoint, task.prompt, [task.image], sampling, prune=method, backend=task.backend)
+
+    def again():
+        "".join(generation)
+        t = generation.timing
+        return t["vision"] + t["prefill"], list(t["steps"])
+
+    again()
+    step = partial(DecodeStep(checkpoint.model.language_model, generation.cache), 1)
+    facts = {
+        "ids": [generation.token_ids[:WATCHED]],
+        "finite": True,  # Generation would have stopped
+        "kept": statistics.fmean(generation.kept) / generation.vision_tokens,
+        "kv_bytes_held": generation.bytes_held,
+        "step": step_cost(step, generation.cache),
+    }
+    return facts, again
+
+
+def prepare_hf(task):
+    """The same for transformers: generate() with a dynamic cache, or a static one and torch.compile."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options = {"max_new_tokens": task.new_tokens, "do_sample": False}
+    if task.engine == "hf-static":
+        compile_config = transformers.CompileConfig()
+        compile_config._compile_all_devices = True  # left alone, generate() compiles on CUDA but not on a CPU
+        options |= {"cache_implementation": "static", "compile_config": compile_config}
+    attention = "eager" if task.engine == "hf-eager" else "sdpa"
+    model, inputs, stop_ids = (hf_llava if task.image else hf_llama)(task, attention)
+
+    def again():
+        clock, start = Clock(), time.perf_counter()
+        ids = model.generate(**inputs, **options, streamer=clock)
+        new = ids.shape[1] - (inputs["input_ids"].shape[1] if task.image else 0)
+        times = clock.times[-new:]  # before these, it is given the prompt
+        return times[0] - start, [b - a for a, b in zip(times, times[1:], strict=False)]
+
+    checked = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    said = checked.sequences[:, -len(checked.logits) :].tolist()
+    facts = {
+        "ids": [[i for i in ids if i not in stop_ids][:WATCHED] for ids in said],
+        "logits": [] if task.image else [row[0].tolist() for row in checked.logits[:2]],
+    }
+    del checked
+    return facts, again
+
+
+def hf_llama(task, attention):
+    """(transformers' LlamaForCausalLM with the weights of our Llama, what generate() is given, ids that end)."""
+    import transformers
+
+    language = language_of(task)
+    fields = asdict(language.config)
+    weights = {name: w.contiguous() for name, w in language.state_dict().items()}  # not as `arrange` lays them out
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # where it is tied
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    config = transformers.LlamaConfig(
+        **fields, rope_parameters=rope, tie_word_embeddings=language.lm_head is None,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    model.load_state_dict(weights, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(task.device)  # it is no weight
+    model.set_attn_implementation(attention)
+    x = prompts(task, language)
+    mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+    return model, {"inputs_embeds": x, "attention_mask": mask}, ()
+
+
+def hf_llava(task, attention):
+    """The same of LlavaForConditionalGeneration, for a checkpoint's picture and question."""
+    import transformers
+
+    asked = Generation(open_checkpoint(task.model), task.prompt, [task.image])  # for ids and pixels only
+    checkpoint, dtype = asked.checkpoint, DTYPES[task.dtype]
+    llava = transformers.LlavaForConditionalGeneration
+    model = llava.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=attention).to(task.device).eval()
+    image, tokens = checkpoint.config.image_token_index, checkpoint.config.image_tokens
+    ids = torch.tensor([[i for t in asked.ids for i in [t] * (tokens if t == image else 1)]], device=task.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "suppress_tokens": asked.never()}
+    return model, inputs | {"pixel_values": asked.pixels[0][None].to(task.device, dtype)}, checkpoint.stop_ids
+
+
+class Clock:
+    """What generate() takes for a streamer: it is given ids as soon as they can be read, and notes when."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, ids):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+# ---------------------------------------------------------------- what a step costs
+
+
+@torch.inference_mode()
+def step_cost(step, cache, steps=4):
+    """Launches, syncs and allocations of a step, without what chooses and reads its ids; on CUDA also kernels.
+
+    On a CPU a launch is a call of PyTorch that computes or writes (no views; what happens inside of it counts as one).
+    """
+    cache.slack = 64  # the next repack makes room for all steps below
+    for _ in range(cache.room + 3):  # up to that repack, and until a graph is captured again
+        step()
+    if not cache.pos.is_cuda:
+        with Calls() as calls:
+            step()
+        return {"launches": calls.launches, "syncs": 0, "allocations": calls.new, "allocated_bytes": calls.bytes}
+    more, fewer = device_work(step, 2 * steps), device_work(step, steps)
+    return {name: (more[name] - fewer[name]) / steps for name in more}  # without what the profiler does itself
+
+
+def device_work(step, times):
+    """What so many steps do on CUDA, by the profiler and the allocator."""
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with torch.profiler.profile() as profile:
+        for _ in range(times):
+            step()
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    kinds = torch.autograd.DeviceType
+    calls = [e.name for e in profile.events() if e.device_type == kinds.CPU]
+    return {
+        "launches": sum(bool(re.match(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", name)) for name in calls),
+        "syncs": sum(bool(re.match(r"cu(da)?\w+Synchronize", name)) for name in calls),
+        "allocations": allocations,
+        "mallocs": sum(bool(re.match(r"cu(da)?(Malloc|MemAlloc|MemCreate)", name)) for name in calls),
+        "kernels": sum(e.device_type == kinds.CUDA for e in profile.events()),
+    }
+
+
+class Calls(TorchDispatchMode):
+    """Counts what PyTorch is asked to do: calls that compute or write, and the storages that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.new = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before, out = self.storages((args, kwargs)), func(*args, **(kwargs or {}))
+        new = {at: size for at, size in self.storages(out).items() if at not in before}
+        self.launches += bool(new) or func._schema.is_mutable
+        self.new += len(new)
+        self.bytes += sum(new.values())
+        return out
+
+    def storages(self, tree):
+        """{address: bytes} of all tensors."""
+        found = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        return {s.data_ptr(): s.nbytes() for s in found}
+
+
+# ---------------------------------------------------------------- processes that take turns
+
+
+def worker(task):
+    """Of a child process: facts first, then an answer for each line of stdin; all as JSON on stdout."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints must not get in between
+    for reply in replies(task, sys.stdin):
+        print(json.dumps(reply), file=channel, flush=True)
+    return 0
+
+
+def replies(task, asked):
+    """{"facts"}, then {"first", "steps", "peak"} for each of `asked`, seconds and bytes; {"why"} where it ends."""
+    device, memory = torch.device(task.device), AnonymousMemory()
+    cuda, linux = device.type == "cuda", sys.platform == "linux"
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams, graphs and statistics are the current device's
+    if linux and not cuda:
+        memory.start()
+    try:
+        facts, again = prepare(task)
+        yield {"facts": facts}
+        memory.peak = 0  # from here on: what making and checking took is over
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in asked:
+            first, steps = again()
+            time.sleep(0.03 if linux and not cuda else 0)  # it looks every 20 ms
+            yield {"first": first, "steps": steps, "peak": torch.cuda.max_memory_allocated() if cuda else memory.peak}
+    except ImportError as missing:
+        yield {"why": f"{missing}; see requirements-test.txt"}
+    except Exception as broken:  # of transformers, of the device: told in the table
+        yield {"why": f"{type(broken).__name__}: {one_line(broken)[:200]}"}
+
+
+def prepare(task):
+    """(facts, function that answers) of any task."""
+    if task.engine != "ours":
+        return prepare_hf(task)
+    return prepare_picture(task) if task.image else prepare_ours(task)
+
+
+class Child:
+    """A process that works on a task."""
+
+    def __init__(self, task):
+        words = [sys.executable, __file__, "--worker", json.dumps(asdict(task))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(words, start_new_session=True, **pipes)  # Ctrl-C is the parent's
+
+    def reply(self):
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"why": f"its process ended with {self.process.wait()}"}
+
+    def ask(self):
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `reply` says how
+            print(file=self.process.stdin, flush=True)
+        return self.reply()
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+def take_turns(tasks, rounds, start):
+    """{task: {"facts", "rounds", "why"}}, a round of all tasks after the other. start: function task -> Child."""
+    found, running = {}, {}
+    try:
+        for task in tasks:
+            say(f"{task.workload.name}: {task.engine}, {task.prune}")
+            running[task] = start(task)
+        for task, child in running.items():
+            found[task] = {"facts": {}, "rounds": [], "why": None} | child.reply()
+        for _ in range(rounds):
+            for task, child in running.items():
+                if not found[task]["why"]:
+                    reply = child.ask()
+                    found[task]["why"] = reply.get("why")
+                    found[task]["rounds"] += [reply] if "first" in reply else []
+    finally:
+        for child in running.values():
+            child.close()
+    return found
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- what is right, and how fast
+
+
+def error(got, wanted):
+    """Root mean square of the difference of two rows of numbers, over that of what is wanted."""
+    size = math.fsum(b * b for b in wanted)
+    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(got, wanted, strict=True)) / size) if size else math.inf
+
+
+def is_wrong(task, facts, unpruned, reference):
+    """What is wrong with a task's answers, None if nothing is. reference: (name, facts) of transformers, or None."""
+    allowed = TOLERANCE[task.dtype]
+    if not facts.get("finite", True):
+        return "logits are not finite"
+    if not facts.get("error", 0.0) <= allowed:
+        return f"logits of the steps are off those of one long prefill by {facts['error']:.2g} of their size"
+    if task.prune != "none":  # prefill is the unpruned one, but for methods that drop tokens while it goes on
+        same = not unpruned or [ids[:1] for ids in facts["ids"]] == [ids[:1] for ids in unpruned["ids"]]
+        return None if same or method_of(task.prune).layer else "the first token is not the unpruned one"
+    if reference is None or reference[1] is facts:
+        return None
+    name, wanted = reference
+    exact = WATCHED if task.dtype == "fp32" else 0 if facts.get("logits") else 1  # 16 bits may swap two close ones
+    if any(a[:exact] != b[:exact] for a, b in zip(facts["ids"], wanted["ids"], strict=True)):
+        return f"greedy ids {facts['ids']} are not those of {name}, {wanted['ids']}"
+    alike = 2 if facts["ids"][0][:1] == wanted["ids"][0][:1] else 1  # the second logits follow the first id
+    off = [error(*pair) for pair in zip(facts.get("logits", [])[:alike], wanted.get("logits", []), strict=False)]
+    return next((f"logits are off those of {name} by {e:.2g} of their size" for e in off if not e <= allowed), None)
+
+
+def make_rows(found, context, shape, itemsize, bandwidth):
+    """A row for each task. found: {task: {"facts", "rounds", "why"}}, unpruned first; shape: a roofline.Shape."""
+    unpruned = next((r["facts"] for t, r in found.items() if (t.engine, t.prune) == ("ours", "none")), {})
+    hf = [(t.engine, r["facts"]) for t, r in found.items() if t.engine != "ours" and r["facts"]]
+    rows = []
+    for task, result in found.items():
+        w, facts, why = task.workload, result["facts"], result["why"]
+        row = {
+            "engine": task.engine, "prune": task.prune, "workload": w.name, "batch": w.batch,
+            "vision_tokens": sum(w.pictures), "text_tokens": w.text,
+            "beyond_context": w.tokens + task.new_tokens > context, "right": None, "why": why,
+        }  # fmt: skip
+        if why is None:
+            row["why"] = is_wrong(task, facts, unpruned, hf[0] if hf else None)
+            if task.prune != "none" and rows[0]["right"] is False:  # that of the same code, unpruned
+                row["why"] = row["why"] or "the unpruned run is wrong"
+            row["right"] = row["why"] is None
+        elif task.engine == "ours" and not re.search(r"[Oo]ut ?[Oo]f ?[Mm]emory|can't allocate|ended with -9", why):
+            row["right"] = False  # an error of ours
+        if row["right"] and not any(r["steps"] for r in result["rounds"]):
+            row["right"], row["why"] = None, "the answer ends at once"
+        if row["right"]:
+            row |= speeds(w.batch, facts, result["rounds"], shape, itemsize, bandwidth)
+        rows.append(row)
+    compare(rows)
+    return rows
+
+
+def speeds(batch, facts, rounds, shape, itemsize, bandwidth):
+    """What a right row says beside its name. K and V are those of the prompt, at the end of prefill."""
+    steps = sorted(1e3 * s for r in rounds for s in r["steps"])
+    full = itemsize * batch * (shape.vision + shape.text) * shape.kv_numbers
+    held, weights = facts.get("kv_bytes_held", full), itemsize * shape.weight_numbers
+    floor, median = 1e3 * (weights + held) / bandwidth, statistics.median(steps)
+    return {
+        "kept": facts.get("kept", 1.0), "ttft_ms": 1e3 * statistics.median(r["first"] for r in rounds),
+        "ms_per_token": median, "ms_p20": percentile(steps, 0.2), "ms_p80": percentile(steps, 0.8),
+        "tokens_per_s": 1e3 * batch / median, "kv_bytes_held": held, "kv_bytes_full": full,
+        "peak_bytes": max(r["peak"] for r in rounds), "bytes_per_step": weights + held, "roofline_ms": floor,
+        "roofline_reached": floor / median, "ceiling_speedup": (weights + full) / (weights + held),
+    } | {f"step_{name}": n for name, n in facts.get("step", {}).items()}  # fmt: skip
+
+
+def compare(rows):
+    """Add to our rows how much faster they are than the unpruned one, and than transformers."""
+    timed = {(row["engine"], row["prune"]): row for row in rows if row["right"]}
+    for (engine, _), row in timed.items():
+        if engine != "ours":
+            continue
+        if base := timed.get(("ours", "none")):
+            row["speedup"] = base["ms_per_token"] / row["ms_per_token"]
+            row["ceiling_reached"] = row["speedup"] / row["ceiling_speedup"]
+        for (other, _), theirs in timed.items():
+            if other != "ours":
+                row[f"decode_x_{other}"] = theirs["ms_per_token"] / row["ms_per_token"]
+                row[f"ttft_x_{other}"] = theirs["ttft_ms"] / row["ttft_ms"]
+
+
+HEAD = (
+    f"  {'engine':10}{'prune':18}{'kept':>7}{'TTFT ms':>10}{'ms/token':>10}{'p20':>9}{'p80':>9}{'tokens/s':>10}"
+    f"{'KV MB':>10}{'peak MB':>10}{'roofline ms':>13}{'reached':>9}{'ceiling':>9}{'speed-up':>10}"
+)
+
+
+def show(rows):
+    """Lines of a workload's table."""
+    first = rows[0]
+    beyond = ", BEYOND THE MODEL'S CONTEXT" if first["beyond_context"] else ""
+    prompt = f"{first['batch']} x ({first['vision_tokens']} vision + {first['text_tokens']} text) tokens"
+    yield f"{first['workload']}: {prompt}{beyond}"
+    yield HEAD
+    for row in rows:
+        name = f"  {row['engine']:10}{row['prune']:18}"
+        if not row["right"]:
+            yield f"{name}{'not timed: ' + row['why'] if row['right'] is None else 'WRONG, not timed: ' + row['why']}"
+            continue
+        times = f"{row['ttft_ms']:10.2f}{row['ms_per_token']:10.3f}{row['ms_p20']:9.3f}{row['ms_p80']:9.3f}"
+        sizes = f"{row['kv_bytes_held'] / 1e6:10.2f}{row['peak_bytes'] / 1e6:10.0f}"
+        floor = f"{row['roofline_ms']:13.3f}{100 * row['roofline_reached']:7.1f} %"
+        gain = f"{row['ceiling_speedup']:8.2f}x{row['speedup']:9.2f}x" if "speedup" in row else ""
+        yield f"{name}{100 * row['kept']:5.1f} %{times}{row['tokens_per_s']:10.1f}{sizes}{floor}{gain}"
+        if "step_launches" in row:
+            counts = ", ".join(f"{n:,g} {k[5:].replace('_', ' ')}" for k, n in row.items() if k.startswith("step_"))
+            yield f"    per step: {counts}"
+        than = sorted({k.split("_x_")[1] for k in row if "_x_" in k})
+        if than:
+            said = (f"{e} {row[f'decode_x_{e}']:.2f} (first token {row[f'ttft_x_{e}']:.2f})" for e in than)
+            yield f"    times as fast as: {', '.join(said)}"
+
+
+# ---------------------------------------------------------------- the whole run
+
+
+def bench(args):
+    """All workloads -> exit code."""
+    device, (text, picture, asked) = choose_device(args.device), chosen_model(args)
+    check_backend(args.backend, device)
+    cuda, wide = device.type == "cuda", 4 * roofline.shape_of(text, 0, 0).weight_numbers
+    dtype = args.dtype or ("fp32" if not cuda and fits(wide, "SC_PHYS_PAGES") else "bf16")
+    engines = args.engines or ENGINES[: 4 if cuda else 3]
+    prunes = ["none", *(spec for spec in args.prune if spec != "none")]
+    for spec in prunes[1:]:
+        method_of(spec, args.model, text)
+    usual = USUAL[: None if cuda else -1]
+    if args.smoke:
+        usual, args.new_tokens, args.rounds = ["2x24,8+8"], min(args.new_tokens, 3), 1
+    work = list(workloads(args.workloads or [*(["picture"] if asked else []), *usual], picture, asked))
+    touch(args.json, args.csv)
+    about = about_run(args, device, dtype, args.shape or Path(args.model).name)
+    print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+    save(args, about, [])
+    rows, itemsize = [], DTYPES[dtype].itemsize
+    for w in work:
+        ours = Task(
+            "ours", "none", w, args.model, args.shape, args.image if w is asked else None, args.prompt, dtype,
+            str(device), args.backend, args.new_tokens, args.seed,
+        )  # fmt: skip
+        tasks = [replace(ours, prune=prune) for prune in prunes if "ours" in engines]
+        tasks += [replace(ours, engine=engine) for engine in engines if engine != "ours"]
+        shape = roofline.shape_of(text, sum(w.pictures), w.text)
+        size = itemsize * (shape.weight_numbers + 2 * w.batch * w.tokens * shape.kv_numbers) + 2**29  # of one process
+        found, known = {}, []
+        together = not cuda and fits(len(tasks) * size, "SC_AVPHYS_PAGES")  # the times of a GPU hardly vary
+        for group in [tasks] if together else [[task] for task in tasks]:
+            found |= take_turns(group, args.rounds, Child)
+            known = make_rows(found, text.max_position_embeddings, shape, itemsize, 1e9 * about["bandwidth_GBps"])
+            save(args, about, rows + known)  # a run that ends early has something to show
+        rows += known
+        print("", *show(known), sep="\n", flush=True)
+    return 1 if any(row["right"] is False for row in rows) else 0
+
+
+def chosen_model(args):
+    """(TextConfig, tokens of a picture, the workload `picture` or None); InputError if there is no such model."""
+    if args.shape:
+        if args.model or args.image:
+            raise InputError("--shape has random weights and no eyes; leave out --model and --image")
+        return text_config(args.shape), SHAPES[args.shape][0].tower.patches, None
+    if args.model is None:
+        args.model, args.image = ROOT / "assets" / "demo", args.image or str(ROOT / "assets" / "demo.png")
+    checkpoint = open_checkpoint(args.model)
+    args.model, config, asked = str(checkpoint.folder), checkpoint.config, None
+    if args.image:
+        generation = Generation(checkpoint, args.prompt, [args.image])
+        vision = generation.vision_tokens
+        asked = Workload("picture", 1, (vision,), generation.prompt_tokens - vision)
+    return config.text_config, config.image_tokens, asked
+
+
+def fits(size, pages, share=0.5):
+    """Are `size` bytes at most that share of memory? pages: SC_PHYS_PAGES for all, SC_AVPHYS_PAGES for what is free."""
+    known = pages in getattr(os, "sysconf_names", ())  # otherwise assume a laptop
+    return size <= share * (os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) if known else 16e9)
+
+
+def touch(*paths):
+    """InputError, before anything is measured, if a file cannot be written."""
+    try:
+        for path in filter(None, paths):
+            open(path, "a").close()
+    except OSError as wrong:
+        raise InputError(f"{wrong}; name another file") from wrong
+
+
+def about_run(args, device, dtype, model):
+    """What was run where; the bandwidth is measured now."""
+    bandwidth = memory_bandwidth(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the processes to come need it
+    return {
+        "model": model, "weights": "random" if args.shape or args.growth else "of the checkpoint",
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(), "device": str(device),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": version("triton"),
+        "transformers": version("transformers"), "dtype": dtype, "backend": args.backend,
+        "bandwidth_GBps": round(bandwidth / 1e9, 1), "new_tokens": args.new_tokens, "rounds": args.rounds,
+        "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", "tools/bench_decode.py", *args.words]),
+    }  # fmt: skip
+
+
+def save(args, about, rows):
+    """The files of --json and --csv."""
+    if args.json:
+        Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in [*rows, about] for k in row)))
+            writer.writeheader()
+            writer.writerows(row | about for row in rows)
+
+
+# ---------------------------------------------------------------- growth
+
+
+def growth(args):
+    """Of a thin model: time of a decode step over kept tokens, memory of a prefill over its tokens -> exit code."""
+    device = choose_device(args.device)
+    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # large blocks straight from the system and back to it, so that a process is as large as what it holds
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        return subprocess.run([sys.executable, __file__, *args.words], env=environment).returncode
+    if device.type == "cpu" and sys.platform != "linux":
+        raise InputError("--growth reads the memory of a CPU's process from Linux; give --device cuda, or run it there")
+    touch(args.json, args.plot)
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    tokens = args.tokens or ([64, 128, 192] if args.smoke else [1024, 2048, 4096, 8192, 16384])
+    if len(set(tokens)) < 2:
+        raise InputError("--tokens needs two numbers for a line; give more")
+    thin = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    language = random_language(TextConfig(vocab_size=512, **thin), DTYPES[dtype], device, args.seed)
+    measured = {
+        "decode ms": [1e3 * s for s in decode_seconds(language, tokens, 3 if args.smoke else 30)],
+        "prefill MB": [1e-6 * prefill_peak(language, n) for n in tokens],
+    }
+    lines = {what: fitted(tokens, values) for what, values in measured.items()}
+    for what, fit in lines.items():
+        values = ", ".join(f"{n}: {v:.3f}" for n, v in zip(tokens, fit["values"], strict=True))
+        found = f"{fit['intercept']:.3f} + {1e3 * fit['slope']:.3f} per 1000 tokens, R^2 {fit['r2']:.4f}"
+        print(f"{what:12}{found}    ({values})")
+    about = about_run(args, device, dtype, "2 layers, 256 wide, 4 heads")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"about": about, "tokens": tokens, **lines}, indent=1) + "\n")
+    if args.plot:
+        plot(about, tokens, lines, args.plot)
+    return 0
+
+
+@torch.inference_mode()
+def decode_seconds(language, lengths, rounds):
+    """Median times of a step of one sequence whose heads keep so many tokens, each head its own; taken in turns."""
+    config, table, steps = language.config, language.model.embed_tokens.weight, []
+    heads, tokens = config.num_key_value_heads, 2 * max(lengths)  # before pruning
+    for kept in lengths:
+        cache = RaggedCache(config.num_hidden_layers)
+        for layer in range(config.num_hidden_layers):
+            k, v = (
+                torch.randn(1, heads, tokens, config.head_dim, dtype=table.dtype, device=table.device) for _ in "kv"
+            )
+            cache.pack(layer, k, v, torch.rand(heads, tokens, device=table.device).argsort(1) < kept)
+        steps.append(DecodeStep(language, cache))
+    times = [[] for _ in lengths]
+    for _ in range(rounds + 3):
+        for step, seconds in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step(1).argmax(-1).item()
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[3:]) for seconds in times]  # the first ones warm up and capture
+
+
+@torch.inference_mode()
+def prefill_peak(language, tokens):
+    """Most bytes that a pruned prefill of `tokens` tokens has at once, beside the model and its input."""
+    config, table = language.config, language.model.embed_tokens.weight
+    heads = config.num_attention_heads, config.num_key_value_heads
+    layout = Layout(config.num_hidden_layers, *heads, tokens, [(1, tokens - tokens // 8)], table.device)
+    x = torch.randn(1, tokens, config.hidden_size, dtype=table.dtype, device=table.device)
+
+    def prefill():
+        choose = Pruner(method_of("plphp:dr=0@0.5"), layout).choose
+        return language.prefill(x, RaggedCache(config.num_hidden_layers), choose=choose)
+
+    prefill()  # what is made once
+    before = peak_from_now(x.device)
+    prefill()
+    return peak(x.device) - before
+
+
+def peak_from_now(device):
+    """Begin to look for the peak anew -> bytes at this moment."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
+def peak(device):
+    """Most bytes so far: of the allocator on CUDA, of the process on a CPU (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def fitted(x, y):
+    """The least-squares line through points, and how much of their variance it explains."""
+    slope, intercept = statistics.linear_regression(x, y)
+    r2 = statistics.correlation(x, y) ** 2 if len(set(y)) > 1 else 1.0  # a constant lies on its line
+    return {"values": y, "slope": slope, "intercept": intercept, "r2": r2}
+
+
+def plot(about, tokens, lines, path):
+    """Both curves with their lines, in colours of Okabe and Ito."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    page, panels = pyplot.subplots(1, 2, figsize=(9, 4.3), layout="constrained")
+    labels = ("decode ms", "tokens that each head keeps", "#D55E00"), ("prefill MB", "tokens of the prompt", "#0072B2")
+    for axes, (what, label, colour) in zip(panels, labels, strict=True):
+        fit = lines[what]
+        axes.plot(tokens, [fit["intercept"] + fit["slope"] * n for n in tokens], color="#000000", linestyle=":")
+        axes.plot(tokens, fit["values"], color=colour, marker="o", linestyle="")
+        axes.set(xlabel=label, ylabel=what, title=f"R² {fit['r2']:.4f}", ylim=(0, None))
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(alpha=0.3)
+    page.suptitle(f"{about['model']}, {about['dtype']}, {about['machine']}", fontsize=11)
+    page.savefig(path, dpi=200)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    args.words = argv
+    try:
+        if args.worker:
+            task = json.loads(args.worker)
+            return worker(Task(**task | {"workload": Workload(**task["workload"])}))
+        return growth(args) if args.growth else bench(args)
+    except InputError as wrong:
+        say(f"error: {one_line(wrong)}")
+        return 2
+    except KeyboardInterrupt:
+        kept = " and ".join(filter(None, (args.json, args.csv)))
+        say(
+            f"interrupted; {f'what was measured until then is in {kept}' if kept else '--json keeps what was measured'}"
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
