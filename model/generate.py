@@ -226,10 +226,11 @@ class Generation:
         sampling, tokenizer = self.sampling, self.checkpoint.tokenizer
         limit = min(sampling.max_new_tokens, self.room)
         choose = _chooser(sampling, self.never(), self.checkpoint.device)
-        token = choose(self._prefill(limit))
+        ids = choose(self._prefill(limit))
         step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
         writer = _Writer(Detokenizer(tokenizer), sampling.stop)
         while len(self.token_ids) < limit:
+            token = _read(ids)
             if token in self.checkpoint.stop_ids:
                 self.finish_reason = "stop"
                 break
@@ -243,7 +244,8 @@ class Generation:
                 return
             if len(self.token_ids) < limit:
                 start = time.perf_counter()
-                token = choose(step(token))  # reading the id is what waits for the device
+                ids = choose(step(ids)[0])
+                ids.tolist()  # reading them is what waits for the device
                 self.timing["steps"].append(time.perf_counter() - start)
         else:
             self.finish_reason = "length"
@@ -284,7 +286,7 @@ class Generation:
 
 
 class DecodeStep:
-    """One more token into the cache of one sequence: id -> logits (V,) of the one after it.
+    """One more token of each of B sequences into their cache: ids (B,) on its device -> logits (B, V) of the next.
 
     With Triton's kernels on CUDA a step is a captured graph: hundreds of launches become one. It is captured again when
     the arenas have moved. The first step after that runs as it is, which also compiles the kernels.
@@ -296,15 +298,15 @@ class DecodeStep:
         self.turns = rope_turns(language.config, cache.pos.device)
         halves = DecoderLayer.before_attention, DecoderLayer.after_attention
         self.halves = tuple(torch.compile(half, dynamic=False) for half in halves) if compile else halves
-        self.graph = self.token = self.logits = None
+        self.graph = self.ids = self.logits = None
         self.seen = None  # version of the cache that the last step ran on
 
-    def __call__(self, token):
+    def __call__(self, ids):
         cache = self.cache
         if self.captures and self.seen == cache.version and cache.room > 0:
-            return self._replay(token)
+            return self._replay(ids)
         self.graph = self.logits = None  # frees the graph's memory
-        logits = self._step(torch.tensor([token], device=cache.pos.device))
+        logits = self._step(ids)
         self.seen = cache.version
         return logits
 
@@ -313,20 +315,20 @@ class DecodeStep:
         """Are steps captured? The kernels of the torch backend cannot be: they look at lengths."""
         return self.cache.fused and self.cache.pos.is_cuda
 
-    def _step(self, token):
-        """token (1,) -> logits (V,). Allocates from the device only; reads nothing back."""
-        x = F.embedding(token, self.language.model.embed_tokens.weight)
-        return self.language.logits(self.language.decode(x, self.cache, self.turns, self.halves))[0]
+    def _step(self, ids):
+        """Allocates from the device only; reads nothing back."""
+        x = F.embedding(ids, self.language.model.embed_tokens.weight)
+        return self.language.logits(self.language.decode(x, self.cache, self.turns, self.halves))
 
-    def _replay(self, token):
+    def _replay(self, ids):
         device = self.cache.pos.device
         if self.graph is None:
-            self.token, graph = torch.tensor([token], device=device), torch.cuda.CUDAGraph()
+            self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-                self.logits = self._step(self.token)  # records the step, and claims the host's part of its slot
+                self.logits = self._step(self.ids)  # records the step, and claims the host's part of its slots
             self.graph = graph
         else:
-            self.token.fill_(token)
+            self.ids.copy_(ids)
             self.cache.reserve()
         self.graph.replay()
         return self.logits
@@ -366,12 +368,11 @@ def _wait(device):
 
 
 def _chooser(sampling, never, device):
-    """Function logits (V,) -> next id."""
+    """Function logits (V,) -> next id (1,), on their device; -1 if they are not finite."""
     never = torch.tensor(never, dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
 
     def choose(logits):
-        """logits (V,) -> id; RuntimeError if they are not finite."""
         logits = logits.float().index_fill(0, never, float("-inf"))
         best, token = logits.max(-1)
         finite = best.isfinite()  # the maximum of anything with a NaN is NaN
@@ -379,12 +380,17 @@ def _chooser(sampling, never, device):
             weights = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
             noise = torch.empty_like(weights).exponential_(generator=generator)
             token = (weights / noise).argmax(-1)  # what multinomial does, without waiting to check its weights
-        token = torch.where(finite, token, -1).item()  # the one thing that is read from the device
-        if token < 0:
-            raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
-        return token
+        return torch.where(finite, token, -1)[None]
 
     return choose
+
+
+def _read(ids):
+    """The id in ids (1,): the one thing that is read from the device. RuntimeError for that of broken logits."""
+    token = ids.item()
+    if token < 0:
+        raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
+    return token
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):

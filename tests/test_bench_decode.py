@@ -58,7 +58,7 @@ def smoke(tmp_path_factory):
     pytest.importorskip("transformers", reason="transformers is what is compared with")
     folder = tmp_path_factory.mktemp("smoke")
     paths = folder / "a.json", folder / "a.csv"
-    flags = ["--engines", "ours", "hf-sdpa", "--prune", "plphp:dr=0@0.5", "--new-tokens", "2", "--device", "cpu"]
+    flags = ["--engines", "ours", "hf-sdpa", "--prune", "plphp:dr=0,skip=1@0.5", "--new-tokens", "2", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         in_this_process(patch)
         assert bench_decode.main(["--smoke", *flags, "--json", str(paths[0]), "--csv", str(paths[1])]) == 0
@@ -104,7 +104,7 @@ def test_the_smoke_run_has_all_rows(smoke):
     data = json.loads(smoke[0].read_text())
     rows, about = data["rows"], data["about"]
     names = [(r["workload"], r["engine"], r["prune"]) for r in rows]
-    runs = [("ours", "none"), ("ours", "plphp:dr=0@0.5"), ("hf-sdpa", "none")]
+    runs = [("ours", "none"), ("ours", "plphp:dr=0,skip=1@0.5"), ("hf-sdpa", "none")]
     assert names == [(w, *run) for w in ("picture", "2x24,8+8") for run in runs]
     assert all(r["right"] and r["ms_per_token"] > 0 and r["ttft_ms"] > 0 for r in rows)
     assert {"machine", "torch", "transformers", "dtype", "bandwidth_GBps", "command", "rounds"} <= set(about)
@@ -304,7 +304,7 @@ def test_an_engine_that_fails_is_told(told):
     missing = ModuleNotFoundError("No module named 'transformers'")
     code, rows, out = told({("ours", "none"): right, ("hf-sdpa", "none"): missing})
     assert code == 0 and [r["right"] for r in rows] == [True, None]
-    assert "hf-sdpa   none              not timed: No module named 'transformers'; see requirements-test.txt" in out
+    assert "hf-sdpa       none                  not timed: No module named 'transformers'; see requirements-test.txt" in out
     code, rows, _ = told({("ours", "none"): RuntimeError("CUDA out of memory"), ("hf-sdpa", "none"): right})
     assert code == 0 and [r["right"] for r in rows] == [None, True]
     code, rows, _ = told({("ours", "none"): right, ("hf-sdpa", "none"): (facts(), 0.1, [])})

@@ -267,14 +267,14 @@ class Replayed:
     def replay(self):
         cache, room = self.step.cache, self.step.cache.room
         cache.room = room + 1  # `grow` takes it off again; a real replay does not come by here
-        self.step.logits.copy_(self.step._step(self.step.token))
+        self.step.logits.copy_(self.step._step(self.step.ids))
         assert cache.room == room
 
 
-@pytest.mark.parametrize("slack", [1, 2, 5])
-def test_captured_steps_count_their_slots(slack, monkeypatch):
+@pytest.mark.parametrize(("slack", "batch"), [(1, 1), (2, 1), (5, 2)])
+def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
     """The host's side of `DecodeStep` with a stand-in for the graph: captures, replays, repacks, a turn in between."""
-    model, x = small_llama().to(DEVICE), torch.randn(1, 9, 32, device=DEVICE)
+    model, x = small_llama().to(DEVICE), torch.randn(batch, 9, 32, device=DEVICE)
     caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
     for cache in caches:
         model.prefill(x, cache)
@@ -297,12 +297,12 @@ def test_captured_steps_count_their_slots(slack, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     replays = 0
     for token in range(24):
-        got = step(token).clone()
+        ids = torch.full((batch,), token, device=DEVICE)
+        got = step(ids).clone()
         replays += step.graph is not None
-        x = model.model.embed_tokens(torch.tensor([token], device=DEVICE))
-        torch.testing.assert_close(got, model.logits(model.decode(x, caches[1]))[0])
+        torch.testing.assert_close(got, model.logits(model.decode(model.model.embed_tokens(ids), caches[1])))
         if token == 12:
-            turn = torch.randn(1, 3, 32, device=DEVICE)
+            turn = torch.randn(batch, 3, 32, device=DEVICE)
             for cache in caches:
                 model.extend(turn, cache)
     assert replays > 4 and caches[0].room == caches[1].room >= 0

@@ -41,7 +41,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,7 +51,7 @@ from model import Generation, InputError, Sampling, load, open_checkpoint  # noq
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.generate import DecodeStep, Layout, Pruner  # noqa: E402
-from model.llama import Llama, rope_turns  # noqa: E402
+from model.llama import Llama  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from run import check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
@@ -68,7 +67,8 @@ SHAPES = {  # decoder, context and rope_theta of random weights
     "demo": (roofline.SHAPES[5], 2048, 1e4),
 }
 USUAL = ("one", "one-b8", "one-b32", "tiles", "eight-images", "long")  # workloads; `long` is for GPUs
-ENGINES = ("ours", "hf-eager", "hf-sdpa", "hf-static")
+OURS = ("ours", "ours-compile")
+ENGINES = (*OURS, "hf-eager", "hf-sdpa", "hf-static")
 # Error of logits over their size, root mean squares, up to which two ways of computing them are the same. Measured over
 # 16 to 32 random layers: 1e-6, 0.002, 0.013; a position that is off by one makes 0.17 at a width of 1024.
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
@@ -86,7 +86,7 @@ def parser():
                    help=f"picture, {', '.join(USUAL)} or your own (default: all, but on a CPU without long)")
     p.add_argument("--prune", nargs="+", default=["none", "plphp:dr=0@0.5", "plphp:dr=0@0.2"], metavar="SPEC[@F]")
     p.add_argument("--engines", nargs="+", choices=ENGINES, metavar="ENGINE",
-                   help=f"of {', '.join(ENGINES)} (default: all; static cache and torch.compile on CUDA only)")
+                   help=f"of {', '.join(ENGINES)} (default: all, but those that compile on CUDA only)")
     p.add_argument("--new-tokens", type=number(int, 2), default=32, metavar="N", help="of each answer (default 32)")
     p.add_argument("--rounds", type=number(int, 1), default=5, help="answers, after one that is checked (default 5)")
     p.add_argument("--dtype", choices=DTYPES, help="default bf16 on CUDA; on a CPU fp32 if it fits in half of memory")
@@ -238,7 +238,7 @@ class Answer:
 
 
 @torch.inference_mode()
-def answer(language, x, spans, method, backend, new_tokens, watched=0):
+def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=False):
     """Greedy ids for the prompts x (B, T, C), prefilled one by one and decoded together -> Answer."""
     start, config = time.perf_counter(), language.config
     layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
@@ -257,11 +257,10 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0):
     said = [ids.tolist()]  # waits for the device
     first, seen, steps = time.perf_counter() - start, [logits[0].clone()], []
     held = cache.nbytes_held
-    single = len(x) == 1
-    step = DecodeStep(language, cache) if single else BatchStep(language, cache)
+    step = DecodeStep(language, cache, compile)
     for i in range(1, new_tokens):
         start = time.perf_counter()
-        logits = step(said[-1][0])[None] if single else step(ids)
+        logits = step(ids)
         ids = logits.argmax(-1)
         said.append(ids.tolist())
         steps.append(time.perf_counter() - start)
@@ -269,39 +268,7 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0):
             seen.append(logits[0].clone())
     vision = sum(b - a for a, b in spans)
     kept = [float(n) / vision for p in pruners if p for n in p.kept]
-    again = partial(step, said[-1][0] if single else ids)
-    return Answer(first, steps, said, seen, statistics.fmean(kept or [1.0]), held, again, cache)
-
-
-class BatchStep:
-    """What DecodeStep is to one sequence, for B: ids (B,) -> logits (B, V), a captured graph where that can be."""
-
-    def __init__(self, language, cache):
-        self.language, self.cache = language, cache
-        self.turns = rope_turns(language.config, cache.pos.device)
-        self.graph = self.ids = self.logits = self.seen = None
-
-    def __call__(self, ids):
-        cache = self.cache
-        if not (cache.fused and cache.pos.is_cuda and self.seen == cache.version and cache.room > 0):
-            self.graph = self.logits = None  # as it is: the arenas have moved, or kernels are still to be compiled
-            logits = self.plain(ids)
-            self.seen = cache.version
-            return logits
-        if self.graph is None:
-            self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.device(ids.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(ids.device)):
-                self.logits = self.plain(self.ids)
-            self.graph = graph
-        else:
-            self.ids.copy_(ids)
-            cache.reserve()
-        self.graph.replay()
-        return self.logits
-
-    def plain(self, ids):
-        x = F.embedding(ids, self.language.model.embed_tokens.weight)
-        return self.language.logits(self.language.decode(x, self.cache, self.turns))
+    return Answer(first, steps, said, seen, statistics.fmean(kept or [1.0]), held, partial(step, ids), cache)
 
 
 def prepare_ours(task):
@@ -311,7 +278,8 @@ def prepare_ours(task):
         language.arrange()  # as `load` does where weights are not mapped
     method, spans = method_of(task.prune, task.model), task.workload.spans
     x = prompts(task, language)
-    run = partial(answer, language, x, spans, method, task.backend, task.new_tokens)
+    compile = task.engine == "ours-compile"
+    run = partial(answer, language, x, spans, method, task.backend, task.new_tokens, compile=compile)
     checked = run(watched=WATCHED)
     facts = {
         "ids": [list(ids) for ids in zip(*checked.ids[:WATCHED], strict=True)],
@@ -347,7 +315,10 @@ def prepare_picture(task):
     checkpoint = load(task.model, task.dtype, task.device)
     method = method_of(task.prune, checkpoint.folder)
     sampling = Sampling(max_new_tokens=task.new_tokens)
-    generation = Generation(checkpoint, task.prompt, [task.image], sampling, prune=method, backend=task.backend)
+    generation = Generation(
+        checkpoint, task.prompt, [task.image], sampling, prune=method, backend=task.backend,
+        compile=task.engine == "ours-compile",
+    )  # fmt: skip
 
     def again():
         "".join(generation)
@@ -355,7 +326,8 @@ def prepare_picture(task):
         return t["vision"] + t["prefill"], list(t["steps"])
 
     again()
-    step = partial(DecodeStep(checkpoint.model.language_model, generation.cache), 1)
+    ids = torch.ones(1, dtype=torch.long, device=checkpoint.device)
+    step = partial(DecodeStep(checkpoint.model.language_model, generation.cache, generation.compile), ids)
     facts = {
         "ids": [generation.token_ids[:WATCHED]],
         "finite": True,  # Generation would have stopped
@@ -544,7 +516,7 @@ def replies(task, asked):
 
 def prepare(task):
     """(facts, function that answers) of any task."""
-    if task.engine != "ours":
+    if task.engine not in OURS:
         return prepare_hf(task)
     return prepare_picture(task) if task.image else prepare_ours(task)
 
@@ -628,8 +600,8 @@ def is_wrong(task, facts, unpruned, reference):
 
 def make_rows(found, context, shape, itemsize, bandwidth):
     """A row for each task. found: {task: {"facts", "rounds", "why"}}, unpruned first; shape: a roofline.Shape."""
-    unpruned = next((r["facts"] for t, r in found.items() if (t.engine, t.prune) == ("ours", "none")), {})
-    hf = [(t.engine, r["facts"]) for t, r in found.items() if t.engine != "ours" and r["facts"]]
+    unpruned = next((r["facts"] for t, r in found.items() if t.engine in OURS and t.prune == "none"), {})
+    hf = [(t.engine, r["facts"]) for t, r in found.items() if t.engine not in OURS and r["facts"]]
     rows = []
     for task, result in found.items():
         w, facts, why = task.workload, result["facts"], result["why"]
@@ -643,7 +615,7 @@ def make_rows(found, context, shape, itemsize, bandwidth):
             if task.prune != "none" and rows[0]["right"] is False:  # that of the same code, unpruned
                 row["why"] = row["why"] or "the unpruned run is wrong"
             row["right"] = row["why"] is None
-        elif task.engine == "ours" and not re.search(r"[Oo]ut ?[Oo]f ?[Mm]emory|can't allocate|ended with -9", why):
+        elif task.engine in OURS and not re.search(r"[Oo]ut ?[Oo]f ?[Mm]emory|can't allocate|ended with -9", why):
             row["right"] = False  # an error of ours
         if row["right"] and not any(r["steps"] for r in result["rounds"]):
             row["right"], row["why"] = None, "the answer ends at once"
@@ -673,19 +645,19 @@ def compare(rows):
     """Add to our rows how much faster they are than the unpruned one, and than transformers."""
     timed = {(row["engine"], row["prune"]): row for row in rows if row["right"]}
     for (engine, _), row in timed.items():
-        if engine != "ours":
+        if engine not in OURS:
             continue
-        if base := timed.get(("ours", "none")):
+        if base := timed.get((engine, "none")):
             row["speedup"] = base["ms_per_token"] / row["ms_per_token"]
             row["ceiling_reached"] = row["speedup"] / row["ceiling_speedup"]
-        for (other, _), theirs in timed.items():
-            if other != "ours":
+        for (other, prune), theirs in timed.items():
+            if other not in OURS or (other != engine and prune == row["prune"]):
                 row[f"decode_x_{other}"] = theirs["ms_per_token"] / row["ms_per_token"]
                 row[f"ttft_x_{other}"] = theirs["ttft_ms"] / row["ttft_ms"]
 
 
 HEAD = (
-    f"  {'engine':10}{'prune':18}{'kept':>7}{'TTFT ms':>10}{'ms/token':>10}{'p20':>9}{'p80':>9}{'tokens/s':>10}"
+    f"  {'engine':14}{'prune':22}{'kept':>7}{'TTFT ms':>10}{'ms/token':>10}{'p20':>9}{'p80':>9}{'tokens/s':>10}"
     f"{'KV MB':>10}{'peak MB':>10}{'roofline ms':>13}{'reached':>9}{'ceiling':>9}{'speed-up':>10}"
 )
 
@@ -698,7 +670,7 @@ def show(rows):
     yield f"{first['workload']}: {prompt}{beyond}"
     yield HEAD
     for row in rows:
-        name = f"  {row['engine']:10}{row['prune']:18}"
+        name = f"  {row['engine']:14}{row['prune']:22}"
         if not row["right"]:
             yield f"{name}{'not timed: ' + row['why'] if row['right'] is None else 'WRONG, not timed: ' + row['why']}"
             continue
@@ -725,7 +697,7 @@ def bench(args):
     check_backend(args.backend, device)
     cuda, wide = device.type == "cuda", 4 * roofline.shape_of(text, 0, 0).weight_numbers
     dtype = args.dtype or ("fp32" if not cuda and fits(wide, "SC_PHYS_PAGES") else "bf16")
-    engines = args.engines or ENGINES[: 4 if cuda else 3]
+    engines = args.engines or (ENGINES if cuda else ("ours", "hf-eager", "hf-sdpa"))
     prunes = ["none", *(spec for spec in args.prune if spec != "none")]
     for spec in prunes[1:]:
         method_of(spec, args.model, text)
@@ -743,8 +715,8 @@ def bench(args):
             "ours", "none", w, args.model, args.shape, args.image if w is asked else None, args.prompt, dtype,
             str(device), args.backend, args.new_tokens, args.seed,
         )  # fmt: skip
-        tasks = [replace(ours, prune=prune) for prune in prunes if "ours" in engines]
-        tasks += [replace(ours, engine=engine) for engine in engines if engine != "ours"]
+        tasks = [replace(ours, engine=e, prune=prune) for e in OURS if e in engines for prune in prunes]
+        tasks += [replace(ours, engine=e) for e in engines if e not in OURS]
         shape = roofline.shape_of(text, sum(w.pictures), w.text)
         size = itemsize * (shape.weight_numbers + 2 * w.batch * w.tokens * shape.kv_numbers) + 2**29  # of one process
         found, known = {}, []
@@ -865,11 +837,11 @@ def decode_seconds(language, lengths, rounds):
             )
             cache.pack(layer, k, v, torch.rand(heads, tokens, device=table.device).argsort(1) < kept)
         steps.append(DecodeStep(language, cache))
-    times = [[] for _ in lengths]
+    times, ids = [[] for _ in lengths], torch.ones(1, dtype=torch.long, device=table.device)
     for _ in range(rounds + 3):
         for step, seconds in zip(steps, times, strict=True):
             start = time.perf_counter()
-            step(1).argmax(-1).item()
+            step(ids).argmax(-1).tolist()  # waits for the device
             seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds[3:]) for seconds in times]  # the first ones warm up and capture
 
