@@ -304,7 +304,10 @@ def test_an_engine_that_fails_is_told(told):
     missing = ModuleNotFoundError("No module named 'transformers'")
     code, rows, out = told({("ours", "none"): right, ("hf-sdpa", "none"): missing})
     assert code == 0 and [r["right"] for r in rows] == [True, None]
-    assert "hf-sdpa       none                  not timed: No module named 'transformers'; see requirements-test.txt" in out
+    assert (
+        "hf-sdpa       none                  not timed: No module named 'transformers'; see requirements-test.txt"
+        in out
+    )
     code, rows, _ = told({("ours", "none"): RuntimeError("CUDA out of memory"), ("hf-sdpa", "none"): right})
     assert code == 0 and [r["right"] for r in rows] == [None, True]
     code, rows, _ = told({("ours", "none"): right, ("hf-sdpa", "none"): (facts(), 0.1, [])})

@@ -101,19 +101,23 @@ def solve(gammas, skip, layers, alpha, beta, dr, retention):
 
 @torch.inference_mode()
 def judge(samples, method_name, tried, batch=32):
-    """For each of the settings: (KL to the unpruned model, mean over all steps but the first; fraction kept)."""
-    sums, kept, steps = [0.0] * len(tried), [0.0] * len(tried), 0
+    """For each of the settings: (KL to the unpruned model, mean over all steps but the first; fraction kept; error).
+
+    The error is the standard error of a mean over the samples: 0 where all keep the same.
+    """
+    sums, kept, steps = [0.0] * len(tried), [[] for _ in tried], 0
     methods = [make_method(method_name, settings=[f"{k}={json.dumps(v)}" for k, v in t.items()]) for t in tried]
     for number, s in enumerate(samples, 1):
         for start in range(0, len(methods), batch):
             logits, shares, _ = replay(s.asked, methods[start : start + batch])
             for i, (pruned, share) in enumerate(zip(logits, shares, strict=True), start):
                 sums[i] += compare(s.asked.logits[1:], pruned[1:], s.ids[1:])["kl"].sum().item()
-                kept[i] += share / len(samples)
+                kept[i].append(share)
         steps += len(s.ids) - 1
         print(f"\r{number}/{len(samples)} prompts, {len(methods)} settings each", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return [(total / steps, share) for total, share in zip(sums, kept, strict=True)]
+    error = [statistics.pstdev(shares) / len(shares) ** 0.5 for shares in kept]
+    return [(total / steps, statistics.mean(k), e) for total, k, e in zip(sums, kept, error, strict=True)]
 
 
 def distribution(samples):
@@ -156,7 +160,8 @@ def calibrate(args):
     tried = list(candidates(samples, args.retention, not args.rates_only))
     fixed = {"retention": args.retention}
     results = judge(samples, args.method, [*tried, fixed])
-    near = [i for i, (_, kept) in enumerate(results[:-1]) if abs(kept - args.retention) < 0.02]
+    # near what is wanted, and not by the chance of these few prompts
+    near = [i for i, (_, kept, error) in enumerate(results[:-1]) if abs(kept - args.retention) < 0.02 and error < 0.01]
     if not near:
         raise InputError(
             f"no setting keeps {args.retention} of these prompts; give another --retention or more prompts"
