@@ -69,7 +69,7 @@ def parser():
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
                    help="kernels of the cache: triton needs CUDA, or TRITON_INTERPRET=1 (default: triton on CUDA)")
     p.add_argument("--compile", action="store_true",
-                   help="let torch.compile make the decode step: the first token takes half a minute longer")
+                   help="let torch.compile join the small operations of a decode step; the second token takes seconds")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
                    help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, uniform, "
                         "shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... (default none)")
