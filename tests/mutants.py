@@ -347,6 +347,48 @@ MUTANTS = {
         "if True:",
         "test_generate.py::test_mapped_weights_stay_mapped",
     ),
+    "a wrong kernel keeps its speeds": (
+        "tools/bench_kernels.py",
+        "case.rivals | {case.baseline} and not wrong[name]]",
+        "case.rivals | {case.baseline} and name in times]",
+        "test_bench.py::test_what_is_wrong_has_no_numbers_anywhere",
+    ),
+    "the median is another percentile": (
+        "tools/bench_kernels.py",
+        "us.quantile(torch.tensor([0.2, 0.5, 0.8]",
+        "us.quantile(torch.tensor([0.2, 0.8, 0.8]",
+        "test_bench.py::test_percentiles_and_speeds_are_those_of_the_rounds",
+    ),
+    "broken steps are timed": (
+        "tools/bench_decode.py",
+        'if not facts.get("error", 0.0) <= allowed:',
+        'if facts.get("error", 0.0) > allowed:',  # NaN is not larger
+        "test_bench_decode.py::test_what_differs_from_transformers_is_not_timed",
+    ),
+    "a pruned prefill may say something else": (
+        "tools/bench_decode.py",
+        'return None if same or method_of(task.prune).layer else "the first',
+        'return None if True else "the first',
+        "test_bench_decode.py::test_a_pruned_run_begins_as_the_unpruned_one",
+    ),
+    "the ceiling upside down": (
+        "tools/bench_decode.py",
+        '"ceiling_speedup": (weights + full) / (weights + held)',
+        '"ceiling_speedup": (weights + held) / (weights + full)',
+        "test_bench_decode.py::test_speeds_are_medians_and_their_ratios",
+    ),
+    "flops of keys and values forgotten": (
+        "tools/roofline.py",
+        "attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim",
+        "attention = 2 * self.hidden * self.q_heads * self.head_dim",
+        "test_roofline.py::test_weights_are_those_of_the_modules",
+    ),
+    "retention by the chance of a few prompts": (
+        "tools/calibrate.py",
+        "< 0.02 and error < 0.01]",
+        "< 0.02]",
+        "test_calibrate.py::test_a_proposal_holds_on_scenes_it_has_not_seen",
+    ),
     "first decoded position off by one": (
         "model/cache.py",
         "torch.full((b,), tokens,",
