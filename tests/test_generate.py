@@ -17,7 +17,7 @@ from model import Generation, InputError, Sampling, ask, load
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.generate import _Writer, probabilities
-from model.llama import RMSNorm, rope_table, rotate
+from model.llama import rope_table, rotate
 from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 
@@ -53,15 +53,6 @@ def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split, arrang
     states = [model.prefill(x[:, :split], cache)] + [model.decode(x[:, t], cache)[:, None] for t in range(split, 12)]
     torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
     assert cache.pos.tolist() == [12, 12] and cache.kv_len.unique().tolist() == [12]
-
-
-@pytest.mark.parametrize("rows", [1, 64, 65])
-def test_rms_norm_of_few_rows_and_of_many(rows):
-    norm = RMSNorm(48, 1e-3)
-    norm.weight.data.normal_()
-    x = torch.randn(rows, 48) + 3  # a mean that a layer norm would take away
-    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
-    assert (norm(x).double() - want).abs().max() < 4e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
