@@ -261,7 +261,7 @@ def train_tokenizer(folder):
     """A sentencepiece BPE with byte fallback, in the folder as tokenizer.model with its JSON files.
 
     Words of the world become one piece each. Signs are kept out of the corpus, so a word on a sign is spelled in
-    single letters and cannot be learnt by heart.
+    single letters (but for a tenth of the words, which hold a pair of letters like the ER of USER).
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
