@@ -78,7 +78,7 @@ def conditions(thresholds, layers, retentions=RETENTIONS):
         named["plphp, values dropped only"] = _obeying(ValuesDropped, f"plphp:{plphp}", f)
         named["plphp rows+values"] = _spec(f"plphp:{ROWS_VALUES},{plphp}", f)
         named["uniform rows"] = _spec("uniform:window=32", f)
-        named["uniform rows+values"] = _spec(f"uniform:{ROWS_VALUES}", f)  # what calibration comes to, for the demo
+        named["uniform rows+values"] = _spec(f"uniform:{ROWS_VALUES}", f)
         named["shared rows+values"] = _spec(f"shared:{ROWS_VALUES}", f)
         for name, anti in (("evidence", False), ("anti-evidence", True)):
             named[name] = lambda asked, evidence, seed, f=f, anti=anti: Method(
@@ -380,7 +380,7 @@ LABELS = {  # condition: its name in the README and in the picture
     "uniform": "one rate, last prompt row",
     "shared": "one rate, last prompt row, all heads the same",
     "uniform rows": "one rate, all prompt rows",
-    "uniform rows+values": "one rate, all rows x values (calibrated)",
+    "uniform rows+values": "one rate, all rows x values",
     "shared rows+values": "one rate, all rows x values, all heads the same",
     "snapkv": "`snapkv`",
     "adakv": "`adakv`",
