@@ -373,6 +373,7 @@ def _chooser(sampling, never, device):
     generator = torch.Generator(device).manual_seed(sampling.seed)
 
     def choose(logits):
+        """logits (V,) -> id (1,)."""
         logits = logits.float().index_fill(0, never, float("-inf"))
         best, token = logits.max(-1)
         finite = best.isfinite()  # the maximum of anything with a NaN is NaN

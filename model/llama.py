@@ -218,7 +218,7 @@ class Llama(nn.Module):
                 attn.qkv = SideBySide(attn.q_proj, attn.k_proj, attn.v_proj)
             if not self.config.mlp_bias:
                 mlp.gate_up = SideBySide(mlp.gate_proj, mlp.up_proj)
-        if self.lm_head is not None:
+        if self.lm_head is not None and self.lm_head.weight.device.type == "cpu":
             SideBySide(self.lm_head)  # for the order of its memory
 
     def _part_changed(self):
