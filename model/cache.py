@@ -171,6 +171,16 @@ class RaggedCache:
         self.live[sequence] = False
         self._set_live(self.live)
 
+    def keep(self, sequences):
+        """Only these sequences (a list of indices, ascending) stay; the slots of the others are given back."""
+        heads, live = self.kv_len.shape[1] // len(self.pos), self.live[sequences]
+        rows = [b * heads + h for b in sequences for h in range(heads)]
+        self.kv_start, self.kv_len, self.kv_cap = (t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap))
+        self.pos = self.pos[sequences]
+        self._make_rows()
+        self._set_live(live)
+        self.repack(max(1, self.room))
+
     def _set_live(self, live):
         """What follows from `live` for the segments."""
         self.version += 1

@@ -41,9 +41,17 @@ CLIP_L_336 = {
 }  # fmt: skip
 
 
+# Where the class defaults of `mistral` are not those of `llama`. A file can say that there is no window (null).
+MISTRAL = {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
+# (height, width) of the canvases that LLaVA-NeXT cuts into tiles
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama decoder. Class defaults of `llama`: a 7B model (and 1e-6 where LLaVA files say 1e-5)."""
+    """Llama or Mistral decoder. Class defaults of `llama`: a 7B model (and 1e-6 where LLaVA files say 1e-5)."""
 
     model_type: str = "llama"
     vocab_size: int = 32000
@@ -59,6 +67,12 @@ class TextConfig:
     rope_theta: float = 10000.0
     attention_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: int = None  # Mistral: a token sees itself and the window - 1 tokens before it; None: all of them
+
+    @property
+    def context(self):
+        """Longest sequence in tokens. Up to the width of the window, a sliding window changes nothing."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     def __post_init__(self):
         # The two fields whose default depends on another field; frozen, hence object.__setattr__.
@@ -81,6 +95,7 @@ class LlavaConfig:
     vision_feature_layer: int | tuple = -2  # a tuple: those layers side by side along the channels
     vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
     tie_word_embeddings: bool = False
+    image_grid_pinpoints: tuple = None  # LLaVA-NeXT: sides ((a, b), ...) of the canvases that tiles are cut from
     dtype: str = None  # what the file stores; None if it does not say
 
     @property
@@ -92,7 +107,7 @@ class LlavaConfig:
 
     @property
     def image_tokens(self):
-        """Tokens that one picture becomes."""
+        """Tokens that one S x S square becomes: a whole picture of LLaVA-1.5, one tile of LLaVA-NeXT."""
         return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
 
 
@@ -112,14 +127,15 @@ def parse_config(raw):
         raise InputError(
             "config.json is that of the original LLaVA code; use the llava-hf conversion of the checkpoint"
         )
-    if kind != "llava":
-        raise InputError(f"model_type is {kind!r}; only LLaVA-1.5 style checkpoints (model_type 'llava') are read")
+    if kind not in ("llava", "llava_next"):
+        raise InputError(f"model_type is {kind!r}; only LLaVA-1.5 ('llava') and LLaVA-NeXT ('llava_next') are read")
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config")
     vision = dict(CLIP_L_336 if vision is None else vision)
     # transformers 5 moved the RoPE settings into a dict of their own
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    text = {**MISTRAL, **text} if text.get("model_type") == "mistral" else {**text, "sliding_window": None}
     layers = raw.get("vision_feature_layer", -2)
     if not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers])):
         raise ValueError(f"vision_feature_layer is {layers!r}")
@@ -128,6 +144,7 @@ def parse_config(raw):
         "image_token_index": raw.get("image_token_index", raw.get("image_token_id")),
         "vision_feature_layer": tuple(layers) if isinstance(layers, list) else layers,
         "tie_word_embeddings": raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"),
+        "image_grid_pinpoints": _pinpoints(raw) if kind == "llava_next" else None,
         "dtype": raw.get("dtype", raw.get("torch_dtype")),
         "text_config": _fill(TextConfig, text),
         "vision_config": _fill(VisionConfig, vision),
@@ -135,6 +152,15 @@ def parse_config(raw):
     config = _fill(LlavaConfig, top)
     _refuse_unknown(config, rope_type)
     return config
+
+
+def _pinpoints(raw):
+    """((a, b), ...) of a config of LLaVA-NeXT."""
+    given = raw.get("image_grid_pinpoints")
+    pairs = PINPOINTS if given is None else tuple(tuple(pair) for pair in given)
+    if not pairs or not all(len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs):
+        raise ValueError(f"image_grid_pinpoints is {given!r}")
+    return pairs
 
 
 def read_json(path):
@@ -179,9 +205,10 @@ def _refuse_unknown(config, rope_type):
     """Everything that would change the arithmetic and is not implemented, by name."""
     text, vision = config.text_config, config.vision_config
     strategy, heads, kv = config.vision_feature_select_strategy, text.num_attention_heads, text.num_key_value_heads
+    side, canvases = vision.image_size, config.image_grid_pinpoints or ()
     layers_exist = all(0 <= i <= vision.num_hidden_layers for i in config.feature_layers)
     known = [  # what has to hold, what the file says, what would be understood
-        (text.model_type == "llama", f"text model_type {text.model_type!r}", "'llama'"),
+        (text.model_type in ("llama", "mistral"), f"text model_type {text.model_type!r}", "llama and mistral"),
         (vision.model_type == "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
         (rope_type == "default", f"rope type {rope_type!r}", "'default'"),
         (text.hidden_act == "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
@@ -192,6 +219,12 @@ def _refuse_unknown(config, rope_type):
         ),
         (config.projector_hidden_act == "gelu", f"projector_hidden_act {config.projector_hidden_act!r}", "'gelu'"),
         (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r}", "default and full"),
+        (not canvases or strategy == "default", f"tiles and vision_feature_select_strategy {strategy!r}", "default"),
+        (
+            all(n % side == 0 for pair in canvases for n in pair),
+            f"image_grid_pinpoints {canvases}",
+            f"multiples of the vision tower's {side} pixels",
+        ),
         (heads % kv == 0, f"{heads} query heads over {kv} KV heads", "whole groups"),
         (text.head_dim % 2 == 0, f"head_dim {text.head_dim}", "even numbers"),
         (

@@ -13,7 +13,7 @@ from kernels.backend import choose_backend
 
 from .cache import RaggedCache
 from .config import InputError
-from .image import normalise, read_image, to_square, with_mode
+from .image import normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, rope_turns
 from .tokenizer import TEMPLATES, Detokenizer, build_prompt
 
@@ -139,41 +139,65 @@ class Generation:
 
     def __init__(
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
-        prune=None, backend="auto", compile=False,
+        prune=None, backend="auto", compile=False, anyres_order="auto",
     ):  # fmt: skip
         """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`.
 
         prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
-        of the kernels; compile: the decode step, see `DecodeStep`.
+        of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`.
         """
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.prune, self.backend, self.compile = prune, backend, compile
         self.template = checkpoint.template if template == "auto" else template
-        if self.template not in TEMPLATES or image_mode not in ("auto", "crop", "pad"):
-            raise InputError(
-                f"template {self.template!r} or image mode {image_mode!r} is unknown; use {TEMPLATES}, crop or pad"
-            )
-        self.image_settings = with_mode(checkpoint.image_settings, image_mode)
+        for what, given, known in (
+            ("template", self.template, TEMPLATES),
+            ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),
+            ("order of tiles", anyres_order, ("auto", "hf", "orig")),
+        ):
+            if given not in known:
+                raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
+        self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
         config = checkpoint.config
         text = build_prompt(prompt, len(images), self.template, system)
         self.ids = checkpoint.tokenizer.encode(text)
         pictures = [read_image(i) for i in images]
         self.notes = [p.note for p in pictures if p.note]
-        tokens = config.image_tokens
-        self.images = [{"path": p.path, "size": list(p.image.size), "tiles": 1, "tokens": tokens} for p in pictures]
-        self.vision_tokens = len(images) * tokens
+        self.looks = [self._look(p.image) for p in pictures]
+        self.images = [
+            {"path": p.path, "size": list(p.image.size), "tiles": len(squares), "tokens": self._count(p.image, grid)}
+            for p, (squares, grid) in zip(pictures, self.looks, strict=True)
+        ]
+        self.vision_tokens = sum(image["tokens"] for image in self.images)
         self.prompt_tokens = len(self.ids) - len(images) + self.vision_tokens
-        self.room = config.text_config.max_position_embeddings - self.prompt_tokens  # for new tokens
+        self.room = config.text_config.context - self.prompt_tokens  # for new tokens
         if self.room < 1:
-            raise InputError(
-                f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(images)} "
-                "images, and the model's context is "
-                f"{config.text_config.max_position_embeddings}; use fewer images or a shorter prompt"
-            )
+            raise InputError(self._too_long())
         if prune:
             self.check_method(prune)
-        self.squares = [to_square(p.image, self.image_settings) for p in pictures]
         self._begin()
+
+    def _look(self, picture):
+        """A PIL image -> (squares, grid): the S x S pictures the model looks at; (rows, columns) of tiles or None."""
+        if self.image_settings.mode == "anyres":
+            return to_tiles(picture, self.image_settings)
+        return [to_square(picture, self.image_settings)], None
+
+    def _count(self, picture, grid):
+        """Tokens that the picture becomes."""
+        tower = self.checkpoint.config.vision_config
+        if grid is None:
+            return self.checkpoint.config.image_tokens
+        return tile_tokens(grid, tower.image_size // tower.patch_size, picture.size, self.image_settings.order)
+
+    def _too_long(self):
+        """One line: what the prompt needs and what there is."""
+        text = self.checkpoint.config.text_config
+        window = f" (its sliding window; beyond it is {text.max_position_embeddings})"
+        return (
+            f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
+            f"images, and the model's context is {text.context}"
+            f"{window if text.context < text.max_position_embeddings else ''}; use fewer images or a shorter prompt"
+        )
 
     def unpruned(self):
         """The same question, still to be asked, with a cache that keeps everything."""
@@ -197,12 +221,26 @@ class Generation:
         """Pixel values of the pictures, (3, S, S) fp32 each; made anew, so that no tensor outlives its use."""
         return [normalise(square, self.image_settings) for square in self.squares]
 
+    @property
+    def squares(self):
+        """What the vision tower looks at: one PIL image per picture, or the picture's tiles behind it."""
+        return [square for squares, _ in self.looks for square in squares]
+
     def encode_images(self):
-        """The pictures' tokens, (n, P, C), or nothing."""
-        if not self.squares:
-            return ()
-        pixels = torch.stack(self.pixels).to(self.checkpoint.device, self.checkpoint.dtype)
-        return self.checkpoint.model.encode_images(pixels)
+        """The pictures' tokens, (P, C) each."""
+        model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
+        squares, parts = self.squares, []
+        for i in range(0, len(squares), 8):  # so that many pictures need the memory of a few
+            pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
+            parts.append(model.encode_images(pixels.to(device, dtype)))
+        if not parts:
+            return []
+        tokens = torch.cat(parts).split([len(squares) for squares, _ in self.looks])
+        order = self.image_settings.order
+        return [
+            part[0] if grid is None else model.join_tiles(part, grid, tuple(image["size"]), order)
+            for part, (_, grid), image in zip(tokens, self.looks, self.images, strict=True)
+        ]
 
     @property
     def way(self):
@@ -219,42 +257,52 @@ class Generation:
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held = [], None, [], 0
+        self.limit = min(self.sampling.max_new_tokens, self.room)
+        self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
 
     @torch.inference_mode()
     def __iter__(self):
         self._begin()  # iterating again gives the answer again
-        sampling, tokenizer = self.sampling, self.checkpoint.tokenizer
-        limit = min(sampling.max_new_tokens, self.room)
-        choose = _chooser(sampling, self.never(), self.checkpoint.device)
-        ids = choose(self._prefill(limit))
+        choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
+        ids = choose(self.prefill())
         step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
-        writer = _Writer(Detokenizer(tokenizer), sampling.stop)
-        while len(self.token_ids) < limit:
-            token = _read(ids)
-            if token in self.checkpoint.stop_ids:
-                self.finish_reason = "stop"
-                break
-            self.token_ids.append(token)
-            piece = writer.push(token)
-            self.text += piece
+        while True:
+            piece = self.take(ids.item())
             if piece:
                 yield piece
-            if writer.stopped:
-                self.finish_reason = "stop"
+            if self.over:
                 return
-            if len(self.token_ids) < limit:
-                start = time.perf_counter()
-                ids = choose(step(ids)[0])
-                ids.tolist()  # reading them is what waits for the device
-                self.timing["steps"].append(time.perf_counter() - start)
-        else:
-            self.finish_reason = "length"
-        rest = writer.flush()
-        self.text += rest
-        if rest:
-            yield rest
+            start = time.perf_counter()
+            ids = choose(step(ids)[0])
+            ids.tolist()  # reading them is what waits for the device
+            self.timing["steps"].append(time.perf_counter() - start)
 
-    def _prefill(self, limit):
+    @property
+    def over(self):
+        """Is the answer complete?"""
+        return self.finish_reason != "interrupted"
+
+    def take(self, token):
+        """One more id of the answer -> the text that it makes certain. `finish_reason` says whether it was the last.
+
+        RuntimeError for an id below 0, which stands for broken logits.
+        """
+        if token < 0:
+            raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
+        if token in self.checkpoint.stop_ids:
+            self.finish_reason, piece = "stop", self._writer.flush()
+        else:
+            self.token_ids.append(token)
+            piece = self._writer.push(token)
+            if self._writer.stopped:
+                self.finish_reason = "stop"
+            elif len(self.token_ids) == self.limit:
+                self.finish_reason = "length"
+                piece += self._writer.flush()
+        self.text += piece
+        return piece
+
+    def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
         model = self.checkpoint.model
         start = time.perf_counter()
@@ -263,7 +311,7 @@ class Generation:
         self.timing["vision"] = time.perf_counter() - start
         start = time.perf_counter()
         config = self.checkpoint.config.text_config
-        self.cache = RaggedCache(config.num_hidden_layers, slack=min(limit, 64), backend=self.backend)
+        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.backend)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device)
         pruner = Pruner(self.prune, layout, self.backend) if self.prune else None
@@ -355,7 +403,7 @@ def next_turn(checkpoint, cache, ids, pixels=()):
     if len(pixels):
         tokens = model.encode_images(torch.stack(list(pixels)).to(checkpoint.device, checkpoint.dtype))
     x, _ = model.splice(ids, tokens)
-    room = checkpoint.config.text_config.max_position_embeddings - int(cache.pos[0])
+    room = checkpoint.config.text_config.context - int(cache.pos[0])
     if len(x) > room:
         raise InputError(f"the turn needs {len(x)} tokens, the context has room for {room}; start a new conversation")
     return model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
@@ -367,31 +415,102 @@ def _wait(device):
         torch.cuda.synchronize(device)
 
 
-def _chooser(sampling, never, device):
-    """Function logits (V,) -> next id (1,), on their device; -1 if they are not finite."""
-    never = torch.tensor(never, dtype=torch.long, device=device)
-    generator = torch.Generator(device).manual_seed(sampling.seed)
+class Chooser:
+    """How one answer goes on: logits -> next id, on their device; -1 where they are not finite."""
 
-    def choose(logits):
+    def __init__(self, sampling, never, device):
+        """never: ids that must not be chosen."""
+        self.sampling, self.never = sampling, torch.tensor(never, dtype=torch.long, device=device)
+        self.generator = torch.Generator(device).manual_seed(sampling.seed)
+
+    def __call__(self, logits):
         """logits (V,) -> id (1,)."""
-        logits = logits.float().index_fill(0, never, float("-inf"))
-        best, token = logits.max(-1)
-        finite = best.isfinite()  # the maximum of anything with a NaN is NaN
+        sampling, (token, logits) = self.sampling, self.greedy(logits[None])
         if sampling.temperature > 0:
-            weights = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-            noise = torch.empty_like(weights).exponential_(generator=generator)
-            token = (weights / noise).argmax(-1)  # what multinomial does, without waiting to check its weights
-        return torch.where(finite, token, -1)[None]
+            weights = probabilities(logits[0], sampling.temperature, sampling.top_k, sampling.top_p)
+            noise = torch.empty_like(weights).exponential_(generator=self.generator)
+            # what multinomial does, without waiting to check its weights
+            token = torch.where(token < 0, token, (weights / noise).argmax(-1))
+        return token
 
-    return choose
+    def greedy(self, logits):
+        """logits (B, V) -> the best ids (B,) and the logits (B, V) in fp32 without those of `never`."""
+        logits = logits.float().index_fill(-1, self.never, float("-inf"))
+        best, token = logits.max(-1)
+        return torch.where(best.isfinite(), token, -1), logits  # the maximum of anything with a NaN is NaN
 
 
-def _read(ids):
-    """The id in ids (1,): the one thing that is read from the device. RuntimeError for that of broken logits."""
-    token = ids.item()
-    if token < 0:
-        raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
-    return token
+class Batch:
+    """Generations that take their decode steps together, so that one pass over the weights serves all of them.
+
+    Each is prefilled by itself when it comes in, at any time, and leaves when its answer is over, with its K and V: no
+    padding anywhere, no waiting for the longest. What it says does not depend on who else is there, but for the
+    rounding of products of another size. All must be of one checkpoint, backend included.
+
+        batch = Batch()
+        batch.add(Generation(...))
+        while batch.running:
+            for generation in batch.advance():
+                print(generation.text)
+    """
+
+    def __init__(self):
+        self.running = []  # generations, in the order of the cache's sequences
+        self._choosers, self._over = [], []
+        self.cache = self._step = self._ids = None
+
+    @torch.inference_mode()
+    def add(self, generation):
+        """Prefill one more and take it in. The next `advance` hands it out if its first token was its last."""
+        if self.running and generation.checkpoint is not self.running[0].checkpoint:
+            raise ValueError("a batch is of one checkpoint; start another for this one")
+        generation._begin()
+        chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
+        ids = chooser(generation.prefill())
+        generation.take(ids.item())
+        own, generation.cache = generation.cache, None  # its K and V live in the batch's from here on
+        if generation.over:
+            self._over.append(generation)
+            return
+        self._ids = torch.cat((self._ids, ids)) if self.running else ids
+        self.cache = RaggedCache.join([self.cache, own]) if self.running else own
+        self.running.append(generation)
+        self._choosers.append(chooser)
+        self._step = DecodeStep(generation.checkpoint.model.language_model, self.cache)
+
+    @torch.inference_mode()
+    def advance(self):
+        """One more token for each -> the generations that are over now, in no particular order."""
+        if self.running:
+            start = time.perf_counter()
+            self._ids = self._next(self._step(self._ids))
+            tokens = self._ids.tolist()
+            seconds = time.perf_counter() - start
+            for generation, token in zip(self.running, tokens, strict=True):
+                generation.take(token)
+                generation.timing["steps"].append(seconds)  # which it shared with the others
+            self._dismiss()
+        over, self._over = self._over, []
+        return over
+
+    def _next(self, logits):
+        """logits (B, V) -> next ids (B,)."""
+        if all(chooser.sampling.temperature == 0 for chooser in self._choosers):
+            return self._choosers[0].greedy(logits)[0]
+        return torch.cat([chooser(row) for chooser, row in zip(self._choosers, logits, strict=True)])
+
+    def _dismiss(self):
+        """Those that are over leave, and their memory is given back."""
+        stay = [i for i, generation in enumerate(self.running) if not generation.over]
+        if len(stay) == len(self.running):
+            return
+        self._over += [generation for generation in self.running if generation.over]
+        self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
+        if not stay:
+            self.cache = self._step = self._ids = None
+            return
+        self.cache.keep(stay)
+        self._ids = self._ids[stay]
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):

@@ -1,7 +1,11 @@
-"""Pictures to pixel values, as the CLIP preprocessing of the checkpoints does it: Pillow bicubic, crop or pad."""
+"""Pictures to pixel values, as the preprocessing of the checkpoints does it: Pillow bicubic; crop, pad or tiles.
+
+S is the side, in pixels, of the squares that the vision tower takes.
+"""
 
 import base64
 import io
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +25,18 @@ class ImageSettings:
     """What preprocessor_config.json says, CLIP's values where it is silent."""
 
     size: int  # pixels per side of the model's input
-    mode: str = "crop"  # "crop": centre square of the picture; "pad": the whole picture on a square canvas
+    # "crop": centre square of the picture; "pad": the whole picture on a square canvas; "anyres": the whole picture
+    # squashed, then the tiles of one that kept its details (LLaVA-NeXT)
+    mode: str = "crop"
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
     rescale: float = 1 / 255
+    pinpoints: tuple = None  # of "anyres": sides ((a, b), ...) of the canvases to choose from
+    order: str = "hf"  # what a and b are: "hf" height and width, "orig" width and height (the original code)
 
 
-def read_image_settings(folder, image_size):
-    """ImageSettings of a checkpoint folder; image_size is the config's, which the file must not contradict."""
+def read_image_settings(folder, image_size, pinpoints=None):
+    """ImageSettings of a checkpoint folder; image_size and pinpoints are the config's: the file must not differ."""
     path = Path(folder) / "preprocessor_config.json"
     raw = read_json(path)
     if raw is None:  # transformers 5 writes the same thing into another file
@@ -45,11 +53,14 @@ def read_image_settings(folder, image_size):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean}, std {std}")
         rescale = float(raw.get("rescale_factor", 1 / 255))
+        canvases = tuple(tuple(pair) for pair in raw.get("image_grid_pinpoints", pinpoints or ()))
     if sizes != {image_size}:
         raise InputError(
             f"preprocessor_config.json resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
             "use the files of one checkpoint"
         )
+    if pinpoints and canvases != pinpoints:
+        raise InputError(f"{path} and config.json have other image_grid_pinpoints; use the files of one checkpoint")
     if raw.get("resample", 3) != 3:
         raise InputError(
             f"preprocessor_config.json asks for resample {raw['resample']}; only 3 (bicubic) is implemented"
@@ -59,7 +70,8 @@ def read_image_settings(folder, image_size):
         what = f"{off[0]} false" if off else "a resize that does not keep the aspect"
         raise InputError(f"{path} asks for {what}; only resize, centre crop, rescale and normalise are implemented")
     pad = raw.get("do_pad") or raw.get("image_aspect_ratio") == "pad"
-    return ImageSettings(image_size, "pad" if pad else "crop", mean, std, rescale)
+    mode = "anyres" if pinpoints else "pad" if pad else "crop"  # do_pad of LLaVA-NeXT is about batches
+    return ImageSettings(image_size, mode, mean, std, rescale, pinpoints)
 
 
 @dataclass(frozen=True)
@@ -129,8 +141,75 @@ def to_rgb(image, path):
 
 
 def preprocess(image, settings):
-    """RGB picture -> pixel values (3, S, S) fp32."""
+    """RGB picture -> pixel values (3, S, S) fp32; of "anyres" (1 + tiles, 3, S, S)."""
+    if settings.mode == "anyres":
+        return torch.stack([normalise(square, settings) for square in to_tiles(image, settings)[0]])
     return normalise(to_square(image, settings), settings)
+
+
+# ---------------------------------------------------------------- LLaVA-NeXT: tiles
+
+
+def to_tiles(image, settings):
+    """RGB picture -> (squares, grid): the whole picture squashed to S x S, then its tiles row by row; (rows, columns).
+
+    The tiles are those of the picture in the middle of a black canvas, as large as fits.
+    """
+    size, (wide, high) = settings.size, image.size
+    canvas_wide, canvas_high = choose_canvas(image.size, settings.pinpoints, settings.order)
+    if canvas_wide / wide < canvas_high / high:
+        fitted = canvas_wide, min(math.ceil(high * (canvas_wide / wide)), canvas_high)
+    else:
+        fitted = min(math.ceil(wide * (canvas_high / high)), canvas_wide), canvas_high
+    canvas = Image.new("RGB", (canvas_wide, canvas_high))
+    left, top = (canvas_wide - fitted[0]) // 2, (canvas_high - fitted[1]) // 2
+    canvas.paste(image.resize(fitted, Image.Resampling.BICUBIC), (left, top))
+    grid = canvas_high // size, canvas_wide // size
+    corners = [(column * size, row * size) for row in range(grid[0]) for column in range(grid[1])]
+    tiles = [canvas.crop((x, y, x + size, y + size)) for x, y in corners]
+    return [image.resize((size, size), Image.Resampling.BICUBIC), *tiles], grid
+
+
+def choose_canvas(size, pinpoints, order):
+    """(width, height) of the canvas that shows most of a picture's pixels, among equals with the least left empty.
+
+    size: (width, height) of the picture. The two dialects differ where the list has both (a, b) and (b, a) and a
+    picture is smaller than either: the first in the list is taken, which is the wide one here and the tall one there.
+    """
+    wide, high = size
+
+    def merit(canvas):
+        scale = min(canvas[0] / wide, canvas[1] / high)
+        shown = min(int(wide * scale) * int(high * scale), wide * high)
+        return shown, -(canvas[0] * canvas[1] - shown)
+
+    return max((pair[::-1] if order == "hf" else pair for pair in pinpoints), key=merit)  # the first of the best
+
+
+def kept_of_tiles(grid, patches, size, order):
+    """(rows, columns), two slices: what of a canvas' (grid * patches) tokens is picture and not black border.
+
+    grid: (rows, columns) of tiles; patches: per side of a tile; size: (width, height) of the picture.
+    """
+    high, wide = grid[0] * patches, grid[1] * patches
+    digits = 7 if order == "hf" else None  # HF rounds before it truncates, the original does not
+
+    def inner(long, scaled):
+        border = (long - int(scaled if digits is None else round(scaled, digits))) // 2
+        return slice(border, long - border)
+
+    if size[0] / size[1] > wide / high:
+        return inner(high, size[1] * (wide / size[0])), slice(0, wide)
+    return slice(0, high), inner(wide, size[0] * (high / size[1]))
+
+
+def tile_tokens(grid, patches, size, order):
+    """Tokens of a picture in tiles: the whole one's, the kept ones of the tiles, one more behind each row of those."""
+    rows, columns = (part.stop - part.start for part in kept_of_tiles(grid, patches, size, order))
+    return patches**2 + rows * (columns + 1)
+
+
+# ---------------------------------------------------------------- squares
 
 
 def to_square(image, settings):
@@ -172,6 +251,9 @@ def pad_to_square(image, mean):
     return canvas
 
 
-def with_mode(settings, mode):
-    """settings with another mode; "auto" leaves the checkpoint's own."""
-    return settings if mode == "auto" else replace(settings, mode=mode)
+def with_mode(settings, mode, order="auto"):
+    """settings with another mode and order of the tiles; "auto" leaves the checkpoint's own."""
+    mode, order = settings.mode if mode == "auto" else mode, settings.order if order == "auto" else order
+    if mode == "anyres" and not settings.pinpoints:
+        raise InputError("the checkpoint knows no tiles (it is no LLaVA-NeXT); use --image-mode pad or crop")
+    return replace(settings, mode=mode, order=order)

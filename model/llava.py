@@ -1,4 +1,7 @@
-"""LLaVA (arXiv 2304.08485, 2310.03744): pictures through CLIP and a two-layer projector into a Llama's embeddings."""
+"""LLaVA (arXiv 2304.08485, 2310.03744): pictures through CLIP and a two-layer projector into a Llama's embeddings.
+
+LLaVA-NeXT (1.6, "anyres") is the same with more squares per picture, laid out again behind the projector.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,7 @@ from torch import nn
 
 from .clip import VisionTower
 from .config import InputError
+from .image import kept_of_tiles
 from .llama import Llama
 
 
@@ -29,6 +33,8 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text_config, tied=config.tie_word_embeddings)
+        if config.image_grid_pinpoints:  # LLaVA-NeXT: a learnt token at the end of each row of tokens
+            self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
     def encode_images(self, pixel_values):
         """pixel_values (n, 3, S, S) -> image tokens (n, P, C); CLS is among the P only if the config says "full"."""
@@ -36,10 +42,23 @@ class Llava(nn.Module):
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         return self.multi_modal_projector(torch.cat([s[:, first:] for s in states], dim=-1))
 
+    def join_tiles(self, tokens, grid, size, order="hf"):
+        """Tokens of one picture's squares (1 + rows * columns, P, C) -> (P', C): the whole picture, then its tiles.
+
+        The tiles become one map of tokens, lose what shows the canvas beside the picture, and each row of the map gets
+        `image_newline` behind it. grid: (rows, columns); size: (width, height) of the picture.
+        """
+        side = round(tokens.shape[1] ** 0.5)
+        tiles = tokens[1:].unflatten(1, (side, side)).unflatten(0, grid)  # (rows, columns, side, side, C)
+        rows, columns = kept_of_tiles(grid, side, size, order)
+        seen = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[rows, columns]
+        newline = self.image_newline.to(tokens.dtype).expand(len(seen), 1, -1)
+        return torch.cat((tokens[0], torch.cat((seen, newline), 1).flatten(0, 1)))
+
     def splice(self, ids, image_tokens):
         """Replace each image placeholder by the tokens of its picture.
 
-        ids: list of token ids with one `image_token_index` per picture; image_tokens (n, P, C).
+        ids: list of token ids with one `image_token_index` per picture; image_tokens: (P, C) of each.
         Returns x (T, C) and the spans [(start, stop), ...] of the pictures in it, in order.
         """
         places = [i for i, token in enumerate(ids) if token == self.config.image_token_index]

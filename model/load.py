@@ -87,8 +87,10 @@ def open_checkpoint(name):
     config = _with_image_token(config, tokenizer)
     model = empty_model(config)
     keys = match_keys(weight_files(folder), model)
-    template, note = find_template(folder)
-    settings = read_image_settings(folder, config.vision_config.image_size)
+    template, note = find_template(folder, config)
+    settings = read_image_settings(folder, config.vision_config.image_size, config.image_grid_pinpoints)
+    if any("mm_projector." in key for _, key, _ in keys.values()):  # names of the original code: so is its order
+        settings = replace(settings, order="orig")
     return Checkpoint(folder, config, model, keys, tokenizer, settings, template, note, _stop_ids(folder, tokenizer))
 
 
@@ -179,7 +181,7 @@ def canonical_key(key):
     """
     if key.endswith(DROPPED):
         return None
-    for inner in ("language_model.", "vision_tower.", "multi_modal_projector.", "mm_projector."):
+    for inner in ("language_model.", "vision_tower.", "multi_modal_projector.", "mm_projector.", "image_newline"):
         if key.startswith("model." + inner):
             key = key.removeprefix("model.")
     if key.startswith("language_model."):

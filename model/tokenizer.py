@@ -1,4 +1,4 @@
-"""Text to ids and back: a sentencepiece model plus added tokens, and the prompt templates of the LLaVA-1.5 family."""
+"""Text to ids and back: a sentencepiece model plus added tokens, and the prompt templates of the LLaVA families."""
 
 import codecs
 import re
@@ -137,14 +137,14 @@ _ASSISTANT_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the {whose} questions."
 )
 
-# What stands before the first turn; all three go on with the same words. The space before ASSISTANT and none
+# What stands before the first turn; these three go on with the same words. The space before ASSISTANT and none
 # behind the colon change greedy output.
 SYSTEM_TEXT = {
     "llava": "",  # the llava-hf 1.5 conversions
     "vicuna": _ASSISTANT_TEXT.format(who="user", whose="user's"),  # LLaVA's evaluation scripts (vicuna_v1)
     "llava_v1": _ASSISTANT_TEXT.format(who="human", whose="human's"),  # LLaVA's command line
 }
-TEMPLATES = (*SYSTEM_TEXT, "raw")
+TEMPLATES = (*SYSTEM_TEXT, "mistral", "raw")
 
 
 def build_prompt(question, images, template, system=None):
@@ -165,25 +165,35 @@ def build_prompt(question, images, template, system=None):
         question = (IMAGE + "\n") * images + question
     if template == "raw":
         return question
+    if template == "mistral":  # it has no place of its own for a system text
+        return f"[INST] {system + ' ' if system else ''}{question} [/INST]"
     system = SYSTEM_TEXT[template] if system is None else system
     return f"{system + ' ' if system else ''}USER: {question} ASSISTANT:"
 
 
-def find_template(folder):
+def find_template(folder, config):
     """(template, note): the family of the checkpoint's own chat template; the note says how it was found.
 
-    Chat templates are programs from files one need not trust: they are recognised, never run.
+    Chat templates are programs from files one need not trust: they are recognised, never run. Without one, config (a
+    LlavaConfig) tells the family.
     """
     text = _chat_template(Path(folder))
+    fallback = "llava"  # LLaVA-1.5
+    if config.text_config.model_type == "mistral":
+        fallback = "mistral"
+    elif config.image_grid_pinpoints:  # LLaVA-NeXT with Vicuna
+        fallback = "llava_v1"
     if text is None:
-        return "llava", "no chat template in the folder"
+        return fallback, "no chat template in the folder"
+    if "[INST]" in text:
+        return "mistral", "from the chat template"
     if "curious human" in text:
         return "llava_v1", "from the chat template"
     if "curious user" in text:
         return "vicuna", "from the chat template"
     if "ASSISTANT:" in text:
         return "llava", "from the chat template"
-    return "llava", "chat template not recognised"
+    return fallback, "chat template not recognised"
 
 
 def _chat_template(folder):

@@ -183,7 +183,7 @@ def make_checkpoint(tiny_tokenizer_dir):
 
 @pytest.fixture(scope="session")
 def make_hf_checkpoint(tiny_tokenizer_dir):
-    """Function (folder, text, vision, top, seed): a checkpoint written by transformers.
+    """Function (folder, text, vision, top, seed, kind): a checkpoint written by transformers; kind Llava or LlavaNext.
 
     The dicts override TEXT, VISION and the top of the config. Returns transformers' model in eval mode.
     """
@@ -191,13 +191,13 @@ def make_hf_checkpoint(tiny_tokenizer_dir):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    def make(folder, text=None, vision=None, top=None, seed=0):
-        config = transformers.LlavaConfig(
+    def make(folder, text=None, vision=None, top=None, seed=0, kind="Llava"):
+        config = getattr(transformers, kind + "Config")(
             text_config=TEXT | (text or {}),
             vision_config=VISION | (vision or {}),
             **({"image_token_index": IMAGE_ID} | (top or {})),
         )
-        model = spread(transformers.LlavaForConditionalGeneration(config), seed).eval()
+        model = spread(getattr(transformers, kind + "ForConditionalGeneration")(config), seed).eval()
         model.save_pretrained(folder)
         write_small_files(folder, tiny_tokenizer_dir, config.vision_config.image_size)
         return model

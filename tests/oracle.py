@@ -64,12 +64,34 @@ def masked_ids(folder, generation, choose, count, rows=1, narrow=None):
     return masked_batch(folder, [generation], [choose], count, rows, narrow)[0]
 
 
+def expanded(generation):
+    """Ids of a prompt as transformers wants them: each picture's id as often as the picture has tokens."""
+    image, counts = generation.checkpoint.config.image_token_index, iter(generation.images)
+    return [i for t in generation.ids for i in [t] * (next(counts)["tokens"] if t == image else 1)]
+
+
+def hf_pictures(generations):
+    """The arguments of transformers' models that hold the pictures of prompts."""
+    pixels = [p for g in generations for p in g.pixels]
+    if not pixels or not generations[0].checkpoint.config.image_grid_pinpoints:
+        return {"pixel_values": torch.stack(pixels)} if pixels else {}
+    images = [image for g in generations for image in g.images]
+    tiles = [torch.stack(part) for part in _parts(pixels, [image["tiles"] for image in images])]
+    return {
+        "pixel_values": torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True),  # (n, most tiles, 3, S, S)
+        "image_sizes": torch.tensor([image["size"][::-1] for image in images]),
+    }
+
+
+def _parts(values, counts):
+    values = iter(values)
+    return [[next(values) for _ in range(count)] for count in counts]
+
+
 def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
     """`masked_ids` of several prompts at once, padded on the left: [(ids, [keep of each layer])], one per prompt."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
-    config = generations[0].checkpoint.config
-    image, tokens = config.image_token_index, config.image_tokens
-    prompts = [[i for t in g.ids for i in [t] * (tokens if t == image else 1)] for g in generations]
+    prompts = [expanded(g) for g in generations]
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
     hidden = torch.arange(longest, device="cpu") < torch.tensor(pads, device="cpu")[:, None]  # (B, N), from all rows
@@ -98,11 +120,13 @@ def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
 
     transformers.AttentionInterface.register("dropped", attend)
     with torch.device("cpu"):
-        model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        kind = "LlavaNext" if generations[0].checkpoint.config.image_grid_pinpoints else "Llava"
+        model = getattr(transformers, kind + "ForConditionalGeneration")
+        model = model.from_pretrained(folder, dtype=torch.float32).eval()
         model.model.language_model.set_attn_implementation("dropped")
         out = model.generate(
             input_ids=torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]),
-            attention_mask=(~hidden).long(), pixel_values=torch.stack([p for g in generations for p in g.pixels]),
+            attention_mask=(~hidden).long(), **hf_pictures(generations),
             max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generations[0].never(),
         )  # fmt: skip
     ids = out[:, longest:].tolist()

@@ -337,11 +337,11 @@ def test_a_null_means_the_same_as_nothing(folder):
 # ---------------------------------------------------------------- configs that are not understood
 
 REFUSED = {
-    "llava_next": {"model_type": "llava_next"},
+    "llava_onevision": {"model_type": "llava_onevision"},
     "original LLaVA": {"model_type": "llava_llama"},
     "of the original LLaVA": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
     "no kind": {"model_type": None},
-    "mistral": {"text_config": TEXT | {"model_type": "mistral"}},
+    "qwen2": {"text_config": TEXT | {"model_type": "qwen2"}},
     "siglip": {"vision_config": VISION | {"model_type": "siglip_vision_model"}},
     "linear, old spelling": {"text_config": TEXT | {"rope_scaling": {"type": "linear", "factor": 2.0}}},
     "llama3": {"text_config": TEXT | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}},

@@ -325,7 +325,7 @@ def test_dropping_k_and_v_does_not_change_the_first_token(small, name):
     """The hidden states of the prompt go on as they are, so its logits are the same to the bit."""
     pruned, plain = (Generation(small, "what?", pictures(1), prune=p) for p in (make_method(name, keep_tokens=1), None))
     with torch.inference_mode():
-        assert pruned._prefill(1).equal(plain._prefill(1))
+        assert pruned.prefill().equal(plain.prefill())
     assert pruned.bytes_held < plain.bytes_held and min(pruned.kept) == 1.0
     assert answered(small, "three", 1, make_method(name, 0.1)).token_ids == answered(small, "three", 1).token_ids
 

@@ -9,6 +9,7 @@ from conftest import IMAGE_ID, PAD_ID, PIECES, TOKENIZER_CONFIG, VOCAB, refusal,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.config import LlavaConfig, parse_config
 from model.tokenizer import SYSTEM_TEXT, TEMPLATES, Detokenizer, Tokenizer, build_prompt, find_template
 
 TEXTS = [
@@ -307,8 +308,8 @@ def test_each_template_is_this_string(template, want):
     assert build_prompt("Why?", 1, template) == want
 
 
-def test_there_are_four_templates():
-    assert set(TEMPLATES) == {"llava", "vicuna", "llava_v1", "raw"} and "raw" not in SYSTEM_TEXT
+def test_there_are_five_templates():
+    assert set(TEMPLATES) == {"llava", "vicuna", "llava_v1", "mistral", "raw"} and "raw" not in SYSTEM_TEXT
 
 
 @pytest.mark.parametrize(
@@ -344,6 +345,12 @@ CHAT_TEMPLATES = {
     "llava": LOOP,
     "vicuna": VICUNA + LOOP,
     "llava_v1": LLAVA_V1 + LOOP,
+    "mistral": "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endfor %}",
+}
+LLAVA = LlavaConfig()
+NEXT = {
+    kind: parse_config({"model_type": "llava_next", "text_config": {"model_type": kind}})
+    for kind in ("llama", "mistral")
 }
 
 
@@ -354,25 +361,33 @@ def test_the_family_is_recognised_wherever_the_chat_template_lies(tmp_path, fami
         (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATES[family])
     else:
         write_json(tmp_path / place, {"chat_template": CHAT_TEMPLATES[family]})
-    template, note = find_template(tmp_path)
+    template, note = find_template(tmp_path, LLAVA)
     assert template == family and "from" in note
 
 
 def test_several_named_chat_templates_are_searched(tmp_path):
     named = [{"name": "default", "template": CHAT_TEMPLATES["vicuna"]}]
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": named})
-    assert find_template(tmp_path)[0] == "vicuna"
+    assert find_template(tmp_path, NEXT["mistral"])[0] == "vicuna"
 
 
-def test_no_or_an_unknown_chat_template_means_llava_and_is_said(tmp_path):
-    nothing = find_template(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("[INST] {{ messages[0].content }} [/INST]")
-    unknown = find_template(tmp_path)
-    assert nothing[0] == unknown[0] == "llava" and "no chat template" in nothing[1] and "not recognised" in unknown[1]
+@pytest.mark.parametrize(
+    ("config", "family"), [(LLAVA, "llava"), (NEXT["llama"], "llava_v1"), (NEXT["mistral"], "mistral")]
+)
+def test_no_or_an_unknown_chat_template_means_that_of_the_family_and_is_said(tmp_path, config, family):
+    nothing = find_template(tmp_path, config)
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|>user {{ messages[0].content }}")
+    unknown = find_template(tmp_path, config)
+    assert nothing[0] == unknown[0] == family and "no chat template" in nothing[1] and "not recognised" in unknown[1]
+
+
+def test_the_mistral_template_is_the_published_one():
+    assert build_prompt("Why?", 1, "mistral") == "[INST] <image>\nWhy? [/INST]"
+    assert build_prompt("Why <image>?", 1, "mistral", system="Be brief.") == "[INST] Be brief. Why <image>? [/INST]"
 
 
 def test_a_chat_template_is_never_run(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{% raise %} ASSISTANT:"
     )
-    assert find_template(tmp_path)[0] == "llava"
+    assert find_template(tmp_path, LLAVA)[0] == "llava"

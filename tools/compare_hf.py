@@ -66,19 +66,21 @@ def run_ours(args):
 def run_transformers(args):
     """generate() with its defaults. The ids that this project never says are suppressed there too."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     from model import Generation, open_checkpoint
     from model.load import DTYPES
 
     start = time.perf_counter()
     dtype = DTYPES[args.dtype]
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).eval()
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
     loaded = time.perf_counter() - start
     asked = Generation(open_checkpoint(args.model), args.prompt, [args.image])  # for ids and pixels only
-    image = asked.checkpoint.config.image_token_index
-    ids = [i for t in asked.ids for i in [t] * (asked.checkpoint.config.image_tokens if t == image else 1)]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": asked.pixels[0][None].to(dtype)}
+    image, (picture,) = asked.checkpoint.config.image_token_index, asked.images
+    ids = [i for t in asked.ids for i in [t] * (picture["tokens"] if t == image else 1)]
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": torch.stack(asked.pixels).to(dtype)}
+    if asked.checkpoint.config.image_grid_pinpoints:  # (pictures, squares, 3, S, S) and (height, width)
+        inputs |= {"pixel_values": inputs["pixel_values"][None], "image_sizes": torch.tensor([picture["size"][::-1]])}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
     def timed(n):

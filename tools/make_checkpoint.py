@@ -1,4 +1,4 @@
-"""Write a LLaVA-1.5 checkpoint with random weights, in the layout of the published llava-hf folders.
+"""Write a LLaVA-1.5 or LLaVA-NeXT checkpoint with random weights, in the layout of the published llava-hf folders.
 
     python tools/make_checkpoint.py /tmp/llava-7b --shape llava-1.5-7b --dtype bf16     # 14 GB
     python tools/make_checkpoint.py /tmp/llava-tiny --shape tiny                        # half a megabyte
@@ -41,10 +41,19 @@ _TINY_VISION = {
     "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 32,
 }  # fmt: skip
+_MISTRAL = {
+    "model_type": "mistral", "intermediate_size": 14336, "max_position_embeddings": 32768, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32064,
+}  # fmt: skip
+_TINY_LONG = {**_TINY_TEXT, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the next one)
     "llava-1.5-7b": (_TEXT, _CLIP_L_336, 32000),
     "llava-1.5-13b": ({**_TEXT, **_WIDE}, _CLIP_L_336, 32000),
+    "next-vicuna-7b": (_TEXT, _CLIP_L_336, 32000),
+    "next-vicuna-13b": ({**_TEXT, **_WIDE}, _CLIP_L_336, 32000),
+    "next-mistral-7b": (_MISTRAL, _CLIP_L_336, 32000),
     "tiny": (_TINY_TEXT, _TINY_VISION, 510),
+    "tiny-next": (_TINY_LONG, {**_TINY_VISION, "image_size": 56}, 510),
 }
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -105,11 +114,11 @@ def prepare(folder, size):
 def config_json(shape, dtype, added):
     """config.json: as sparse as the published ones."""
     text, vision, _ = SHAPES[shape]
+    kind = next_json(vision["image_size"]) if "next" in shape else LLAVA
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
+        **kind,
         "ignore_index": -100,
         "image_token_index": added["<image>"],
-        "model_type": "llava",
         "pad_token_id": added["<pad>"],
         "projector_hidden_act": "gelu",
         "text_config": {**text, "torch_dtype": DTYPE_NAMES[dtype]},
@@ -118,6 +127,19 @@ def config_json(shape, dtype, added):
         "vision_config": vision,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
+    }
+
+
+LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+
+
+def next_json(side):
+    """What tells LLaVA-NeXT from LLaVA-1.5: the class, and the canvases that tiles are cut from, (height, width)."""
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "image_grid_pinpoints": [[a * side, b * side] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))],
+        "model_type": "llava_next",
+        "use_image_newline_parameter": True,
     }
 
 
@@ -147,7 +169,11 @@ def write_small_files(folder, raw, tokenizer, added):
     write_json(folder / "config.json", raw)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": added["<pad>"]}
     write_json(folder / "generation_config.json", generation)
-    write_json(folder / "preprocessor_config.json", preprocessor_json(raw["vision_config"]["image_size"]))
+    preprocessor = preprocessor_json(raw["vision_config"]["image_size"])
+    if "image_grid_pinpoints" in raw:
+        preprocessor |= {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
+        preprocessor |= {"image_grid_pinpoints": raw["image_grid_pinpoints"], "do_pad": True}
+    write_json(folder / "preprocessor_config.json", preprocessor)
     if tokenizer is None:
         write_tokenizer(folder, added, raw["text_config"]["max_position_embeddings"])
     else:

@@ -57,9 +57,11 @@ class Shown:
 
 
 @torch.inference_mode()
-def look(checkpoint, prompt, images, method):
+def look(checkpoint, prompt, images, method, image_mode="auto"):
     """Prune a prompt's cache and remember what each head kept -> Shown."""
-    generation = Generation(checkpoint, prompt, images, Sampling(1), prune=method)
+    generation = Generation(checkpoint, prompt, images, Sampling(1), image_mode=image_mode, prune=method)
+    if generation.image_settings.mode == "anyres":
+        raise InputError("pictures in tiles are not drawn; give --image-mode pad or crop")
     if not generation.squares:
         raise InputError("there is no picture to draw on; give --image")
     asked = Asked(checkpoint, generation.ids, generation.encode_images(), [])
@@ -228,6 +230,7 @@ def main(argv=None):
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--prompt", required=True)
+    parser.add_argument("--image-mode", default="auto", choices=("auto", "pad", "crop"), help="as in run.py")
     parser.add_argument("--second", metavar="TEXT", help="another question about the same pictures, to compare")
     parser.add_argument("--prune", default="plphp", metavar="SPEC", help="as in run.py (default plphp)")
     parser.add_argument("--retention", type=float, metavar="F")
@@ -245,8 +248,10 @@ def main(argv=None):
         method = make_method(args.prune, args.retention, settings=args.set, folder=checkpoint.folder)
         if method is None:
             raise InputError("--prune none drops nothing; give a method")
-        shown = look(checkpoint, args.prompt, args.image, method)
-        second = look(checkpoint, args.second, args.image, method) if args.second else None
+        shown, second = (
+            look(checkpoint, prompt, args.image, method, args.image_mode) if prompt else None
+            for prompt in (args.prompt, args.second)
+        )
         layers, heads = shown.keep.shape[:2]
         chosen = args.layers or sorted({min(1, layers - 1), layers // 2, layers - 1})
         chosen_heads = args.heads or list(range(min(4, heads)))

@@ -81,19 +81,22 @@ def show_config(config):
     """The dimensions, defaults filled in."""
     v, t = config.vision_config, config.text_config
     layers = ", ".join(map(str, config.feature_layers))
+    canvases = ", ".join(f"{a} x {b}" for a, b in config.image_grid_pinpoints or ())
     row(
         "vision",
         f"{v.num_hidden_layers} layers, {v.hidden_size} wide (MLP {v.intermediate_size})",
         f"{v.num_attention_heads} heads, {v.image_size} px in patches of {v.patch_size}, {v.hidden_act}",
         f"features of layer {config.vision_feature_layer}, the output of layer {layers}",
-        f"strategy {config.vision_feature_select_strategy}: {config.image_tokens} tokens per picture",
+        f"strategy {config.vision_feature_select_strategy}: {config.image_tokens} tokens per "
+        f"{'square' if config.image_grid_pinpoints else 'picture'}",
+        *([f"tiles from canvases of {canvases}"] if canvases else []),
     )
     row(
         "text",
         f"{t.num_hidden_layers} layers, {t.hidden_size} wide (MLP {t.intermediate_size})",
         f"{t.num_attention_heads} query heads over {t.num_key_value_heads} KV heads of {t.head_dim}",
         f"vocabulary {t.vocab_size}{', head tied to it' if config.tie_word_embeddings else ''}",
-        f"context {t.max_position_embeddings}, RoPE theta {t.rope_theta}, RMSNorm eps {t.rms_norm_eps}",
+        f"context {t.context}, RoPE theta {t.rope_theta}, RMSNorm eps {t.rms_norm_eps}",
     )
     row("dtype", f"{config.dtype or 'not stated'} (in config.json)")
 

@@ -1,0 +1,241 @@
+"""Several questions at once: every answer is the one it would be alone, and who is done costs nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import IMAGE_ID
+from PIL import Image
+from test_parity import noise
+
+import model.generate
+from model import Batch, Generation, Sampling, load
+from model.cache import RaggedCache
+from model.generate import Chooser
+from model.pruning import make_method
+from tests.paths import ROOT
+
+DEMO = ROOT / "assets" / "demo"
+PICTURE = ROOT / "assets" / "demo.png"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, "fp32")
+
+
+def tilted():
+    """Another picture than the demo's."""
+    return Image.open(PICTURE).convert("RGB").rotate(90)
+
+
+def mixed(checkpoint, **options):
+    """Eight questions: prompts of different lengths, none, one and two pictures, limits from 1 to 40 tokens."""
+    asked = [
+        ("Describe the picture.", [PICTURE], 40),
+        ("How many objects are there?", [PICTURE], 40),
+        ("Describe the picture.", [tilted()], 40),
+        ("What is the difference between <image> and <image>?", [PICTURE, tilted()], 24),
+        ("What colour is a circle?", [], 12),
+        ("Spell the word on the sign.", [PICTURE], 7),
+        ("Is there a red circle?", [tilted()], 1),
+        ("List the objects from left to right. " * 4, [PICTURE], 30),
+    ]
+    return [Generation(checkpoint, p, i, Sampling(max_new_tokens=n), **options) for p, i, n in asked]
+
+
+def together(generations, size=None):
+    """Answer them with at most `size` at a time; whoever comes next takes the place of who is done."""
+    batch, waiting, over = Batch(), list(generations), []
+    while waiting or batch.running:
+        while waiting and len(batch.running) < (size or len(generations)):
+            batch.add(waiting.pop(0))
+        over += batch.advance()
+    assert sorted(map(id, over)) == sorted(map(id, generations))  # each comes out once
+    return generations
+
+
+METHODS = [None, "plphp", "plphp-ada", "fastv"]
+
+
+@pytest.mark.parametrize("spec", METHODS)
+@pytest.mark.parametrize("size", [8, 3])
+def test_a_batch_says_what_each_would_say_alone(demo, spec, size):
+    prune = make_method(spec, 0.5) if spec else None
+    alone = mixed(demo, prune=prune)
+    texts = ["".join(generation) for generation in alone]
+    mates = together(mixed(demo, prune=prune), size)
+    assert [g.token_ids for g in mates] == [g.token_ids for g in alone]
+    assert [g.text for g in mates] == texts
+    assert [g.finish_reason for g in mates] == [g.finish_reason for g in alone]
+    assert [g.bytes_held for g in mates] == [g.bytes_held for g in alone]
+    assert {g.finish_reason for g in mates} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("spec", [None, "plphp", "plphp-ada"])
+def test_logits_of_a_batch_are_within_1e_4_of_those_alone(demo, monkeypatch, spec):
+    """All logits of 12 steps, of eight sequences of which some leave on the way."""
+    prune = make_method(spec, 0.3) if spec else None
+    seen = {}
+
+    class Spy(model.generate.DecodeStep):
+        def __call__(self, ids):
+            logits = super().__call__(ids)
+            for pos, row in zip(self.cache.pos.tolist(), logits, strict=True):
+                seen.setdefault(pos, []).append(row)
+            return logits
+
+    monkeypatch.setattr(model.generate, "DecodeStep", Spy)
+
+    def shortened():
+        found = mixed(demo, prune=prune)
+        for generation in found:
+            limit = min(generation.sampling.max_new_tokens, 12)
+            generation.sampling = dataclasses.replace(generation.sampling, max_new_tokens=limit)
+        return found
+
+    for generation in shortened():
+        "".join(generation)
+    alone = {pos: torch.stack(rows) for pos, rows in seen.items()}
+    seen.clear()
+    together(shortened())
+    assert seen.keys() == alone.keys() and len(seen) > 20
+    for pos, rows in seen.items():  # positions may coincide: each row has its own among those alone
+        assert len(rows) == len(alone[pos])
+        apart = (torch.stack(rows)[:, None] - alone[pos]).abs().amax(-1)
+        assert apart.min(1).values.max() <= 1e-4, pos
+
+
+def test_a_batch_needs_no_padding_and_gives_memory_back(demo):
+    batch = Batch()
+    for generation in mixed(demo)[:4]:
+        batch.add(generation)
+        assert generation.cache is None  # what it had is the batch's now
+    lengths = batch.cache.kv_len[0].view(4, -1)[:, 0]
+    assert torch.equal(lengths, batch.cache.pos) and len(set(lengths.tolist())) > 2
+    row = 2 * 4 * 32 * 4 * 6  # K and V, heads, channels, bytes, layers
+    assert batch.cache.nbytes_held == row * int(lengths.sum())
+    before, products = batch.cache.nbytes_reserved, []
+    batch.running[1].limit = 2
+    (gone,) = batch.advance()
+    assert gone.prompt_tokens and gone not in batch.running and batch.cache.nbytes_reserved < before
+    assert batch.cache.nbytes_held == row * int(batch.cache.pos.sum())
+    hook = demo.model.language_model.model.layers[0].mlp.register_forward_hook
+    language = demo.model.language_model
+    step = language.logits
+    try:
+        language.logits = lambda hidden: products.append(len(hidden)) or step(hidden)
+        batch.advance()
+    finally:
+        del language.logits
+    assert hook and products == [3]  # the one that left takes part in no product
+
+
+def test_who_is_over_with_the_first_token_never_joins(demo):
+    batch = Batch()
+    batch.add(Generation(demo, "Is there a red circle?", [PICTURE], Sampling(max_new_tokens=1)))
+    assert not batch.running and len(batch.advance()) == 1 and batch.advance() == []
+
+
+def test_sampling_in_a_batch_is_that_of_each_alone(demo):
+    def asked():
+        samplings = [Sampling(12, 8.0, seed=1), Sampling(9, 0.0), Sampling(12, 8.0, top_k=50, seed=2)]
+        return [Generation(demo, "Describe the picture.", [PICTURE], s) for s in samplings]
+
+    alone = asked()
+    for generation in alone:
+        "".join(generation)
+    assert [g.token_ids for g in together(asked())] == [g.token_ids for g in alone]
+    assert len({tuple(g.token_ids[:9]) for g in alone}) == 3
+
+
+def test_a_refused_question_leaves_the_batch_as_it_was(demo, monkeypatch):
+    batch, (good, bad) = Batch(), mixed(demo)[:2]
+    batch.add(good)
+    monkeypatch.setattr(bad, "prefill", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batch.add(bad)
+    while batch.running:
+        batch.advance()
+    assert good.text == "".join(mixed(demo)[0])
+
+
+def test_a_batch_is_of_one_checkpoint(demo):
+    batch = Batch()
+    batch.add(mixed(demo)[0])
+    with pytest.raises(ValueError, match="one checkpoint"):
+        batch.add(mixed(dataclasses.replace(demo))[0])
+
+
+def test_broken_logits_of_one_are_noticed(demo):
+    chooser = Chooser(Sampling(), [3], torch.device("cpu"))
+    logits = torch.randn(3, 50)
+    logits[1, 7], logits[2, 3] = float("nan"), 1e9
+    ids, _ = chooser.greedy(logits)
+    assert ids[1] == -1 and ids[0] >= 0 and ids[2] not in (-1, 3)
+    with pytest.raises(RuntimeError, match="NaN"):
+        mixed(demo)[0].take(-1)
+
+
+def filled(lengths, heads=2, layers=2, slack=3, backend="auto"):
+    """A cache of sequences of those lengths whose rows say whose they are."""
+    caches = []
+    for b, n in enumerate(lengths):
+        cache = RaggedCache(layers, slack, backend)
+        for layer in range(layers):
+            k = 100.0 * b + 10 * layer + torch.arange(n)[:, None].expand(1, heads, n, 4).clone()
+            cache.pack(layer, k, -k, torch.rand(heads, n) < 0.7)
+        caches.append(cache)
+    return caches
+
+
+@pytest.mark.parametrize("stay", [[0], [2], [0, 2], [1, 2], [0, 1, 2]])
+def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
+    torch.manual_seed(0)
+    caches = filled([5, 9, 7], backend=backend)
+    rows = [
+        [cache.k[i][s : s + n].clone() for s, n in zip(cache.kv_start[i], cache.kv_len[i], strict=True)]
+        for cache in caches
+        for i in range(2)
+    ]
+    joined = RaggedCache.join(caches)
+    joined.grow()  # a step, whose slots are filled here by hand
+    for i in range(2):
+        joined.append(i, torch.full((3, 2, 4), 7.0), torch.full((3, 2, 4), -7.0))
+    version, pos = joined.version, joined.pos.clone()
+    joined.keep(stay)
+    assert joined.version > version and torch.equal(joined.pos, pos[stay]) and len(joined.live) == len(stay)
+    for i in range(2):
+        got = [joined.k[i][s : s + n] for s, n in zip(joined.kv_start[i], joined.kv_len[i], strict=True)]
+        want = [torch.cat((head, torch.full((1, 4), 7.0))) for b in stay for head in rows[2 * b + i]]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert len(joined.k[i]) == sum(map(len, want)) + joined.room * 2 * len(stay)
+    for _ in range(5):  # through a repack
+        joined.grow()
+        for i in range(2):
+            q = torch.randn(len(stay), 4, 4)
+            assert (
+                joined.append_attend(i, q, torch.randn(len(stay), 2, 4), torch.randn(len(stay), 2, 4)).isfinite().all()
+            )
+
+
+def test_many_questions_of_a_small_model_come_through_a_small_batch(make_checkpoint, tmp_path, backend):
+    make_checkpoint(tmp_path, text={"num_hidden_layers": 3})
+    checkpoint = load(tmp_path, "fp32", torch.get_default_device())
+    checkpoint = dataclasses.replace(checkpoint, stop_ids=(11, 40, 77, 130, 201, 300, 350, 400))
+    prune = make_method("plphp-ada:skip=1", 0.5)
+
+    def asked():
+        return [
+            Generation(
+                checkpoint, "what is there? " * (1 + i % 4), [noise(20 + i, 30, seed=i)] * (i % 3),
+                Sampling(max_new_tokens=1 + 3 * i % 17), template="raw", prune=prune, backend=backend,
+            )
+            for i in range(25 if backend == "torch" else 5)
+        ]  # fmt: skip
+
+    alone = asked()
+    for generation in alone:
+        "".join(generation)
+    assert [g.token_ids for g in together(asked(), 4)] == [g.token_ids for g in alone]
+    assert IMAGE_ID not in {i for g in alone for i in g.token_ids}
