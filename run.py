@@ -2,6 +2,7 @@
 
     python run.py --image assets/demo.png --prompt "Describe the picture."
     python run.py --model llava-hf/llava-1.5-7b-hf --image x.png --prompt "What is this?" --stats
+    python run.py --questions questions.jsonl --image-folder pictures --answers answers.jsonl --batch 8
 
 The answer goes to stdout and nothing else does. Exit codes: 0 answered; 1 failed while running; 2 something given
 cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what was written until then is kept).
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "assets" / "demo"
-TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "raw")
+TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +49,7 @@ def parser():
                    help="folder of a llava-hf checkpoint, or an id in the local Hugging Face cache (default: the demo)")
     p.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[], metavar="PATH",
                    help='picture file, "-" for stdin, or a data: URI; several are allowed')
-    p.add_argument("--prompt", "-p", "--query", "--question", required=True, metavar="TEXT",
+    p.add_argument("--prompt", "-p", "--query", "--question", metavar="TEXT",
                    help='the question; <image> in it places the pictures; "@FILE" or "-" reads it from a file or stdin')
     p.add_argument("--max-new-tokens", "--max_new_tokens", "--max-tokens", "-n", type=number(int, 1), default=256,
                    metavar="N", help="longest answer in tokens (default 256)")
@@ -61,8 +62,11 @@ def parser():
     p.add_argument("--system", metavar="TEXT", help="system text of the prompt (default: the template's)")
     p.add_argument("--template", "--conv-mode", "--chat-template", default="auto", choices=TEMPLATES,
                    help="prompt template; raw takes the prompt verbatim (default: the checkpoint's)")
-    p.add_argument("--image-mode", default="auto", choices=("auto", "pad", "crop"),
-                   help="whole picture on a square canvas, or its centre square (default: the checkpoint's)")
+    p.add_argument("--image-mode", default="auto", choices=("auto", "pad", "crop", "anyres"),
+                   help="whole picture on a square canvas, its centre square, or LLaVA-NeXT's tiles (default: the "
+                        "checkpoint's)")
+    p.add_argument("--anyres-order", default="auto", choices=("auto", "hf", "orig"),
+                   help="which of two equal grids a small picture is cut by: transformers' or the original code's")
     p.add_argument("--dtype", "--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
                    help="default: the file's own on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
@@ -77,6 +81,14 @@ def parser():
                    help="fraction of the vision tokens that is kept")
     p.add_argument("--keep-tokens", type=number(int, 1), metavar="N", help="vision tokens kept per KV head and picture")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE|@FILE.json", help="settings of the method")
+    p.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
+                   help="answer a file of questions, LLaVA's format: question_id, image, text in each line")
+    p.add_argument("--image-folder", metavar="DIR", help="where their pictures are (default: beside the file)")
+    p.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
+                   help="where the answers go, a line each; if it exists, what it lacks is answered")
+    p.add_argument("--batch", type=number(int, 1), metavar="N", help="questions answered together (default 1)")
+    p.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="parts that the questions are cut into")
+    p.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="which of them to answer, from 0")
     p.add_argument("--compare", action="store_true", help="ask again without pruning, and say on stderr what differs")
     p.add_argument("--stats", "--profile", action="store_true", help="times, bytes and the decode ceiling, on stderr")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
@@ -90,7 +102,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     try:
         check_flags(args)
-        return answer(args)
+        return answer_file(args) if args.questions else answer(args)
     except KeyboardInterrupt:  # while loading; during the answer it is caught further in
         return fail("interrupted; nothing was written", 130)
     except BrokenPipeError:  # the reader has seen enough, as in `run.py ... | head -c 20`
@@ -105,6 +117,9 @@ def main(argv=None):
 def check_flags(args):
     """What argparse cannot say: flags that exclude or need each other."""
     p = parser()
+    if (args.prompt is None) == (args.questions is None):
+        p.error("give either --prompt or --questions")
+    check_questions(p, args)
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         p.error("--top-p and --top-k need --temperature above 0")
     if [args.prompt, *args.image].count("-") > 1:
@@ -119,6 +134,7 @@ def check_flags(args):
         p.error("--stop needs a text")
     if args.system is not None and args.template == "raw":
         p.error("--system has no place in --template raw")
+    args.prompt = args.prompt or ""
     try:
         if args.prompt == "-":
             args.prompt = sys.stdin.buffer.read().decode().rstrip("\n")
@@ -127,11 +143,33 @@ def check_flags(args):
         "".join([args.prompt, args.system or "", *args.stop]).encode()
     except (OSError, ValueError) as broken:
         p.error(f"cannot read the prompt as UTF-8 text ({broken})")
-    if not args.prompt.strip() and not args.image:
+    if not args.questions and not args.prompt.strip() and not args.image:
         p.error("the prompt is empty")
     for path in args.image:  # before torch is imported
         if path != "-" and not path.startswith(("data:", "http://", "https://")) and not os.path.exists(path):
             p.error(f"no picture at {path[:200]}, check the path")
+
+
+def check_questions(p, args):
+    """The flags of --questions, and those that have no place beside it."""
+    of_files = ("image_folder", "answers", "batch", "num_chunks", "chunk_idx")
+    if args.questions is None:
+        for name in of_files:
+            if getattr(args, name) is not None:
+                p.error(f"--{name.replace('_', '-')} needs --questions")
+        return
+    if args.answers is None:
+        p.error("--questions needs --answers")
+    if args.image or args.json or args.compare or args.compile or args.stats:
+        p.error("--questions goes without --image, --json, --stats, --compare and --compile")
+    if (args.num_chunks is None) != (args.chunk_idx is None) or (args.chunk_idx or 0) >= (args.num_chunks or 1):
+        p.error("--num-chunks and --chunk-idx go together, the index below the number")
+    if not os.path.isfile(args.questions):
+        p.error(f"no file {args.questions[:200]}, check the path")
+    if args.image_folder is not None and not os.path.isdir(args.image_folder):
+        p.error(f"no folder {args.image_folder[:200]}, check the path")
+    if os.path.exists(args.answers) and os.path.samefile(args.questions, args.answers):
+        p.error("--questions and --answers are the same file")
 
 
 def explain(broken):
@@ -171,7 +209,7 @@ def answer(args):
     start = time.perf_counter()
     import torch
 
-    from model import Generation, Sampling, open_checkpoint
+    from model import Generation, open_checkpoint
     from model.image import read_image
     from tools.report import measure_bandwidth, report, stats
 
@@ -179,19 +217,11 @@ def answer(args):
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
-    prune = choose_method(args, checkpoint.folder)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
-    generation = Generation(
-        checkpoint, args.prompt, pictures, sampling, args.template, args.image_mode, args.system, prune, args.backend,
-        args.compile,
-    )  # fmt: skip
+    generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), compile=args.compile)
+    sampling = generation.sampling
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
-    dtype = str(checkpoint.dtype).removeprefix("torch.")
-    what = "the demo model" if Path(args.model) == DEMO else args.model
-    found = checkpoint.template_note if args.template == "auto" else "asked for"
-    say(f"{what}: {dtype} on {device}, template {generation.template} ({found}), "
-        f"image mode {generation.image_settings.mode}, backend {generation.way}")  # fmt: skip
+    introduce(args, checkpoint, generation)
     for note in generation.notes:
         say(f"note: {note}")
     if sampling.max_new_tokens > generation.room:
@@ -209,6 +239,62 @@ def answer(args):
     if args.stats:
         say(stats(took, measure_bandwidth(device), generation))
     return code
+
+
+def options(args, checkpoint):
+    """What the flags say of every generation: keyword arguments of `Generation`."""
+    from model import Sampling
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+    return {
+        "sampling": sampling, "template": args.template, "image_mode": args.image_mode, "system": args.system,
+        "prune": choose_method(args, checkpoint.folder), "backend": args.backend, "anyres_order": args.anyres_order,
+    }  # fmt: skip
+
+
+def introduce(args, checkpoint, generation):
+    """One line on stderr: which model, and what was chosen for it."""
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    what = "the demo model" if Path(args.model) == DEMO else args.model
+    found = checkpoint.template_note if args.template == "auto" else "asked for"
+    settings = generation.image_settings
+    order = f" (order {settings.order})" if settings.mode == "anyres" else ""
+    say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
+        f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
+
+
+# ---------------------------------------------------------------- a file of questions
+
+
+def answer_file(args):
+    """Answer --questions into --answers. Returns the exit code."""
+    from tools.questions import read_questions, run_file
+
+    questions = read_questions(args.questions, args.num_chunks or 1, args.chunk_idx or 0)
+    from model import Generation, open_checkpoint
+
+    device = choose_device(args.device)
+    check_backend(args.backend, device)
+    checkpoint = open_checkpoint(args.model)
+    given = options(args, checkpoint)
+    # what is wrong with the options is wrong with every question: better said at once than in each line
+    example = Generation(checkpoint, "?", **given)
+    checkpoint.read_weights(args.dtype, device)
+    introduce(args, checkpoint, example)
+    prune, folder = given["prune"], Path(args.image_folder or Path(args.questions).parent)
+    settings = {
+        "model": "demo" if Path(args.model) == DEMO else str(args.model),
+        "prune": prune.name if prune else "none", "prune_settings": prune.settings if prune else {},
+        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
+        "top_p": args.top_p, "seed": args.seed, "stop": args.stop, "system": args.system,
+        "template": example.template, "image_mode": example.image_settings.mode,
+        "anyres_order": example.image_settings.order, "dtype": str(checkpoint.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+    def ask(question):
+        return Generation(checkpoint, question.text, [folder / name for name in question.images], **given)
+
+    return run_file(questions, args.answers, settings, ask, args.batch or 1, say)
 
 
 def compare(generation, took):

@@ -324,7 +324,7 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("the model produced NaN\nor infinity; try --dtype fp32")
 
-    monkeypatch.setattr(model.generate.Generation, "_prefill", fail)
+    monkeypatch.setattr(model.generate.Generation, "prefill", fail)
     code, out, err = inside(capsys, *ASK)
     assert code == 1 and err.splitlines()[-1].startswith("error: ") and "NaN or infinity" in err
     with pytest.raises(RuntimeError):

@@ -157,6 +157,13 @@ def stats(r, bandwidth, generation):
         f"prefill  {t['prefill']:8.1f} ms        {r['prompt_tokens']} prompt tokens; time to first token "
         f"{t['vision'] + t['prefill']:.1f} ms",
     ]
+    for image in r["images"] if len(r["images"]) > 1 or r["image_mode"] == "anyres" else ():
+        cost = 1e-6 * kv["kv_bytes_full"] * image["tokens"] / r["prompt_tokens"]
+        name = image["path"] if len(image["path"]) < 40 else "..." + image["path"][-37:]
+        lines.append(
+            f"         {name}: {image['size'][0]} x {image['size'][1]} pixels, {image['tiles']} squares, "
+            f"{image['tokens']} tokens, {cost:.2f} MB of KV cache"
+        )
     if steps:
         speed = 1e3 * steps / t["decode_total"]
         held = generation.cache.nbytes_held

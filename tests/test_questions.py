@@ -1,0 +1,390 @@
+"""Files of questions: LLaVA's format in and out, nothing lost or said twice whatever happens, POPE by its rule."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_parity import noise
+
+import run
+from model import Generation, Sampling, load
+from tests.paths import ROOT
+from tools import score_pope
+
+DEMO = ROOT / "assets" / "demo.png"
+KEYS = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path):
+    data = path.read_bytes()
+    assert not data or data.endswith(b"\n")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+QUESTIONS = [
+    {"question_id": 7, "image": "demo.png", "text": "How many objects are there?", "category": "x"},
+    {"question_id": "b", "image": ["demo.png", "demo.png"], "text": "<image> and <image>: what is the difference?"},
+    {"question_id": 3, "text": "What colour is a circle?"},
+    {"question_id": 4, "image": "missing.png", "text": "What is this?"},
+    {"question_id": 5, "image": "demo.png", "text": "One <image> and one <image>?"},
+    {"question_id": 6, "image": "broken.png", "text": "What is this?"},
+    {"question_id": 7, "image": "demo.png", "text": "Spell the word on the sign."},  # an id may come again
+    {"question_id": 8, "image": ["demo.png"] * 9, "text": "Too many?"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "demo.png").write_bytes(DEMO.read_bytes())
+    (tmp_path / "broken.png").write_bytes(DEMO.read_bytes()[:300])
+    write_lines(tmp_path / "q.jsonl", QUESTIONS)
+    return tmp_path
+
+
+def flags(folder, *extra):
+    return ["--questions", str(folder / "q.jsonl"), "--answers", str(folder / "a.jsonl"), *extra]
+
+
+def inside(capsys, *argv):
+    """(exit code, stdout, stderr) of run.main."""
+    try:
+        code = run.main([str(word) for word in argv])
+    except SystemExit as left:
+        code = left.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys, *argv):
+    """The one line with which run.py refuses."""
+    code, out, err = inside(capsys, *argv)
+    assert code == 2 and out == "" and err.count("error: ") == 1 and err.endswith("\n"), (code, out, err)
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and ";" in line
+    return line
+
+
+# ---------------------------------------------------------------- answering
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_question_has_its_line_in_order_and_bad_ones_say_why(folder, capsys, batch):
+    code, out, err = inside(capsys, *flags(folder, "--batch", batch, "-n", 24))
+    assert (code, out) == (0, "") and "8 questions in" in err and "4 could not be answered" in err
+    lines = read_lines(folder / "a.jsonl")
+    assert [(line["question_id"], line["prompt"]) for line in lines] == [
+        (q["question_id"], q["text"]) for q in QUESTIONS
+    ]
+    assert all(list(line) == KEYS for line in lines) and len({line["answer_id"] for line in lines}) == 8
+    assert {line["model_id"] for line in lines} == {"demo"}
+    errors = {i: line["metadata"].get("error", "") for i, line in enumerate(lines)}
+    assert "no picture" in errors[3] and "2 <image> for 1" in errors[4] and "broken" in errors[5]
+    assert "2312 tokens" in errors[7].replace(",", "") or "context" in errors[7]
+    assert [bool(error) for error in errors.values()] == [False, False, False, True, True, True, False, True]
+    assert all((line["text"] == "") == bool(errors[i]) for i, line in enumerate(lines))
+    checkpoint = load(run.DEMO)
+    for i in (0, 1, 6):
+        images = QUESTIONS[i]["image"]
+        images = [images] if isinstance(images, str) else images
+        alone = Generation(checkpoint, QUESTIONS[i]["text"], [folder / p for p in images], Sampling(24))
+        assert lines[i]["text"] == "".join(alone)
+        about = lines[i]["metadata"]
+        assert about["finish_reason"] == alone.finish_reason and about["kv_bytes_held"] == alone.bytes_held
+        assert (about["vision_tokens"], about["new_tokens"]) == (256 * len(images), len(alone.token_ids))
+
+
+def test_the_flags_of_one_answer_hold_for_all(folder, capsys):
+    extra = ["--prune", "plphp", "--retention", "0.5", "-n", "2", "--image-folder", folder]
+    assert inside(capsys, *flags(folder, *extra))[0] == 0
+    first = read_lines(folder / "a.jsonl")[0]
+    settings = first["metadata"]["settings"]
+    assert settings["prune"] == "plphp" and settings["max_new_tokens"] == 2 and first["metadata"]["new_tokens"] == 2
+    assert first["metadata"]["kv_bytes_held"] < 269 * 2 * 4 * 32 * 4 * 6  # of a prompt with a picture
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 5, 11])
+def test_chunks_are_those_of_llava_and_cover_everything_once(folder, capsys, chunks):
+    seen = []
+    for i in range(chunks):
+        answers = folder / "out" / f"{i}.jsonl"  # the folder is made
+        extra = ["--answers", answers, "-n", 1, "--num-chunks", chunks, "--chunk-idx", i]
+        code, _, err = inside(capsys, *flags(folder, *extra))
+        assert code == 0, err
+        part = [(line["question_id"], line["prompt"]) for line in read_lines(answers)]
+        size = -(-len(QUESTIONS) // chunks)
+        assert part == [(q["question_id"], q["text"]) for q in QUESTIONS[i * size : (i + 1) * size]]
+        seen += part
+    assert len(seen) == len(QUESTIONS)
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_a_second_run_answers_only_what_is_missing(folder, capsys):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 0 and "0 questions in" in err and "8 had been answered before" in err
+    assert (folder / "a.jsonl").read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:3]))
+    inside(capsys, *flags(folder, "-n", 3))
+    assert (folder / "a.jsonl").read_bytes() == whole
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:40])  # half a line
+    inside(capsys, *flags(folder, "-n", 3))
+    assert (folder / "a.jsonl").read_bytes() == whole
+    (folder / "a.jsonl").write_bytes(lines[6])  # of the two questions with the id 7, the later one
+    inside(capsys, *flags(folder, "-n", 3))
+    assert (folder / "a.jsonl").read_bytes() == b"".join([lines[6], *lines[:6], lines[7]])
+
+
+@pytest.mark.parametrize("changed", [["-n", "4"], ["--prune", "plphp"], ["--temperature", "0.5"], ["--seed", "1"]])
+def test_answers_of_other_settings_are_not_continued(folder, capsys, changed):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    line = refused(capsys, *flags(folder, "-n", 3, *changed))
+    assert "line 1 of" in line and "not" in line
+    assert (folder / "a.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"hello", b'{"a": 1}\n', b'{"question_id": 1}\n', b"\xff\xfe\n", b"[1]\n"]
+)
+def test_a_file_of_something_else_is_left_alone(folder, capsys, content):
+    (folder / "a.jsonl").write_bytes(content)
+    refused(capsys, *flags(folder))
+    assert (folder / "a.jsonl").read_bytes() == content
+
+
+def test_two_runs_do_not_write_one_file(folder, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
+    with open(folder / "a.jsonl", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another run" in refused(capsys, *flags(folder))
+
+
+def test_ctrl_c_keeps_what_is_answered(folder, capsys, monkeypatch):
+    from model import Batch
+
+    advance, calls = Batch.advance, []
+
+    def interrupted(batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return advance(batch)
+
+    monkeypatch.setattr(Batch, "advance", interrupted)
+    code, _, err = inside(capsys, *flags(folder, "-n", 2))
+    assert code == 130 and "interrupted" in err and 0 < len(read_lines(folder / "a.jsonl")) < 8
+    monkeypatch.undo()
+    assert inside(capsys, *flags(folder, "-n", 2))[0] == 0
+    assert len(read_lines(folder / "a.jsonl")) == 8
+
+
+# The same process image again and again, without importing torch anew each time: a child of it answers and is killed.
+KILLER = """
+import os, random, signal, sys, time
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch, run, tools.questions, tools.report, model, model.pruning
+torch.set_num_threads(1)
+rng, kills, argv = random.Random(5), 0, sys.argv[1:]
+path = argv[argv.index("--answers") + 1]
+size = lambda: os.path.getsize(path) if os.path.exists(path) else 0
+while kills < 20:
+    before, child, start = size(), os.fork(), time.time()
+    if child == 0:
+        os._exit(run.main(argv))
+    while rng.random() < 0.999 and size() == before and time.time() < start + 60:  # now and then before the first line
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    kills += os.WIFSIGNALED(status)
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"finished after {kills} kills; give it more to do")
+print(kills)
+"""
+
+
+def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    make_checkpoint(tmp_path / "model")
+    for i in range(5):
+        noise(30 + i, 40, seed=i).save(tmp_path / f"{i}.png")
+    asked = [{"question_id": i, "image": f"{i % 5}.png", "text": f"what is there {i % 7} ?"} for i in range(3000)]
+    write_lines(tmp_path / "q.jsonl", asked)
+    argv = [*flags(tmp_path, "--model", tmp_path / "model", "-n", 9, "--batch", 5)]
+    argv = [str(word) for word in argv]
+    done = subprocess.run([sys.executable, "-c", KILLER, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "20", done.stderr[-2000:]
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert 0 < before.count(b"\n") < 3000
+    # cut the rest short: what matters is the seam
+    left = write_lines(tmp_path / "q.jsonl", asked[: before.count(b"\n") + 40])
+    done = subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "a.jsonl")
+    assert [line["question_id"] for line in lines] == list(range(len(read_lines(left))))
+    checkpoint = load(tmp_path / "model")
+    for i in (0, 1, len(lines) // 2, len(lines) - 41, len(lines) - 1):
+        alone = Generation(checkpoint, asked[i]["text"], [tmp_path / asked[i]["image"]], Sampling(9))
+        assert lines[i]["text"] == "".join(alone)
+
+
+# ---------------------------------------------------------------- refusing
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "not JSON"),
+        ("nonsense", "not JSON"),
+        ("[1]", "question_id"),
+        ('{"text": "x"}', "question_id"),
+        ('{"question_id": 1.5, "text": "x"}', "question_id"),
+        ('{"question_id": 1}', "text"),
+        ('{"question_id": 1, "text": " "}', "text"),
+        ('{"question_id": 1, "text": 5}', "text"),
+        ('{"question_id": 1, "text": "x", "image": 5}', "image"),
+        ('{"question_id": 1, "text": "x", "image": [5]}', "image"),
+        ("[" * 100000, "not JSON"),
+    ],
+)
+def test_a_malformed_line_is_named_by_its_number(folder, capsys, line, word):
+    with open(folder / "q.jsonl", "a") as file:
+        file.write(f"\n{line}\n")
+    message = refused(capsys, *flags(folder))
+    assert f"line {len(QUESTIONS) + 2} of" in message and word in message
+    assert not (folder / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--questions", "{q}"],
+        ["--questions", "{q}", "--answers", "{a}", "--prompt", "x"],
+        ["--questions", "{q}", "--answers", "{a}", "--image", "assets/demo.png"],
+        ["--questions", "{q}", "--answers", "{a}", "--json"],
+        ["--questions", "{q}", "--answers", "{a}", "--num-chunks", "3"],
+        ["--questions", "{q}", "--answers", "{a}", "--num-chunks", "3", "--chunk-idx", "3"],
+        ["--questions", "{q}", "--answers", "{a}", "--batch", "0"],
+        ["--questions", "{q}", "--answers", "{q}"],
+        ["--questions", "{q}", "--answers", "{q}/x.jsonl"],
+        ["--questions", "{q}.none", "--answers", "{a}"],
+        ["--questions", "{q}", "--answers", "{a}", "--image-folder", "{q}"],
+        ["--questions", "{q}", "--answers", "{a}", "--image-mode", "anyres"],
+        ["--prompt", "x", "--answers", "{a}"],
+        ["--prompt", "x", "--batch", "2"],
+        [],
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(folder, capsys, argv):
+    refused(capsys, *(word.format(q=folder / "q.jsonl", a=folder / "a.jsonl") for word in argv))
+    assert not (folder / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
+def test_a_file_without_questions_is_refused(folder, capsys, content):
+    (folder / "q.jsonl").write_bytes(content)
+    refused(capsys, *flags(folder))
+
+
+# ---------------------------------------------------------------- POPE
+
+
+def by_llavas_rule(text):
+    """LLaVA's reading of an answer, step by step."""
+    if text.find(".") != -1:
+        text = text.split(".")[0]
+    words = text.replace(",", "").split(" ")
+    return "no" if "No" in words or "not" in words or "no" in words else "yes"
+
+
+SAYINGS = [
+    ("Yes", 1), ("No", 0), ("no", 0), ("Yes, there is.", 1), ("There is not a dog.", 0), ("Nothing there", 1),
+    ("No, it is", 0), ("Yes. No.", 1), ("NO", 1), ("", 1), ("There is no, dog", 0), ("I see none", 1), ("not,", 0),
+    ("a.no", 1), ("Yes. There is no other", 1), ("\nno", 1),
+]  # fmt: skip
+
+
+def test_answers_are_read_by_llavas_rule():
+    for text, yes in SAYINGS:
+        assert score_pope.is_yes(text) == bool(yes) == (by_llavas_rule(text) == "yes"), text
+
+
+def test_scores_of_known_counts(tmp_path, capsys):
+    said = ["yes", "yes", "no", "no", "yes", "no", "no", "no"]
+    real = ["yes", "no", "no", "no", "yes", "yes", "no", "yes"]
+    kinds = ["adversarial"] * 4 + ["random"] * 4
+    questions = [
+        {"question_id": i, "text": f"Is there {i}?\nAnswer shortly.", "category": k, "label": r}
+        for i, (k, r) in enumerate(zip(kinds, real, strict=True))
+    ]
+    write_lines(tmp_path / "q.jsonl", questions)
+    answers = [{"question_id": i, "text": s} for i, s in enumerate(said)]
+    write_lines(tmp_path / "a.jsonl", answers[::-1])  # the order of the answers does not matter
+    argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
+    assert score_pope.main([*argv, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores) == ["adversarial", "random", "all"]
+    assert [scores["all"][k] for k in ("TP", "FP", "TN", "FN")] == [2, 1, 3, 2]
+    assert scores["all"]["accuracy"] == 5 / 8 and scores["all"]["precision"] == 2 / 3 and scores["all"]["recall"] == 0.5
+    assert scores["all"]["F1"] == pytest.approx(4 / 7) and scores["all"]["yes"] == 3 / 8
+    assert scores["adversarial"]["recall"] == 1.0 and scores["random"]["precision"] == 1.0
+    for kind in ("adversarial", "random"):  # labels in files of their own, as POPE has them
+        rows = [{"label": q.pop("label"), "text": q["text"].split("\n")[0]} for q in questions if q["category"] == kind]
+        write_lines(tmp_path / f"coco_pope_{kind}.json", rows)
+    write_lines(tmp_path / "q.jsonl", questions)
+    assert score_pope.main([*argv, "--annotations", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == scores
+    assert score_pope.main([*argv, "--annotations", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "all", "2", "1", "3", "2", "0.6250", "0.6667", "0.5000", "0.5714", "0.3750",
+    ]  # fmt: skip
+
+
+def spoil(tmp_path, what):
+    """Files of one question with one thing wrong."""
+    question = {"question_id": 1, "text": "Is there a dog?", "category": "random", "label": "yes"}
+    questions, answers = [question], [{"question_id": 1, "text": "yes"}]
+    if what == "no answer":
+        answers = []
+    if what == "two answers":
+        answers *= 2
+    if what == "label":
+        question["label"] = "maybe"
+    write_lines(tmp_path / "q.jsonl", questions)
+    write_lines(tmp_path / "a.jsonl", answers)
+    if what == "JSON":
+        (tmp_path / "a.jsonl").write_text("{}\n{\n")
+    if what in ("labels", "that of its label"):
+        rows = [{"label": "yes", "text": "Is there a cat?"}] * (2 if what == "labels" else 1)
+        write_lines(tmp_path / "coco_pope_random.json", rows)
+
+
+@pytest.mark.parametrize("what", ["no answer", "two answers", "label", "JSON", "labels", "that of its label"])
+def test_files_that_do_not_belong_together_are_refused(tmp_path, capsys, what):
+    spoil(tmp_path, what)
+    argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
+    extra = ["--annotations", str(tmp_path)] if (tmp_path / "coco_pope_random.json").exists() else []
+    with pytest.raises(SystemExit) as left:
+        score_pope.main([*argv, *extra])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and len(err.splitlines()) == 1 and what in err
+
+
+def test_an_answer_file_of_run_py_can_be_scored(folder, capsys):
+    labels = [q | {"label": "yes"} for q in QUESTIONS[:1] + QUESTIONS[2:3]]
+    write_lines(folder / "q.jsonl", labels)
+    inside(capsys, *flags(folder, "-n", 4))
+    assert score_pope.main(["--questions", str(folder / "q.jsonl"), "--answers", str(folder / "a.jsonl")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["category", "x", "(none)", "all"]

@@ -1,0 +1,135 @@
+"""Score answers to POPE (arXiv 2305.10355), yes/no questions about objects, by LLaVA's own rule.
+
+    python tools/score_pope.py --questions llava_pope_test.jsonl --answers answers.jsonl --annotations coco/
+
+An answer is a "no" if the first sentence, without commas, has the word No, no or not in it; anything else is a "yes".
+Labels are "label" in the question file itself, or in --annotations: a folder of coco_pope_<category>.json, whose lines
+stand in the order of the questions of that category. One row per category: counts with "yes" as positive, accuracy,
+precision, recall, F1, share of answers that are yes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as for every other error."""
+        self.exit(2, f"error: {message}; see {self.prog} -h\n")
+
+
+def main(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--questions", "--question-file", required=True, metavar="FILE.jsonl")
+    p.add_argument("--answers", "--result-file", required=True, metavar="FILE.jsonl")
+    p.add_argument("--annotations", "--annotation-dir", type=Path, metavar="DIR")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    args = p.parse_args(argv)
+    try:
+        scores = score(read_lines(args.questions), read_lines(args.answers), args.annotations)
+    except ValueError as wrong:
+        p.error(str(wrong))
+    if args.json:
+        print(json.dumps(scores))
+    else:
+        show(scores)
+    return 0
+
+
+def show(scores):
+    """The table."""
+    names = list(next(iter(scores.values())))
+    print(f"{'category':12}" + "".join(f"{name:>11}" for name in names))
+    for category, row in scores.items():
+        cells = (f"{v:11d}" if isinstance(v, int) else f"{v:11.4f}" for v in row.values())
+        print(f"{category:12}" + "".join(cells))
+
+
+def score(questions, answers, annotations=None):
+    """{category: row} of the counts and rates; "all" at the end where there are several categories."""
+    said = {}
+    for answer in answers:
+        if answer["question_id"] in said:
+            raise ValueError(f"question {answer['question_id']} has two answers; score one run at a time")
+        said[answer["question_id"]] = answer
+    pairs = {}
+    for category, asked in by_category(questions).items():
+        for question, label in zip(asked, labels(category, asked, annotations), strict=True):
+            answer = said.get(question["question_id"])
+            if answer is None:
+                raise ValueError(f"question {question['question_id']} has no answer; finish the run first")
+            pairs.setdefault(category, []).append((is_yes(answer["text"]), label))
+    if len(pairs) > 1:
+        pairs["all"] = [pair for row in pairs.values() for pair in row]
+    return {category: rates(found) for category, found in pairs.items()}
+
+
+def by_category(questions):
+    """{category: its questions}, in the order of the file."""
+    found = {}
+    for question in questions:
+        found.setdefault(question.get("category", "(none)"), []).append(question)
+    return found
+
+
+def labels(category, asked, annotations):
+    """True for "yes", one per question of a category."""
+    if annotations is None:
+        rows = asked
+    else:
+        rows = read_lines(annotations / f"coco_pope_{category}.json")
+        if len(rows) != len(asked):
+            raise ValueError(f"{len(asked)} questions and {len(rows)} labels of {category}; give files of one release")
+        for question, row in zip(asked, rows, strict=True):
+            if "text" in row and not question.get("text", "").startswith(row["text"]):
+                raise ValueError(
+                    f"question {question['question_id']} is not that of its label; give files of one release"
+                )
+    for row in rows:
+        if row.get("label") not in ("yes", "no"):
+            raise ValueError(f"label {row.get('label')!r} is neither yes nor no; give --annotations DIR")
+    return [row["label"] == "yes" for row in rows]
+
+
+def is_yes(text):
+    """LLaVA's reading of an answer."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def rates(pairs):
+    """Counts and rates of (said yes, is yes)."""
+    tp, fp, tn, fn = (sum(pair == which for pair in pairs) for which in ((1, 1), (1, 0), (0, 0), (0, 1)))
+
+    def share(part, whole):
+        return part / whole if whole else 0.0
+
+    precision, recall = share(tp, tp + fp), share(tp, tp + fn)
+    return {
+        "TP": tp, "FP": fp, "TN": tn, "FN": fn, "accuracy": share(tp + tn, len(pairs)), "precision": precision,
+        "recall": recall, "F1": share(2 * precision * recall, precision + recall), "yes": share(tp + fp, len(pairs)),
+    }  # fmt: skip
+
+
+def read_lines(path):
+    """Objects of a JSONL file; ValueError with the line's number."""
+    found = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as broken:
+        raise ValueError(f"cannot read {path} ({broken}); give a JSONL file") from broken
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except ValueError as broken:
+                raise ValueError(f"line {number} of {path} is not JSON ({broken}); mend it") from broken
+            if not isinstance(found[-1], dict):
+                raise ValueError(f"line {number} of {path} is no JSON object; mend it")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
