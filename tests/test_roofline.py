@@ -168,3 +168,12 @@ def test_bad_flags_are_refused_in_one_line(flags, word, capsys):
     said = capsys.readouterr()
     assert stopped.value.code == 2 and said.out == "" and said.err.startswith("error: ") and word in said.err
     assert len(said.err.splitlines()) == 1
+
+
+def test_a_prompt_of_any_size(capsys):
+    roofline.main(["--stages", "--shape", "llava-1.5-7b", "--vision", "23000"])
+    out = capsys.readouterr().out
+    assert "| llava-1.5-7b, 23000 vision tokens |" in out and "prefill, 23064 tokens" in out
+    # 2 bytes x 23,064 tokens x (x, its copy and the normed rows, q + k + v, cos and sin, 4 MLP rows); 0.5 MiB a token
+    assert f"at most {2e-6 * 23064 * (3 * 4096 + 3 * 4096 + 256 + 4 * 11008):,.1f} MB" in out
+    assert f"{23064 * 0.524288:,.1f} / {(64 + 11500) * 0.524288:,.1f}" in out

@@ -5,6 +5,7 @@
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
     python tools/roofline.py --stages --shape llava-1.5-7b --measure    # at the bandwidth of this machine
     python tools/roofline.py --stages --bandwidth 4300 --tflops 700     # at GB/s and TFLOP/s that you know
+    python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
 
 A decode step reads the decoder's weights once and, for each sequence, the K and V of all its tokens:
 
@@ -97,6 +98,15 @@ class Shape:
     def kv_numbers(self):
         """K and V of one token, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def prefill_numbers(self):
+        """Of one token, what lives at once while a prompt is read, at most: when the MLP has its four wide products.
+
+        The prompt and the layer's input, the normed rows, q, k and v of the layer, cos and sin, 4 rows of the MLP.
+        """
+        attention = (self.q_heads + 2 * self.kv_heads) * self.head_dim
+        return 3 * self.hidden + attention + 2 * self.head_dim + 4 * self.intermediate
 
     @property
     def pictures(self):
@@ -237,7 +247,17 @@ def stage_table(shape, machine, batches, retentions):
             seconds, bound = stage.seconds(machine)
             row += [short(1e3 * seconds), bound][: len(head) - 5]
         rows.append(row)
-    return markdown(head, rows)
+    return markdown(head, rows) + "\n\n" + prefill_memory(shape, retentions)
+
+
+def prefill_memory(shape, retentions, bytes_per_number=2):
+    """One line: the most memory that reading the prompt needs beside the weights, K and V of all layers included."""
+    tokens = shape.vision + shape.text
+    working = bytes_per_number * tokens * shape.prefill_numbers
+    held = [bytes_per_number * (shape.text + r * shape.vision) * shape.kv_numbers for r in (1, *retentions)]
+    parts = " / ".join(short(1e-6 * n) for n in held)
+    kept = " / ".join(f"{r:g}" for r in (1, *retentions))
+    return f"Prefill needs at most {short(1e-6 * working)} MB beside the weights, and {parts} MB for what {kept} keeps."
 
 
 def short(x):
@@ -273,6 +293,7 @@ def parser():
     p.add_argument("--retention", type=number(float, 0, 1), nargs="+", default=[0.5, 0.2], metavar="F",
                    help="fractions kept")
     p.add_argument("--shape", metavar="NAME", help="only the shapes with this in their name")
+    p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens, instead of the shape's own")
     p.add_argument("--stages", action="store_true", help="vision tower, projector, prefill and decode step, one by one")
     p.add_argument("--gpu", choices=GPUS, help="with --stages: least times by the data sheet of this one")
     p.add_argument("--measure", action="store_true", help="or at this machine's bandwidth, measured now (needs torch)")
@@ -286,6 +307,9 @@ def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
     shapes = [shape for shape in SHAPES if args.shape is None or args.shape in shape.name]
+    if args.vision:
+        names = [f"{shape.name.partition(',')[0]}, {args.vision} vision tokens" for shape in shapes]
+        shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
     timed = args.gpu or args.measure or args.bandwidth
     if not shapes:
         p.error(f"--shape {args.shape} is in no name; use one of {'; '.join(shape.name for shape in SHAPES)}")
