@@ -119,7 +119,9 @@ def test_offline_commands_of_the_readme_say_what_it_shows(command, shown, tmp_pa
     (tmp_path / "my_method.py").write_text(method)
     if "TRITON_INTERPRET" in command and torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without CUDA")
-    environment, words = parted(command.replace("my_method.py", str(tmp_path / "my_method.py")))
+    for written in ("my_method.py", "out/"):
+        command = command.replace(written, str(tmp_path / written))
+    environment, words = parted(command)
     environment = os.environ | environment
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
