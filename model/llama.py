@@ -21,6 +21,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.is_cpu and x.dtype == torch.float32 and x.numel() <= 4096 and not torch.is_grad_enabled():
+            # F.rms_norm is six small calls on a CPU. (x, -x) has the mean 0 and the mean square of x: its layer norm
+            # begins with x / rms(x), in one call
+            pair = torch.cat((x, -x), -1)
+            return F.layer_norm(pair, pair.shape[-1:], eps=self.eps)[..., : x.shape[-1]] * self.weight
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -60,29 +65,49 @@ class SideBySide:
     For inference: it copies the weights once; what they are called and their values stay. Whoever replaces one of them
     later, instead of writing into it, is noticed by `current`.
 
-    In fp32 on a CPU the matrix lies in memory column by column: where it has more rows than columns, as here, its
-    product with a single x is then two to three times as fast (kernels/NOTES.md).
+    In fp32 on a CPU the matrix lies in memory column by column, and where it has few rows, its product with a single x
+    is computed as the sum of its columns weighted by x, which is what `embedding_bag` does: both are faster than what
+    BLAS makes of a single row, together two to four times (kernels/NOTES.md).
     """
+
+    FEW = 512  # rows of the matrix up to which the weighted sum is the faster way
 
     def __init__(self, *layers):
         weights = [layer.weight for layer in layers]  # (N, C) each
-        columns = weights[0].dtype == torch.float32 and weights[0].device.type == "cpu"
+        columns = in_columns(weights[0])
         self.layers, self.weight = layers, torch.cat([w.t() for w in weights], 1).t() if columns else torch.cat(weights)
-        self.parts = self.weight.split([layer.out_features for layer in layers])
+        self.sizes = [layer.out_features for layer in layers]
+        self.parts = self.weight.split(self.sizes)
         for layer, part in zip(layers, self.parts, strict=True):
             layer.weight = nn.Parameter(part, requires_grad=False)
+        n, c = self.weight.shape
+        self.bag = (torch.arange(c), torch.zeros(1, dtype=torch.long)) if columns and n <= self.FEW else None
 
     def __call__(self, x):
         """x (..., C) -> (..., all their channels)."""
-        return F.linear(x, self.weight)
+        if self.bag is None or x.ndim > 2 or len(x) > 1:
+            return F.linear(x, self.weight)
+        columns, which, start = self.weight.t(), *self.bag
+        return torch.embedding_bag(columns, which, start, False, 0, False, x[0])[0]  # 0: the sum
+
+    def each(self, x):
+        """x (..., C) -> the channels of each layer, a view of (..., N) per layer."""
+        return self(x).split(self.sizes, -1)
 
     def current(self):
         """Are the layers' weights still the parts of this matrix?"""
         return all(a.weight.data_ptr() == b.data_ptr() for a, b in zip(self.layers, self.parts, strict=True))
 
 
-def add_linear(x, layer, y):
-    """x += layer(y), (B, C), in one call where the layer has no bias -> x."""
+def in_columns(weight):
+    """Is a matrix laid out column by column for decoding?"""
+    return weight.dtype == torch.float32 and weight.is_cpu
+
+
+def add_linear(x, layer, y, side=None):
+    """x += layer(y), (B, C), in one call where the layer has no bias -> x. side: the layer's own SideBySide."""
+    if side is not None and len(y) == 1:
+        return x.add_(side(y))
     return x.addmm_(y, layer.weight.t()) if layer.bias is None else x.add_(layer(y))
 
 
@@ -95,7 +120,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.attention_bias)
-        self.qkv = None  # of `Llama.arrange`
+        self.qkv = self.out = None  # of `Llama.arrange`
 
     def project(self, x, rope):
         """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions."""
@@ -150,13 +175,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c, f, bias=config.mlp_bias)
         self.up_proj = nn.Linear(c, f, bias=config.mlp_bias)
         self.down_proj = nn.Linear(f, c, bias=config.mlp_bias)
-        self.gate_up = None  # of `Llama.arrange`
+        self.gate_up = self.down = None  # of `Llama.arrange`
 
     def gated(self, x):
         """x (..., C) -> (..., F), what `down_proj` takes."""
         if self.gate_up is None or torch.is_grad_enabled():
             return F.silu(self.gate_proj(x)) * self.up_proj(x)
-        gate, up = self.gate_up(x).chunk(2, -1)
+        gate, up = (y for side in self.gate_up for y in side.each(x))
         return F.silu(gate) * up
 
     def forward(self, x):
@@ -183,8 +208,9 @@ class DecoderLayer(nn.Module):
 
     def after_attention(self, x, y):
         """Its second half: x (B, C) and what attention gave, y (B, Hq, D) -> x (B, C), changed in place."""
-        x = add_linear(x, self.self_attn.o_proj, y.flatten(1))
-        return add_linear(x, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(x)))
+        attn, mlp = self.self_attn, self.mlp
+        x = add_linear(x, attn.o_proj, y.flatten(1), attn.out)
+        return add_linear(x, mlp.down_proj, mlp.gated(self.post_attention_layernorm(x)), mlp.down)
 
     def extend(self, x, rope, cache, layer, past):
         x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
@@ -212,12 +238,16 @@ class Llama(nn.Module):
 
     def arrange(self):
         """Lay the weights out for decoding: q, k and v in one product, gate and up in one. They are copied once."""
+        columns = in_columns(self.model.norm.weight)
         for layer in self.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
             if not self.config.attention_bias:
                 attn.qkv = SideBySide(attn.q_proj, attn.k_proj, attn.v_proj)
+                attn.out = SideBySide(attn.o_proj) if columns else None
             if not self.config.mlp_bias:
-                mlp.gate_up = SideBySide(mlp.gate_proj, mlp.up_proj)
+                pair = mlp.gate_proj, mlp.up_proj
+                mlp.gate_up = [SideBySide(part) for part in pair] if columns else [SideBySide(*pair)]
+                mlp.down = SideBySide(mlp.down_proj) if columns else None
         if self.lm_head is not None and self.lm_head.weight.device.type == "cpu":
             SideBySide(self.lm_head)  # for the order of its memory
 
@@ -225,10 +255,10 @@ class Llama(nn.Module):
         """Take apart what `arrange` joined where somebody has replaced a weight since."""
         for layer in self.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
-            if attn.qkv and not attn.qkv.current():
-                attn.qkv = None
-            if mlp.gate_up and not mlp.gate_up.current():
-                mlp.gate_up = None
+            if attn.qkv and not all(side.current() for side in (attn.qkv, attn.out) if side):
+                attn.qkv = attn.out = None
+            if mlp.gate_up and not all(side.current() for side in (*mlp.gate_up, mlp.down) if side):
+                mlp.gate_up = mlp.down = None
 
     def prefill(self, x, cache=None, positions=None, mask=None, choose=None, narrow=None):
         """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.

@@ -329,6 +329,18 @@ MUTANTS = {
         "SideBySide(attn.q_proj, attn.v_proj, attn.k_proj)",
         DECODE,
     ),
+    "the weighted sum takes the first of many rows": (
+        "model/llama.py",
+        "if self.bag is None or x.ndim > 2 or len(x) > 1:",
+        "if self.bag is None:",
+        "test_generate.py::test_products_side_by_side_are_those_of_the_layers",
+    ),
+    "the layer norm of x alone": (
+        "model/llama.py",
+        "pair = torch.cat((x, -x), -1)",
+        "pair = torch.cat((x, x), -1)",
+        "test_generate.py::test_the_norm_of_a_few_rows_is_that_of_many",
+    ),
     "a replaced weight is not noticed": (
         "model/llama.py",
         "        self._part_changed()\n",

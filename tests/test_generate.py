@@ -17,8 +17,8 @@ from model import Generation, InputError, Sampling, ask, load
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.generate import _Writer, probabilities
-from model.llama import rope_table, rotate
-from tests.oracle import small_llama
+from model.llama import RMSNorm, SideBySide, rope_table, rotate
+from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 
 PICTURE = str(DEMO_PICTURE)
@@ -119,7 +119,37 @@ def test_mapped_weights_stay_mapped():
     """A copy of them would be memory of its own; where they are cast they are copied in any case."""
     assert load(DEMO, "bf16").model.language_model.model.layers[0].self_attn.qkv is None
     cast = load(DEMO, "fp32").model.language_model.model.layers
-    assert all(layer.self_attn.qkv.current() and layer.mlp.gate_up.current() for layer in cast)
+    for layer in cast:
+        sides = [layer.self_attn.qkv, layer.self_attn.out, *layer.mlp.gate_up, layer.mlp.down]
+        assert len(sides) == 5 and all(side.current() and side.bag for side in sides)
+
+
+@pytest.mark.parametrize("rows", [(7,), (512,), (300, 212), (513,), (400, 400)])
+@pytest.mark.parametrize("shape", [(1, 96), (3, 96), (1, 1, 96), (1, 5, 96)])
+@torch.inference_mode()
+def test_products_side_by_side_are_those_of_the_layers(rows, shape):
+    """For one x of few rows by another way, the weighted sum of columns: as exact as the product itself."""
+    layers = [torch.nn.Linear(96, n, bias=False) for n in rows]
+    x = torch.randn(shape)
+    plain = [layer(x) for layer in layers]
+    exact = [x.double() @ layer.weight.double().T for layer in layers]
+    side = SideBySide(*layers)
+    assert (side.bag is not None) == (sum(rows) <= 512)
+    for got, want, true in zip(side.each(x), plain, exact, strict=True):
+        assert_as_exact(got, want, true, torch.float32)
+    torch.testing.assert_close(side(x), torch.cat(plain, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(1, 192), (3, 192), (1, 1, 5), (1, 4097), (22, 192)])
+def test_the_norm_of_a_few_rows_is_that_of_many(scale, shape):
+    """On a CPU in fp32 few rows go through a layer norm of (x, -x)."""
+    norm, x = RMSNorm(shape[-1], 1e-5), scale * (3 + torch.randn(shape))
+    torch.nn.init.normal_(norm.weight)
+    plain = norm(x)  # with a gradient
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+    with torch.no_grad():
+        assert_as_exact(norm(x), plain.detach(), exact.detach(), torch.float32)
 
 
 @torch.no_grad()

@@ -273,14 +273,18 @@ LLAVA_7B = {  # all that the published 1.5-7b file says about its language model
 
 
 def hf_config(raw):
-    return transformers.LlavaConfig(**{k: v for k, v in copy.deepcopy(raw).items() if k != "model_type"})
+    kind = transformers.LlavaNextConfig if raw.get("model_type") == "llava_next" else transformers.LlavaConfig
+    return kind(**{k: v for k, v in copy.deepcopy(raw).items() if k != "model_type"})
 
 
 def assert_same_config(ours, theirs):
     """Each field of ours that transformers has too."""
     text, vision = theirs.text_config, theirs.vision_config
     for field in fields(TextConfig):
-        want = text.rope_parameters["rope_theta"] if field.name == "rope_theta" else getattr(text, field.name)
+        want = getattr(
+            text, field.name, None if field.name == "sliding_window" else False
+        )  # what is Mistral's or Llama's
+        want = text.rope_parameters["rope_theta"] if field.name == "rope_theta" else want
         assert getattr(ours.text_config, field.name) == want, field.name
     for field in fields(VisionConfig):
         assert getattr(ours.vision_config, field.name) == getattr(vision, field.name), field.name
@@ -289,6 +293,8 @@ def assert_same_config(ours, theirs):
     for name in ("image_token_index", "projector_hidden_act", "multimodal_projector_bias", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.vision_feature_select_strategy == theirs.vision_feature_select_strategy
+    canvases = getattr(theirs, "image_grid_pinpoints", None)
+    assert ours.image_grid_pinpoints == (canvases and tuple(map(tuple, canvases)))
 
 
 def test_four_numbers_resolve_to_the_7b_model():
@@ -315,6 +321,17 @@ SPARSE = {
     "both thetas": {"text_config": {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}}},
     "token id": {"image_token_id": 77},
     "token index": {"image_token_index": 77},
+    "next": {"model_type": "llava_next"},
+    "next, other canvases": {"model_type": "llava_next", "image_grid_pinpoints": [[336, 672], [672, 336]]},
+    "mistral": {"model_type": "llava_next", "text_config": {"model_type": "mistral"}},
+    "v1.6-mistral": {
+        "model_type": "llava_next",
+        "text_config": {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32064},
+    },
+    "mistral nulls": {
+        "model_type": "llava_next",
+        "text_config": {"model_type": "mistral", "num_key_value_heads": None},
+    },
 }
 
 
