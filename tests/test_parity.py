@@ -328,10 +328,6 @@ SPARSE = {
         "model_type": "llava_next",
         "text_config": {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32064},
     },
-    "mistral nulls": {
-        "model_type": "llava_next",
-        "text_config": {"model_type": "mistral", "num_key_value_heads": None},
-    },
 }
 
 
