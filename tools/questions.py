@@ -163,7 +163,7 @@ class Answers:
 class Desk:
     """Takes finished answers in any order, writes them in the order of the questions, says how far it is.
 
-    totals: sums over this run: "failed", "tokens", "held" and "full" (bytes of K and V at the end of prefill)
+    totals: sums over this run: "failed" questions, "tokens" of answers
     """
 
     def __init__(self, answers, questions, done, say):
@@ -223,12 +223,13 @@ def answer_all(questions, answers, ask, size, say):
             if more:
                 try:
                     generation = ask(question)
-                    numbers[id(generation)] = number, generation  # held, so that no other gets its id
                     batch.add(generation)
                 except InputError as wrong:
                     desk.hand_in(number, "", {"error": " ".join(str(wrong).split())})
+                else:
+                    numbers[id(generation)] = number
         for generation in batch.advance():
-            desk.hand_in(numbers.pop(id(generation))[0], generation.text, about(generation))
+            desk.hand_in(numbers.pop(id(generation)), generation.text, about(generation))
     return desk
 
 
