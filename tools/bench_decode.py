@@ -13,9 +13,9 @@ prefill of all sequences, pruning included, until their first ids are known; `ms
 the ids are read: the median of all steps of all rounds, the 20th and the 80th percentile.
 
 The workload `picture` is a real picture and question through model.Generation, vision tower included, beside
-LlavaForConditionalGeneration. All others begin with an embedded prompt: random text around pictures of random numbers
-of the embeddings' size, straight into the language model, beside LlamaForCausalLM. BxP,P+T is one of your own: B
-sequences, each with pictures of P tokens and T of text. Prompts beyond the model's context are run and marked.
+transformers' class for the checkpoint. All others begin with an embedded prompt: random text around pictures of random
+numbers of the embeddings' size, straight into the language model, beside LlamaForCausalLM. BxP,P+T is one of your own:
+B sequences, each with pictures of P tokens and T of text. Prompts beyond the model's context are run and marked.
 
 Checked before any speed: the greedy ids are those of transformers (fp32), or the first logits are close (bf16, fp16);
 the steps' logits are those of one long prefill of the same tokens; a pruned run begins with the same token and stays
@@ -56,7 +56,7 @@ from model.pruning import make_method  # noqa: E402
 from run import check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
 from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, version  # noqa: E402
-from tools.compare_hf import AnonymousMemory  # noqa: E402
+from tools.compare_hf import AnonymousMemory, hf_inputs  # noqa: E402
 from tools.report import percentile  # noqa: E402
 from tools.verify_checkpoint import Parser  # noqa: E402
 
@@ -393,17 +393,14 @@ def hf_llama(task, attention):
 
 
 def hf_llava(task, attention):
-    """The same of LlavaForConditionalGeneration, for a checkpoint's picture and question."""
+    """The same of LLaVA's or LLaVA-NeXT's class, for a checkpoint's picture and question."""
     import transformers
 
     asked = Generation(open_checkpoint(task.model), task.prompt, [task.image])  # for ids and pixels only
     checkpoint, dtype = asked.checkpoint, DTYPES[task.dtype]
-    llava = transformers.LlavaForConditionalGeneration
+    llava = transformers.AutoModelForImageTextToText
     model = llava.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=attention).to(task.device).eval()
-    image, tokens = checkpoint.config.image_token_index, checkpoint.config.image_tokens
-    ids = torch.tensor([[i for t in asked.ids for i in [t] * (tokens if t == image else 1)]], device=task.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "suppress_tokens": asked.never()}
-    return model, inputs | {"pixel_values": asked.pixels[0][None].to(task.device, dtype)}, checkpoint.stop_ids
+    return model, hf_inputs(asked, dtype, task.device), checkpoint.stop_ids
 
 
 class Clock:

@@ -65,7 +65,6 @@ def run_ours(args):
 
 def run_transformers(args):
     """generate() with its defaults. The ids that this project never says are suppressed there too."""
-    import torch
     from transformers import AutoModelForImageTextToText
 
     from model import Generation, open_checkpoint
@@ -76,17 +75,12 @@ def run_transformers(args):
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
     loaded = time.perf_counter() - start
     asked = Generation(open_checkpoint(args.model), args.prompt, [args.image])  # for ids and pixels only
-    image, (picture,) = asked.checkpoint.config.image_token_index, asked.images
-    ids = [i for t in asked.ids for i in [t] * (picture["tokens"] if t == image else 1)]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": torch.stack(asked.pixels).to(dtype)}
-    if asked.checkpoint.config.image_grid_pinpoints:  # (pictures, squares, 3, S, S) and (height, width)
-        inputs |= {"pixel_values": inputs["pixel_values"][None], "image_sizes": torch.tensor([picture["size"][::-1]])}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs = hf_inputs(asked, dtype)
 
     def timed(n):
         begin = time.perf_counter()
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=n, suppress_tokens=asked.never())
-        return time.perf_counter() - begin, out[0, len(ids) :].tolist()
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=n)
+        return time.perf_counter() - begin, out[0, asked.prompt_tokens :].tolist()
 
     runs = []
     for _ in range(1 + args.repeat):
@@ -94,6 +88,20 @@ def run_transformers(args):
         whole, said = timed(args.max_new_tokens)
         runs.append((first, (whole - first) / max(1, len(said) - 1)))
     return loaded, runs, [t for t in said if t not in asked.checkpoint.stop_ids], {}
+
+
+def hf_inputs(asked, dtype, device="cpu"):
+    """Arguments of transformers' generate() for a Generation about one picture."""
+    import torch
+
+    image, (picture,) = asked.checkpoint.config.image_token_index, asked.images
+    ids = [i for t in asked.ids for i in [t] * (picture["tokens"] if t == image else 1)]
+    ids, pixels = torch.tensor([ids], device=device), torch.stack(asked.pixels).to(device, dtype)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "suppress_tokens": asked.never()}
+    if not asked.checkpoint.config.image_grid_pinpoints:
+        return inputs | {"pixel_values": pixels}
+    # LLaVA-NeXT: (pictures, squares, 3, S, S) and (height, width)
+    return inputs | {"pixel_values": pixels[None], "image_sizes": torch.tensor([picture["size"][::-1]])}
 
 
 def child(args):
