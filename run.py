@@ -9,6 +9,7 @@ cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what wa
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -158,13 +159,13 @@ def check_questions(p, args):
             if getattr(args, name) is not None:
                 p.error(f"--{name.replace('_', '-')} needs --questions")
         return
-    if args.answers is None:
+    if not args.answers:
         p.error("--questions needs --answers")
     if args.image or args.json or args.compare or args.compile or args.stats:
         p.error("--questions goes without --image, --json, --stats, --compare and --compile")
     if (args.num_chunks is None) != (args.chunk_idx is None) or (args.chunk_idx or 0) >= (args.num_chunks or 1):
         p.error("--num-chunks and --chunk-idx go together, the index below the number")
-    if not os.path.isfile(args.questions):
+    if not os.path.exists(args.questions) or os.path.isdir(args.questions):
         p.error(f"no file {args.questions[:200]}, check the path")
     if args.image_folder is not None and not os.path.isdir(args.image_folder):
         p.error(f"no folder {args.image_folder[:200]}, check the path")
@@ -183,6 +184,8 @@ def explain(broken):
         return text, 2
     if isinstance(broken, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory ({text[:200]}); try --dtype bf16, a smaller --max-new-tokens or fewer pictures", 1
+    if isinstance(broken, OSError) and broken.errno == errno.ENOSPC:
+        return f"the disk is full ({text}); free some of it and give the same command again", 1
     if type(broken).__name__ in ("InductorError", "BackendCompilerFailed"):
         return f"torch.compile failed ({text[:200]}); run without --compile", 1
     return f"{type(broken).__name__}: {text[:300]}; run again with --debug to see where", 1
@@ -268,7 +271,9 @@ def introduce(args, checkpoint, generation):
 
 def answer_file(args):
     """Answer --questions into --answers. Returns the exit code."""
-    from tools.questions import read_questions, run_file
+    import contextlib
+
+    from tools.questions import Answers, read_questions, run_file
 
     questions = read_questions(args.questions, args.num_chunks or 1, args.chunk_idx or 0)
     from model import Generation, open_checkpoint
@@ -279,8 +284,6 @@ def answer_file(args):
     given = options(args, checkpoint)
     # what is wrong with the options is wrong with every question: better said at once than in each line
     example = Generation(checkpoint, "?", **given)
-    checkpoint.read_weights(args.dtype, device)
-    introduce(args, checkpoint, example)
     prune, folder = given["prune"], Path(args.image_folder or Path(args.questions).parent)
     settings = {
         "model": "demo" if Path(args.model) == DEMO else str(args.model),
@@ -288,13 +291,17 @@ def answer_file(args):
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
         "top_p": args.top_p, "seed": args.seed, "stop": args.stop, "system": args.system,
         "template": example.template, "image_mode": example.image_settings.mode,
-        "anyres_order": example.image_settings.order, "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "anyres_order": example.image_settings.order, "image_folder": str(folder),
+        "dtype": str(checkpoint.choose_dtype(args.dtype, device)).removeprefix("torch."),
     }  # fmt: skip
 
     def ask(question):
         return Generation(checkpoint, question.text, [folder / name for name in question.images], **given)
 
-    return run_file(questions, args.answers, settings, ask, args.batch or 1, say)
+    with contextlib.closing(Answers(args.answers, settings)) as answers:  # refuses before the weights are read
+        checkpoint.read_weights(args.dtype, device)
+        introduce(args, checkpoint, example)
+        return run_file(questions, answers, ask, args.batch or 1, say)
 
 
 def compare(generation, took):

@@ -51,10 +51,10 @@ def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False
 class DecodePlan:
     """What does not change while a cache is decoded from: where segments lie and how long they may become.
 
-    kv_start, kv_cap (S,) int32, and the latter as numbers, caps; split: slots per work item, None for `split_size`;
-    segments: S; shortest, longest: the extreme capacities; end: slots that the arena must have; first: where segment 0
-    starts; step: slots from one segment's start to the next's if that is the same for all (then segments of equal
-    length are a rectangle with gaps), else None; owner: `chunk_owners`, on CPU tensors.
+    kv_start, kv_cap (S,) int32, and as numbers, starts and caps; split: slots per work item, None for `split_size`;
+    segments: S; shortest, longest: the extreme capacities; end: slots that the arena must have; step: slots from one
+    segment's start to the next's if that is the same for all (then segments of equal length are a rectangle with
+    gaps), else None; owner: `chunk_owners`, on CPU tensors.
 
     The rest is for Triton. It holds room for partial results, so a plan serves one call at a time; the first call with
     a number of query rows makes that room. Parts of more than 16 rows (a new turn) get theirs in every call.
@@ -62,13 +62,13 @@ class DecodePlan:
 
     kv_start: torch.Tensor
     kv_cap: torch.Tensor
+    starts: list
     caps: list
     split: int | None
     segments: int
     shortest: int
     longest: int
     end: int
-    first: int
     step: int | None
     room: dict = field(default_factory=dict)
 
@@ -148,7 +148,7 @@ def decode_plan(kv_start, kv_cap, *, split=None):
     ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
     steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [0]
     step = steps[0] if min(steps) == max(steps) >= 0 else None
-    plan = DecodePlan(kv_start, kv_cap, caps, split, len(caps), min(caps), max(caps), max(ends), starts[0], step)
+    plan = DecodePlan(kv_start, kv_cap, starts, caps, split, len(caps), min(caps), max(caps), max(ends), step)
     if kv_start.is_cuda:
         _ = plan.work, plan.firsts, plan.sizes  # now, not in a step: they are copied to the device
     return plan

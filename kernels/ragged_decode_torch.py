@@ -1,6 +1,7 @@
-"""`ragged_decode` in PyTorch, without a loop over heads or tokens: three ways to read the segments.
+"""`ragged_decode` in PyTorch, without a loop over heads or tokens: four ways to read the segments.
 
 rectangle   segments of one length at even distances are a strided view of the arena: nothing is copied
+rectangles  runs of such segments, as the heads of each sequence in a batch: one after the other, nothing is copied
 chunks      the arena is cut into chunks of 64 slots, a view; whole chunks are attended to where they lie, the two ends
             of each segment are gathered, and the parts are merged
 gather      each segment is copied and padded to the longest; for small caches the cheapest
@@ -34,15 +35,42 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
     _, segments, _, d = q.shape
     longest = plan.longest if lengths is None else max(lengths)
     if lengths is not None and plan.step is not None and longest == min(lengths) > 0:
-        shape, strides = (1, segments, longest, d), (0, plan.step * d, d, 1)
-        keys, values = k.as_strided(shape, strides, plan.first * d), v.as_strided(shape, strides, plan.first * d)
-        return _dense(q, keys, values, None, scale, return_lse)
+        return _rectangle(q, k, v, plan.starts[0], plan.step, longest, scale, return_lse)
+    runs = [] if lengths is None or min(lengths) == 0 else runs_of(plan.starts, lengths)
+    if 0 < 2 * len(runs) <= segments:
+        parts = [
+            _rectangle(q[:, a:b], k, v, plan.starts[a], step, lengths[a], scale, return_lse) for a, b, step in runs
+        ]
+        out, lse = zip(*parts, strict=True)
+        return torch.cat(out, 1), torch.cat(lse, 1) if return_lse else None
     small = segments * longest * d * q.element_size() < GATHER
     way = _gathered if plan.owner is None or small or q.element_size() < 4 else _chunked
     k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # an arena without slots
     out, lse = way(q, k, v, kv_start, kv_len, max(longest, 1), plan, scale, return_lse)
     empty = (kv_len == 0)[:, None]  # attention over nothing: 0 and -inf
     return out.masked_fill(empty[..., None], 0), lse if lse is None else lse.masked_fill(empty, float("-inf"))
+
+
+def runs_of(starts, lengths):
+    """[(a, b, step)]: segments a to b - 1 are of one length, `step` slots from one's start to the next's; as few runs
+    as a walk from the left finds."""
+    runs, a = [], 0
+    while a < len(starts):
+        b, step = a + 1, 0
+        if b < len(starts) and lengths[b] == lengths[a]:
+            step = max(0, starts[b] - starts[a])
+        while b < len(starts) and lengths[b] == lengths[a] and starts[b] - starts[b - 1] == step:
+            b += 1
+        runs.append((a, b, step))
+        a = b
+    return runs
+
+
+def _rectangle(q, k, v, start, step, length, scale, return_lse):
+    """q (1, S, M, D) over S segments of `length` slots, the first at `start`, each `step` behind the one before."""
+    shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
+    keys, values = (x.as_strided(shape, strides, start * q.shape[3]) for x in (k, v))
+    return _dense(q, keys, values, None, scale, return_lse)
 
 
 def _dense(q, k, v, bias, scale, return_lse):

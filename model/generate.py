@@ -257,6 +257,7 @@ class Generation:
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held = [], None, [], 0
+        self.failure = None  # in a Batch: the error that ended this one
         self.limit = min(self.sampling.max_new_tokens, self.room)
         self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
 
@@ -279,8 +280,8 @@ class Generation:
 
     @property
     def over(self):
-        """Is the answer complete?"""
-        return self.finish_reason != "interrupted"
+        """Is the answer complete, or will it never be?"""
+        return self.finish_reason != "interrupted" or self.failure is not None
 
     def take(self, token):
         """One more id of the answer -> the text that it makes certain. `finish_reason` says whether it was the last.
@@ -449,9 +450,11 @@ class Batch:
 
         batch = Batch()
         batch.add(Generation(...))
-        while batch.running:
+        while batch:
             for generation in batch.advance():
                 print(generation.text)
+
+    One whose logits are broken leaves too, with what went wrong in its `failure`.
     """
 
     def __init__(self):
@@ -459,15 +462,21 @@ class Batch:
         self._choosers, self._over = [], []
         self.cache = self._step = self._ids = None
 
+    def __len__(self):
+        """How many were added and not handed out so far."""
+        return len(self.running) + len(self._over)
+
     @torch.inference_mode()
     def add(self, generation):
         """Prefill one more and take it in. The next `advance` hands it out if its first token was its last."""
         if self.running and generation.checkpoint is not self.running[0].checkpoint:
             raise ValueError("a batch is of one checkpoint; start another for this one")
+        if any(generation is other for other in (*self.running, *self._over)):
+            raise ValueError("this generation is in the batch already; add another")
         generation._begin()
         chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
         ids = chooser(generation.prefill())
-        generation.take(ids.item())
+        self._take(generation, ids.item())
         own, generation.cache = generation.cache, None  # its K and V live in the batch's from here on
         if generation.over:
             self._over.append(generation)
@@ -487,11 +496,18 @@ class Batch:
             tokens = self._ids.tolist()
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
-                generation.take(token)
+                self._take(generation, token)
                 generation.timing["steps"].append(seconds)  # which it shared with the others
             self._dismiss()
         over, self._over = self._over, []
         return over
+
+    def _take(self, generation, token):
+        """generation.take, but what is wrong with one does not end the others."""
+        try:
+            generation.take(token)
+        except RuntimeError as broken:
+            generation.failure = broken
 
     def _next(self, logits):
         """logits (B, V) -> next ids (B,)."""

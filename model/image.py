@@ -253,7 +253,9 @@ def pad_to_square(image, mean):
 
 def with_mode(settings, mode, order="auto"):
     """settings with another mode and order of the tiles; "auto" leaves the checkpoint's own."""
-    mode, order = settings.mode if mode == "auto" else mode, settings.order if order == "auto" else order
+    mode, given, order = settings.mode if mode == "auto" else mode, order, settings.order if order == "auto" else order
     if mode == "anyres" and not settings.pinpoints:
         raise InputError("the checkpoint knows no tiles (it is no LLaVA-NeXT); use --image-mode pad or crop")
+    if given != "auto" and mode != "anyres":
+        raise InputError(f"--anyres-order is about tiles, and the image mode is {mode}; leave it out")
     return replace(settings, mode=mode, order=order)

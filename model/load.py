@@ -46,6 +46,10 @@ class Checkpoint:
     def dtype(self):
         return self.model.language_model.model.norm.weight.dtype
 
+    def choose_dtype(self, name, device):
+        """The torch dtype that `read_weights` comes to."""
+        return _choose_dtype(name, torch.device(device), self.model, self.keys)
+
     def read_weights(self, dtype="auto", device="cpu"):
         """Give the model its weights: mapped from the files, cast and moved one tensor at a time. Returns self.
 
@@ -53,7 +57,7 @@ class Checkpoint:
         half of the memory, else bf16.
         """
         device = torch.device(device)
-        dtype = _choose_dtype(dtype, device, self.model, self.keys)
+        dtype = self.choose_dtype(dtype, device)
         weights, by_file = {}, {}
         for name, (path, key, _) in self.keys.items():
             by_file.setdefault(path, []).append((name, key))

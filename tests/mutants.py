@@ -119,6 +119,18 @@ MUTANTS = {
         "tail = torch.maximum(end, head_end)",
         RAGGED,
     ),
+    "runs of unequal lengths": (
+        "kernels/ragged_decode_torch.py",
+        "while b < len(starts) and lengths[b] == lengths[a] and",
+        "while b < len(starts) and",
+        "test_ragged_decode.py::test_runs_are_segments_of_one_length_at_even_distances",
+    ),
+    "every run reads the first": (
+        "kernels/ragged_decode_torch.py",
+        "k, v, plan.starts[a], step, lengths[a]",
+        "k, v, plan.starts[0], step, lengths[a]",
+        "test_ragged_decode.py::test_heads_of_one_length_in_each_sequence_are_read_where_they_lie",
+    ),
     "chunks of the neighbour": (
         "kernels/ragged_decode_torch.py",
         "first = -(-kv_start.long() // CHUNK)",

@@ -47,8 +47,8 @@ def mixed(checkpoint, **options):
 def together(generations, size=None):
     """Answer them with at most `size` at a time; whoever comes next takes the place of who is done."""
     batch, waiting, over = Batch(), list(generations), []
-    while waiting or batch.running:
-        while waiting and len(batch.running) < (size or len(generations)):
+    while waiting or batch:
+        while waiting and len(batch) < (size or len(generations)):
             batch.add(waiting.pop(0))
         over += batch.advance()
     assert sorted(map(id, over)) == sorted(map(id, generations))  # each comes out once
@@ -165,6 +165,14 @@ def test_a_batch_is_of_one_checkpoint(demo):
     batch.add(mixed(demo)[0])
     with pytest.raises(ValueError, match="one checkpoint"):
         batch.add(mixed(dataclasses.replace(demo))[0])
+
+
+def test_a_generation_is_in_a_batch_once(demo):
+    batch, generation = Batch(), mixed(demo)[0]
+    batch.add(generation)
+    with pytest.raises(ValueError, match="already"):
+        batch.add(generation)
+    assert len(batch) == 1
 
 
 def test_broken_logits_of_one_are_noticed(demo):

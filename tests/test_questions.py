@@ -8,6 +8,7 @@ import sys
 import pytest
 from test_parity import noise
 
+import model.generate
 import run
 from model import Generation, Sampling, load
 from tests.paths import ROOT
@@ -163,6 +164,76 @@ def test_a_file_of_something_else_is_left_alone(folder, capsys, content):
     assert (folder / "a.jsonl").read_bytes() == content
 
 
+@pytest.mark.parametrize("target", ["/dev/null", "fifo"])
+def test_answers_go_to_a_regular_file(folder, capsys, target):
+    if target == "fifo":
+        target = folder / "fifo"
+        os.mkfifo(target)
+        held = os.open(target, os.O_RDWR)  # so that opening it does not wait
+    code, _, err = inside(capsys, *flags(folder, "--answers", target))
+    assert code == 2 and "no regular file" in err.splitlines()[-1]
+    if target != "/dev/null":
+        os.close(held)
+
+
+def test_a_whole_line_of_something_else_is_never_cut_off(folder, capsys):
+    foreign = b'{"question_id": 5, "mine": "precious"}'  # no line end, as an editor leaves it
+    (folder / "a.jsonl").write_bytes(foreign)
+    refused(capsys, *flags(folder))
+    assert (folder / "a.jsonl").read_bytes() == foreign
+    (folder / "a.jsonl").unlink()
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    (folder / "a.jsonl").write_bytes(whole[:-1])  # ours, without its last line end
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0
+    assert (folder / "a.jsonl").read_bytes() == whole
+
+
+def test_answers_to_other_pictures_do_not_count(folder, capsys):
+    write_lines(folder / "q.jsonl", QUESTIONS[:1])
+    inside(capsys, *flags(folder, "-n", 3))
+    (folder / "other.png").write_bytes((ROOT / "assets" / "pair-a.png").read_bytes())
+    write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"image": "other.png"}])
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 0 and "1 questions in" in err and "note: 1 answers" in err
+    images = [line["metadata"]["images"] for line in read_lines(folder / "a.jsonl")]
+    assert images == [["demo.png"], ["other.png"]]
+    assert "image_folder" in refused(capsys, *flags(folder, "-n", 3, "--image-folder", ROOT / "assets"))
+
+
+def test_answers_of_one_token_are_written_as_they_come(folder, capsys, monkeypatch):
+    """They never take part in a step; no more than a batch of them waits."""
+    write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"question_id": i} for i in range(9)])
+    seen, add = [], model.Batch.add
+
+    def counted(batch, generation):
+        seen.append((folder / "a.jsonl").read_bytes().count(b"\n"))
+        add(batch, generation)
+
+    monkeypatch.setattr(model.Batch, "add", counted)
+    assert inside(capsys, *flags(folder, "-n", 1, "--batch", 2))[0] == 0
+    assert seen == [0, 0, 2, 2, 4, 4, 6, 6, 8]
+
+
+def test_broken_logits_of_one_question_are_recorded(folder, capsys, monkeypatch):
+    take = model.generate.Generation.take
+
+    def broken(generation, token):
+        return take(generation, -1 if "Spell" in str(generation.text_asked) else token)
+
+    init = model.generate.Generation.__init__
+
+    def remember(generation, checkpoint, prompt, *rest, **options):
+        init(generation, checkpoint, prompt, *rest, **options)
+        generation.text_asked = prompt
+
+    monkeypatch.setattr(model.generate.Generation, "__init__", remember)
+    monkeypatch.setattr(model.generate.Generation, "take", broken)
+    assert inside(capsys, *flags(folder, "-n", 3, "--batch", 3))[0] == 0
+    errors = [line["metadata"].get("error", "") for line in read_lines(folder / "a.jsonl")]
+    assert "NaN" in errors[6] and not errors[0] and len(errors) == 8
+
+
 def test_two_runs_do_not_write_one_file(folder, capsys):
     fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
     with open(folder / "a.jsonl", "w") as held:
@@ -257,6 +328,9 @@ def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path):
         ('{"question_id": 1, "text": "x", "image": 5}', "image"),
         ('{"question_id": 1, "text": "x", "image": [5]}', "image"),
         ("[" * 100000, "not JSON"),
+        ('{"question_id": true, "text": "x"}', "question_id"),
+        ('{"question_id": 1, "text": "x", "image": false}', "image"),
+        ('{"question_id": 1, "text": "half \\ud800 of it"}', "Unicode"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(folder, capsys, line, word):
@@ -282,6 +356,8 @@ def test_a_malformed_line_is_named_by_its_number(folder, capsys, line, word):
         ["--questions", "{q}.none", "--answers", "{a}"],
         ["--questions", "{q}", "--answers", "{a}", "--image-folder", "{q}"],
         ["--questions", "{q}", "--answers", "{a}", "--image-mode", "anyres"],
+        ["--questions", "{q}", "--answers", "{a}", "--anyres-order", "orig"],
+        ["--questions", "{q}", "--answers", ""],
         ["--prompt", "x", "--answers", "{a}"],
         ["--prompt", "x", "--batch", "2"],
         [],
@@ -357,21 +433,35 @@ def spoil(tmp_path, what):
     question = {"question_id": 1, "text": "Is there a dog?", "category": "random", "label": "yes"}
     questions, answers = [question], [{"question_id": 1, "text": "yes"}]
     if what == "no answer":
-        answers = []
+        answers[0]["question_id"] = 9
     if what == "two answers":
         answers *= 2
     if what == "label":
         question["label"] = "maybe"
+    if what == "question_id":
+        answers = [{"text": "yes"}]
+    if what == "text":
+        answers = [{"question_id": 1, "text": 5}]
+    if what == "category":
+        question["category"] = ["x"]
+    if what == "total":
+        questions = [question, question | {"question_id": 2, "category": "all"}]
+        answers += [{"question_id": 2, "text": "no"}]
+    if what == "is empty":
+        questions = []
     write_lines(tmp_path / "q.jsonl", questions)
     write_lines(tmp_path / "a.jsonl", answers)
     if what == "JSON":
-        (tmp_path / "a.jsonl").write_text("{}\n{\n")
+        (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "yes"}\n{\n')
     if what in ("labels", "that of its label"):
         rows = [{"label": "yes", "text": "Is there a cat?"}] * (2 if what == "labels" else 1)
         write_lines(tmp_path / "coco_pope_random.json", rows)
 
 
-@pytest.mark.parametrize("what", ["no answer", "two answers", "label", "JSON", "labels", "that of its label"])
+WRONG = ["no answer", "two answers", "label", "JSON", "labels", "that of its label", "question_id", "text", "category"]
+
+
+@pytest.mark.parametrize("what", [*WRONG, "total", "is empty"])
 def test_files_that_do_not_belong_together_are_refused(tmp_path, capsys, what):
     spoil(tmp_path, what)
     argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]

@@ -143,6 +143,44 @@ def test_equal_lengths_are_read_where_they_lie(monkeypatch):
     assert keys.shape == (1, 8, 20, 16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[5, 9, 9, 3], [30, 1], [7, 7, 7], [12, 2, 0]])
+def test_heads_of_one_length_in_each_sequence_are_read_where_they_lie(monkeypatch, dtype, lengths):
+    """As in a batch: runs of segments that are rectangles. Not where a sequence is empty."""
+    b, heads, tokens = len(lengths), 3, 30
+    torch.manual_seed(b)
+    k, v = torch.randn(2, b * heads, tokens, 16).to(dtype)
+    q = torch.randn(b, 6, 16).to(dtype)
+    keep = torch.zeros(b * heads, tokens, dtype=torch.bool)
+    for s, n in enumerate(n for n in lengths for _ in range(heads)):
+        keep[s, torch.randperm(tokens)[:n]] = True
+    slack = [4 + 3 * (s // heads) for s in range(b * heads)]  # of each sequence its own: no even distances over all
+    k_arena, v_arena, start, length, cap = arena(
+        k, v, keep, [int(n) + m for n, m in zip(keep.sum(1), slack, strict=True)]
+    )
+    if 0 not in lengths:
+        monkeypatch.setattr(torch_way, "_gathered", None)
+        monkeypatch.setattr(torch_way, "_chunked", None)
+    out, lse = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap), return_lse=True)
+    alone = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap))
+    exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
+    plain, plain_lse = dense(q, k, v, keep)
+    for got in (out, alone):
+        assert_as_exact(got, plain, exact, dtype)
+    assert_as_exact(lse, plain_lse, exact_lse, lse.dtype, floor=1.0)
+
+
+def test_runs_are_segments_of_one_length_at_even_distances():
+    def runs(starts, lengths):
+        return torch_way.runs_of(starts, lengths)
+
+    assert runs([0, 9, 18, 30, 40], [5, 5, 5, 5, 5]) == [(0, 3, 9), (3, 5, 10)]
+    assert runs([0, 9, 18], [5, 4, 4]) == [(0, 1, 0), (1, 3, 9)] and runs([0, 9, 18], [5, 5, 4])[0] == (0, 2, 9)
+    assert runs([0], [5]) == [(0, 1, 0)]
+    assert runs([20, 10, 0], [2, 2, 2]) == [(0, 1, 0), (1, 2, 0), (2, 3, 0)]  # backwards is no rectangle
+    assert runs([4, 4, 4], [2, 2, 2]) == [(0, 3, 0)]  # the same rows for all
+
+
 def test_owners_are_segments_around_whole_chunks():
     start, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 100, 700, 1000], [100, 192, 64, 0]))
     owner = torch_way.chunk_owners(start, cap)  # chunks of 64: 100 lies in the second, 292 in the fifth

@@ -70,8 +70,9 @@ USUAL = ("one", "one-b8", "one-b32", "tiles", "eight-images", "long")  # workloa
 OURS = ("ours", "ours-compile")
 ENGINES = (*OURS, "hf-eager", "hf-sdpa", "hf-static")
 # Error of logits over their size, root mean squares, up to which two ways of computing them are the same. Measured over
-# 16 to 32 random layers: 1e-6, 0.002, 0.013; a position that is off by one makes 0.17 at a width of 1024.
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
+# 16 to 32 random layers: 1e-6, 0.002, 0.013; of the 7B shape in bf16 0.015 over 4 layers and 0.047 over 32. A position
+# that is off by one makes 0.17 at a width of 1024.
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 8e-2}
 WATCHED = 8  # tokens that are compared
 
 
@@ -378,6 +379,7 @@ def hf_llama(task, attention):
     weights = {name: w.contiguous() for name, w in language.state_dict().items()}  # not as `arrange` lays them out
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # where it is tied
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    del fields["sliding_window"]  # of other models
     config = transformers.LlamaConfig(
         **fields, rope_parameters=rope, tie_word_embeddings=language.lm_head is None,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,

@@ -5,11 +5,11 @@ where "image" is a file name, a list of them, or absent. Out: {"question_id", "p
 "metadata"} per line, in the order of the questions, because LLaVA's own scorers read both files side by side.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
+import stat
 import sys
 import time
 from collections import Counter
@@ -33,7 +33,7 @@ class Question:
     @property
     def key(self):
         """What tells an answered question: LLaVA's own files (TextVQA) have several under one id."""
-        return json.dumps(self.id), self.text
+        return json.dumps(self.id), self.text, self.images
 
 
 # ---------------------------------------------------------------- questions
@@ -57,14 +57,18 @@ def _question(line, where):
         raw = json.loads(line)
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{where} is not JSON ({broken}); mend it") from broken
-    if not isinstance(raw, dict) or not isinstance(raw.get("question_id"), str | int):
+    if not isinstance(raw, dict) or type(raw.get("question_id")) not in (str, int):
         raise InputError(f"{where} has no question_id; give a number or a string")
-    images = raw.get("image") or []
-    images = [images] if isinstance(images, str) else images
+    images = raw.get("image")
+    images = [] if images in (None, "") else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise InputError(f"the image in {where} is neither a file name nor a list of them; mend it")
     if not isinstance(raw.get("text"), str) or not (raw["text"].strip() or images):
         raise InputError(f"{where} has no text; mend it")
+    try:
+        raw["text"].encode()
+    except UnicodeEncodeError as broken:  # half of a surrogate pair
+        raise InputError(f"the text in {where} is no Unicode text ({broken}); mend it") from broken
     return Question(raw["question_id"], raw["text"], tuple(images))
 
 
@@ -95,6 +99,8 @@ class Answers:
         except OSError as broken:
             raise InputError(f"cannot write answers to {path} ({broken}); give another file") from broken
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise InputError(f"{path} is no regular file; give another for the answers")
             self._lock()
             self._go_on()
         except BaseException:
@@ -116,18 +122,24 @@ class Answers:
             data += os.read(self._file, size - len(data))
         whole = data.rfind(b"\n") + 1
         lines = bytes(data[:whole]).split(b"\n")[:-1]
-        for number, line in enumerate(lines, 1):
+        rest = bytes(data[whole:])
+        complete = _is_json(rest)  # then nobody was killed over it
+        for number, line in enumerate(lines + [rest] * complete, 1):
             self._count(line, f"line {number} of {self.path}")
         # only now: a file that is not one of answers stays as it is
-        if not lines and data[:14] != b'{"question_id"'[: len(data)]:
+        if rest and not complete and rest[:14] != b'{"question_id"'[: len(rest)]:
             raise InputError(f"{self.path} holds something else than answers; give another file")
-        os.ftruncate(self._file, whole)
-        os.lseek(self._file, whole, os.SEEK_SET)
+        os.ftruncate(self._file, size if complete else whole)
+        os.lseek(self._file, 0, os.SEEK_END)
+        if complete:
+            os.write(self._file, b"\n")
 
     def _count(self, line, where):
         try:
             answer = json.loads(line)
-            key, settings = (json.dumps(answer["question_id"]), answer["prompt"]), answer["metadata"]["settings"]
+            about = answer["metadata"]
+            key, settings = (json.dumps(answer["question_id"]), answer["prompt"]), about["settings"]
+            key = *key, tuple(about["images"])
         except (ValueError, KeyError, TypeError, RecursionError) as broken:
             raise InputError(f"{where} is no answer of this program ({broken!r}); give another file") from broken
         for name in {**self.settings, **settings}:
@@ -147,7 +159,7 @@ class Answers:
             "text": text,
             "answer_id": hashlib.sha256(about.encode()).hexdigest()[:22],
             "model_id": self.settings["model"],
-            "metadata": {**metadata, "settings": self.settings},
+            "metadata": {**metadata, "images": question.images, "settings": self.settings},
         }
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         while data:  # one call writes it all, unless the disk is full
@@ -213,11 +225,13 @@ def answer_all(questions, answers, ask, size, say):
             left[question.key] -= 1
         else:
             missing.append(question)
+    if left.total():
+        say(f"note: {left.total()} answers in {answers.path} are to no question here; they stay")
     desk = Desk(answers, missing, len(questions) - len(missing), say)
     batch, numbers, waiting = Batch(), {}, iter(enumerate(missing))
     more = True
-    while more or batch.running:
-        while more and len(batch.running) < size:
+    while more or batch:
+        while more and len(batch) < size:
             number, question = next(waiting, (None, None))
             more = number is not None
             if more:
@@ -229,7 +243,9 @@ def answer_all(questions, answers, ask, size, say):
                 else:
                     numbers[id(generation)] = number
         for generation in batch.advance():
-            desk.hand_in(numbers.pop(id(generation)), generation.text, about(generation))
+            failed = {"error": " ".join(str(generation.failure).split())} if generation.failure else None
+            text = "" if failed else generation.text
+            desk.hand_in(numbers.pop(id(generation)), text, failed or about(generation))
     return desk
 
 
@@ -244,14 +260,21 @@ def about(generation):
     }
 
 
-def run_file(questions, path, settings, ask, size, say):
+def run_file(questions, answers, ask, size, say):
     """All of it, with one line at the end -> exit code. What was written before an interruption stays written."""
-    answers = Answers(path, settings)
-    with contextlib.closing(answers):
-        try:
-            desk = answer_all(questions, answers, ask, size, say)
-        except KeyboardInterrupt:
-            say(f"interrupted; {path} holds what was answered, the same command goes on from there")
-            return 130
+    try:
+        desk = answer_all(questions, answers, ask, size, say)
+    except KeyboardInterrupt:
+        say(f"interrupted; {answers.path} holds what was answered, the same command goes on from there")
+        return 130
     say(desk.summary())
     return 0
+
+
+def _is_json(data):
+    """Is it one whole JSON value?"""
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True

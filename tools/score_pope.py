@@ -28,7 +28,9 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = p.parse_args(argv)
     try:
-        scores = score(read_lines(args.questions), read_lines(args.answers), args.annotations)
+        questions = read_lines(args.questions, question_id=(int, str), text=str, category=(str, type(None)))
+        answers = read_lines(args.answers, question_id=(int, str), text=str)
+        scores = score(questions, answers, args.annotations)
     except ValueError as wrong:
         p.error(str(wrong))
     if args.json:
@@ -61,6 +63,8 @@ def score(questions, answers, annotations=None):
             if answer is None:
                 raise ValueError(f"question {question['question_id']} has no answer; finish the run first")
             pairs.setdefault(category, []).append((is_yes(answer["text"]), label))
+    if len(pairs) > 1 and "all" in pairs:
+        raise ValueError('one category of several is called "all", as the total is; give it another name')
     if len(pairs) > 1:
         pairs["all"] = [pair for row in pairs.values() for pair in row]
     return {category: rates(found) for category, found in pairs.items()}
@@ -70,7 +74,7 @@ def by_category(questions):
     """{category: its questions}, in the order of the file."""
     found = {}
     for question in questions:
-        found.setdefault(question.get("category", "(none)"), []).append(question)
+        found.setdefault(question.get("category") or "(none)", []).append(question)
     return found
 
 
@@ -79,11 +83,11 @@ def labels(category, asked, annotations):
     if annotations is None:
         rows = asked
     else:
-        rows = read_lines(annotations / f"coco_pope_{category}.json")
+        rows = read_lines(annotations / f"coco_pope_{category}.json", text=(str, type(None)))
         if len(rows) != len(asked):
             raise ValueError(f"{len(asked)} questions and {len(rows)} labels of {category}; give files of one release")
         for question, row in zip(asked, rows, strict=True):
-            if "text" in row and not question.get("text", "").startswith(row["text"]):
+            if not question["text"].startswith(row.get("text") or ""):
                 raise ValueError(
                     f"question {question['question_id']} is not that of its label; give files of one release"
                 )
@@ -113,22 +117,33 @@ def rates(pairs):
     }  # fmt: skip
 
 
-def read_lines(path):
-    """Objects of a JSONL file; ValueError with the line's number."""
+def read_lines(path, **wanted):
+    """Objects of a JSONL file; ValueError with the line's number. wanted: key=type or types of its value."""
     found = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as broken:
         raise ValueError(f"cannot read {path} ({broken}); give a JSONL file") from broken
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                found.append(json.loads(line))
-            except ValueError as broken:
-                raise ValueError(f"line {number} of {path} is not JSON ({broken}); mend it") from broken
-            if not isinstance(found[-1], dict):
-                raise ValueError(f"line {number} of {path} is no JSON object; mend it")
+            found.append(_object(line, f"line {number} of {path}", wanted))
+    if not found:
+        raise ValueError(f"{path} is empty; give a JSONL file")
     return found
+
+
+def _object(line, where, wanted):
+    """The JSON object of a line."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as broken:
+        raise ValueError(f"{where} is not JSON ({broken}); mend it") from broken
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no JSON object; mend it")
+    for key, kind in wanted.items():
+        if not isinstance(value.get(key), kind):
+            raise ValueError(f"the {key} in {where} is {value.get(key)!r}; mend it")
+    return value
 
 
 if __name__ == "__main__":
