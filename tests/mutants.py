@@ -91,8 +91,8 @@ MUTANTS = {
     ),
     "wrong row offset": (
         "kernels/ragged_decode_torch.py",
-        "v.as_strided(shape, strides, plan.first * d)",
-        "v.as_strided(shape, strides, max(0, plan.first - 1) * d)",
+        "x.as_strided(shape, strides, start * q.shape[3])",
+        "x.as_strided(shape, strides, max(0, start - 1) * q.shape[3])",
         RAGGED,
     ),
     "uneven segments taken for a rectangle": (
@@ -493,8 +493,8 @@ MUTANTS = {
     ),
     "half a line stays": (
         "tools/questions.py",
-        "os.ftruncate(self._file, whole)",
-        "whole = size",
+        "os.ftruncate(self._file, size if complete else whole)",
+        "whole = size or complete",
         "test_questions.py::test_a_second_run_answers_only_what_is_missing",
     ),
     "an id alone tells an answered question": (
