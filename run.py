@@ -9,6 +9,7 @@ cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what wa
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -271,13 +272,10 @@ def introduce(args, checkpoint, generation):
 
 def answer_file(args):
     """Answer --questions into --answers. Returns the exit code."""
-    import contextlib
-
+    from model import Generation, open_checkpoint
     from tools.questions import Answers, read_questions, run_file
 
     questions = read_questions(args.questions, args.num_chunks or 1, args.chunk_idx or 0)
-    from model import Generation, open_checkpoint
-
     device = choose_device(args.device)
     check_backend(args.backend, device)
     checkpoint = open_checkpoint(args.model)

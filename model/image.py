@@ -192,10 +192,9 @@ def kept_of_tiles(grid, patches, size, order):
     grid: (rows, columns) of tiles; patches: per side of a tile; size: (width, height) of the picture.
     """
     high, wide = grid[0] * patches, grid[1] * patches
-    digits = 7 if order == "hf" else None  # HF rounds before it truncates, the original does not
 
-    def inner(long, scaled):
-        border = (long - int(scaled if digits is None else round(scaled, digits))) // 2
+    def inner(long, scaled):  # HF rounds before it truncates, the original does not
+        border = (long - int(round(scaled, 7) if order == "hf" else scaled)) // 2
         return slice(border, long - border)
 
     if size[0] / size[1] > wide / high:
@@ -253,9 +252,9 @@ def pad_to_square(image, mean):
 
 def with_mode(settings, mode, order="auto"):
     """settings with another mode and order of the tiles; "auto" leaves the checkpoint's own."""
-    mode, given, order = settings.mode if mode == "auto" else mode, order, settings.order if order == "auto" else order
+    mode = settings.mode if mode == "auto" else mode
     if mode == "anyres" and not settings.pinpoints:
         raise InputError("the checkpoint knows no tiles (it is no LLaVA-NeXT); use --image-mode pad or crop")
-    if given != "auto" and mode != "anyres":
+    if order != "auto" and mode != "anyres":
         raise InputError(f"--anyres-order is about tiles, and the image mode is {mode}; leave it out")
-    return replace(settings, mode=mode, order=order)
+    return replace(settings, mode=mode, order=settings.order if order == "auto" else order)

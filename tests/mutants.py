@@ -427,8 +427,8 @@ MUTANTS = {
     ),
     "both dialects round": (
         "model/image.py",
-        'digits = 7 if order == "hf" else None',
-        "digits = 7",
+        'int(round(scaled, 7) if order == "hf" else scaled)',
+        "int(round(scaled, 7))",
         "test_next.py::test_what_is_kept_of_the_tiles_is_rounded_by_one_dialect_only",
     ),
     "tiles put side by side without their rows": (
