@@ -48,7 +48,15 @@ class Checkpoint:
 
     def choose_dtype(self, name, device):
         """The torch dtype that `read_weights` comes to."""
-        return _choose_dtype(name, torch.device(device), self.model, self.keys)
+        if name != "auto":
+            return DTYPES[name]
+        if torch.device(device).type != "cpu":
+            stored = min(dtype for _, _, dtype in self.keys.values())
+            return FILE_DTYPES.get(self.config.dtype, SAFETENSORS_DTYPES[stored])
+        parameters = sum(p.numel() for p in self.model.parameters())
+        # Windows does not say: assume a laptop
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16e9
+        return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
 
     def read_weights(self, dtype="auto", device="cpu"):
         """Give the model its weights: mapped from the files, cast and moved one tensor at a time. Returns self.
@@ -263,17 +271,6 @@ def empty_model(config):
     """The module tree without memory: every parameter on the meta device."""
     with torch.device("meta"):
         return Llava(config).eval().requires_grad_(False)
-
-
-def _choose_dtype(name, device, model, keys):
-    if name != "auto":
-        return DTYPES[name]
-    if device.type != "cpu":
-        return FILE_DTYPES.get(model.config.dtype, SAFETENSORS_DTYPES[min(dtype for _, _, dtype in keys.values())])
-    parameters = sum(p.numel() for p in model.parameters())
-    # Windows does not say: assume a laptop
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16e9
-    return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
 
 
 # ---------------------------------------------------------------- small things beside the weights
