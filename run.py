@@ -75,7 +75,7 @@ def parser():
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
                    help="kernels of the cache: triton needs CUDA, or TRITON_INTERPRET=1 (default: triton on CUDA)")
     p.add_argument("--compile", action="store_true",
-                   help="let torch.compile join the small operations of a decode step; the second token takes seconds")
+                   help="decode with torch.compile, on a CPU about twice as fast; the second token waits for it")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
                    help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, uniform, "
                         "shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... (default none)")
@@ -230,6 +230,8 @@ def answer(args):
         say(f"note: {note}")
     if sampling.max_new_tokens > generation.room:
         say(f"note: the context leaves room for {generation.room} of {sampling.max_new_tokens} new tokens")
+    if args.compile:
+        say("note: the second token waits for the compiler, up to a minute the first time, some seconds later on")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     code = write(generation, stream=not (args.json or args.no_stream))

@@ -66,6 +66,30 @@ def runs_of(starts, lengths):
     return runs
 
 
+def rectangle_step(q, k_new, v_new, k, v, kv_len):
+    """A decode step over segments that are a rectangle: store the new tokens, attend to all. For a compiler.
+
+    Called as it is it would be slow: products are written as multiplications and sums, so that a compiler makes a few
+    loops of it, and a layer around it, which write nothing in between but scores.
+
+    q (B, Hq, D), contiguous; k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len (S,), the new
+    tokens counted -> like q. No result depends on a free slot, whatever it holds.
+    """
+    segments, n, d = k.shape
+    compute, segment, newest = torch.promote_types(q.dtype, torch.float32), torch.arange(segments), kv_len.long() - 1
+    k.index_put_((segment, newest), k_new.reshape(segments, d))
+    v.index_put_((segment, newest), v_new.reshape(segments, d))
+    free = (torch.arange(n) > newest[:, None])[:, None]  # (S, 1, n)
+    group = q.shape[1] * len(q) // segments
+    rows = q.as_strided((segments, group, 1, d), (group * d, d, d, 1))  # of memory: q is written down once, not per key
+    scores = (rows.to(compute) * k[:, None].to(compute)).sum(-1) * d**-0.5  # (S, G, n)
+    scores = scores.masked_fill(free, float("-inf"))
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()  # divided by their sum at the end; exactly 0 where free
+    values = torch.where(weights[..., None] > 0, v[:, None].to(compute), 0)  # 0 * NaN is NaN
+    out = (weights[..., None] * values).sum(2) / weights.sum(-1, keepdim=True)
+    return out.to(q.dtype).view(q.shape)
+
+
 def _rectangle(q, k, v, start, step, length, scale, return_lse):
     """q (1, S, M, D) over S segments of `length` slots, the first at `start`, each `step` behind the one before."""
     shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)

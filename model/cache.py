@@ -166,6 +166,14 @@ class RaggedCache:
             plan=plan, backend=self.backend,
         )  # fmt: skip
 
+    def rectangle(self, layer):
+        """The layer's arenas as (S, n, D) views, where all segments have n slots and take tokens; None elsewhere."""
+        plan, k, v = self.plans[layer], self.k[layer], self.v[layer]
+        if self.rows is not None or plan.longest * plan.segments != len(k):  # arenas have no gaps
+            return None
+        shape = plan.segments, plan.longest, k.shape[1]
+        return k.view(shape), v.view(shape)
+
     def finish(self, sequence):
         """The sequence takes no more tokens: it stops growing, its `pos` stands still, what it is given is ignored."""
         self.live[sequence] = False

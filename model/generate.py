@@ -14,7 +14,7 @@ from kernels.backend import choose_backend
 from .cache import RaggedCache
 from .config import InputError
 from .image import normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
-from .llama import DecoderLayer, rope_turns
+from .llama import DecoderLayer, LayerParts, Llama, rope_turns
 from .tokenizer import TEMPLATES, Detokenizer, build_prompt
 
 
@@ -342,11 +342,12 @@ class DecodeStep:
     """
 
     def __init__(self, language, cache, compile=False):
-        """compile: let torch.compile join the small operations between the products; the first step takes long."""
+        """compile: let torch.compile write a layer's loops; the first step takes long, see `_compile`."""
         self.language, self.cache = language, cache
         self.turns = rope_turns(language.config, cache.pos.device)
-        halves = DecoderLayer.before_attention, DecoderLayer.after_attention
-        self.halves = tuple(torch.compile(half, dynamic=False) for half in halves) if compile else halves
+        self.parts, self.logits_of = LayerParts(), Llama.logits
+        if compile:
+            self._compile()
         self.graph = self.ids = self.logits = None
         self.seen = None  # version of the cache that the last step ran on
 
@@ -367,7 +368,23 @@ class DecodeStep:
     def _step(self, ids):
         """Allocates from the device only; reads nothing back."""
         x = F.embedding(ids, self.language.model.embed_tokens.weight)
-        return self.language.logits(self.language.decode(x, self.cache, self.turns, self.halves))
+        hidden = self.language.decode(x, self.cache, self.turns, self.parts)
+        return self.logits_of(self.language, hidden)
+
+    def _compile(self):
+        """Parts of a layer, the same for all layers; nothing is compiled before it is used.
+
+        On a CPU a whole layer where its cache is a rectangle, whose number of slots may change (dynamic); elsewhere
+        the two halves around the attention.
+        """
+        halves = DecoderLayer.before_attention, DecoderLayer.after_attention
+        before, after = (torch.compile(half, dynamic=False) for half in halves)
+        if self.cache.fused or not self.cache.pos.is_cpu:
+            self.parts = LayerParts(before, after)
+            return
+        self.language.lay_by_rows()
+        self.parts = LayerParts(before, after, torch.compile(DecoderLayer.whole, dynamic=True))
+        self.logits_of = torch.compile(Llama.logits, dynamic=False)
 
     def _replay(self, ids):
         device = self.cache.pos.device

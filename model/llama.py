@@ -5,11 +5,15 @@ the same weights: `prefill` (many tokens, attention among themselves), `decode` 
 and `extend` (many tokens among themselves and against a cache). Module names are the checkpoint's keys.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kernels import merge_states
+from kernels.ragged_decode_torch import rectangle_step
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +25,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.is_cpu and x.dtype == torch.float32 and x.numel() <= 4096 and not torch.is_grad_enabled():
+        small = x.is_cpu and x.dtype == torch.float32 and x.numel() <= 4096
+        if small and not torch.is_grad_enabled() and not in_loops(x):
             # F.rms_norm is six small calls on a CPU. (x, -x) has the mean 0 and the mean square of x: its layer norm
             # begins with x / rms(x), in one call
             pair = torch.cat((x, -x), -1)
@@ -57,6 +62,26 @@ def rotate(x, rope):
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def in_loops(x):
+    """Is this read by a compiler that will write loops for a CPU?"""
+    return torch.compiler.is_compiling() and x.is_cpu
+
+
+def linear(x, weight, bias=None):
+    """x (..., C) times a weight (N, C), plus a bias (N,) -> (..., N).
+
+    For a compiler the product of a single row is written as a loop: multiply and sum. It then reads the weights at
+    nearly the speed of memory, which no product of PyTorch's does for one row on a CPU (kernels/NOTES.md).
+    """
+    if not in_loops(x) or x.shape[:-1].numel() > 1:
+        return F.linear(x, weight, bias)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    row = x.as_strided(x.shape[-1:], (1,))  # of memory: so x is written down, not computed anew for each of the N
+    y = (weight.to(compute) * row.to(compute)).sum(-1)
+    y = y if bias is None else y + bias.to(compute)
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
 class SideBySide:
@@ -108,7 +133,9 @@ def add_linear(x, layer, y, side=None):
     """x += layer(y), (B, C), in one call where the layer has no bias -> x. side: the layer's own SideBySide."""
     if side is not None and len(y) == 1:
         return x.add_(side(y))
-    return x.addmm_(y, layer.weight.t()) if layer.bias is None else x.add_(layer(y))
+    if layer.bias is not None or in_loops(x):
+        return x.add_(linear(y, layer.weight, layer.bias))
+    return x.addmm_(y, layer.weight.t())
 
 
 class Attention(nn.Module):
@@ -124,8 +151,11 @@ class Attention(nn.Module):
 
     def project(self, x, rope):
         """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions."""
-        if self.qkv is None or torch.is_grad_enabled():
-            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qkv is None or torch.is_grad_enabled() or in_loops(x):
+            q, k, v = (
+                linear(x, p.weight, p.bias).unflatten(-1, (-1, self.head_dim))
+                for p in (self.q_proj, self.k_proj, self.v_proj)
+            )
             return rotate(q, rope), rotate(k, rope), v
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (..., Hq + 2 * Hkv, D)
         turned = rotate(heads[..., : -self.kv_heads, :], rope)  # q and k at once
@@ -179,8 +209,9 @@ class MLP(nn.Module):
 
     def gated(self, x):
         """x (..., C) -> (..., F), what `down_proj` takes."""
-        if self.gate_up is None or torch.is_grad_enabled():
-            return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        if self.gate_up is None or torch.is_grad_enabled() or in_loops(x):
+            gate, up = (linear(x, p.weight, p.bias) for p in (self.gate_proj, self.up_proj))
+            return F.silu(gate) * up
         gate, up = (y for side in self.gate_up for y in side.each(x))
         return F.silu(gate) * up
 
@@ -212,9 +243,25 @@ class DecoderLayer(nn.Module):
         x = add_linear(x, attn.o_proj, y.flatten(1), attn.out)
         return add_linear(x, mlp.down_proj, mlp.gated(self.post_attention_layernorm(x)), mlp.down)
 
+    def whole(self, x, rope, k, v, kv_len):
+        """Both halves and, between them, attention over a rectangle of the cache, k and v (S, n, D), in which the new
+        tokens are counted already, kv_len (S,): a decode step in one piece for a compiler, on a CPU."""
+        q, k_new, v_new = self.before_attention(x, rope)
+        return self.after_attention(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
+
     def extend(self, x, rope, cache, layer, past):
         x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What a decode step asks of a layer: two halves with attention between them, or, where given and its cache is a
+    rectangle, the whole. Each may be compiled."""
+
+    before_attention: Callable = DecoderLayer.before_attention
+    after_attention: Callable = DecoderLayer.after_attention
+    whole: Callable | None = None
 
 
 class Trunk(nn.Module):
@@ -250,6 +297,15 @@ class Llama(nn.Module):
                 mlp.down = SideBySide(mlp.down_proj) if columns else None
         if self.lm_head is not None and self.lm_head.weight.device.type == "cpu":
             SideBySide(self.lm_head)  # for the order of its memory
+
+    def lay_by_rows(self):
+        """Take back what `arrange` did for products of PyTorch's in fp32: compiled ones read rows. Copies them once."""
+        if in_columns(self.model.norm.weight):
+            for layer in self.model.layers:
+                attn, mlp = layer.self_attn, layer.mlp
+                attn.qkv = attn.out = mlp.gate_up = mlp.down = None
+            for weight in self.parameters():
+                weight.data = weight.data.contiguous()
 
     def _part_changed(self):
         """Take apart what `arrange` joined where somebody has replaced a weight since."""
@@ -288,19 +344,22 @@ class Llama(nn.Module):
             del q, k, v  # not kept until the next layer has made its own
         return self.model.norm(x)
 
-    def decode(self, x, cache, turns=None, halves=(DecoderLayer.before_attention, DecoderLayer.after_attention)):
+    def decode(self, x, cache, turns=None, parts=LayerParts()):
         """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one.
 
-        turns: `rope_turns`, for who takes many steps; halves: of a layer, which may be compiled.
+        turns: `rope_turns`, for who takes many steps; parts: of a layer, which may be compiled.
         """
-        before_attention, after_attention = halves
         rope = rope_table(cache.pos, self.config, x.dtype, turns)  # (B, 1, D)
         x = x.clone()  # the layers add to it in place
         cache.grow()
         try:
             for i, layer in enumerate(self.model.layers):
-                q, k, v = before_attention(layer, x, rope)
-                x = after_attention(layer, x, cache.append_attend(i, q, k, v))
+                rectangle = cache.rectangle(i) if parts.whole else None
+                if rectangle is not None:
+                    x = parts.whole(layer, x, rope, *rectangle, cache.lengths[i])
+                    continue
+                q, k, v = parts.before_attention(layer, x, rope)
+                x = parts.after_attention(layer, x, cache.append_attend(i, q, k, v))
         except BaseException:  # Ctrl-C too: the cache stays as it was
             cache.give_back()
             raise
@@ -326,4 +385,4 @@ class Llama(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., vocab_size)."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return linear(hidden, head.weight)

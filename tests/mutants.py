@@ -341,6 +341,42 @@ MUTANTS = {
         "SideBySide(attn.q_proj, attn.v_proj, attn.k_proj)",
         DECODE,
     ),
+    "a compiled step reads free slots' scores": (
+        "kernels/ragged_decode_torch.py",
+        'scores = scores.masked_fill(free, float("-inf"))',
+        "scores = scores.nan_to_num(0.0)",
+        "test_ragged_decode.py::test_a_rectangle_is_stepped_in_one_piece",
+    ),
+    "a compiled step reads free slots' values": (
+        "kernels/ragged_decode_torch.py",
+        "torch.where(weights[..., None] > 0, v[:, None].to(compute), 0)",
+        "v[:, None].to(compute)",
+        "test_ragged_decode.py::test_a_rectangle_is_stepped_in_one_piece",
+    ),
+    "a rectangle of segments of several lengths": (
+        "model/cache.py",
+        " or plan.longest * plan.segments != len(k):",
+        ":",
+        "test_cache.py::test_a_rectangle_is_the_arenas_and_nothing_less",
+    ),
+    "a rectangle though somebody is finished": (
+        "model/cache.py",
+        "if self.rows is not None or plan.longest",
+        "if plan.longest",
+        "test_cache.py::test_a_rectangle_is_the_arenas_and_nothing_less",
+    ),
+    "a compiled product forgets the bias": (
+        "model/llama.py",
+        "y = y if bias is None else y + bias.to(compute)",
+        "",
+        "test_generate.py::test_what_a_compiler_reads_is_the_same",
+    ),
+    "columns are left to a compiler": (
+        "model/llama.py",
+        "attn.qkv = attn.out = mlp.gate_up = mlp.down = None\n            for weight",
+        "pass\n            for weight",
+        "test_generate.py::test_weights_by_rows_are_the_same_weights",
+    ),
     "the weighted sum takes the first of many rows": (
         "model/llama.py",
         "if self.bag is None or x.ndim > 2 or len(x) > 1:",

@@ -9,12 +9,12 @@ from model.llama import Llama
 ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
-def small_llama(heads=4, kv_heads=2, seed=0):
+def small_llama(heads=4, kv_heads=2, seed=0, bias=False):
     """A decoder of 3 layers and 32 channels, with weights large enough that a wrong angle or head shows."""
     torch.manual_seed(seed)
     config = TextConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=heads, num_key_value_heads=kv_heads,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, attention_bias=bias, mlp_bias=bias,
     )  # fmt: skip
     model = Llama(config).requires_grad_(False)
     for p in model.parameters():

@@ -177,6 +177,15 @@ def test_sequences_of_a_batch_answer_as_if_alone():
     assert together.kept == pytest.approx(6 / 11)  # 3 of 6 and 3 of 5, rounded half up
 
 
+def test_a_compiled_step_is_not_watched():
+    """Watching it would have it run as it is ever after."""
+    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
+    cache = RaggedCache(2)
+    language.prefill(torch.randn(1, 4, 64), cache)
+    step = bench_decode.partial(bench_decode.DecodeStep(language, cache, compile=True), torch.tensor([3]))
+    assert bench_decode.step_cost(step, cache) == {} and int(cache.pos) == 4
+
+
 def test_any_checkpoint_can_be_timed(here, make_checkpoint, tmp_path, capsys):
     """One whose head is the embedding, given by its folder; its weights are those that transformers gets."""
     pytest.importorskip("transformers", reason="transformers is what is compared with")

@@ -320,6 +320,21 @@ def test_dense_k_and_v_die_when_their_layer_is_packed(backend):
     assert len(old) == LAYERS and cache.kv_len.unique().tolist() == [9]
 
 
+def test_a_rectangle_is_the_arenas_and_nothing_less(backend):
+    """Views of all slots where every segment has as many and takes tokens; otherwise there is none."""
+    even, uneven = RaggedCache(1, slack=3, backend=backend), RaggedCache(1, slack=3, backend=backend)
+    k, v = torch.randn(2, 2, 2, 5, 8)  # B, Hkv, T, D
+    even.pack(0, k, v)
+    uneven.pack(0, k, v, torch.arange(5) < torch.arange(2, 6)[:, None])
+    seen = even.rectangle(0)
+    for view, arena, rows in zip(seen, (even.k[0], even.v[0]), (k, v), strict=True):
+        assert view.shape == (4, 8, 8) and view.data_ptr() == arena.data_ptr()
+        assert torch.equal(view[:, :5], rows.flatten(0, 1))
+    assert uneven.rectangle(0) is None
+    even.finish(1)
+    assert even.rectangle(0) is None
+
+
 def test_repacking_frees_the_old_arenas(backend):
     model, cache = small_llama(), RaggedCache(LAYERS, slack=5, backend=backend)
     model.prefill(torch.randn(1, 7, 32), cache)

@@ -103,6 +103,30 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rectangle_is_stepped_in_one_piece(dtype):
+    """`rectangle_step`, not compiled, against the reference of an append; segments may hold different numbers."""
+    for seed in range(40):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        b, hkv, group, n, d = (rng.choice(c) for c in ((1, 1, 2, 3), (1, 2, 4), (1, 2, 3, 7), (2, 5, 64), (8, 20, 64)))
+        q, k_new, v_new = (torch.randn(b, heads, d, generator=generator).to(dtype) for heads in (hkv * group, hkv, hkv))
+        k, v = (torch.randn(b * hkv, n, d, generator=generator).to(dtype) for _ in "kv")
+        length = torch.tensor([rng.randint(0, n - 1) for _ in range(b * hkv)], dtype=torch.int32)
+        free = torch.arange(n) >= length[:, None]
+        k[free] = v[free] = float("nan")
+        start, cap = n * torch.arange(b * hkv, dtype=torch.int32), torch.full_like(length, n)
+        tail, arenas = (start, length, cap), [(k.flatten(0, 1).clone(), v.flatten(0, 1).clone()) for _ in range(2)]
+        exact = ragged_decode_append_ref(
+            *(t.double() for t in (q, k_new, v_new, k.flatten(0, 1), v.flatten(0, 1))), *tail
+        )
+        plain = ragged_decode_append_ref(q, k_new, v_new, *arenas[0], *tail)
+        out = torch_way.rectangle_step(q, k_new, v_new, *(t.view(k.shape) for t in arenas[1]), length + 1)
+        assert out.dtype == dtype and out.shape == q.shape
+        assert_as_exact(out, plain, exact, dtype, f"seed {seed}")
+        for wanted, got in zip(*arenas, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend, dtype):
     """A third of the segments are full. Against the reference, which is dense attention one token longer."""
     if backend == "triton" and dtype == torch.float64:

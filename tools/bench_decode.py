@@ -427,6 +427,8 @@ def step_cost(step, cache, steps=4):
 
     On a CPU a launch is a call of PyTorch that computes or writes (no views; what happens inside of it counts as one).
     """
+    if step.func.parts.whole:
+        return {}  # watching would take a compiled layer apart
     cache.slack = 64  # the next repack makes room for all steps below
     for _ in range(cache.room + 3):  # up to that repack, and until a graph is captured again
         step()

@@ -1,0 +1,92 @@
+"""Steps of the demo, compiled and as they are, for test_compile.py: JSON on stdout."""
+
+import json
+
+import torch
+import torch.nn.functional as F
+
+from model import Generation, Sampling, load
+from model.cache import RaggedCache
+from model.generate import DecodeStep
+from model.llama import linear
+from tests.paths import DEMO, DEMO_PICTURE
+
+
+def cache_of(language, x, choose):
+    """A prompt's cache with room for 2 tokens, NaN in each free slot."""
+    cache = RaggedCache(language.config.num_hidden_layers, slack=2, backend="torch")
+    language.prefill(x, cache, choose=choose)
+    poison(cache)
+    return cache
+
+
+def poison(cache):
+    for k, v, start, length, cap in zip(cache.k, cache.v, cache.kv_start, cache.kv_len, cache.kv_cap, strict=True):
+        for a, b, c in zip(start.tolist(), length.tolist(), cap.tolist(), strict=True):
+            k[a + b : a + c] = v[a + b : a + c] = float("nan")
+
+
+def halves(layer, q, k, v):
+    """Every second token of each head; in odd layers a third, so that layers differ."""
+    return (torch.arange(k.shape[2]) % (2 + layer % 2) == 0).expand(k.shape[0] * k.shape[1], -1)
+
+
+def uneven(layer, q, k, v):
+    """Each head its own number."""
+    heads = k.shape[0] * k.shape[1]
+    return torch.arange(k.shape[2]) < 5 + torch.arange(heads)[:, None]
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@torch.inference_mode()
+def steps(language, twin, x, choose):
+    """Largest difference of the logits of 6 steps, their size, whether the caches end up equal, and new graphs.
+
+    twin: of the same weights, asked without a compiler.
+    """
+    before, caches = graphs(), [cache_of(language, x, choose) for _ in "ab"]
+    ways = DecodeStep(twin, caches[0]), DecodeStep(language, caches[1], compile=True)
+    off = size = 0.0
+    for i in range(6):  # the arenas move on the way
+        ids = torch.arange(len(x)) + 7 * i
+        plain, compiled = (way(ids) for way in ways)
+        off, size = max(off, float((plain - compiled).abs().max())), max(size, float(plain.abs().max()))
+        if i == 2:
+            for cache in caches:
+                poison(cache)
+    a, b = caches
+    same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("kv_len", "kv_cap", "pos"))
+    whole = ways[1].parts.whole is not None
+    return {"off": off, "size": size, "same": same, "graphs": graphs() - before, "whole": whole}
+
+
+@torch.inference_mode()
+def products():
+    """{dtype: [largest error of the compiled product of a row against float64, that of F.linear]}."""
+    once, errors = torch.compile(linear, dynamic=False), {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight, bias, x = (torch.randn(s).to(dtype) for s in ((70, 300), (70,), (1, 300)))
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        errors[str(dtype)] = [float((f(x, weight, bias) - exact).abs().max()) for f in (once, F.linear)]
+        assert once(x, weight, bias).dtype == dtype
+    return errors
+
+
+def main():
+    torch.manual_seed(0)
+    question = "Describe the picture.", [str(DEMO_PICTURE)], Sampling(24)
+    texts = ["".join(Generation(load(DEMO, "fp32"), *question, compile=compile)) for compile in (False, True)]
+    found = {"texts": texts, "answer_graphs": graphs()}
+    language, twin = (load(DEMO, "fp32").model.language_model for _ in "ab")
+    x = torch.randn(2, 40, language.config.hidden_size) * language.model.embed_tokens.weight.std()
+    cases = {"all": (x[:1], None), "halves": (x[:1], halves), "uneven": (x[:1], uneven), "batch": (x, None)}
+    found["steps"] = {name: steps(language, twin, *case) for name, case in cases.items()}
+    found["by_rows"] = all(p.is_contiguous() for p in language.parameters())
+    print(json.dumps(found | {"products": products()}))
+
+
+if __name__ == "__main__":
+    main()
