@@ -69,11 +69,11 @@ def runs_of(starts, lengths):
 def rectangle_step(q, k_new, v_new, k, v, kv_len):
     """A decode step over segments that are a rectangle: store the new tokens, attend to all. For a compiler.
 
-    Called as it is it would be slow: products are written as multiplications and sums, so that a compiler makes a few
-    loops of it, and a layer around it, which write nothing in between but scores.
+    Products are written as multiplications and sums, which would be slow as they stand: a compiler makes a few loops
+    of them and of the layer around them, and what is written in between is the scores.
 
-    q (B, Hq, D), contiguous; k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len (S,), the new
-    tokens counted -> like q. No result depends on a free slot, whatever it holds.
+    q (B, Hq, D), contiguous; k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len
+    (S,), the new tokens counted -> like q. No result depends on a free slot, whatever it holds.
     """
     segments, n, d = k.shape
     compute, segment, newest = torch.promote_types(q.dtype, torch.float32), torch.arange(segments), kv_len.long() - 1

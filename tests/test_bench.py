@@ -648,7 +648,42 @@ def test_points_of_the_plot_are_the_measured_ones(smoke):
     assert skews["ours, torch"][0] == ("skew 1", 1.0)
 
 
+def decode_rows(tmp_path, *names):
+    """A file as bench_decode.py writes it, of two workloads."""
+    shape = {"batch": 1, "vision_tokens": 8, "text_tokens": 4}
+    rows = [
+        shape | {"engine": e, "prune": p, "workload": w, "ms_per_token": ms, "ceiling_speedup": 1.5}
+        for w in ("a", "b")
+        for e, p, ms in names
+    ]
+    rows.append(shape | {"engine": "hf-static", "prune": "none", "workload": "b", "right": None})  # not timed
+    about = {"machine": "this", "dtype": "fp32", "model": "small"}
+    path = tmp_path / "decode.json"
+    path.write_text(json.dumps({"about": about, "rows": rows}))
+    return path
+
+
+def test_decoding_can_be_drawn(tmp_path, capsys):
+    path = decode_rows(
+        tmp_path, ("ours", "none", 4), ("ours", "plphp@0.5", 2), ("hf-eager", "none", 9), ("hf-sdpa", "none", 8)
+    )
+    about, rows = plot_bench.read([path])
+    page = plot_bench.decode_figure(about, rows)
+    assert len(page.axes) == 2
+    for axes in page.axes:
+        assert [bar.get_width() for bar in axes.patches] == [2, 4, 8 / 9, 1]  # over hf-sdpa
+        assert [line.get_xdata()[0] for line in axes.lines] == [3]  # 1.5 times the unpruned one
+    assert plot_bench.main([str(path), "--out", str(tmp_path / "a.png")]) == 0
+    assert "decode" in capsys.readouterr().out
+    assert plot_bench.base_of([("ours", "none"), ("hf-eager", "none")])[0] == "hf-eager"
+    assert plot_bench.base_of([("ours", "none")]) == ("ours", "none")
+
+
 def test_what_cannot_be_drawn_is_said(smoke, tmp_path):
+    decode_rows(tmp_path, ("ours", "none", 4))
+    decode = json.loads((tmp_path / "decode.json").read_text())
+    decode["about"] = json.loads(smoke.read_text())["about"]
+    (tmp_path / "decode.json").write_text(json.dumps(decode))
     (tmp_path / "text.json").write_text("no json")
     other = json.loads(smoke.read_text())
     other["about"]["machine"] = "another"
@@ -657,6 +692,7 @@ def test_what_cannot_be_drawn_is_said(smoke, tmp_path):
         (["/nowhere.json"], "/nowhere.json"),
         ([str(tmp_path / "text.json")], "text.json"),
         ([str(smoke), str(tmp_path / "other.json")], "machine"),
+        ([str(smoke), str(tmp_path / "decode.json")], "two benchmarks"),
         ([str(smoke), "--shape", "7b"], "7b"),
         ([str(smoke), "--layout", "flat"], "flat"),
         ([str(smoke), "--op", "window_scores"], "window_scores"),

@@ -1,11 +1,15 @@
-"""Draw what tools/bench_kernels.py --json has measured: bandwidth over size, and time over skew.
+"""Draw what tools/bench_kernels.py --json or tools/bench_decode.py --json has measured.
 
     python tools/plot_bench.py gpu.json --out gpu.png
     python tools/plot_bench.py a.json b.json --op ragged_decode --shape 7b --layout equal --out b.png
+    python tools/plot_bench.py decode.json --out decode.png
 
-Left: the part of the memory bandwidth that the useful bytes reach, over MB of K and V per layer (logarithmic). Right,
-if there is a --skew sweep: the time over that of equal lengths, at the same bytes. One line per provider, always in the
-same colour. Where the same was measured twice, the later row counts.
+Of bench_decode.py: decoding in multiples of transformers' speed, a panel per workload; a black line is where the bytes
+that are left would put a pruned run, from the unpruned one of the same engine.
+
+Of bench_kernels.py, left: the part of the memory bandwidth that the useful bytes reach, over MB of K and V per layer
+(logarithmic). Right, if there is a --skew sweep: the time over that of equal lengths, at the same bytes. One line per
+provider, always in the same colour. Where the same was measured twice, the later row counts.
 """
 
 import argparse
@@ -28,6 +32,8 @@ STYLES = {
 }
 BASES = {"triton": ("#D55E00", "1", ":"), "torch": ("#E69F00", "2", ":")}  # of another commit: ours, dotted
 OTHERS = ("#777777", "*", "-.")
+ENGINES = {"ours": "#E69F00", "ours-compile": "#D55E00"}  # of bench_decode.py; others are grey
+NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # what tells two rows apart
 
 
 def parser():
@@ -47,10 +53,12 @@ def read(paths):
         try:
             data = json.loads(Path(path).read_text())
             abouts.append(data["about"])
-            timed = [row for row in data["rows"] if "us" in row]
+            timed = [row for row in data["rows"] if "us" in row or "ms_per_token" in row]
         except (OSError, ValueError, KeyError, TypeError) as wrong:
-            raise SystemExit(f"error: {path} is no file of bench_kernels.py --json ({wrong}); give one") from None
-        rows |= {(row["op"], row["case"], row["provider"]): row for row in timed}
+            raise SystemExit(f"error: {path} is no file of a benchmark's --json ({wrong}); give one") from None
+        rows |= {tuple(row.get(part) for part in NAMES): row for row in timed}
+    if len({"ms_per_token" in row for row in rows.values()}) > 1:
+        raise SystemExit("error: the files are of two benchmarks; draw one at a time")
     for key in ("machine", "dtype"):
         if len({about[key] for about in abouts}) > 1:
             raise SystemExit(f"error: the files differ in {key}; draw one {key} at a time")
@@ -175,16 +183,58 @@ def by_skew(axes, points, layout):
     axes.set_title("skew, at the same bytes", fontsize=10)
 
 
+def decode_figure(about, rows):
+    """A panel per workload: the speed of each engine and method over that of transformers (SDPA if it was asked)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    work = list(dict.fromkeys(row["workload"] for row in rows))
+    names = list(dict.fromkeys((row["engine"], row["prune"]) for row in rows))
+    size = 9, 1.5 + 0.28 * len(names)
+    page, grid = pyplot.subplots(1, len(work), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    base = base_of(names)
+    for axes, workload in zip(grid[0], work, strict=True):
+        found = {(row["engine"], row["prune"]): row for row in rows if row["workload"] == workload}
+        for y, name in enumerate(names):
+            if name not in found or base not in found:
+                continue
+            row, unpruned = found[name], found.get((name[0], "none"))
+            speed = found[base]["ms_per_token"] / row["ms_per_token"]
+            axes.barh(y, speed, color=ENGINES.get(name[0], "#999999"))
+            axes.text(0, y, f" {speed:.2f}", va="center", fontsize=8)
+            if unpruned and name[1] != "none":
+                reach = found[base]["ms_per_token"] / unpruned["ms_per_token"] * row["ceiling_speedup"]
+                axes.plot([reach, reach], [y - 0.45, y + 0.45], color="#000000", linewidth=1.5)
+        one = next(iter(found.values()))
+        axes.set_title(f"{one['batch']} x {one['vision_tokens']} + {one['text_tokens']} tokens", fontsize=10)
+        axes.grid(alpha=0.3, axis="x")
+    grid[0][0].set_yticks(range(len(names)), [engine if p == "none" else f"{engine}, {p}" for engine, p in names])
+    grid[0][0].invert_yaxis()
+    page.supxlabel(f"decode speed over {base[0]}", fontsize=10)
+    page.suptitle(f"{about['model']}, {about['dtype']}, {about['machine']}", fontsize=11)
+    return page
+
+
+def base_of(names):
+    """The (engine, prune) of transformers that others are compared with; the first where it is not there."""
+    return next((name for wanted in ("hf-sdpa", "hf-") for name in names if name[0].startswith(wanted)), names[0])
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     about, rows = read(args.files)
-    op, shape, layout = chosen(rows, args)
-    page = figure(about, rows, op, shape, layout)
+    if rows and "ms_per_token" in rows[0]:
+        page, what = decode_figure(about, rows), "decode"
+    else:
+        op, shape, layout = chosen(rows, args)
+        page, what = figure(about, rows, op, shape, layout), f"{op}, {shape}, {layout}"
     try:
         page.savefig(args.out, dpi=200)
     except (OSError, ValueError) as wrong:
         raise SystemExit(f"error: {args.out} cannot be written ({wrong}); name another --out") from None
-    print(f"{args.out}: {op}, {shape}, {layout}")
+    print(f"{args.out}: {what}")
     return 0
 
 
