@@ -64,6 +64,17 @@ def steps(language, twin, x, choose):
 
 
 @torch.inference_mode()
+def work_of_a_step(language, x):
+    """Compiled calls and allocations of one step, by the profiler."""
+    step, ids = DecodeStep(language, cache_of(language, x, None), compile=True), torch.tensor([3])
+    step(ids)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step(ids)
+    names = [event.name for event in profile.events()]
+    return sum(name.startswith("Torch-Compiled Region") for name in names), names.count("[memory]")
+
+
+@torch.inference_mode()
 def products():
     """{dtype: [largest error of the compiled product of a row against float64, that of F.linear]}."""
     once, errors = torch.compile(linear, dynamic=False), {}
@@ -84,6 +95,7 @@ def main():
     x = torch.randn(2, 40, language.config.hidden_size) * language.model.embed_tokens.weight.std()
     cases = {"all": (x[:1], None), "halves": (x[:1], halves), "uneven": (x[:1], uneven), "batch": (x, None)}
     found["steps"] = {name: steps(language, twin, *case) for name, case in cases.items()}
+    found["calls"], found["allocations"] = work_of_a_step(language, x[:1])
     found["by_rows"] = all(p.is_contiguous() for p in language.parameters())
     print(json.dumps(found | {"products": products()}))
 

@@ -44,6 +44,11 @@ def test_compiled_steps_are_the_steps(found, name):
     assert case["off"] <= 1e-4 * case["size"]
 
 
+def test_a_compiled_step_is_a_call_per_layer(found):
+    """And one of the output head; six layers. What is allocated are some vectors, nothing of a layer's inside."""
+    assert found["calls"] == 7 and 0 < found["allocations"] <= 30
+
+
 def test_compiled_products_of_a_row_are_as_exact_as_others(found):
     for compiled, plain in found["products"].values():
         assert compiled <= 2 * plain + 1e-5
