@@ -188,7 +188,8 @@ def explain(broken):
     if isinstance(broken, OSError) and broken.errno == errno.ENOSPC:
         return f"the disk is full ({text}); free some of it and give the same command again", 1
     if type(broken).__name__ in ("InductorError", "BackendCompilerFailed"):
-        return f"torch.compile failed ({text[:200]}); run without --compile", 1
+        why = text.split(" Set TORCHDYNAMO_VERBOSE")[0][:200]
+        return f"torch.compile failed ({why}); it needs a C++ compiler such as g++; run without --compile", 1
     return f"{type(broken).__name__}: {text[:300]}; run again with --debug to see where", 1
 
 
