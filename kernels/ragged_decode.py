@@ -195,8 +195,20 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
 
 
-def ragged_decode_append_ref(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False):
+def turned(x, rope):
+    """x (B, H, D) turned by cos and sin (B, 1, D): x * cos + x rolled by D/2 * sin, rounded to x's dtype once."""
+    if rope is None:
+        return x
+    compute = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (t.to(compute) for t in rope)
+    return (x.to(compute) * cos + x.to(compute).roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def ragged_decode_append_ref(
+    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False, rope=None
+):  # fmt: skip
     """The specification of `ragged_decode_append`: write where there is room, attend to the past and the new token."""
+    q, k_new = turned(q, rope), turned(k_new, rope)
     d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
     joined = []  # past and new token of each segment, in arenas of their own
     for arena, new in ((k, k_new.reshape(-1, d)), (v, v_new.reshape(-1, d))):
@@ -210,11 +222,13 @@ def ragged_decode_append_ref(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *,
 
 
 def ragged_decode_append(
-    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False, plan=None, backend="auto"
-):
+    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *,
+    scale=None, return_lse=False, plan=None, backend="auto", rope=None,
+):  # fmt: skip
     """A decode step of one layer: store each segment's new token behind its rows, and attend to both.
 
-    q (B, Hq, D); k_new, v_new (B, Hkv, D), the keys rotated; the rest as for `ragged_decode`. kv_len does not count the
+    q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`. q and k_new carry their positions, or rope
+    does: cos and signed sin (B, 1, D), by which both are turned first (`turned`). kv_len does not count the
     new token: the caller adds 1 afterwards, for all layers at once. In a segment that is full, kv_len = kv_cap, nothing
     is stored, and the new token is attended to all the same. With a plan it is the plan's kv_cap that counts. Returns
     what `ragged_decode` returns.
@@ -222,42 +236,58 @@ def ragged_decode_append(
     With Triton one launch; the torch backend takes several calls and, on CUDA, waits to learn which segments are full.
     """
     plan = decode_plan(kv_start, kv_cap) if plan is None else plan
-    _check(q, k, v, kv_start, kv_len, plan)
+    q, k_new, v_new = (dense_within(x) for x in (q, k_new, v_new))
+    _check(q, k, v, kv_start, kv_len, plan, q_dense=True)
     b, hq, d = q.shape if q.ndim == 3 else (0, 0, 0)
     if k_new.shape != v_new.shape or k_new.shape != (b, plan.segments // max(b, 1), d):
         shapes = f"q {tuple(q.shape)}, k_new {tuple(k_new.shape)}, v_new {tuple(v_new.shape)}"
         raise ValueError(f"{shapes}; give (B, Hq, D) and twice (B, Hkv, D)")
     check_alike(q=q, k_new=k_new, v_new=v_new)
+    if rope is not None and (
+        len(rope) != 2 or d % 2 or any(t.shape != (b, 1, d) or t.device != q.device for t in rope)
+    ):
+        shapes = ", ".join(f"{tuple(t.shape)} on {t.device}" for t in rope)
+        raise ValueError(f"rope is {shapes} for q {tuple(q.shape)} on {q.device}; give cos and sin (B, 1, D), D even")
     if kv_cap is not plan.kv_cap and (kv_cap.is_cpu != q.is_cpu or (q.is_cpu and not torch.equal(kv_cap, plan.kv_cap))):
         what = kv_cap.tolist() if kv_cap.is_cpu else f"on {kv_cap.device}"
         raise ValueError(f"kv_cap is {what}, in the plan {plan.caps} on {q.device}; build the plan from it")
     way = choose_backend(backend, q.device, q.dtype)
-    k_new, v_new, scale = k_new.contiguous(), v_new.contiguous(), d**-0.5 if scale is None else scale
+    scale = d**-0.5 if scale is None else scale
     if way == "triton":
         from . import ragged_decode_triton
 
         _lengths(kv_start, kv_len, k.shape[0], plan)
-        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale)
+        rope = None if rope is None else [t.contiguous() for t in rope]
+        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope)
         return (out, lse) if return_lse else out
+    q, k_new = turned(q, rope).contiguous(), turned(k_new, rope)
     past = ragged_decode(q, k, v, kv_start, kv_len, scale=scale, return_lse=True, plan=plan, backend=backend)
     free = (kv_len < plan.kv_cap).nonzero()[:, 0]
     slot = (kv_start + kv_len)[free].long()
-    k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]
+    k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]  # flatten copies where it has to
     group, compute = hq // k_new.shape[1], past[1].dtype
     score = scale * (q.unflatten(1, (-1, group)).to(compute) * k_new[:, :, None].to(compute)).sum(-1)
     out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), score.flatten(1))  # the lse of one token
     return (out, lse) if return_lse else out
 
 
-def _check(q, k, v, kv_start, kv_len, plan):
-    """ValueError for whatever `ragged_decode` cannot work with. Runs in every step: each tensor is asked once."""
+def dense_within(x):
+    """x (B, H, D), copied if there are gaps between its heads; those between sequences may stay."""
+    return x if x.ndim == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
+    """ValueError for whatever `ragged_decode` cannot work with. Runs in every step: each tensor is asked once.
+
+    q_dense: q is known to be dense enough.
+    """
     q_shape, k_shape, device, dtype = q.shape, k.shape, q.device, q.dtype
     if not (dtype == k.dtype == v.dtype and device == k.device == v.device and dtype in DTYPES):
         check_alike(q=q, k=k, v=v)  # says which
     if len(q_shape) not in (3, 4) or len(k_shape) != 2 or k_shape != v.shape or k_shape[1] != q_shape[-1]:
         shapes = f"q {tuple(q_shape)}, k {tuple(k_shape)}, v {tuple(v.shape)}"
         raise ValueError(f"{shapes}; give (B, [T,] Hq, D) and twice (N, D)")
-    if not (k.is_contiguous() and v.is_contiguous() and q.is_contiguous()):
+    if not (k.is_contiguous() and v.is_contiguous() and (q_dense or q.is_contiguous())):
         strides = f"strides {q.stride()}, {k.stride()}, {v.stride()}"
         raise ValueError(f"non-contiguous q, k or v ({strides}); call .contiguous()")
     shape = kv_start.shape

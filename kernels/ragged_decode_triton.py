@@ -156,15 +156,24 @@ def merge_kernel(
 # ---------------------------------------------------------------- one launch: append, splits, merge by the last arriver
 
 
+@triton.jit
+def _turned(x, at, there, cos, sin, col, D: tl.constexpr):
+    """Rows of x at offsets `at` (to which col is added), turned by their position: x * cos + x rolled by D/2 * sin. In
+    x's dtype, calculated in fp32 and rounded once; cos and sin: what they are multiplied with, fp32."""
+    straight = tl.load(x + at + col, there, 0.0).to(tl.float32)
+    rolled = tl.load(x + at + (col + D // 2) % D, there, 0.0).to(tl.float32)
+    return (straight * cos + rolled * sin).to(x.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def append_kernel(
-    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, work, tickets, part, part_lse, out, lse,
-    scale,
+    q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, kv_cap, work, tickets, part, part_lse, out, lse,
+    scale, heads, q_stride, k_stride, v_stride,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
-    UP: tl.constexpr,
+    ROPE: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """grid (items, tiles of M rows): one split of one segment; the last one takes in the new token too, which kv_len
-    does not count.
+    does not count. heads: Hkv; the strides are those of sequences; ROPE: q and k_new are still to be turned.
 
     Whoever of a segment's programs arrives last merges their parts. Nobody waits for anybody, so it cannot hang.
     """
@@ -179,17 +188,26 @@ def append_kernel(
     start, cap = tl.load(kv_start + segment), tl.load(kv_cap + segment)
     r, place, there = _rows(segment, 1, 1, G, M)
     col = tl.arange(0, DP)
-    rows = tl.load(q + place[:, None] * D + col[None, :], there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
+    sequence, head = segment // heads, segment % heads
+    q_at, exists = sequence * q_stride + (head * G + r)[:, None] * D, there[:, None] & (col < D)[None, :]
     # the new token is read where it comes from and not where it goes: a load would have to wait for the store
     mine = split == last
-    key = tl.load(k_new + segment * D + col, mine & (col < D), 0.0)
-    value = tl.load(v_new + segment * D + col, mine & (col < D), 0.0)
+    k_at, new = sequence * k_stride + head * D, mine & (col < D)
+    if ROPE:
+        c = tl.load(cos + sequence * D + col, col < D, 0.0).to(tl.float32)
+        s = tl.load(sin + sequence * D + col, col < D, 0.0).to(tl.float32)
+        rows = _turned(q, q_at, exists, c[None, :], s[None, :], col[None, :], D)  # [M, DP]
+        key = _turned(k_new, k_at, new, c, s, col, D)
+    else:
+        rows = tl.load(q + q_at + col[None, :], exists, 0.0)
+        key = tl.load(k_new + k_at + col, new, 0.0)
+    value = tl.load(v_new + sequence * v_stride + head * D + col, new, 0.0)
     free = (start + length).to(tl.int64) * D + col
     room = mine & (length < cap) & (col < D) & (tl.program_id(1) == 0)
     tl.store(k + free, key, room)
     tl.store(v + free, value, room)
-    s = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
-    m = tl.where(mine, s, float("-inf"))
+    score = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+    m = tl.where(mine, score, float("-inf"))
     l = tl.zeros([M], tl.float32) + tl.where(mine, 1.0, 0.0)
     acc = tl.zeros([M, DP], tl.float32) + value.to(tl.float32)[None, :]
     # stream what flows
@@ -248,17 +266,23 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
     return out, lse
 
 
-def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale):
-    """q (B, Hq, D), k_new and v_new (B, Hkv, D): store the new token behind kv_len, attend -> out, lse (B, Hq)."""
+def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=None):
+    """q (B, Hq, D), k_new and v_new (B, Hkv, D), dense within a sequence: store the new token behind kv_len, attend ->
+    out, lse (B, Hq). rope: cos and sin (B, 1, D), contiguous, by which q and k_new are turned first."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
     part, part_lse = plan.scratch(rows, d)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    cos, sin = (q, q) if rope is None else rope
+    out, lse = (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
+    )
     tile = tiles(rows, d, q.element_size())
     steps = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         append_kernel[len(plan.work), steps](
-            q, k_new, v_new, k, v, kv_start, kv_len, plan.kv_cap,
-            plan.work, plan.tickets(steps), part, part_lse, out, lse, scale * LOG2_E,
-            G=rows, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=2,
+            q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, plan.kv_cap,
+            plan.work, plan.tickets(steps), part, part_lse, out, lse,
+            scale * LOG2_E, plan.segments // len(q), q.stride(0), k_new.stride(0), v_new.stride(0),
+            G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out, lse

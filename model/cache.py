@@ -155,15 +155,18 @@ class RaggedCache:
             return_lse=return_lse, plan=plan, backend=self.backend,
         )  # fmt: skip
 
-    def append_attend(self, layer, q, k, v):
-        """A decode step: one token per sequence, k and v (B, Hkv, D), is appended; q (B, Hq, D) attends -> like q."""
+    def append_attend(self, layer, q, k, v, rope=None):
+        """A decode step: one token per sequence, k and v (B, Hkv, D), is appended; q (B, Hq, D) attends -> like q.
+
+        Where the cache is `fused` the kernel turns q and k by rope, cos and sin (B, 1, D); elsewhere they are turned.
+        """
         if not self.fused:
             self.append(layer, k, v)
-            return self.attend(layer, q)
+            return self.attend(layer, q.contiguous())
         plan = self.plans[layer]  # a finished sequence writes into a slot that is never counted, if it has one
         return ragged_decode_append(
             q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.past[layer], plan.kv_cap,
-            plan=plan, backend=self.backend,
+            plan=plan, backend=self.backend, rope=rope,
         )  # fmt: skip
 
     def rectangle(self, layer):

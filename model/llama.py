@@ -150,15 +150,16 @@ class Attention(nn.Module):
         self.qkv = self.out = None  # of `Llama.arrange`
 
     def project(self, x, rope):
-        """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions."""
+        """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions, if there is a rope."""
         if self.qkv is None or torch.is_grad_enabled() or in_loops(x):
             q, k, v = (
                 linear(x, p.weight, p.bias).unflatten(-1, (-1, self.head_dim))
                 for p in (self.q_proj, self.k_proj, self.v_proj)
             )
-            return rotate(q, rope), rotate(k, rope), v
+            return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (..., Hq + 2 * Hkv, D)
-        turned = rotate(heads[..., : -self.kv_heads, :], rope)  # q and k at once
+        turned = heads[..., : -self.kv_heads, :]
+        turned = turned if rope is None else rotate(turned, rope)  # q and k at once
         q, k = turned.split((self.q_heads, self.kv_heads), -2)
         return q, k, heads[..., -self.kv_heads :, :]
 
@@ -210,8 +211,8 @@ class MLP(nn.Module):
     def gated(self, x):
         """x (..., C) -> (..., F), what `down_proj` takes."""
         if self.gate_up is None or torch.is_grad_enabled() or in_loops(x):
-            gate, up = (linear(x, p.weight, p.bias) for p in (self.gate_proj, self.up_proj))
-            return F.silu(gate) * up
+            gate, up = self.gate_proj, self.up_proj
+            return F.silu(linear(x, gate.weight, gate.bias)) * linear(x, up.weight, up.bias)
         gate, up = (y for side in self.gate_up for y in side.each(x))
         return F.silu(gate) * up
 
@@ -233,9 +234,11 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), q, k, v
 
     def before_attention(self, x, rope):
-        """A decode step's first half: x (B, C), one token per sequence -> q (B, Hq, D), k and v (B, Hkv, D)."""
-        q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        return q.contiguous(), k, v
+        """A decode step's first half: x (B, C), one token per sequence -> q (B, Hq, D), k and v (B, Hkv, D).
+
+        rope None: who attends will turn q and k.
+        """
+        return self.self_attn.project(self.input_layernorm(x), rope)
 
     def after_attention(self, x, y):
         """Its second half: x (B, C) and what attention gave, y (B, Hq, D) -> x (B, C), changed in place."""
@@ -247,7 +250,7 @@ class DecoderLayer(nn.Module):
         """Both halves and, between them, attention over a rectangle of the cache, k and v (S, n, D), in which the new
         tokens are counted already, kv_len (S,): a decode step in one piece for a compiler, on a CPU."""
         q, k_new, v_new = self.before_attention(x, rope)
-        return self.after_attention(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
+        return self.after_attention(x, rectangle_step(q.contiguous(), k_new, v_new, k, v, kv_len))
 
     def extend(self, x, rope, cache, layer, past):
         x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
@@ -358,8 +361,8 @@ class Llama(nn.Module):
                 if rectangle is not None:
                     x = parts.whole(layer, x, rope, *rectangle, cache.lengths[i])
                     continue
-                q, k, v = parts.before_attention(layer, x, rope)
-                x = parts.after_attention(layer, x, cache.append_attend(i, q, k, v))
+                q, k, v = parts.before_attention(layer, x, None if cache.fused else rope)
+                x = parts.after_attention(layer, x, cache.append_attend(i, q, k, v, rope))
         except BaseException:  # Ctrl-C too: the cache stays as it was
             cache.give_back()
             raise

@@ -245,10 +245,34 @@ MUTANTS = {
         "room = mine & (length <= cap)",
         "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
     ),
+    "Triton: keys are turned by the angles of the first sequence": (
+        "kernels/ragged_decode_triton.py",
+        "c = tl.load(cos + sequence * D + col",
+        "c = tl.load(cos + col",
+        "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
+    ),
+    "Triton: channels are rolled by one too few": (
+        "kernels/ragged_decode_triton.py",
+        "(col + D // 2) % D",
+        "(col + D // 2 - 1) % D",
+        "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
+    ),
+    "Triton: q is read as if there were nothing between sequences": (
+        "kernels/ragged_decode_triton.py",
+        "sequence * q_stride + (head * G + r)",
+        "sequence * heads * G * D + (head * G + r)",
+        "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
+    ),
+    "q and k are turned twice": (
+        "model/llama.py",
+        "layer, x, None if cache.fused else rope)",
+        "layer, x, rope)",
+        "test_cache.py::test_pruned_decoding_is_dense_attention_with_the_keep_mask",
+    ),
     "Triton: the new token is not attended to": (
         "kernels/ragged_decode_triton.py",
-        'm = tl.where(mine, s, float("-inf"))',
-        'm = tl.where(mine, s - 1e9, float("-inf"))',
+        'm = tl.where(mine, score, float("-inf"))',
+        'm = tl.where(mine, score - 1e9, float("-inf"))',
         TICKETS,
     ),
     "Triton: every split takes the new token": (

@@ -16,8 +16,11 @@ from kernels import (
     ragged_decode_append_ref,
     ragged_decode_ref,
 )
-from kernels.backend import choose_backend
-from tests.oracle import assert_as_exact, masked_attention
+from kernels.backend import choose_backend, interpreted
+from kernels.ragged_decode import turned
+from model.config import TextConfig
+from model.llama import rope_table, rotate
+from tests.oracle import ULP, assert_as_exact, masked_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -126,27 +129,51 @@ def test_a_rectangle_is_stepped_in_one_piece(dtype):
             torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+def some_rope(b, d, dtype):
+    """cos and sin (B, 1, D) of random angles; which sines are negative is anybody's."""
+    angles = torch.randn(b, 1, d // 2).repeat(1, 1, 2)
+    return [angles.cos().to(dtype), (angles.sin() * torch.randn(d).sign()).to(dtype)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend, dtype):
-    """A third of the segments are full. Against the reference, which is dense attention one token longer."""
+    """A third of the segments are full. Against the reference, which is dense attention one token longer. Every second
+    time q and the keys are still to be turned, every third time q, k and v lie side by side."""
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton's kernels compute in fp32; float64 is refused")
+    # Triton's interpreter cuts numbers off to bf16 where a GPU rounds them, which is an error of its own
+    cut_off = backend == "triton" and dtype == torch.bfloat16 and interpreted()
     for seed in range(40 if backend == "torch" else 12):
         q, k, v, keep, k_arena, v_arena, start, length, cap = (on_device(t) for t in case(seed, dtype))
         q = q if q.ndim == 3 else q[:, 0].contiguous()
         cap = torch.where(torch.arange(len(cap)) % 3 == seed % 3, length, cap)
         k_new, v_new = (torch.randn(len(q), len(start) // len(q), q.shape[2]).to(dtype) for _ in range(2))
         exact_q, *exact_new = (t.double() for t in (q, k_new, v_new))
-        tail, options = (start, length, cap), {"scale": [None, 0.3][seed % 2], "return_lse": True}
-        exact = ragged_decode_append_ref(exact_q, *exact_new, k_arena.double(), v_arena.double(), *tail, **options)
+        rope = None if seed // 2 % 2 or cut_off else some_rope(len(q), q.shape[2], dtype)
+        if seed % 3 == 0:
+            q, k_new, v_new = torch.cat((q, k_new, v_new), 1).split([t.shape[1] for t in (q, k_new, v_new)], 1)
+        tail, options = (start, length, cap), {"scale": [None, 0.3][seed % 2], "return_lse": True, "rope": rope}
+        exact_options = options | {"rope": rope and [t.double() for t in rope]}
+        exact = ragged_decode_append_ref(
+            exact_q, *exact_new, k_arena.double(), v_arena.double(), *tail, **exact_options
+        )
         wanted, ours = ((k_arena.clone(), v_arena.clone()) for _ in range(2))
         plain = ragged_decode_append_ref(q, k_new, v_new, *wanted, *tail, **options)
         plan = decode_plan(start, cap, split=32) if seed % 4 else None
         got = ragged_decode_append(q, k_new, v_new, *ours, *tail, **options, plan=plan, backend=backend)
         assert_as_exact(got[0], plain[0], exact[0], dtype, f"seed {seed}")
         assert_as_exact(got[1], plain[1], exact[1], got[1].dtype, f"lse, seed {seed}", floor=1.0)
-        for a, b in zip(wanted, ours, strict=True):
-            assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)), f"seed {seed}: not what should be stored"
+        for a, b in zip(wanted, ours, strict=True):  # a GPU multiplies and adds in one rounding
+            off, ulp = (0, 0) if rope is None else (ULP[torch.promote_types(dtype, torch.float32)], ULP[dtype])
+            torch.testing.assert_close(b, a, rtol=ulp, atol=8 * off, equal_nan=True, msg=f"seed {seed}: stored")
+
+
+def test_a_step_turns_what_a_model_turns(backend):
+    """The rope of the kernel is the model's `rotate`, in fp32 to rounding."""
+    config = TextConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    cos_sin = rope_table(torch.tensor([7, 300]), config, torch.float32)
+    x = torch.randn(2, 4, 16)
+    torch.testing.assert_close(turned(x, cos_sin), rotate(x, cos_sin), rtol=1e-6, atol=1e-6)
 
 
 def on_device(thing):
@@ -299,6 +326,8 @@ def test_bad_steps_are_refused():
         ([good[0], new, new.double(), *good[3:], cap], {}, "float64"),
         ([good[0][:, None], *good[1:], cap], {}, "(2, 1, 4, 8)"),
         ([*good, cap + 30], {}, "the plan is for 4 segments in 70 slots"),
+        ([*good, cap], {"rope": (torch.ones(2, 8), torch.ones(2, 8))}, "(2, 8)"),
+        ([*good, cap], {"rope": (torch.ones(2, 1, 8), torch.ones(2, 1, 8, device="meta"))}, "on meta"),
         ([*good[:6], GOOD["kv_len"] + 9, cap], {}, "repack"),
     ):
         with pytest.raises(ValueError) as refused:

@@ -779,6 +779,8 @@ def kept_rows(packed):
 class DenseCache:
     """The baseline: contiguous K and V (B, Hkv, capacity, D), every head keeping everything."""
 
+    fused = False  # q and k come turned by their positions
+
     def __init__(self, num_layers, capacity):
         self.capacity, self.k, self.v = capacity, [None] * num_layers, [None] * num_layers
         self.length, self.pos = 0, None
@@ -797,7 +799,7 @@ class DenseCache:
         self.length -= 1
         self.pos -= 1
 
-    def append_attend(self, layer, q, k, v):
+    def append_attend(self, layer, q, k, v, rope):
         self.k[layer][:, :, self.length - 1], self.v[layer][:, :, self.length - 1] = k, v
         return self.attend(layer, q)
 

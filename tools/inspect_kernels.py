@@ -119,7 +119,8 @@ def launch_append(variant, dtype):
     start, cap = SLOTS * torch.arange(HEADS, dtype=torch.int32), torch.full((HEADS,), SLOTS, dtype=torch.int32)
     q, new = (torch.empty(1, heads, variant.d, dtype=dtype) for heads in (HEADS * variant.group, HEADS))
     k, v = torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype)
-    ragged_decode_triton.append_attend(q, new, new, k, v, start, cap, decode_plan(start, cap), 1.0)
+    rope = torch.empty(2, 1, 1, variant.d, dtype=dtype).unbind()
+    ragged_decode_triton.append_attend(q, new, new, k, v, start, cap, decode_plan(start, cap), 1.0, rope)
 
 
 def launch_scores(variant, dtype):
