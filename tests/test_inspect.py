@@ -38,7 +38,7 @@ def test_the_step_in_one_launch_passes_on_its_own():
 
 
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
-WARPS = "G=rows, D=d, UP=interpreted(), **tile, num_warps="  # of append_kernel
+WARPS = "G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps="  # of append_kernel
 FAULTS = {  # gates that must fail: what is changed
     ("barrier", "int64"): {
         "        tl.debug_barrier()": "        pass",
