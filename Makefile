@@ -10,7 +10,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutants.py --tested
 
 mutants: .venv/test.stamp
 	$(BIN)/python tests/mutants.py
