@@ -75,7 +75,7 @@ def parser():
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
                    help="kernels of the cache: triton needs CUDA, or TRITON_INTERPRET=1 (default: triton on CUDA)")
     p.add_argument("--compile", action="store_true",
-                   help="decode with torch.compile, on a CPU about twice as fast; the second token waits for it")
+                   help="decode with torch.compile, on a CPU up to twice as fast; the second token waits for it")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
                    help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, uniform, "
                         "shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... (default none)")

@@ -282,6 +282,28 @@ def test_a_broken_step_is_not_timed(here, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("WRONG, not timed") == 2
 
 
+def test_a_broken_pruned_step_is_not_timed(here, monkeypatch, tmp_path):
+    """A cache that is right until something was dropped: dense attention under a mask says so."""
+    attend = RaggedCache.append_attend
+
+    def wrong(self, layer, q, k, v, rope=None):
+        out = attend(self, layer, q, k, v, rope)
+        return out if int(self.kv_len.min()) == int(self.pos.max()) else -out
+
+    monkeypatch.setattr(RaggedCache, "append_attend", wrong)
+    path = tmp_path / "a.json"
+    flags = ["--workloads", "2x24,8+8", "--engines", "ours", "--new-tokens", "4", "--rounds", "1", "--device", "cpu"]
+    assert bench_decode.main([*flags, "--prune", "random@0.5", "fastv:layer=2@0.5", "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["right"] for r in rows] == [True, False, False] and "mask" in rows[1]["why"] and "mask" in rows[2]["why"]
+
+
+def test_ids_that_a_compiler_changes_are_wrong():
+    task = types.SimpleNamespace(prune="plphp@0.5", dtype="fp32")
+    said = bench_decode.is_wrong(task, facts(), None, None, facts(ids=((5, 6, 7), (5, 8, 8))))
+    assert "without the compiler" in said and not bench_decode.is_wrong(task, facts(), None, None, facts())
+
+
 def test_what_differs_from_transformers_is_not_timed(told):
     right = facts(), 0.1, [0.01]
     for broken, flags, said in (

@@ -17,7 +17,6 @@ from kernels import (
     ragged_decode_ref,
 )
 from kernels.backend import choose_backend, interpreted
-from kernels.ragged_decode import turned
 from model.config import TextConfig
 from model.llama import rope_table, rotate
 from tests.oracle import ULP, assert_as_exact, masked_attention
@@ -169,11 +168,17 @@ def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend,
 
 
 def test_a_step_turns_what_a_model_turns(backend):
-    """The rope of the kernel is the model's `rotate`, in fp32 to rounding."""
+    """q and keys turned by the model's `rotate`, or in the step: the same to rounding."""
     config = TextConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-    cos_sin = rope_table(torch.tensor([7, 300]), config, torch.float32)
-    x = torch.randn(2, 4, 16)
-    torch.testing.assert_close(turned(x, cos_sin), rotate(x, cos_sin), rtol=1e-6, atol=1e-6)
+    rope = rope_table(torch.tensor([7, 300]), config, torch.float32)
+    q, k_new, v_new = torch.randn(2, 4, 16), torch.randn(2, 2, 16), torch.randn(2, 2, 16)
+    start, length, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 9, 18, 27], [8, 3, 0, 5], 4 * [9]))
+    k, v = torch.randn(2, 36, 16)
+    ours, wanted = (k.clone(), v.clone()), (k.clone(), v.clone())
+    out = ragged_decode_append(q, k_new, v_new, *ours, start, length, cap, rope=rope, backend=backend)
+    other = ragged_decode_append_ref(rotate(q, rope), rotate(k_new, rope), v_new, *wanted, start, length, cap)
+    torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-6, atol=1e-6)
 
 
 def on_device(thing):

@@ -18,10 +18,11 @@ numbers of the embeddings' size, straight into the language model, beside LlamaF
 B sequences, each with pictures of P tokens and T of text. Prompts beyond the model's context are run and marked.
 
 Checked before any speed: the greedy ids are those of transformers (fp32), or the first logits are close (bf16, fp16);
-the steps' logits are those of one long prefill of the same tokens; a pruned run begins with the same token and stays
-finite. `roofline` is the bytes of weights and held K and V over the measured bandwidth, `ceiling` what pruning can win
-by bytes. --prune SPEC@F is what run.py calls --prune SPEC --retention F; dr=0, because random weights look at pictures
-in every layer alike.
+the steps' logits are those of one long prefill of the same tokens; a pruned run begins with the same token, and its
+steps' logits are those of dense attention under a mask; the compiler changes no greedy id (fp32). `roofline` is the
+bytes of weights and held K and V over the measured bandwidth, `ceiling` what pruning can win by bytes. --prune SPEC@F
+is what run.py calls --prune SPEC --retention F; dr=0, the same rate in every layer, so that F is what is kept: random
+weights look at pictures in every layer alike.
 """
 
 import argparse
@@ -292,6 +293,8 @@ def prepare_ours(task):
     }
     if method is None:
         facts["error"] = error_of_steps(language, x[0], checked)
+    else:
+        facts["error"] = error_of_pruned_steps(language, x[0], spans, method, checked)
     del checked
 
     def again():
@@ -309,6 +312,49 @@ def error_of_steps(language, x, checked):
     whole = torch.cat((x, language.model.embed_tokens(said)))[None]
     wanted = language.logits(language.prefill(whole)[0, -steps:])
     return max(error(a.tolist(), b.tolist()) for a, b in zip(checked.logits, wanted, strict=True))
+
+
+class MaskedCache:
+    """What a pruned cache has to agree with: every row stays, and a mask hides what a method dropped. One sequence."""
+
+    fused = False  # q and k come turned by their positions
+
+    def __init__(self, num_layers):
+        self.k, self.v, self.seen = [None] * num_layers, [None] * num_layers, [None] * num_layers
+        self.pos = None
+
+    def pack(self, layer, k, v, keep=None):
+        self.k[layer], self.v[layer] = k[0], v[0]  # (Hkv, T, D)
+        self.seen[layer] = torch.ones_like(k[0, ..., 0], dtype=torch.bool) if keep is None else keep
+        if self.pos is None:
+            self.pos = torch.tensor([k.shape[2]], device=k.device)
+
+    def grow(self):
+        self.pos = self.pos + 1
+
+    def append_attend(self, layer, q, k, v, rope):
+        new = k.transpose(0, 1), v.transpose(0, 1), torch.ones_like(k[0, :, :1], dtype=torch.bool)
+        for rows, row in zip((self.k, self.v, self.seen), new, strict=True):
+            rows[layer] = torch.cat((rows[layer], row), 1)
+        group = q.shape[1] // k.shape[1]
+        keys, values, seen = (x[layer].repeat_interleave(group, 0) for x in (self.k, self.v, self.seen))  # (Hq, T, ...)
+        scores = (keys.float() @ q[0, :, :, None].float())[..., 0] * q.shape[2] ** -0.5  # (Hq, T)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        return (weights[:, None] @ values.float()).transpose(0, 1).to(q.dtype)
+
+
+@torch.inference_mode()
+def error_of_pruned_steps(language, x, spans, method, checked):
+    """Largest error of the steps' logits against those of steps over a `MaskedCache` of prompt x (T, C)."""
+    config = language.config
+    layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
+    pruner, cache = Pruner(method, Layout(layers, *heads, len(x), spans, x.device)), MaskedCache(layers)
+    language.prefill(x[None], cache, choose=pruner.choose, narrow=pruner.narrow)
+    errors = []
+    for ids, got in zip(checked.ids, checked.logits[1:], strict=False):
+        token = language.model.embed_tokens(torch.tensor(ids[:1], device=x.device))
+        errors.append(error(got.tolist(), language.logits(language.decode(token, cache))[0].tolist()))
+    return max(errors)
 
 
 def prepare_picture(task):
@@ -578,13 +624,19 @@ def error(got, wanted):
     return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(got, wanted, strict=True)) / size) if size else math.inf
 
 
-def is_wrong(task, facts, unpruned, reference):
-    """What is wrong with a task's answers, None if nothing is. reference: (name, facts) of transformers, or None."""
+def is_wrong(task, facts, unpruned, reference, plain=None):
+    """What is wrong with a task's answers, None if nothing is.
+
+    reference: (name, facts) of transformers, or None; plain: facts of the same task without the compiler, or None.
+    """
     allowed = TOLERANCE[task.dtype]
     if not facts.get("finite", True):
         return "logits are not finite"
     if not facts.get("error", 0.0) <= allowed:
-        return f"logits of the steps are off those of one long prefill by {facts['error']:.2g} of their size"
+        of = "one long prefill" if task.prune == "none" else "dense attention with the kept tokens' mask"
+        return f"logits of the steps are off those of {of} by {facts['error']:.2g} of their size"
+    if plain and task.dtype == "fp32" and plain["ids"] != facts["ids"]:
+        return f"greedy ids {facts['ids']} are not those without the compiler, {plain['ids']}"
     if task.prune != "none":  # prefill is the unpruned one, but for methods that drop tokens while it goes on
         same = not unpruned or [ids[:1] for ids in facts["ids"]] == [ids[:1] for ids in unpruned["ids"]]
         return None if same or method_of(task.prune).layer else "the first token is not the unpruned one"
@@ -612,8 +664,10 @@ def make_rows(found, context, shape, itemsize, bandwidth):
             "beyond_context": w.tokens + task.new_tokens > context, "right": None, "why": why,
         }  # fmt: skip
         if why is None:
-            row["why"] = is_wrong(task, facts, unpruned, hf[0] if hf else None)
-            if task.prune != "none" and rows[0]["right"] is False:  # that of the same code, unpruned
+            twin = found.get(replace(task, engine="ours")) if task.engine == "ours-compile" else None
+            row["why"] = is_wrong(task, facts, unpruned, hf[0] if hf else None, twin and twin["facts"])
+            same = next((r for r in rows if (r["engine"], r["prune"]) == (task.engine, "none")), {})
+            if task.prune != "none" and same.get("right") is False:  # the same code, unpruned
                 row["why"] = row["why"] or "the unpruned run is wrong"
             row["right"] = row["why"] is None
         elif task.engine in OURS and not re.search(r"[Oo]ut ?[Oo]f ?[Mm]emory|can't allocate|ended with -9", why):

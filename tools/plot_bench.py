@@ -59,8 +59,8 @@ def read(paths):
         rows |= {tuple(row.get(part) for part in NAMES): row for row in timed}
     if len({"ms_per_token" in row for row in rows.values()}) > 1:
         raise SystemExit("error: the files are of two benchmarks; draw one at a time")
-    for key in ("machine", "dtype"):
-        if len({about[key] for about in abouts}) > 1:
+    for key in ("machine", "dtype", "model"):
+        if len({about.get(key) for about in abouts}) > 1:
             raise SystemExit(f"error: the files differ in {key}; draw one {key} at a time")
     return abouts[-1], list(rows.values())
 
