@@ -3,6 +3,8 @@
 import csv
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import types
@@ -151,6 +153,16 @@ def test_engines_work_in_processes_of_their_own(tmp_path, capsys):
     said = capsys.readouterr()
     assert "1x4+4: 1 x (4 vision + 4 text) tokens" in said.out and said.out.count("per step: ") == 2
     assert said.err.splitlines() == ["1x4+4: ours, none", f"1x4+4: ours, {mine}"]
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_the_compiler_is_an_engine(tmp_path):
+    path = tmp_path / "a.json"
+    flags = ["--workloads", "1x8+4", "--engines", "ours", "ours-compile", "--new-tokens", "4", "--rounds", "1"]
+    assert bench_decode.main([*flags, "--prune", "plphp:dr=0@0.5", "--device", "cpu", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["engine"], r["right"]) for r in rows] == 2 * [("ours", True)] + 2 * [("ours-compile", True)]
+    assert rows[2]["decode_x_ours"] > 0 and "step_launches" not in rows[2]
 
 
 def test_a_process_that_dies_is_told():
