@@ -13,6 +13,7 @@ from .ragged_decode import (
     ragged_decode_append,
     ragged_decode_append_ref,
     ragged_decode_ref,
+    turned,
 )
 from .ragged_pack import ragged_pack, ragged_pack_ref
 from .window_scores import window_scores, window_scores_ref
@@ -28,6 +29,7 @@ __all__ = [
     "ragged_decode_ref",
     "ragged_pack",
     "ragged_pack_ref",
+    "turned",
     "window_scores",
     "window_scores_ref",
 ]

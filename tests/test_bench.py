@@ -224,6 +224,16 @@ def test_layouts_are_a_choice(tmp_path):
     assert {r["layout"] for r in rows} == {"zipf"} and any(r["right"] for r in rows)
 
 
+def test_a_wrong_step_is_not_timed(monkeypatch, tmp_path, capsys):
+    """What is timed is what is checked: appending and attending, not attending alone."""
+    monkeypatch.setattr(bench_kernels.RaggedCache, "append_attend", lambda self, layer, q, k, v, rope: 0 * q + 7)
+    path = tmp_path / "a.json"
+    flags = ["decode", *SMALL[2:], "--retention", "0.5", *ONCE, "--layouts", "zipf", "--json", str(path)]
+    assert bench_kernels.main(flags) == 1
+    ours = [r for r in json.loads(path.read_text())["rows"] if r["provider"] == "ours, torch"]
+    assert [r["right"] for r in ours] == [False] and "us" not in ours[0]
+
+
 def test_large_problems_leave_room_on_the_device(monkeypatch):
     gib, setting = 2**30, bench_kernels.Setting(torch.bfloat16, torch.device("cuda"), {}, None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

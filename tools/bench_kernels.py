@@ -874,18 +874,29 @@ def prefill_case(tokens, setting):
 
 
 def attended(cache, q):
-    """What a cache gives for q in all layers, and what its rows should give."""
+    """What a step gives for q (B, Hq, D) and new tokens in all layers, and what the rows that are there then should.
+
+    The step is taken back. Where the kernel turns q, it does so here too.
+    """
+    dense, (b, _, d) = isinstance(cache, DenseCache), q.shape
+    heads = cache.k[0].shape[1] if dense else cache.kv_len.shape[1] // b
+    k_new, v_new = torch.randn(2, b, heads, d, dtype=q.dtype).to(q.device)
+    angles = torch.rand(b, 1, d, dtype=q.dtype).to(q.device)
+    rope = angles.cos(), angles.sin()
+    turned = kernels.turned(q, rope) if cache.fused else q
     got, plain, exact = [], [], []
+    cache.grow()
     for layer in range(len(cache.k)):
-        got.append(cache.attend(layer, q))
-        if isinstance(cache, DenseCache):
+        got.append(cache.append_attend(layer, q, k_new, v_new, rope))
+        if dense:
             arguments = q, *(t[layer][:, :, : cache.length] for t in (cache.k, cache.v))
             plain.append(exact_attention(*arguments, dtype=torch.float32))
             exact.append(exact_attention(*arguments))
             continue
         k, v, where = cache.k[layer], cache.v[layer], (cache.kv_start[layer], cache.kv_len[layer])
-        plain.append(kernels.ragged_decode_ref(q, k, v, *where))
-        exact.append(kernels.ragged_decode_ref(q.double(), k.double(), v.double(), *where))
+        plain.append(kernels.ragged_decode_ref(turned, k, v, *where))
+        exact.append(kernels.ragged_decode_ref(turned.double(), k.double(), v.double(), *where))
+    cache.give_back()
     return torch.stack(got), torch.stack(plain), torch.stack(exact)
 
 
