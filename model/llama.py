@@ -84,6 +84,12 @@ def linear(x, weight, bias=None):
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
+def adapted(x, layer, lora=None):
+    """A linear layer of x (B, T, C); lora adds to the rows of look-ahead tokens (`model.lookahead.LoRA`)."""
+    y = linear(x, layer.weight, layer.bias)
+    return y if lora is None else lora.add(x, y)
+
+
 class SideBySide:
     """Linear layers (without biases) of the same input as one product: their weights become views of one matrix.
 
@@ -149,12 +155,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.attention_bias)
         self.qkv = self.out = None  # of `Llama.arrange`
 
-    def project(self, x, rope):
+    def project(self, x, rope, adapter=None):
         """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions, if there is a rope."""
-        if self.qkv is None or torch.is_grad_enabled() or in_loops(x):
+        if self.qkv is None or adapter or torch.is_grad_enabled() or in_loops(x):
             q, k, v = (
-                linear(x, p.weight, p.bias).unflatten(-1, (-1, self.head_dim))
-                for p in (self.q_proj, self.k_proj, self.v_proj)
+                adapted(x, getattr(self, name), adapter and getattr(adapter, name)).unflatten(-1, (-1, self.head_dim))
+                for name in ("q_proj", "k_proj", "v_proj")
             )
             return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (..., Hq + 2 * Hkv, D)
@@ -163,13 +169,18 @@ class Attention(nn.Module):
         q, k = turned.split((self.q_heads, self.kv_heads), -2)
         return q, k, heads[..., -self.kv_heads :, :]
 
-    def prefill(self, x, rope, mask=None):
-        """x (B, T, C) -> y (B, T, C) and this layer's q (B, Hq, T, D) and k, v (B, Hkv, T, D)."""
-        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))  # (B, H, T, D)
+    def prefill(self, x, rope, mask=None, adapter=None, past=()):
+        """x (B, T, C) -> y (B, T, C) and this layer's q (B, Hq, T, D) and k, v (B, Hkv, T, D).
+
+        past: k and v (B, Hkv, T', D) that stand before x's own, for a mask that says who sees them.
+        """
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, adapter))  # (B, H, T, D)
+        if past:
+            k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2)), q, k, v
+        return adapted(y.transpose(1, 2).flatten(2), self.o_proj, adapter and adapter.o_proj), q, k, v
 
     def extend(self, x, rope, cache, layer, past):
         """x (B, T, C), T tokens per sequence behind `past` (S,) cached ones -> y (B, T, C); k and v are appended."""
@@ -208,16 +219,18 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(f, c, bias=config.mlp_bias)
         self.gate_up = self.down = None  # of `Llama.arrange`
 
-    def gated(self, x):
+    def gated(self, x, adapter=None):
         """x (..., C) -> (..., F), what `down_proj` takes."""
-        if self.gate_up is None or torch.is_grad_enabled() or in_loops(x):
-            gate, up = self.gate_proj, self.up_proj
-            return F.silu(linear(x, gate.weight, gate.bias)) * linear(x, up.weight, up.bias)
+        if self.gate_up is None or adapter or torch.is_grad_enabled() or in_loops(x):
+            gate, up = (
+                adapted(x, getattr(self, name), adapter and getattr(adapter, name)) for name in ("gate_proj", "up_proj")
+            )
+            return F.silu(gate) * up
         gate, up = (y for side in self.gate_up for y in side.each(x))
         return F.silu(gate) * up
 
-    def forward(self, x):
-        return self.down_proj(self.gated(x))
+    def forward(self, x, adapter=None):
+        return adapted(self.gated(x, adapter), self.down_proj, adapter and adapter.down_proj)
 
 
 class DecoderLayer(nn.Module):
@@ -228,10 +241,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def prefill(self, x, rope, mask=None):
-        y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask)
+    def prefill(self, x, rope, mask=None, adapter=None, past=()):
+        y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask, adapter, past)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), q, k, v
+        return x + self.mlp(self.post_attention_layernorm(x), adapter), q, k, v
 
     def before_attention(self, x, rope):
         """A decode step's first half: x (B, C), one token per sequence -> q (B, Hq, D), k and v (B, Hkv, D).
@@ -324,7 +337,7 @@ class Llama(nn.Module):
             if mlp.gate_up and not all(side.current() for side in (*mlp.gate_up, mlp.down) if side):
                 mlp.gate_up = mlp.down = None
 
-    def prefill(self, x, cache=None, positions=None, mask=None, choose=None, narrow=None):
+    def prefill(self, x, cache=None, positions=None, mask=None, choose=None, narrow=None, lookahead=None):
         """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
 
         Causal over everything present. With a cache, each layer's K and V are packed into it as soon as the layer is
@@ -338,19 +351,26 @@ class Llama(nn.Module):
 
         positions (B, T) or (T,) default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may look, or added to
         the scores) replaces the causal rule: both are for training on packed sequences, without `narrow`.
+
+        lookahead: a `model.lookahead.Lookahead`, whose m rows are computed behind the prompt. `choose` then sees T + m
+        rows of q, k and v; the cache and the caller get the prompt's T only.
         """
         self._part_changed()
+        tokens = x.shape[1]
+        if lookahead is not None:
+            x = torch.cat((x, lookahead.embeddings.expand(len(x), -1, -1)), 1)
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
         for i, layer in enumerate(self.model.layers):
-            x, q, k, v = layer.prefill(x, rope, mask)
+            x, q, k, v = layer.prefill(x, rope, mask, lookahead and lookahead.layers[i])
             if cache is not None:
-                cache.pack(i, k, v, None if choose is None else choose(i, q, k, v))
+                keep = None if choose is None else choose(i, q, k, v)
+                cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
             rows = None if narrow is None else narrow(i, q, k, v)
             if rows is not None:  # they keep their positions
                 x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)
             del q, k, v  # not kept until the next layer has made its own
-        return self.model.norm(x)
+        return self.model.norm(x[:, :tokens])
 
     def decode(self, x, cache, turns=None, parts=LayerParts()):
         """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one.

@@ -1,0 +1,104 @@
+"""Look-ahead rows: learned tokens behind the prompt that attend where the answer will.
+
+m learned embeddings follow the prompt in prefill, and low-rank adapters (LoRA, arXiv 2106.09685) change the linear
+layers for those m rows only. The rows see the prompt and each other. The prompt does not see them, and they never enter
+the cache, so the frozen model computes what it always did. A pruning method may rank tokens by the attention of these
+rows instead of the last prompt row's (`query=lookahead`).
+
+This is LookaheadKV (arXiv 2603.10899), there for text, brought to vision tokens. tools/train_lookahead.py trains them
+for any checkpoint.
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .config import InputError
+
+FILE = "lookahead.safetensors"  # in the checkpoint's folder
+
+
+class LoRA(nn.Module):
+    """What the last m rows of x (B, T, C_in) get beside the frozen layer's output: B A x."""
+
+    def __init__(self, layer, rows, rank):
+        super().__init__()
+        self.rows = rows
+        self.lora_A = nn.Parameter(torch.randn(rank, layer.in_features) * layer.in_features**-0.5)
+        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+    def add(self, x, y):
+        """y (B, T, C_out), changed in place in its last m rows -> y."""
+        y[:, -self.rows :] += F.linear(F.linear(x[:, -self.rows :], self.lora_A), self.lora_B)
+        return y
+
+
+class LayerAdapter(nn.Module):
+    """The adapters of one decoder layer, by the names of its linear layers."""
+
+    def __init__(self, layer, rows, rank):
+        super().__init__()
+        attn, mlp = layer.self_attn, layer.mlp
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            LoRA(linear, rows, rank) for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
+        )
+        self.gate_proj, self.up_proj, self.down_proj = (
+            LoRA(linear, rows, rank) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
+
+
+class Lookahead(nn.Module):
+    """m learned embeddings (m, C) and the adapters of all layers of a `Llama`."""
+
+    def __init__(self, language, rows=8, rank=16):
+        super().__init__()
+        words = language.model.embed_tokens.weight
+        start = words.float().mean(0) + 0.02 * torch.randn(rows, words.shape[1])
+        self.embeddings = nn.Parameter(start)
+        self.layers = nn.ModuleList(LayerAdapter(layer, rows, rank) for layer in language.model.layers)
+
+    @property
+    def rows(self):
+        return len(self.embeddings)
+
+
+def empty_lookahead(language, rows, rank):
+    """Look-ahead rows without memory, for a model of the same shapes."""
+    with torch.device("meta"):
+        return Lookahead(language, rows, rank)
+
+
+def read_lookahead(path, language):
+    """The look-ahead rows in a file, in the dtype and on the device of a loaded `Llama`.
+
+    InputError unless the file holds every tensor, in the right shape and dtype, and was trained for these weights.
+    """
+    advice = "train them anew with tools/train_lookahead.py, or remove the file"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        rows, rank = len(tensors["embeddings"]), len(tensors["layers.0.q_proj.lora_A"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as broken:
+        raise InputError(f"{path} holds no look-ahead rows ({broken}); {advice}") from broken
+    lookahead = empty_lookahead(language, rows, rank)
+    wanted = {name: tuple(p.shape) for name, p in lookahead.state_dict().items()}
+    if wanted != {name: tuple(t.shape) for name, t in tensors.items()}:
+        wrong = sorted(name for name in wanted.keys() | tensors.keys()
+                       if name not in tensors or wanted.get(name) != tuple(tensors[name].shape))  # fmt: skip
+        raise InputError(f"{path} is of another model ({wrong[0]} and {len(wrong) - 1} more do not fit); {advice}")
+    if about.get("model") != fingerprint(language):
+        raise InputError(f"{path} was trained for other weights than these; {advice}")
+    norm = language.model.norm.weight
+    tensors = {name: t.to(norm.device, norm.dtype) for name, t in tensors.items()}
+    lookahead.load_state_dict(tensors, assign=True)
+    return lookahead.requires_grad_(False)
+
+
+def fingerprint(language):
+    """16 hex digits that tell a model's weights from another's, whatever the dtype: a hash of its norms in bf16."""
+    norms = [p for name, p in language.named_parameters() if name.endswith("norm.weight")]
+    whole = torch.cat([p.detach().float().cpu() for p in norms]).to(torch.bfloat16)
+    return hashlib.sha256(bytes(whole.view(torch.uint8).tolist())).hexdigest()[:16]

@@ -1,0 +1,448 @@
+"""Train look-ahead rows for a checkpoint: learn the query, not the model.
+
+    python tools/train_lookahead.py --model DIR --questions q.jsonl --image-folder pictures
+    python tools/train_lookahead.py                     # the demo, on fresh scenes of its world
+    python tools/train_lookahead.py --model DIR --plan  # memory and time on one GPU, from arithmetic
+
+The model stays frozen. For each prompt it is computed once without gradients, followed by the model's own greedy
+answer. Target: where the answer's rows attend, per layer and KV head, as a distribution over the vision tokens and one
+bin for everything else. The m look-ahead rows behind the prompt learn to attend there: loss KL(target || rows), means
+over layers, heads and prompts. Runs resume from --run; --out gets the file that `--prune plphp` then uses.
+"""
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.llama import rope_table  # noqa: E402
+from model.lookahead import FILE, Lookahead, fingerprint  # noqa: E402
+from model.tokenizer import build_prompt  # noqa: E402
+from run import choose_device  # noqa: E402
+from tools import scenes  # noqa: E402
+from tools.evaluate import encode_scenes  # noqa: E402
+from tools.questions import read_questions  # noqa: E402
+from tools.train_demo import HELD_OUT, Run, precision, rate_at  # noqa: E402
+
+DEMO = ROOT / "assets" / "demo"
+SCENES = HELD_OUT // 2  # first scene: neither the demo's training nor any table has seen it or those after it
+BUDGETS = (0.5, 0.15)  # at which recall is reported
+
+
+@dataclass
+class Example:
+    """A prompt of T embedded tokens with a span of vision tokens, and the model's own answer behind it."""
+
+    x: torch.Tensor  # (T + F, C): the prompt, and all answer tokens but the last
+    prompt: int  # T
+    spans: list  # [(start, stop)] of the vision tokens
+    answer: list  # F + 1 ids
+    evidence: list | None = None  # rows of x that show what the answer is about, where that is known
+
+
+@dataclass
+class Frozen:
+    """What the frozen model computed for B examples, padded to N tokens; no gradients.
+
+    k, v       per layer (B, Hkv, N, D)
+    target     per layer (B, Hkv, N + 1): the answer's attention to each vision token, and to all the rest (last bin)
+    seen       (B, N) bool: the prompt's tokens
+    vision     (B, N) bool: those of them that are vision tokens
+    evidence   (B, N) bool: those that show what the answer is about; all False where that is not known
+    own        share of the given answers that are the model's own
+    """
+
+    k: list
+    v: list
+    target: list
+    seen: torch.Tensor
+    vision: torch.Tensor
+    evidence: torch.Tensor
+    own: float
+
+
+@torch.no_grad()
+def freeze(language, examples):
+    """Run the frozen model over examples. Returns Frozen of those whose answer is the model's own greedy one."""
+    longest, device = max(len(e.x) for e in examples), examples[0].x.device
+    x = torch.stack([F.pad(e.x, (0, 0, 0, longest - len(e.x))) for e in examples])  # padded behind: no row looks there
+    column = torch.arange(longest, device=device)
+    prompt = torch.tensor([[e.prompt] for e in examples], device=device)
+    end = torch.tensor([[len(e.x)] for e in examples], device=device)
+    seen = column < prompt  # (B, N)
+    fed = (column >= prompt) & (column < end)
+    vision = torch.stack([sum((column >= a) & (column < b) for a, b in e.spans).bool() for e in examples])
+    evidence = torch.zeros_like(vision)
+    for row, e in zip(evidence, examples, strict=True):
+        row[e.evidence or []] = True
+    layers = []
+
+    def look(layer, q, k, v):  # q dies with the layer
+        layers.append((k, v, answer_attention(q, k, fed, vision)))
+
+    hidden = language.prefill(x, Listener(), choose=look)
+    own = _own(language, hidden, examples)
+    k, v, target = ([t[own] for t in parts] for parts in zip(*layers, strict=True))
+    return Frozen(k, v, target, seen[own], vision[own], evidence[own], own.float().mean().item())
+
+
+class Listener:
+    """In the place of a cache: nothing is packed."""
+
+    def pack(self, layer, k, v, keep):
+        pass
+
+
+def _own(language, hidden, examples):
+    """(B,) bool: is each token of an answer the model's most likely one? Then greedy decoding would give the same."""
+    rows = [hidden[i, e.prompt - 1 : len(e.x)] for i, e in enumerate(examples)]
+    said = language.logits(torch.cat(rows)).argmax(-1).split([len(r) for r in rows])
+    return torch.tensor([s.tolist() == e.answer for s, e in zip(said, examples, strict=True)], device=hidden.device)
+
+
+def answer_attention(q, k, fed, vision):
+    """Attention of answer rows, mean over rows and group: (B, Hkv, N + 1) fp32, the last bin for all but vision tokens.
+
+    q (B, Hq, N, D), k (B, Hkv, N, D); fed (B, N) bool: the answer's rows; vision (B, N) bool.
+    """
+    count = fed.sum(1)
+    rows = fed.float().topk(int(count.max()), dim=1).indices.sort(1).values  # (B, W): with padding rows for the shorter
+    real = fed.gather(1, rows)  # (B, W)
+    q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    allowed = torch.arange(k.shape[2], device=k.device) <= rows[..., None]  # (B, W, N)
+    return to_bins(attention(q, k, allowed), real, vision)
+
+
+def attention(q, k, allowed):
+    """Softmax over keys: q (B, Hq, W, D), k (B, Hkv, N, D), allowed (B, W, N) bool -> (B, Hkv, G, W, N) fp32."""
+    with torch.autocast(q.device.type, enabled=False):  # a target in bf16 would be noise
+        q = q.unflatten(1, (k.shape[1], -1)).float()
+        scores = torch.einsum("bhgwd,bhnd->bhgwn", q, k.float()) * q.shape[-1] ** -0.5
+        return scores.masked_fill(~allowed[:, None, None], float("-inf")).softmax(-1)
+
+
+def to_bins(p, real, vision):
+    """p (B, Hkv, G, W, N'), mean over the group and the W rows that are real (B, W) -> (B, Hkv, N + 1).
+
+    N vision columns (0 where `vision` (B, N) is False), then the mass of all other keys.
+    """
+    weight = real.float() / real.sum(1, keepdim=True)
+    p = (p.mean(2) * weight[:, None, :, None]).sum(2)
+    shown = p[..., : vision.shape[1]] * vision[:, None]
+    return torch.cat((shown, 1 - shown.sum(-1, keepdim=True)), -1)
+
+
+def predict(language, lookahead, frozen):
+    """What the look-ahead rows attend to: per layer (B, Hkv, N + 1), as the targets. With gradients."""
+    b, n = frozen.seen.shape
+    m = lookahead.rows
+    x = lookahead.embeddings.expand(b, -1, -1)
+    prompt = frozen.seen.sum(1, keepdim=True)
+    rope = rope_table(prompt + torch.arange(m, device=prompt.device), language.config, x.dtype)
+    own = torch.ones(m, m, dtype=torch.bool, device=x.device).tril().expand(b, -1, -1)
+    allowed = torch.cat((frozen.seen[:, None].expand(-1, m, -1), own), 2)  # (B, m, N + m)
+    real, found = torch.ones(b, m, dtype=torch.bool, device=x.device), []
+    for layer, adapter, k, v in zip(language.model.layers, lookahead.layers, frozen.k, frozen.v, strict=True):
+        x, q, k, _ = layer.prefill(x, rope, allowed[:, None], adapter, (k, v))
+        found.append(to_bins(attention(q, k, allowed), real, frozen.vision))
+    return found
+
+
+def divergence(target, predicted):
+    """KL(target || predicted), (B, Hkv) nats; both (B, Hkv, N + 1)."""
+    tiny = torch.finfo(torch.float32).tiny
+    return (target * (target.clamp(min=tiny).log() - predicted.clamp(min=tiny).log())).sum(-1)
+
+
+def loss_of(language, lookahead, frozen):
+    """Mean KL over prompts, layers and heads, with gradients, and what was predicted (detached)."""
+    predicted = predict(language, lookahead, frozen)
+    pairs = zip(frozen.target, predicted, strict=True)
+    return sum(divergence(t, p).mean() for t, p in pairs) / len(predicted), [p.detach() for p in predicted]
+
+
+def recalls(frozen, predicted):
+    """What top-k by the prediction keeps, means over prompts, layers and heads: {name: fraction}.
+
+    Of the answer's attention to vision tokens, beside the best possible, and of the evidence where it is known.
+    """
+    found = {}
+    for budget in BUDGETS:
+        kept, best, shown = [], [], []
+        for target, score in zip(frozen.target, predicted, strict=True):
+            attended, order = target[..., :-1], score[..., :-1].masked_fill(~frozen.vision[:, None], -1)
+            count = (budget * frozen.vision.sum(1) + 0.5).long().clamp(min=1)[:, None, None]
+            first = torch.arange(attended.shape[-1], device=attended.device) < count  # (B, 1, N)
+            whole = attended.sum(-1)
+            best.append((attended.sort(-1, descending=True).values * first).sum(-1) / whole)
+            rank = order.sort(dim=-1, descending=True, stable=True).indices
+            kept.append((attended.gather(-1, rank) * first).sum(-1) / whole)
+            evidence = frozen.evidence[:, None].expand_as(rank)
+            known = frozen.evidence.any(1)
+            shown.append(((evidence.gather(-1, rank) & first).sum(-1) / evidence.sum(-1).clamp(min=1))[known])
+        found |= {
+            f"attention@{budget}": torch.stack(kept).mean().item(),
+            f"best@{budget}": torch.stack(best).mean().item(),
+        }
+        found[f"evidence@{budget}"] = torch.stack(shown).mean().item() if shown[0].numel() else None
+    return found
+
+
+# ---------------------------------------------------------------- where prompts come from
+
+
+def example(checkpoint, ids, image_tokens, answer, evidence=None):
+    """Example from token ids, image tokens (P, C) of each picture, the answer's ids, and patches per picture."""
+    with torch.no_grad():
+        x, spans = checkpoint.model.splice([*ids, *answer[:-1]], image_tokens)
+    rows = None
+    if evidence is not None:
+        rows = [start + patch for (start, _), patches in zip(spans, evidence, strict=True) for patch in patches]
+    return Example(x, len(x) - len(answer) + 1, spans, answer, rows)
+
+
+class SceneSource:
+    """Fresh scenes of the demo world for every step; a fifth of the steps show pairs of pictures.
+
+    Candidate answers are the world's; `freeze` drops those that are not the model's own.
+    """
+
+    def __init__(self, checkpoint, pictures, seed, leave_out=()):
+        self.checkpoint, self.pictures, self.seed, self.leave_out = checkpoint, pictures, seed, leave_out
+
+    def batch(self, step):
+        """The examples of a step. Steps below 0 are held out."""
+        pair, examples = step % 5 == 4, []
+        number = self.pictures // 2 if pair else self.pictures
+        for i in range(number):
+            scene = SCENES + (self.seed * 1_000_000 + step) * self.pictures + i
+            drawn, questions = scenes.sample(scene, self._tasks(random.Random(scene), pair), pair)
+            tokens = encode_scenes(self.checkpoint, drawn)
+            for q in {q.question: q for q in questions}.values():
+                examples.append(self._example(q, len(drawn), tokens))
+        return examples
+
+    def _tasks(self, rng, pair):
+        """Kinds of questions about a picture: the long answers always, five of the others."""
+        if pair:
+            return "compare", "pair", "pair"
+        always = [t for t in ("describe", "list", "spell") if t not in self.leave_out]
+        return (*always, *rng.sample([t for t in scenes.ASKERS if t not in (*always, *self.leave_out)], 5))
+
+    def _example(self, question, pictures, tokens):
+        tokenizer = self.checkpoint.tokenizer
+        prompt = build_prompt(question.question, pictures, "llava")
+        ids = tokenizer.encode(prompt)
+        answer = tokenizer.encode(f"{prompt} {question.answer}</s>")[len(ids) :]
+        return example(self.checkpoint, ids, tokens, answer, question.evidence)
+
+
+class FileSource:
+    """The questions of a file, with the model's own greedy answers, which are computed first and kept in the run."""
+
+    def __init__(self, checkpoint, questions, folder, run, batch, seed, longest):
+        self.checkpoint, self.batch_size, self.seed = checkpoint, batch, seed
+        self.asked = [(q, [folder / name for name in q.images]) for q in questions if q.images]
+        if len(self.asked) < 10:
+            raise InputError(f"{len(self.asked)} questions have pictures; give at least 10, better hundreds")
+        self.answers = own_answers(checkpoint, self.asked, run / "answers.jsonl", longest)
+        usable = [i for i, ids in enumerate(self.answers) if len(ids) > 1]
+        pictures = sorted({str(self.asked[i][1]) for i in usable})
+        random.Random(seed).shuffle(pictures)
+        held = set(pictures[: max(1, len(pictures) // 10)])  # by picture: no question about it is trained on
+        self.train = [i for i in usable if str(self.asked[i][1]) not in held]
+        self.held = [i for i in usable if str(self.asked[i][1]) in held]
+        if not self.train:
+            raise InputError("all questions are about one picture; give several, some are held out")
+
+    def batch(self, step):
+        """The examples of a step, in an order that is new for each pass over the file; steps below 0 are held out."""
+        if step < 0:
+            numbers = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
+        else:
+            first = step * self.batch_size
+            numbers = [self._at(first + i) for i in range(min(self.batch_size, len(self.train)))]
+        return [self._example(i) for i in numbers]
+
+    def _at(self, position):
+        order, place = divmod(position, len(self.train))
+        shuffled = self.train.copy()
+        random.Random(f"{self.seed} {order}").shuffle(shuffled)
+        return shuffled[place]
+
+    def _example(self, number):
+        question, images = self.asked[number]
+        generation = Generation(self.checkpoint, question.text, images)
+        return example(self.checkpoint, generation.ids, generation.encode_images(), self.answers[number])
+
+
+def own_answers(checkpoint, asked, path, longest):
+    """The model's greedy answers as ids, the stop id included. A line per answer in `path`; goes on where it ended."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    with open(path, "w" if not found else "a", encoding="utf-8") as file:
+        for question, images in asked[len(found) :]:
+            generation = Generation(checkpoint, question.text, images, Sampling(longest))
+            "".join(generation)
+            stop = list(checkpoint.stop_ids[:1]) if generation.finish_reason == "stop" else []
+            found.append(generation.token_ids + stop)
+            file.write(json.dumps(found[-1]) + "\n")
+            file.flush()
+            print(f"own answers: {len(found)} of {len(asked)}", end="\r", file=sys.stderr, flush=True)
+    return found
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(checkpoint, source, args):
+    """Train, resuming from args.run, and write args.out."""
+    language, device = checkpoint.model.language_model, checkpoint.device
+    torch.manual_seed(args.seed)
+    lookahead = Lookahead(language, args.rows, args.rank).to(device)
+    groups = [
+        {"params": [lookahead.embeddings], "peak": 3e-3},
+        {"params": list(lookahead.layers.parameters()), "peak": 1e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    run = Run(args.run, "lookahead", args.steps, lookahead, optimizer)
+    held = [source.batch(-1 - i) for i in range(args.held_out)]
+    while run.step < args.steps:
+        loss, own = step(language, lookahead, source.batch(run.step), run)
+        if run.step % args.report == 0 or run.step == args.steps:
+            run.save()
+            run.log({"kl": loss, "own": own, **measure(language, lookahead, held)})
+    write(lookahead, language, args)
+
+
+def step(language, lookahead, examples, run):
+    """One step of the optimizer -> (loss, share of answers that were the model's own)."""
+    with precision(examples[0].x.device):
+        frozen = freeze(language, examples)
+        loss, _ = loss_of(language, lookahead, frozen)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate_at(run.step, run.steps, group["peak"], warmup=20, decay=0.6)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(lookahead.parameters(), 1.0)
+    run.optimizer.step()
+    run.step += 1
+    return loss.item(), frozen.own
+
+
+@torch.no_grad()
+def measure(language, lookahead, held):
+    """KL and recalls on held-out batches, means over batches."""
+    rows = []
+    for examples in held:
+        with precision(examples[0].x.device):
+            frozen = freeze(language, examples)
+            loss, predicted = loss_of(language, lookahead, frozen)
+        rows.append({"held-out kl": loss.item(), **recalls(frozen, predicted)})
+    return {k: None if rows[0][k] is None else sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+
+
+def write(lookahead, language, args):
+    """The file that a checkpoint's folder takes: fp32 tensors, and what they were trained for."""
+    about = {"model": fingerprint(language), "steps": str(args.steps), "seed": str(args.seed)}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in lookahead.state_dict().items()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, args.out, about)
+    print(f"wrote {args.out}: {args.rows} rows, rank {args.rank}", file=sys.stderr)
+
+
+def plan(config, args, tokens):
+    """Memory and time of training on one GPU, computed from shapes: lines of text.
+
+    tokens: of one prompt with its answer.
+    """
+    t, n, m = config.text_config, tokens, args.rows
+    c, f, layers = t.hidden_size, t.intermediate_size, t.num_hidden_layers
+    q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    per_layer = 2 * c * (q + kv) + 3 * c * f
+    weights = layers * per_layer + 2 * c * t.vocab_size
+    trained = m * c + layers * args.rank * (4 * c + 2 * q + 2 * kv + 3 * (c + f))
+    held = 2 * 2 * layers * kv * n  # K and V in bf16: frozen, and once more joined with the rows' for the backward pass
+    graph = layers * m * (8 * t.num_attention_heads * n + 2 * (10 * c + 4 * f))
+    flop = 2 * weights * n + 6 * weights * m
+    batch = args.batch
+    hours = args.steps * batch * flop / (args.tflops * 1e12) / 3600
+    rows = [
+        ("frozen weights, bf16", 2 * weights),
+        (f"look-ahead rows with Adam, fp32, {trained / 1e6:.1f} M numbers", 16 * trained),
+        (f"K and V of {batch} prompts of {n} tokens, twice", 2 * held * batch),
+        ("activations of the rows", graph * batch),
+    ]
+    lines = [f"{bytes_ / 1e9:9.2f} GB  {what}" for what, bytes_ in rows]
+    lines.append(f"{sum(b for _, b in rows) / 1e9:9.2f} GB  together")
+    lines.append(f"{hours:9.2f} h   {args.steps} steps at {args.tflops:g} TFLOP/s really reached")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    # fmt: off
+    parser.add_argument("--model", default=str(DEMO), metavar="DIR|ID")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help="question_id, image, text in each line")
+    parser.add_argument("--image-folder", type=Path, metavar="DIR", help="where their pictures are (default: beside)")
+    parser.add_argument("--rows", type=int, default=8, help="look-ahead rows m (default 8)")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=8, help="pictures of a step, or prompts of a file (default 8)")
+    parser.add_argument("--held-out", type=int, default=4, metavar="N", help="batches that are measured (default 4)")
+    parser.add_argument("--report", type=int, default=50, metavar="N", help="steps between two rows of the curve")
+    parser.add_argument("--leave-out", nargs="+", default=[], choices=tuple(scenes.ASKERS), help="tasks not trained on")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer to a question of the file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "lookahead", help="checkpoint and curve")
+    parser.add_argument("--out", type=Path, help=f"(default: {FILE} in --run; copy it into the checkpoint's folder)")
+    parser.add_argument("--plan", action="store_true", help="print memory and time of a run on one GPU, and stop")
+    parser.add_argument("--tokens", type=int, default=700, help="--plan: tokens of a prompt and its answer")
+    parser.add_argument("--tflops", type=float, default=200.0, help="--plan: what the GPU reaches (default 200)")
+    # fmt: on
+    args = parser.parse_args(argv)
+    args.out = args.out or args.run / FILE
+    try:
+        if min(args.rows, args.rank, args.steps, args.batch, args.held_out, args.report) < 1:
+            raise InputError(
+                "--rows, --rank, --steps, --batch, --held-out and --report count from 1; give at least that"
+            )
+        if args.plan:
+            print(plan(open_checkpoint(args.model).config, args, args.tokens))
+            return
+        checkpoint = load(args.model, args.dtype, choose_device(args.device))
+        train(checkpoint, source_of(checkpoint, args), args)
+    except (InputError, OSError) as wrong:
+        parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"interrupted; {args.run} holds the last checkpoint, the same command goes on\n")
+
+
+def source_of(checkpoint, args):
+    """Where the prompts come from."""
+    if args.questions:
+        folder = args.image_folder or Path(args.questions).parent
+        args.run.mkdir(parents=True, exist_ok=True)
+        questions = read_questions(args.questions, 1, 0)
+        return FileSource(checkpoint, questions, folder, args.run, args.batch, args.seed, args.max_new_tokens)
+    if checkpoint.folder.resolve() != DEMO.resolve():
+        raise InputError("a model other than the demo needs --questions FILE.jsonl; give pictures and prompts")
+    return SceneSource(checkpoint, args.batch, args.seed, args.leave_out)
+
+
+if __name__ == "__main__":
+    main()
