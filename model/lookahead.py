@@ -55,9 +55,7 @@ class Lookahead(nn.Module):
 
     def __init__(self, language, rows=8, rank=16):
         super().__init__()
-        words = language.model.embed_tokens.weight
-        start = words.float().mean(0) + 0.02 * torch.randn(rows, words.shape[1])
-        self.embeddings = nn.Parameter(start)
+        self.embeddings = nn.Parameter(0.02 * torch.randn(rows, language.config.hidden_size))
         self.layers = nn.ModuleList(LayerAdapter(layer, rows, rank) for layer in language.model.layers)
 
     @property

@@ -310,6 +310,7 @@ def train(checkpoint, source, args):
     language, device = checkpoint.model.language_model, checkpoint.device
     torch.manual_seed(args.seed)
     lookahead = Lookahead(language, args.rows, args.rank).to(device)
+    lookahead.embeddings.data += language.model.embed_tokens.weight.float().mean(0)  # start as an average word
     groups = [
         {"params": [lookahead.embeddings], "peak": 3e-3},
         {"params": list(lookahead.layers.parameters()), "peak": 1e-3},
@@ -389,7 +390,7 @@ def plan(config, args, tokens):
     return "\n".join(lines)
 
 
-def main(argv=None):
+def parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -414,7 +415,11 @@ def main(argv=None):
     parser.add_argument("--tokens", type=int, default=700, help="--plan: tokens of a prompt and its answer")
     parser.add_argument("--tflops", type=float, default=200.0, help="--plan: what the GPU reaches (default 200)")
     # fmt: on
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     args.out = args.out or args.run / FILE
     try:
         if min(args.rows, args.rank, args.steps, args.batch, args.held_out, args.report) < 1:
@@ -427,9 +432,9 @@ def main(argv=None):
         checkpoint = load(args.model, args.dtype, choose_device(args.device))
         train(checkpoint, source_of(checkpoint, args), args)
     except (InputError, OSError) as wrong:
-        parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+        parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"interrupted; {args.run} holds the last checkpoint, the same command goes on\n")
+        parser().exit(130, f"interrupted; {args.run} holds the last checkpoint, the same command goes on\n")
 
 
 def source_of(checkpoint, args):

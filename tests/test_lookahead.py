@@ -1,0 +1,270 @@
+"""Look-ahead rows: what they compute, that nothing else changes, and how they are trained."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import TEXT, refusal
+from oracle import small_llama
+from safetensors.torch import load_file, save_file
+
+from kernels import window_scores
+from model.cache import RaggedCache
+from model.lookahead import Lookahead, fingerprint, read_lookahead
+from tools import train_lookahead
+from tools.train_lookahead import Example, divergence, freeze, predict
+
+ROWS = 3
+
+
+def random_lookahead(language, rows=ROWS, rank=4, seed=0):
+    """Look-ahead rows whose adapters do something."""
+    torch.manual_seed(seed)
+    lookahead = Lookahead(language, rows, rank).requires_grad_(False)
+    for name, p in lookahead.named_parameters():
+        torch.nn.init.normal_(p, std=0.3 if name.endswith("lora_B") else 0.5)
+    return lookahead
+
+
+def looked(language, x, lookahead=None):
+    """Final hidden states of a prefill, its cache, and q, k, v of each layer."""
+    cache, layers = RaggedCache(len(language.model.layers), backend="torch"), []
+    hidden = language.prefill(x, cache, choose=lambda i, *qkv: layers.append(qkv), lookahead=lookahead)
+    return hidden, cache, layers
+
+
+def taken(cache):
+    """All rows of K and V that are taken, in one tensor."""
+    arenas = [(i, arena) for arenas in (cache.k, cache.v) for i, arena in enumerate(arenas)]
+    places = [zip(cache.kv_start[i].tolist(), cache.kv_len[i].tolist(), strict=True) for i, _ in arenas]
+    return torch.cat([a[s : s + n] for (_, a), place in zip(arenas, places, strict=True) for s, n in place])
+
+
+def rows_of(language, x, lookahead):
+    """Per layer (Hq, T + m): attention of the look-ahead rows."""
+    m = lookahead.rows
+    _, _, layers = looked(language, x, lookahead)
+    return [window_scores(q[0, :, -m:], k[0], group="none", backend="torch") for q, k, _ in layers]
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_the_prompt_and_its_cache_do_not_see_the_rows(heads, kv_heads):
+    language = small_llama(heads, kv_heads)
+    x = torch.randn(1, 11, 32)
+    hidden, cache, layers = looked(language, x)
+    for seed in range(2):
+        with_rows, cache_with, layers_with = looked(language, x, random_lookahead(language, seed=seed))
+        torch.testing.assert_close(with_rows, hidden, rtol=1e-5, atol=1e-5)
+        assert with_rows.shape == hidden.shape
+        assert torch.equal(cache_with.kv_len, cache.kv_len)
+        torch.testing.assert_close(taken(cache_with), taken(cache), rtol=1e-5, atol=1e-5)
+        assert torch.equal(cache_with.pos, cache.pos)
+        assert all(b[1].shape[2] == a[1].shape[2] + ROWS for a, b in zip(layers, layers_with, strict=True))
+
+
+def test_decoding_after_the_rows_goes_on_as_without_them():
+    language = small_llama()
+    x, new = torch.randn(1, 9, 32), torch.randn(4, 1, 32)
+    answers = []
+    for lookahead in (None, random_lookahead(language)):
+        _, cache, _ = looked(language, x, lookahead)
+        answers.append(torch.stack([language.decode(token, cache) for token in new]))
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["mha", "gqa", "biased"])
+def test_scores_are_those_of_a_second_transformers_model_with_the_adapters_merged(case):
+    """The unmerged model fills a cache with the prompt; the merged one runs the m rows over it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
+    bias = case == "biased"
+    language = small_llama(kv_heads={"mha": 4, "gqa": 2, "biased": 1}[case], bias=bias)
+    c = language.config
+    frozen = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
+            num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, attention_bias=bias, mlp_bias=bias,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attn_implementation="eager",
+        )
+    ).eval()  # fmt: skip
+    frozen.load_state_dict(language.state_dict(), strict=True)
+    lookahead, merged = random_lookahead(language), copy.deepcopy(frozen)
+    for layer, adapter in zip(merged.model.layers, lookahead.layers, strict=True):
+        for name, lora in adapter.named_children():
+            linear = getattr(layer.mlp if hasattr(layer.mlp, name) else layer.self_attn, name)
+            linear.weight.data += lora.lora_B @ lora.lora_A
+    x = torch.randn(1, 13, c.hidden_size)
+    with torch.no_grad():
+        cache = frozen(inputs_embeds=x, use_cache=True).past_key_values
+        rows = lookahead.embeddings[None]
+        out = merged(inputs_embeds=rows, past_key_values=cache, output_attentions=True)
+    for ours, theirs in zip(rows_of(language, x, lookahead), out.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs[0].mean(1), rtol=0, atol=1e-5)
+
+
+def test_only_the_rows_are_adapted():
+    """Adapters of other rows would be merged weights: then the prompt itself would change."""
+    language = small_llama()
+    lookahead = random_lookahead(language)
+    x, y = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    adapted = lookahead.layers[0].q_proj.add(x, y.clone())
+    assert torch.equal(adapted[:, :-ROWS], y[:, :-ROWS])
+    assert (adapted[:, -ROWS:] - y[:, -ROWS:]).abs().min() > 0
+
+
+# ---------------------------------------------------------------- the file
+
+
+def saved(path, language, lookahead, **about):
+    save_file(dict(lookahead.state_dict()), path, {"model": fingerprint(language)} | about)
+    return path
+
+
+def test_a_file_is_read_back_in_the_models_dtype(tmp_path):
+    language = small_llama()
+    lookahead = random_lookahead(language)
+    path = saved(tmp_path / "lookahead.safetensors", language, lookahead)
+    found = read_lookahead(path, language)
+    assert found.rows == ROWS and not any(p.requires_grad for p in found.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), lookahead.parameters(), strict=True))
+    half = copy.deepcopy(language).to(torch.bfloat16)
+    assert {p.dtype for p in read_lookahead(path, half).parameters()} == {torch.bfloat16}  # same weights, other dtype
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    language = small_llama()
+    lookahead = random_lookahead(language)
+    path = tmp_path / "lookahead.safetensors"
+    other = small_llama(seed=1)
+    other.model.norm.weight.data *= 1.5
+    saved(path, other, lookahead)
+    assert "other weights" in refusal(read_lookahead, path, language)
+    saved(path, language, random_lookahead(small_llama(kv_heads=4)))
+    assert "another model" in refusal(read_lookahead, path, language)
+    tensors = dict(lookahead.state_dict())
+    for change in ({"extra": torch.zeros(1)}, {"embeddings": None}, {"layers.2.up_proj.lora_B": None}):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        save_file(changed, path, {"model": fingerprint(language)})
+        refusal(read_lookahead, path, language)
+    path.write_bytes(b"no safetensors")
+    assert "holds no look-ahead rows" in refusal(read_lookahead, path, language)
+
+
+# ---------------------------------------------------------------- training
+
+
+def own_answer(language, x, length):
+    """Greedy ids behind a prompt x (T, C)."""
+    ids, embed = [], language.model.embed_tokens.weight
+    for _ in range(length):
+        ids.append(language.logits(language.prefill(x[None])[0, -1]).argmax().item())
+        x = torch.cat((x, embed[ids[-1:]]))
+    return ids, x[:-1]
+
+
+def examples(language, count=3, seed=0):
+    torch.manual_seed(seed)
+    found = []
+    for i in range(count):
+        prompt = torch.randn(9 + 2 * i, 32)
+        answer, x = own_answer(language, prompt, 3 + i)
+        found.append(Example(x, len(prompt), [(1, 4 + i), (6, 8)], answer))
+    return found
+
+
+def test_targets_are_the_answers_attention_whatever_the_padding():
+    """Against a prefill of each example by itself, with window_scores' own kernel reference."""
+    language = small_llama()
+    made = examples(language)
+    frozen = freeze(language, made)
+    assert frozen.own == 1.0
+    for b, e in enumerate(made):
+        _, _, layers = looked(language, e.x[None])
+        for target, (q, k, _) in zip(frozen.target, layers, strict=True):
+            p = window_scores(q[0, :, e.prompt :], k[0], group="mean", backend="torch")  # (Hkv, T + F)
+            vision = torch.zeros(p.shape[1], dtype=torch.bool)
+            for start, stop in e.spans:
+                vision[start:stop] = True
+            torch.testing.assert_close(target[b, :, : p.shape[1]], p * vision, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(target[b].sum(-1), torch.ones(2), rtol=1e-5, atol=0)
+            torch.testing.assert_close(target[b, :, -1], (p * ~vision).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_what_training_predicts_is_what_prefill_computes():
+    language = small_llama()
+    lookahead, made = random_lookahead(language), examples(language)
+    frozen = freeze(language, made)
+    found = predict(language, lookahead, frozen)
+    for b, e in enumerate(made):
+        for predicted, scores in zip(found, rows_of(language, e.x[None, : e.prompt], lookahead), strict=True):
+            by_head = scores.view(2, 2, -1).mean(1)
+            for start, stop in e.spans:
+                torch.testing.assert_close(predicted[b, :, start:stop], by_head[:, start:stop], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(predicted[b].sum(-1), torch.ones(2), rtol=1e-5, atol=0)
+
+
+def test_an_answer_that_is_not_the_models_own_teaches_nothing():
+    language = small_llama()
+    made = examples(language)
+    made[1].answer[1] = (made[1].answer[1] + 1) % 97
+    frozen = freeze(language, made)
+    assert frozen.own == pytest.approx(2 / 3) and len(frozen.seen) == 2
+    assert frozen.target[0].shape[0] == frozen.k[0].shape[0] == 2
+
+
+def test_the_rest_bin_counts():
+    """Two predictions with the same vision part and different mass on the rest are not equally good."""
+    target = torch.tensor([[[0.2, 0.2, 0.6]]])
+    good, bad = torch.tensor([[[0.2, 0.2, 0.6]]]), torch.tensor([[[0.45, 0.45, 0.1]]])
+    assert divergence(target, good).item() == pytest.approx(0, abs=1e-6)
+    expected = 0.4 * torch.tensor(0.2 / 0.45).log() + 0.6 * torch.tensor(6.0).log()
+    assert divergence(target, bad).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, make_checkpoint, monkeypatch):
+    from model import load
+
+    make_checkpoint(tmp_path / "model", TEXT | {"num_hidden_layers": 2})
+    checkpoint = load(tmp_path / "model", "fp32")
+    language = checkpoint.model.language_model
+    before = {name: p.clone() for name, p in language.named_parameters()}
+    pool = []
+    for i in range(6):
+        torch.manual_seed(i)
+        prompt = torch.randn(8 + i, TEXT["hidden_size"])
+        answer, x = own_answer(language, prompt, 4)
+        pool.append(Example(x, len(prompt), [(1, 6)], answer))
+
+    class Source:
+        def batch(self, step):
+            return pool[:2] if step < 0 else [pool[2 + step % 4], pool[2 + (step + 1) % 4]]
+
+    def run(folder, *steps):
+        for number in steps:
+            out = folder / "lookahead.safetensors"
+            options = ["--rows", "2", "--rank", "2", "--steps", str(number), "--held-out", "1", "--report", "4"]
+            args = train_lookahead.parser().parse_args([*options, "--run", str(folder), "--out", str(out)])
+            train_lookahead.train(checkpoint, Source(), args)
+        return load_file(out), (folder / "lookahead.csv").read_text().splitlines()
+
+    monkeypatch.setattr(train_lookahead, "rate_at", lambda step, steps, peak, **_: 10 * peak)
+    whole, curve = run(tmp_path / "whole", 12)
+    parts, again = run(tmp_path / "parts", 8, 12)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    column = curve[0].split(",").index("kl")
+    losses = [float(line.split(",")[column]) for line in curve[1:]]
+    assert losses[-1] < 0.6 * losses[0], losses
+    assert [line.split(",")[column] for line in again[1:]] == [line.split(",")[column] for line in curve[1:]]
+    assert all(torch.equal(p, before[name]) for name, p in language.named_parameters())
+    assert read_lookahead(tmp_path / "whole" / "lookahead.safetensors", language).rows == 2
+
+
+def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
+    tensors = make_checkpoint(tmp_path / "model")
+    train_lookahead.main(["--plan", "--model", str(tmp_path / "model"), "--rank", "2", "--rows", "4"])
+    shown = capsys.readouterr().out
+    language = {k: v for k, v in tensors.items() if k.startswith("language_model") and v.ndim == 2}
+    assert f"{2 * sum(v.numel() for v in language.values()) / 1e9:.2f} GB  frozen weights" in shown
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 2 and "together" in shown
