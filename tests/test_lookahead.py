@@ -163,13 +163,15 @@ def own_answer(language, x, length):
     return ids, x[:-1]
 
 
-def examples(language, count=3, seed=0):
+def examples(language, count=4, seed=0):
+    """Prompts of different lengths, the first two about the same pictures, and the model's own answers."""
     torch.manual_seed(seed)
-    found = []
+    found, opening = [], torch.randn(9, 32)
     for i in range(count):
-        prompt = torch.randn(9 + 2 * i, 32)
+        start = opening if i < 2 else torch.randn(8 + i, 32)
+        prompt = torch.cat((start, torch.randn(3 + 2 * i, 32)))
         answer, x = own_answer(language, prompt, 3 + i)
-        found.append(Example(x, len(prompt), [(1, 4 + i), (6, 8)], answer))
+        found.append(Example(x, len(prompt), [(1, 5), (6, 8)], answer, len(start), "same" if i < 2 else None))
     return found
 
 
@@ -186,9 +188,10 @@ def test_targets_are_the_answers_attention_whatever_the_padding():
             vision = torch.zeros(p.shape[1], dtype=torch.bool)
             for start, stop in e.spans:
                 vision[start:stop] = True
-            torch.testing.assert_close(target[b, :, : p.shape[1]], p * vision, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(target[b, :, : e.opening], (p * vision)[:, : e.opening], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(target[b].sum(-1), torch.ones(2), rtol=1e-5, atol=0)
-            torch.testing.assert_close(target[b, :, -1], (p * ~vision).sum(-1), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(target[b, :, -1], (p * ~vision).sum(-1), rtol=1e-4, atol=1e-6)
+            assert target[b, :, e.opening : -1].abs().max() == 0  # padding, the question and the answer: the last bin
 
 
 def test_what_training_predicts_is_what_prefill_computes():
@@ -209,8 +212,8 @@ def test_an_answer_that_is_not_the_models_own_teaches_nothing():
     made = examples(language)
     made[1].answer[1] = (made[1].answer[1] + 1) % 97
     frozen = freeze(language, made)
-    assert frozen.own == pytest.approx(2 / 3) and len(frozen.seen) == 2
-    assert frozen.target[0].shape[0] == frozen.k[0].shape[0] == 2
+    assert frozen.own == pytest.approx(3 / 4) and len(frozen.seen) == 3
+    assert frozen.target[0].shape[0] == frozen.k[0].shape[0] == 3
 
 
 def test_the_rest_bin_counts():
@@ -232,9 +235,9 @@ def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, 
     pool = []
     for i in range(6):
         torch.manual_seed(i)
-        prompt = torch.randn(8 + i, TEXT["hidden_size"])
+        prompt = torch.randn(9 + i, TEXT["hidden_size"])
         answer, x = own_answer(language, prompt, 4)
-        pool.append(Example(x, len(prompt), [(1, 6)], answer))
+        pool.append(Example(x, len(prompt), [(1, 6)], answer, 7, i))
 
     class Source:
         def batch(self, step):

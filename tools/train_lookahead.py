@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,24 +40,29 @@ BUDGETS = (0.5, 0.15)  # at which recall is reported
 
 @dataclass
 class Example:
-    """A prompt of T embedded tokens with a span of vision tokens, and the model's own answer behind it."""
+    """A prompt of T embedded tokens with spans of vision tokens, and the model's own answer behind it."""
 
     x: torch.Tensor  # (T + F, C): the prompt, and all answer tokens but the last
     prompt: int  # T
     spans: list  # [(start, stop)] of the vision tokens
     answer: list  # F + 1 ids
+    opening: int = 0  # tokens up to the end of the pictures, which are computed once for all questions about them
+    pictures: object = None  # what tells these pictures from others; None: nothing is shared
     evidence: list | None = None  # rows of x that show what the answer is about, where that is known
 
 
 @dataclass
 class Frozen:
-    """What the frozen model computed for B examples, padded to N tokens; no gradients.
+    """What the frozen model computed for B examples; no gradients.
 
-    k, v       per layer (B, Hkv, N, D)
+    Columns: the P of the longest opening, then the M of the longest rest; what an example does not have is masked.
+
+    k, v       per layer (B, Hkv, N, D), N = P + M
     target     per layer (B, Hkv, N + 1): the answer's attention to each vision token, and to all the rest (last bin)
     seen       (B, N) bool: the prompt's tokens
     vision     (B, N) bool: those of them that are vision tokens
     evidence   (B, N) bool: those that show what the answer is about; all False where that is not known
+    length     (B, 1): T
     own        share of the given answers that are the model's own
     """
 
@@ -68,32 +72,72 @@ class Frozen:
     seen: torch.Tensor
     vision: torch.Tensor
     evidence: torch.Tensor
+    length: torch.Tensor
     own: float
 
 
 @torch.no_grad()
 def freeze(language, examples):
     """Run the frozen model over examples. Returns Frozen of those whose answer is the model's own greedy one."""
-    longest, device = max(len(e.x) for e in examples), examples[0].x.device
-    x = torch.stack([F.pad(e.x, (0, 0, 0, longest - len(e.x))) for e in examples])  # padded behind: no row looks there
-    column = torch.arange(longest, device=device)
-    prompt = torch.tensor([[e.prompt] for e in examples], device=device)
+    device = examples[0].x.device
+    openings = {_key(i, e): e.x[: e.opening] for i, e in enumerate(examples)}
+    which = [list(openings).index(_key(i, e)) for i, e in enumerate(examples)]
+    first = padded(openings.values())  # (n, P, C); padded behind, where no row looks
+    past = []
+    language.prefill(first, Listener(), choose=lambda layer, q, k, v: past.append((k[which], v[which])))
+    rest = padded([e.x[e.opening :] for e in examples])  # (B, M, C)
+
+    start = torch.tensor([[e.opening] for e in examples], device=device)
+    length = torch.tensor([[e.prompt] for e in examples], device=device)
     end = torch.tensor([[len(e.x)] for e in examples], device=device)
-    seen = column < prompt  # (B, N)
-    fed = (column >= prompt) & (column < end)
-    vision = torch.stack([sum((column >= a) & (column < b) for a, b in e.spans).bool() for e in examples])
-    evidence = torch.zeros_like(vision)
-    for row, e in zip(evidence, examples, strict=True):
-        row[e.evidence or []] = True
+    here = torch.arange(rest.shape[1], device=device).expand(len(examples), -1)
+    before = torch.arange(first.shape[1], device=device).expand(len(examples), -1)
+    # positions in the prompt, (B, N); -1: padding
+    position = torch.cat((before.where(before < start, -1), (start + here).where(start + here < end, -1)), 1)
+    seen, fed = (position >= 0) & (position < length), (position >= length)[:, first.shape[1] :]
+    vision = sum_of_spans(position, [e.spans for e in examples])
+    evidence = sum_of_spans(position, [[(row, row + 1) for row in e.evidence or ()] for e in examples])
+    causal = torch.ones(rest.shape[1], rest.shape[1], dtype=torch.bool, device=device).tril()
+    allowed = torch.cat(((before < start)[:, None].expand(-1, len(causal), -1), causal.expand(len(which), -1, -1)), 2)
+
     layers = []
 
-    def look(layer, q, k, v):  # q dies with the layer
-        layers.append((k, v, answer_attention(q, k, fed, vision)))
+    def look(q, k, v):  # q dies with the layer
+        layers.append((k, v, answer_attention(q, k, fed, vision, allowed)))
 
-    hidden = language.prefill(x, Listener(), choose=look)
+    hidden = behind(language, rest, start + here, allowed, past, look)
     own = _own(language, hidden, examples)
     k, v, target = ([t[own] for t in parts] for parts in zip(*layers, strict=True))
-    return Frozen(k, v, target, seen[own], vision[own], evidence[own], own.float().mean().item())
+    return Frozen(k, v, target, seen[own], vision[own], evidence[own], length[own], own.float().mean().item())
+
+
+def behind(language, x, positions, allowed, past, look, adapters=None):
+    """Rows x (B, M, C) behind keys and values that are there already -> final hidden states (B, M, C).
+
+    positions (B, M); allowed (B, M, N) bool over past columns and own ones; past: per layer k and v (B, Hkv, P, D);
+    look(q, k, v) is called after each layer, with all N rows of k and v; adapters: of each layer, for look-ahead rows.
+    """
+    rope = rope_table(positions, language.config, x.dtype)
+    for i, (layer, pair) in enumerate(zip(language.model.layers, past, strict=True)):
+        x, q, k, v = layer.prefill(x, rope, allowed[:, None], adapters and adapters[i], pair)
+        look(q, k, v)
+    return language.model.norm(x)
+
+
+def padded(rows):
+    """(n, C) each -> (B, longest, C)."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def sum_of_spans(position, spans):
+    """(B, N) bool: positions within the spans [(start, stop), ...] of each example."""
+    masks = [sum(((row >= a) & (row < b) for a, b in own), row < -1) for row, own in zip(position, spans, strict=True)]
+    return torch.stack(masks)
+
+
+def _key(number, example):
+    """What an example's opening is called among those of a batch."""
+    return number if example.pictures is None else (example.pictures, example.opening)
 
 
 class Listener:
@@ -105,21 +149,21 @@ class Listener:
 
 def _own(language, hidden, examples):
     """(B,) bool: is each token of an answer the model's most likely one? Then greedy decoding would give the same."""
-    rows = [hidden[i, e.prompt - 1 : len(e.x)] for i, e in enumerate(examples)]
+    rows = [hidden[i, e.prompt - 1 - e.opening : len(e.x) - e.opening] for i, e in enumerate(examples)]
     said = language.logits(torch.cat(rows)).argmax(-1).split([len(r) for r in rows])
     return torch.tensor([s.tolist() == e.answer for s, e in zip(said, examples, strict=True)], device=hidden.device)
 
 
-def answer_attention(q, k, fed, vision):
+def answer_attention(q, k, fed, vision, allowed):
     """Attention of answer rows, mean over rows and group: (B, Hkv, N + 1) fp32, the last bin for all but vision tokens.
 
-    q (B, Hq, N, D), k (B, Hkv, N, D); fed (B, N) bool: the answer's rows; vision (B, N) bool.
+    q (B, Hq, M, D), k (B, Hkv, N, D); fed (B, M) bool: the answer's rows; vision (B, N) bool; allowed (B, M, N) bool.
     """
-    count = fed.sum(1)
-    rows = fed.float().topk(int(count.max()), dim=1).indices.sort(1).values  # (B, W): with padding rows for the shorter
+    count = int(fed.sum(1).max())
+    rows = fed.float().topk(count, dim=1).indices  # (B, W): with rows of something else where the answer is shorter
     real = fed.gather(1, rows)  # (B, W)
     q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    allowed = torch.arange(k.shape[2], device=k.device) <= rows[..., None]  # (B, W, N)
+    allowed = allowed.gather(1, rows[..., None].expand(-1, -1, allowed.shape[2]))
     return to_bins(attention(q, k, allowed), real, vision)
 
 
@@ -144,17 +188,17 @@ def to_bins(p, real, vision):
 
 def predict(language, lookahead, frozen):
     """What the look-ahead rows attend to: per layer (B, Hkv, N + 1), as the targets. With gradients."""
-    b, n = frozen.seen.shape
-    m = lookahead.rows
-    x = lookahead.embeddings.expand(b, -1, -1)
-    prompt = frozen.seen.sum(1, keepdim=True)
-    rope = rope_table(prompt + torch.arange(m, device=prompt.device), language.config, x.dtype)
-    own = torch.ones(m, m, dtype=torch.bool, device=x.device).tril().expand(b, -1, -1)
+    (b, m), device = (len(frozen.seen), lookahead.rows), frozen.seen.device
+    own = torch.ones(m, m, dtype=torch.bool, device=device).tril().expand(b, -1, -1)
     allowed = torch.cat((frozen.seen[:, None].expand(-1, m, -1), own), 2)  # (B, m, N + m)
-    real, found = torch.ones(b, m, dtype=torch.bool, device=x.device), []
-    for layer, adapter, k, v in zip(language.model.layers, lookahead.layers, frozen.k, frozen.v, strict=True):
-        x, q, k, _ = layer.prefill(x, rope, allowed[:, None], adapter, (k, v))
+    real, found = torch.ones(b, m, dtype=torch.bool, device=device), []
+    x, positions = lookahead.embeddings.expand(b, -1, -1), frozen.length + torch.arange(m, device=device)
+    past = list(zip(frozen.k, frozen.v, strict=True))
+
+    def look(q, k, v):
         found.append(to_bins(attention(q, k, allowed), real, frozen.vision))
+
+    behind(language, x, positions, allowed, past, look, lookahead.layers)
     return found
 
 
@@ -201,14 +245,14 @@ def recalls(frozen, predicted):
 # ---------------------------------------------------------------- where prompts come from
 
 
-def example(checkpoint, ids, image_tokens, answer, evidence=None):
+def example(checkpoint, ids, image_tokens, answer, pictures, evidence=None):
     """Example from token ids, image tokens (P, C) of each picture, the answer's ids, and patches per picture."""
     with torch.no_grad():
         x, spans = checkpoint.model.splice([*ids, *answer[:-1]], image_tokens)
     rows = None
     if evidence is not None:
         rows = [start + patch for (start, _), patches in zip(spans, evidence, strict=True) for patch in patches]
-    return Example(x, len(x) - len(answer) + 1, spans, answer, rows)
+    return Example(x, len(x) - len(answer) + 1, spans, answer, spans[-1][1], pictures, rows)
 
 
 class SceneSource:
@@ -229,7 +273,7 @@ class SceneSource:
             drawn, questions = scenes.sample(scene, self._tasks(random.Random(scene), pair), pair)
             tokens = encode_scenes(self.checkpoint, drawn)
             for q in {q.question: q for q in questions}.values():
-                examples.append(self._example(q, len(drawn), tokens))
+                examples.append(self._example(q, scene, len(drawn), tokens))
         return examples
 
     def _tasks(self, rng, pair):
@@ -239,12 +283,12 @@ class SceneSource:
         always = [t for t in ("describe", "list", "spell") if t not in self.leave_out]
         return (*always, *rng.sample([t for t in scenes.ASKERS if t not in (*always, *self.leave_out)], 5))
 
-    def _example(self, question, pictures, tokens):
+    def _example(self, question, scene, pictures, tokens):
         tokenizer = self.checkpoint.tokenizer
         prompt = build_prompt(question.question, pictures, "llava")
         ids = tokenizer.encode(prompt)
         answer = tokenizer.encode(f"{prompt} {question.answer}</s>")[len(ids) :]
-        return example(self.checkpoint, ids, tokens, answer, question.evidence)
+        return example(self.checkpoint, ids, tokens, answer, scene, question.evidence)
 
 
 class FileSource:
@@ -283,7 +327,10 @@ class FileSource:
     def _example(self, number):
         question, images = self.asked[number]
         generation = Generation(self.checkpoint, question.text, images)
-        return example(self.checkpoint, generation.ids, generation.encode_images(), self.answers[number])
+        # what stands before the pictures may differ from question to question: then nothing is shared
+        place = generation.ids.index(self.checkpoint.config.image_token_index)
+        same = *map(str, images), *generation.ids[:place]
+        return example(self.checkpoint, generation.ids, generation.encode_images(), self.answers[number], same)
 
 
 def own_answers(checkpoint, asked, path, longest):
