@@ -77,8 +77,9 @@ def parser():
     p.add_argument("--compile", action="store_true",
                    help="decode with torch.compile, on a CPU up to twice as fast; the second token waits for it")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
-                   help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, uniform, "
-                        "shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... (default none)")
+                   help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, grid, "
+                        "objects, topk, shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... "
+                        "(default none)")
     p.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
                    help="fraction of the vision tokens that is kept")
     p.add_argument("--keep-tokens", type=number(int, 1), metavar="N", help="vision tokens kept per KV head and picture")

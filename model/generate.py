@@ -13,9 +13,10 @@ from kernels.backend import choose_backend
 
 from .cache import RaggedCache
 from .config import InputError
-from .image import normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
+from .image import kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
 from .tokenizer import TEMPLATES, Detokenizer, build_prompt
+from .view import contrast_of, places_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Layout:
     attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, where `sink_keys` are guarded
     last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
     norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norm of the layer's value rows, for methods that ask for values
+    places: list = None  # of each picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
+    contrast: list = None  # of each picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
 
     @cached_property
     def text(self):
@@ -93,8 +96,15 @@ class Pruner:
         keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
         before = [0, *keep.cumsum(0).tolist()]
-        spans = [(before[a], before[b]) for a, b in self.layout.spans]
-        self.layout = replace(self.layout, tokens=len(rows), spans=spans)
+        spans, left = self.layout.spans, keep.cpu()
+
+        def thinned(views):
+            return views and [view[left[a:b]] for view, (a, b) in zip(views, spans, strict=True)]
+
+        self.layout = replace(
+            self.layout, tokens=len(rows), spans=[(before[a], before[b]) for a, b in spans],
+            places=thinned(self.layout.places), contrast=thinned(self.layout.contrast),
+        )  # fmt: skip
         self.seconds += time.perf_counter() - start
         return rows
 
@@ -226,6 +236,27 @@ class Generation:
         """What the vision tower looks at: one PIL image per picture, or the picture's tiles behind it."""
         return [square for squares, _ in self.looks for square in squares]
 
+    @property
+    def places(self):
+        """Where in its picture each token sits, (n, 2) per picture: `places_of`."""
+        return [places_of(*of_picture[1:]) for of_picture in self._views()]
+
+    @property
+    def contrast(self):
+        """How far each token's pixels are from its picture's usual colour, (n,) per picture: `contrast_of`."""
+        return [
+            contrast_of(torch.stack([normalise(s, self.image_settings) for s in squares]), side, tokens, cut, grid)
+            for (squares, side, tokens, cut), (_, grid) in zip(self._views(), self.looks, strict=True)
+        ]
+
+    def _views(self):
+        """Of each picture: its squares, tokens per side of one, tokens in all, which part of its tiles is seen."""
+        tower = self.checkpoint.config.vision_config
+        side = tower.image_size // tower.patch_size
+        for (squares, grid), image in zip(self.looks, self.images, strict=True):
+            cut = grid and kept_of_tiles(grid, side, image["size"], self.image_settings.order)
+            yield squares, side, image["tokens"], cut
+
     def encode_images(self):
         """The pictures' tokens, (P, C) each."""
         model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
@@ -314,7 +345,9 @@ class Generation:
         config = self.checkpoint.config.text_config
         self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.backend)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
-        layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device)
+        layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device, places=self.places)
+        if getattr(self.prune and self.prune.rule, "wants_contrast", False):
+            layout = replace(layout, contrast=self.contrast)
         pruner = Pruner(self.prune, layout, self.backend) if self.prune else None
         asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
         hidden = model.language_model.prefill(x[None], self.cache, **asked)

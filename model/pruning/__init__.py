@@ -11,8 +11,9 @@ places:
 
 scores, fp32 (Hq, T), is the attention of each query head averaged over the last `window` rows of the prompt, which end
 where the last picture does; `window` is a setting (without one scores is None, and that of the last row for `narrow`).
-layout (`model.generate.Layout`) says where the pictures are; for the call also, with a true setting `values`, the norms
-of each head's value rows, and with a true member `wants_last_row` the attention of that row alone. Two more members
+layout (`model.generate.Layout`) says where the pictures are, and where in its picture each token; for the call also,
+with a true setting `values`, the norms of each head's value rows, and with a true member `wants_last_row` the attention
+of that row alone; with a true member `wants_contrast`, how far each token's pixels are from the usual. Two more members
 are optional: wants(layer, num_layers) is False where a layer keeps all and need not be scored, check(num_layers,
 kv_heads) refuses a model with a ValueError. Text is kept whatever a method says.
 """
@@ -29,23 +30,31 @@ import torch
 
 from .budget import GROUPS, SCOPES, best
 from .fastv import FastV
+from .grid import grid_tokens
+from .objects import Objects
 from .plphp import Plphp, PlphpAda
 from .random_tokens import random_tokens
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
-from .uniform import Uniform
+from .topk import TopK
 
 METHODS = {
     "none": None,
     "plphp": Plphp,
     "plphp-ada": PlphpAda,
     "random": random_tokens,
-    "uniform": Uniform,
+    "grid": grid_tokens,
+    "objects": Objects,
+    "topk": TopK,
     "shared": shared_tokens,
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
 }
+
+ALIASES = {"uniform": "topk"}  # what a method was called before
+
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that say how much is kept
 
 # settings of every method: how many tokens no head may drop, of the first and of the last ones of the prompt, and of
 # those that the head's last rows attend to most
@@ -124,6 +133,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     of the method's defaults. ValueError says what is wrong.
     """
     name, pairs = _split(spec)
+    name = ALIASES.get(name, name)
     if "+" in name and "::" not in name:
         raise ValueError(f"{name!r} combines methods, which none of them is made for; give one")
     function = _find(name)
@@ -152,8 +162,17 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
 
 def calibrated(folder, name):
     """Path of the settings that a checkpoint's folder has for a method of METHODS, or None (tools/calibrate.py)."""
-    path = None if folder is None or name not in METHODS else Path(folder) / f"{name}.json"
-    return path if path and path.is_file() else None
+    if folder is None or name not in METHODS:
+        return None
+    paths = [Path(folder) / f"{n}.json" for n in (name, *(old for old, new in ALIASES.items() if new == name))]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def sets_budget(spec):
+    """Does a SPEC say itself how much it keeps, or is its method one that cannot be told by `retention`?"""
+    name, pairs = _split(spec)
+    function = _find(ALIASES.get(name, name))
+    return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
 
 
 def _split(spec):

@@ -14,14 +14,18 @@ def random_tokens(
     one budget, so that their numbers of tokens differ too; shared: all of them keep the same. Returns keep (Hkv, T)
     bool.
     """
-    number = (seed * layout.num_layers + layer) % 2**63
-    generator = torch.Generator().manual_seed(number)  # on the CPU: the same on every device
-    draw = torch.rand(layout.kv_heads, layout.tokens, generator=generator).to(layout.device)
     if pooled and shared:
         raise ValueError("pooled and shared are both true; give one of them")
-    draw = draw[:1].expand_as(draw) if shared else draw
+    noise = draw(seed, layer, layout)
+    noise = noise[:1].expand_as(noise) if shared else noise
     divide = _one_pot if pooled else best
-    return select(draw, layout, lambda s: divide(s, budget(s.shape[1], retention, keep_tokens)), scope)
+    return select(noise, layout, lambda s: divide(s, budget(s.shape[1], retention, keep_tokens)), scope)
+
+
+def draw(seed, layer, layout):
+    """(Hkv, T) of uniform noise, its own in each layer: drawn on the CPU, the same on every device."""
+    generator = torch.Generator().manual_seed((seed * layout.num_layers + layer) % 2**63)
+    return torch.rand(layout.kv_heads, layout.tokens, generator=generator).to(layout.device)
 
 
 def _one_pot(scores, count):
