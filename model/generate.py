@@ -15,6 +15,7 @@ from .cache import RaggedCache
 from .config import InputError
 from .image import kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
+from .lookahead import FILE as LOOKAHEAD
 from .tokenizer import TEMPLATES, Detokenizer, build_prompt
 from .view import contrast_of, places_of
 
@@ -64,8 +65,9 @@ class Pruner:
     seconds   spent on scoring and choosing
     """
 
-    def __init__(self, method, layout, backend="auto"):
-        self.method, self.layout, self.backend = method, layout, backend
+    def __init__(self, method, layout, backend="auto", ahead=0):
+        """ahead: how many of the rows of q, k and v, the last ones, are look-ahead rows and no part of the prompt."""
+        self.method, self.layout, self.backend, self.ahead = method, layout, backend, ahead
         self.kept, self.seconds = [], 0.0
 
     def choose(self, layer, q, k, v):
@@ -76,10 +78,11 @@ class Pruner:
             start = time.perf_counter()
             layout = self._guarded(q, k)
             if self.method.settings.get("values"):
-                layout = replace(layout, norms=v[0].float().norm(1, dim=-1))
+                layout = replace(layout, norms=v[0, :, : layout.tokens].float().norm(1, dim=-1))
             if getattr(self.method.rule, "wants_last_row", False):
                 layout = replace(layout, last=self._scores(q, k, 1))
-            keep = self._heed(self.method.choose, layer, self._scores(q, k, self.method.window), layout)
+            ranking = self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
+            keep = self._heed(self.method.choose, layer, ranking, layout)
             _wait(k.device)
         vision, heads = sum(b - a for a, b in self.layout.spans), self.layout.kv_heads
         # text is always kept
@@ -119,7 +122,16 @@ class Pruner:
         """(Hq, T) fp32, averaged over the last rows, down to where the last picture ends. None for a window of 0."""
         behind = self.layout.tokens - self.layout.spans[-1][1]
         rows = min(window, max(1, behind))
-        return window_scores(q[0, :, -rows:], k[0], group="none", backend=self.backend) if rows else None
+        if not rows:
+            return None
+        end = q.shape[2] - self.ahead
+        asking, keys = q[0, :, end - rows : end], k[0, :, : self.layout.tokens]
+        return window_scores(asking, keys, group="none", backend=self.backend)
+
+    def _ahead(self, q, k):
+        """(Hq, T) fp32: attention of the look-ahead rows to the prompt, averaged over them."""
+        scores = window_scores(q[0, :, -self.ahead :], k[0], group="none", backend=self.backend)
+        return scores[:, : self.layout.tokens]
 
     def _heed(self, ask, *arguments):
         """What a method answers; what it refuses is wrong input."""
@@ -223,6 +235,11 @@ class Generation:
             prune.check(text.num_hidden_layers, text.num_key_value_heads)
         except ValueError as wrong:
             raise InputError(f"method {prune.name}: {wrong}") from wrong
+        if prune.looks_ahead and self.checkpoint.lookahead is None:
+            raise InputError(
+                f"method {prune.name}: query=lookahead needs {LOOKAHEAD} in {self.checkpoint.folder}; train it with "
+                "tools/train_lookahead.py, or use query=last"
+            )
         if not self.vision_tokens:
             self.notes.append(f"there is no picture, so {prune.name} has nothing to drop")
 
@@ -348,8 +365,9 @@ class Generation:
         layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device, places=self.places)
         if getattr(self.prune and self.prune.rule, "wants_contrast", False):
             layout = replace(layout, contrast=self.contrast)
-        pruner = Pruner(self.prune, layout, self.backend) if self.prune else None
-        asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
+        lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
+        pruner = Pruner(self.prune, layout, self.backend, lookahead.rows if lookahead else 0) if self.prune else None
+        asked = {"choose": pruner.choose, "narrow": pruner.narrow, "lookahead": lookahead} if pruner else {}
         hidden = model.language_model.prefill(x[None], self.cache, **asked)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
 from .image import ImageSettings, read_image_settings
 from .llava import Llava
+from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
 from .tokenizer import Tokenizer, find_template
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,7 @@ class Checkpoint:
     template: str
     template_note: str  # how the template was found
     stop_ids: tuple
+    lookahead: Lookahead | None = None  # look-ahead rows, where the folder has some
 
     @property
     def device(self):
@@ -80,6 +82,8 @@ class Checkpoint:
         if not mapped:  # a copy of what is mapped would be memory of its own
             self.model.language_model.arrange()
         self.model.requires_grad_(False)
+        if self.lookahead is not None:
+            fill_lookahead(self.lookahead, self.folder / FILE, self.model.language_model)
         return self
 
 
@@ -103,7 +107,9 @@ def open_checkpoint(name):
     settings = read_image_settings(folder, config.vision_config.image_size, config.image_grid_pinpoints)
     if any("mm_projector." in key for _, key, _ in keys.values()):  # names of the original code: so is its order
         settings = replace(settings, order="orig")
-    return Checkpoint(folder, config, model, keys, tokenizer, settings, template, note, _stop_ids(folder, tokenizer))
+    lookahead = open_lookahead(folder / FILE, model.language_model) if (folder / FILE).is_file() else None
+    stop_ids = _stop_ids(folder, tokenizer)
+    return Checkpoint(folder, config, model, keys, tokenizer, settings, template, note, stop_ids, lookahead)
 
 
 # ---------------------------------------------------------------- finding files

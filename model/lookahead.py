@@ -63,36 +63,39 @@ class Lookahead(nn.Module):
         return len(self.embeddings)
 
 
-def empty_lookahead(language, rows, rank):
-    """Look-ahead rows without memory, for a model of the same shapes."""
-    with torch.device("meta"):
-        return Lookahead(language, rows, rank)
+ADVICE = "train the rows anew with tools/train_lookahead.py, or remove the file"
 
 
-def read_lookahead(path, language):
-    """The look-ahead rows in a file, in the dtype and on the device of a loaded `Llama`.
-
-    InputError unless the file holds every tensor, in the right shape and dtype, and was trained for these weights.
-    """
-    advice = "train them anew with tools/train_lookahead.py, or remove the file"
+def open_lookahead(path, language):
+    """The look-ahead rows of a file without their memory. InputError unless it fits the shapes of a `Llama`."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        rows, rank = len(tensors["embeddings"]), len(tensors["layers.0.q_proj.lora_A"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as broken:
-        raise InputError(f"{path} holds no look-ahead rows ({broken}); {advice}") from broken
-    lookahead = empty_lookahead(language, rows, rank)
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        rows, rank = shapes["embeddings"][0], shapes["layers.0.q_proj.lora_A"][0]
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError) as broken:
+        raise InputError(f"{path} holds no look-ahead rows ({broken}); {ADVICE}") from broken
+    with torch.device("meta"):
+        lookahead = Lookahead(language, rows, rank)
     wanted = {name: tuple(p.shape) for name, p in lookahead.state_dict().items()}
-    if wanted != {name: tuple(t.shape) for name, t in tensors.items()}:
-        wrong = sorted(name for name in wanted.keys() | tensors.keys()
-                       if name not in tensors or wanted.get(name) != tuple(tensors[name].shape))  # fmt: skip
-        raise InputError(f"{path} is of another model ({wrong[0]} and {len(wrong) - 1} more do not fit); {advice}")
+    wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+    if wrong:
+        raise InputError(f"{path} is for another model ({wrong[0]} and {len(wrong) - 1} more do not fit); {ADVICE}")
+    return lookahead
+
+
+def fill_lookahead(lookahead, path, language):
+    """Give the rows their numbers, in the dtype and on the device of a loaded `Llama`.
+
+    InputError if they were trained for other weights.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     if about.get("model") != fingerprint(language):
-        raise InputError(f"{path} was trained for other weights than these; {advice}")
+        raise InputError(f"{path} was trained for other weights than these; {ADVICE}")
     norm = language.model.norm.weight
     tensors = {name: t.to(norm.device, norm.dtype) for name, t in tensors.items()}
     lookahead.load_state_dict(tensors, assign=True)
-    return lookahead.requires_grad_(False)
+    lookahead.requires_grad_(False)
 
 
 def fingerprint(language):

@@ -1,18 +1,26 @@
 """Look-ahead rows: what they compute, that nothing else changes, and how they are trained."""
 
 import copy
+import dataclasses
 import json
+import random
 
 import pytest
 import torch
 from conftest import TEXT, refusal
 from oracle import small_llama
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kernels import window_scores
+from model import Generation, Sampling, load
 from model.cache import RaggedCache
-from model.lookahead import Lookahead, fingerprint, read_lookahead
+from model.generate import Layout
+from model.lookahead import Lookahead, fill_lookahead, fingerprint, open_lookahead
+from model.pruning import make_method
+from model.pruning.budget import grid_phase
 from tools import train_lookahead
+from tools.replay import Asked
 from tools.train_lookahead import Example, divergence, freeze, predict
 
 ROWS = 3
@@ -116,6 +124,12 @@ def test_only_the_rows_are_adapted():
 # ---------------------------------------------------------------- the file
 
 
+def read_lookahead(path, language):
+    lookahead = open_lookahead(path, language)
+    fill_lookahead(lookahead, path, language)
+    return lookahead
+
+
 def saved(path, language, lookahead, **about):
     save_file(dict(lookahead.state_dict()), path, {"model": fingerprint(language)} | about)
     return path
@@ -141,7 +155,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     saved(path, other, lookahead)
     assert "other weights" in refusal(read_lookahead, path, language)
     saved(path, language, random_lookahead(small_llama(kv_heads=4)))
-    assert "another model" in refusal(read_lookahead, path, language)
+    assert "for another model" in refusal(read_lookahead, path, language)
     tensors = dict(lookahead.state_dict())
     for change in ({"extra": torch.zeros(1)}, {"embeddings": None}, {"layers.2.up_proj.lora_B": None}):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
@@ -226,8 +240,6 @@ def test_the_rest_bin_counts():
 
 
 def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, make_checkpoint, monkeypatch):
-    from model import load
-
     make_checkpoint(tmp_path / "model", TEXT | {"num_hidden_layers": 2})
     checkpoint = load(tmp_path / "model", "fp32")
     language = checkpoint.model.language_model
@@ -271,3 +283,106 @@ def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
     assert f"{2 * sum(v.numel() for v in language.values()) / 1e9:.2f} GB  frozen weights" in shown
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["text_config"]["num_hidden_layers"] == 2 and "together" in shown
+
+
+# ---------------------------------------------------------------- in an answer
+
+
+RANKING = ("plphp", "plphp-ada", "topk", "shared", "snapkv", "adakv")
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint, tmp_path):
+    """A small checkpoint whose folder has look-ahead rows."""
+    make_checkpoint(tmp_path / "model", TEXT | {"num_hidden_layers": 3})
+    language = load(tmp_path / "model", "fp32").model.language_model
+    saved(tmp_path / "model" / "lookahead.safetensors", language, random_lookahead(language))
+    return load(tmp_path / "model", "fp32")
+
+
+def asking(checkpoint, spec="none", retention=None, pictures=1, tokens=6):
+    prune = make_method(spec, retention) if spec != "none" else None
+    images = [Image.frombytes("RGB", (40, 40), random.Random(i).randbytes(4800)) for i in range(pictures)]
+    return Generation(checkpoint, "what is in this picture?", images, Sampling(tokens), prune=prune)
+
+
+def test_an_unpruned_answer_is_the_same_to_the_bit_without_the_file(checkpoint):
+    plain = dataclasses.replace(checkpoint, lookahead=None)
+    with torch.inference_mode():
+        logits = [asking(c).prefill() for c in (checkpoint, plain)]
+    assert torch.equal(*logits)
+    assert "".join(asking(checkpoint)) == "".join(asking(plain))
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_methods_rank_by_the_rows(checkpoint, name):
+    """Each head keeps what the scores of the rows, measured apart, say; the cache and its positions hold no rows."""
+    generation = asking(checkpoint, f"{name}:query=lookahead", 0.5, pictures=2)
+    with torch.inference_mode():
+        logits = generation.prefill()
+        plain = asking(checkpoint, pictures=2)
+        torch.testing.assert_close(logits, plain.prefill(), rtol=1e-4, atol=1e-5)
+        x, spans = checkpoint.model.splice(generation.ids, generation.encode_images())
+        scores = rows_of(checkpoint.model.language_model, x[None], checkpoint.lookahead)
+    layout = Layout(3, 4, 2, len(x), spans, x.device, places=generation.places)
+    for layer in range(3):
+        keep = None
+        if generation.prune.wants(layer, 3):
+            layout = dataclasses.replace(layout, norms=None)
+            keep = generation.prune.choose(layer, scores[layer][:, : len(x)], layout)
+        count = torch.full((2,), len(x)) if keep is None else keep.sum(1)
+        assert generation.cache.kv_len[layer].tolist() == count.tolist()
+        if keep is not None:
+            k = plain.cache.k[layer].view(2, -1, plain.cache.k[layer].shape[1])[:, : len(x)]
+            held = [
+                generation.cache.k[layer][start : start + n]
+                for start, n in zip(generation.cache.kv_start[layer].tolist(), count.tolist(), strict=True)
+            ]
+            torch.testing.assert_close(torch.cat(held), k[keep], rtol=1e-4, atol=1e-5)
+    assert generation.cache.pos.tolist() == [len(x)]
+
+
+def test_replaying_a_prompt_keeps_what_the_answer_kept(checkpoint):
+    generation = asking(checkpoint, "plphp-ada:query=lookahead,cover=0.5", 0.4)
+    "".join(generation)
+    asked = Asked(
+        checkpoint, generation.ids, generation.encode_images(), generation.token_ids[:-1], places=generation.places
+    )
+    with torch.inference_mode():
+        cache, _, _ = asked.cache(generation.prune)
+    steps = len(generation.token_ids) - 1
+    assert torch.equal(cache.kv_len, generation.cache.kv_len - steps)
+
+
+def test_look_ahead_without_a_file_is_refused(checkpoint, tmp_path):
+    plain = dataclasses.replace(checkpoint, lookahead=None)
+    assert "train_lookahead.py" in refusal(asking, plain, "plphp:query=lookahead", 0.5)
+    (tmp_path / "model" / "lookahead.safetensors").write_bytes(b"{}")
+    refusal(load, tmp_path / "model", "fp32")
+    for wrong in ("query=first", "cover=1.5", "cover=-0.1", "cover=true"):
+        with pytest.raises(ValueError, match=wrong.partition("=")[0]):
+            make_method(f"topk:{wrong}", 0.5)
+
+
+# ---------------------------------------------------------------- a share on the grid
+
+
+@pytest.mark.parametrize("name", RANKING)
+@pytest.mark.parametrize("scope", ["image", "vision"])
+def test_cover_puts_a_share_on_the_grid_and_keeps_the_number(name, scope):
+    torch.manual_seed(3)
+    layout = Layout(4, 4, 2, 60, [(2, 27), (30, 55)], torch.device("cpu"))
+    scores = torch.rand(4, 60).softmax(-1)
+    kept = {c: make_method(f"{name}:cover={c},scope={scope}", 0.4).choose(3, scores, layout) for c in (0, 0.5, 1)}
+    phase = grid_phase(3, layout)
+    phase = phase[:1].expand_as(phase) if name == "shared" else phase
+    for columns in [list(range(2, 27)), list(range(30, 55))] if scope == "image" else [[*range(2, 27), *range(30, 55)]]:
+        counts = {c: k[:, columns].sum(1) for c, k in kept.items()}
+        assert torch.equal(counts[0], counts[0.5]) and torch.equal(counts[0], counts[1])
+        order = phase[:, columns].sort(stable=True).indices
+        for h, count in enumerate(counts[0].tolist()):
+            first = kept[0.5][h, columns][order[h]]
+            assert first[: count // 2].all() and not first[: count + 1].all()
+            assert kept[1][h, columns][order[h]][:count].all()
+            plain, mixed = (kept[c][h, columns] for c in (0, 0.5))
+            assert (plain & mixed).sum() >= count - count // 2 - 1  # the best by score stay as far as there is room

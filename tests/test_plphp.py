@@ -28,7 +28,7 @@ def test_three_classes_with_their_borders(gamma, rate):
 
 def test_rates_stay_between_nothing_and_everything():
     assert Plphp(r=0.9, dr=0.3).rate(1.0) == 1.0 and Plphp(r=0.2, dr=0.3).rate(0.0) == 0.0
-    for wanted, dr in ((0.5, 0.3), (0.2, 0.2), (0.9, 0.1), (1.0, 0.0)):  # dr = min(dr, F, 1 - F)
+    for wanted, dr in ((0.5, 0.3), (0.2, 0.15), (0.3, 0.225), (0.9, 0.1), (1.0, 0.0)):  # dr = min(dr, 0.75 F, 1 - F)
         method = make_method("plphp", wanted).rule
         assert method.rate(1.0) == pytest.approx(wanted + dr) and method.rate(0.0) == pytest.approx(wanted - dr)
         assert method.rate(0.2) == wanted

@@ -34,6 +34,26 @@ class Asked:
         )
         hidden = language.prefill(self.x[None], self, choose=self._look)
         self.logits = language.logits(hidden[0, self.tokens - 1 :]).float()
+        self._ahead = {}
+
+    def rows(self, lookahead):
+        """Per layer q (1, Hq, m, D) and k (1, Hkv, m, D) of look-ahead rows behind the prompt. Computed once."""
+        if id(lookahead) not in self._ahead:
+            t, found = self.tokens, []
+
+            def look(layer, q, k, v):
+                found.append((q[:, :, t:], k[:, :, t:]))
+
+            language = self.checkpoint.model.language_model
+            language.prefill(self.x[None, :t], self, choose=look, lookahead=lookahead)
+            self._ahead[id(lookahead)] = lookahead, found  # held, so that no other gets its id
+        return self._ahead[id(lookahead)][1]
+
+    def attention_of_rows(self, lookahead, layer):
+        """(Hq, T): the attention that look-ahead rows pay to the prompt in a layer, mean over them."""
+        q, own = self.rows(lookahead)[layer]
+        k = torch.cat((self.layers[layer][1], own), 2)
+        return window_scores(q[0], k[0], group="none", backend=self.backend)[:, : self.tokens]
 
     def attention_of_fed(self, layer):
         """(Hkv, T): the attention that the fed tokens pay to the prompt in a layer, mean over them and the group."""
@@ -59,9 +79,14 @@ class Asked:
         cache = RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
         if method is not None and method.layer is not None:
             return self._narrowed(method, cache)
-        pruner, keeps = Pruner(method, self.layout, self.backend) if method else None, []
+        lookahead = self.checkpoint.lookahead if method is not None and method.looks_ahead else None
+        pruner = Pruner(method, self.layout, self.backend, lookahead.rows if lookahead else 0) if method else None
+        keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
-            keep = pruner.choose(layer, q, k, v) if pruner else None
+            seen = q, k, v
+            if lookahead is not None:
+                seen = *(torch.cat(pair, 2) for pair in zip((q, k), self.rows(lookahead)[layer], strict=True)), v
+            keep = pruner.choose(layer, *seen) if pruner else None
             keeps.append(keep)
             if keep is not None and getattr(method.rule, "only_values", False):  # an experiment of tools/controls.py
                 v, keep = v * keep[None, ..., None], None

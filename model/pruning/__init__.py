@@ -11,6 +11,7 @@ places:
 
 scores, fp32 (Hq, T), is the attention of each query head averaged over the last `window` rows of the prompt, which end
 where the last picture does; `window` is a setting (without one scores is None, and that of the last row for `narrow`).
+With the setting `query` at "lookahead" it is that of the look-ahead rows (`model.lookahead`) instead.
 layout (`model.generate.Layout`) says where the pictures are, and where in its picture each token; for the call also,
 with a true setting `values`, the norms of each head's value rows, and with a true member `wants_last_row` the attention
 of that row alone; with a true member `wants_contrast`, how far each token's pixels are from the usual. Two more members
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from .budget import GROUPS, SCOPES, best
+from .budget import GROUPS, QUERIES, SCOPES, best
 from .fastv import FastV
 from .grid import grid_tokens
 from .objects import Objects
@@ -73,6 +74,11 @@ class Method:
     def window(self):
         """Rows of the prompt's end whose attention the method wants to see."""
         return self.settings.get("window", 1 if self.layer else 0)
+
+    @property
+    def looks_ahead(self):
+        """Does it rank by the attention of the look-ahead rows?"""
+        return self.settings.get("query") == "lookahead"
 
     @property
     def layer(self):
@@ -270,6 +276,9 @@ def _check_common(name, settings):
     for key in ("window", *GUARDS):
         if key in settings and (type(settings[key]) is not int or settings[key] < 0):
             raise ValueError(f"{key} of method {name} is {settings[key]!r}; give a number of tokens from 0 on")
-    for key, allowed in (("scope", SCOPES), ("group", GROUPS)):
+    cover = settings.get("cover", 0)
+    if not (type(cover) in (int, float) and 0 <= cover <= 1):
+        raise ValueError(f"cover of method {name} is {cover!r}; give a share from 0 to 1")
+    for key, allowed in (("scope", SCOPES), ("group", GROUPS), ("query", QUERIES)):
         if key in settings and settings[key] not in allowed:
             raise ValueError(f"{key} of method {name} is {settings[key]!r}; use {' or '.join(allowed)}")

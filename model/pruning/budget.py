@@ -7,6 +7,7 @@
                  pooled     the heads share one budget, with a floor for each: their numbers differ
                  mass       in each head the fewest tokens that hold a share of its attention
     of what      select     each picture by itself, or all vision tokens together
+                 cover      a share of each head's tokens on an even grid, whatever the scores say
 
 Text is outside of all this: it stays. Every method here rounds and breaks ties in the same way, whatever its original
 does, so that equal budgets are equal bytes.
@@ -18,6 +19,11 @@ import torch
 
 SCOPES = ("image", "vision")
 GROUPS = ("mean", "max")
+QUERIES = ("last", "lookahead")  # whose attention ranks: the last prompt rows', or the look-ahead rows'
+
+# Steps along rows and columns of the R2 sequence: the powers of 1 / 1.3247..., which solves x**3 = x + 1. And the
+# golden ratio, for the shift from head to head.
+DOWN, RIGHT, SHIFT = 0.5698402909980532, 0.7548776662466927, 0.6180339887498949
 
 
 def budget(tokens, retention=1.0, keep_tokens=None):
@@ -80,19 +86,49 @@ def mass(scores, share):
     return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 
-def select(scores, layout, choose, scope="image"):
+def grid_phase(layer, layout):
+    """(Hkv, T) float64: the order of an even grid over each picture, another one in each head of each layer; low first.
+
+    A token at row y and column x has the phase y * DOWN + x * RIGHT, plus SHIFT for each head before this one, modulo
+    1. However many of the lowest are taken, they lie evenly in both directions.
+    """
+    phase = torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.float64)
+    heads = torch.arange(layout.kv_heads, dtype=torch.float64)[:, None] + layer * layout.kv_heads
+    for i, (start, stop) in enumerate(layout.spans):
+        rows, columns = layout.places[i].T if layout.places else (0, torch.arange(stop - start))
+        phase[:, start:stop] = (rows * DOWN + columns * RIGHT + heads * SHIFT) % 1
+    return phase.to(layout.device)
+
+
+def covered(scores, keep, phase, share):
+    """As many tokens as `keep` has in each head, `share` of them on the grid and the others by scores.
+
+    scores, phase (H, n), keep (H, n) bool -> bool (H, n).
+    """
+    count = keep.sum(1, keepdim=True)
+    grid = best(-phase, (share * count).int())
+    return best(scores.masked_fill(grid, float("inf")), count)
+
+
+def select(scores, layout, choose, scope="image", cover=0.0, phase=None):
     """scores (Hkv, T) -> keep (Hkv, T): all text, and of the vision tokens what choose(scores (Hkv, n)) -> bool keeps.
 
     scope: "image" asks once for each picture, so that none can be starved by another; "vision" once for all of them.
+    cover: this share of what each head keeps is the first of phase (Hkv, T), `grid_phase`, instead.
     """
     keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool, device=layout.device)
-    if scope == "vision" and len(layout.spans) > 1:
-        columns = torch.cat([torch.arange(start, stop) for start, stop in layout.spans]).to(layout.device)
-        keep[:, columns] = choose(scores[:, columns])
-        return keep
-    for start, stop in layout.spans:
-        keep[:, start:stop] = choose(scores[:, start:stop])
+    for columns in _columns(layout, scope):
+        chosen = choose(scores[:, columns])
+        keep[:, columns] = covered(scores[:, columns], chosen, phase[:, columns], cover) if cover else chosen
     return keep
+
+
+def _columns(layout, scope):
+    """Indices into T of what is chosen among at once: a slice for each picture, or one tensor for all."""
+    pictures = [slice(start, stop) for start, stop in layout.spans]
+    if scope == "vision" and len(pictures) > 1:
+        return [torch.cat([torch.arange(s.start, s.stop) for s in pictures]).to(layout.device)]
+    return pictures
 
 
 def by_kv_head(scores, layout, group="mean", values=False):

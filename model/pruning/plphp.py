@@ -15,7 +15,7 @@ beta, r, dr, the layers that are spared, the query row and the treatment of grou
 
 from dataclasses import dataclass
 
-from .budget import best, budget, by_kv_head, check_floor, pooled, select
+from .budget import best, budget, by_kv_head, check_floor, grid_phase, pooled, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,9 @@ class Plphp:
     r, dr, alpha, beta: as above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
     group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention, averaged, ranks;
     values: rank by attention times the L1 norm of the value row (VATP, 2406.12335); scope: rank and count in each
-    picture (image), or in all together (vision). retention: if given, r is that and dr at most its distance to 0 and 1;
+    picture (image), or in all together (vision). query: whose attention ranks and gives gamma, that of the prompt's
+    last rows (last) or of the look-ahead rows (lookahead, `model.lookahead`); cover: this share of what a head keeps
+    lies on an even grid instead. retention: if given, r is that and dr at most 0.75 of it and its distance to 1;
     keep_tokens: if given, every layer keeps that many of each picture, whatever gamma says.
     """
 
@@ -38,6 +40,8 @@ class Plphp:
     values: bool = False
     window: int = 1
     scope: str = "image"
+    query: str = "last"
+    cover: float = 0.0
     retention: float | None = None
     keep_tokens: int | None = None
 
@@ -53,8 +57,8 @@ class Plphp:
 
     @property
     def wants_last_row(self):
-        """gamma is the last row's, also where more rows rank."""
-        return self.window > 1
+        """gamma is the last row's, also where more rows rank; look-ahead rows have their own."""
+        return self.window > 1 and self.query == "last"
 
     def wants(self, layer, num_layers):
         """Is the layer pruned at all? The others need no scores."""
@@ -64,12 +68,17 @@ class Plphp:
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
         rate = self.rate(gamma(layout.last if self.wants_last_row else scores, layout))
         heads = by_kv_head(scores, layout, self.group, self.values)
-        return select(heads, layout, lambda s: self.choose(s, budget(s.shape[1], rate, self.keep_tokens)), self.scope)
+        phase = grid_phase(layer, layout)
+
+        def choose(part):
+            return self.choose(part, budget(part.shape[1], rate, self.keep_tokens))
+
+        return select(heads, layout, choose, self.scope, self.cover, phase)
 
     def rate(self, gamma):
         """The fraction that a layer keeps."""
         r = self.r if self.retention is None else self.retention
-        dr = self.dr if self.retention is None else min(self.dr, r, 1 - r)
+        dr = self.dr if self.retention is None else min(self.dr, 0.75 * r, 1 - r)
         rate = r + dr if gamma >= self.alpha else r - dr if gamma < self.beta else r
         return min(1.0, max(0.0, rate))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from .budget import best, budget, by_kv_head, check_floor, pooled, select
+from .budget import best, budget, by_kv_head, check_floor, grid_phase, pooled, select
 
 POOLS = ("avg", "max")
 
@@ -19,8 +19,8 @@ class SnapKV:
     """Each head its own most attended by the last 32 text rows, smoothed over 5 neighbours (2404.14469).
 
     retention: fraction kept; keep_tokens: that many per head and picture instead; window: rows at the prompt's end,
-    not reaching into a picture; kernel, pool: width and kind (avg|max) of the smoothing; group, values, scope: as in
-    plphp.
+    not reaching into a picture; kernel, pool: width and kind (avg|max) of the smoothing; group, values, scope, query,
+    cover: as in plphp.
     """
 
     retention: float = 0.5
@@ -31,6 +31,8 @@ class SnapKV:
     group: str = "mean"
     values: bool = False
     scope: str = "image"
+    query: str = "last"
+    cover: float = 0.0
 
     def __post_init__(self):
         if self.window < 1:
@@ -45,9 +47,11 @@ class SnapKV:
         heads = by_kv_head(scores, layout, self.group, self.values).clone()
         for start, stop in layout.spans:
             heads[:, start:stop] = self.smooth(heads[:, start:stop])
+        phase = grid_phase(layer, layout)
         return select(
-            heads, layout, lambda s: self.choose(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
-        )
+            heads, layout, lambda s: self.choose(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope,
+            self.cover, phase,
+        )  # fmt: skip
 
     def smooth(self, scores):
         """scores (Hkv, n) -> the same shape; beyond the ends of a picture the mean finds zeros."""

@@ -6,7 +6,7 @@ with `mass` how ZipVL (2410.08584) sizes one: as many tokens as a share of the a
 
 from dataclasses import dataclass
 
-from .budget import best, budget, by_head, by_kv_head, mass, select
+from .budget import best, budget, by_head, by_kv_head, grid_phase, mass, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class TopK:
 
     One budget of four, 0.5 without any: retention: the fraction; keep_tokens: the number; mass: in each head the fewest
     tokens that hold this share of its attention to the picture; rates: a list with a fraction for each layer, or a list
-    of fractions for its KV heads. group, values, window, scope: as in plphp.
+    of fractions for its KV heads. group, values, window, scope, query, cover: as in plphp.
     """
 
     retention: float | None = None
@@ -26,6 +26,8 @@ class TopK:
     values: bool = False
     window: int = 1
     scope: str = "image"
+    query: str = "last"
+    cover: float = 0.0
 
     def __post_init__(self):
         given = [n for n in ("retention", "keep_tokens", "mass", "rates") if getattr(self, n) is not None]
@@ -51,9 +53,9 @@ class TopK:
 
     def __call__(self, layer, scores, layout):
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        return select(
-            by_kv_head(scores, layout, self.group, self.values), layout, lambda s: self.choose(layer, s), self.scope
-        )
+        heads = by_kv_head(scores, layout, self.group, self.values)
+        phase = grid_phase(layer, layout)
+        return select(heads, layout, lambda s: self.choose(layer, s), self.scope, self.cover, phase)
 
     def choose(self, layer, scores):
         """scores (Hkv, n) -> bool (Hkv, n)."""
