@@ -92,9 +92,27 @@ MUTANTS = {
     ),
     "wrong row offset": (
         "kernels/ragged_decode_torch.py",
-        "x.as_strided(shape, strides, start * q.shape[3])",
-        "x.as_strided(shape, strides, max(0, start - 1) * q.shape[3])",
+        "x.storage_offset() + start * q.shape[3]",
+        "x.storage_offset() + max(0, start - 1) * q.shape[3]",
         RAGGED,
+    ),
+    "a rectangle counts from where the storage begins": (
+        "kernels/ragged_decode_torch.py",
+        "x.storage_offset() + start * q.shape[3]",
+        "start * q.shape[3]",
+        "test_views.py::test_the_two_halves_of_one_tensor",
+    ),
+    "a plan shares the caller's tables": (
+        "kernels/ragged_decode.py",
+        "(kv_start, kv_cap) = pair.tolist(), pair.unbind()",
+        "_ = pair.tolist(), pair.unbind()",
+        "test_views.py::test_a_plan_keeps_its_own_tables",
+    ),
+    "Triton: gradients dropped without a word": (
+        "kernels/backend.py",
+        "any(t.requires_grad for t in inputs)",
+        "any(t.requires_grad for t in inputs[1:])",
+        "test_views.py::test_gradients_are_kept_or_refused",
     ),
     "uneven segments taken for a rectangle": (
         "kernels/ragged_decode.py",
@@ -182,8 +200,8 @@ MUTANTS = {
     ),
     "Triton: rows of another head": (
         "kernels/ragged_decode_triton.py",
-        "* heads + segment % heads) * G + r % G",
-        "* heads + (segment + 1) % heads) * G + r % G",
+        "* heads + segment % heads).to(tl.int64) * G + r % G",
+        "* heads + (segment + 1) % heads).to(tl.int64) * G + r % G",
         TRITON,
     ),
     "Triton: a split begins one slot late": (
