@@ -218,17 +218,16 @@ def test_a_plan_keeps_its_own_tables():
 
 
 def test_a_new_token_may_lie_in_the_arena():
-    """In free slots that are about to be filled."""
+    """In free slots that are about to be filled: each of two takes what lies in the other."""
     torch.manual_seed(6)
-    q, k, v, start, length, cap = torch.randn(1, 4, 16), *torch.randn(2, 8, 16), ints(4, 0), ints(2, 3), ints(4, 4)
-    free = (1, 2, 16), (48, 48, 1), 48  # slots 3 and 6: each is about to take what lies in the other
-    for which in "kv":
-        arenas = {"k": k.clone(), "v": v.clone()}
-        new = {n: arenas[which].as_strided(*free).flip(1) for n in "kv"}
-        tail = start, length, cap
-        new[which] = arenas[which].as_strided(*free)
-        wanted = ragged_decode_append(q, *(t.clone() for t in new.values()), k.clone(), v.clone(), *tail)
-        torch.testing.assert_close(ragged_decode_append(q, *new.values(), *arenas.values(), *tail), wanted)
+    q, k, v = torch.randn(1, 4, 16), *torch.randn(2, 8, 16)
+    tables = ints(4, 0), ints(0, 3), ints(4, 4)
+    for which in (0, 1):
+        arenas = [k.clone(), v.clone()]
+        new = [torch.randn(1, 2, 16), torch.randn(1, 2, 16)]
+        new[which] = arenas[which][3:5].view(1, 2, 16)
+        wanted = ragged_decode_append(q, *(t.clone() for t in new), k.clone(), v.clone(), *tables)
+        torch.testing.assert_close(ragged_decode_append(q, *new, *arenas, *tables), wanted)
 
 
 def test_merged_and_turned_views():
