@@ -222,7 +222,8 @@ def answer(args):
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
-    generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), compile=args.compile)
+    how = {"compile": args.compile, "timed": args.stats or args.json or args.compare}  # those that report times
+    generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), **how)
     sampling = generation.sampling
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start

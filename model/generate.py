@@ -58,44 +58,41 @@ class Pruner:
 
     kept      vision tokens that a KV head of each layer keeps, averaged over its heads; tensors or numbers
     layout    of the prompt as the current layer sees it
-    seconds   spent on scoring and choosing
+    seconds   spent on scoring and choosing; see `timed` of Generation
     """
 
-    def __init__(self, method, layout, backend="auto"):
-        self.method, self.layout, self.backend = method, layout, backend
+    def __init__(self, method, layout, backend="auto", timed=False):
+        self.method, self.layout, self.backend, self.timed = method, layout, backend, timed
         self.kept, self.seconds = [], 0.0
 
     def choose(self, layer, q, k, v):
         """Which rows of k and v (1, Hkv, T, D) each head keeps, after q (1, Hq, T, D): (Hkv, T) bool, None for all."""
-        start, keep = time.perf_counter(), None
+        keep = None
         if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
-            _wait(k.device)
-            start = time.perf_counter()
+            start = clock(k.device, self.timed)
             layout = self._guarded(q, k)
             if self.method.settings.get("values"):
                 layout = replace(layout, norms=v[0].float().norm(1, dim=-1))
             if getattr(self.method.rule, "wants_last_row", False):
                 layout = replace(layout, last=self._scores(q, k, 1))
             keep = self._heed(self.method.choose, layer, self._scores(q, k, self.method.window), layout)
-            _wait(k.device)
+            self.seconds += clock(k.device, self.timed) - start
         vision, heads = sum(b - a for a, b in self.layout.spans), self.layout.kv_heads
         # text is always kept
         self.kept.append(vision if keep is None else keep.sum() / heads - (self.layout.tokens - vision))
-        self.seconds += time.perf_counter() - start
         return keep
 
     def narrow(self, layer, q, k, v):
         """Which tokens go on to the layers after this one: indices (T',), ascending, or None for all."""
         if not self.layout.spans or self.method.layer != layer + 1:
             return None
-        _wait(k.device)
-        start = time.perf_counter()
+        start = clock(k.device, self.timed)
         keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
         before = [0, *keep.cumsum(0).tolist()]
         spans = [(before[a], before[b]) for a, b in self.layout.spans]
         self.layout = replace(self.layout, tokens=len(rows), spans=spans)
-        self.seconds += time.perf_counter() - start
+        self.seconds += clock(k.device, self.timed) - start
         return rows
 
     def _guarded(self, q, k):
@@ -139,15 +136,17 @@ class Generation:
 
     def __init__(
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
-        prune=None, backend="auto", compile=False, anyres_order="auto",
+        prune=None, backend="auto", compile=False, anyres_order="auto", timed=False,
     ):  # fmt: skip
         """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`.
 
         prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
-        of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`.
+        of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
+        timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
+        long the host took to launch them.
         """
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
-        self.prune, self.backend, self.compile = prune, backend, compile
+        self.prune, self.backend, self.compile, self.timed = prune, backend, compile, timed
         self.template = checkpoint.template if template == "auto" else template
         for what, given, known in (
             ("template", self.template, TEMPLATES),
@@ -305,24 +304,21 @@ class Generation:
 
     def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
-        model = self.checkpoint.model
-        start = time.perf_counter()
+        model, device = self.checkpoint.model, self.checkpoint.device
+        start = clock(device, self.timed)
         x, self.spans = model.splice(self.ids, self.encode_images())
-        _wait(self.checkpoint.device)
-        self.timing["vision"] = time.perf_counter() - start
-        start = time.perf_counter()
+        seen = clock(device, self.timed)
         config = self.checkpoint.config.text_config
         self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.backend)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device)
-        pruner = Pruner(self.prune, layout, self.backend) if self.prune else None
+        pruner = Pruner(self.prune, layout, self.backend, self.timed) if self.prune else None
         asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
         hidden = model.language_model.prefill(x[None], self.cache, **asked)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held
         self.kept = [float(n) for n in pruner.kept] if pruner else [float(self.vision_tokens)] * layers
-        _wait(self.checkpoint.device)
-        self.timing["prefill"] = time.perf_counter() - start
+        self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         self.timing["prune"] = pruner.seconds if pruner else 0.0
         return logits
 
@@ -369,7 +365,11 @@ class DecodeStep:
         """Allocates from the device only; reads nothing back."""
         x = F.embedding(ids, self.language.model.embed_tokens.weight)
         hidden = self.language.decode(x, self.cache, self.turns, self.parts)
-        return self.logits_of(self.language, hidden)
+        try:
+            return self.logits_of(self.language, hidden)
+        except BaseException:  # no next token: the step has not happened
+            self.cache.give_back()
+            raise
 
     def _compile(self):
         """Parts of a layer, the same for all layers; nothing is compiled before it is used.
@@ -427,10 +427,11 @@ def next_turn(checkpoint, cache, ids, pixels=()):
     return model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
 
 
-def _wait(device):
-    """Let a CUDA device finish, so that the clock means something."""
-    if device.type == "cuda":
+def clock(device, wait):
+    """Seconds. wait: read the clock when a CUDA device has finished what it was given, so that it means something."""
+    if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Chooser:
@@ -498,8 +499,9 @@ class Batch:
         if generation.over:
             self._over.append(generation)
             return
-        self._ids = torch.cat((self._ids, ids)) if self.running else ids
+        ids = torch.cat((self._ids, ids)) if self.running else ids
         self.cache = RaggedCache.join([self.cache, own]) if self.running else own
+        self._ids = ids
         self.running.append(generation)
         self._choosers.append(chooser)
         self._step = DecodeStep(generation.checkpoint.model.language_model, self.cache)
@@ -537,13 +539,16 @@ class Batch:
         stay = [i for i, generation in enumerate(self.running) if not generation.over]
         if len(stay) == len(self.running):
             return
+        ids = self._ids[stay]
+        if stay:
+            self.cache.select(stay)  # from here on nothing can fail until all agree
         self._over += [generation for generation in self.running if generation.over]
         self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
-        if not stay:
+        self._ids = ids
+        if stay:
+            self.cache.repack(max(1, self.cache.room))
+        else:
             self.cache = self._step = self._ids = None
-            return
-        self.cache.keep(stay)
-        self._ids = self._ids[stay]
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):

@@ -369,10 +369,10 @@ class Llama(nn.Module):
                     continue
                 q, k, v = parts.before_attention(layer, x, None if cache.fused else rope)
                 x = parts.after_attention(layer, x, cache.append_attend(i, q, k, v, rope))
+            return self.model.norm(x)
         except BaseException:  # Ctrl-C too: the cache stays as it was
             cache.give_back()
             raise
-        return self.model.norm(x)
 
     def extend(self, x, cache):
         """A new turn: T embedded tokens per sequence, x (B, T, C), behind a cache -> final hidden states (B, T, C).
@@ -386,10 +386,10 @@ class Llama(nn.Module):
         try:
             for i, layer in enumerate(self.model.layers):
                 x = layer.extend(x, rope, cache, i, past[i])
+            return self.model.norm(x)
         except BaseException:
             cache.give_back(len(positions[0]))
             raise
-        return self.model.norm(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., vocab_size)."""

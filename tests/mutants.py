@@ -398,7 +398,7 @@ MUTANTS = {
     ),
     "a rectangle of segments of several lengths": (
         "model/cache.py",
-        " or plan.longest * plan.segments != len(k):",
+        " or plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:",
         ":",
         "test_cache.py::test_a_rectangle_is_the_arenas_and_nothing_less",
     ),
@@ -548,8 +548,8 @@ MUTANTS = {
     ),
     "who leaves the batch takes the ids of another": (
         "model/generate.py",
-        "self._ids = self._ids[stay]",
-        "self._ids = self._ids[: len(stay)]",
+        "ids = self._ids[stay]",
+        "ids = self._ids[: len(stay)]",
         "test_batch.py::test_a_batch_says_what_each_would_say_alone",
     ),
     "who leaves the cache leaves the wrong rows": (
@@ -644,14 +644,14 @@ MUTANTS = {
     ),
     "a finished sequence goes on growing": (
         "model/cache.py",
-        "self.takes = live.repeat_interleave(heads).int()",
-        "self.takes = torch.ones_like(live).repeat_interleave(heads).int()",
+        "takes = live.repeat_interleave(segments // len(live)).int()",
+        "takes = torch.ones_like(live).repeat_interleave(segments // len(live)).int()",
         "test_cache.py::test_sequences_of_different_lengths_share_the_arenas",
     ),
     "a finished sequence writes into its neighbour": (
         "model/cache.py",
-        "self.rows = None if live.all() else",
-        "self.rows = None if live.any() else",
+        "return takes, None if live.all() else",
+        "return takes, None if live.any() else",
         "test_cache.py::test_a_finished_sequence_never_writes_into_its_neighbour",
     ),
     "dense K and V leak": (

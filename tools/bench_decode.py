@@ -364,7 +364,7 @@ def prepare_picture(task):
     sampling = Sampling(max_new_tokens=task.new_tokens)
     generation = Generation(
         checkpoint, task.prompt, [task.image], sampling, prune=method, backend=task.backend,
-        compile=task.engine == "ours-compile",
+        compile=task.engine == "ours-compile", timed=True,
     )  # fmt: skip
 
     def again():

@@ -55,7 +55,8 @@ def run_ours(args):
     loaded = time.perf_counter() - start
     runs = []
     for _ in range(1 + args.repeat):
-        generation = Generation(checkpoint, args.prompt, [args.image], Sampling(max_new_tokens=args.max_new_tokens))
+        sampling = Sampling(max_new_tokens=args.max_new_tokens)
+        generation = Generation(checkpoint, args.prompt, [args.image], sampling, timed=True)
         "".join(generation)
         t = generation.timing
         runs.append((t["vision"] + t["prefill"], sum(t["steps"]) / max(1, len(t["steps"]))))
