@@ -508,11 +508,21 @@ class Batch:
 
     @torch.inference_mode()
     def advance(self):
-        """One more token for each -> the generations that are over now, in no particular order."""
+        """One more token for each -> the generations that are over now, in no particular order.
+
+        Where memory runs out, the batch is as before or has made its step: go on by calling it again.
+        """
+        self._dismiss()  # those that could not leave when memory ran out
         if self.running:
             start = time.perf_counter()
-            self._ids = self._next(self._step(self._ids))
-            tokens = self._ids.tolist()
+            logits = self._step(self._ids)
+            try:
+                ids = self._next(logits)
+                tokens = ids.tolist()
+            except BaseException:  # out of memory: the same step can be tried again
+                self.cache.give_back()
+                raise
+            self._ids = ids
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
                 self._take(generation, token)

@@ -630,6 +630,24 @@ MUTANTS = {
         "self.newest.add_(self.takes, alpha=0)",
         DECODE,
     ),
+    "a failed repack forgets what room there is": (
+        "model/cache.py",
+        "self.room = min(self.room, slack)  # until all have moved",
+        "self.room = slack",
+        "test_out_of_memory.py::test_repacking_is_done_or_not_layer_by_layer",
+    ),
+    "a layer's table changes before its plan is there": (
+        "model/cache.py",
+        "cap, newest = length + slack, (start + length - 1).long()",
+        "cap, newest = self.kv_cap[layer].copy_(length + slack), (start + length - 1).long()",
+        "test_out_of_memory.py::test_repacking_is_done_or_not_layer_by_layer",
+    ),
+    "a step without logits stays in the cache": (
+        "model/generate.py",
+        "except BaseException:  # no next token: the step has not happened",
+        "except BaseException and ():",
+        "test_out_of_memory.py::test_a_step_that_finds_no_memory_has_not_happened",
+    ),
     "repack loses a token": (
         "model/cache.py",
         "source, slot = _taken(self.kv_start[layer], length), _taken(start, length)",
