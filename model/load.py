@@ -74,6 +74,7 @@ class Checkpoint:
                 for name, key in pairs:
                     weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
+        del weights  # `arrange` copies layer by layer: what it has copied must be free then
         mapped = device.type == "cpu" and any(
             SAFETENSORS_DTYPES[stored] == dtype for _, _, stored in self.keys.values()
         )

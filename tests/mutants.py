@@ -444,6 +444,24 @@ MUTANTS = {
         "#",
         "test_generate.py::test_a_step_leaves_what_it_is_given",
     ),
+    "loading keeps what it has copied": (
+        "model/load.py",
+        "        del weights",
+        "        self.config.__dict__['kept'] = weights",
+        "test_memory.py::test_loading_holds_every_weight_once",
+    ),
+    "the bandwidth is measured with all that is free": (
+        "tools/report.py",
+        "free_memory(device) // 16",
+        "free_memory(device) // 4",
+        "test_memory.py::test_the_bandwidth_is_measured_within_what_is_free",
+    ),
+    "every answer waits for the clock": (
+        "model/generate.py",
+        'if wait and device.type == "cuda":',
+        'if device.type == "cuda":',
+        "test_run.py::test_the_clock_waits_for_cuda_and_only_if_asked",
+    ),
     "mapped weights are copied": (
         "model/load.py",
         "if not mapped:",

@@ -532,3 +532,24 @@ def test_what_can_be_refused_is_refused_before_weights_are_read(refused, monkeyp
     refused(*ASK, "--prompt", "circle " * 2500, naming="2048")
     refused("--image", PICTURE, "--prompt", "<image><image>", naming="2 <image>")
     refused("--image", str(ROOT / "README.md"), "--prompt", "What?", naming="README.md")
+
+
+# ---------------------------------------------------------------- waiting
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-stream"], ["--stats"], ["--json"], ["--compare"]])
+def test_only_who_reports_times_waits_for_the_device(capsys, monkeypatch, flags):
+    waits = []
+    monkeypatch.setattr("model.generate.clock", lambda device, wait: waits.append(wait) or 0.0)
+    assert inside(capsys, *ASK, "--max-new-tokens", "2", "--prune", "fastv", *flags)[0] == 0
+    assert len(waits) >= 5 and any(waits) == (flags not in ([], ["--no-stream"]))
+
+
+def test_the_clock_waits_for_cuda_and_only_if_asked(monkeypatch):
+    from model.generate import clock
+
+    waited = []
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    for device, wait in (("cuda", False), ("cpu", True), ("cuda:1", True)):
+        assert clock(torch.device(device), wait) > 0
+    assert waited == [torch.device("cuda:1")]

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -123,9 +124,24 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def free_memory(device):
+    """Bytes that a device, or this machine, has free. Where the system does not say: 2 GB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    lines = table.read_text().splitlines() if table.exists() else ()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 2 * 10**9)
+
+
 def measure_bandwidth(device):
-    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five."""
+    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five.
+
+    It takes at most half of what is free, for two tensors. 0 where that is next to nothing.
+    """
     size = 2**28 if device.type == "cuda" else 2**26  # 1 GiB or 256 MiB: beyond caches, and the launch does not count
+    size = min(size, free_memory(device) // 16)  # numbers of 4 bytes
+    if size < 2**20:
+        return 0.0
     x = torch.ones(size, dtype=torch.float32, device=device)
     y = torch.empty_like(x)
     best = 0.0
@@ -168,13 +184,17 @@ def stats(r, bandwidth, generation):
         speed = 1e3 * steps / t["decode_total"]
         held = generation.cache.nbytes_held
         needed = step_bytes(generation.checkpoint, held)
-        floor = 1e3 * needed / bandwidth
-        lines += [
+        lines.append(
             f"decode   {t['decode_p50']:8.2f} ms/token  p95 {t['decode_p95']:.2f}; {speed:.0f} tokens/s over "
-            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}",
+            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}"
+        )
+        floor = 1e3 * needed / bandwidth if bandwidth else 0.0
+        lines.append(
             f"ceiling  {floor:8.2f} ms/token  {needed / 1e6:.1f} MB per token at {bandwidth / 1e9:.1f} GB/s "
-            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached",
-        ]
+            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached"
+            if bandwidth
+            else "ceiling  not measured: no memory is free for it"
+        )
     lines.append(
         f"memory   {r['peak_memory_bytes'] / 1e6:8.0f} MB peak    KV cache: {kv['kv_bytes_full'] / 1e6:.2f} MB "
         f"full, {kv['kv_bytes_held'] / 1e6:.2f} MB held, "
