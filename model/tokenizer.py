@@ -68,7 +68,9 @@ class Tokenizer:
         self._first = _Finder({text: token for text, token in found.items() if not token.normalized})
         self._second = _Finder({self._normal(text): token for text, token in found.items() if token.normalized})
         # behind a `Prepend` normalizer a normalised token has another name, which transformers shows, and shows always
-        shown = [t for t in found.values() if t.id not in control and (not t.special or self._prepends and t.normalized)]
+        shown = [
+            t for t in found.values() if t.id not in control and (not t.special or self._prepends and t.normalized)
+        ]
         self._spoken = {token.id: self._normal(token.content) if token.normalized else token.content for token in shown}
         self._silent = set(self.added.values()) - self._spoken.keys()
         self._newline = self.sp.encode("\n")

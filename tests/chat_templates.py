@@ -1,6 +1,8 @@
 """Chat templates of published checkpoints, as their files have them: data for the tests, not our text."""
 
-_IMAGES = "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+_IMAGES = (
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+)
 _TEXTS = "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
 
 LLAVA = (  # llava-hf/llava-1.5-7b-hf and -13b-hf, llava-v1.6-vicuna-7b-hf and -13b-hf
@@ -12,16 +14,22 @@ LLAVA = (  # llava-hf/llava-1.5-7b-hf and -13b-hf, llava-v1.6-vicuna-7b-hf and -
 )
 LLAVA_UNMARKED = (  # the same without the marks of what an answer is
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}" + _IMAGES + "{# Render all text next #}"
-    + _TEXTS + "{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
+    "{# Render all images first #}"
+    + _IMAGES
+    + "{# Render all text next #}"
+    + _TEXTS
+    + "{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 MISTRAL = (  # llava-hf/llava-v1.6-mistral-7b-hf
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
     "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{# Render all images first #}" + _IMAGES + "{# Render all text next #}"
-    + _TEXTS + "{{ content['text'] }}{% endfor %}{{' [/INST]' }}"
+    "{# Render all images first #}"
+    + _IMAGES
+    + "{# Render all text next #}"
+    + _TEXTS
+    + "{{ content['text'] }}{% endfor %}{{' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> '}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )

@@ -212,16 +212,69 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
     assert "language_model.model.norm.weight" in message and "[65]" in message and "[64]" in message
 
 
-@pytest.mark.parametrize("tie, stored", [(False, True), (True, True), (True, False)])
-def test_the_head_is_read_or_tied_as_the_config_says(original, folder, tie, stored):
-    head = "language_model.lm_head.weight"
-    edit(folder / "config.json", tie_word_embeddings=tie)
-    if not stored:
-        rewrite(folder, lambda t: t.pop(head))
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+def heads(case, tensors):
+    """Make the dict of tensors one of the cases; returns (embedding, head) that the model has to use."""
+    embedding, head = tensors[EMBEDDING], tensors[HEAD]
+    if case == "equal":
+        tensors[HEAD] = embedding.clone()
+    elif case == "one number differs":
+        tensors[HEAD] = embedding.clone()
+        tensors[HEAD][5, 7] += 1
+    elif case == "rounded":  # another dtype, so other numbers, until both are computed with in that dtype
+        tensors[HEAD] = embedding.bfloat16()
+    elif case == "no head":
+        del tensors[HEAD]
+    elif case == "head only":
+        del tensors[EMBEDDING]
+        return head, head
+    return embedding, tensors.get(HEAD, embedding).float()
+
+
+TIES = ["equal", "different", "one number differs", "rounded", "no head", "head only"]
+
+
+@pytest.mark.parametrize("layout", ["A, published", "B, in memory of 4.52", "D, in memory of 5", "E, original code"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("case", TIES)
+def test_a_head_that_is_said_to_be_tied_is_compared(original, folder, case, nested, layout):
+    raw = json.loads((folder / "config.json").read_text())
+    (raw["text_config"] if nested else raw)["tie_word_embeddings"] = True
+    write_json(folder / "config.json", raw)
+    tensors = dict(original[1])
+    embedding, head = heads(case, tensors)
+    tensors = {LAYOUTS[layout](k): v for k, v in tensors.items()}
+    weight_map = split(tensors, folder, SHARDS)  # the two may lie in two files
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     checkpoint = load(folder, dtype="fp32")
+    language = checkpoint.model.language_model
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    used = original[1]["language_model.model.embed_tokens.weight" if tie else head]
-    assert torch.equal(checkpoint.model.language_model.logits(hidden), hidden @ used.T)
+    torch.testing.assert_close(language.logits(hidden), hidden @ head.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(language.model.embed_tokens.weight, embedding)
+    untied = case in ("different", "one number differs", "rounded")
+    assert checkpoint.config.tie_word_embeddings == (language.lm_head is None) == (not untied)
+    assert ["another head" in note for note in checkpoint.notes] == [True] * untied
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_heads_are_tied_exactly_when_transformers_ties_them(make_hf_checkpoint, tmp_path, case):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    make_hf_checkpoint(tmp_path, top={"tie_word_embeddings": False}, seed=3)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    rewrite(tmp_path, lambda t: heads(case, t))
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = load(tmp_path, dtype="fp32").model.language_model
+    head = ours.model.embed_tokens if ours.lm_head is None else ours.lm_head
+    assert torch.equal(head.weight, theirs.lm_head.weight)
+    assert torch.equal(ours.model.embed_tokens.weight, theirs.get_input_embeddings().weight)
+    assert (ours.lm_head is None) == (theirs.lm_head.weight is theirs.get_input_embeddings().weight)
+
+
+def test_a_head_that_is_not_tied_is_read(original, folder):
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load(folder, dtype="fp32").model.language_model.logits(hidden), hidden @ original[1][HEAD].T)
 
 
 def test_a_head_that_is_neither_stored_nor_tied_is_missed(folder):
