@@ -335,14 +335,16 @@ QUANTISED = {
 
 
 def _refuse_quantised(stored):
-    """InputError if weights are stored as integers with scales, whatever the tool, or in 8 bits."""
-    for name, (path, key, dtype, _) in stored.items():
-        tools = [tool for tool, ends in QUANTISED.items() if name.endswith(ends)]
-        if tools or dtype in ("I8", "U8", "I4", "U4") or dtype.startswith(("F8", "F4", "F6")):
-            raise InputError(
-                f"the weights are quantised ({', '.join(tools) or 'in 8 bits or less'}: {key} in {path.name} is stored "
-                f"as {dtype}); use an unquantised copy in F32, BF16 or F16"
-            )
+    """InputError if weights are stored as integers with scales, whatever the tool, or in 8 bits and less."""
+    found = [(name, tool) for tool, ends in QUANTISED.items() for name in stored if name.endswith(ends)]
+    small = ("I8", "U8", "F8", "F6", "F4")
+    found += [(name, "8 bits or less") for name in stored if stored[name][2].startswith(small)]
+    if found:
+        (name, tool), (path, key, dtype, _) = found[0], stored[found[0][0]]
+        raise InputError(
+            f"the weights are quantised ({tool}: {key} in {path.name} is stored as {dtype}); use an unquantised copy in "
+            "F32, BF16 or F16"
+        )
 
 
 def _open(path):

@@ -145,6 +145,56 @@ def test_a_single_file_needs_no_other(original, folder):
     assert_same_weights(load(folder, dtype="fp32"), original[1])
 
 
+@pytest.mark.parametrize("shards", ["missing", "complete"])
+def test_a_whole_file_goes_before_an_index_beside_it(original, folder, shards):
+    whole = (folder / "model.safetensors").read_bytes()
+    others = {k: v + 1 for k, v in original[1].items()}
+    weight_map = split(others, folder, SHARDS)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    (folder / "model.safetensors").write_bytes(whole)
+    if shards == "missing":
+        (folder / SHARDS[1]).unlink()
+    checkpoint = load(folder, dtype="fp32")
+    assert_same_weights(checkpoint, original[1])
+    (note,) = checkpoint.notes
+    assert "model.safetensors is read" in note and "index.json" in note
+
+
+def test_an_index_of_the_whole_file_is_nothing_to_speak_of(original, folder):
+    weight_map = dict.fromkeys(original[1], "model.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    checkpoint = load(folder, dtype="fp32")
+    assert_same_weights(checkpoint, original[1])
+    assert checkpoint.notes == ()
+
+
+def test_transformers_takes_the_whole_file_too(make_hf_checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    model = make_hf_checkpoint(tmp_path, seed=4)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    weight_map = split({k: v + 1 for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path, SHARDS)
+    write_json(tmp_path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(load(tmp_path, dtype="fp32").model.language_model.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_adapter_beside_a_model_is_not_applied_and_that_is_said(original, folder):
+    split(original[1], folder, ["b.safetensors", "a.safetensors"])
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    checkpoint = load(folder, dtype="fp32")
+    assert_same_weights(checkpoint, original[1])
+    (note,) = checkpoint.notes
+    assert "adapter" in note and "not applied" in note
+
+
+def test_an_adapter_alone_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert "only an adapter" in refusal(load, folder)
+
+
 @pytest.mark.parametrize("stored, wanted", [("float16", "fp32"), ("bfloat16", "fp32"), ("float32", "bf16")])
 def test_weights_are_cast_to_the_wanted_type(original, folder, stored, wanted):
     half = {k: v.to(getattr(torch, stored)) for k, v in original[1].items()}
@@ -302,6 +352,32 @@ def test_a_file_of_something_else_is_refused(folder, content):
 def test_quantised_weights_are_refused(folder):
     rewrite(folder, lambda t: t.update({"language_model.model.norm.weight": torch.ones(64, dtype=torch.int8)}))
     assert "I8" in refusal(load, folder)
+
+
+PROJECTION = "language_model.model.layers.0.self_attn.q_proj"
+PACKED = {  # tool: what it stores instead of, or beside, a weight
+    "AWQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+    "GPTQ": {"qweight": torch.int32, "g_idx": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+    "NF4": {"weight": torch.uint8, "weight.absmax": torch.uint8, "weight.quant_state.bitsandbytes__nf4": torch.uint8},
+    "int8": {"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8},
+    "FP8": {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32},
+    "compressed-tensors": {"weight_packed": torch.int32, "weight_scale": torch.float16},
+    "MLX": {"weight": torch.uint32, "scales": torch.float16, "biases": torch.float16},
+}
+
+
+@pytest.mark.parametrize("layout", ["A, published", "D, in memory of 5"])
+@pytest.mark.parametrize("tool", PACKED)
+def test_weights_of_a_quantising_tool_are_called_quantised(folder, tool, layout):
+    def change(tensors):
+        del tensors[PROJECTION + ".weight"]
+        tensors.update({f"{PROJECTION}.{name}": torch.ones(8).to(dtype) for name, dtype in PACKED[tool].items()})
+        for name in list(tensors):
+            tensors[LAYOUTS[layout](name)] = tensors.pop(name)
+
+    rewrite(folder, change)
+    message = refusal(load, folder)
+    assert "quantised" in message and "use an unquantised copy" in message and tool in message
 
 
 def test_a_missing_shard_is_named(original, folder):
