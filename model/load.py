@@ -340,10 +340,11 @@ def _refuse_quantised(stored):
     small = ("I8", "U8", "F8", "F6", "F4")
     found += [(name, "8 bits or less") for name in stored if stored[name][2].startswith(small)]
     if found:
-        (name, tool), (path, key, dtype, _) = found[0], stored[found[0][0]]
+        name, tool = found[0]
+        path, key, dtype, _ = stored[name]
         raise InputError(
-            f"the weights are quantised ({tool}: {key} in {path.name} is stored as {dtype}); use an unquantised copy in "
-            "F32, BF16 or F16"
+            f"the weights are quantised ({tool}: {key} in {path.name} is stored as {dtype}); "
+            "use an unquantised copy in F32, BF16 or F16"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_ID, PAD_ID, TEXT, VISION, refusal, write_json
+from conftest import IMAGE_ID, PAD_ID, TEXT, VISION, added_token, refusal, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -526,6 +526,19 @@ def test_the_tokenizer_decides_which_id_the_image_has(folder):
 def test_a_tokenizer_without_image_token_is_refused(folder):
     edit(folder / "tokenizer_config.json", added_tokens_decoder=None)
     assert "<image>" in refusal(load, folder)
+
+
+def test_a_token_beyond_the_embedding_is_refused(folder):
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    rows = TEXT["vocab_size"]
+    for i in range(PAD_ID + 1, rows + 1):
+        added[str(i)] = added_token(f"<{i}>") | {"special": i % 2 == 0}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    message = refusal(load, folder)
+    assert f"beyond the {rows} rows" in message and f"'<{rows}>' {rows}" in message
+    del added[str(rows)]
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    assert load(folder).tokenizer.decode([rows - 1]) == f"<{rows - 1}>"
 
 
 def test_ids_that_stand_for_nothing_are_never_said(folder):
