@@ -261,7 +261,7 @@ def options(args, checkpoint):
 
 
 def introduce(args, checkpoint, generation):
-    """One line on stderr: which model, and what was chosen for it."""
+    """On stderr: one line with the model and what was chosen for it, then a line for each note on its files."""
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     what = "the demo model" if Path(args.model) == DEMO else args.model
     found = checkpoint.template_note if args.template == "auto" else "asked for"
@@ -269,6 +269,8 @@ def introduce(args, checkpoint, generation):
     order = f" (order {settings.order})" if settings.mode == "anyres" else ""
     say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
         f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
+    for note in checkpoint.notes:
+        say(f"note: {note}")
 
 
 # ---------------------------------------------------------------- a file of questions

@@ -37,16 +37,11 @@ class ImageSettings:
 
 def read_image_settings(folder, image_size, pinpoints=None):
     """ImageSettings of a checkpoint folder; image_size and pinpoints are the config's: the file must not differ."""
-    path = Path(folder) / "preprocessor_config.json"
-    raw = read_json(path)
-    if raw is None:  # transformers 5 writes the same thing into another file
-        path = Path(folder) / "processor_config.json"
-        raw = (read_json(path) or {}).get("image_processor")
+    path, raw = image_processor_file(folder)
     with making_sense_of(path):
-        raw = {key: value for key, value in (raw or {}).items() if value is not None}
-        # a number, {"shortest_edge": n} or {"height": n, "width": n}
-        parts = (raw.get("size", image_size), raw.get("crop_size", image_size))
-        sizes = {v for part in parts for v in (part.values() if isinstance(part, dict) else (part,))}
+        raw = {key: value for key, value in raw.items() if value is not None}
+        kind = _processor_kind(raw, pinpoints)
+        mode = "anyres" if pinpoints else "pad" if raw.get("do_pad") and kind == "LlavaImageProcessor" else "crop"
         mean, std = (
             tuple(float(v) for v in raw.get(k, d)) for k, d in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
         )
@@ -54,24 +49,54 @@ def read_image_settings(folder, image_size, pinpoints=None):
             raise ValueError(f"mean {mean}, std {std}")
         rescale = float(raw.get("rescale_factor", 1 / 255))
         canvases = tuple(tuple(pair) for pair in raw.get("image_grid_pinpoints", pinpoints or ()))
+        sizes = {*_sides(raw.get("size", image_size)), *_sides(raw.get("crop_size", image_size))}
+    known = ("CLIPImageProcessor", "LlavaImageProcessor") if not pinpoints else ("LlavaNextImageProcessor",)
+    if kind not in known:
+        raise InputError(f"{path} is for a {kind}; only {' and '.join(known)} can be run for this model")
     if sizes != {image_size}:
         raise InputError(
-            f"preprocessor_config.json resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
+            f"{path} resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
             "use the files of one checkpoint"
         )
     if pinpoints and canvases != pinpoints:
         raise InputError(f"{path} and config.json have other image_grid_pinpoints; use the files of one checkpoint")
     if raw.get("resample", 3) != 3:
-        raise InputError(
-            f"preprocessor_config.json asks for resample {raw['resample']}; only 3 (bicubic) is implemented"
-        )
-    off = [k for k in ("do_resize", "do_center_crop", "do_rescale", "do_normalize") if raw.get(k) is False]
-    if off or (isinstance(raw.get("size"), dict) and "height" in raw["size"]):
+        raise InputError(f"{path} asks for resample {raw['resample']}; only 3 (bicubic) is implemented")
+    # a picture that was padded is a square, of which nothing is cut off
+    steps = ("do_resize", *(("do_center_crop",) if mode == "crop" else ()), "do_rescale", "do_normalize")
+    off = [k for k in steps if raw.get(k) is False]
+    size = raw.get("size")
+    squashed = (
+        isinstance(size, dict) and "height" in size or not isinstance(size, dict) and raw.get("default_to_square")
+    )
+    if off or squashed and mode != "anyres":
         what = f"{off[0]} false" if off else "a resize that does not keep the aspect"
         raise InputError(f"{path} asks for {what}; only resize, centre crop, rescale and normalise are implemented")
-    pad = raw.get("do_pad") or raw.get("image_aspect_ratio") == "pad"
-    mode = "anyres" if pinpoints else "pad" if pad else "crop"  # do_pad of LLaVA-NeXT is about batches
     return ImageSettings(image_size, mode, mean, std, rescale, pinpoints)
+
+
+def image_processor_file(folder):
+    """(path, settings) of the file that says how pictures are prepared; no settings if there is none.
+
+    transformers 5 writes them into processor_config.json, and takes those if both files have some.
+    """
+    old, new = Path(folder) / "preprocessor_config.json", Path(folder) / "processor_config.json"
+    settings, nested = read_json(old), (read_json(new) or {}).get("image_processor")
+    return (old, settings or {}) if nested is None else (new, nested)
+
+
+def _processor_kind(raw, pinpoints):
+    """Name of the image processor's class in transformers, without what tells its variants of the same arithmetic."""
+    default = "LlavaNextImageProcessor" if pinpoints else "LlavaImageProcessor"
+    kind = raw.get("image_processor_type", raw.get("feature_extractor_type", default))
+    return kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+
+
+def _sides(size):
+    """The numbers of a size: n, {"shortest_edge": n} or {"height": n, "width": n}."""
+    if isinstance(size, dict) and size.keys() not in ({"shortest_edge"}, {"height", "width"}):
+        raise ValueError(f"size {size}")
+    return size.values() if isinstance(size, dict) else (size,)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,8 @@ def show_checked(checkpoint):
     row("template", f"{checkpoint.template} ({checkpoint.template_note})")
     row("pictures", f"{checkpoint.image_settings.mode} to {checkpoint.image_settings.size} px")
     row("stop ids", ", ".join(map(str, checkpoint.stop_ids)))
+    for note in checkpoint.notes:
+        row("note", note)
 
 
 def digest(path, chunk=2**24):
