@@ -15,7 +15,7 @@ from .cache import RaggedCache
 from .config import InputError
 from .image import normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
-from .tokenizer import TEMPLATES, Detokenizer, build_prompt
+from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ class Generation:
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
         config = checkpoint.config
         text = build_prompt(prompt, len(images), self.template, system)
+        if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
+            raise InputError("the question is empty; say what to ask")
         self.ids = checkpoint.tokenizer.encode(text)
         pictures = [read_image(i) for i in images]
         self.notes = [p.note for p in pictures if p.note]

@@ -154,8 +154,6 @@ def build_prompt(question, images, template, system=None):
     match. template "raw" takes the question verbatim.
     """
     found = question.count(IMAGE)
-    if not question.replace(IMAGE, "").strip() and not (template == "raw" and found):
-        raise InputError("the question is empty; say what to ask")
     if IMAGE in (system or ""):
         raise InputError(f"the system text has {IMAGE} in it; place pictures in the prompt")
     if found and found != images:

@@ -1,14 +1,9 @@
 """Files of questions: LLaVA's format in and out, nothing lost or said twice whatever happens, POPE by its rule."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from test_parity import noise
 
-import model.generate
 import run
 from model import Generation, Sampling, load
 from tests.paths import ROOT
@@ -102,276 +97,12 @@ def test_every_question_has_its_line_in_order_and_bad_ones_say_why(folder, capsy
 
 
 def test_the_flags_of_one_answer_hold_for_all(folder, capsys):
-    extra = ["--prune", "plphp", "--retention", "0.5", "-n", "2", "--image-folder", folder]
-    assert inside(capsys, *flags(folder, *extra))[0] == 0
-    first = read_lines(folder / "a.jsonl")[0]
-    settings = first["metadata"]["settings"]
-    assert settings["prune"] == "plphp" and settings["max_new_tokens"] == 2 and first["metadata"]["new_tokens"] == 2
-    assert first["metadata"]["kv_bytes_held"] < 269 * 2 * 4 * 32 * 4 * 6  # of a prompt with a picture
-
-
-@pytest.mark.parametrize("chunks", [1, 3, 5, 11])
-def test_chunks_are_those_of_llava_and_cover_everything_once(folder, capsys, chunks):
-    seen = []
-    for i in range(chunks):
-        answers = folder / "out" / f"{i}.jsonl"  # the folder is made
-        extra = ["--answers", answers, "-n", 1, "--num-chunks", chunks, "--chunk-idx", i]
-        code, _, err = inside(capsys, *flags(folder, *extra))
-        assert code == 0, err
-        part = [(line["question_id"], line["prompt"]) for line in read_lines(answers)]
-        size = -(-len(QUESTIONS) // chunks)
-        assert part == [(q["question_id"], q["text"]) for q in QUESTIONS[i * size : (i + 1) * size]]
-        seen += part
-    assert len(seen) == len(QUESTIONS)
-
-
-# ---------------------------------------------------------------- going on
-
-
-def test_a_second_run_answers_only_what_is_missing(folder, capsys):
-    inside(capsys, *flags(folder, "-n", 3))
-    whole = (folder / "a.jsonl").read_bytes()
-    code, _, err = inside(capsys, *flags(folder, "-n", 3))
-    assert code == 0 and "0 questions in" in err and "8 had been answered before" in err
-    assert (folder / "a.jsonl").read_bytes() == whole
-    lines = whole.splitlines(keepends=True)
-    (folder / "a.jsonl").write_bytes(b"".join(lines[:3]))
-    inside(capsys, *flags(folder, "-n", 3))
-    assert (folder / "a.jsonl").read_bytes() == whole
-    (folder / "a.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:40])  # half a line
-    inside(capsys, *flags(folder, "-n", 3))
-    assert (folder / "a.jsonl").read_bytes() == whole
-    (folder / "a.jsonl").write_bytes(lines[6])  # of the two questions with the id 7, the later one
-    inside(capsys, *flags(folder, "-n", 3))
-    assert (folder / "a.jsonl").read_bytes() == b"".join([lines[6], *lines[:6], lines[7]])
-
-
-@pytest.mark.parametrize("changed", [["-n", "4"], ["--prune", "plphp"], ["--temperature", "0.5"], ["--seed", "1"]])
-def test_answers_of_other_settings_are_not_continued(folder, capsys, changed):
-    inside(capsys, *flags(folder, "-n", 3))
-    whole = (folder / "a.jsonl").read_bytes()
-    line = refused(capsys, *flags(folder, "-n", 3, *changed))
-    assert "line 1 of" in line and "not" in line
-    assert (folder / "a.jsonl").read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    "content", [b"hello\n", b"hello", b'{"a": 1}\n', b'{"question_id": 1}\n', b"\xff\xfe\n", b"[1]\n"]
-)
-def test_a_file_of_something_else_is_left_alone(folder, capsys, content):
-    (folder / "a.jsonl").write_bytes(content)
-    refused(capsys, *flags(folder))
-    assert (folder / "a.jsonl").read_bytes() == content
-
-
-@pytest.mark.parametrize("target", ["/dev/null", "fifo"])
-def test_answers_go_to_a_regular_file(folder, capsys, target):
-    if target == "fifo":
-        target = folder / "fifo"
-        os.mkfifo(target)
-        held = os.open(target, os.O_RDWR)  # so that opening it does not wait
-    code, _, err = inside(capsys, *flags(folder, "--answers", target))
-    assert code == 2 and "no regular file" in err.splitlines()[-1]
-    if target != "/dev/null":
-        os.close(held)
-
-
-def test_a_whole_line_of_something_else_is_never_cut_off(folder, capsys):
-    foreign = b'{"question_id": 5, "mine": "precious"}'  # no line end, as an editor leaves it
-    (folder / "a.jsonl").write_bytes(foreign)
-    refused(capsys, *flags(folder))
-    assert (folder / "a.jsonl").read_bytes() == foreign
-    (folder / "a.jsonl").unlink()
-    inside(capsys, *flags(folder, "-n", 3))
-    whole = (folder / "a.jsonl").read_bytes()
-    (folder / "a.jsonl").write_bytes(whole[:-1])  # ours, without its last line end
-    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0
-    assert (folder / "a.jsonl").read_bytes() == whole
-
-
-def test_answers_to_other_pictures_do_not_count(folder, capsys):
-    write_lines(folder / "q.jsonl", QUESTIONS[:1])
-    inside(capsys, *flags(folder, "-n", 3))
-    (folder / "other.png").write_bytes((ROOT / "assets" / "pair-a.png").read_bytes())
-    write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"image": "other.png"}])
-    code, _, err = inside(capsys, *flags(folder, "-n", 3))
-    assert code == 0 and "1 questions in" in err and "note: 1 answers" in err
-    images = [line["metadata"]["images"] for line in read_lines(folder / "a.jsonl")]
-    assert images == [["demo.png"], ["other.png"]]
-    assert "image_folder" in refused(capsys, *flags(folder, "-n", 3, "--image-folder", ROOT / "assets"))
-
-
-def test_answers_of_one_token_are_written_as_they_come(folder, capsys, monkeypatch):
-    """They never take part in a step; no more than a batch of them waits."""
-    write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"question_id": i} for i in range(9)])
-    seen, add = [], model.Batch.add
-
-    def counted(batch, generation):
-        seen.append((folder / "a.jsonl").read_bytes().count(b"\n"))
-        add(batch, generation)
-
-    monkeypatch.setattr(model.Batch, "add", counted)
-    assert inside(capsys, *flags(folder, "-n", 1, "--batch", 2))[0] == 0
-    assert seen == [0, 0, 2, 2, 4, 4, 6, 6, 8]
-
-
-def test_broken_logits_of_one_question_are_recorded(folder, capsys, monkeypatch):
-    take = model.generate.Generation.take
-
-    def broken(generation, token):
-        return take(generation, -1 if "Spell" in str(generation.text_asked) else token)
-
-    init = model.generate.Generation.__init__
-
-    def remember(generation, checkpoint, prompt, *rest, **options):
-        init(generation, checkpoint, prompt, *rest, **options)
-        generation.text_asked = prompt
-
-    monkeypatch.setattr(model.generate.Generation, "__init__", remember)
-    monkeypatch.setattr(model.generate.Generation, "take", broken)
-    assert inside(capsys, *flags(folder, "-n", 3, "--batch", 3))[0] == 0
-    errors = [line["metadata"].get("error", "") for line in read_lines(folder / "a.jsonl")]
-    assert "NaN" in errors[6] and not errors[0] and len(errors) == 8
-
-
-def test_two_runs_do_not_write_one_file(folder, capsys):
-    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
-    with open(folder / "a.jsonl", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another run" in refused(capsys, *flags(folder))
-
-
-def test_ctrl_c_keeps_what_is_answered(folder, capsys, monkeypatch):
-    from model import Batch
-
-    advance, calls = Batch.advance, []
-
-    def interrupted(batch):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return advance(batch)
-
-    monkeypatch.setattr(Batch, "advance", interrupted)
-    code, _, err = inside(capsys, *flags(folder, "-n", 2))
-    assert code == 130 and "interrupted" in err and 0 < len(read_lines(folder / "a.jsonl")) < 8
-    monkeypatch.undo()
+    extra = [{}, *({"image": nothing} for nothing in (None, "", [])), {"images": []}, {"image_path": None}]
+    extra += [{"has_image": False}, {"num_images": 0}]
+    write_lines(folder / "q.jsonl", [{"question_id": i, "text": "What?"} | more for i, more in enumerate(extra)])
     assert inside(capsys, *flags(folder, "-n", 2))[0] == 0
-    assert len(read_lines(folder / "a.jsonl")) == 8
-
-
-# The same process image again and again, without importing torch anew each time: a child of it answers and is killed.
-KILLER = """
-import os, random, signal, sys, time
-os.environ["OMP_NUM_THREADS"] = "1"
-import torch, run, tools.questions, tools.report, model, model.pruning
-torch.set_num_threads(1)
-rng, kills, argv = random.Random(5), 0, sys.argv[1:]
-path = argv[argv.index("--answers") + 1]
-size = lambda: os.path.getsize(path) if os.path.exists(path) else 0
-while kills < 20:
-    before, child, start = size(), os.fork(), time.time()
-    if child == 0:
-        os._exit(run.main(argv))
-    while rng.random() < 0.999 and size() == before and time.time() < start + 60:  # now and then before the first line
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    kills += os.WIFSIGNALED(status)
-    if not os.WIFSIGNALED(status):
-        sys.exit(f"finished after {kills} kills; give it more to do")
-print(kills)
-"""
-
-
-def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path):
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork on this system")
-    make_checkpoint(tmp_path / "model")
-    for i in range(5):
-        noise(30 + i, 40, seed=i).save(tmp_path / f"{i}.png")
-    asked = [{"question_id": i, "image": f"{i % 5}.png", "text": f"what is there {i % 7} ?"} for i in range(3000)]
-    write_lines(tmp_path / "q.jsonl", asked)
-    argv = [*flags(tmp_path, "--model", tmp_path / "model", "-n", 9, "--batch", 5)]
-    argv = [str(word) for word in argv]
-    done = subprocess.run([sys.executable, "-c", KILLER, *argv], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "20", done.stderr[-2000:]
-    before = (tmp_path / "a.jsonl").read_bytes()
-    assert 0 < before.count(b"\n") < 3000
-    # cut the rest short: what matters is the seam
-    left = write_lines(tmp_path / "q.jsonl", asked[: before.count(b"\n") + 40])
-    done = subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = read_lines(tmp_path / "a.jsonl")
-    assert [line["question_id"] for line in lines] == list(range(len(read_lines(left))))
-    checkpoint = load(tmp_path / "model")
-    for i in (0, 1, len(lines) // 2, len(lines) - 41, len(lines) - 1):
-        alone = Generation(checkpoint, asked[i]["text"], [tmp_path / asked[i]["image"]], Sampling(9))
-        assert lines[i]["text"] == "".join(alone)
-
-
-# ---------------------------------------------------------------- refusing
-
-
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
-        ("{", "not JSON"),
-        ("nonsense", "not JSON"),
-        ("[1]", "question_id"),
-        ('{"text": "x"}', "question_id"),
-        ('{"question_id": 1.5, "text": "x"}', "question_id"),
-        ('{"question_id": 1}', "text"),
-        ('{"question_id": 1, "text": " "}', "text"),
-        ('{"question_id": 1, "text": 5}', "text"),
-        ('{"question_id": 1, "text": "x", "image": 5}', "image"),
-        ('{"question_id": 1, "text": "x", "image": [5]}', "image"),
-        ("[" * 100000, "not JSON"),
-        ('{"question_id": true, "text": "x"}', "question_id"),
-        ('{"question_id": 1, "text": "x", "image": false}', "image"),
-        ('{"question_id": 1, "text": "half \\ud800 of it"}', "Unicode"),
-    ],
-)
-def test_a_malformed_line_is_named_by_its_number(folder, capsys, line, word):
-    with open(folder / "q.jsonl", "a") as file:
-        file.write(f"\n{line}\n")
-    message = refused(capsys, *flags(folder))
-    assert f"line {len(QUESTIONS) + 2} of" in message and word in message
-    assert not (folder / "a.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--questions", "{q}"],
-        ["--questions", "{q}", "--answers", "{a}", "--prompt", "x"],
-        ["--questions", "{q}", "--answers", "{a}", "--image", "assets/demo.png"],
-        ["--questions", "{q}", "--answers", "{a}", "--json"],
-        ["--questions", "{q}", "--answers", "{a}", "--num-chunks", "3"],
-        ["--questions", "{q}", "--answers", "{a}", "--num-chunks", "3", "--chunk-idx", "3"],
-        ["--questions", "{q}", "--answers", "{a}", "--batch", "0"],
-        ["--questions", "{q}", "--answers", "{q}"],
-        ["--questions", "{q}", "--answers", "{q}/x.jsonl"],
-        ["--questions", "{q}.none", "--answers", "{a}"],
-        ["--questions", "{q}", "--answers", "{a}", "--image-folder", "{q}"],
-        ["--questions", "{q}", "--answers", "{a}", "--image-mode", "anyres"],
-        ["--questions", "{q}", "--answers", "{a}", "--anyres-order", "orig"],
-        ["--questions", "{q}", "--answers", ""],
-        ["--prompt", "x", "--answers", "{a}"],
-        ["--prompt", "x", "--batch", "2"],
-        [],
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(folder, capsys, argv):
-    refused(capsys, *(word.format(q=folder / "q.jsonl", a=folder / "a.jsonl") for word in argv))
-    assert not (folder / "a.jsonl").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
-def test_a_file_without_questions_is_refused(folder, capsys, content):
-    (folder / "q.jsonl").write_bytes(content)
-    refused(capsys, *flags(folder))
+    lines = read_lines(folder / "a.jsonl")
+    assert [line["metadata"]["vision_tokens"] for line in lines] == [0] * len(extra)
 
 
 # ---------------------------------------------------------------- POPE
@@ -426,6 +157,36 @@ def test_scores_of_known_counts(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split() == [
         "all", "2", "1", "3", "2", "0.6250", "0.6667", "0.5000", "0.5714", "0.3750",
     ]  # fmt: skip
+
+
+def test_what_could_not_be_answered_is_no_yes(tmp_path, capsys):
+    real, kinds = ["yes", "no", "yes", "no"], ["x", "x", "y", "y"]
+    rows = zip(kinds, real, strict=True)
+    questions = [{"question_id": i, "text": "?", "category": k, "label": r} for i, (k, r) in enumerate(rows)]
+    missing = {"text": "", "metadata": {"error": "no picture"}}
+    answers = [
+        {"question_id": 0, "text": "yes", "metadata": {}},
+        {"question_id": 1} | missing,
+        {"question_id": 2} | missing,
+        {"question_id": 3, "text": "no", "metadata": None},
+        {"question_id": 3} | missing,
+        {"question_id": 2} | missing,
+    ]  # fmt: skip  an error before or behind the answer that made it good does not count, nor one that came twice
+    write_lines(tmp_path / "q.jsonl", questions)
+    write_lines(tmp_path / "a.jsonl", answers)
+    argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
+    assert score_pope.main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    total = json.loads(out)["all"]
+    assert [total[k] for k in ("TP", "FP", "TN", "FN", "errors")] == [1, 0, 1, 0, 2] and total["accuracy"] == 1.0
+    assert "2 questions could not be answered" in err and err.count("\n") == 1
+    assert score_pope.main(argv) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0][-1] == "errors" and [row[-1] for row in table[1:]] == ["1", "1", "2"]
+    write_lines(tmp_path / "a.jsonl", [{"question_id": i} | missing for i in range(4)])
+    with pytest.raises(SystemExit):
+        score_pope.main(argv)
+    assert "no question could be answered" in capsys.readouterr().err
 
 
 def spoil(tmp_path, what):

@@ -332,8 +332,8 @@ def answer_all(questions, answers, ask, size, say, wait):
     ask(question): its Generation, or an InputError, which becomes the question's answer: "" with metadata.error; so
     does a lack of memory. wait: a `CoreWait`.
     """
-    missing = _missing(questions, answers, say)
-    desk = Desk(answers, missing, len(questions) - len(missing), say, wait)
+    missing, done = _missing(questions, answers, say)
+    desk = Desk(answers, missing, done, say, wait)
     queue, alone = deque(range(len(missing))), set()  # alone: what did not fit into memory beside others
     batch, running = Batch(), {}  # number of the question -> its generation
 
@@ -370,9 +370,9 @@ def answer_all(questions, answers, ask, size, say, wait):
 
 
 def _missing(questions, answers, say):
-    """The questions that have to be asked."""
+    """(the questions that have to be asked, how many have an answer)."""
     done, failed = answers.done.copy(), answers.failed.copy()
-    missing, errors = [], 0
+    missing, errors, before = [], 0, done.total()
     for question in questions:
         if done[question.key]:
             done[question.key] -= 1
@@ -388,7 +388,7 @@ def _missing(questions, answers, say):
         say(f"note: {errors} questions that could not be answered before {fate}")
     if done.total():
         say(f"note: {done.total()} answers in {answers.path} are to no question here; they stay")
-    return missing
+    return missing, before - done.total()
 
 
 def _error(broken):
