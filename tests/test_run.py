@@ -464,6 +464,30 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
 
 
+def test_every_command_may_lose_its_reader(monkeypatch):
+    commands = [path for path in [ROOT / "run.py", *(ROOT / "tools").glob("*.py")] if "__main__" in path.read_text()]
+    assert len(commands) > 15
+    for path in commands:
+        assert path.read_text().endswith('if __name__ == "__main__":\n    sys.exit(as_command(main))\n'), path
+    for size in (10, 10**6):  # noticed when the last of it is flushed; while it is written
+        for leave in (lambda: None, lambda: sys.exit(0)):
+            reader, writer = os.pipe()
+            os.close(reader)
+            with os.fdopen(writer, "w") as stream:
+                monkeypatch.setattr(sys, "stdout", stream)
+                assert run.as_command(lambda: (print("x" * size), leave())) == 0  # noqa: B023
+            monkeypatch.undo()
+    monkeypatch.setattr(sys, "stdout", None)  # closed: nothing to flush
+    assert run.as_command(lambda: 3) == 3
+
+
+def test_a_tool_that_loses_its_reader_is_quiet():
+    words = [sys.executable, str(ROOT / "tools" / "roofline.py")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 0)
+
+
 def test_a_process_that_cannot_write_says_so():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
