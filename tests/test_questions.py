@@ -1,9 +1,18 @@
 """Files of questions: LLaVA's format in and out, nothing lost or said twice whatever happens, POPE by its rule."""
 
+import base64
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
+from test_parity import noise
 
+import model.generate
 import run
 from model import Generation, Sampling, load
 from tests.paths import ROOT
@@ -97,12 +106,499 @@ def test_every_question_has_its_line_in_order_and_bad_ones_say_why(folder, capsy
 
 
 def test_the_flags_of_one_answer_hold_for_all(folder, capsys):
-    extra = [{}, *({"image": nothing} for nothing in (None, "", [])), {"images": []}, {"image_path": None}]
-    extra += [{"has_image": False}, {"num_images": 0}]
-    write_lines(folder / "q.jsonl", [{"question_id": i, "text": "What?"} | more for i, more in enumerate(extra)])
+    extra = ["--prune", "plphp", "--retention", "0.5", "-n", "2", "--image-folder", folder]
+    assert inside(capsys, *flags(folder, *extra))[0] == 0
+    first = read_lines(folder / "a.jsonl")[0]
+    settings = first["metadata"]["settings"]
+    assert settings["prune"] == "plphp" and settings["max_new_tokens"] == 2 and first["metadata"]["new_tokens"] == 2
+    assert first["metadata"]["kv_bytes_held"] < 269 * 2 * 4 * 32 * 4 * 6  # of a prompt with a picture
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 5, 11])
+def test_chunks_are_those_of_llava_and_cover_everything_once(folder, capsys, chunks):
+    seen = []
+    for i in range(chunks):
+        answers = folder / "out" / f"{i}.jsonl"  # the folder is made
+        extra = ["--answers", answers, "-n", 1, "--num-chunks", chunks, "--chunk-idx", i]
+        code, _, err = inside(capsys, *flags(folder, *extra))
+        assert code == 0, err
+        part = [(line["question_id"], line["prompt"]) for line in read_lines(answers)]
+        size = -(-len(QUESTIONS) // chunks)
+        assert part == [(q["question_id"], q["text"]) for q in QUESTIONS[i * size : (i + 1) * size]]
+        seen += part
+    assert len(seen) == len(QUESTIONS)
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_a_second_run_answers_only_what_is_missing(folder, capsys):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))  # the bad ones again, in vain
+    assert code == 0 and "4 questions in" in err and "4 had been answered before" in err and "4 could not be" in err
+    assert (folder / "a.jsonl").read_bytes() == whole
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert code == 0 and "0 questions in" in err and "4 had been answered before" in err and "4 questions that" in err
+    assert (folder / "a.jsonl").read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:3]))
+    inside(capsys, *flags(folder, "-n", 3))
+    assert (folder / "a.jsonl").read_bytes() == whole
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:40])  # half a line
+    inside(capsys, *flags(folder, "-n", 3))
+    assert (folder / "a.jsonl").read_bytes() == whole
+    (folder / "a.jsonl").write_bytes(lines[6])  # of the two questions with the id 7, the later one
+    inside(capsys, *flags(folder, "-n", 3))
+    assert (folder / "a.jsonl").read_bytes() == whole
+
+
+def test_what_could_not_be_answered_is_asked_again(folder, capsys):
+    inside(capsys, *flags(folder, "-n", 3))
+    before = read_lines(folder / "a.jsonl")
+    (folder / "missing.png").write_bytes(DEMO.read_bytes())
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert code == 0 and read_lines(folder / "a.jsonl") == before
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 0 and "4 questions that could not be answered before are tried again; --keep-errors" in err
+    after = read_lines(folder / "a.jsonl")
+    assert [line["question_id"] for line in after] == [question["question_id"] for question in QUESTIONS]
+    assert "error" in before[3]["metadata"] and "error" not in after[3]["metadata"] and after[3]["text"]
+    assert [line for i, line in enumerate(after) if i != 3] == [line for i, line in enumerate(before) if i != 3]
+
+
+def test_a_retry_that_was_killed_leaves_one_line_for_each_question(folder, capsys):
+    """Until the end of a run an error and what made it good are both in the file."""
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    good = json.loads(whole.splitlines()[3])
+    del good["metadata"]["error"]
+    good = json.dumps(good | {"text": "the answer"}).encode() + b"\n"
+    (folder / "a.jsonl").write_bytes(whole + good)
+    for _ in range(2):
+        code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+        assert code == 0 and "0 questions in" in err
+        lines = whole.splitlines(keepends=True)
+        assert (folder / "a.jsonl").read_bytes() == b"".join([*lines[:3], good, *lines[4:]])
+
+
+@pytest.mark.parametrize("moment", ["fsync", "copymode", "replace"])
+@pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()])
+def test_putting_the_lines_in_order_loses_nothing(folder, capsys, monkeypatch, moment, cause):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    moved = b"".join(whole.splitlines(keepends=True)[::-1])
+    (folder / "a.jsonl").write_bytes(moved)
+    files = sorted(folder.iterdir())
+
+    def broken(*_):
+        raise cause
+
+    monkeypatch.setattr(shutil if moment == "copymode" else os, moment, broken)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert (code, "not in the order" in err) == ((0, True) if isinstance(cause, OSError) else (130, False))
+    assert (folder / "a.jsonl").read_bytes() == moved and sorted(folder.iterdir()) == files
+    monkeypatch.undo()
+    os.chmod(folder / "a.jsonl", 0o600)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert code == 0 and "put in the order of the questions" in err
+    assert (folder / "a.jsonl").read_bytes() == whole and (folder / "a.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_question_inserted_in_front_is_answered_in_front(folder, capsys):
+    write_lines(folder / "q.jsonl", QUESTIONS[1:3])
+    inside(capsys, *flags(folder, "-n", 3))
+    os.rename(folder / "a.jsonl", folder / "elsewhere.jsonl")
+    os.symlink(folder / "elsewhere.jsonl", folder / "a.jsonl")  # a link stays one
+    write_lines(folder / "q.jsonl", QUESTIONS[:3])
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 0 and "1 questions in" in err and (folder / "a.jsonl").is_symlink()
+    assert [line["question_id"] for line in read_lines(folder / "elsewhere.jsonl")] == [7, "b", 3]
+
+
+HALF = b'{"question_id": 4, "prompt": "Wh'
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 70, b"\n\n", b" \r\n\t\n", HALF + b"\0" * 9, b"\0\0\n\0", b"\n" + HALF], ids=repr
+)
+def test_what_a_power_cut_leaves_behind_is_cut_off(folder, capsys, tail):
+    write_lines(folder / "q.jsonl", QUESTIONS[:3])
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in (2, 1, 0):
+        (folder / "a.jsonl").write_bytes(b"".join(lines[:kept]) + tail)
+        code, _, err = inside(capsys, *flags(folder, "-n", 3))
+        assert code == 0 and (folder / "a.jsonl").read_bytes() == whole, err
+    # an editor's line ends and byte-order mark; NULs before a line that came later
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + whole.replace(b"\n", b"\r\n") + b"\0\0")
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0 and (folder / "a.jsonl").read_bytes() == whole
+    (folder / "a.jsonl").write_bytes(lines[0] + b"\0\0" + lines[1] + lines[2])
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0 and (folder / "a.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("changed", [["-n", "4"], ["--prune", "plphp"], ["--temperature", "0.5"], ["--seed", "1"]])
+def test_answers_of_other_settings_are_not_continued(folder, capsys, changed):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    line = refused(capsys, *flags(folder, "-n", 3, *changed))
+    assert "line 1 of" in line and "not" in line
+    assert (folder / "a.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"hello", b'{"a": 1}\n', b'{"question_id": 1}\n', b"\xff\xfe\n", b"[1]\n"]
+)
+def test_a_file_of_something_else_is_left_alone(folder, capsys, content):
+    (folder / "a.jsonl").write_bytes(content)
+    refused(capsys, *flags(folder))
+    assert (folder / "a.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "fifo"])
+def test_answers_go_to_a_regular_file(folder, capsys, target):
+    if target == "fifo":
+        target = folder / "fifo"
+        os.mkfifo(target)
+        held = os.open(target, os.O_RDWR)  # so that opening it does not wait
+    code, _, err = inside(capsys, *flags(folder, "--answers", target))
+    assert code == 2 and "no regular file" in err.splitlines()[-1]
+    if target != "/dev/null":
+        os.close(held)
+
+
+def test_a_whole_line_of_something_else_is_never_cut_off(folder, capsys):
+    foreign = b'{"question_id": 5, "mine": "precious"}'  # no line end, as an editor leaves it
+    (folder / "a.jsonl").write_bytes(foreign)
+    refused(capsys, *flags(folder))
+    assert (folder / "a.jsonl").read_bytes() == foreign
+    (folder / "a.jsonl").unlink()
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    (folder / "a.jsonl").write_bytes(whole[:-1])  # ours, without its last line end
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0
+    assert (folder / "a.jsonl").read_bytes() == whole
+
+
+def test_answers_to_other_pictures_do_not_count(folder, capsys):
+    write_lines(folder / "q.jsonl", QUESTIONS[:1])
+    inside(capsys, *flags(folder, "-n", 3))
+    (folder / "other.png").write_bytes((ROOT / "assets" / "pair-a.png").read_bytes())
+    write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"image": "other.png"}])
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 0 and "1 questions in" in err and "note: 1 answers" in err
+    images = [line["metadata"]["images"] for line in read_lines(folder / "a.jsonl")]
+    assert images == [["other.png"], ["demo.png"]]  # what answers no question here stands behind the others
+    assert "image_folder" in refused(capsys, *flags(folder, "-n", 3, "--image-folder", ROOT / "assets"))
+
+
+def test_answers_of_one_token_are_written_as_they_come(folder, capsys, monkeypatch):
+    """They never take part in a step; no more than a batch of them waits."""
+    write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"question_id": i} for i in range(9)])
+    seen, add = [], model.Batch.add
+
+    def counted(batch, generation):
+        seen.append((folder / "a.jsonl").read_bytes().count(b"\n"))
+        add(batch, generation)
+
+    monkeypatch.setattr(model.Batch, "add", counted)
+    assert inside(capsys, *flags(folder, "-n", 1, "--batch", 2))[0] == 0
+    assert seen == [0, 0, 2, 2, 4, 4, 6, 6, 8]
+
+
+def test_broken_logits_of_one_question_are_recorded(folder, capsys, monkeypatch):
+    take = model.generate.Generation.take
+
+    def broken(generation, token):
+        return take(generation, -1 if "Spell" in str(generation.text_asked) else token)
+
+    init = model.generate.Generation.__init__
+
+    def remember(generation, checkpoint, prompt, *rest, **options):
+        init(generation, checkpoint, prompt, *rest, **options)
+        generation.text_asked = prompt
+
+    monkeypatch.setattr(model.generate.Generation, "__init__", remember)
+    monkeypatch.setattr(model.generate.Generation, "take", broken)
+    assert inside(capsys, *flags(folder, "-n", 3, "--batch", 3))[0] == 0
+    errors = [line["metadata"].get("error", "") for line in read_lines(folder / "a.jsonl")]
+    assert "NaN" in errors[6] and not errors[0] and len(errors) == 8
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_out_of_memory_in_one_prompt_is_its_error(folder, capsys, monkeypatch, batch):
+    """Alone it does not fit either; what was in the batch beside it is answered as ever."""
+    inside(capsys, *flags(folder, "-n", 3, "--batch", batch))
+    whole = read_lines(folder / "a.jsonl")
+    os.unlink(folder / "a.jsonl")
+    prefill = model.generate.Generation.prefill
+
+    def out_of_memory(generation):
+        if len(generation.images) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return prefill(generation)
+
+    monkeypatch.setattr(model.generate.Generation, "prefill", out_of_memory)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--batch", batch))
+    lines = read_lines(folder / "a.jsonl")
+    assert code == 0 and "5 could not be answered" in err and err.count("lower --batch") == (batch > 1)
+    assert "out of memory" in lines[1]["metadata"]["error"] and lines[1]["text"] == ""
+    assert lines[:1] + lines[2:] == whole[:1] + whole[2:]
+    monkeypatch.undo()
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0  # with more memory the next run answers it
+    assert read_lines(folder / "a.jsonl") == whole
+
+
+def test_a_batch_that_does_not_fit_is_asked_one_by_one(folder, capsys, monkeypatch):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    os.unlink(folder / "a.jsonl")
+    advance, sizes = model.Batch.advance, []
+
+    def out_of_memory(batch):
+        sizes.append(len(batch.running))
+        if len(batch.running) > 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+        return advance(batch)
+
+    monkeypatch.setattr(model.Batch, "advance", out_of_memory)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--batch", 4))
+    assert code == 0 and max(sizes) > 1 and (folder / "a.jsonl").read_bytes() == whole
+    assert err.count("lower --batch") == 1  # all four questions that can be answered, once
+
+
+def test_another_failure_ends_the_run(folder, capsys, monkeypatch):
+    def broken(generation):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(model.generate.Generation, "prefill", broken)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 1 and "a bug" in err and read_lines(folder / "a.jsonl") == []
+
+
+def test_pictures_may_be_named_in_other_ways(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+    uri = "data:image/png;base64," + base64.b64encode(DEMO.read_bytes()).decode()
+    (folder / "-").write_bytes(DEMO.read_bytes())
+    names = ["demo.png", uri, "~/demo.png", f"file://{folder}/demo.png", str(folder / "demo.png"), ["demo.png"], "-"]
+    asked = [QUESTIONS[0] | {"question_id": i, "image": name} for i, name in enumerate(names)]
+    bad = ["HTTPS://example.com/x.png", "file://elsewhere/demo.png", "a\0b.png", "no.png", "."]
+    asked += [QUESTIONS[0] | {"question_id": name, "image": name} for name in bad]
+    write_lines(folder / "q.jsonl", asked)
+    # without --image-folder, and with a relative path to the questions
+    inside(capsys, "--questions", "q.jsonl", "--answers", "a.jsonl", "-n", 3)
+    lines = read_lines(folder / "a.jsonl")
+    assert {line["text"] for line in lines[:7]} == {lines[0]["text"]} and lines[0]["text"]
+    assert all("error" not in line["metadata"] for line in lines[:7])
+    assert len(lines[1]["metadata"]["images"][0]) < 100 and lines[1]["metadata"]["images"][0].startswith("data:image/")
+    errors = [line["metadata"]["error"] for line in lines[7:]]
+    words = ["nothing is downloaded", "another machine", "NUL", "no picture", "folder"]
+    for error, word in zip(errors, words, strict=True):
+        assert word in error and ";" in error
+    _, _, err = inside(capsys, "--questions", "q.jsonl", "--answers", "a.jsonl", "-n", 3, "--keep-errors")
+    assert "0 questions in" in err and "7 had been answered before" in err
+
+
+def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monkeypatch):
+    shutil.copytree(run.DEMO, folder / "model")
+    (folder / "mine.py").write_text("def keep(layer, scores, layout, *, window=1):\n    return None\n")
+    write_lines(folder / "q.jsonl", QUESTIONS[:2])
+    for name in (".", folder.name, f"./{folder.name}/../{folder.name}"):
+        monkeypatch.chdir(folder if name == "." else folder.parent)
+        words = f"--questions {name}/q.jsonl --answers {name}/a.jsonl --image-folder {name} --model {name}/model -n 3"
+        code, _, err = inside(capsys, *words.split(), "--prune", f"{name}/mine.py::keep")
+        assert code == 0 and f"{2 if name == '.' else 0} questions in" in err, err
+    # a relative path that an older version has written down
+    old = (folder / "a.jsonl").read_text().replace(json.dumps(str(folder)), '"."')
+    (folder / "a.jsonl").write_text(old)
+    monkeypatch.chdir(folder)
+    words = "--questions q.jsonl --answers a.jsonl --model model -n 3 --prune mine.py::keep"
+    assert "0 questions in" in inside(capsys, *words.split())[2]
+    assert "prune" in refused(capsys, *words.split()[:-2])
+    assert "image_folder" in refused(capsys, *words.split(), "--image-folder", ROOT / "assets")
+
+
+def test_two_runs_do_not_write_one_file(folder, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
+    with open(folder / "a.jsonl", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another run" in refused(capsys, *flags(folder))
+
+
+def test_ctrl_c_keeps_what_is_answered(folder, capsys, monkeypatch):
+    from model import Batch
+
+    advance, calls = Batch.advance, []
+
+    def interrupted(batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return advance(batch)
+
+    monkeypatch.setattr(Batch, "advance", interrupted)
+    code, _, err = inside(capsys, *flags(folder, "-n", 2))
+    assert code == 130 and "interrupted" in err and 0 < len(read_lines(folder / "a.jsonl")) < 8
+    monkeypatch.undo()
+    assert inside(capsys, *flags(folder, "-n", 2))[0] == 0
+    assert len(read_lines(folder / "a.jsonl")) == 8
+
+
+# The same process image again and again, without importing torch anew each time: a child of it answers and is killed.
+KILLER = """
+import os, random, signal, sys, time
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch, run, tools.questions, tools.report, model, model.pruning
+torch.set_num_threads(1)
+rng, kills, argv = random.Random(5), 0, sys.argv[1:]
+path = argv[argv.index("--answers") + 1]
+size = lambda: os.path.getsize(path) if os.path.exists(path) else 0
+while kills < 20:
+    before, child, start = size(), os.fork(), time.time()
+    if child == 0:
+        os._exit(run.main(argv))
+    while rng.random() < 0.999 and size() == before and time.time() < start + 60:  # now and then before the first line
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    kills += os.WIFSIGNALED(status)
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"finished after {kills} kills; give it more to do")
+print(kills)
+"""
+
+
+def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    make_checkpoint(tmp_path / "model")
+    for i in range(5):
+        noise(30 + i, 40, seed=i).save(tmp_path / f"{i}.png")
+    asked = [{"question_id": i, "image": f"{i % 5}.png", "text": f"what is there {i % 7} ?"} for i in range(3000)]
+    write_lines(tmp_path / "q.jsonl", asked)
+    argv = [*flags(tmp_path, "--model", tmp_path / "model", "-n", 9, "--batch", 5)]
+    argv = [str(word) for word in argv]
+    done = subprocess.run([sys.executable, "-c", KILLER, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "20", done.stderr[-2000:]
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert 0 < before.count(b"\n") < 3000
+    # cut the rest short: what matters is the seam
+    left = write_lines(tmp_path / "q.jsonl", asked[: before.count(b"\n") + 40])
+    done = subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "a.jsonl")
+    assert [line["question_id"] for line in lines] == list(range(len(read_lines(left))))
+    checkpoint = load(tmp_path / "model")
+    for i in (0, 1, len(lines) // 2, len(lines) - 41, len(lines) - 1):
+        alone = Generation(checkpoint, asked[i]["text"], [tmp_path / asked[i]["image"]], Sampling(9))
+        assert lines[i]["text"] == "".join(alone)
+
+
+# ---------------------------------------------------------------- refusing
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "not JSON"),
+        ("nonsense", "not JSON"),
+        ("[1]", "question_id"),
+        ('{"text": "x"}', "question_id"),
+        ('{"question_id": 1.5, "text": "x"}', "question_id"),
+        ('{"question_id": 1}', "text"),
+        ('{"question_id": 1, "text": " "}', "text"),
+        ('{"question_id": 1, "text": 5}', "text"),
+        ('{"question_id": 1, "text": "x", "image": 5}', "image"),
+        ('{"question_id": 1, "text": "x", "image": [5]}', "image"),
+        ("[" * 100000, "not JSON"),
+        ('{"question_id": true, "text": "x"}', "question_id"),
+        ('{"question_id": 1, "text": "x", "image": false}', "image"),
+        ('{"question_id": 1, "text": "half \\ud800 of it"}', "Unicode"),
+        ('{"question_id": 1, "text": "", "image": "demo.png"}', "text"),
+        ('{"question_id": 1, "text": " \\n", "image": "demo.png"}', "text"),
+        ('{"question_id": NaN, "text": "x"}', "question_id"),
+        ('{"question_id": null, "text": "x"}', "question_id"),
+        ('{"question_id": [1], "text": "x"}', "question_id"),
+        ('{"question_id": %s, "text": "x"}' % ("9" * 5000), "not JSON"),
+        ('{"question_id": 1, "text": "x", "image": NaN}', "image"),
+        ('{"question_id": 1, "text": "x", "image": {"url": "a.png"}}', "image"),
+        ('{"question_id": 1, "text": "x", "images": ["a.png"]}', "'images'"),
+        ('{"question_id": 1, "text": "x", "image": null, "image_path": "a.png"}', "'image_path'"),
+        ('{"question_id": 1, "text": "x", "image": [], "image_file": "a"}', "'image_file'"),
+        ('{"question_id": 1, "text": "x", "Image": "a"}', "'Image'"),
+        ('{"question_id": 1, "text": "x", "img": "a"}', "'img'"),
+        ('{"question_id": 1, "text": "x", "image_url": {"url": "a"}}', "'image_url'"),
+        ('{"question_id": 1, "text": "x", "picture": "a"}', "'picture'"),
+        ('{"question_id": 1, "text": "x", "image_id": 17}', "'image_id'"),
+        ('{"question_id": 1, "text": "x", "file_name": "a.JPG"}', "'file_name'"),
+        ('{"question_id": 1, "text": "x", "files": ["a.png"]}', "'files'"),
+    ],
+)
+def test_a_malformed_line_is_named_by_its_number(folder, capsys, line, word):
+    with open(folder / "q.jsonl", "a") as file:
+        file.write(f"\n{line}\n")
+    message = refused(capsys, *flags(folder))
+    assert f"line {len(QUESTIONS) + 2} of" in message and word in message
+    assert not (folder / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--questions", "{q}"],
+        ["--questions", "{q}", "--answers", "{a}", "--prompt", "x"],
+        ["--questions", "{q}", "--answers", "{a}", "--image", "assets/demo.png"],
+        ["--questions", "{q}", "--answers", "{a}", "--json"],
+        ["--questions", "{q}", "--answers", "{a}", "--num-chunks", "3"],
+        ["--questions", "{q}", "--answers", "{a}", "--num-chunks", "3", "--chunk-idx", "3"],
+        ["--questions", "{q}", "--answers", "{a}", "--batch", "0"],
+        ["--questions", "{q}", "--answers", "{q}"],
+        ["--questions", "{q}", "--answers", "{q}/x.jsonl"],
+        ["--questions", "{q}.none", "--answers", "{a}"],
+        ["--questions", "{q}", "--answers", "{a}", "--image-folder", "{q}"],
+        ["--questions", "{q}", "--answers", "{a}", "--image-mode", "anyres"],
+        ["--questions", "{q}", "--answers", "{a}", "--anyres-order", "orig"],
+        ["--questions", "{q}", "--answers", ""],
+        ["--prompt", "x", "--answers", "{a}"],
+        ["--prompt", "x", "--batch", "2"],
+        [],
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(folder, capsys, argv):
+    refused(capsys, *(word.format(q=folder / "q.jsonl", a=folder / "a.jsonl") for word in argv))
+    assert not (folder / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
+def test_a_file_without_questions_is_refused(folder, capsys, content):
+    (folder / "q.jsonl").write_bytes(content)
+    refused(capsys, *flags(folder))
+
+
+def test_other_forms_of_a_question_file(folder, capsys):
+    (folder / "q.jsonl").write_text(json.dumps(QUESTIONS, indent=1))
+    assert "JSON array; give JSONL" in refused(capsys, *flags(folder))
+    (folder / "q.jsonl").write_text(json.dumps(QUESTIONS[0], indent=1))
+    assert "line 1 of" in (line := refused(capsys, *flags(folder))) and "one object on each line" in line
+    text = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
+    (folder / "q.jsonl").write_bytes(text.encode("utf-16"))
+    assert "UTF-16" in refused(capsys, *flags(folder))
+    for number, data in enumerate((text.encode(), ("\ufeff" + text.replace("\n", "\r\n")).encode())):
+        (folder / "q.jsonl").write_bytes(data)
+        assert inside(capsys, *flags(folder, "-n", 1, "--answers", folder / f"{number}.jsonl"))[0] == 0
+    assert (folder / "0.jsonl").read_bytes() == (folder / "1.jsonl").read_bytes()
+
+
+def test_a_line_may_say_that_it_has_no_picture(folder, capsys):
+    none = [{}, *({"image": nothing} for nothing in (None, "", [])), {"images": []}, {"image_path": None}]
+    none += [{"has_image": False}, {"num_images": 0}]
+    write_lines(folder / "q.jsonl", [{"question_id": i, "text": "What?"} | more for i, more in enumerate(none)])
     assert inside(capsys, *flags(folder, "-n", 2))[0] == 0
     lines = read_lines(folder / "a.jsonl")
-    assert [line["metadata"]["vision_tokens"] for line in lines] == [0] * len(extra)
+    assert [line["metadata"]["vision_tokens"] for line in lines] == [0] * len(none)
 
 
 # ---------------------------------------------------------------- POPE
