@@ -4,6 +4,7 @@ Field names are Hugging Face's. The published llava-1.5-7b config names four num
 and relies on class defaults for the rest, so the defaults below are part of the format.
 """
 
+import codecs
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -164,10 +165,17 @@ def _pinpoints(raw):
     return pairs
 
 
+def decode_text(data):
+    """Text of bytes in UTF-8, without byte-order mark, with \\n as line end. ValueError if they are something else."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16, save it as UTF-8")
+    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path):
     """The parsed file, a dict, or None where there is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(decode_text(Path(path).read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError, RecursionError) as broken:

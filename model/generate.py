@@ -15,7 +15,7 @@ from .cache import RaggedCache
 from .config import InputError
 from .image import normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
-from .tokenizer import TEMPLATES, Detokenizer, build_prompt
+from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,8 @@ class Generation:
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
         config = checkpoint.config
         text = build_prompt(prompt, len(images), self.template, system)
+        if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
+            raise InputError("the question is empty; say what to ask")
         self.ids = checkpoint.tokenizer.encode(text)
         pictures = [read_image(i) for i in images]
         self.notes = [p.note for p in pictures if p.note]
@@ -445,7 +447,7 @@ class Chooser:
     def __call__(self, logits):
         """logits (V,) -> id (1,)."""
         sampling, (token, logits) = self.sampling, self.greedy(logits[None])
-        if sampling.temperature > 0:
+        if sampling.temperature > torch.finfo(logits.dtype).tiny:  # below, nothing but the best has a chance
             weights = probabilities(logits[0], sampling.temperature, sampling.top_k, sampling.top_p)
             noise = torch.empty_like(weights).exponential_(generator=self.generator)
             # what multinomial does, without waiting to check its weights
@@ -457,6 +459,13 @@ class Chooser:
         logits = logits.float().index_fill(-1, self.never, float("-inf"))
         best, token = logits.max(-1)
         return torch.where(best.isfinite(), token, -1), logits  # the maximum of anything with a NaN is NaN
+
+
+def out_of_memory(error):
+    """Does the exception say that memory, of the host or of a device, was not enough?"""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
 
 
 class Batch:
@@ -564,17 +573,21 @@ class Batch:
 def probabilities(logits, temperature, top_k=None, top_p=None):
     """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set holding top_p of the rest.
 
-    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p.
+    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p. Of equal
+    logits the one with the lower index is the better one, as in greedy decoding.
     """
-    logits = (logits - logits.max()) / temperature  # the shift keeps a tiny temperature finite
-    if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    if top_p is not None and top_p < 1:
-        sorted_logits, order = logits.sort(descending=True)
-        weights = sorted_logits.softmax(-1)
-        before = weights.cumsum(-1) - weights  # mass of everything better
-        rest = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, before >= top_p)
-        logits = logits.masked_fill(rest, float("-inf"))
+    limits = torch.finfo(logits.dtype)  # the temperature is cast to it: neither to 0 nor to infinity
+    logits = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)  # the shift keeps 0 at the best
+    if top_k is not None or top_p is not None:
+        logits, order = logits.sort(descending=True, stable=True)
+        if top_k is not None:
+            logits[top_k:] = float("-inf")
+        if top_p is not None and top_p < 1:
+            weights = logits.softmax(-1)
+            before = weights.cumsum(-1) - weights  # mass of everything better
+            before[0] = -1.0  # fp32 takes a tiny top_p for 0
+            logits = logits.masked_fill(before >= top_p, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(0, order, logits)
     return logits.softmax(-1)
 
 

@@ -6,9 +6,12 @@ S is the side, in pixels, of the squares that the vision tower takes.
 import base64
 import io
 import math
+import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -114,9 +117,8 @@ def read_image(source):
         return source
     if isinstance(source, Image.Image):
         return to_rgb(source, "(in memory)")
-    shown = source if len(str(source)) < 100 else str(source)[:40] + "..."
-    if str(source).startswith(("http://", "https://")):
-        raise InputError(f"{shown} is a web address; nothing is downloaded here: save the picture and give its path")
+    source = local_path(source)
+    shown = source if len(source) < 100 else source[:40] + "..."
     try:
         image = Image.open(_open(source))
         image.load()
@@ -137,6 +139,32 @@ def read_image(source):
     except Exception as broken:  # Pillow's readers raise a dozen kinds for broken files
         raise InputError(f"{shown} is truncated or broken ({broken}); save it again") from broken
     return to_rgb(image, shown)
+
+
+def local_path(source):
+    """The path, as text, that a picture's address means: file:// is taken off and ~ expanded; the rest as it is.
+
+    InputError for an address of another machine, and for what can be no path.
+    """
+    source = str(source)
+    if "\0" in source:
+        raise InputError(f"no picture at {source[:100]!r}, which has a NUL character in it; check the path")
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", source, re.IGNORECASE)  # two letters at least: C:/ is a drive
+    if scheme and scheme[1].lower() == "file":
+        path = source[5:]
+        if path.startswith("//"):
+            host, slash, path = path[2:].partition("/")
+            if host.lower() not in ("", "localhost"):
+                raise InputError(f"{source[:100]} is on another machine; give the path of a picture on this one")
+            path = slash + path
+        return unquote(path, errors="surrogateescape")
+    if scheme:
+        raise InputError(
+            f"{source[:100]} is a web address; nothing is downloaded here: save the picture and give its path"
+        )
+    if source.startswith("~") and not os.path.exists(source):
+        return os.path.expanduser(source)
+    return source
 
 
 def _open(source):

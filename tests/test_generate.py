@@ -12,7 +12,7 @@ from PIL import Image
 from model import Generation, InputError, Sampling, ask, load
 from model.cache import RaggedCache
 from model.config import TextConfig
-from model.generate import _Writer, probabilities
+from model.generate import Chooser, _Writer, probabilities
 from model.llama import DecoderLayer, LayerParts, RMSNorm, SideBySide, rope_table, rotate
 from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
@@ -213,6 +213,33 @@ def test_top_k_and_top_p_keep_the_right_set(seed, top_k, top_p, temperature):
         mass += (weights[i] / total).item()
     assert set(got.nonzero().flatten().tolist()) == set(kept)
     torch.testing.assert_close(got[kept], weights[kept] / weights[kept].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1e-46, None, None), (5e-324, 5, 0.5), (1.0, None, 1e-320), (1.0, None, 5e-324), (1.0, 1, None), (1e4, 1, 1e-46)],
+)
+def test_tiny_numbers_leave_the_best_token(dtype, temperature, top_k, top_p):
+    logits = torch.tensor([0.5, 3.0, float("-inf"), 2.999, -80.0], dtype=dtype)
+    assert probabilities(logits, temperature, top_k, top_p).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_of_equal_logits_the_greedy_one_is_the_best():
+    logits = torch.tensor([1.0, 3.0, 3.0, 3.0, 2.0] * 20)
+    for top_k, top_p, kept in ((1, None, 1), (2, None, 2), (None, 1e-300, 1), (None, 1e-3, 1), (500, None, 100)):
+        chances = probabilities(logits, 1.0, top_k, top_p)
+        best = logits.sort(descending=True, stable=True).indices[:kept]
+        assert set(chances.nonzero().flatten().tolist()) == set(best.tolist())
+    chooser = Chooser(Sampling(temperature=1e-40), [], torch.device("cpu"))
+    assert [chooser(logits).item() for _ in range(9)] == [1] * 9
+
+
+def test_a_huge_temperature_gives_every_token_its_chance():
+    logits = torch.tensor([0.0, float("-inf"), 80.0, -80.0])
+    third = torch.tensor([1.0, 0.0, 1.0, 1.0]) / 3
+    torch.testing.assert_close(probabilities(logits, 1e300), third)
+    torch.testing.assert_close(probabilities(logits, float("inf"), 3, 1.0), third)
 
 
 def test_iterating_again_gives_the_answer_again(demo):

@@ -54,7 +54,7 @@ from model.config import TextConfig  # noqa: E402
 from model.generate import DecodeStep, Layout, Pruner  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.pruning import make_method  # noqa: E402
-from run import check_backend, choose_device, number, one_line  # noqa: E402
+from run import as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
 from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, version  # noqa: E402
 from tools.compare_hf import AnonymousMemory, hf_inputs  # noqa: E402
@@ -983,4 +983,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -32,7 +32,7 @@ from model import Generation, InputError, Sampling, load, open_checkpoint  # noq
 from model.image import normalise, read_image, to_square  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
-from run import choose_device  # noqa: E402
+from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Hindsight, Like, ValuesDropped  # noqa: E402
@@ -543,6 +543,8 @@ def main(argv=None):
         answers = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
         head, done = run_scenes(args, answers)
         summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}")
+    except BrokenPipeError:
+        raise  # see `as_command`
     except (InputError, ValueError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
@@ -550,4 +552,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

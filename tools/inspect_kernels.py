@@ -36,6 +36,8 @@ from unittest.mock import DEFAULT, patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run import as_command  # noqa: E402
+
 ARCHS = {  # Triton's backend, its name for the architecture, threads of a warp
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -553,4 +555,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

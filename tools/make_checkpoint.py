@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run import as_command  # noqa: E402
 from tools.verify_checkpoint import Parser, exit_code, gigabytes  # noqa: E402
 
 # Only what differs from the class defaults, as in the published files. The 7B text model is the default of its class.
@@ -294,4 +295,4 @@ def random_tensor(name, shape, dtype, generator):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.pruning import GUARDS, METHODS, settings_of  # noqa: E402
+from run import as_command  # noqa: E402
 
 BEGIN, END = "<!-- methods: python tools/method_table.py --write -->", "<!-- end of methods -->"
 
@@ -55,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

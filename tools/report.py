@@ -1,5 +1,7 @@
 """What an answer took: the object of `run.py --json` and the table of `run.py --stats`."""
 
+import contextlib
+import glob
 import math
 import sys
 import time
@@ -131,6 +133,42 @@ def free_memory(device):
     table = Path("/proc/meminfo")
     lines = table.read_text().splitlines() if table.exists() else ()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 2 * 10**9)
+
+
+class CoreWait:
+    """How much of the time the threads of this process wait, ready to run, for a core that something else uses.
+
+    Linux counts it for every thread, in nanoseconds; elsewhere, and where a GPU computes, nothing is known or said.
+    """
+
+    def __init__(self, device):
+        """Begin now."""
+        self.known = device.type == "cpu" and sys.platform == "linux"
+        self.start, self.before = time.perf_counter(), _waited()
+
+    def share(self):
+        """Of the time of all threads since the beginning, 0 to 1."""
+        seconds = time.perf_counter() - self.start
+        return (_waited() - self.before) / (torch.get_num_threads() * seconds) if self.known else 0.0
+
+    def note(self):
+        """One line if products are computed by several threads and these wait a lot, else None."""
+        share, threads = self.share(), torch.get_num_threads()
+        if threads == 1 or share < 0.2 or _waited() - self.before < 0.1:  # seconds; a short answer says little
+            return None
+        return (
+            f"note: {threads} threads spent {100 * share:.0f} % of the time waiting for cores that something else "
+            "uses; --threads 1 may be much faster"
+        )
+
+
+def _waited():
+    """Seconds that the threads of this process have waited for a core; 0 where the system does not say."""
+    total = 0
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:  # a thread may have ended
+            total += int(file.read().split()[1])  # time on a core, waiting for one, number of turns
+    return 1e-9 * total
 
 
 def measure_bandwidth(device):

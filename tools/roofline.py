@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import number  # noqa: E402
+from run import as_command, number  # noqa: E402
 from tools.verify_checkpoint import Parser  # noqa: E402
 
 
@@ -330,4 +330,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -11,9 +11,16 @@ import argparse
 import colorsys
 import math
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run import as_command  # noqa: E402
 
 SIZE = 224  # pixels per side of the model's input
 PATCH = 14  # pixels per side of one vision token
@@ -504,4 +511,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.pruning import make_method  # noqa: E402
-from run import choose_device  # noqa: E402
+from run import as_command, choose_device  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.replay import Asked  # noqa: E402
 
@@ -271,4 +271,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -39,6 +39,7 @@ from model.image import CLIP_MEAN, CLIP_STD  # noqa: E402
 from model.llava import Llava  # noqa: E402
 from model.load import load  # noqa: E402
 from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
+from run import as_command  # noqa: E402
 from tools import scenes  # noqa: E402
 
 HELD_OUT = 10**9  # samples below this index are for training, from it on for evaluation
@@ -776,4 +777,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

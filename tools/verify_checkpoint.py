@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run import as_command  # noqa: E402
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -198,4 +200,4 @@ def digest(path, chunk=2**24):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

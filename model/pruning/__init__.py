@@ -176,8 +176,8 @@ def _pair(text):
 
 def _read(path):
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as broken:
+        settings = json.loads(Path(path).read_bytes())  # any UTF, with or without byte-order mark
+    except (OSError, ValueError, RecursionError) as broken:
         raise ValueError(f"cannot read settings from {path} ({broken}); give a JSON object") from None
     if not isinstance(settings, dict):
         raise ValueError(f'{path} holds no JSON object; write {{"key": value}} into it')
