@@ -196,6 +196,10 @@ class Generation:
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
         config = checkpoint.config
         text = build_prompt(prompt, len(images), self.template, system)
+        try:
+            text.encode()
+        except UnicodeEncodeError as broken:  # half of a surrogate pair
+            raise InputError(f"the prompt is no Unicode text ({broken}); mend it") from broken
         self.ids = checkpoint.tokenizer.encode(text)
         pictures = [read_image(i) for i in images]
         notes = [note for p in pictures for note in (p.note, crop_note(p, self.image_settings))]
@@ -306,8 +310,9 @@ class Generation:
     def __iter__(self):
         self._begin()  # iterating again gives the answer again
         writer = self._writer
+        logits = self.prefill()
         choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
-        ids = choose(self.prefill())
+        ids = choose(logits)
         step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
         while True:
             if self._writer is not writer:
@@ -471,18 +476,19 @@ def next_turn(checkpoint, cache, ids, pixels=()):
     ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
     known = range(len(model.language_model.model.embed_tokens.weight)), (checkpoint.config.image_token_index,)
     if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and any(i in k for k in known) for i in ids):
-        raise InputError(f"the turn has to be a list of the checkpoint's token ids, not {_brief(ids)}; encode the text")
+        raise InputError("the turn is no list of the checkpoint's token ids; encode its text")
     if not ids:
         raise InputError("the turn has no tokens; give the ids of a question")
     if not isinstance(cache, RaggedCache) or cache.pos is None or len(cache.pos) != 1:
         raise InputError("the cache holds no prompt, or several; give the `cache` of one Generation that was iterated")
-    if len(pixels):
+    pixels = list(pixels) if isinstance(pixels, tuple | torch.Tensor) else as_list(pixels)
+    if pixels:
         size = checkpoint.config.vision_config.image_size
         if not all(isinstance(p, torch.Tensor) and p.shape == (3, size, size) for p in pixels):
             raise InputError(
                 f"the pictures of a turn are tensors (3, {size}, {size}) here; make them with `preprocess`"
             )
-        tokens = model.encode_images(torch.stack(list(pixels)).to(checkpoint.device, checkpoint.dtype))
+        tokens = model.encode_images(torch.stack(pixels).to(checkpoint.device, checkpoint.dtype))
     x, _ = model.splice(ids, tokens)
     room = checkpoint.config.text_config.context - int(cache.pos[0])
     if len(x) > room:
@@ -558,8 +564,9 @@ class Batch:
         if any(generation is other for other in (*self.running, *self._over)):
             raise ValueError("this generation is in the batch already; add another")
         generation._begin()
+        logits = generation.prefill()
         chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
-        ids = chooser(generation.prefill())
+        ids = chooser(logits)
         self._take(generation, ids.item())
         own, generation.cache = generation.cache, None  # its K and V live in the batch's from here on
         if generation.over:

@@ -48,7 +48,7 @@ class Checkpoint:
 
     def choose_dtype(self, name, device):
         """The torch dtype that `read_weights` comes to. InputError for one that it cannot use."""
-        name, names = str(name).removeprefix("torch."), {**DTYPES, **FILE_DTYPES, "half": torch.float16}
+        name, names = str(name).removeprefix("torch.").lower(), {**DTYPES, **FILE_DTYPES, "half": torch.float16}
         if name in names:
             return names[name]
         if name != "auto":
@@ -140,7 +140,7 @@ def find_folder(name):
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
-    except (OSError, RuntimeError) as broken:  # a name too long for a path; ~nobody
+    except (OSError, RuntimeError, TypeError) as broken:  # a name too long for a path; ~nobody; None
         raise InputError(
             f"{str(name)[:80]} is no path ({broken}); give the folder of a llava-hf checkpoint"
         ) from broken
