@@ -160,14 +160,35 @@ def _read(source, shown):
         raise InputError(f"{type(source).__name__} is no picture; give {ACCEPTED}, or a list of these")
     if path == "-":
         return _bounded(sys.stdin.buffer, shown)
-    scheme = path[:8].lower()
-    if scheme.startswith(("http://", "https://")):
-        raise InputError(f"{shown} is a web address; nothing is downloaded here: save the picture and give its path")
-    if scheme.startswith("data:"):
+    if path[:5].lower() == "data:":
         return _from_uri(path)
-    if scheme.startswith("file://"):
-        path = unquote(path[7:].removeprefix("localhost"))
-    return _read_file(path, shown)
+    return _read_file(local_path(path), shown)
+
+
+def local_path(source):
+    """The path, as text, that a picture's address means: file:// is taken off and ~ expanded; the rest as it is.
+
+    InputError for an address of another machine, and for what can be no path.
+    """
+    source = str(source)
+    if "\0" in source:
+        raise InputError(f"no picture at {source[:100]!r}, which has a NUL character in it; check the path")
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", source, re.IGNORECASE)  # two letters at least: C:/ is a drive
+    if scheme and scheme[1].lower() == "file":
+        path = source[5:]
+        if path.startswith("//"):
+            host, slash, path = path[2:].partition("/")
+            if host.lower() not in ("", "localhost"):
+                raise InputError(f"{source[:100]} is on another machine; give the path of a picture on this one")
+            path = slash + path
+        return unquote(path, errors="surrogateescape")
+    if scheme:
+        raise InputError(
+            f"{source[:100]} is a web address; nothing is downloaded here: save the picture and give its path"
+        )
+    if source.startswith("~") and not os.path.exists(source):
+        return os.path.expanduser(source)
+    return source
 
 
 def _read_open(file):
@@ -186,25 +207,22 @@ def _read_open(file):
 def _read_file(path, shown):
     """The bytes of a regular file, or of a pipe that somebody writes to."""
     try:
-        with open(os.path.expanduser(path), "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISFIFO(mode):
                 os.set_blocking(file.fileno(), True)
             elif not stat.S_ISREG(mode):
                 raise InputError(f"{shown} is a device; give a picture file")
             return _bounded(file, shown)
+    except InputError:
+        raise
     except FileNotFoundError as missing:
         raise InputError(f"no picture at {shown}; check the path") from missing
     except IsADirectoryError as folder:
         raise InputError(f"{shown} is a folder; give a picture file") from folder
-    except OSError as refused:
-        raise InputError(
-            f"{shown} cannot be read ({refused.strerror}); check the path and its permissions"
-        ) from refused
-    except ValueError as broken:  # a NUL in it
-        if isinstance(broken, InputError):
-            raise
-        raise InputError(f"{shown!r} is no path ({broken}); give a picture file") from broken
+    except (OSError, ValueError) as refused:  # ValueError: letters that no path has
+        why = getattr(refused, "strerror", None) or refused
+        raise InputError(f"{shown} cannot be read ({why}); check the path and its permissions") from refused
 
 
 def _open_at_once(path, flags):

@@ -417,7 +417,7 @@ def test_a_broken_file_is_one_clear_line(tmp_path, what):
 @pytest.mark.parametrize(
     "source",
     [
-        "/nowhere/x.png", "~/nowhere/x.png", "file:///nowhere/x.png", "", "a\0b", "x" * 5000,
+        "/nowhere/x.png", "~/nowhere/x.png", "file:///nowhere/x.png", "", "a\0b", "file:///a%00b", "\ud800", "x" * 5000,
         "http://example.com/x.png", "HTTPS://example.com/x.png", "data:image/png,abc", "data:;base64,@@",
         "data:image/png;base64", "data:,", URIS["plain"][:90],
     ],
