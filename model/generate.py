@@ -154,6 +154,7 @@ class Generation:
     finish_reason  "stop" | "length" | "interrupted"
     prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    what was asked, pictures expanded
     spans          [(start, stop)] of the pictures among the prompt's tokens
+    notes          lines about what was done to the pictures
     cache          the RaggedCache
     kept           vision tokens that a KV head keeps, one number per layer, averaged over the layer's heads
     bytes_held     K and V bytes of the prompt rows that were kept

@@ -138,15 +138,21 @@ def read_image(source):
     image = source if isinstance(source, Image.Image) else _from_pixels(source)
     data = _read(source, shown) if image is None else None
     with _said_in_one_line(shown), _quiet():
-        return to_rgb(_decode(data, shown) if image is None else image, shown)
+        rgb, note = to_rgb(_decode(data, shown) if image is None else image, shown)
+    named = isinstance(source, str | os.PathLike) and not _is_uri(source)
+    return Picture(str(source) if named else shown, rgb, note)
 
 
 def _shown(source):
-    """What notes and errors call a picture."""
+    """What notes and errors call a picture: something short, on one line."""
     if not isinstance(source, str | os.PathLike):
         return "(in memory)"
     name = " ".join(str(source).split())
-    return (name or "''") if len(name) < 100 else name[:40] + "..."
+    return (name or "''") if len(name) < (60 if _is_uri(source) else 200) else name[:40] + "..."
+
+
+def _is_uri(source):
+    return str(source)[:5].lower() == "data:"
 
 
 def _read(source, shown):
@@ -160,7 +166,7 @@ def _read(source, shown):
         raise InputError(f"{type(source).__name__} is no picture; give {ACCEPTED}, or a list of these")
     if path == "-":
         return _bounded(sys.stdin.buffer, shown)
-    if path[:5].lower() == "data:":
+    if _is_uri(path):
         return _from_uri(path)
     return _read_file(local_path(path), shown)
 
@@ -344,7 +350,7 @@ def _quiet_libtiff():
 
 
 def to_rgb(image, path):
-    """Picture of a PIL image: upright, transparent pixels on white, grey of more than 8 bits reduced, no profile."""
+    """(RGB image, note or None): upright, transparent pixels on white, grey of more than 8 bits reduced."""
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     notes, tiff = [], image.format == "TIFF"
@@ -359,7 +365,7 @@ def to_rgb(image, path):
     if frames > 1:
         notes.append(f"frame {image.tell() + 1} of {frames} is used")
     rgb = rgb if turn is None else rgb.transpose(turn)
-    return Picture(path, rgb, f"{path}: {'; '.join(notes)}" if notes else None)
+    return rgb, f"{path}: {'; '.join(notes)}" if notes else None
 
 
 def _orientation(image):

@@ -332,8 +332,10 @@ SOURCES = {
 
 @pytest.mark.parametrize("what", SOURCES)
 def test_a_picture_may_come_as_any_of_these(tmp_path, what):
-    (tmp_path / "ü x.png").write_bytes(DATA)
-    picture = read_image(SOURCES[what](tmp_path / "ü x.png"))
+    (tmp_path / "ü  x.png").write_bytes(DATA)
+    source = SOURCES[what](tmp_path / "ü  x.png")
+    picture = read_image(source)
+    assert picture.path == (str(source) if isinstance(source, str | Path) else "(in memory)")
     assert picture.image.tobytes() == noise(5, 6).tobytes() and picture.note is None
 
 
