@@ -174,16 +174,16 @@ class Generation:
         prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
         of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`.
         """
-        images, sampling = as_list(images), Sampling() if sampling is None else sampling
+        images = as_list(images)
         for what, given, kinds, wanted in (
             ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
             ("prompt", prompt, str, "the question as a text"),
-            ("sampling", sampling, Sampling, "Sampling(max_new_tokens=..., ...)"),
+            ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
             ("system", system, str | None, "a text or None"),
         ):
             if not isinstance(given, kinds):
                 raise InputError(f"{what} is {_brief(given)}; give {wanted}")
-        self.checkpoint, self.sampling = checkpoint, sampling
+        self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.prune, self.backend, self.compile = prune, backend, compile
         self.template = checkpoint.template if template == "auto" else template
         for what, given, known in (
@@ -288,6 +288,8 @@ class Generation:
     @property
     def way(self):
         """What the backend comes to where the checkpoint is: "triton" or "torch". InputError if it cannot work."""
+        if self.checkpoint.device.type == "meta":
+            raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
         try:
             return choose_backend(self.backend, self.checkpoint.device, self.checkpoint.dtype)
         except ValueError as wrong:
@@ -356,16 +358,13 @@ class Generation:
     def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
         model = self.checkpoint.model
-        if self.checkpoint.device.type == "meta":
-            raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
-        self.way  # noqa: B018  refuses a backend that cannot work here
         start = time.perf_counter()
         x, self.spans = model.splice(self.ids, self.encode_images())
         _wait(self.checkpoint.device)
         self.timing["vision"] = time.perf_counter() - start
         start = time.perf_counter()
         config = self.checkpoint.config.text_config
-        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.backend)
+        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.way)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device)
         pruner = Pruner(self.prune, layout, self.backend) if self.prune else None
