@@ -94,6 +94,7 @@ ACCEPTED = 'a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image,
 OTHERS = (
     (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing"),
     (rb"%PDF", "a PDF document"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
     (rb"(?s)....ftyp(hei|hev|mif1|msf1)", "a HEIC picture"),
     (rb"(?s)....ftypavi", "an AVIF picture that cannot be read here"),
     (rb"(?s)....ftyp", "a video"),
@@ -165,10 +166,21 @@ def _read(source, shown):
     if not isinstance(path, str):
         raise InputError(f"{type(source).__name__} is no picture; give {ACCEPTED}, or a list of these")
     if path == "-":
-        return _bounded(sys.stdin.buffer, shown)
+        return _read_stdin()
     if _is_uri(path):
         return _from_uri(path)
     return _read_file(local_path(path), shown)
+
+
+def _read_stdin():
+    """All bytes on stdin."""
+    stdin = getattr(sys.stdin, "buffer", None)
+    if stdin is None:  # closed, or a notebook's
+        raise InputError("there is no stdin to read a picture from; give the path of a picture")
+    try:
+        return _bounded(stdin, "the picture on stdin")
+    except OSError as refused:
+        raise InputError(f"stdin cannot be read ({refused.strerror}); give the path of a picture") from refused
 
 
 def local_path(source):
@@ -202,7 +214,9 @@ def _read_open(file):
     try:
         if file.seekable():
             file.seek(0)
-        data = file.read()
+        data = _bounded(file, "the open file")
+    except InputError:
+        raise
     except (OSError, ValueError) as broken:  # closed, or opened for writing
         raise InputError(f"the open file cannot be read ({broken}); open it with mode 'rb'") from broken
     if not isinstance(data, bytes):

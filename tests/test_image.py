@@ -465,7 +465,18 @@ def test_what_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
 def test_a_stream_without_end_is_cut(monkeypatch):
     monkeypatch.setattr("model.image.LARGEST", 1000)
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(bytes(2000))}))
-    with pytest.raises(InputError, match="more than"):
+    for source in ("-", io.BytesIO(bytes(2000))):
+        with pytest.raises(InputError, match="more than"):
+            read_image(source)
+
+
+def test_a_picture_may_come_through_stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(DATA)}))
+    assert read_image("-").image.tobytes() == noise(5, 6).tobytes()
+    with pytest.raises(InputError, match="empty; "):
+        read_image("-")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="no stdin .*; "):
         read_image("-")
 
 
@@ -473,6 +484,7 @@ def test_a_stream_without_end_is_cut(monkeypatch):
 
 OTHER_FILES = {
     "a PostScript drawing": packed(noise(8, 8), "EPS"),
+    "a JPEG XL picture": b"\xff\x0a" + bytes(20),
     "a PDF document": packed(noise(8, 8), "PDF"),
     "an SVG drawing": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
     "a HEIC picture": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
