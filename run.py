@@ -407,23 +407,9 @@ def choose_method(args, folder):
 
 def choose_device(name):
     """torch.device of --device; InputError if it is not there."""
-    import torch
+    from model.load import choose_device
 
-    from model import InputError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name} is no device; use auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(
-            f"--device {name} is not available ({torch.cuda.device_count()} CUDA devices here); use --device cpu"
-        )
-    return device
+    return choose_device(name)
 
 
 def use_threads(number):

@@ -1,33 +1,57 @@
 """Ask a loaded checkpoint something: prompt and pictures in, pieces of text out as they are written."""
 
 import copy
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 
 from kernels import window_scores
-from kernels.backend import choose_backend
+from kernels.backend import BACKENDS, choose_backend
 
 from .cache import RaggedCache
 from .config import InputError
-from .image import normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
+from .image import as_list, crop_note, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
+from .load import Checkpoint
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when the answer ends."""
+    """How the next token is chosen and when the answer ends. InputError for values that mean nothing."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # at least 1
     temperature: float = 0.0  # 0: greedy
-    top_k: int = None
-    top_p: float = None
-    seed: int = 0
-    stop: tuple = ()  # strings that end the answer; they are not part of it
+    top_k: int = None  # at least 1; None: all tokens
+    top_p: float = None  # above 0, up to 1; None: all of the probability
+    seed: int = 0  # 0 to 2**64 - 1
+    stop: tuple = ()  # strings that end the answer; they are not part of it. One string is a tuple of one
+
+    def __post_init__(self):
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple | set | frozenset) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop is {_brief(self.stop)}; give a text that is not empty, or a list of such texts")
+        object.__setattr__(self, "stop", tuple(stop))  # the class is frozen
+        for name, kind, low, high, wanted in (
+            ("max_new_tokens", Integral, 1, math.inf, "an integer of at least 1"),
+            ("temperature", Real, 0, 1e4, "a number from 0 (greedy) to 10000"),
+            ("top_k", Integral, 1, math.inf, "an integer of at least 1, or None for all tokens"),
+            ("top_p", Real, 5e-324, 1, "a number above 0 and up to 1, or None for all of the probability"),
+            ("seed", Integral, 0, 2**64 - 1, "an integer from 0 to 2**64 - 1"),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("top_k", "top_p"):
+                continue
+            # a comparison with NaN is false
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                raise InputError(f"{name} is {_brief(value)}; give {wanted}")
+            if kind is Integral:  # NumPy has its own
+                object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True)
@@ -127,6 +151,7 @@ class Generation:
     finish_reason  "stop" | "length" | "interrupted"
     prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    what was asked, pictures expanded
     spans          [(start, stop)] of the pictures among the prompt's tokens
+    notes          lines about what was done to the pictures
     cache          the RaggedCache
     kept           vision tokens that a KV head keeps, one number per layer, averaged over the layer's heads
     bytes_held     K and V bytes of the prompt rows that were kept
@@ -138,13 +163,25 @@ class Generation:
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
         prune=None, backend="auto", compile=False, anyres_order="auto", timed=False,
     ):  # fmt: skip
-        """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`.
+        """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
+
+        A picture is what `read_image` takes: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or a
+        uint8 array or tensor.
 
         prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
         of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
         timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
         long the host took to launch them.
         """
+        images = as_list(images)
+        for what, given, kinds, wanted in (
+            ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
+            ("prompt", prompt, str, "the question as a text"),
+            ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
+            ("system", system, str | None, "a text or None"),
+        ):
+            if not isinstance(given, kinds):
+                raise InputError(f"{what} is {_brief(given)}; give {wanted}")
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.prune, self.backend, self.compile, self.timed = prune, backend, compile, timed
         self.template = checkpoint.template if template == "auto" else template
@@ -152,6 +189,7 @@ class Generation:
             ("template", self.template, TEMPLATES),
             ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),
             ("order of tiles", anyres_order, ("auto", "hf", "orig")),
+            ("backend", backend, BACKENDS),
         ):
             if given not in known:
                 raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
@@ -160,9 +198,14 @@ class Generation:
         text = build_prompt(prompt, len(images), self.template, system)
         if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
             raise InputError("the question is empty; say what to ask")
+        try:
+            text.encode()
+        except UnicodeEncodeError as broken:  # half of a surrogate pair
+            raise InputError(f"the prompt is no Unicode text ({broken}); mend it") from broken
         self.ids = checkpoint.tokenizer.encode(text)
         pictures = [read_image(i) for i in images]
-        self.notes = [p.note for p in pictures if p.note]
+        notes = [note for p in pictures for note in (p.note, crop_note(p, self.image_settings))]
+        self.notes = [note for note in notes if note]
         self.looks = [self._look(p.image) for p in pictures]
         self.images = [
             {"path": p.path, "size": list(p.image.size), "tiles": len(squares), "tokens": self._count(p.image, grid)}
@@ -245,8 +288,13 @@ class Generation:
 
     @property
     def way(self):
-        """What the backend comes to where the checkpoint is: "triton" or "torch"."""
-        return choose_backend(self.backend, self.checkpoint.device, self.checkpoint.dtype)
+        """What the backend comes to where the checkpoint is: "triton" or "torch". InputError if it cannot work."""
+        if self.checkpoint.device.type == "meta":
+            raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
+        try:
+            return choose_backend(self.backend, self.checkpoint.device, self.checkpoint.dtype)
+        except ValueError as wrong:
+            raise InputError(str(wrong)) from wrong
 
     @property
     def unfed(self):
@@ -265,10 +313,14 @@ class Generation:
     @torch.inference_mode()
     def __iter__(self):
         self._begin()  # iterating again gives the answer again
+        writer = self._writer
+        logits = self.prefill()
         choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
-        ids = choose(self.prefill())
+        ids = choose(logits)
         step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
         while True:
+            if self._writer is not writer:
+                raise RuntimeError("this answer was begun again elsewhere; make another Generation for that")
             piece = self.take(ids.item())
             if piece:
                 yield piece
@@ -311,7 +363,7 @@ class Generation:
         x, self.spans = model.splice(self.ids, self.encode_images())
         seen = clock(device, self.timed)
         config = self.checkpoint.config.text_config
-        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.backend)
+        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.way)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device)
         pruner = Pruner(self.prune, layout, self.backend, self.timed) if self.prune else None
@@ -402,8 +454,14 @@ class DecodeStep:
         return self.logits
 
 
+def _brief(value):
+    """A value in an error message: its type says enough of most."""
+    simple = value is None or isinstance(value, str | bool | int | float)
+    return repr(value)[:60] if simple else f"a {type(value).__name__}"
+
+
 def ask(checkpoint, prompt, images=(), **options):
-    """The whole answer as a string. options: fields of Sampling."""
+    """The whole answer as a string. images: one picture or a list, see `Generation`; options: fields of Sampling."""
     generation = Generation(checkpoint, prompt, images, Sampling(**options))
     return "".join(generation)
 
@@ -413,15 +471,26 @@ def next_turn(checkpoint, cache, ids, pixels=()):
     """Feed a new turn behind what a cache has kept, without computing the past again -> logits (V,) of the next token.
 
     ids: token ids that the cache has not seen, one image placeholder per picture: `unfed` of the answer before, what
-    the template puts between the turns, the question. pixels: (3, S, S) each. The cache, of one sequence, takes all of
-    the new tokens; `Llama.decode` goes on from there, under inference_mode as here.
+    the template puts between the turns, the question. pixels: what `preprocess` makes of each picture, (3, S, S). The
+    cache, of one sequence, takes all of the new tokens; `Llama.decode` goes on from there, in inference_mode as here.
     """
-    if not len(ids):
+    model, tokens = checkpoint.model, ()
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    known = range(len(model.language_model.model.embed_tokens.weight)), (checkpoint.config.image_token_index,)
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and any(i in k for k in known) for i in ids):
+        raise InputError("the turn is no list of the checkpoint's token ids; encode its text")
+    if not ids:
         raise InputError("the turn has no tokens; give the ids of a question")
-    model = checkpoint.model
-    tokens = ()
-    if len(pixels):
-        tokens = model.encode_images(torch.stack(list(pixels)).to(checkpoint.device, checkpoint.dtype))
+    if not isinstance(cache, RaggedCache) or cache.pos is None or len(cache.pos) != 1:
+        raise InputError("the cache holds no prompt, or several; give the `cache` of one Generation that was iterated")
+    pixels = list(pixels) if isinstance(pixels, tuple | torch.Tensor) else as_list(pixels)
+    if pixels:
+        size = checkpoint.config.vision_config.image_size
+        if not all(isinstance(p, torch.Tensor) and p.shape == (3, size, size) for p in pixels):
+            raise InputError(
+                f"the pictures of a turn are tensors (3, {size}, {size}) here; make them with `preprocess`"
+            )
+        tokens = model.encode_images(torch.stack(pixels).to(checkpoint.device, checkpoint.dtype))
     x, _ = model.splice(ids, tokens)
     room = checkpoint.config.text_config.context - int(cache.pos[0])
     if len(x) > room:
@@ -496,13 +565,18 @@ class Batch:
     @torch.inference_mode()
     def add(self, generation):
         """Prefill one more and take it in. The next `advance` hands it out if its first token was its last."""
+        if not isinstance(generation, Generation):
+            raise InputError(f"a batch takes one Generation at a time, not {_brief(generation)}; give it one")
         if self.running and generation.checkpoint is not self.running[0].checkpoint:
-            raise ValueError("a batch is of one checkpoint; start another for this one")
+            raise InputError("a batch is of one checkpoint; start another for this one")
+        if self.running and generation.way != self.running[0].way:
+            raise InputError("a batch is of one backend; start another for this one")
         if any(generation is other for other in (*self.running, *self._over)):
             raise ValueError("this generation is in the batch already; add another")
         generation._begin()
+        logits = generation.prefill()
         chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
-        ids = chooser(generation.prefill())
+        ids = chooser(logits)
         self._take(generation, ids.item())
         own, generation.cache = generation.cache, None  # its K and V live in the batch's from here on
         if generation.over:

@@ -48,9 +48,12 @@ class Checkpoint:
         return self.model.language_model.model.norm.weight.dtype
 
     def choose_dtype(self, name, device):
-        """The torch dtype that `read_weights` comes to."""
+        """The torch dtype that `read_weights` comes to. InputError for one that it cannot use."""
+        name, names = str(name).removeprefix("torch.").lower(), {**DTYPES, **FILE_DTYPES, "half": torch.float16}
+        if name in names:
+            return names[name]
         if name != "auto":
-            return DTYPES[name]
+            raise InputError(f"dtype {name} cannot be used; use auto, fp32, bf16 or fp16")
         if torch.device(device).type != "cpu":
             stored = min(dtype for _, _, dtype in self.keys.values())
             return FILE_DTYPES.get(self.config.dtype, SAFETENSORS_DTYPES[stored])
@@ -62,10 +65,11 @@ class Checkpoint:
     def read_weights(self, dtype="auto", device="cpu"):
         """Give the model its weights: mapped from the files, cast and moved one tensor at a time. Returns self.
 
-        dtype: "auto" | "bf16" | "fp16" | "fp32". auto is the file's own dtype on CUDA; on a CPU fp32 if that fits in
-        half of the memory, else bf16.
+        dtype: "auto" | "bf16" | "fp16" | "fp32", torch's names ("float16") or torch's own (torch.float16). auto is the
+        file's own dtype on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16. device: see
+        `choose_device`.
         """
-        device = torch.device(device)
+        device = choose_device(device)
         dtype = self.choose_dtype(dtype, device)
         weights, by_file = {}, {}
         for name, (path, key, _) in self.keys.items():
@@ -86,8 +90,29 @@ class Checkpoint:
 
 
 def load(name, dtype="auto", device="cpu"):
-    """Checkpoint, ready to be asked, from a folder or from an id that lies in the local Hugging Face cache."""
+    """Checkpoint, ready to be asked, from a folder or from an id that lies in the local Hugging Face cache.
+
+    dtype and device: as in `Checkpoint.read_weights`. InputError for whatever cannot be used.
+    """
+    device = choose_device(device)  # before anything is read
     return open_checkpoint(name).read_weights(dtype, device)
+
+
+def choose_device(name):
+    """torch.device of "auto", "cpu", "cuda", "cuda:1", an index of CUDA or a torch.device; InputError if not there."""
+    if isinstance(name, str) and name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if isinstance(name, bool) or not isinstance(name, str | int | torch.device):
+            raise TypeError
+        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {name} is none; use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name} is not supported; use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device {name} is not available ({torch.cuda.device_count()} CUDA devices here); use cpu")
+    return device
 
 
 def open_checkpoint(name):
@@ -122,7 +147,7 @@ def find_folder(name):
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
-    except (OSError, RuntimeError) as broken:  # a name too long for a path; ~nobody
+    except (OSError, RuntimeError, TypeError) as broken:  # a name too long for a path; ~nobody; None
         raise InputError(
             f"{str(name)[:80]} is no path ({broken}); give the folder of a llava-hf checkpoint"
         ) from broken

@@ -9,7 +9,7 @@ from PIL import Image
 from test_parity import noise
 
 import model.generate
-from model import Batch, Generation, Sampling, load
+from model import Batch, Generation, InputError, Sampling, load
 from model.cache import RaggedCache
 from model.generate import Chooser
 from model.pruning import make_method
@@ -161,6 +161,20 @@ def test_a_batch_is_of_one_checkpoint(demo):
     batch.add(mixed(demo)[0])
     with pytest.raises(ValueError, match="one checkpoint"):
         batch.add(mixed(dataclasses.replace(demo))[0])
+
+
+@pytest.mark.parametrize("wrong", ["What?", None, ["What?"]])
+def test_a_batch_takes_generations_only(demo, wrong):
+    with pytest.raises(InputError, match="a batch takes one Generation at a time"):
+        Batch().add(wrong)
+
+
+def test_a_batch_is_of_one_backend(demo, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    batch, first = Batch(), mixed(demo)[0]
+    batch.add(first)
+    with pytest.raises(InputError, match="one backend"):
+        batch.add(Generation(demo, "What?", backend="triton"))
 
 
 def test_a_generation_is_in_a_batch_once(demo):

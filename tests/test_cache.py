@@ -208,6 +208,25 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, 
         next_turn(demo, first.cache, [])
 
 
+def test_a_turn_of_something_else_is_refused_and_leaves_the_cache(demo):
+    first = Generation(demo, "What?", [DEMO_PICTURE], Sampling(max_new_tokens=2))
+    "".join(first)
+    image, before = demo.config.image_token_index, first.cache.pos.item()
+    for ids in ("What?", None, [10**9], [-1], [1.5]):
+        with pytest.raises(InputError, match="token ids; "):
+            next_turn(demo, first.cache, ids)
+    for pixels in ([DEMO_PICTURE], DEMO_PICTURE, str(DEMO_PICTURE), first.pixels[0], [first.pixels[0][:, :5]]):
+        with pytest.raises(InputError, match="`preprocess`"):
+            next_turn(demo, first.cache, [5, image], pixels)
+    for cache in (None, first, RaggedCache(LAYERS)):
+        with pytest.raises(InputError, match="cache"):
+            next_turn(demo, cache, [5])
+    assert first.cache.pos.item() == before
+    assert torch.equal(
+        next_turn(demo, copy.deepcopy(first.cache), torch.tensor([5]), None), next_turn(demo, first.cache, [5])
+    )
+
+
 @pytest.mark.parametrize("slack", [2, 40])
 def test_a_step_that_is_broken_off_leaves_the_cache_as_it_was(backend, slack, monkeypatch):
     model, x = small_llama(), torch.randn(2, 16, 32)

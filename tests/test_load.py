@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
 from model.config import parse_config
+from model.load import choose_device
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
 
@@ -202,6 +203,54 @@ def test_weights_are_cast_to_the_wanted_type(original, folder, stored, wanted):
     checkpoint = load(folder, dtype=wanted)
     assert checkpoint.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
     assert_same_weights(checkpoint, {k: v.to(checkpoint.dtype) for k, v in half.items()})
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ("fp16", torch.float16), ("float16", torch.float16), ("half", torch.float16), (torch.float16, torch.float16),
+        ("FP16", torch.float16), ("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16),
+        ("float32", torch.float32), (torch.float32, torch.float32),
+    ],
+)  # fmt: skip
+def test_a_dtype_has_several_names(folder, given, dtype):
+    assert load(folder, given).dtype == dtype
+
+
+@pytest.mark.parametrize("given", ["float64", torch.float64, "int8", torch.int8, "bf8", None, 16])
+def test_a_dtype_that_cannot_be_used_is_refused(folder, given):
+    with pytest.raises(InputError, match="^dtype .* cannot be used; use "):
+        load(folder, given)
+
+
+@pytest.mark.parametrize("given", ["cpu", "auto", torch.device("cpu")])
+def test_a_device_may_be_a_name_or_torchs_own(folder, given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(folder, "fp32", given).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "given", ["cuda", 0, "cuda:7", torch.device("cuda"), "mps", "meta", "gpu", -1, True, None, 1.5]
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="^device .*; use "):
+        load("/nowhere", "fp32", given)
+
+
+def test_a_device_may_be_a_number_of_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(1) == torch.device("cuda:1") == choose_device("cuda:1")
+    with pytest.raises(InputError, match="device 2 is not available .2 CUDA devices"):
+        choose_device(2)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"folder"])
+def test_what_is_no_name_of_a_checkpoint_is_refused(name):
+    with pytest.raises(InputError, match="is no path"):
+        load(name)
 
 
 def test_auto_is_fp32_on_a_cpu_with_room(folder):
