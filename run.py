@@ -44,7 +44,7 @@ def number(kind, low, high=None, open_low=False):
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     p.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
                    default=str(DEMO), metavar="DIR|ID",
@@ -216,6 +216,7 @@ def answer(args):
     import torch
 
     from model import Generation, open_checkpoint
+    from model.generate import off_budget
     from model.image import read_image
     from tools.report import measure_bandwidth, report, stats
 
@@ -237,6 +238,8 @@ def answer(args):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     code = write(generation, stream=not (args.json or args.no_stream))
+    if generation.kept and off_budget(generation.prune, generation.retention, generation.wanted):
+        say(f"note: {off_budget(generation.prune, generation.retention, generation.wanted)}")
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.compare and code == 0:
         code = compare(generation, took)
@@ -327,13 +330,10 @@ def compare(generation, took):
 
 def choose_method(args, folder):
     """The pruning method of --prune, or None; InputError if there is none such."""
-    from model import InputError
-    from model.pruning import calibrated, make_method
+    from model import api
+    from model.pruning import calibrated
 
-    try:
-        method = make_method(args.prune, args.retention, args.keep_tokens, args.set, folder)
-    except ValueError as wrong:
-        raise InputError(str(wrong)) from wrong
+    method = api.choose_method(args.prune, folder, args.retention, args.keep_tokens, args.set)
     own = calibrated(folder, method.name) if method else None
     if own:
         say(f"{method.name}: settings of {own}, changed by what is given here")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kernels import window_scores
 from kernels.backend import choose_backend
 
+from .api import choose_method
 from .cache import RaggedCache
 from .config import InputError
 from .image import kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
@@ -153,11 +154,13 @@ class Generation:
     ):  # fmt: skip
         """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`.
 
-        prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
+        prune: what chooses the tokens that each head keeps (`model.api.choose_method`): a name or SPEC as of `--prune`,
+        with the checkpoint's own settings, a function, class or Method of `model.pruning`, None to keep all; backend:
         of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`.
         """
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
-        self.prune, self.backend, self.compile = prune, backend, compile
+        self.prune = choose_method(prune, checkpoint.folder)
+        self.backend, self.compile = backend, compile
         self.template = checkpoint.template if template == "auto" else template
         for what, given, known in (
             ("template", self.template, TEMPLATES),
@@ -182,8 +185,8 @@ class Generation:
         self.room = config.text_config.context - self.prompt_tokens  # for new tokens
         if self.room < 1:
             raise InputError(self._too_long())
-        if prune:
-            self.check_method(prune)
+        if self.prune:
+            self.check_method(self.prune)
         self._begin()
 
     def _look(self, picture):
@@ -334,6 +337,17 @@ class Generation:
         self.text += piece
         return piece
 
+    @property
+    def retention(self):
+        """Kept over all (head, vision token) pairs; 1.0 before the prefill and without pictures."""
+        total = len(self.kept) * self.vision_tokens
+        return sum(self.kept) / total if total else 1.0
+
+    @property
+    def wanted(self):
+        """The fraction of the vision tokens that was asked for, or None; see `Method.wanted`."""
+        return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
+
     def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
         model = self.checkpoint.model
@@ -365,6 +379,14 @@ class Generation:
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
         ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
         return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
+
+
+def off_budget(method, kept, wanted):
+    """One line if a method kept more than 3 points more or less than what was wanted (fractions or None), else None."""
+    if wanted is None or abs(kept - wanted) <= 0.03:
+        return None
+    hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
+    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens, {100 * wanted:.1f} % were asked for{hint}"
 
 
 class DecodeStep:
@@ -433,9 +455,9 @@ class DecodeStep:
         return self.logits
 
 
-def ask(checkpoint, prompt, images=(), **options):
-    """The whole answer as a string. options: fields of Sampling."""
-    generation = Generation(checkpoint, prompt, images, Sampling(**options))
+def ask(checkpoint, prompt, images=(), prune=None, **options):
+    """The whole answer as a string. prune: as in `Generation`; options: fields of Sampling."""
+    generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
     return "".join(generation)
 
 

@@ -256,6 +256,31 @@ def test_every_picture_keeps_its_rounded_share(name, rate):
     assert keep[:, guarded(place)].all()
 
 
+GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)  # rows, columns of pictures
+BUDGETS = st.one_of(
+    st.floats(0.01, 1).map(lambda f: {"retention": f}), st.integers(1, 90).map(lambda n: {"keep_tokens": n})
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(NAMES), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
+def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
+    """Pictures of different shapes with and without text between, any number of heads: the same tokens every time."""
+    spans, places, end = [], [], 2
+    for rows, columns in grids:
+        spans.append((end, end + rows * columns))
+        places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
+        end += rows * columns + gap
+    place = dataclasses.replace(layout(spans, end + 3, *heads), places=places)
+    method = make_method(f"{name}:dr=0" if name.startswith("plphp") and "retention" in wanted else name, **wanted)
+    keep = answer(method, attention(place), place)
+    for a, b in spans:
+        count = wanted["keep_tokens"] if "keep_tokens" in wanted else math.floor(wanted["retention"] * (b - a) + 0.5)
+        count, kept = max(1, min(count, b - a)), keep[:, a:b].sum(1)
+        assert kept.sum() == heads[1] * count and (name in UNEVEN or kept.tolist() == [count] * heads[1])
+    assert keep[:, guarded(place)].all() and keep.equal(answer(method, attention(place), place))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_may_share_a_budget(name):
     """20 of all that they have; each of them would have kept so many by itself."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import Batch, InputError
+from model.generate import off_budget
 
 try:
     import fcntl
@@ -180,6 +181,7 @@ class Desk:
 
     def __init__(self, answers, questions, done, say):
         self.answers, self.questions, self.done, self.say = answers, questions, done, say
+        self.method = None  # that prunes, see count_kept
         self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
         self.start = self.said = time.perf_counter()
 
@@ -200,6 +202,18 @@ class Desk:
             eta = f"{left / rate / 60:.1f} min left" if rate else "..."
             self.say(f"answered {self.done + self.next} of {self.done + len(self.questions)}, {eta}")
             self.said = now
+
+    def count_kept(self, generation):
+        """Of how many vision tokens what part was kept, and what part was asked for."""
+        if generation.kept and generation.wanted is not None:
+            self.method, weight = generation.prune, generation.vision_tokens
+            parts = {"vision": weight, "kept": weight * generation.retention, "wanted": weight * generation.wanted}
+            self.totals.update(parts)
+
+    def off_budget(self):
+        """One line if the run as a whole kept clearly more or less than was asked for, else None."""
+        vision = self.totals["vision"]
+        return off_budget(self.method, self.totals["kept"] / vision, self.totals["wanted"] / vision) if vision else None
 
     def summary(self):
         """One line about this run."""
@@ -246,6 +260,7 @@ def answer_all(questions, answers, ask, size, say):
             failed = {"error": " ".join(str(generation.failure).split())} if generation.failure else None
             text = "" if failed else generation.text
             desk.hand_in(numbers.pop(id(generation)), text, failed or about(generation))
+            desk.count_kept(generation)
     return desk
 
 
@@ -268,6 +283,8 @@ def run_file(questions, answers, ask, size, say):
         say(f"interrupted; {answers.path} holds what was answered, the same command goes on from there")
         return 130
     say(desk.summary())
+    if desk.off_budget():
+        say(f"note: {desk.off_budget()}")
     return 0
 
 
