@@ -46,7 +46,7 @@ def number(kind, low, high=None, open_low=False):
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     p.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
                    default=str(DEMO), metavar="DIR|ID",
@@ -81,8 +81,9 @@ def parser():
     p.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
                    help="CPU threads of a product (default: one per core); 1 is faster where others use the cores")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
-                   help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, uniform, "
-                        "shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... (default none)")
+                   help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, grid, "
+                        "objects, topk, shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... "
+                        "(default none)")
     p.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
                    help="fraction of the vision tokens that is kept")
     p.add_argument("--keep-tokens", type=number(int, 1), metavar="N", help="vision tokens kept per KV head and picture")
@@ -257,6 +258,7 @@ def answer(args):
     import torch
 
     from model import Generation, open_checkpoint
+    from model.generate import off_budget
     from model.image import read_image
     from tools.report import CoreWait, measure_bandwidth, report, stats
 
@@ -284,6 +286,8 @@ def answer(args):
     note = wait.note()
     if note:
         say(note)
+    if generation.kept and off_budget(generation.prune, generation.retention, generation.wanted):
+        say(f"note: {off_budget(generation.prune, generation.retention, generation.wanted)}")
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.compare and code == 0:
         code = compare(generation, took)
@@ -392,13 +396,10 @@ def compare(generation, took):
 
 def choose_method(args, folder):
     """The pruning method of --prune, or None; InputError if there is none such."""
-    from model import InputError
-    from model.pruning import calibrated, make_method
+    from model import api
+    from model.pruning import calibrated
 
-    try:
-        method = make_method(args.prune, args.retention, args.keep_tokens, args.set, folder)
-    except ValueError as wrong:
-        raise InputError(str(wrong)) from wrong
+    method = api.choose_method(args.prune, folder, args.retention, args.keep_tokens, args.set)
     own = calibrated(folder, method.name) if method else None
     if own:
         say(f"{method.name}: settings of {own}, changed by what is given here")

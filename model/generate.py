@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from kernels import window_scores
 from kernels.backend import BACKENDS, choose_backend
 
+from .api import choose_method
 from .cache import RaggedCache
 from .config import InputError
-from .image import as_list, crop_note, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
+from .image import as_list, crop_note, kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
 from .load import Checkpoint
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
+from .view import contrast_of, places_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Layout:
     attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, where `sink_keys` are guarded
     last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
     norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norm of the layer's value rows, for methods that ask for values
+    places: list = None  # of each picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
+    contrast: list = None  # of each picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
 
     @cached_property
     def text(self):
@@ -114,8 +118,15 @@ class Pruner:
         keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
         before = [0, *keep.cumsum(0).tolist()]
-        spans = [(before[a], before[b]) for a, b in self.layout.spans]
-        self.layout = replace(self.layout, tokens=len(rows), spans=spans)
+        spans, left = self.layout.spans, keep.cpu()
+
+        def thinned(views):
+            return views and [view[left[a:b]] for view, (a, b) in zip(views, spans, strict=True)]
+
+        self.layout = replace(
+            self.layout, tokens=len(rows), spans=[(before[a], before[b]) for a, b in spans],
+            places=thinned(self.layout.places), contrast=thinned(self.layout.contrast),
+        )  # fmt: skip
         self.seconds += clock(k.device, self.timed) - start
         return rows
 
@@ -168,7 +179,8 @@ class Generation:
         A picture is what `read_image` takes: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or a
         uint8 array or tensor.
 
-        prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
+        prune: what chooses the tokens that each head keeps (`model.api.choose_method`): a name or SPEC as of `--prune`,
+        with the checkpoint's own settings, a function, class or Method of `model.pruning`, None to keep all; backend:
         of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
         timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
         long the host took to launch them.
@@ -183,7 +195,8 @@ class Generation:
             if not isinstance(given, kinds):
                 raise InputError(f"{what} is {_brief(given)}; give {wanted}")
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
-        self.prune, self.backend, self.compile, self.timed = prune, backend, compile, timed
+        self.prune = choose_method(prune, checkpoint.folder)
+        self.backend, self.compile, self.timed = backend, compile, timed
         self.template = checkpoint.template if template == "auto" else template
         for what, given, known in (
             ("template", self.template, TEMPLATES),
@@ -216,8 +229,8 @@ class Generation:
         self.room = config.text_config.context - self.prompt_tokens  # for new tokens
         if self.room < 1:
             raise InputError(self._too_long())
-        if prune:
-            self.check_method(prune)
+        if self.prune:
+            self.check_method(self.prune)
         self._begin()
 
     def _look(self, picture):
@@ -269,6 +282,27 @@ class Generation:
     def squares(self):
         """What the vision tower looks at: one PIL image per picture, or the picture's tiles behind it."""
         return [square for squares, _ in self.looks for square in squares]
+
+    @property
+    def places(self):
+        """Where in its picture each token sits, (n, 2) per picture: `places_of`."""
+        return [places_of(*of_picture[1:]) for of_picture in self._views()]
+
+    @property
+    def contrast(self):
+        """How far each token's pixels are from its picture's usual colour, (n,) per picture: `contrast_of`."""
+        return [
+            contrast_of(torch.stack([normalise(s, self.image_settings) for s in squares]), side, tokens, cut, grid)
+            for (squares, side, tokens, cut), (_, grid) in zip(self._views(), self.looks, strict=True)
+        ]
+
+    def _views(self):
+        """Of each picture: its squares, tokens per side of one, tokens in all, which part of its tiles is seen."""
+        tower = self.checkpoint.config.vision_config
+        side = tower.image_size // tower.patch_size
+        for (squares, grid), image in zip(self.looks, self.images, strict=True):
+            cut = grid and kept_of_tiles(grid, side, image["size"], self.image_settings.order)
+            yield squares, side, image["tokens"], cut
 
     def encode_images(self):
         """The pictures' tokens, (P, C) each."""
@@ -356,6 +390,17 @@ class Generation:
         self.text += piece
         return piece
 
+    @property
+    def retention(self):
+        """Kept over all (head, vision token) pairs; 1.0 before the prefill and without pictures."""
+        total = len(self.kept) * self.vision_tokens
+        return sum(self.kept) / total if total else 1.0
+
+    @property
+    def wanted(self):
+        """The fraction of the vision tokens that was asked for, or None; see `Method.wanted`."""
+        return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
+
     def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
         model, device = self.checkpoint.model, self.checkpoint.device
@@ -365,7 +410,9 @@ class Generation:
         config = self.checkpoint.config.text_config
         self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.way)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
-        layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device)
+        layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device, places=self.places)
+        if getattr(self.prune and self.prune.rule, "wants_contrast", False):
+            layout = replace(layout, contrast=self.contrast)
         pruner = Pruner(self.prune, layout, self.backend, self.timed) if self.prune else None
         asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
         hidden = model.language_model.prefill(x[None], self.cache, **asked)
@@ -382,6 +429,14 @@ class Generation:
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
         ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
         return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
+
+
+def off_budget(method, kept, wanted):
+    """One line if a method kept more than 3 points more or less than what was wanted (fractions or None), else None."""
+    if wanted is None or abs(kept - wanted) <= 0.03:
+        return None
+    hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
+    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens, {100 * wanted:.1f} % were asked for{hint}"
 
 
 class DecodeStep:
@@ -460,9 +515,9 @@ def _brief(value):
     return repr(value)[:60] if simple else f"a {type(value).__name__}"
 
 
-def ask(checkpoint, prompt, images=(), **options):
-    """The whole answer as a string. images: one picture or a list, see `Generation`; options: fields of Sampling."""
-    generation = Generation(checkpoint, prompt, images, Sampling(**options))
+def ask(checkpoint, prompt, images=(), prune=None, **options):
+    """The whole answer as a string. images, prune: see `Generation`; options: fields of Sampling."""
+    generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
     return "".join(generation)
 
 

@@ -253,7 +253,8 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path):
 )
 def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        evaluate.main([*flags, "--answers", str(tmp_path / "a.jsonl"), "--workers", "1"])
+        own = [] if flags[0] == "fidelity" else ["--answers", str(tmp_path / "a.jsonl"), "--workers", "1"]
+        evaluate.main([*flags, *own])
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and line.startswith("error: ") and word in line and not list(tmp_path.iterdir())
 

@@ -31,7 +31,8 @@ NARROWING = {"fastv"}  # tokens leave the prompt
 
 
 def layout(spans, tokens, q_heads=4, kv_heads=2, num_layers=4):
-    return Layout(num_layers, q_heads, kv_heads, tokens, spans, torch.device("cpu"))
+    contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]  # the later half shows something
+    return Layout(num_layers, q_heads, kv_heads, tokens, spans, torch.device("cpu"), contrast=contrast)
 
 
 # ---------------------------------------------------------------- pieces
@@ -174,8 +175,8 @@ def test_value_norms_weigh_the_attention(small):
     generation = Generation(small, "what is left?", pictures(1), Sampling(1))
     x, (span,) = small.model.splice(generation.ids, small.model.encode_images(torch.stack(generation.pixels)))
     place = layout([span], len(x), num_layers=4)
-    pruner = Pruner(make_method("uniform:values=true", keep_tokens=9), place, "torch")
-    plain, differ = Pruner(make_method("uniform", keep_tokens=9), place, "torch"), 0
+    pruner = Pruner(make_method("topk:values=true", keep_tokens=9), place, "torch")
+    plain, differ = Pruner(make_method("topk", keep_tokens=9), place, "torch"), 0
 
     def choose(layer, q, k, v):
         look(layer, q, k, v)
@@ -189,7 +190,7 @@ def test_value_norms_weigh_the_attention(small):
     assert differ  # else it could not fail
 
 
-@pytest.mark.parametrize("name", ["random", "uniform", "fastv"])
+@pytest.mark.parametrize("name", ["random", "topk", "fastv"])
 @torch.inference_mode()
 def test_the_key_that_attention_is_parked_on_stays(small, name):
     """In each KV head the most attended keys of the last 32 rows, or of all text behind the picture if that is less."""
@@ -253,6 +254,31 @@ def test_every_picture_keeps_its_rounded_share(name, rate):
         assert kept.sum() == 4 * count and kept.min() >= 1
         assert name in UNEVEN or kept.tolist() == [count] * 4
     assert keep[:, guarded(place)].all()
+
+
+GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)  # rows, columns of pictures
+BUDGETS = st.one_of(
+    st.floats(0.01, 1).map(lambda f: {"retention": f}), st.integers(1, 90).map(lambda n: {"keep_tokens": n})
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(NAMES), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
+def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
+    """Pictures of different shapes with and without text between, any number of heads: the same tokens every time."""
+    spans, places, end = [], [], 2
+    for rows, columns in grids:
+        spans.append((end, end + rows * columns))
+        places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
+        end += rows * columns + gap
+    place = dataclasses.replace(layout(spans, end + 3, *heads), places=places)
+    method = make_method(f"{name}:dr=0" if name.startswith("plphp") and "retention" in wanted else name, **wanted)
+    keep = answer(method, attention(place), place)
+    for a, b in spans:
+        count = wanted["keep_tokens"] if "keep_tokens" in wanted else math.floor(wanted["retention"] * (b - a) + 0.5)
+        count, kept = max(1, min(count, b - a)), keep[:, a:b].sum(1)
+        assert kept.sum() == heads[1] * count and (name in UNEVEN or kept.tolist() == [count] * heads[1])
+    assert keep[:, guarded(place)].all() and keep.equal(answer(method, attention(place), place))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -464,11 +490,11 @@ def around(row, j):
 PER_LAYER, PER_HEAD = [0.1, 1.0, 0.25, 0.5], [[0.1, 0.9], 0.3, [1.0, 0.0], [0.5, 0.25]]
 HALF = own(lambda layer, head: 0.5)
 RULES = {  # (spec, further settings): (window, smoothing (row, token) -> number, rule)
-    ("uniform",): (1, None, HALF),
-    ("uniform:window=3,retention=0.5",): (3, None, HALF),
-    ("uniform:mass=0.6",): (1, None, portion),
-    ("uniform", f"rates={json.dumps(PER_LAYER)}"): (1, None, own(lambda layer, head: PER_LAYER[layer])),
-    ("uniform", f"rates={json.dumps(PER_HEAD)}"): (
+    ("topk",): (1, None, HALF),
+    ("topk:window=3,retention=0.5",): (3, None, HALF),
+    ("topk:mass=0.6",): (1, None, portion),
+    ("topk", f"rates={json.dumps(PER_LAYER)}"): (1, None, own(lambda layer, head: PER_LAYER[layer])),
+    ("topk", f"rates={json.dumps(PER_HEAD)}"): (
         1, None, own(lambda layer, h: PER_HEAD[layer][h] if layer != 1 else 0.3),
     ),
     ("shared",): (1, None, one_set),
@@ -593,18 +619,18 @@ def test_a_joined_batch_is_that_of_transformers_padded_on_the_left(oracle, answe
 # ---------------------------------------------------------------- refusals
 
 BAD = {
-    "uniform:scope=all": "'all'",
+    "topk:scope=all": "'all'",
     "shared:scope=all": "'all'",
     "fastv:scope=text": "'text'",
-    "uniform:group=sum": "'sum'",
+    "topk:group=sum": "'sum'",
     "snapkv:group=sum": "'sum'",
-    "uniform:retention=0.5,keep_tokens=3": "one of them",
-    "uniform:retention=0.5,mass=0.5": "one of them",
-    "uniform:keep_tokens=3,mass=0.5": "one of them",
-    "uniform:mass=0": "0",
-    "uniform:mass=2": "2",
-    "uniform:mass=most": "'most'",
-    "uniform:window=0": "0",
+    "topk:retention=0.5,keep_tokens=3": "one of them",
+    "topk:retention=0.5,mass=0.5": "one of them",
+    "topk:keep_tokens=3,mass=0.5": "one of them",
+    "topk:mass=0": "0",
+    "topk:mass=2": "2",
+    "topk:mass=most": "'most'",
+    "topk:window=0": "0",
     "snapkv:window=0": "0",
     "snapkv:window=-3": "-3",
     "snapkv:kernel=4": "4",
@@ -618,7 +644,7 @@ BAD = {
     "fastv:layer=-1": "-1",
     "fastv:layer=1.5": "1.5",
     "fastv:retention=0": "0",
-    "uniform:sink=-1": "-1",
+    "topk:sink=-1": "-1",
     "fastv:recent=1.5": "1.5",
     "adakv:recent=-2": "-2",
 }
@@ -642,8 +668,8 @@ def test_settings_that_cannot_be_meant_are_refused_in_one_line(spec):
     "rates", ["[0.5, 1.5]", "[[0.5, -1]]", '["half"]', "[NaN]", "[[[0.5]]]", "half", "0.5", "0", "true"]
 )
 def test_rates_that_are_no_table_of_fractions_are_refused(rates):
-    assert "rates" in refused("uniform", settings=[f"rates={rates}"])
-    assert "one of them" in refused("uniform", 0.5, settings=["rates=[0.5]"])
+    assert "rates" in refused("topk", settings=[f"rates={rates}"])
+    assert "one of them" in refused("topk", 0.5, settings=["rates=[0.5]"])
 
 
 @pytest.mark.parametrize(
@@ -651,7 +677,7 @@ def test_rates_that_are_no_table_of_fractions_are_refused(rates):
     [([0.5] * 3, "3 layers"), ([0.5] * 5, "5 layers"), ([[0.5] * 3] * 4, "3 heads"), ([], "0 layers")],
 )
 def test_rates_of_another_model_are_refused(small, rates, word):
-    method = make_method("uniform", settings=[f"rates={json.dumps(rates)}"])
+    method = make_method("topk", settings=[f"rates={json.dumps(rates)}"])
     assert word in refusal(Generation, small, "what?", pictures(1), prune=method)
 
 

@@ -78,7 +78,7 @@ WATCHED = 8  # tokens that are compared
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     p.add_argument("--model", metavar="DIR|ID", help="a checkpoint (default: the demo model)")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")

@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
     p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: one GPU session, or a quick look at all")
     p.add_argument("--shapes", nargs="+", default=["demo", "7b", "gqa8"], choices=SHAPES, metavar="SHAPE")

@@ -31,7 +31,7 @@ from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import Plphp, gamma  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
-from tools.replay import Asked, compare, replay  # noqa: E402
+from tools.replay import Asked, asked_by, compare, replay  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402
 
 QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma: where beta and alpha are tried
@@ -52,7 +52,7 @@ def sample(checkpoint, prompt, images, longest):
     """Answer a prompt without pruning and look at its layers. None if the answer has a single token."""
     generation = Generation(checkpoint, prompt, images, Sampling(longest))
     "".join(generation)
-    asked = Asked(checkpoint, generation.ids, generation.encode_images(), generation.token_ids[:-1])
+    asked = asked_by(generation, generation.token_ids[:-1])
     return Sample(asked, generation.token_ids, gammas_of(asked)) if len(generation.token_ids) > 1 else None
 
 
@@ -178,7 +178,9 @@ def calibrate(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="each is asked every prompt")

@@ -22,7 +22,9 @@ from run import as_command  # noqa: E402
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     p.add_argument("--image", default=str(ROOT / "assets" / "demo.png"))
     p.add_argument("--prompt", default="Describe the picture.")

@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.image import normalise, read_image, to_square  # noqa: E402
-from model.pruning import Method, make_method  # noqa: E402
+from model.pruning import ALIASES, METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
+from model.view import contrast_of, places_of  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
@@ -46,14 +47,16 @@ IGNORED = -100
 
 # ---------------------------------------------------------------- conditions
 
+GIVEN = "given: "  # in front of the name of what --methods adds
 ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
 
 
-def conditions(thresholds, layers, retentions=RETENTIONS):
+def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None):
     """{name: how to make the Method for (asked, evidence, seed)}: "none", and NAME@RETENTION for all others.
 
     thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class; layers:
-    of the model; seed: of what is drawn, one for each question.
+    of the model; seed: of what is drawn, one for each question; specs: more methods, at each retention or, if they say
+    themselves how much they keep, once; folder: of the checkpoint, whose settings hold for those.
     """
     made = {"none": lambda *_: None, "plphp, defaults": _spec("plphp")}
     plphp = f"alpha={thresholds[0]},beta={thresholds[1]},skip=0"
@@ -64,12 +67,15 @@ def conditions(thresholds, layers, retentions=RETENTIONS):
                 f"random:shared=true,seed={seed}", f
             ),
         }
-        named |= {name: _spec(name, f) for name in ("uniform", "shared", "snapkv", "adakv")}
+        named["grid"] = _spec("grid", f)
+        named["objects"] = lambda asked, evidence, seed, f=f: make_method(f"objects:seed={seed}", f)
+        named |= {name: _spec(name, f) for name in ("topk", "shared", "snapkv", "adakv")}
         for layer in (2, 1):  # FastV keeps all in the layers before, so the others have to keep less
             rest = (layers * f - layer) / (layers - layer)
             if rest > 0.05:
                 named["fastv"] = _spec(f"fastv:layer={layer}", rest)
                 break
+        named["plphp as shipped"] = _spec("plphp", f, folder)
         named["plphp"] = _spec(f"plphp:{plphp}", f)
         named["plphp dr=0.1"] = _spec(f"plphp:{plphp},dr=0.1", f)
         named["plphp-ada"] = _spec(f"plphp-ada:{plphp}", f)
@@ -77,8 +83,8 @@ def conditions(thresholds, layers, retentions=RETENTIONS):
         named["shared like plphp"] = _obeying(Like, f"plphp:{plphp}", f, shared=True)
         named["plphp, values dropped only"] = _obeying(ValuesDropped, f"plphp:{plphp}", f)
         named["plphp rows+values"] = _spec(f"plphp:{ROWS_VALUES},{plphp}", f)
-        named["uniform rows"] = _spec("uniform:window=32", f)
-        named["uniform rows+values"] = _spec(f"uniform:{ROWS_VALUES}", f)
+        named["topk rows"] = _spec("topk:window=32", f)
+        named["topk rows+values"] = _spec(f"topk:{ROWS_VALUES}", f)
         named["shared rows+values"] = _spec(f"shared:{ROWS_VALUES}", f)
         for name, anti in (("evidence", False), ("anti-evidence", True)):
             named[name] = lambda asked, evidence, seed, f=f, anti=anti: Method(
@@ -86,11 +92,16 @@ def conditions(thresholds, layers, retentions=RETENTIONS):
             )
         named["hindsight"] = lambda asked, evidence, seed, f=f: Method("hindsight", Hindsight(asked, f), {})
         made |= {f"{name}@{f}": make for name, make in named.items()}
+    for spec in specs:
+        if sets_budget(spec):
+            made[GIVEN + spec] = _spec(spec, folder=folder)
+        else:
+            made |= {f"{GIVEN}{spec}@{f}": _spec(spec, f, folder) for f in retentions}
     return made
 
 
-def _spec(spec, retention=None):
-    method = make_method(spec, retention)
+def _spec(spec, retention=None, folder=None):
+    method = make_method(spec, retention, folder=folder)
     return lambda *_: method
 
 
@@ -105,15 +116,35 @@ def _obeying(kind, spec, retention, **options):
     return make
 
 
+def parts(condition):
+    """NAME@RETENTION -> (name, retention), the second empty where the name says it all."""
+    name, at, retention = condition.rpartition("@")
+    return (name, retention) if at and retention.replace(".", "", 1).isdigit() else (condition, "")
+
+
 # ---------------------------------------------------------------- the demo world
+
+
+def pixels_of(checkpoint, drawn):
+    """Scenes -> pixel values (n, 3, S, S)."""
+    settings = checkpoint.image_settings
+    pictures = [to_square(read_image(scenes.draw_scene(s)).image, settings) for s in drawn]
+    return torch.stack([normalise(p, settings) for p in pictures])
 
 
 def encode_scenes(checkpoint, drawn):
     """Scenes -> image tokens (n, P, C)."""
-    settings = checkpoint.image_settings
-    pictures = [to_square(read_image(scenes.draw_scene(s)).image, settings) for s in drawn]
-    pixels = torch.stack([normalise(p, settings) for p in pictures])
-    return checkpoint.model.encode_images(pixels.to(checkpoint.device, checkpoint.dtype))
+    return checkpoint.model.encode_images(pixels_of(checkpoint, drawn).to(checkpoint.device, checkpoint.dtype))
+
+
+def views_of(checkpoint, drawn):
+    """Scenes -> what `Asked` wants to know of their pictures."""
+    tower, tokens = checkpoint.config.vision_config, checkpoint.config.image_tokens
+    side, pixels = tower.image_size // tower.patch_size, pixels_of(checkpoint, drawn)
+    return {
+        "places": [places_of(side, tokens) for _ in drawn],
+        "contrast": [contrast_of(p[None], side, tokens) for p in pixels],
+    }
 
 
 def conversation(checkpoint, first, second, pictures):
@@ -144,12 +175,12 @@ def evaluate_scene(checkpoint, made, number, mode):
     """
     pair = number % 5 == 4  # one pair of pictures for every four single ones
     drawn, questions = held_out_questions(number, pair, False, 0)
-    image_tokens, result = encode_scenes(checkpoint, drawn), []
+    image_tokens, views, result = encode_scenes(checkpoint, drawn), views_of(checkpoint, drawn), []
     for i, q in enumerate(questions):
         second = questions[(i + 1) % len(questions)] if mode == "second" else None
         counted = second or q
         ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
-        asked = Asked(checkpoint, ids, image_tokens, fed)
+        asked = Asked(checkpoint, ids, image_tokens, fed, **views)
         seed = 10 * number + i  # draws of its own for each question
         logits, kept, keeps = replay(asked, [make(asked, q.evidence, seed) for make in made.values()])
         targets = torch.tensor(targets, device=logits.device)
@@ -211,6 +242,12 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
+def sources(specs, folder):
+    """{file: fingerprint} of what else decides the answers: settings beside the model, methods of one's own."""
+    paths = [calibrated(folder, name) for name in METHODS] + [Path(s.rpartition("::")[0]) for s in specs if "::" in s]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
+
+
 def open_answers(path, head):
     """Questions by scene that are there already. A torn last line is cut off, another head refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,16 +266,25 @@ def open_answers(path, head):
 worker = {}  # of a worker process: its checkpoint and conditions, which cannot be sent along with every scene
 
 
-def start_worker(model, device, dtype, thresholds, mode, only):
+def start_worker(model, device, dtype, thresholds, mode, only, retentions, specs):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)  # small tensors: threads would only wait for each other
     checkpoint = load(model, dtype, device)
-    made = conditions(thresholds, checkpoint.config.text_config.num_hidden_layers)
+    layers = checkpoint.config.text_config.num_hidden_layers
+    made = conditions(thresholds, layers, retentions, specs, checkpoint.folder)
     worker.update(checkpoint=checkpoint, mode=mode, made={k: v for k, v in made.items() if chosen(k, only)})
 
 
 def chosen(name, only):
-    return not only or name == "none" or any(name == o or name.startswith(o + "@") for o in only)
+    """Is the condition asked for? What --methods gives is, in any case."""
+    return not only or name == "none" or name.startswith(GIVEN) or name in only or parts(name)[0] in only
+
+
+def of_today(name):
+    """A condition, its method by the name that it has now."""
+    first, space, rest = name.partition(" ")
+    first, at, retention = first.partition("@")
+    return ALIASES.get(first, first) + at + retention + space + rest
 
 
 def work(number):
@@ -257,18 +303,26 @@ def scenes_for(questions):
 def run_scenes(args, path):
     """Answer until there are args.questions of them -> (head, {scene: questions})."""
     checkpoint = open_checkpoint(args.model)  # what cannot be used is refused here, not by each worker
-    every = conditions((1, 0), checkpoint.config.text_config.num_hidden_layers)
+    text = checkpoint.config.text_config
+    every = conditions((1, 0), text.num_hidden_layers, args.retentions, args.methods, checkpoint.folder)
+    args.only = [of_today(name) for name in args.only]
+    known = dict.fromkeys(parts(name)[0] for name in every)
     for name in args.only:
-        if not any(name == n or n.startswith(name + "@") for n in every):
-            known = dict.fromkeys(n.split("@")[0] for n in every)
+        if name not in known and name not in every:
             raise InputError(f"there is no condition {name!r}; use {', '.join(known)}")
+    for method in {id(m): m for m in (every[name](None, (), 0) for name in every if name.startswith(GIVEN))}.values():
+        if method:
+            method.check(text.num_hidden_layers, text.num_key_value_heads)
     names = [name for name in every if chosen(name, args.only)]
     fitted = any("plphp" in name and "@" in name for name in names)
     found = thresholds(checkpoint.read_weights(args.dtype, args.device)) if fitted else (1, 0)
     head = {"mode": args.stage, "weights": fingerprint(checkpoint.folder), "thresholds": found, "conditions": names}
+    head["files"] = sources(args.methods, checkpoint.folder)
     done, numbers = open_answers(path, head), scenes_for(args.questions)
     todo, started = [n for n in numbers if n not in done], time.time()
-    setup = str(checkpoint.folder), args.device, args.dtype, found, args.stage, args.only
+    setup = (
+        str(checkpoint.folder), args.device, args.dtype, found, args.stage, args.only, args.retentions, args.methods
+    )  # fmt: skip
     pool = torch.multiprocessing.get_context("spawn").Pool(args.workers, start_worker, setup)
     with open(path, "a", encoding="utf-8") as file, pool:
         for i, (number, questions) in enumerate(pool.imap_unordered(work, todo), 1):
@@ -334,7 +388,7 @@ def row_of(condition, data, group, long, task, weights, sizes):
     """A condition in all numbers of the CSV, percent but for the bytes."""
     from tools.paired import interval, mcnemar
 
-    d, (method, _, retention) = data[condition], condition.partition("@")
+    d, (method, retention) = data[condition], parts(condition)
     kept = d["kept"].mean().item()
     row = {
         "method": method, "retention": retention, "kept": f"{100 * kept:.1f}",
@@ -345,7 +399,7 @@ def row_of(condition, data, group, long, task, weights, sizes):
         row |= {label: f"{100 * mean:.1f}", f"{label} low": f"{100 * low:.1f}", f"{label} high": f"{100 * high:.1f}"}
     lost = interval((d["exact"] - data["none"]["exact"])[long], group[long], weights)
     row |= dict(zip(("loss", "loss low", "loss high"), (f"{100 * v:+.2f}" for v in lost), strict=True))
-    for against, other in (("full", "none"), ("random", f"random@{retention}")):
+    for against, other in (("full", "none"), ("random", f"random@{retention}"), ("grid", f"grid@{retention}")):
         if other in data:
             pair = data[other]["exact"].bool()[long], d["exact"].bool()[long]
             row[f"p against {against}"] = f"{mcnemar(*pair)[2]:.2g}"
@@ -361,26 +415,32 @@ def row_of(condition, data, group, long, task, weights, sizes):
 
 PAIRS = (  # which of two is better, on the long answers: the first minus the second
     ("hindsight", "random"), ("evidence", "random"), ("anti-evidence", "random"), ("hindsight", "evidence"),
-    ("random", "random, same in all heads"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"),
-    ("plphp", "random"), ("plphp", "uniform"), ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"),
-    ("plphp, values dropped only", "plphp"), ("uniform rows", "uniform"), ("uniform rows+values", "uniform rows"),
-    ("uniform rows+values", "random"), ("uniform rows+values", "shared rows+values"),
-    ("uniform rows+values", "plphp rows+values"), ("uniform rows+values", "snapkv"),
+    ("random", "random, same in all heads"), ("grid", "random"), ("objects", "random"), ("evidence", "grid"),
+    ("evidence", "objects"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "random"),
+    ("plphp as shipped", "random"), ("plphp as shipped", "grid"), ("plphp as shipped", "plphp"), ("plphp", "topk"),
+    ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"), ("plphp, values dropped only", "plphp"),
+    ("topk rows", "topk"), ("topk rows+values", "topk rows"), ("topk rows+values", "random"),
+    ("topk rows+values", "shared rows+values"), ("topk rows+values", "plphp rows+values"),
+    ("topk rows+values", "snapkv"),
 )  # fmt: skip
+AGAINST = ("random", "grid", "objects")  # what each of --methods is compared with
 
 
 LABELS = {  # condition: its name in the README and in the picture
     "none": "unpruned",
     "random": "random, each head its own",
     "random, same in all heads": "random, all heads the same",
+    "grid": "`grid`: spread evenly, in each head elsewhere",
+    "objects": "`objects`: what shows anything, then random",
+    "plphp as shipped": "`plphp` with the model's own settings",
     "plphp": "`plphp`, last prompt row",
     "plphp-ada": "`plphp-ada`",
     "random like plphp": "as many as `plphp`, random",
     "shared like plphp": "as many as `plphp`, all heads the same",
-    "uniform": "one rate, last prompt row",
+    "topk": "one rate, last prompt row",
     "shared": "one rate, last prompt row, all heads the same",
-    "uniform rows": "one rate, all prompt rows",
-    "uniform rows+values": "one rate, all rows x values",
+    "topk rows": "one rate, all prompt rows",
+    "topk rows+values": "one rate, all rows x values",
     "shared rows+values": "one rate, all rows x values, all heads the same",
     "snapkv": "`snapkv`",
     "adakv": "`adakv`",
@@ -391,13 +451,30 @@ LABELS = {  # condition: its name in the README and in the picture
 }
 
 
+def labels_of(rows):
+    """{condition: its name in the table and in the picture}: LABELS, and what --methods gave, by its SPEC."""
+    given = dict.fromkeys(r["method"] for r in rows if r["method"].startswith(GIVEN))
+    return LABELS | {name: f"`{name.removeprefix(GIVEN)}`" for name in given}
+
+
+def pairs_of(rows):
+    """PAIRS, and each of --methods against the baselines."""
+    given = dict.fromkeys(r["method"] for r in rows if r["method"].startswith(GIVEN))
+    return [*PAIRS, *((name, other) for name in given for other in AGAINST)]
+
+
+def nearest(row, retentions):
+    """[the one of the retentions that what a row kept is nearest to]; none of none."""
+    return sorted(retentions, key=lambda r: abs(100 * float(r) - float(row["kept"])))[:1]
+
+
 def short(rows):
     """Exact match of long answers, one row per method, one column per retention; 95 % intervals."""
     retentions = list(dict.fromkeys(r["retention"] for r in rows if r["retention"]))
     lines = ["| long answers right, % | " + " | ".join(f"{r} kept" for r in retentions) + " |"]
     lines.append("|---|" + "---:|" * len(retentions))
     by_name = {(r["method"], r["retention"]): r for r in rows}
-    for method, label in LABELS.items():
+    for method, label in labels_of(rows).items():
         found = [by_name.get((method, r)) or by_name.get((method, "")) for r in retentions]
         if any(found):
             lines.append(f"| {label} | " + " | ".join(_with_interval(r) if r else "" for r in found) + " |")
@@ -433,9 +510,11 @@ def markdown(head, rows, data, group, long, weights):
         "| long answers, exact match | retention | points | 95 % | only the first right | only the second | p |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
-    for a, b in PAIRS:
-        for retention in dict.fromkeys(r["retention"] for r in rows if r["retention"]):
-            one, two = data.get(f"{a}@{retention}"), data.get(f"{b}@{retention}")
+    retentions = list(dict.fromkeys(r["retention"] for r in rows if r["retention"]))
+    once = {r["method"]: nearest(r, retentions) for r in rows if r["method"].startswith(GIVEN) and not r["retention"]}
+    for a, b in pairs_of(rows):
+        for retention in once.get(a, retentions):
+            one, two = data.get(a if a in once else f"{a}@{retention}"), data.get(f"{b}@{retention}")
             if one is None or two is None:
                 continue
             one, two = one["exact"][long], two["exact"][long]
@@ -458,10 +537,14 @@ def draw(rows, path, second=False):
     styles = {  # Okabe and Ito's colours, told apart by everyone; what is told the truth is grey
         "hindsight": ("0.35", "*", ":"), "evidence": ("0.55", "^", "--"), "anti-evidence": ("0.55", "v", "--"),
         "random": ("black", "o", "-"), "random, same in all heads": ("black", "s", "--"),
-        "uniform rows+values": ("#0072B2", "o", "-"), "adakv": ("#009E73", "P", "-"), "snapkv": ("#56B4E9", "D", "-"),
+        "grid": ("black", "D", "-"), "objects": ("black", "^", "-."), "plphp as shipped": ("#D55E00", "v", ":"),
+        "topk rows+values": ("#0072B2", "o", "-"), "adakv": ("#009E73", "P", "-"), "snapkv": ("#56B4E9", "D", "-"),
         "fastv": ("#CC79A7", "X", "-"), "shared": ("#E69F00", "s", "-"), "plphp": ("#D55E00", "o", "-"),
         "plphp-ada": ("#D55E00", "s", "--"),
     }  # fmt: skip
+    labels = labels_of(rows)
+    for i, name in enumerate(name for name in labels if name.startswith(GIVEN)):
+        styles[name] = (f"C{i % 10}", "x", "-")
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     full = next(r for r in rows if r["method"] == "none")
     axis.axhline(float(full["long"]), color="0.7", linewidth=1)
@@ -476,7 +559,7 @@ def draw(rows, path, second=False):
         spread = [[a - float(r["long low"]) for a, r in zip(y, mine, strict=True)],
                   [float(r["long high"]) - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
         axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=line,
-                      label=LABELS[method].replace("`", ""), linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
+                      label=labels[method].replace("`", ""), linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
     axis.set(
         xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
         xlim=(0, None),
@@ -511,31 +594,55 @@ def fidelity(args):
     print(f"{len(reference.token_ids)} tokens, {pictures}\n\n" + "\n".join(lines))
 
 
+# flags that only some stages have, with their defaults
+FIDELITY = {
+    "methods": ["random", "grid", "objects", "shared", "snapkv", "plphp"], "image": [], "prompt": None,
+    "max_new_tokens": 64, "backend": "auto", "batch": 8,
+}  # fmt: skip
+SCENES = {
+    "methods": [], "questions": 10000, "only": [], "answers": None, "out": None,
+    "workers": 1 if torch.cuda.is_available() else os.cpu_count() or 1,
+}  # fmt: skip
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     # fmt: off
     parser.add_argument("stage", choices=("accuracy", "second", "fidelity"))
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     parser.add_argument("--dtype", default="fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--questions", type=int, default=10000, help="at least so many (default 10000)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="these conditions (default all)")
-    parser.add_argument("--answers", type=Path, help="file of the answers (default runs/evaluate/STAGE.jsonl)")
-    parser.add_argument("--out", type=Path, help="folder of the tables (default beside the answers)")
-    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    parser.add_argument("--image", nargs="+", default=[], help="fidelity: pictures")
+    parser.add_argument("--methods", nargs="+", metavar="SPEC",
+                        help="accuracy, second: more rows, any SPEC of run.py's --prune (default none); fidelity: the "
+                             f"rows (default {' '.join(FIDELITY['methods'])})")
+    parser.add_argument("--retentions", nargs="+", type=float, default=list(RETENTIONS), metavar="F")
+    parser.add_argument("--questions", type=int, help="accuracy, second: at least so many (default 10000)")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="accuracy, second: of the built-in rows these")
+    parser.add_argument("--answers", type=Path, help="accuracy, second: file of the answers (default "
+                                                     "runs/evaluate/STAGE.jsonl)")
+    parser.add_argument("--out", type=Path, help="accuracy, second: folder of the tables (default beside the answers)")
+    parser.add_argument("--workers", type=int, help="accuracy, second: processes (default one per core)")
+    parser.add_argument("--image", nargs="+", help="fidelity: pictures")
     parser.add_argument("--prompt", help="fidelity: the question")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="fidelity: longest answer (default 64)")
-    parser.add_argument("--methods", nargs="+", default=["random", "shared", "snapkv", "plphp"], metavar="SPEC")
-    parser.add_argument("--retentions", nargs="+", type=float, default=list(RETENTIONS))
-    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"))
-    parser.add_argument("--batch", type=int, default=8, help="fidelity: caches that are decoded together (default 8)")
+    parser.add_argument("--max-new-tokens", type=int, help="fidelity: longest answer (default 64)")
+    parser.add_argument("--backend", choices=("auto", "triton", "torch"), help="fidelity: kernels (default auto)")
+    parser.add_argument("--batch", type=int, help="fidelity: caches that are decoded together (default 8)")
     # fmt: on
     args = parser.parse_args(argv)
     try:
+        own, others = (FIDELITY, SCENES) if args.stage == "fidelity" else (SCENES, FIDELITY)
+        for name in others:
+            if name not in own and getattr(args, name) is not None:
+                raise InputError(f"{args.stage} has no use for --{name.replace('_', '-')}; leave it out")
+        for name, default in own.items():
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         args.device = choose_device(args.device)
-        if args.questions < 1 or args.workers < 1 or args.batch < 1:
-            raise InputError("--questions, --workers and --batch count from 1; give at least that")
+        for name in ("questions", "workers", "batch", "max_new_tokens"):
+            if name in own and getattr(args, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give 1 or more")
+        args.retentions = list(dict.fromkeys(args.retentions))
         if args.stage == "fidelity":
             if not args.prompt or not args.image:
                 raise InputError("fidelity needs --image and --prompt; give both")

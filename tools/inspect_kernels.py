@@ -503,7 +503,9 @@ def table(rows):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--arch", nargs="+", default=list(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
     p.add_argument("--kernel", nargs="+", default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS))
     p.add_argument("--all", action="store_true", help="all combinations")

@@ -60,7 +60,7 @@ DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; it must be empty or not exist")
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp16", help="default fp16, as published")

@@ -42,7 +42,9 @@ NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # what tells 
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("files", nargs="+", metavar="FILE.json")
     p.add_argument("--op", help="default: the first in the files")
     p.add_argument("--shape", help="default: the one measured at most sizes")

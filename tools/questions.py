@@ -22,6 +22,7 @@ from pathlib import Path
 
 from model import Batch, InputError, out_of_memory
 from model.config import decode_text
+from model.generate import off_budget
 from model.image import local_path
 
 try:
@@ -285,6 +286,7 @@ class Desk:
 
     def __init__(self, answers, questions, done, say, wait):
         self.answers, self.questions, self.done, self.say, self.wait = answers, questions, done, say, wait
+        self.method = None  # that prunes, see count_kept
         self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
         self.start = self.said = time.perf_counter()
 
@@ -313,6 +315,18 @@ class Desk:
         if note:
             self.say(note)
             self.wait = None
+
+    def count_kept(self, generation):
+        """Of how many vision tokens what part was kept, and what part was asked for."""
+        if generation.kept and generation.wanted is not None:
+            self.method, weight = generation.prune, generation.vision_tokens
+            parts = {"vision": weight, "kept": weight * generation.retention, "wanted": weight * generation.wanted}
+            self.totals.update(parts)
+
+    def off_budget(self):
+        """One line if the run as a whole kept clearly more or less than was asked for, else None."""
+        vision = self.totals["vision"]
+        return off_budget(self.method, self.totals["kept"] / vision, self.totals["wanted"] / vision) if vision else None
 
     def summary(self):
         """One line about this run."""
@@ -355,6 +369,7 @@ def answer_all(questions, answers, ask, size, say, wait):
                 number = next(n for n, other in running.items() if other is generation)
                 failed = _error(generation.failure) if generation.failure else None
                 desk.hand_in(number, "" if failed else generation.text, failed or about(generation))
+                desk.count_kept(generation)
                 del running[number]
         except Exception as broken:
             if not out_of_memory(broken):
@@ -420,6 +435,8 @@ def run_file(questions, answers, ask, size, say, wait):
         return 130
     desk.warn()
     say(desk.summary())
+    if desk.off_budget():
+        say(f"note: {desk.off_budget()}")
     return 0
 
 

@@ -21,14 +21,17 @@ class Asked:
     layout    of the prompt
     """
 
-    def __init__(self, checkpoint, ids, image_tokens, fed, backend="auto"):
+    def __init__(self, checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):
+        """places, contrast: of the pictures, as `Generation` has them; some methods look at those."""
         self.checkpoint, self.backend = checkpoint, backend
         language, text = checkpoint.model.language_model, checkpoint.config.text_config
         self.x, spans = checkpoint.model.splice([*ids, *fed], image_tokens)
         self.tokens, self.layers = len(self.x) - len(fed), []
         self.fed = self.x[self.tokens :]
         heads = text.num_attention_heads, text.num_key_value_heads
-        self.layout = Layout(text.num_hidden_layers, *heads, self.tokens, spans, self.x.device)
+        self.layout = Layout(
+            text.num_hidden_layers, *heads, self.tokens, spans, self.x.device, places=places, contrast=contrast
+        )
         hidden = language.prefill(self.x[None], self, choose=self._look)
         self.logits = language.logits(hidden[0, self.tokens - 1 :]).float()
 
@@ -88,6 +91,13 @@ class Asked:
         return cache, keeps, language.logits(hidden[0, -1:]).float()
 
 
+def asked_by(generation, fed):
+    """Asked of a Generation's prompt and pictures, with token ids that are fed behind it."""
+    pictures = generation.encode_images()
+    views = {"places": generation.places, "contrast": generation.contrast}
+    return Asked(generation.checkpoint, generation.ids, pictures, fed, generation.backend, **views)
+
+
 def replay(asked, methods):
     """Feed the same tokens behind what each of B methods kept.
 
@@ -115,7 +125,7 @@ def along(reference, methods, batch=8):
     """
     ended = not reference.unfed  # by the stop id: then that step counts too
     fed = reference.token_ids if ended else reference.token_ids[:-1]
-    asked = Asked(reference.checkpoint, reference.ids, reference.encode_images(), fed, reference.backend)
+    asked = asked_by(reference, fed)
     never = torch.tensor(reference.never(), dtype=torch.long, device=asked.x.device)
     full = asked.logits.index_fill(1, never, float("-inf"))
     ids, found = reference.token_ids + ([full[-1].argmax().item()] if ended else []), []

@@ -32,7 +32,7 @@ def report(generation, model, seed, load_seconds, device):
             "method": prune.name if prune else "none",
             "settings": prune.settings if prune else {},
             "retention_requested": requested(prune),
-            "retention_actual": actual(generation),
+            "retention_actual": generation.retention,
             "kept_per_layer": generation.kept,
             "kv_bytes_full": kv_bytes,
             "kv_bytes_held": held,
@@ -100,13 +100,6 @@ def requested(prune):
     if prune is None or prune.settings.get("keep_tokens") is not None:
         return None
     return prune.settings.get("retention")
-
-
-def actual(generation):
-    """Kept over all (head, vision token) pairs."""
-    if not generation.kept or not generation.vision_tokens:
-        return 1.0
-    return sum(generation.kept) / (len(generation.kept) * generation.vision_tokens)
 
 
 def percentile(values, q):

@@ -287,7 +287,7 @@ def chosen_machine(args):
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     p.add_argument("--batch", type=number(int, 1), nargs="+", default=[1, 8, 32], metavar="B")
     p.add_argument("--retention", type=number(float, 0, 1), nargs="+", default=[0.5, 0.2], metavar="F",

@@ -499,7 +499,9 @@ def sample(seed, tasks=None, pair=False, unseen=False, alike=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw one scene of the demo world and print its questions.")
+    parser = argparse.ArgumentParser(
+        description="Draw one scene of the demo world and print its questions.", allow_abbrev=False
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=448, help="pixels per side (default 448)")
     parser.add_argument("--out", default="scene.png")

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--questions", "--question-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--answers", "--result-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--annotations", "--annotation-dir", type=Path, metavar="DIR")

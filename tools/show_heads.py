@@ -157,7 +157,9 @@ def save(heads, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")

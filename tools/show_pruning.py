@@ -25,7 +25,7 @@ from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
-from tools.replay import Asked  # noqa: E402
+from tools.replay import asked_by  # noqa: E402
 
 CLASSES = {"attentive": "#0072B2", "balanced": "#999999", "indifferent": "#D55E00"}  # Okabe and Ito
 
@@ -64,7 +64,7 @@ def look(checkpoint, prompt, images, method, image_mode="auto"):
         raise InputError("pictures in tiles are not drawn; give --image-mode pad or crop")
     if not generation.squares:
         raise InputError("there is no picture to draw on; give --image")
-    asked = Asked(checkpoint, generation.ids, generation.encode_images(), [])
+    asked = asked_by(generation, [])
     (full, *_), (cache, keeps, _) = asked.cache(None), asked.cache(method)
     layout = asked.layout
     everything = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool)
@@ -225,7 +225,9 @@ PAGE = (Path(__file__).parent / "show_pruning.html").read_text(encoding="utf-8")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")

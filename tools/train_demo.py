@@ -761,7 +761,9 @@ def write_table(rows, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("stage", choices=("tower", "decoder", "export", "evaluate"))
     parser.add_argument(
         "--run", default=ROOT / "runs" / "demo", help="folder of the checkpoints and curves (default runs/demo)"

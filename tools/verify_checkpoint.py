@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="DIR|ID", help="folder of a checkpoint, or an id in the local cache")
     parser.add_argument("--sha256", action="store_true", help="also print the SHA-256 of each weight file")
     args = parser.parse_args(argv)

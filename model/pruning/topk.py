@@ -10,7 +10,7 @@ from .budget import best, budget, by_head, by_kv_head, mass, select
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform:
+class TopK:
     """Each head its own most attended by the last prompt row, the same fraction in every layer.
 
     One budget of four, 0.5 without any: retention: the fraction; keep_tokens: the number; mass: in each head the fewest

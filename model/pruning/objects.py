@@ -1,0 +1,37 @@
+"""Keep what shows anything, whatever the question is: what a method that knows the question has to beat."""
+
+from dataclasses import dataclass
+
+from .budget import best, budget, select
+from .random_tokens import draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """All tokens whose patch shows anything, then others at random, drawn anew in each KV head; blind to the question.
+
+    A patch shows something if its pixels are further from the picture's usual colour than those of the picture's
+    average patch (`model.view.contrast_of`): objects on a plain ground, and in a photograph what stands out. If they
+    are more than the budget, each head draws among them. retention: fraction kept; keep_tokens: that many per head and
+    picture instead; scope: as in plphp.
+    """
+
+    retention: float = 0.5
+    keep_tokens: int | None = None
+    scope: str = "image"
+    seed: int = 0
+
+    wants_contrast = True
+
+    def __call__(self, layer, scores, layout):
+        """-> keep (Hkv, T) bool."""
+        worth = draw(self.seed, layer, layout)
+        if layout.contrast is None:
+            raise ValueError(
+                "method objects looks at the pictures' pixels, and there are none here; use grid or random"
+            )
+        for (start, stop), contrast in zip(layout.spans, layout.contrast, strict=True):
+            worth[:, start:stop] += (contrast > contrast.mean()).to(worth)
+        return select(
+            worth, layout, lambda s: best(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
+        )

@@ -1,0 +1,38 @@
+"""What a pruning method may know of the pictures themselves: where each token sits, and whether anything is there."""
+
+import torch
+
+
+def places_of(side, tokens, cut=None):
+    """(n, 2) integers: row and column of each of a picture's n tokens, in the order that the model sees them.
+
+    side: tokens per side of a square; tokens: n; cut: of LLaVA-NeXT, what `kept_of_tiles` leaves of the joined tiles.
+    They lie below the square of the whole picture, a newline behind the last column of each row; a CLS token lies above
+    the square.
+    """
+    square = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    if cut is not None:
+        rows, columns = (part.stop - part.start for part in cut)
+        below = torch.cartesian_prod(torch.arange(rows), torch.arange(columns + 1))
+        return torch.cat((square, below + torch.tensor([side, 0])))
+    first = torch.tensor([[-1, 0]] * (tokens - len(square)), dtype=torch.long).view(-1, 2)
+    return torch.cat((first, square))
+
+
+def contrast_of(squares, side, tokens, cut=None, grid=None):
+    """(n,) fp32: how far the pixels behind each of a picture's n tokens are from its usual colour.
+
+    squares (1 + tiles, 3, S, S): its pixel values; side, tokens, cut: as in `places_of`; grid: (rows, columns) of
+    tiles. The usual colour is the median over the patches' means, the distance the root of the mean
+    square over a patch's pixels. What stands for no pixels, a newline or CLS, has 0.
+    """
+    patch = squares.shape[-1] // side
+    pixels = squares[..., : side * patch, : side * patch].unflatten(-1, (side, patch)).unflatten(-3, (side, patch))
+    usual = pixels[0].mean((-3, -1)).flatten(1).median(1).values  # (3,)
+    far = (pixels - usual[:, None, None, None, None]).square().sum(1).mean((-3, -1)).sqrt()  # (1 + tiles, side, side)
+    whole = far[0].flatten()
+    if grid is None:
+        return torch.cat((torch.zeros(tokens - len(whole)), whole))
+    joined = far[1:].unflatten(0, grid).transpose(1, 2).flatten(2, 3).flatten(0, 1)[cut]
+    newlines = torch.zeros(len(joined), 1)
+    return torch.cat((whole, torch.cat((joined, newlines), 1).flatten()))
