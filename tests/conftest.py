@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import sentencepiece
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, slowly
@@ -26,6 +27,12 @@ from safetensors.torch import save_file
 
 from model.config import InputError, parse_config
 from model.llava import Llava
+from tests.cover import pairwise
+from tests.seeds import BASE, seed_all, torch_random
+from tools.hf import import_transformers
+
+with contextlib.suppress(ImportError):
+    import_transformers()  # before a test imports it: it may find a package `kernels` that is not ours
 
 PIECES = 420  # of the sentencepiece model; the added tokens follow
 IMAGE_ID, PAD_ID = PIECES, PIECES + 1
@@ -51,6 +58,56 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+
+
+# ---------------------------------------------------------------- which tests
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every combination of parameters and every architecture")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, of each test as many cases as it takes for all pairs of its parameters' values to meet."""
+    if config.option.all or any("[" in argument for argument in config.args):  # cases asked for by name are run
+        return
+    tests = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = set()
+    for cases in tests.values():
+        if hasattr(cases[0], "callspec"):  # a value is one object in all cases that have it
+            chosen = pairwise([{name: id(v) for name, v in item.callspec.params.items()} for item in cases])
+            left_out |= set(cases) - {cases[i] for i in chosen}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+# the same examples every time; a sweep over bases gives Hypothesis a seed too
+settings.register_profile("tests", derandomize=not BASE, database=None, deadline=None, print_blob=True)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Each test draws the same numbers, whichever tests ran before it."""
+    seed_all(request.node.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    """So does what tests share, whichever of them needs it first."""
+    if fixturedef.scope != "function":
+        seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")
+
+
+def pytest_collectstart(collector):
+    """So does what a file draws while it is imported."""
+    if isinstance(collector, pytest.Module):
+        seed_all(collector.nodeid)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -152,7 +209,7 @@ def write_small_files(folder, tokenizer_dir, image_size):
 
 def spread(module, seed):
     """Random weights large enough that a wrong angle, mask or head changes the logits visibly."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_random(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator) * 0.2

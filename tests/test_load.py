@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
 from model.config import parse_config
+from tests.seeds import torch_random
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
 
@@ -219,7 +220,7 @@ def test_the_head_is_read_or_tied_as_the_config_says(original, folder, tie, stor
     if not stored:
         rewrite(folder, lambda t: t.pop(head))
     checkpoint = load(folder, dtype="fp32")
-    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(3, 64, generator=torch_random(0))
     used = original[1]["language_model.model.embed_tokens.weight" if tie else head]
     assert torch.equal(checkpoint.model.language_model.logits(hidden), hidden @ used.T)
 

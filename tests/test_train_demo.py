@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import torch
 
 from model import Generation, load
 from tests.paths import DEMO, ROOT
+from tests.seeds import python_random
 from tools import scenes, train_demo
 
 
@@ -143,6 +143,6 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage):
 
 def test_talks_keep_every_question():
     _, questions = scenes.sample(11)
-    talks = train_demo.talks(questions, random.Random(0))
+    talks = train_demo.talks(questions, python_random(0))
     assert sorted(q.question for t in talks for q in t) == sorted(q.question for q in questions)
     assert {len(t) for t in talks} <= {1, 2}
