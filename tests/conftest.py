@@ -67,15 +67,20 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="every combination of parameters and every architecture")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: a test or a case that runs only with --all, or where cases are named")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Without --all, of each test as many cases as it takes for all pairs of its parameters' values to meet."""
-    if config.option.all or any("[" in argument for argument in config.args):  # cases asked for by name are run
+    """Without --all, no thorough tests, and of the others the cases in which all pairs of parameters' values meet."""
+    if config.option.all or any("[" in argument for argument in config.args):  # a case that is named is run
         return
     tests = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = set()
+    left_out = {item for item in items if item.get_closest_marker("thorough")}
     for cases in tests.values():
+        cases = [item for item in cases if item not in left_out] or cases
         if hasattr(cases[0], "callspec"):  # a value is one object in all cases that have it
             chosen = pairwise([{name: id(v) for name, v in item.callspec.params.items()} for item in cases])
             left_out |= set(cases) - {cases[i] for i in chosen}
