@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from model.config import InputError, parse_config
 from model.llava import Llava
 from tests.cover import pairwise
-from tests.seeds import BASE, seed_all, torch_random
+from tests.seeds import BASE, drawn, seed_all, torch_random
 from tools.hf import import_transformers
 
 with contextlib.suppress(ImportError):
@@ -98,15 +98,33 @@ settings.load_profile("tests")
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Each test draws the same numbers, whichever tests ran before it."""
+    """Each test draws the same numbers, whichever tests ran before it.
+
+    TEST_DRAWS names a file that takes down the tests that draw numbers, for tests/sweep.py.
+    """
     seed_all(request.node.nodeid)
+    before, path = drawn(), os.environ.get("TEST_DRAWS")
+    yield
+    shared = DRAWING & set(request.fixturenames)
+    if path and (shared or drawn() != before or hasattr(request.function, "hypothesis")):
+        with open(path, "a") as file:
+            file.write(f"{request.node.nodeid}\n")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef, request):
     """So does what tests share, whichever of them needs it first."""
-    if fixturedef.scope != "function":
-        seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")
+    if fixturedef.scope == "function":
+        return (yield)
+    seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")
+    before = drawn()
+    made = yield
+    if drawn() != before:
+        DRAWING.add(fixturedef.argname)
+    return made
+
+
+DRAWING = set()  # shared fixtures that draw numbers
 
 
 def pytest_collectstart(collector):

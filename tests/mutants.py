@@ -1039,6 +1039,18 @@ MUTANTS = {
         'image.convert("RGBA").getchannel("A")), note)',
         "test_image.py::test_alpha_is_dropped_not_blended",
     ),
+    "somebody else's kernels are looked for": (
+        "tools/hf.py",
+        "    ours = ",
+        "    return __import__('transformers')\n    ours = ",
+        "test_checks.py::test_transformers_works_beside_a_package_of_the_name_of_ours",
+    ),
+    "a test draws what is left by those before it": (
+        "tests/seeds.py",
+        "    torch.manual_seed(seed)",
+        "    pass",
+        "test_checks.py::test_numbers_follow_from_the_name_of_the_test",
+    ),
     "conversations see each other": (
         "tools/train_demo.py",
         "(block[:, :, None] == block[:, None, :]) |",

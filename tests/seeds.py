@@ -4,6 +4,7 @@ TEST_SEED=7 .venv/bin/python -m pytest tests/test_cache.py    # the same tests w
 .venv/bin/python tests/sweep.py                               # all that draw numbers, with 20 bases
 """
 
+import hashlib
 import os
 import random
 import zlib
@@ -12,6 +13,7 @@ import numpy
 import torch
 
 BASE = int(os.environ.get("TEST_SEED", "0"))
+asked = [0]  # how often a test made a generator of its own
 
 
 def seed_all(name):
@@ -22,11 +24,20 @@ def seed_all(name):
     torch.manual_seed(seed)
 
 
+def drawn():
+    """Something that differs as soon as a number was drawn."""
+    key, place = numpy.random.get_state()[1:3]
+    state = f"{asked} {place} {random.getstate()}".encode() + key.tobytes() + torch.get_rng_state().numpy().tobytes()
+    return hashlib.sha256(state).hexdigest()
+
+
 def torch_random(seed=0):
     """torch's generator of a case that has a number of its own, on the CPU; other numbers with another base."""
+    asked[0] += 1
     return torch.Generator("cpu").manual_seed(seed + 1000 * BASE)
 
 
 def python_random(seed=0):
     """The same for Python's own numbers."""
+    asked[0] += 1
     return random.Random(seed + 1000 * BASE)
