@@ -1131,11 +1131,11 @@ def third(names):
     return [name for group in by_file.values() for name in group[::3]]
 
 
-def try_all(names, tests, clean):
+def try_all(names, tests, clean, processes):
     """Names of the mutants that were not killed. Says of each how it went; ends at once if the tests are red anyway."""
     alive = []
     gc.freeze()  # what is here stays; pytest's collections need not look at it
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         halves = [(clean, half) for half in (tests[::2], tests[1::2]) if half]
         for code, output in pool.imap_unordered(try_healthy, halves):
             if code:
@@ -1153,6 +1153,7 @@ def main(argv):
     p.add_argument("words", nargs="*", help="parts of names")
     p.add_argument("--third", action="store_true", help="every third one of each file")
     p.add_argument("--tested", action="store_true", help="the tests have just passed")
+    p.add_argument("--processes", type=int, default=2, metavar="N", help="so many at a time (default 2)")
     args = p.parse_args(argv)
     wrong = mistakes(MUTANTS)
     if wrong:
@@ -1165,7 +1166,7 @@ def main(argv):
     names.sort(key=lambda n: MUTANTS[n][3])
     with tempfile.TemporaryDirectory() as folder:
         try:
-            alive = try_all(names, tests, copy_of_tree(Path(folder) / "clean"))
+            alive = try_all(names, tests, copy_of_tree(Path(folder) / "clean"), args.processes)
         except KeyboardInterrupt:
             print("interrupted")
             return 130
