@@ -96,6 +96,9 @@ settings.register_profile("tests", derandomize=not BASE, database=None, deadline
 settings.load_profile("tests")
 
 
+DRAWING = set()  # shared fixtures that draw numbers
+
+
 @pytest.fixture(autouse=True)
 def seeded(request):
     """Each test draws the same numbers, whichever tests ran before it.
@@ -103,10 +106,10 @@ def seeded(request):
     TEST_DRAWS names a file that takes down the tests that draw numbers, for tests/sweep.py.
     """
     seed_all(request.node.nodeid)
-    before, path = drawn(), os.environ.get("TEST_DRAWS")
+    path = os.environ.get("TEST_DRAWS")
+    before = drawn() if path else None
     yield
-    shared = DRAWING & set(request.fixturenames)
-    if path and (shared or drawn() != before or hasattr(request.function, "hypothesis")):
+    if path and (drawn() != before or DRAWING & set(request.fixturenames) or hasattr(request.function, "hypothesis")):
         with open(path, "a") as file:
             file.write(f"{request.node.nodeid}\n")
 
@@ -116,15 +119,12 @@ def pytest_fixture_setup(fixturedef, request):
     """So does what tests share, whichever of them needs it first."""
     if fixturedef.scope == "function":
         return (yield)
-    seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")
+    seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")  # the test is seeded after this
     before = drawn()
     made = yield
     if drawn() != before:
         DRAWING.add(fixturedef.argname)
     return made
-
-
-DRAWING = set()  # shared fixtures that draw numbers
 
 
 def pytest_collectstart(collector):
