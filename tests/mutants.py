@@ -2,13 +2,17 @@
 
     python tests/mutants.py             # all of them, two at a time; exit 1 if one survives
     python tests/mutants.py rope eps    # those whose name contains a word
+    python tests/mutants.py --third     # every third one of each file, as in `make test`
     python tests/mutants.py --tested    # when all tests have just passed: not the named ones without a fault first
 
 A mutant that survives means a promise that nothing checks. Runs in a copy; the working tree is never touched.
 """
 
+import argparse
+import gc
 import multiprocessing
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -17,6 +21,7 @@ from pathlib import Path
 
 # as tests/conftest.py has it, before torch is imported
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no test needs one
 sys.dont_write_bytecode = True
 if not os.path.exists("/dev/nvidiactl"):  # no CUDA; torch, which could tell, imports triton
     os.environ["TRITON_INTERPRET"] = "1"
@@ -27,13 +32,14 @@ import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402, F401
 import sentencepiece  # noqa: E402, F401
 import torch  # noqa: E402, F401
-import transformers  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+
+# not as a module: a forked process has to find the folder tools in its own tree
+transformers = runpy.run_path(str(ROOT / "tools" / "hf.py"))["import_transformers"]()
 transformers.LlavaForConditionalGeneration  # noqa: B018  loaded when it is named
 transformers.LlamaTokenizer  # noqa: B018
 transformers.AttentionInterface  # noqa: B018
-
-ROOT = Path(__file__).resolve().parent.parent
 
 PARITY = "test_parity.py::test_prefill_logits_at_all_positions_are_as_exact_as_transformers"
 DECODE = "test_generate.py::test_decoding_token_by_token_equals_one_long_prefill"
@@ -1327,6 +1333,18 @@ MUTANTS = {
         'if device.type == "mps" and (not torch.cuda.is_available()',
         "test_load.py::test_a_device_that_is_not_there_is_refused_before_anything_is_read",
     ),
+    "somebody else's kernels are looked for": (
+        "tools/hf.py",
+        "    ours = ",
+        "    return __import__('transformers')\n    ours = ",
+        "test_checks.py::test_transformers_works_beside_a_package_of_the_name_of_ours",
+    ),
+    "a test draws what is left by those before it": (
+        "tests/seeds.py",
+        "    torch.manual_seed(seed)",
+        "    pass",
+        "test_checks.py::test_numbers_follow_from_the_name_of_the_test",
+    ),
     "conversations see each other": (
         "tools/train_demo.py",
         "(block[:, :, None] == block[:, None, :]) |",
@@ -1337,13 +1355,36 @@ MUTANTS = {
 
 
 def copy_of_tree(folder):
-    """The repository without what is big or made by running it."""
+    """The repository without what is big or made by running it, in a folder that is not there yet."""
     skip = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", ".hypothesis")
-    return Path(shutil.copytree(ROOT, Path(folder) / "repo", ignore=skip))
+    return Path(shutil.copytree(ROOT, folder, ignore=skip))
+
+
+def spoilt(clean, folder, file, old, new):
+    """A tree of links to the files of another one, but for the file with the fault, which is written anew."""
+    tree = Path(shutil.copytree(clean, folder, copy_function=os.link))
+    text = (tree / file).read_text()
+    (tree / file).unlink()
+    (tree / file).write_text(text.replace(old, new))
+    return tree
+
+
+def mistakes(mutants):
+    """What is wrong with the mutants themselves: a line for each whose text or test is not there, or there twice."""
+    found = []
+    for name, (file, old, _, test) in mutants.items():
+        path = ROOT / file
+        count = path.read_text().count(old) if path.exists() else 0
+        if count != 1:
+            found.append(f"{name}: the text to change stands {count} times in {file}")
+        where, _, function = test.partition("::")
+        if f"def {function.partition('[')[0]}(" not in (ROOT / "tests" / where).read_text():
+            found.append(f"{name}: there is no test {test}")
+    return found
 
 
 def run_tests(tree, tests):
-    """pytest on tests (names without their folder) in a tree -> (exit code, end of its output). Leaves by os._exit.
+    """pytest on tests (names without their folder) in a tree -> (exit code, end of its output).
 
     In a process that was forked with the libraries loaded: importing them takes longer than most of the tests.
     """
@@ -1352,50 +1393,78 @@ def run_tests(tree, tests):
     with open("output.txt", "wb") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(tree)]
+    options = ["-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(tree)]
     code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
     sys.stdout.flush()
     return code, Path("output.txt").read_text(errors="replace")[-2000:]
 
 
-def try_mutant(name):
-    """(name, "killed" | "survived" | what is wrong with the mutant itself, seconds)."""
+def try_mutant(work):
+    """(tree without a fault, name) -> (name, "killed" | "survived" | what went wrong, seconds)."""
+    clean, name = work
     file, old, new, test = MUTANTS[name]
     started = time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        tree = copy_of_tree(folder)
-        text = (tree / file).read_text()
-        if text.count(old) != 1:
-            return name, f"the text to change stands {text.count(old)} times in {file}", 0.0
-        (tree / file).write_text(text.replace(old, new))
-        code, output = run_tests(tree, [test])
+    with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
+        code, output = run_tests(spoilt(clean, Path(folder) / "repo", file, old, new), [test])
     verdict = {0: "survived", 1: "killed"}.get(code, f"pytest ended with {code}: {output[-600:]}")
     return name, verdict, time.time() - started
 
 
-def try_healthy(tests):
-    """Do the tests pass without a fault? A test that is red anyway kills nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_tests(copy_of_tree(folder), tests)
+def try_healthy(work):
+    """(tree, tests) -> do they pass without a fault? A test that is red anyway kills nothing."""
+    clean, tests = work
+    with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
+        return run_tests(shutil.copytree(clean, Path(folder) / "repo", copy_function=os.link), tests)
 
 
-def main(words):
-    tested, words = "--tested" in words, [w for w in words if w != "--tested"]
-    names = [n for n in MUTANTS if not words or any(w in n for w in words)]
-    tests = sorted({MUTANTS[n][3] for n in names})
-    tests = tests[:4] if tested else tests  # then only: does a copy of the tree work at all?
-    halves = [half for half in (tests[::2], tests[1::2]) if half]
+def third(names):
+    """Every third mutant of each file, the first of each among them."""
+    by_file = {}
+    for name in names:
+        by_file.setdefault(MUTANTS[name][0], []).append(name)
+    return [name for group in by_file.values() for name in group[::3]]
+
+
+def try_all(names, tests, clean, processes):
+    """Names of the mutants that were not killed. Says of each how it went; ends at once if the tests are red anyway."""
     alive = []
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    gc.freeze()  # what is here stays; pytest's collections need not look at it
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+        halves = [(clean, half) for half in (tests[::2], tests[1::2]) if half]
         for code, output in pool.imap_unordered(try_healthy, halves):
             if code:
-                print(f"without a fault the named tests end with {code}\n{output}")
-                return 1
-        for name, verdict, seconds in pool.imap_unordered(try_mutant, names):
-            print(f"{verdict:9} {name} ({seconds:.0f} s)", flush=True)
+                sys.exit(f"without a fault the named tests end with {code}\n{output}")
+        tried = pool.imap_unordered(try_mutant, [(clean, name) for name in names])
+        for count, (name, verdict, seconds) in enumerate(tried, 1):
+            print(f"{count:3} of {len(names)}: {verdict:9} {name} ({seconds:.0f} s)", flush=True)
             if verdict != "killed":
                 alive.append(name)
-    print(f"{len(names) - len(alive)} of {len(names)} mutants killed")
+    return alive
+
+
+def main(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("words", nargs="*", help="parts of names")
+    p.add_argument("--third", action="store_true", help="every third one of each file")
+    p.add_argument("--tested", action="store_true", help="the tests have just passed")
+    p.add_argument("--processes", type=int, default=2, metavar="N", help="so many at a time (default 2)")
+    args = p.parse_args(argv)
+    wrong = mistakes(MUTANTS)
+    if wrong:
+        print(*wrong, sep="\n")
+        return 1
+    names = third(MUTANTS) if args.third else list(MUTANTS)
+    names = [n for n in names if not args.words or any(w in n for w in args.words)]
+    tests = sorted({MUTANTS[n][3] for n in names})
+    tests = tests[:4] if args.tested else tests  # then only: does a copy of the tree work at all?
+    names.sort(key=lambda n: MUTANTS[n][3])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            alive = try_all(names, tests, copy_of_tree(Path(folder) / "clean"), args.processes)
+        except KeyboardInterrupt:
+            print("interrupted")
+            return 130
+    print(f"{len(names) - len(alive)} of {len(names)} mutants killed", *(f"\n  not: {name}" for name in alive))
     return 1 if alive or not names else 0
 
 

@@ -6,7 +6,6 @@ its KV head dropped. It shares no code with the cache.
 
 import copy
 import gc
-import random
 import weakref
 
 import pytest
@@ -19,6 +18,7 @@ from model.llama import rope_table
 from model.pruning import make_method
 from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
+from tests.seeds import python_random
 
 LAYERS = 3  # of small_llama
 
@@ -78,7 +78,7 @@ def check(model, x, keep, got):
 @pytest.mark.parametrize("slack", [1, 2, 30])
 def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, slack, backend):
     """slack 1 and 2 move the cache to larger arenas in the middle."""
-    model, rng = small_llama(heads, kv_heads), random.Random(heads + slack)
+    model, rng = small_llama(heads, kv_heads), python_random(heads + slack)
     for prompt in (1, 9):
         x, keep = torch.randn(prompt + 7, 32), random_keep(rng, kv_heads, prompt)
         cache, hidden = prefilled(model, x[:prompt], keep, slack, backend)
@@ -102,7 +102,7 @@ def test_the_position_is_not_the_length(backend):
 
 
 def test_sequences_of_different_lengths_share_the_arenas(backend):
-    model, rng = small_llama(), random.Random(1)
+    model, rng = small_llama(), python_random(1)
     prompts = [5, 1, 12]
     xs = [torch.randn(p + 9, 32) for p in prompts]
     keeps = [random_keep(rng, 2, p) for p in prompts]
@@ -172,7 +172,7 @@ def test_a_new_turn_of_one_sequence_while_another_is_finished(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_new_turn_sees_what_was_kept_and_itself(dtype, backend):
-    model, rng = small_llama().to(dtype), random.Random(5)
+    model, rng = small_llama().to(dtype), python_random(5)
     x, keep = torch.randn(25, 32).to(dtype), random_keep(rng, 2, 12)
     keep[0], keep[1, 0] = False, True  # a layer that kept nothing, a head that kept all
     cache, hidden = prefilled(model, x[:12], keep, 3, backend)

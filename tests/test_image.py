@@ -27,13 +27,14 @@ from model.image import (
     read_image_settings,
     with_mode,
 )
+from tests.seeds import torch_random
 
 SETTINGS = ImageSettings(size=56)
 
 
 def noise(width, height, mode="RGB", seed=0):
     size = width * height * len(Image.new(mode, (1, 1)).getbands())
-    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch_random(seed))
     return Image.frombytes(mode, (width, height), bytes(data.tolist()))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from model import Generation, InputError, Sampling, load, open_checkpoint
 from model.config import parse_config
 from model.load import choose_device
+from tests.seeds import torch_random
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
 
@@ -349,7 +350,7 @@ def test_a_head_that_is_said_to_be_tied_is_compared(original, folder, case, nest
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     checkpoint = load(folder, dtype="fp32")
     language = checkpoint.model.language_model
-    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(3, 64, generator=torch_random(0))
     torch.testing.assert_close(language.logits(hidden), hidden @ head.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(language.model.embed_tokens.weight, embedding)
     untied = case in ("different", "one number differs", "rounded")
@@ -372,7 +373,7 @@ def test_heads_are_tied_exactly_when_transformers_ties_them(make_hf_checkpoint, 
 
 
 def test_a_head_that_is_not_tied_is_read(original, folder):
-    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(3, 64, generator=torch_random(0))
     assert torch.equal(load(folder, dtype="fp32").model.language_model.logits(hidden), hidden @ original[1][HEAD].T)
 
 

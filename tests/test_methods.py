@@ -23,6 +23,7 @@ from model.pruning import METHODS, Method, guarded, make_method
 from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
 from tests.oracle import masked_batch, masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
+from tests.seeds import torch_random
 from tests.test_plphp import plphp_by_hand
 
 NAMES = [name for name in METHODS if name != "none"]
@@ -151,7 +152,6 @@ def test_guards_and_text_wherever_the_pictures_are(data):
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_the_query_heads_of_a_kv_head_agree(q_heads, kv_heads):
-    torch.manual_seed(0)
     scores, size = torch.rand(q_heads, 5), q_heads // kv_heads
     place = layout([(0, 5)], 5, q_heads, kv_heads)
     for h in range(kv_heads):
@@ -238,7 +238,7 @@ def answer(method, scores, place, layer=1):
 
 
 def attention(place):
-    return torch.randn(place.q_heads, place.tokens, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    return torch.randn(place.q_heads, place.tokens, generator=torch_random(0)).softmax(-1)
 
 
 @pytest.mark.parametrize("name", NAMES)

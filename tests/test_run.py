@@ -222,21 +222,18 @@ def test_an_answer_that_the_terminal_cannot_show_is_not_lost(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("flag", ["--image-file", "--image"])
-def test_pictures_from_elsewhere(capsys, tmp_path, flag):
+def test_pictures_from_elsewhere(capsys, tmp_path, flag, monkeypatch):
     """A relative path, a picture on stdin, several after one flag."""
     shutil.copy(PICTURE, tmp_path / "a b.png")
     code, out, _ = inside(
         capsys, flag, str(tmp_path / "a b.png"), PICTURE, "-p", "Compare the two pictures.", "-n", "5", "--json"
     )
     assert code == 0 and len(json.loads(out)["images"]) == 2
-    with open(PICTURE, "rb") as picture:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), "--image", "-", "-p", "How many objects are there?"],
-            stdin=picture,
-            capture_output=True,
-            text=True,
+    with open(PICTURE) as picture:  # read as bytes
+        monkeypatch.setattr(sys, "stdin", picture)
+        assert (
+            inside(capsys, "--image", "-", "-p", "How many objects are there?")[1] == "The picture has four objects.\n"
         )
-    assert done.stdout == "The picture has four objects.\n"
 
 
 def test_the_prompt_may_come_from_a_file_and_place_the_picture(capsys, tmp_path):

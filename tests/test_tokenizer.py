@@ -418,7 +418,7 @@ BYTE_IDS = st.lists(st.integers(3, 258), max_size=12)  # mostly no valid UTF-8
 CHARACTERS = st.text(st.sampled_from("aé😀日 ½\u200d\n."), max_size=12)
 
 
-@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@settings(max_examples=300)
 @given(ids=st.one_of(ANY_IDS, BYTE_IDS, st.tuples(BYTE_IDS, ANY_IDS).map(lambda two: two[0] + two[1])))
 def test_streamed_pieces_join_to_the_decoding_whatever_the_ids(tiny_tokenizer_dir, ids):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
@@ -426,7 +426,7 @@ def test_streamed_pieces_join_to_the_decoding_whatever_the_ids(tiny_tokenizer_di
     assert "".join(pieces) == tokenizer.decode(ids) == plain_decode(tokenizer.sp, ids)
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@settings(max_examples=200)
 @given(text=CHARACTERS)
 def test_streaming_never_shows_half_a_character(tiny_tokenizer_dir, text):
     tokenizer = Tokenizer(tiny_tokenizer_dir)

@@ -70,14 +70,13 @@ def run_ours(args):
 
 def run_transformers(args):
     """generate() with its defaults. The ids that this project never says are suppressed there too."""
-    from transformers import AutoModelForImageTextToText
-
     from model import Generation, open_checkpoint
     from model.load import DTYPES
+    from tools.hf import import_transformers
 
     start = time.perf_counter()
     dtype = DTYPES[args.dtype]
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
+    model = import_transformers().AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
     loaded = time.perf_counter() - start
     asked = Generation(open_checkpoint(args.model), args.prompt, [args.image])  # for ids and pixels only
     inputs = hf_inputs(asked, dtype)
