@@ -15,6 +15,7 @@ from model.cache import RaggedCache
 from model.generate import Batch, DecodeStep
 from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE
+from tests.seeds import torch_random
 
 LAYERS = 3  # of small_llama
 
@@ -99,7 +100,7 @@ def prompted(slack=2, finished=None, room=0):
 
 def decoded(model, cache, steps):
     """Hidden states of some more steps, (steps, B, C)."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch_random(7)
     x = torch.randn(steps, len(cache.pos), 32, generator=generator)
     return torch.stack([model.decode(row, cache) for row in x])
 

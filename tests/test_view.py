@@ -13,6 +13,7 @@ from model.image import ImageSettings, kept_of_tiles, normalise, to_tiles
 from model.pruning import Method, make_method
 from model.view import contrast_of, places_of
 from tests.paths import DEMO
+from tests.seeds import torch_random
 from tools import evaluate, scenes
 
 PINPOINTS = tuple((a * 56, b * 56) for a, b in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1)))
@@ -114,7 +115,7 @@ def test_places_follow_what_leaves_the_prompt():
 
     place = board(3, 4, contrast=[torch.arange(12.0)])
     pruner = Pruner(Method("both", Both(), {}), place, "torch")
-    q, k = torch.randn(2, 1, 4, place.tokens, 8, generator=torch.Generator().manual_seed(0))
+    q, k = torch.randn(2, 1, 4, place.tokens, 8, generator=torch_random(0))
     pruner.choose(0, q, k, k)
     rows = pruner.narrow(0, q, k, k)
     pruner.choose(1, q[:, :, rows], k[:, :, rows], k[:, :, rows])
