@@ -1,7 +1,8 @@
-# make run: ask the demo model about the demo picture. make test: everything that runs without a GPU.
+# make run: ask the demo model about the demo picture. make test: every kind of check that runs without a GPU.
+# make test-all: the same with every combination of parameters, every architecture and every mutant.
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: run test mutants lint clean
+.PHONY: run test test-all mutants lint clean
 
 run: .venv/run.stamp
 	$(BIN)/python run.py --image assets/demo.png --prompt "Describe the picture."
@@ -10,6 +11,12 @@ test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python tests/mutants.py --tested --third
+
+test-all: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --all -n 2 --dist worksteal
 	$(BIN)/python tests/mutants.py --tested
 
 mutants: .venv/test.stamp

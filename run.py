@@ -11,8 +11,10 @@ cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what wa
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -44,7 +46,7 @@ def number(kind, low, high=None, open_low=False):
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     p.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
                    default=str(DEMO), metavar="DIR|ID",
@@ -76,6 +78,8 @@ def parser():
                    help="kernels of the cache: triton needs CUDA, or TRITON_INTERPRET=1 (default: triton on CUDA)")
     p.add_argument("--compile", action="store_true",
                    help="decode with torch.compile, on a CPU up to twice as fast; the second token waits for it")
+    p.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
+                   help="CPU threads of a product (default: one per core); 1 is faster where others use the cores")
     p.add_argument("--prune", "--method", default="none", metavar="SPEC",
                    help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, grid, "
                         "objects, topk, shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... "
@@ -88,7 +92,9 @@ def parser():
                    help="answer a file of questions, LLaVA's format: question_id, image, text in each line")
     p.add_argument("--image-folder", metavar="DIR", help="where their pictures are (default: beside the file)")
     p.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
-                   help="where the answers go, a line each; if it exists, what it lacks is answered")
+                   help="where the answers go, a line each; if it exists, what it lacks or could not be answered is "
+                        "answered")
+    p.add_argument("--keep-errors", action="store_true", help="do not try again what could not be answered before")
     p.add_argument("--batch", type=number(int, 1), metavar="N", help="questions answered together (default 1)")
     p.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="parts that the questions are cut into")
     p.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="which of them to answer, from 0")
@@ -101,16 +107,37 @@ def parser():
     return p
 
 
+def as_command(main):
+    """Run the main() of a command line -> its exit code, whatever the terminal is and whoever reads.
+
+    What its encoding cannot show is written as an escape. A reader that leaves early, as in `... | head`, is no error.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return main()
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if "\0" in word:
+            parser().error(f"{word[:200]!r} has a NUL character in it, which no path has")
     args = parser().parse_args(argv)
     try:
         check_flags(args)
-        return answer_file(args) if args.questions else answer(args)
+        return answer(args) if args.questions is None else answer_file(args)
     except KeyboardInterrupt:  # while loading; during the answer it is caught further in
         return fail("interrupted; nothing was written", 130)
-    except BrokenPipeError:  # the reader has seen enough, as in `run.py ... | head -c 20`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise  # see `as_command`
     except Exception as broken:
         if args.debug:
             raise
@@ -140,25 +167,34 @@ def check_flags(args):
     args.prompt = args.prompt or ""
     try:
         if args.prompt == "-":
-            args.prompt = sys.stdin.buffer.read().decode().rstrip("\n")
+            args.prompt = read_text(sys.stdin.buffer if sys.stdin else io.BytesIO())
         elif args.prompt.startswith("@"):
-            args.prompt = Path(args.prompt[1:]).read_text(encoding="utf-8").rstrip("\n")
+            with open(args.prompt[1:], "rb") as file:
+                args.prompt = read_text(file)
         "".join([args.prompt, args.system or "", *args.stop]).encode()
     except (OSError, ValueError) as broken:
         p.error(f"cannot read the prompt as UTF-8 text ({broken})")
-    if not args.questions and not args.prompt.strip() and not args.image:
-        p.error("the prompt is empty")
-    for path in args.image:  # before torch is imported
-        if path != "-" and not path.startswith(("data:", "http://", "https://")) and not os.path.exists(path):
+    if args.questions is None and not args.prompt.strip():
+        p.error("the prompt is empty, say what to ask")
+    for path in args.image:  # before torch is imported; `local_path` knows what the others mean
+        if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
             p.error(f"no picture at {path[:200]}, check the path")
+
+
+def read_text(file):
+    """The prompt in a file that is open for bytes."""
+    data = file.read()
+    from model.config import decode_text
+
+    return decode_text(data).rstrip("\n")
 
 
 def check_questions(p, args):
     """The flags of --questions, and those that have no place beside it."""
-    of_files = ("image_folder", "answers", "batch", "num_chunks", "chunk_idx")
+    of_files = ("image_folder", "answers", "batch", "num_chunks", "chunk_idx", "keep_errors")
     if args.questions is None:
         for name in of_files:
-            if getattr(args, name) is not None:
+            if getattr(args, name) not in (None, False):
                 p.error(f"--{name.replace('_', '-')} needs --questions")
         return
     if not args.answers:
@@ -180,11 +216,11 @@ def explain(broken):
     text = one_line(broken)
     if isinstance(broken, ImportError):
         return f"{text}; run `make run` once and then use .venv/bin/python", 2
-    from model import InputError
+    from model import InputError, out_of_memory
 
     if isinstance(broken, InputError):
         return text, 2
-    if isinstance(broken, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if out_of_memory(broken):
         return f"out of memory ({text[:200]}); try --dtype bf16, a smaller --max-new-tokens or fewer pictures", 1
     if isinstance(broken, OSError) and broken.errno == errno.ENOSPC:
         return f"the disk is full ({text}); free some of it and give the same command again", 1
@@ -207,6 +243,12 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def as_json(value):
+    """One line of JSON that stdout can show: with escapes, unless its encoding is UTF-8."""
+    plain = getattr(sys.stdout, "encoding", "") in ("utf-8", "UTF-8", "utf8")
+    return json.dumps(value, ensure_ascii=not plain, default=str)
+
+
 # ---------------------------------------------------------------- one answer
 
 
@@ -216,14 +258,17 @@ def answer(args):
     import torch
 
     from model import Generation, open_checkpoint
+    from model.generate import off_budget
     from model.image import read_image
-    from tools.report import measure_bandwidth, report, stats
+    from tools.report import CoreWait, measure_bandwidth, report, stats
 
     device = choose_device(args.device)
+    use_threads(args.threads)
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
-    generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), compile=args.compile)
+    how = {"compile": args.compile, "timed": args.stats or args.json or args.compare}  # those that report times
+    generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), **how)
     sampling = generation.sampling
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
@@ -236,12 +281,18 @@ def answer(args):
         say("note: the second token waits for the compiler, up to a minute the first time, some seconds later on")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    wait = CoreWait(device)
     code = write(generation, stream=not (args.json or args.no_stream))
+    note = wait.note()
+    if note:
+        say(note)
+    if generation.kept and off_budget(generation.prune, generation.retention, generation.wanted):
+        say(f"note: {off_budget(generation.prune, generation.retention, generation.wanted)}")
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.compare and code == 0:
         code = compare(generation, took)
     if args.json:
-        print(json.dumps(took, ensure_ascii=False, default=str), flush=True)
+        print(as_json(took), flush=True)
     elif args.no_stream:
         print(generation.text, flush=True)
     if args.stats:
@@ -261,7 +312,7 @@ def options(args, checkpoint):
 
 
 def introduce(args, checkpoint, generation):
-    """One line on stderr: which model, and what was chosen for it."""
+    """On stderr: one line with the model and what was chosen for it, then a line for each note on its files."""
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     what = "the demo model" if Path(args.model) == DEMO else args.model
     found = checkpoint.template_note if args.template == "auto" else "asked for"
@@ -269,6 +320,8 @@ def introduce(args, checkpoint, generation):
     order = f" (order {settings.order})" if settings.mode == "anyres" else ""
     say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
         f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
+    for note in checkpoint.notes:
+        say(f"note: {note}")
 
 
 # ---------------------------------------------------------------- a file of questions
@@ -277,19 +330,21 @@ def introduce(args, checkpoint, generation):
 def answer_file(args):
     """Answer --questions into --answers. Returns the exit code."""
     from model import Generation, open_checkpoint
-    from tools.questions import Answers, read_questions, run_file
+    from tools.questions import Answers, in_folder, read_questions, run_file
+    from tools.report import CoreWait
 
     questions = read_questions(args.questions, args.num_chunks or 1, args.chunk_idx or 0)
     device = choose_device(args.device)
+    use_threads(args.threads)
     check_backend(args.backend, device)
     checkpoint = open_checkpoint(args.model)
     given = options(args, checkpoint)
     # what is wrong with the options is wrong with every question: better said at once than in each line
     example = Generation(checkpoint, "?", **given)
-    prune, folder = given["prune"], Path(args.image_folder or Path(args.questions).parent)
+    prune, folder = given["prune"], Path(args.image_folder or Path(args.questions).parent).resolve()
     settings = {
-        "model": "demo" if Path(args.model) == DEMO else str(args.model),
-        "prune": prune.name if prune else "none", "prune_settings": prune.settings if prune else {},
+        "model": named_model(args.model, checkpoint.folder), "prune": named_method(prune),
+        "prune_settings": prune.settings if prune else {},
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
         "top_p": args.top_p, "seed": args.seed, "stop": args.stop, "system": args.system,
         "template": example.template, "image_mode": example.image_settings.mode,
@@ -298,12 +353,26 @@ def answer_file(args):
     }  # fmt: skip
 
     def ask(question):
-        return Generation(checkpoint, question.text, [folder / name for name in question.images], **given)
+        return Generation(checkpoint, question.text, [in_folder(name, folder) for name in question.images], **given)
 
-    with contextlib.closing(Answers(args.answers, settings)) as answers:  # refuses before the weights are read
+    answers = Answers(args.answers, settings, args.keep_errors)  # refuses before the weights are read
+    with contextlib.closing(answers):
         checkpoint.read_weights(args.dtype, device)
         introduce(args, checkpoint, example)
-        return run_file(questions, answers, ask, args.batch or 1, say)
+        return run_file(questions, answers, ask, args.batch or 1, say, CoreWait(device))
+
+
+def named_model(name, folder):
+    """What answers call the model: a folder by its whole path, so that it is the same one from everywhere."""
+    if folder.resolve() == DEMO:
+        return "demo"
+    return str(folder.resolve()) if Path(name).expanduser().is_dir() else str(name)
+
+
+def named_method(prune):
+    """What answers call the method; FILE.py::NAME with the whole path of the file."""
+    file, colons, function = (prune.name if prune else "none").rpartition("::")
+    return f"{Path(file).resolve()}::{function}" if colons else function
 
 
 def compare(generation, took):
@@ -327,13 +396,10 @@ def compare(generation, took):
 
 def choose_method(args, folder):
     """The pruning method of --prune, or None; InputError if there is none such."""
-    from model import InputError
-    from model.pruning import calibrated, make_method
+    from model import api
+    from model.pruning import calibrated
 
-    try:
-        method = make_method(args.prune, args.retention, args.keep_tokens, args.set, folder)
-    except ValueError as wrong:
-        raise InputError(str(wrong)) from wrong
+    method = api.choose_method(args.prune, folder, args.retention, args.keep_tokens, args.set)
     own = calibrated(folder, method.name) if method else None
     if own:
         say(f"{method.name}: settings of {own}, changed by what is given here")
@@ -342,23 +408,17 @@ def choose_method(args, folder):
 
 def choose_device(name):
     """torch.device of --device; InputError if it is not there."""
+    from model.load import choose_device
+
+    return choose_device(name)
+
+
+def use_threads(number):
+    """Let torch compute with so many threads; None leaves its own choice."""
     import torch
 
-    from model import InputError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name} is no device; use auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(
-            f"--device {name} is not available ({torch.cuda.device_count()} CUDA devices here); use --device cpu"
-        )
-    return device
+    if number is not None:
+        torch.set_num_threads(number)
 
 
 def check_backend(name, device):
@@ -390,4 +450,4 @@ def write(generation, stream):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -141,8 +141,8 @@ def decode_plan(kv_start, kv_cap, *, split=None):
         )
     if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
         raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
-    kv_start, kv_cap = kv_start.contiguous(), kv_cap.contiguous()
-    starts, caps = torch.stack((kv_start, kv_cap)).tolist()
+    pair = torch.stack((kv_start, kv_cap))  # the plan's own copy: the caller may overwrite his tables later
+    (starts, caps), (kv_start, kv_cap) = pair.tolist(), pair.unbind()
     if min(starts) < 0 or min(caps) < 0:
         raise ValueError(f"starts {starts} and capacities {caps} must not be negative")
     ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
@@ -174,7 +174,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     gathers every segment up to its capacity.
     """
     _check(q, k, v, kv_start, kv_len, plan)
-    way = choose_backend(backend, q.device, q.dtype)
+    way = choose_backend(backend, q.device, q.dtype, (q, k, v))
     lengths = _lengths(kv_start, kv_len, k.shape[0], plan)
     plan = decode_plan(kv_start, kv_len) if plan is None else plan
     segments, d = kv_start.shape[0], q.shape[-1]
@@ -251,7 +251,7 @@ def ragged_decode_append(
     if kv_cap is not plan.kv_cap and (kv_cap.is_cpu != q.is_cpu or (q.is_cpu and not torch.equal(kv_cap, plan.kv_cap))):
         what = kv_cap.tolist() if kv_cap.is_cpu else f"on {kv_cap.device}"
         raise ValueError(f"kv_cap is {what}, in the plan {plan.caps} on {q.device}; build the plan from it")
-    way = choose_backend(backend, q.device, q.dtype)
+    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(rope or ())))
     scale = d**-0.5 if scale is None else scale
     if way == "triton":
         from . import ragged_decode_triton
@@ -261,13 +261,13 @@ def ragged_decode_append(
         out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope)
         return (out, lse) if return_lse else out
     q, k_new = turned(q, rope).contiguous(), turned(k_new, rope)
-    past = ragged_decode(q, k, v, kv_start, kv_len, scale=scale, return_lse=True, plan=plan, backend=backend)
-    free = (kv_len < plan.kv_cap).nonzero()[:, 0]
-    slot = (kv_start + kv_len)[free].long()
-    k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]  # flatten copies where it has to
+    past = ragged_decode(q, k, v, kv_start, kv_len, scale=scale, return_lse=True, plan=plan, backend="torch")
     group, compute = hq // k_new.shape[1], past[1].dtype
     score = scale * (q.unflatten(1, (-1, group)).to(compute) * k_new[:, :, None].to(compute)).sum(-1)
     out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), score.flatten(1))  # the lse of one token
+    free = (kv_len < plan.kv_cap).nonzero()[:, 0]
+    slot = (kv_start + kv_len)[free].long()  # written last: the new token may itself lie in an arena
+    k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]  # flatten copies where it has to
     return (out, lse) if return_lse else out
 
 
@@ -329,7 +329,7 @@ def _lengths(kv_start, kv_len, slots, plan):
         raise ValueError(f"the plan is for starts {plan.kv_start.tolist()}, not {kv_start.tolist()}; build it anew")
     if min(lengths) < 0 or (plan is None and min(kv_start.tolist()) < 0):
         raise ValueError(f"starts {kv_start.tolist()} and lengths {lengths} are negative; count slots from 0")
-    if plan is None and (kv_start + kv_len).max() > slots:
+    if plan is None and (kv_start.long() + kv_len).max() > slots:  # int32 might overflow
         where = f"starts {kv_start.tolist()} plus lengths {lengths}"
         raise ValueError(f"{where} go beyond the arena's {slots} slots; repack first")
     if plan is not None and max(lengths) > plan.shortest and (kv_len > plan.kv_cap).any():

@@ -72,7 +72,7 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
     Products are written as multiplications and sums, which would be slow as they stand: a compiler makes a few loops
     of them and of the layer around them, and what is written in between is the scores.
 
-    q (B, Hq, D), contiguous; k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len
+    q (B, Hq, D); k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len
     (S,), the new tokens counted -> like q. No result depends on a free slot, whatever it holds.
     """
     segments, n, d = k.shape
@@ -81,7 +81,8 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
     v.index_put_((segment, newest), v_new.reshape(segments, d))
     free = (torch.arange(n) > newest[:, None])[:, None]  # (S, 1, n)
     group = q.shape[1] * len(q) // segments
-    rows = q.as_strided((segments, group, 1, d), (group * d, d, d, 1))  # of memory: q is written down once, not per key
+    # of memory: so q is written down once, not for each key
+    rows = q.contiguous().as_strided((segments, group, 1, d), (group * d, d, d, 1))
     scores = (rows.to(compute) * k[:, None].to(compute)).sum(-1) * d**-0.5  # (S, G, n)
     scores = scores.masked_fill(free, float("-inf"))
     weights = (scores - scores.amax(-1, keepdim=True)).exp()  # divided by their sum at the end; exactly 0 where free
@@ -93,7 +94,8 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
 def _rectangle(q, k, v, start, step, length, scale, return_lse):
     """q (1, S, M, D) over S segments of `length` slots, the first at `start`, each `step` behind the one before."""
     shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
-    keys, values = (x.as_strided(shape, strides, start * q.shape[3]) for x in (k, v))
+    # the offset counts from where the storage begins, and an arena may begin later
+    keys, values = (x.as_strided(shape, strides, x.storage_offset() + start * q.shape[3]) for x in (k, v))
     return _dense(q, keys, values, None, scale, return_lse)
 
 

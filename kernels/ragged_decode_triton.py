@@ -36,7 +36,7 @@ LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 def _rows(segment, heads, times, G: tl.constexpr, M: tl.constexpr):
     """This program's M of the segment's T * G query rows: their number r, their place in q (B, T, Hq), which exist."""
     r = tl.program_id(1) * M + tl.arange(0, M)  # r = t * G + g
-    place = ((segment // heads * times + r // G) * heads + segment % heads) * G + r % G
+    place = ((segment // heads * times + r // G) * heads + segment % heads).to(tl.int64) * G + r % G
     return r, place, r < times * G
 
 
@@ -188,7 +188,7 @@ def append_kernel(
     start, cap = tl.load(kv_start + segment), tl.load(kv_cap + segment)
     r, place, there = _rows(segment, 1, 1, G, M)
     col = tl.arange(0, DP)
-    sequence, head = segment // heads, segment % heads
+    sequence, head = (segment // heads).to(tl.int64), segment % heads  # sequences may lie far apart
     q_at, exists = sequence * q_stride + (head * G + r)[:, None] * D, there[:, None] & (col < D)[None, :]
     # the new token is read where it comes from and not where it goes: a load would have to wait for the store
     mine = split == last

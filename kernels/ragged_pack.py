@@ -40,7 +40,7 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
     does not fit; a wrong total is noticed on CPU tensors only.
     """
     _check(k, v, keep, slack)
-    way = choose_backend(backend, k.device, k.dtype)
+    way = choose_backend(backend, k.device, k.dtype, (k, v))
     heads, tokens, d = k.shape
     kv_len, lengths = keep.sum(-1), None
     if total is None or k.device.type == "cpu":

@@ -30,8 +30,8 @@ def pack_kernel(
     # stream what flows
     col = tl.arange(0, DP)
     there = kept[:, None] & (col < D)[None, :]
-    k_row = head.to(tl.int64) * (k_stride_h * ALIGN) + token.to(tl.int64) * (k_stride_t * ALIGN)
-    v_row = head.to(tl.int64) * (v_stride_h * ALIGN) + token.to(tl.int64) * (v_stride_t * ALIGN)
+    k_row = (head.to(tl.int64) * k_stride_h + token.to(tl.int64) * k_stride_t) * ALIGN
+    v_row = (head.to(tl.int64) * v_stride_h + token.to(tl.int64) * v_stride_t) * ALIGN
     keys = tl.load(k + k_row[:, None] + col[None, :], there)  # [BT, DP]
     values = tl.load(v + v_row[:, None] + col[None, :], there)
     to = slot.to(tl.int64)[:, None] * D + col[None, :]

@@ -42,7 +42,7 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     fit; positions are looked at on CPU tensors only.
     """
     _check(q, k, q_pos, group)
-    way = choose_backend(backend, q.device, q.dtype)
+    way = choose_backend(backend, q.device, q.dtype, (q, k))
     (hq, w, d), (hkv, t, _) = q.shape, k.shape
     scale = d**-0.5 if scale is None else scale
     sees_all = q_pos is None and w == 1

@@ -29,7 +29,7 @@ def _rows(
 ):  # fmt: skip
     """Rows [M, DP]: row w[i] of query head `head` (one, or one per row)."""
     col = tl.arange(0, DP)
-    row = head.to(tl.int64) * (stride_h * ALIGN) + w * (stride_w * ALIGN)
+    row = (head.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * ALIGN
     rows = tl.load(q + row[:, None] + col[None, :], there[:, None] & (col < D)[None, :], 0.0)
     return rows.to(tl.float32) if UP else rows  # the interpreter cannot calculate in 16 bits
 
@@ -41,7 +41,7 @@ def _keys(
 ):  # fmt: skip
     """Keys [BN, DP] of a KV head, 0 from `end` on."""
     col = tl.arange(0, DP)
-    row = head.to(tl.int64) * (stride_h * ALIGN) + column.to(tl.int64) * (stride_t * ALIGN)
+    row = (head.to(tl.int64) * stride_h + column.to(tl.int64) * stride_t) * ALIGN
     keys = tl.load(k + row[:, None] + col[None, :], (column < end)[:, None] & (col < D)[None, :], 0.0)
     return keys.to(tl.float32) if UP else keys
 

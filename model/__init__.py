@@ -4,7 +4,9 @@ Reading order: config, load, tokenizer, image, clip, llama, llava, cache, genera
 """
 
 from .config import InputError
-from .generate import Batch, Generation, Sampling, ask
+from .generate import Batch, Generation, Sampling, ask, out_of_memory
 from .load import Checkpoint, load, open_checkpoint
 
-__all__ = ["Batch", "Checkpoint", "Generation", "InputError", "Sampling", "ask", "load", "open_checkpoint"]
+__all__ = [
+    "Batch", "Checkpoint", "Generation", "InputError", "Sampling", "ask", "load", "open_checkpoint", "out_of_memory",
+]  # fmt: skip

@@ -9,6 +9,9 @@ kv_cap slots from kv_start on; the first kv_len of them are taken, '.' is a free
 A new token is written in place. Only when a segment is full do all move to larger arenas. A cache in which nothing was
 pruned is the case where all lengths are equal. Keys carry the position their token had in the prompt, so the position
 of the next token is `pos`, and no length says what it is.
+
+Memory may run out in any of its methods. Each makes all that it needs first and changes the cache afterwards, layer by
+layer where several layers move: what is raised leaves a cache that is whole, and the call can be repeated.
 """
 
 import torch
@@ -54,33 +57,45 @@ class RaggedCache:
             keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
         if self.pos is None:
             tables = k.new_zeros(3, len(self.k), len(k), dtype=torch.int32)
-            self.kv_start, self.kv_len, self.kv_cap = tables
-            self._make_rows()
-            self.pos = torch.full((b,), tokens, device=k.device)
-            self._set_live(torch.ones(b, dtype=torch.bool, device=k.device))
+            pos, live = torch.full((b,), tokens, device=k.device), torch.ones(b, dtype=torch.bool, device=k.device)
+            self._set_tables(*tables, pos, live)
             self.room = self.slack
-        self.k[layer], self.v[layer], start, length, _ = ragged_pack(
-            k, v, keep, slack=self.slack, total=total, backend=self.backend
-        )
+        arenas = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
         self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
-        self._settle(layer, start, length, self.slack)
+        self._settle(layer, *arenas[:4], self.slack)
 
-    def _make_rows(self):
-        """Views of single layers, made once: a step then only changes what they show."""
-        self.newest = (self.kv_start + self.kv_len - 1).long()
-        self.lengths, self.newest_rows = self.kv_len.unbind(), self.newest.unbind()
-        self.past = self.kv_len.clone()
+    def _set_tables(self, kv_start, kv_len, kv_cap, pos, live):
+        """Other segments, (L, S) of each table, and other sequences, (B,) of the rest. Their layers have no plans."""
+        newest, past = (kv_start + kv_len - 1).long(), kv_len.clone()
+        of_live = self._of_live(live, kv_len.shape[1])
+        self.kv_start, self.kv_len, self.kv_cap, self.pos = kv_start, kv_len, kv_cap, pos
+        self.newest, self.past = newest, past
+        # views of single layers, made once: a step then only changes what they show
+        self.lengths, self.newest_rows = kv_len.unbind(), newest.unbind()
+        self.plans = [None] * len(self.plans)
+        self._set_live(live, *of_live)
 
-    def _settle(self, layer, start, length, slack):
-        """Note where a layer's segments lie."""
-        self.kv_start[layer], self.kv_len[layer], self.kv_cap[layer] = start, length, length + slack
-        self.newest[layer] = start + length - 1
-        self.plans[layer] = decode_plan(self.kv_start[layer], self.kv_cap[layer])
+    def _settle(self, layer, k, v, start, length, slack):
+        """A layer lies in these arenas from now on, its segments (S,) where start and length say."""
+        cap, newest = length + slack, (start + length - 1).long()
+        plan = decode_plan(start, cap)
+        self.k[layer], self.v[layer], self.plans[layer] = k, v, plan
+        for table, row in zip(
+            (self.kv_start, self.kv_len, self.kv_cap, self.newest), (start, length, cap, newest), strict=True
+        ):
+            table[layer].copy_(row)
         self.version += 1
+
+    def plan(self, layer):
+        """The layer's plan. It is made anew where sequences have left and the arenas have not been moved since."""
+        if self.plans[layer] is None:
+            self.plans[layer] = decode_plan(self.kv_start[layer], self.kv_cap[layer])
+        return self.plans[layer]
 
     @classmethod
     def join(cls, caches):
-        """One cache of all the sequences of several, which are emptied layer by layer: no second copy of the whole."""
+        """One cache of all the sequences of several, which are empty afterwards. No second copy of the whole: what was
+        joined already is what the several show until the end."""
         if not caches:
             raise ValueError("no caches to join; give one for each sequence")
         first, layers = caches[0], range(len(caches[0].k))
@@ -90,49 +105,62 @@ class RaggedCache:
         for cache in caches:
             starts.append(cache.kv_start + before)
             before += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=before.device)
-        joined.kv_start = torch.cat(starts, 1)
-        joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
-        joined._make_rows()
-        joined.pos = torch.cat([c.pos for c in caches])
-        joined._set_live(torch.cat([c.live for c in caches]))
+        lengths, caps = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
+        pos, live = torch.cat([c.pos for c in caches]), torch.cat([c.live for c in caches])
+        joined._set_tables(torch.cat(starts, 1), lengths, caps, pos, live)
         joined.room, joined.fused = min(c.room for c in caches), first.fused
         for i in layers:
-            joined.k[i], joined.v[i] = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
-            joined.plans[i] = decode_plan(joined.kv_start[i], joined.kv_cap[i])
-            for c in caches:
-                c.k[i] = c.v[i] = None
+            k, v = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
+            sizes = [len(c.k[i]) for c in caches]
+            joined.k[i], joined.v[i] = k, v
+            joined.plan(i)
+            for c, own_k, own_v in zip(caches, k.split(sizes), v.split(sizes), strict=True):
+                c.k[i], c.v[i], c.version = own_k, own_v, c.version + 1
+        for c in caches:
+            c.k, c.v = [None] * len(layers), [None] * len(layers)
         return joined
 
     # ------------------------------------------------------------ decode
 
     def grow(self, tokens=1):
-        """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer."""
-        self.reserve(tokens)
+        """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer.
+
+        Where memory runs out, nothing is claimed.
+        """
+        self._make_room(tokens)
+        slots = self.newest_rows
         if tokens > 1:
             ahead = torch.arange(1, tokens + 1, device=self.newest.device)
-            self.slots = (self.newest[..., None] + ahead).unbind()
+            slots = (self.newest[..., None] + ahead).unbind()
+        self.slots = slots  # from here on nothing is allocated
+        self.reserve(tokens)
         self.newest.add_(self.takes, alpha=tokens)
-        if tokens == 1:
-            self.slots = self.newest_rows
         if self.fused:
             self.past.copy_(self.kv_len)
         self.kv_len.add_(self.takes, alpha=tokens)
         self.pos.add_(self.live, alpha=tokens)
 
+    @property
+    def _somebody_is_live(self):
+        return self.rows is None or len(self.rows) > 0
+
+    def _make_room(self, tokens):
+        """Larger arenas, if there is no room for so many tokens."""
+        if self._somebody_is_live and self.room < tokens:
+            slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
+            self.repack(max(slack, tokens))
+            self.slack = slack
+
     def reserve(self, tokens=1):
-        """The part of `grow` that a captured graph does not repeat: make sure that there is room, and count it."""
-        if self.rows is None or len(self.rows):  # somebody is live
-            if self.room < tokens:
-                self.slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
-                self.repack(max(self.slack, tokens))
-            self.room -= tokens
+        """The part of `grow` that a captured graph does not repeat: count the room that there is."""
+        self.room -= tokens if self._somebody_is_live else 0
 
     def give_back(self, tokens=1):
         """Undo `grow`, when a step was broken off before all layers had filled their slots."""
         if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # then nothing has been done yet
             for table, step in ((self.newest, self.takes), (self.kv_len, self.takes), (self.pos, self.live)):
                 table.add_(step, alpha=-tokens)
-        self.room += tokens if self.rows is None or len(self.rows) else 0
+        self.room += tokens if self._somebody_is_live else 0
 
     def append(self, layer, k, v):
         """Write the claimed slots: k, v (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""
@@ -149,7 +177,7 @@ class RaggedCache:
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
         """q (B, [T,] Hq, D) against everything kept, the claimed slots included; kv_len (S,) overrides the lengths."""
-        plan, length = self.plans[layer], self.lengths[layer] if kv_len is None else kv_len
+        plan, length = self.plan(layer), self.lengths[layer] if kv_len is None else kv_len
         return ragged_decode(
             q, self.k[layer], self.v[layer], plan.kv_start, length,
             return_lse=return_lse, plan=plan, backend=self.backend,
@@ -163,7 +191,7 @@ class RaggedCache:
         if not self.fused:
             self.append(layer, k, v)
             return self.attend(layer, q.contiguous())
-        plan = self.plans[layer]  # a finished sequence writes into a slot that is never counted, if it has one
+        plan = self.plan(layer)  # a finished sequence writes into a slot that is never counted, if it has one
         return ragged_decode_append(
             q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.past[layer], plan.kv_cap,
             plan=plan, backend=self.backend, rope=rope,
@@ -171,46 +199,55 @@ class RaggedCache:
 
     def rectangle(self, layer):
         """The layer's arenas as (S, n, D) views, where all segments have n slots and take tokens; None elsewhere."""
-        plan, k, v = self.plans[layer], self.k[layer], self.v[layer]
-        if self.rows is not None or plan.longest * plan.segments != len(k):  # arenas have no gaps
+        plan, k, v = self.plan(layer), self.k[layer], self.v[layer]
+        if self.rows is not None or plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:
             return None
         shape = plan.segments, plan.longest, k.shape[1]
         return k.view(shape), v.view(shape)
 
     def finish(self, sequence):
         """The sequence takes no more tokens: it stops growing, its `pos` stands still, what it is given is ignored."""
-        self.live[sequence] = False
-        self._set_live(self.live)
+        live = self.live.clone()
+        live[sequence] = False
+        self._set_live(live, *self._of_live(live, self.kv_len.shape[1]))
 
     def keep(self, sequences):
         """Only these sequences (a list of indices, ascending) stay; the slots of the others are given back."""
-        heads, live = self.kv_len.shape[1] // len(self.pos), self.live[sequences]
-        rows = [b * heads + h for b in sequences for h in range(heads)]
-        self.kv_start, self.kv_len, self.kv_cap = (t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap))
-        self.pos = self.pos[sequences]
-        self._make_rows()
-        self._set_live(live)
+        self.select(sequences)
         self.repack(max(1, self.room))
 
-    def _set_live(self, live):
-        """What follows from `live` for the segments."""
-        self.version += 1
-        self.live, heads = live, self.kv_len.shape[1] // len(live)
-        self.takes = live.repeat_interleave(heads).int()
-        self.rows = None if live.all() else self.takes.nonzero()[:, 0]
+    def select(self, sequences):
+        """The first half of `keep`: the others leave, and their slots stay unused until the next `repack`."""
+        heads = self.kv_len.shape[1] // len(self.pos)
+        rows = [b * heads + h for b in sequences for h in range(heads)]
+        tables = [t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap)]
+        self._set_tables(*tables, self.pos[sequences], self.live[sequences])
+
+    def _of_live(self, live, segments):
+        """What follows from `live` for the segments: `takes` and `rows`."""
+        takes = live.repeat_interleave(segments // len(live)).int()
+        return takes, None if live.all() else takes.nonzero()[:, 0]
+
+    def _set_live(self, live, takes, rows):
+        self.live, self.takes, self.rows, self.version = live, takes, rows, self.version + 1
 
     def repack(self, slack):
-        """Move every layer to arenas with `slack` free slots in each live segment, one layer after the other."""
+        """Move every layer to arenas with `slack` free slots in each live segment, one layer after the other.
+
+        Where memory runs out, the layers before have moved and the others have not.
+        """
         free = self.takes * slack
+        self.room = min(self.room, slack)  # until all have moved
         for layer in range(len(self.k)):
             length = self.kv_len[layer].clone()
             start = ((length + free).cumsum(0) - (length + free)).int()
             source, slot = _taken(self.kv_start[layer], length), _taken(start, length)
-            for arenas in (self.k, self.v):
-                old = arenas[layer]
-                new = old.new_empty(len(slot) + int(free.sum()), old.shape[1])
-                arenas[layer] = new.index_copy_(0, slot, old[source])
-            self._settle(layer, start, length, free)
+            slots = len(slot) + int(free.sum())
+            moved = [
+                old.new_empty(slots, old.shape[1]).index_copy_(0, slot, old[source])
+                for old in (self.k[layer], self.v[layer])
+            ]
+            self._settle(layer, *moved, start, length, free)
         self.room = slack
 
     # ------------------------------------------------------------ bytes

@@ -4,6 +4,7 @@ Field names are Hugging Face's. The published llava-1.5-7b config names four num
 and relies on class defaults for the rest, so the defaults below are part of the format.
 """
 
+import codecs
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -131,10 +132,11 @@ def parse_config(raw):
         raise InputError(f"model_type is {kind!r}; only LLaVA-1.5 ('llava') and LLaVA-NeXT ('llava_next') are read")
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config")
     vision = dict(CLIP_L_336 if vision is None else vision)
-    # transformers 5 moved the RoPE settings into a dict of their own
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for part in (raw, text, vision):
+        _refuse_unknown_settings(part)
+    # transformers 5 moved the RoPE settings into a dict of their own; of two dicts it takes the old one
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     text = {**MISTRAL, **text} if text.get("model_type") == "mistral" else {**text, "sliding_window": None}
     layers = raw.get("vision_feature_layer", -2)
     if not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers])):
@@ -150,7 +152,7 @@ def parse_config(raw):
         "vision_config": _fill(VisionConfig, vision),
     }
     config = _fill(LlavaConfig, top)
-    _refuse_unknown(config, rope_type)
+    _refuse_unknown(config)
     return config
 
 
@@ -163,10 +165,17 @@ def _pinpoints(raw):
     return pairs
 
 
+def decode_text(data):
+    """Text of bytes in UTF-8, without byte-order mark, with \\n as line end. ValueError if they are something else."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16, save it as UTF-8")
+    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path):
     """The parsed file, a dict, or None where there is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(decode_text(Path(path).read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError, RecursionError) as broken:
@@ -201,7 +210,40 @@ def _fill(kind, raw):
     return kind(**known)
 
 
-def _refuse_unknown(config, rope_type):
+# Settings of other decoders that change the arithmetic, and the values with which they change nothing
+NOT_COMPUTED = {
+    "partial_rotary_factor": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None, "attention_multiplier": None, "embedding_multiplier": 1, "residual_multiplier": 1,
+    "logits_scaling": 1, "logit_scale": 1, "clip_qkv": None, "use_qk_norm": False, "qk_layernorm": False,
+    "num_local_experts": None,
+}  # fmt: skip
+
+
+def _refuse_unknown_settings(part):
+    """InputError for what config.json, or one of its nested configs, asks for and is not computed here."""
+    quantised = part.get("quantization_config") or part.get("compression_config")
+    if quantised:
+        how = quantised.get("quant_method") or "quantization_config"
+        raise InputError(
+            f"config.json says that the weights are quantised ({how}); use an unquantised copy in F32, BF16 or F16"
+        )
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = part.get(name) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+            what = f"rope type {kind!r}" if kind != "default" else "RoPE settings per layer"
+            raise InputError(f"config.json asks for {what} in {name}; only the rope type 'default' can be run here")
+        _refuse_settings(rope)
+    _refuse_settings(part)
+
+
+def _refuse_settings(part):
+    for name, neutral in NOT_COMPUTED.items():
+        if part.get(name) not in (None, neutral):
+            raise InputError(f"config.json asks for {name} {part[name]!r}; only models without it can be run here")
+
+
+def _refuse_unknown(config):
     """Everything that would change the arithmetic and is not implemented, by name."""
     text, vision = config.text_config, config.vision_config
     strategy, heads, kv = config.vision_feature_select_strategy, text.num_attention_heads, text.num_key_value_heads
@@ -210,7 +252,6 @@ def _refuse_unknown(config, rope_type):
     known = [  # what has to hold, what the file says, what would be understood
         (text.model_type in ("llama", "mistral"), f"text model_type {text.model_type!r}", "llama and mistral"),
         (vision.model_type == "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
-        (rope_type == "default", f"rope type {rope_type!r}", "'default'"),
         (text.hidden_act == "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
         (
             vision.hidden_act in ("quick_gelu", "gelu"),
@@ -232,6 +273,7 @@ def _refuse_unknown(config, rope_type):
             f"{vision.num_attention_heads} vision heads over {vision.hidden_size} channels",
             "whole heads",
         ),
+        (vision.num_channels == 3, f"{vision.num_channels} colour channels", "three"),
         (
             vision.patch_size <= vision.image_size,
             f"patches of {vision.patch_size} in {vision.image_size} pixels",

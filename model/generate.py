@@ -1,35 +1,60 @@
 """Ask a loaded checkpoint something: prompt and pictures in, pieces of text out as they are written."""
 
 import copy
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 
 from kernels import window_scores
-from kernels.backend import choose_backend
+from kernels.backend import BACKENDS, choose_backend
 
+from .api import choose_method
 from .cache import RaggedCache
 from .config import InputError
-from .image import kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
+from .image import as_list, crop_note, kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
+from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
-from .tokenizer import TEMPLATES, Detokenizer, build_prompt
+from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
 from .view import contrast_of, places_of
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when the answer ends."""
+    """How the next token is chosen and when the answer ends. InputError for values that mean nothing."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # at least 1
     temperature: float = 0.0  # 0: greedy
-    top_k: int = None
-    top_p: float = None
-    seed: int = 0
-    stop: tuple = ()  # strings that end the answer; they are not part of it
+    top_k: int = None  # at least 1; None: all tokens
+    top_p: float = None  # above 0, up to 1; None: all of the probability
+    seed: int = 0  # 0 to 2**64 - 1
+    stop: tuple = ()  # strings that end the answer; they are not part of it. One string is a tuple of one
+
+    def __post_init__(self):
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple | set | frozenset) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop is {_brief(self.stop)}; give a text that is not empty, or a list of such texts")
+        object.__setattr__(self, "stop", tuple(stop))  # the class is frozen
+        for name, kind, low, high, wanted in (
+            ("max_new_tokens", Integral, 1, math.inf, "an integer of at least 1"),
+            ("temperature", Real, 0, 1e4, "a number from 0 (greedy) to 10000"),
+            ("top_k", Integral, 1, math.inf, "an integer of at least 1, or None for all tokens"),
+            ("top_p", Real, 5e-324, 1, "a number above 0 and up to 1, or None for all of the probability"),
+            ("seed", Integral, 0, 2**64 - 1, "an integer from 0 to 2**64 - 1"),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("top_k", "top_p"):
+                continue
+            # a comparison with NaN is false
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                raise InputError(f"{name} is {_brief(value)}; give {wanted}")
+            if kind is Integral:  # NumPy has its own
+                object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True)
@@ -62,20 +87,19 @@ class Pruner:
 
     kept      vision tokens that a KV head of each layer keeps, averaged over its heads; tensors or numbers
     layout    of the prompt as the current layer sees it
-    seconds   spent on scoring and choosing
+    seconds   spent on scoring and choosing; see `timed` of Generation
     """
 
-    def __init__(self, method, layout, backend="auto", ahead=0):
+    def __init__(self, method, layout, backend="auto", timed=False, ahead=0):
         """ahead: how many of the rows of q, k and v, the last ones, are look-ahead rows and no part of the prompt."""
-        self.method, self.layout, self.backend, self.ahead = method, layout, backend, ahead
+        self.method, self.layout, self.backend, self.timed, self.ahead = method, layout, backend, timed, ahead
         self.kept, self.seconds = [], 0.0
 
     def choose(self, layer, q, k, v):
         """Which rows of k and v (1, Hkv, T, D) each head keeps, after q (1, Hq, T, D): (Hkv, T) bool, None for all."""
-        start, keep = time.perf_counter(), None
+        keep = None
         if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
-            _wait(k.device)
-            start = time.perf_counter()
+            start = clock(k.device, self.timed)
             layout = self._guarded(q, k)
             if self.method.settings.get("values"):
                 layout = replace(layout, norms=v[0, :, : layout.tokens].float().norm(1, dim=-1))
@@ -83,19 +107,17 @@ class Pruner:
                 layout = replace(layout, last=self._scores(q, k, 1))
             ranking = self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
             keep = self._heed(self.method.choose, layer, ranking, layout)
-            _wait(k.device)
+            self.seconds += clock(k.device, self.timed) - start
         vision, heads = sum(b - a for a, b in self.layout.spans), self.layout.kv_heads
         # text is always kept
         self.kept.append(vision if keep is None else keep.sum() / heads - (self.layout.tokens - vision))
-        self.seconds += time.perf_counter() - start
         return keep
 
     def narrow(self, layer, q, k, v):
         """Which tokens go on to the layers after this one: indices (T',), ascending, or None for all."""
         if not self.layout.spans or self.method.layer != layer + 1:
             return None
-        _wait(k.device)
-        start = time.perf_counter()
+        start = clock(k.device, self.timed)
         keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
         before = [0, *keep.cumsum(0).tolist()]
@@ -108,7 +130,7 @@ class Pruner:
             self.layout, tokens=len(rows), spans=[(before[a], before[b]) for a, b in spans],
             places=thinned(self.layout.places), contrast=thinned(self.layout.contrast),
         )  # fmt: skip
-        self.seconds += time.perf_counter() - start
+        self.seconds += clock(k.device, self.timed) - start
         return rows
 
     def _guarded(self, q, k):
@@ -152,6 +174,7 @@ class Generation:
     finish_reason  "stop" | "length" | "interrupted"
     prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    what was asked, pictures expanded
     spans          [(start, stop)] of the pictures among the prompt's tokens
+    notes          lines about what was done to the pictures
     cache          the RaggedCache
     kept           vision tokens that a KV head keeps, one number per layer, averaged over the layer's heads
     bytes_held     K and V bytes of the prompt rows that were kept
@@ -161,29 +184,53 @@ class Generation:
 
     def __init__(
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
-        prune=None, backend="auto", compile=False, anyres_order="auto",
+        prune=None, backend="auto", compile=False, anyres_order="auto", timed=False,
     ):  # fmt: skip
-        """prompt: the question; images: paths, "-", data: URIs or PIL images, in the order of their `<image>`.
+        """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
-        prune: what chooses the tokens that each head keeps (`model.pruning.make_method`), None to keep all; backend:
-        of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`.
+        A picture is what `read_image` takes: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or a
+        uint8 array or tensor.
+
+        prune: what chooses the tokens that each head keeps (`model.api.choose_method`): a name or SPEC as of `--prune`,
+        with the checkpoint's own settings, a function, class or Method of `model.pruning`, None to keep all; backend:
+        of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
+        timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
+        long the host took to launch them.
         """
+        images = as_list(images)
+        for what, given, kinds, wanted in (
+            ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
+            ("prompt", prompt, str, "the question as a text"),
+            ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
+            ("system", system, str | None, "a text or None"),
+        ):
+            if not isinstance(given, kinds):
+                raise InputError(f"{what} is {_brief(given)}; give {wanted}")
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
-        self.prune, self.backend, self.compile = prune, backend, compile
+        self.prune = choose_method(prune, checkpoint.folder)
+        self.backend, self.compile, self.timed = backend, compile, timed
         self.template = checkpoint.template if template == "auto" else template
         for what, given, known in (
             ("template", self.template, TEMPLATES),
             ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),
             ("order of tiles", anyres_order, ("auto", "hf", "orig")),
+            ("backend", backend, BACKENDS),
         ):
             if given not in known:
                 raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
         config = checkpoint.config
         text = build_prompt(prompt, len(images), self.template, system)
+        if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
+            raise InputError("the question is empty; say what to ask")
+        try:
+            text.encode()
+        except UnicodeEncodeError as broken:  # half of a surrogate pair
+            raise InputError(f"the prompt is no Unicode text ({broken}); mend it") from broken
         self.ids = checkpoint.tokenizer.encode(text)
         pictures = [read_image(i) for i in images]
-        self.notes = [p.note for p in pictures if p.note]
+        notes = [note for p in pictures for note in (p.note, crop_note(p, self.image_settings))]
+        self.notes = [note for note in notes if note]
         self.looks = [self._look(p.image) for p in pictures]
         self.images = [
             {"path": p.path, "size": list(p.image.size), "tiles": len(squares), "tokens": self._count(p.image, grid)}
@@ -194,8 +241,8 @@ class Generation:
         self.room = config.text_config.context - self.prompt_tokens  # for new tokens
         if self.room < 1:
             raise InputError(self._too_long())
-        if prune:
-            self.check_method(prune)
+        if self.prune:
+            self.check_method(self.prune)
         self._begin()
 
     def _look(self, picture):
@@ -292,8 +339,13 @@ class Generation:
 
     @property
     def way(self):
-        """What the backend comes to where the checkpoint is: "triton" or "torch"."""
-        return choose_backend(self.backend, self.checkpoint.device, self.checkpoint.dtype)
+        """What the backend comes to where the checkpoint is: "triton" or "torch". InputError if it cannot work."""
+        if self.checkpoint.device.type == "meta":
+            raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
+        try:
+            return choose_backend(self.backend, self.checkpoint.device, self.checkpoint.dtype)
+        except ValueError as wrong:
+            raise InputError(str(wrong)) from wrong
 
     @property
     def unfed(self):
@@ -312,10 +364,14 @@ class Generation:
     @torch.inference_mode()
     def __iter__(self):
         self._begin()  # iterating again gives the answer again
+        writer = self._writer
+        logits = self.prefill()
         choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
-        ids = choose(self.prefill())
+        ids = choose(logits)
         step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
         while True:
+            if self._writer is not writer:
+                raise RuntimeError("this answer was begun again elsewhere; make another Generation for that")
             piece = self.take(ids.item())
             if piece:
                 yield piece
@@ -351,29 +407,39 @@ class Generation:
         self.text += piece
         return piece
 
+    @property
+    def retention(self):
+        """Kept over all (head, vision token) pairs; 1.0 before the prefill and without pictures."""
+        total = len(self.kept) * self.vision_tokens
+        return sum(self.kept) / total if total else 1.0
+
+    @property
+    def wanted(self):
+        """The fraction of the vision tokens that was asked for, or None; see `Method.wanted`."""
+        return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
+
     def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
-        model = self.checkpoint.model
-        start = time.perf_counter()
+        model, device = self.checkpoint.model, self.checkpoint.device
+        start = clock(device, self.timed)
         x, self.spans = model.splice(self.ids, self.encode_images())
-        _wait(self.checkpoint.device)
-        self.timing["vision"] = time.perf_counter() - start
-        start = time.perf_counter()
+        seen = clock(device, self.timed)
         config = self.checkpoint.config.text_config
-        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.backend)
+        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.way)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device, places=self.places)
         if getattr(self.prune and self.prune.rule, "wants_contrast", False):
             layout = replace(layout, contrast=self.contrast)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
-        pruner = Pruner(self.prune, layout, self.backend, lookahead.rows if lookahead else 0) if self.prune else None
+        pruner = None
+        if self.prune:
+            pruner = Pruner(self.prune, layout, self.backend, self.timed, lookahead.rows if lookahead else 0)
         asked = {"choose": pruner.choose, "narrow": pruner.narrow, "lookahead": lookahead} if pruner else {}
         hidden = model.language_model.prefill(x[None], self.cache, **asked)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held
         self.kept = [float(n) for n in pruner.kept] if pruner else [float(self.vision_tokens)] * layers
-        _wait(self.checkpoint.device)
-        self.timing["prefill"] = time.perf_counter() - start
+        self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         self.timing["prune"] = pruner.seconds if pruner else 0.0
         return logits
 
@@ -383,6 +449,14 @@ class Generation:
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
         ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
         return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
+
+
+def off_budget(method, kept, wanted):
+    """One line if a method kept more than 3 points more or less than what was wanted (fractions or None), else None."""
+    if wanted is None or abs(kept - wanted) <= 0.03:
+        return None
+    hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
+    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens, {100 * wanted:.1f} % were asked for{hint}"
 
 
 class DecodeStep:
@@ -420,7 +494,11 @@ class DecodeStep:
         """Allocates from the device only; reads nothing back."""
         x = F.embedding(ids, self.language.model.embed_tokens.weight)
         hidden = self.language.decode(x, self.cache, self.turns, self.parts)
-        return self.logits_of(self.language, hidden)
+        try:
+            return self.logits_of(self.language, hidden)
+        except BaseException:  # no next token: the step has not happened
+            self.cache.give_back()
+            raise
 
     def _compile(self):
         """Parts of a layer, the same for all layers; nothing is compiled before it is used.
@@ -451,9 +529,15 @@ class DecodeStep:
         return self.logits
 
 
-def ask(checkpoint, prompt, images=(), **options):
-    """The whole answer as a string. options: fields of Sampling."""
-    generation = Generation(checkpoint, prompt, images, Sampling(**options))
+def _brief(value):
+    """A value in an error message: its type says enough of most."""
+    simple = value is None or isinstance(value, str | bool | int | float)
+    return repr(value)[:60] if simple else f"a {type(value).__name__}"
+
+
+def ask(checkpoint, prompt, images=(), prune=None, **options):
+    """The whole answer as a string. images, prune: see `Generation`; options: fields of Sampling."""
+    generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
     return "".join(generation)
 
 
@@ -462,15 +546,26 @@ def next_turn(checkpoint, cache, ids, pixels=()):
     """Feed a new turn behind what a cache has kept, without computing the past again -> logits (V,) of the next token.
 
     ids: token ids that the cache has not seen, one image placeholder per picture: `unfed` of the answer before, what
-    the template puts between the turns, the question. pixels: (3, S, S) each. The cache, of one sequence, takes all of
-    the new tokens; `Llama.decode` goes on from there, under inference_mode as here.
+    the template puts between the turns, the question. pixels: what `preprocess` makes of each picture, (3, S, S). The
+    cache, of one sequence, takes all of the new tokens; `Llama.decode` goes on from there, in inference_mode as here.
     """
-    if not len(ids):
+    model, tokens = checkpoint.model, ()
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    known = range(len(model.language_model.model.embed_tokens.weight)), (checkpoint.config.image_token_index,)
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and any(i in k for k in known) for i in ids):
+        raise InputError("the turn is no list of the checkpoint's token ids; encode its text")
+    if not ids:
         raise InputError("the turn has no tokens; give the ids of a question")
-    model = checkpoint.model
-    tokens = ()
-    if len(pixels):
-        tokens = model.encode_images(torch.stack(list(pixels)).to(checkpoint.device, checkpoint.dtype))
+    if not isinstance(cache, RaggedCache) or cache.pos is None or len(cache.pos) != 1:
+        raise InputError("the cache holds no prompt, or several; give the `cache` of one Generation that was iterated")
+    pixels = list(pixels) if isinstance(pixels, tuple | torch.Tensor) else as_list(pixels)
+    if pixels:
+        size = checkpoint.config.vision_config.image_size
+        if not all(isinstance(p, torch.Tensor) and p.shape == (3, size, size) for p in pixels):
+            raise InputError(
+                f"the pictures of a turn are tensors (3, {size}, {size}) here; make them with `preprocess`"
+            )
+        tokens = model.encode_images(torch.stack(pixels).to(checkpoint.device, checkpoint.dtype))
     x, _ = model.splice(ids, tokens)
     room = checkpoint.config.text_config.context - int(cache.pos[0])
     if len(x) > room:
@@ -478,10 +573,11 @@ def next_turn(checkpoint, cache, ids, pixels=()):
     return model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
 
 
-def _wait(device):
-    """Let a CUDA device finish, so that the clock means something."""
-    if device.type == "cuda":
+def clock(device, wait):
+    """Seconds. wait: read the clock when a CUDA device has finished what it was given, so that it means something."""
+    if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Chooser:
@@ -495,7 +591,7 @@ class Chooser:
     def __call__(self, logits):
         """logits (V,) -> id (1,)."""
         sampling, (token, logits) = self.sampling, self.greedy(logits[None])
-        if sampling.temperature > 0:
+        if sampling.temperature > torch.finfo(logits.dtype).tiny:  # below, nothing but the best has a chance
             weights = probabilities(logits[0], sampling.temperature, sampling.top_k, sampling.top_p)
             noise = torch.empty_like(weights).exponential_(generator=self.generator)
             # what multinomial does, without waiting to check its weights
@@ -507,6 +603,13 @@ class Chooser:
         logits = logits.float().index_fill(-1, self.never, float("-inf"))
         best, token = logits.max(-1)
         return torch.where(best.isfinite(), token, -1), logits  # the maximum of anything with a NaN is NaN
+
+
+def out_of_memory(error):
+    """Does the exception say that memory, of the host or of a device, was not enough?"""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
 
 
 class Batch:
@@ -537,31 +640,47 @@ class Batch:
     @torch.inference_mode()
     def add(self, generation):
         """Prefill one more and take it in. The next `advance` hands it out if its first token was its last."""
+        if not isinstance(generation, Generation):
+            raise InputError(f"a batch takes one Generation at a time, not {_brief(generation)}; give it one")
         if self.running and generation.checkpoint is not self.running[0].checkpoint:
-            raise ValueError("a batch is of one checkpoint; start another for this one")
+            raise InputError("a batch is of one checkpoint; start another for this one")
+        if self.running and generation.way != self.running[0].way:
+            raise InputError("a batch is of one backend; start another for this one")
         if any(generation is other for other in (*self.running, *self._over)):
             raise ValueError("this generation is in the batch already; add another")
         generation._begin()
+        logits = generation.prefill()
         chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
-        ids = chooser(generation.prefill())
+        ids = chooser(logits)
         self._take(generation, ids.item())
         own, generation.cache = generation.cache, None  # its K and V live in the batch's from here on
         if generation.over:
             self._over.append(generation)
             return
-        self._ids = torch.cat((self._ids, ids)) if self.running else ids
+        ids = torch.cat((self._ids, ids)) if self.running else ids
         self.cache = RaggedCache.join([self.cache, own]) if self.running else own
+        self._ids = ids
         self.running.append(generation)
         self._choosers.append(chooser)
         self._step = DecodeStep(generation.checkpoint.model.language_model, self.cache)
 
     @torch.inference_mode()
     def advance(self):
-        """One more token for each -> the generations that are over now, in no particular order."""
+        """One more token for each -> the generations that are over now, in no particular order.
+
+        Where memory runs out, the batch is as before or has made its step: go on by calling it again.
+        """
+        self._dismiss()  # those that could not leave when memory ran out
         if self.running:
             start = time.perf_counter()
-            self._ids = self._next(self._step(self._ids))
-            tokens = self._ids.tolist()
+            logits = self._step(self._ids)
+            try:
+                ids = self._next(logits)
+                tokens = ids.tolist()
+            except BaseException:  # out of memory: the same step can be tried again
+                self.cache.give_back()
+                raise
+            self._ids = ids
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
                 self._take(generation, token)
@@ -588,29 +707,36 @@ class Batch:
         stay = [i for i, generation in enumerate(self.running) if not generation.over]
         if len(stay) == len(self.running):
             return
+        ids = self._ids[stay]
+        if stay:
+            self.cache.select(stay)  # from here on nothing can fail until all agree
         self._over += [generation for generation in self.running if generation.over]
         self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
-        if not stay:
+        self._ids = ids
+        if stay:
+            self.cache.repack(max(1, self.cache.room))
+        else:
             self.cache = self._step = self._ids = None
-            return
-        self.cache.keep(stay)
-        self._ids = self._ids[stay]
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
     """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set holding top_p of the rest.
 
-    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p.
+    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p. Of equal
+    logits the one with the lower index is the better one, as in greedy decoding.
     """
-    logits = (logits - logits.max()) / temperature  # the shift keeps a tiny temperature finite
-    if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    if top_p is not None and top_p < 1:
-        sorted_logits, order = logits.sort(descending=True)
-        weights = sorted_logits.softmax(-1)
-        before = weights.cumsum(-1) - weights  # mass of everything better
-        rest = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, before >= top_p)
-        logits = logits.masked_fill(rest, float("-inf"))
+    limits = torch.finfo(logits.dtype)  # the temperature is cast to it: neither to 0 nor to infinity
+    logits = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)  # the shift keeps 0 at the best
+    if top_k is not None or top_p is not None:
+        logits, order = logits.sort(descending=True, stable=True)
+        if top_k is not None:
+            logits[top_k:] = float("-inf")
+        if top_p is not None and top_p < 1:
+            weights = logits.softmax(-1)
+            before = weights.cumsum(-1) - weights  # mass of everything better
+            before[0] = -1.0  # fp32 takes a tiny top_p for 0
+            logits = logits.masked_fill(before >= top_p, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(0, order, logits)
     return logits.softmax(-1)
 
 

@@ -4,11 +4,18 @@ S is the side, in pixels, of the squares that the vision tower takes.
 """
 
 import base64
+import binascii
 import io
 import math
+import os
+import re
+import stat
 import sys
+import warnings
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -37,16 +44,11 @@ class ImageSettings:
 
 def read_image_settings(folder, image_size, pinpoints=None):
     """ImageSettings of a checkpoint folder; image_size and pinpoints are the config's: the file must not differ."""
-    path = Path(folder) / "preprocessor_config.json"
-    raw = read_json(path)
-    if raw is None:  # transformers 5 writes the same thing into another file
-        path = Path(folder) / "processor_config.json"
-        raw = (read_json(path) or {}).get("image_processor")
+    path, raw = image_processor_file(folder)
     with making_sense_of(path):
-        raw = {key: value for key, value in (raw or {}).items() if value is not None}
-        # a number, {"shortest_edge": n} or {"height": n, "width": n}
-        parts = (raw.get("size", image_size), raw.get("crop_size", image_size))
-        sizes = {v for part in parts for v in (part.values() if isinstance(part, dict) else (part,))}
+        raw = {key: value for key, value in raw.items() if value is not None}
+        kind = _processor_kind(raw, pinpoints)
+        mode = "anyres" if pinpoints else "pad" if raw.get("do_pad") and kind == "LlavaImageProcessor" else "crop"
         mean, std = (
             tuple(float(v) for v in raw.get(k, d)) for k, d in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
         )
@@ -54,90 +56,439 @@ def read_image_settings(folder, image_size, pinpoints=None):
             raise ValueError(f"mean {mean}, std {std}")
         rescale = float(raw.get("rescale_factor", 1 / 255))
         canvases = tuple(tuple(pair) for pair in raw.get("image_grid_pinpoints", pinpoints or ()))
+        sizes = {*_sides(raw.get("size", image_size)), *_sides(raw.get("crop_size", image_size))}
+    known = ("CLIPImageProcessor", "LlavaImageProcessor") if not pinpoints else ("LlavaNextImageProcessor",)
+    if kind not in known:
+        raise InputError(f"{path} is for a {kind}; only {' and '.join(known)} can be run for this model")
     if sizes != {image_size}:
         raise InputError(
-            f"preprocessor_config.json resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
+            f"{path} resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
             "use the files of one checkpoint"
         )
     if pinpoints and canvases != pinpoints:
         raise InputError(f"{path} and config.json have other image_grid_pinpoints; use the files of one checkpoint")
     if raw.get("resample", 3) != 3:
-        raise InputError(
-            f"preprocessor_config.json asks for resample {raw['resample']}; only 3 (bicubic) is implemented"
-        )
-    off = [k for k in ("do_resize", "do_center_crop", "do_rescale", "do_normalize") if raw.get(k) is False]
-    if off or (isinstance(raw.get("size"), dict) and "height" in raw["size"]):
+        raise InputError(f"{path} asks for resample {raw['resample']}; only 3 (bicubic) is implemented")
+    # a picture that was padded is a square, of which nothing is cut off
+    steps = ("do_resize", *(("do_center_crop",) if mode == "crop" else ()), "do_rescale", "do_normalize")
+    off = [k for k in steps if raw.get(k) is False]
+    size = raw.get("size")
+    squashed = (
+        isinstance(size, dict) and "height" in size or not isinstance(size, dict) and raw.get("default_to_square")
+    )
+    if off or squashed and mode != "anyres":
         what = f"{off[0]} false" if off else "a resize that does not keep the aspect"
         raise InputError(f"{path} asks for {what}; only resize, centre crop, rescale and normalise are implemented")
-    pad = raw.get("do_pad") or raw.get("image_aspect_ratio") == "pad"
-    mode = "anyres" if pinpoints else "pad" if pad else "crop"  # do_pad of LLaVA-NeXT is about batches
     return ImageSettings(image_size, mode, mean, std, rescale, pinpoints)
+
+
+def image_processor_file(folder):
+    """(path, settings) of the file that says how pictures are prepared; no settings if there is none.
+
+    transformers 5 writes them into processor_config.json, and takes those if both files have some.
+    """
+    old, new = Path(folder) / "preprocessor_config.json", Path(folder) / "processor_config.json"
+    settings, nested = read_json(old), (read_json(new) or {}).get("image_processor")
+    return (old, settings or {}) if nested is None else (new, nested)
+
+
+def _processor_kind(raw, pinpoints):
+    """Name of the image processor's class in transformers, without what tells its variants of the same arithmetic."""
+    default = "LlavaNextImageProcessor" if pinpoints else "LlavaImageProcessor"
+    kind = raw.get("image_processor_type", raw.get("feature_extractor_type", default))
+    return kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+
+
+def _sides(size):
+    """The numbers of a size: n, {"shortest_edge": n} or {"height": n, "width": n}."""
+    if isinstance(size, dict) and size.keys() not in ({"shortest_edge"}, {"height", "width"}):
+        raise ValueError(f"size {size}")
+    return size.values() if isinstance(size, dict) else (size,)
+
+
+# ---------------------------------------------------------------- reading a picture
+
+# What Pillow may read. Some of its other readers start a program (EPS: Ghostscript) or open further files.
+FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "ICO", "PCX", "PSD", "QOI",
+    "SGI", "TGA",
+)  # fmt: skip
+LARGEST = 2**30  # bytes of a file
+ACCEPTED = 'a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or a uint8 array or tensor'
+# What is given for a picture and is none: a pattern that its first bytes match
+OTHERS = (
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing"),
+    (rb"%PDF", "a PDF document"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
+    (rb"(?s)....ftyp(hei|hev|mif1|msf1)", "a HEIC picture"),
+    (rb"(?s)....ftypavi", "an AVIF picture that cannot be read here"),
+    (rb"(?s)....ftyp", "a video"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the picture itself (`git lfs pull` fetches it)"),
+    (rb"(?i)\s*(<!doctype html|<html)", "a web page"),
+    (rb"(?is).*<svg", "an SVG drawing"),
+)
+# EXIF orientation -> what turns the picture upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 274, 258, 262, 339  # numbers of tags
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that has been read: where from, its RGB pixels, what the conversion lost (or None)."""
+    """A picture that has been read: where from, its RGB pixels, what the conversion changed (one line, or None)."""
 
     path: str
     image: Image.Image
     note: str = None
 
 
+def as_list(images):
+    """The pictures of a question as a list: one picture is a list of one, None is none."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
 def read_image(source):
-    """Picture from a path, "-" (bytes on stdin), a data: URI or a PIL image; InputError if it cannot be used."""
+    """Picture from a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or an array or tensor.
+
+    Arrays and tensors: uint8, (H, W) or (H, W, C) with C 1, 3 or 4; tensors also (C, H, W). Every picture is turned as
+    its EXIF orientation says, and shown on white where it is transparent. InputError if it cannot be used.
+    """
     if isinstance(source, Picture):
         return source
-    if isinstance(source, Image.Image):
-        return to_rgb(source, "(in memory)")
-    shown = source if len(str(source)) < 100 else str(source)[:40] + "..."
-    if str(source).startswith(("http://", "https://")):
-        raise InputError(f"{shown} is a web address; nothing is downloaded here: save the picture and give its path")
+    shown = _shown(source)
+    image = source if isinstance(source, Image.Image) else _from_pixels(source)
+    data = _read(source, shown) if image is None else None
+    with _said_in_one_line(shown), _quiet():
+        rgb, note = to_rgb(_decode(data, shown) if image is None else image, shown)
+    named = isinstance(source, str | os.PathLike) and not _is_uri(source)
+    return Picture(str(source) if named else shown, rgb, note)
+
+
+def _shown(source):
+    """What notes and errors call a picture: something short, on one line."""
+    if not isinstance(source, str | os.PathLike):
+        return "(in memory)"
+    name = " ".join(str(source).split())
+    return (name or "''") if len(name) < (60 if _is_uri(source) else 200) else name[:40] + "..."
+
+
+def _is_uri(source):
+    return str(source)[:5].lower() == "data:"
+
+
+def _read(source, shown):
+    """The bytes of a picture file, wherever they are."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if hasattr(source, "read"):
+        return _read_open(source)
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    if not isinstance(path, str):
+        raise InputError(f"{type(source).__name__} is no picture; give {ACCEPTED}, or a list of these")
+    if path == "-":
+        return _read_stdin()
+    if _is_uri(path):
+        return _from_uri(path)
+    return _read_file(local_path(path), shown)
+
+
+def _read_stdin():
+    """All bytes on stdin."""
+    stdin = getattr(sys.stdin, "buffer", None)
+    if stdin is None:  # closed, or a notebook's
+        raise InputError("there is no stdin to read a picture from; give the path of a picture")
     try:
-        image = Image.open(_open(source))
-        image.load()
+        return _bounded(stdin, "the picture on stdin")
+    except OSError as refused:
+        raise InputError(f"stdin cannot be read ({refused.strerror}); give the path of a picture") from refused
+
+
+def local_path(source):
+    """The path, as text, that a picture's address means: file:// is taken off and ~ expanded; the rest as it is.
+
+    InputError for an address of another machine, and for what can be no path.
+    """
+    source = str(source)
+    if "\0" in source:
+        raise InputError(f"no picture at {source[:100]!r}, which has a NUL character in it; check the path")
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", source, re.IGNORECASE)  # two letters at least: C:/ is a drive
+    if scheme and scheme[1].lower() == "file":
+        path = source[5:]
+        if path.startswith("//"):
+            host, slash, path = path[2:].partition("/")
+            if host.lower() not in ("", "localhost"):
+                raise InputError(f"{source[:100]} is on another machine; give the path of a picture on this one")
+            path = slash + path
+        return unquote(path, errors="surrogateescape")
+    if scheme:
+        raise InputError(
+            f"{source[:100]} is a web address; nothing is downloaded here: save the picture and give its path"
+        )
+    if source.startswith("~") and not os.path.exists(source):
+        return os.path.expanduser(source)
+    return source
+
+
+def _read_open(file):
+    """The bytes of a binary file that the caller has opened, from its start."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = _bounded(file, "the open file")
+    except InputError:
+        raise
+    except (OSError, ValueError) as broken:  # closed, or opened for writing
+        raise InputError(f"the open file cannot be read ({broken}); open it with mode 'rb'") from broken
+    if not isinstance(data, bytes):
+        raise InputError("a picture was opened as text; open it with mode 'rb'")
+    return data
+
+
+def _read_file(path, shown):
+    """The bytes of a regular file, or of a pipe that somebody writes to."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISFIFO(mode):
+                os.set_blocking(file.fileno(), True)
+            elif not stat.S_ISREG(mode):
+                raise InputError(f"{shown} is a device; give a picture file")
+            return _bounded(file, shown)
+    except InputError:
+        raise
     except FileNotFoundError as missing:
         raise InputError(f"no picture at {shown}; check the path") from missing
     except IsADirectoryError as folder:
         raise InputError(f"{shown} is a folder; give a picture file") from folder
-    except UnidentifiedImageError as unknown:
+    except (OSError, ValueError) as refused:  # ValueError: letters that no path has
+        why = getattr(refused, "strerror", None) or refused
+        raise InputError(f"{shown} cannot be read ({why}); check the path and its permissions") from refused
+
+
+def _open_at_once(path, flags):
+    """os.open, but a pipe that nobody writes to is empty instead of waiting for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has none
+
+
+def _bounded(file, shown):
+    """What the file holds, up to the size of a large picture."""
+    data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise InputError(f"{shown} has more than {LARGEST >> 20} MiB; give a smaller picture")
+    return data
+
+
+def _from_uri(uri):
+    """The bytes in a data: URI, base64 in either alphabet (with line breaks, without padding) or percent-encoded."""
+    header, comma, data = uri.partition(",")
+    data = unquote_to_bytes(data)
+    packed = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    # some leave ";base64" out; no picture consists of these characters alone
+    if not header.lower().rstrip().endswith(";base64") and re.search(rb"[^A-Za-z0-9+/]", packed):
+        return data
+    try:
+        if not comma:
+            raise ValueError("no comma")
+        return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
+    except (binascii.Error, ValueError) as broken:
         raise InputError(
-            f"{shown} is empty or not a picture that Pillow can read; convert it to PNG or JPEG"
-        ) from unknown
+            f"a data: URI cannot be decoded ({broken}); give data:image/png;base64,... or a file"
+        ) from broken
+
+
+def _from_pixels(source):
+    """PIL image of an array or a tensor; None for anything else. Floats have no known range and are refused."""
+    tensor = isinstance(source, torch.Tensor)
+    if not tensor and not hasattr(source, "__array_interface__"):
+        return None
+    shape, kind = tuple(source.shape), str(source.dtype).removeprefix("torch.")
+    wanted = "give uint8 of shape (height, width, 3), or a list of such pictures"
+    if kind != "uint8":
+        raise InputError(f"what is black and white in a picture of {kind} is not known; {wanted}")
+    last, first = (len(shape) == 3 and shape[i] in (1, 3, 4) for i in (2, 0))  # where the channels may be
+    if len(shape) != 2 and not last and not (first and tensor):
+        raise InputError(f"a picture cannot have the shape {shape}; {wanted}")
+    if tensor and first and last:
+        raise InputError(f"a picture of shape {shape} can be read in two ways; give a numpy array or a PIL image")
+    if tensor and first:
+        source, shape = source.permute(1, 2, 0), (*shape[1:], shape[0])
+    if min(shape) < 1:
+        raise InputError(f"a picture of shape {shape} has no pixels; give another picture")
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2] if len(shape) == 3 else 1]
+    return Image.frombytes(mode, (shape[1], shape[0]), _to_bytes(source) if tensor else source.tobytes())
+
+
+def _to_bytes(values):
+    """Numbers 0..255 of a tensor, row by row."""
+    data = bytearray(values.numel())
+    torch.frombuffer(data, dtype=torch.uint8).copy_(values.flatten())
+    return bytes(data)
+
+
+def _decode(data, shown):
+    """PIL image of a file's bytes."""
+    if not data:
+        raise InputError(f"{shown} is empty; give a picture file")
+    Image.init()
+    try:
+        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError as unknown:
+        kinds = [what for pattern, what in OTHERS if re.match(pattern, data[:4096])]
+        found = kinds[0] if kinds else "truncated, or not a picture that can be read"
+        raise InputError(f"{shown} is {found}; convert it to PNG or JPEG") from unknown
+
+
+@contextmanager
+def _said_in_one_line(shown):
+    """What goes wrong with a picture, as an InputError."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
     except Image.DecompressionBombError as bomb:
         raise InputError(
             f"{shown} unpacks to far more pixels than a photograph has ({bomb}); scale it down first"
         ) from bomb
-    except MemoryError:
-        raise
     except Exception as broken:  # Pillow's readers raise a dozen kinds for broken files
-        raise InputError(f"{shown} is truncated or broken ({broken}); save it again") from broken
-    return to_rgb(image, shown)
+        why = " ".join(str(broken).split())
+        raise InputError(f"{shown} is truncated or broken ({why}); save it again") from broken
 
 
-def _open(source):
-    source = str(source)
-    if source == "-":
-        return io.BytesIO(sys.stdin.buffer.read())
-    if source.startswith("data:"):
-        header, _, data = source.partition(",")
-        if not header.endswith(";base64"):
-            raise InputError("a data: URI must be base64; give data:image/png;base64,...")
-        return io.BytesIO(base64.b64decode(data, validate=True))
-    return source
+@contextmanager
+def _quiet():
+    """Without the warnings and log lines of Pillow: what matters in them is said here, in a note or an error."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _quiet_libtiff():
+    """Without what libtiff, a C library, writes to stderr by itself."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(nowhere)
+        os.close(stderr)
+
+
+# ---------------------------------------------------------------- to RGB
 
 
 def to_rgb(image, path):
-    """Picture of a PIL image. Transparency is dropped, as LLaVA itself does (transformers 5 paints it white)."""
+    """(RGB image, note or None): upright, transparent pixels on white, grey of more than 8 bits reduced."""
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
+    notes, tiff = [], image.format == "TIFF"
+    turned = tiff and _orientation(image) in UPRIGHT  # by `load`; of others this would hide what `load` raises
+    with _quiet_libtiff() if tiff else nullcontext():
+        image.load()
+    turn = UPRIGHT.get(_orientation(image))
+    if turned or turn is not None:
+        notes.append("turned upright, as its EXIF orientation says")
+    rgb = _without_alpha(_in_8_bits(image, path, notes), notes).convert("RGB")
+    frames = _frames(image)  # last: it may read on in the file
+    if frames > 1:
+        notes.append(f"frame {image.tell() + 1} of {frames} is used")
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    return rgb, f"{path}: {'; '.join(notes)}" if notes else None
+
+
+def _orientation(image):
+    """EXIF orientation, 1 to 8; 1 where the EXIF data cannot be read: the pixels may still be good."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # as many kinds as there are ways to break it
+        return 1
+
+
+def _frames(image):
+    """Frames of an animation or pages of a file. An MPO's further pictures are depth maps and previews."""
+    if image.format not in ("GIF", "PNG", "WEBP", "TIFF", "AVIF"):
+        return 1
+    try:
+        return image.n_frames
+    except Exception:  # a later frame is broken
+        return 1
+
+
+def _in_8_bits(image, path, notes):
+    """The picture with 8 bits per channel, and what was done for that in notes. InputError for unknown ranges.
+
+    Grey of 16 bits is shown as it is, 65535 as white. What 32 bits stand for is not said in a file: white is the end
+    of the narrowest of the usual ranges that holds all of it, or else the brightest pixel.
+    """
     if image.mode == "F":
         raise InputError(f"{path} holds floating point numbers of unknown range; save it with 8 bits per channel")
-    if image.mode.startswith("I"):
-        # Pillow would clip to 255, which turns a 16-bit picture white
-        grey = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
-        return Picture(path, grey.convert("RGB"), f"{path}: 16-bit grey reduced to 8 bits")
-    note = f"{path}: CMYK converted to RGB without a colour profile" if image.mode == "CMYK" else None
-    return Picture(path, image.convert("RGB"), note)
+    if image.mode == "CMYK":
+        notes.append("CMYK converted to RGB without a colour profile")
+    if not image.mode.startswith("I"):
+        return image
+    tags = getattr(image, "tag_v2", {})
+    values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32).float()
+    if tags.get(TIFF_BITS) == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (1,)) == (1,):
+        values += 2.0**32 * (values < 0)  # unsigned, but Pillow knows signed ones only
+    low, high = (int(v) for v in values.aminmax())
+    if low < 0:
+        raise InputError(f"{path} holds negative numbers of unknown range; save it with 8 bits per channel")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        white = next((2**n - 1 for n in (8, 10, 12, 14, 16) if high < 2**n), high)
+        notes.append(f"32-bit grey reduced to 8 bits, {white} as white")
+    else:
+        bits = 12 if tags.get(TIFF_BITS) == (12,) else 16
+        white = 2**bits - 1
+        notes.append(f"{bits}-bit grey reduced to 8 bits")
+    shade = values * (255 / white)
+    if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds with up to 8 bits only
+        shade = 255 - shade
+    if 0 < shade.max() < 16:  # 12 bits in a file of 16, for example
+        notes.append(
+            f"nearly black, its brightest pixel is {shade.max():.0f} of 255: stretch its range if that is wrong"
+        )
+    grey = Image.frombytes("L", image.size, _to_bytes(shade.round()))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # the grey level that is transparent
+        grey.putalpha(Image.frombytes("L", image.size, _to_bytes(255 * (values != clear))))
+    return grey
+
+
+def _without_alpha(image, notes):
+    """The picture on white where it is transparent, as transformers 5 paints it."""
+    if image.mode in ("La", "RGBa"):  # colours times alpha, which only their own kind can undo
+        image = image.convert(image.mode.upper())
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    least, most = image.getchannel("A").getextrema()
+    if least < 255:
+        notes.append(
+            "transparent pixels are shown on white" if most else "it is transparent everywhere, shown as white"
+        )
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def crop_note(picture, settings):
+    """One line about a picture that loses more than a tenth to the centre crop; None for others."""
+    lost = 1 - min(picture.image.size) / max(picture.image.size)
+    if settings.mode != "crop" or lost <= 0.1:
+        return None
+    return f"{picture.path}: the centre crop drops {100 * lost:.0f} % of it; --image-mode pad keeps all of it"
+
+
+# ---------------------------------------------------------------- pixel values
 
 
 def preprocess(image, settings):

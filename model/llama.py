@@ -78,7 +78,8 @@ def linear(x, weight, bias=None):
     if not in_loops(x) or x.shape[:-1].numel() > 1:
         return F.linear(x, weight, bias)
     compute = torch.promote_types(x.dtype, torch.float32)
-    row = x.as_strided(x.shape[-1:], (1,))  # of memory: so x is written down, not computed anew for each of the N
+    # of memory: so x is written down, not computed anew for each of the N
+    row = x.contiguous().as_strided(x.shape[-1:], (1,))
     y = (weight.to(compute) * row.to(compute)).sum(-1)
     y = y if bias is None else y + bias.to(compute)
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
@@ -263,7 +264,7 @@ class DecoderLayer(nn.Module):
         """Both halves and, between them, attention over a rectangle of the cache, k and v (S, n, D), in which the new
         tokens are counted already, kv_len (S,): a decode step in one piece for a compiler, on a CPU."""
         q, k_new, v_new = self.before_attention(x, rope)
-        return self.after_attention(x, rectangle_step(q.contiguous(), k_new, v_new, k, v, kv_len))
+        return self.after_attention(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
 
     def extend(self, x, rope, cache, layer, past):
         x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
@@ -388,10 +389,10 @@ class Llama(nn.Module):
                     continue
                 q, k, v = parts.before_attention(layer, x, None if cache.fused else rope)
                 x = parts.after_attention(layer, x, cache.append_attend(i, q, k, v, rope))
+            return self.model.norm(x)
         except BaseException:  # Ctrl-C too: the cache stays as it was
             cache.give_back()
             raise
-        return self.model.norm(x)
 
     def extend(self, x, cache):
         """A new turn: T embedded tokens per sequence, x (B, T, C), behind a cache -> final hidden states (B, T, C).
@@ -405,10 +406,10 @@ class Llama(nn.Module):
         try:
             for i, layer in enumerate(self.model.layers):
                 x = layer.extend(x, rope, cache, i, past[i])
+            return self.model.norm(x)
         except BaseException:
             cache.give_back(len(positions[0]))
             raise
-        return self.model.norm(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., vocab_size)."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
-from .image import ImageSettings, read_image_settings
+from .image import ImageSettings, image_processor_file, read_image_settings
 from .llava import Llava
 from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
 from .tokenizer import Tokenizer, find_template
@@ -38,6 +38,7 @@ class Checkpoint:
     template: str
     template_note: str  # how the template was found
     stop_ids: tuple
+    notes: tuple = ()  # one line each: what the folder holds and is not used, or was decided between two files
     lookahead: Lookahead | None = None  # look-ahead rows, where the folder has some
 
     @property
@@ -49,9 +50,12 @@ class Checkpoint:
         return self.model.language_model.model.norm.weight.dtype
 
     def choose_dtype(self, name, device):
-        """The torch dtype that `read_weights` comes to."""
+        """The torch dtype that `read_weights` comes to. InputError for one that it cannot use."""
+        name, names = str(name).removeprefix("torch.").lower(), {**DTYPES, **FILE_DTYPES, "half": torch.float16}
+        if name in names:
+            return names[name]
         if name != "auto":
-            return DTYPES[name]
+            raise InputError(f"dtype {name} cannot be used; use auto, fp32, bf16 or fp16")
         if torch.device(device).type != "cpu":
             stored = min(dtype for _, _, dtype in self.keys.values())
             return FILE_DTYPES.get(self.config.dtype, SAFETENSORS_DTYPES[stored])
@@ -63,10 +67,11 @@ class Checkpoint:
     def read_weights(self, dtype="auto", device="cpu"):
         """Give the model its weights: mapped from the files, cast and moved one tensor at a time. Returns self.
 
-        dtype: "auto" | "bf16" | "fp16" | "fp32". auto is the file's own dtype on CUDA; on a CPU fp32 if that fits in
-        half of the memory, else bf16.
+        dtype: "auto" | "bf16" | "fp16" | "fp32", torch's names ("float16") or torch's own (torch.float16). auto is the
+        file's own dtype on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16. device: see
+        `choose_device`.
         """
-        device = torch.device(device)
+        device = choose_device(device)
         dtype = self.choose_dtype(dtype, device)
         weights, by_file = {}, {}
         for name, (path, key, _) in self.keys.items():
@@ -76,6 +81,7 @@ class Checkpoint:
                 for name, key in pairs:
                     weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
+        del weights  # `arrange` copies layer by layer: what it has copied must be free then
         mapped = device.type == "cpu" and any(
             SAFETENSORS_DTYPES[stored] == dtype for _, _, stored in self.keys.values()
         )
@@ -88,8 +94,29 @@ class Checkpoint:
 
 
 def load(name, dtype="auto", device="cpu"):
-    """Checkpoint, ready to be asked, from a folder or from an id that lies in the local Hugging Face cache."""
+    """Checkpoint, ready to be asked, from a folder or from an id that lies in the local Hugging Face cache.
+
+    dtype and device: as in `Checkpoint.read_weights`. InputError for whatever cannot be used.
+    """
+    device = choose_device(device)  # before anything is read
     return open_checkpoint(name).read_weights(dtype, device)
+
+
+def choose_device(name):
+    """torch.device of "auto", "cpu", "cuda", "cuda:1", an index of CUDA or a torch.device; InputError if not there."""
+    if isinstance(name, str) and name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if isinstance(name, bool) or not isinstance(name, str | int | torch.device):
+            raise TypeError
+        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {name} is none; use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name} is not supported; use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device {name} is not available ({torch.cuda.device_count()} CUDA devices here); use cpu")
+    return device
 
 
 def open_checkpoint(name):
@@ -101,15 +128,21 @@ def open_checkpoint(name):
     config = read_config(folder)
     tokenizer = Tokenizer(folder)
     config = _with_image_token(config, tokenizer)
+    files = weight_files(folder)
+    stored = stored_tensors(files)
+    config, stored, notes = settle_head(config, stored)
     model = empty_model(config)
-    keys = match_keys(weight_files(folder), model)
+    keys = match_keys(folder, stored, model)
     template, note = find_template(folder, config)
     settings = read_image_settings(folder, config.vision_config.image_size, config.image_grid_pinpoints)
     if any("mm_projector." in key for _, key, _ in keys.values()):  # names of the original code: so is its order
         settings = replace(settings, order="orig")
     lookahead = open_lookahead(folder / FILE, model.language_model) if (folder / FILE).is_file() else None
-    stop_ids = _stop_ids(folder, tokenizer)
-    return Checkpoint(folder, config, model, keys, tokenizer, settings, template, note, stop_ids, lookahead)
+    stop_ids, ignored = read_generation_settings(folder, tokenizer)
+    notes = (*_notes_on_files(folder), *notes, *ignored)
+    return Checkpoint(
+        folder, config, model, keys, tokenizer, settings, template, note, stop_ids, notes, lookahead
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- finding files
@@ -121,7 +154,7 @@ def find_folder(name):
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
-    except (OSError, RuntimeError) as broken:  # a name too long for a path; ~nobody
+    except (OSError, RuntimeError, TypeError) as broken:  # a name too long for a path; ~nobody; None
         raise InputError(
             f"{str(name)[:80]} is no path ({broken}); give the folder of a llava-hf checkpoint"
         ) from broken
@@ -152,31 +185,28 @@ def _hub_cache():
     return Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
 def weight_files(folder):
-    """The safetensors files of a folder: those of the index, else model.safetensors, else all there are."""
+    """The safetensors files of a folder: model.safetensors, else those of the index, else all but an adapter's."""
     folder = Path(folder)
-    index = read_json(folder / "model.safetensors.index.json")
-    if index is not None:
-        with making_sense_of(folder / "model.safetensors.index.json"):
-            names = sorted(set(index["weight_map"].values()))
-        if not names:
-            raise InputError(f"{folder}/model.safetensors.index.json lists no files; fetch it again")
-        for name in names:
-            # a name with a path in it could reach any file of this machine
-            if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(
-                    f"the index of {folder} points outside the folder ({name}); do not use this checkpoint"
-                )
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise InputError(
-                f"{len(missing)} of {len(names)} weight files are missing in {folder} ({_some(missing)}); fetch them"
-            )
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    names = _indexed_names(folder)
+    if (folder / WHOLE).is_file():  # as transformers: an index beside it is passed over
+        return [folder / WHOLE]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(names)} weight files are missing in {folder} ({_some(missing)}); fetch them"
+        )
+    found = sorted(folder.glob("*.safetensors"))
+    files = [folder / name for name in names] or [f for f in found if not f.name.startswith("adapter_")]
     if not files:
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
+        if found:
+            raise InputError(
+                f"{folder} holds only an adapter ({_some([f.name for f in found])}); merge it into its model"
+            )
         if pickles:
             raise InputError(
                 f"{folder} holds only pickled weights ({_some(pickles)}), which can run code when loaded; use "
@@ -184,6 +214,37 @@ def weight_files(folder):
             )
         raise InputError(f"{folder} holds no *.safetensors; give the folder of a llava-hf checkpoint")
     return files
+
+
+def _indexed_names(folder):
+    """Names of the files in the index of a folder, sorted; none without an index."""
+    index = read_json(folder / INDEX)
+    if index is None:
+        return []
+    with making_sense_of(folder / INDEX):
+        names = sorted(set(index["weight_map"].values()))
+    if not names:
+        raise InputError(f"{folder}/{INDEX} lists no files; fetch it again")
+    for name in names:
+        # a name with a path in it could reach any file of this machine
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"the index of {folder} points outside the folder ({name}); do not use this checkpoint")
+    return names
+
+
+def _notes_on_files(folder):
+    """What lies in the folder and is not used, one line each."""
+    notes, names = [], _indexed_names(folder)
+    if names and names != [WHOLE] and (folder / WHOLE).is_file():
+        notes.append(f"{WHOLE} is read; {INDEX} and its files beside it are not")
+    if (folder / "adapter_config.json").is_file():
+        notes.append("adapter_config.json: the adapter is not applied; merge it into the weights to use it")
+    path, nested = image_processor_file(folder)
+    old = read_json(folder / "preprocessor_config.json") or {}
+    differ = [k for k in nested if k in old and old[k] != nested[k] and k != "image_processor_type"]
+    if differ:
+        notes.append(f"preprocessor_config.json and {path.name} differ in {_some(differ)}; the latter is followed")
+    return notes
 
 
 # ---------------------------------------------------------------- names
@@ -217,24 +278,61 @@ def canonical_key(key):
     return key
 
 
-def match_keys(files, model):
-    """{canonical name: (file, name in the file, dtype)}; names and shapes are checked both ways, from headers alone."""
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    tied = model.config.tie_word_embeddings
-    found, shapes = {}, {}
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+def stored_tensors(files):
+    """{canonical name: (file, name in the file, dtype, shape)} of all weights, from headers alone."""
+    found = {}
     for path in files:
         with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 (the handle is no dict)
                 name = canonical_key(key)
-                if name is None or (tied and name == "language_model.lm_head.weight"):
+                if name is None:
                     continue
                 if name in found:
                     raise InputError(
                         f"{path.parent} stores {name} twice ({found[name][0].name} and {path.name}); keep one"
                     )
                 piece = file.get_slice(key)
-                found[name], shapes[name] = (path, key, piece.get_dtype()), tuple(piece.get_shape())
-    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+                found[name] = path, key, piece.get_dtype(), tuple(piece.get_shape())
+    return found
+
+
+def settle_head(config, stored):
+    """(config, stored, notes) in which the config's tie and the stored tensors agree, by the rule of transformers.
+
+    A head that is said to be tied and is stored is compared with the embedding: another one is used as it is. Of a tied
+    pair the file may hold either.
+    """
+    if not config.tie_word_embeddings or HEAD not in stored:
+        return config, stored, ()
+    rest = {name: where for name, where in stored.items() if name != HEAD}
+    if EMBEDDING not in stored:
+        return config, rest | {EMBEDDING: stored[HEAD]}, ()
+    if _same_values(stored[HEAD], stored[EMBEDDING]):
+        return config, rest, ()
+    note = "config.json ties the head to the embedding, but the file holds another head, which is used"
+    return replace(config, tie_word_embeddings=False), stored, (note,)
+
+
+def _same_values(*stored):
+    """Do two stored tensors hold the same numbers?"""
+    if stored[0][3] != stored[1][3]:
+        return False
+    tensors = []
+    for path, key, _, _ in stored:
+        with _open(path) as file:
+            tensors.append(file.get_tensor(key))
+    dtype = torch.promote_types(*(t.dtype for t in tensors))
+    return torch.equal(*(t.to(dtype) for t in tensors))
+
+
+def match_keys(folder, stored, model):
+    """{canonical name: (file, name in the file, dtype)}; names and shapes are checked both ways, from headers alone."""
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    _refuse_quantised(stored)
+    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or unexpected:
         words = [
             f"{len(names)} tensors {how} ({_some(names)})"
@@ -242,21 +340,45 @@ def match_keys(files, model):
             if names
         ]
         raise InputError(
-            f"the weights in {files[0].parent} do not fit config.json: {', '.join(words)}; use the files of one "
-            "checkpoint"
+            f"the weights in {folder} do not fit config.json: {', '.join(words)}; use the files of one checkpoint"
         )
-    for path, key, dtype in found.values():
+    for path, key, dtype, _ in stored.values():
         if dtype not in SAFETENSORS_DTYPES:
             raise InputError(
                 f"{key} in {path.name} is stored as {dtype}; only F32, BF16 and F16 can be read, use another copy"
             )
     for name, shape in wanted.items():
-        if shapes[name] != shape:
+        path, _, _, found = stored[name]
+        if found != shape:
             raise InputError(
-                f"{name} in {found[name][0].name} has shape {list(shapes[name])} where config.json means "
-                f"{list(shape)}; use the files of one checkpoint"
+                f"{name} in {path.name} has shape {list(found)} where config.json means {list(shape)}; "
+                "use the files of one checkpoint"
             )
-    return found
+    return {name: (path, key, dtype) for name, (path, key, dtype, _) in stored.items()}
+
+
+# How the names of what quantised weights are stored with end, by tool; then the types of numbers they are stored as
+QUANTISED = {
+    "AWQ or GPTQ": (".qweight", ".qzeros", ".g_idx"),
+    "NF4 or FP4 of bitsandbytes": (".absmax", ".quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4"),
+    "int8 of bitsandbytes": (".SCB", ".weight_format"),
+    "compressed-tensors or FP8": (".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
+    "MLX, HQQ or the like": (".scales", ".W_q"),
+}
+
+
+def _refuse_quantised(stored):
+    """InputError if weights are stored as integers with scales, whatever the tool, or in 8 bits and less."""
+    found = [(name, tool) for tool, ends in QUANTISED.items() for name in stored if name.endswith(ends)]
+    small = ("I8", "U8", "F8", "F6", "F4")
+    found += [(name, "8 bits or less") for name in stored if stored[name][2].startswith(small)]
+    if found:
+        name, tool = found[0]
+        path, key, dtype, _ = stored[name]
+        raise InputError(
+            f"the weights are quantised ({tool}: {key} in {path.name} is stored as {dtype}); "
+            "use an unquantised copy in F32, BF16 or F16"
+        )
 
 
 def _open(path):
@@ -290,16 +412,55 @@ def _with_image_token(config, tokenizer):
     pieces, rows = len(tokenizer.sp), config.text_config.vocab_size
     if pieces > rows:
         raise InputError(f"the tokenizer has {pieces} pieces and the model {rows}; use the files of one checkpoint")
+    beyond = [f"{text!r} {i}" for text, i in tokenizer.added.items() if i >= rows]
+    if beyond:
+        raise InputError(
+            f"the tokenizer has tokens beyond the {rows} rows of the embedding ({_some(beyond)}); use the files of one "
+            "checkpoint"
+        )
     return config if found == config.image_token_index else replace(config, image_token_index=found)
 
 
-def _stop_ids(folder, tokenizer):
-    """Ids that end an answer: generation_config.json's, else the tokenizer's end of sequence."""
+# Settings of transformers' generate, and the values with which they change nothing (beside null)
+GENERATION = {
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "top_h": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "force_words_ids": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "sequence_bias": None, "exponential_decay_length_penalty": None, "guidance_scale": 1.0, "num_beams": 1,
+    "num_beam_groups": 1, "diversity_penalty": 0.0, "length_penalty": 1.0, "early_stopping": False, "penalty_alpha": 0,
+    "min_length": 0, "min_new_tokens": 0, "max_length": 20, "max_new_tokens": None, "max_time": None,
+    "num_return_sequences": 1, "stop_strings": None, "renormalize_logits": False, "remove_invalid_values": False,
+    "watermarking_config": None, "dola_layers": None, "token_healing": False, "constraints": None,
+}  # fmt: skip
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def read_generation_settings(folder, tokenizer):
+    """(stop ids, notes): the ids that end an answer, and one line about what else is asked for and not done.
+
+    generation_config.json has them; without it transformers looks into config.json and then into its text_config. If
+    none says how an answer ends, the tokenizer's end of sequence does.
+    """
     path = folder / "generation_config.json"
-    with making_sense_of(path):
-        eos = (read_json(path) or {}).get("eos_token_id")
+    raw = read_json(path)
+    with making_sense_of(path if raw is not None else folder / "config.json"):
+        if raw is None:
+            top = read_json(folder / "config.json")
+            parts = (top.get("text_config") or {}, top)
+            raw = {
+                key: part[key] for part in parts for key in (*GENERATION, "eos_token_id") if part.get(key) is not None
+            }
+            path = folder / "config.json"
+        eos = raw.get("eos_token_id")
         eos = tokenizer.eos_id if eos is None else eos
         eos = tuple(eos) if isinstance(eos, list) else (eos,)
-        if not all(isinstance(i, int) for i in eos):
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in eos):
             raise ValueError(f"eos_token_id is {eos}")
-        return eos
+    neutral = GENERATION if raw.get("do_sample") else GENERATION | {name: raw.get(name) for name in OF_SAMPLING}
+    asked = [f"{name} {raw[name]}" for name in neutral if raw.get(name) not in (None, [], neutral[name])]
+    if not asked:
+        return eos, ()
+    return eos, (
+        f"{path.name} asks for {_some(asked)}, which is not followed; see --temperature and the flags beside it",
+    )

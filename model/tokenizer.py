@@ -1,7 +1,10 @@
 """Text to ids and back: a sentencepiece model plus added tokens, and the prompt templates of the LLaVA families."""
 
 import codecs
+import hashlib
 import re
+import unicodedata
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -11,12 +14,25 @@ from .config import InputError, making_sense_of, read_json
 SPACE = "\u2581"  # sentencepiece's visible space
 
 
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is cut out of the text before sentencepiece sees it, with the flags of the checkpoint's files."""
+
+    content: str
+    id: int
+    special: bool = False  # leaves no trace in the text of an answer
+    lstrip: bool = False  # takes the white space before it along
+    rstrip: bool = False  # and the white space behind it
+    single_word: bool = False  # is not found inside a word
+    normalized: bool = False  # is looked for after the others, in the text as the normalizer leaves it
+
+
 class Tokenizer:
     """Llama tokenizer of a checkpoint folder (tokenizer.model and whichever JSON files lie beside it).
 
     Added tokens such as `<image>` are cut out of the text first; sentencepiece sees the segments between them. Whether
     each segment or only the first gets sentencepiece's dummy space is decided from the files, because published LLaVA
-    checkpoints differ in exactly that.
+    checkpoints differ in exactly that. Where the files disagree, transformers' AutoProcessor is followed.
     """
 
     def __init__(self, folder):
@@ -28,49 +44,126 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as broken:
             raise InputError(f"{path} is not a sentencepiece model; fetch the file again") from broken
-        config, fast, plain = (
-            read_json(folder / name) or {} for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")
+        config, fast, plain, names = (
+            read_json(folder / name) or {}
+            for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json")
         )
+        if config.get("added_tokens_decoder"):  # it replaces these two files
+            plain, names = {}, {}
+        names = config | names
         with making_sense_of(f"{folder}/tokenizer_config.json, tokenizer.json or added_tokens.json"):
-            self.added = _added_tokens(config, fast, plain)  # text -> id
-            self.prefix_every_segment, self.prefix_spares_spaces = _prefix_rule(config, fast)
-        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
-        self.add_bos = config.get("add_bos_token") is not False and self.bos_id >= 0
-        control = [i for i in range(len(self.sp)) if self.sp.is_control(i) or self.sp.is_unknown(i)]
-        self.added = {**{self.sp.id_to_piece(i): i for i in control}, **self.added}
-        # longest first, so that no token hides a longer one that starts with it
-        texts = sorted(self.added, key=len, reverse=True)
-        self._cut = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-        self._silent = set(self.added.values())
+            tokens = _added_tokens(config, fast, plain, _named_texts(names))
+            _check_ids(tokens, fast, self.sp)
+            self._prepends, self.prefix_every_segment, self.prefix_spares_spaces = _prefix_rule(config, fast)
+            self.strips_first_space = _strips_first_space(fast)
+            control = [i for i in range(len(self.sp)) if self.sp.is_control(i) or self.sp.is_unknown(i)]
+            found = {t.content: t for t in tokens}
+            for i in control:
+                text = self.sp.id_to_piece(i)
+                found[text] = replace(found.get(text, AddedToken(text, i)), special=True)
+            self.added = {text: token.id for text, token in found.items()}
+            self.bos_id = self._named_id(names, "bos_token", self.sp.bos_id())
+            self.eos_id = self._named_id(names, "eos_token", self.sp.eos_id())
+            self.bos_id, self.add_bos = _bos_rule(config, fast, self.bos_id)
+        self._first = _Finder({text: token for text, token in found.items() if not token.normalized})
+        self._second = _Finder({self._normal(text): token for text, token in found.items() if token.normalized})
+        # behind a `Prepend` normalizer a normalised token has another name, which transformers shows, and shows always
+        shown = [
+            t for t in found.values() if t.id not in control and (not t.special or self._prepends and t.normalized)
+        ]
+        self._spoken = {token.id: self._normal(token.content) if token.normalized else token.content for token in shown}
+        self._silent = set(self.added.values()) - self._spoken.keys()
         self._newline = self.sp.encode("\n")
+
+    def _named_id(self, names, name, default):
+        """Id of the token that a file calls name ("bos_token"), -1 if it says that there is none."""
+        text = _text_of(names.get(name))
+        return default if name not in names else self.added.get(text, self.sp.piece_to_id(text) if text else -1)
 
     def encode(self, text, bos=True):
         """Token ids of text; BOS in front if asked for and if the checkpoint uses one."""
         ids = [self.bos_id] if bos and self.add_bos else []
-        start = 0
-        for match in self._cut.finditer(text):
-            ids += self._segment(text[start : match.start()], start)
-            ids.append(self.added[match.group()])
-            start = match.end()
-        return ids + self._segment(text[start:], start)
+        for start, part in self._first.cut(text):
+            ids += [part.id] if isinstance(part, AddedToken) else self._segment(part, start)
+        return ids
 
     def _segment(self, text, start):
-        if not text:
-            return []
+        """Ids of the text between two tokens; start: its first character, counted in the whole text."""
+        ids = []
+        for begin, part in self._second.cut(self._normal(text)):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            elif self._prepends:  # the dummy space is in the text already
+                ids += self._bare(part)
+            else:
+                ids += self._prefixed(part, start + begin)
+        return ids
+
+    def _normal(self, text):
+        """What a `Prepend` normalizer makes of a text; without one the text itself."""
+        return SPACE + text.replace(" ", SPACE) if self._prepends else text
+
+    def _prefixed(self, text, start):
         wanted = self.prefix_every_segment or start == 0
         if wanted and not (self.prefix_spares_spaces and text.startswith((" ", SPACE))):
             return self.sp.encode(text)
-        # without the dummy space: encode behind a newline, then drop what the newline became
+        return self._bare(text)
+
+    def _bare(self, text):
+        """Ids without a dummy space: encode the text behind a newline, then drop what the newline became."""
         return self.sp.encode("\n" + text)[len(self._newline) :]
 
     def decode(self, ids):
-        """Text of ids; added and control tokens leave no trace, one leading space is dropped."""
+        """Text of ids; special and control tokens leave no trace, one leading space is dropped."""
         stream = Detokenizer(self)
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def unreachable_ids(self, vocab_size):
         """Ids below vocab_size that a model must never say: padding rows of the embedding that stand for nothing."""
-        return [i for i in range(len(self.sp), vocab_size) if i not in self._silent]
+        known = set(self.added.values())
+        return [i for i in range(len(self.sp), vocab_size) if i not in known]
+
+
+WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # as Unicode has it
+
+
+class _Finder:
+    """Finds added tokens in a text as the `tokenizers` library does."""
+
+    def __init__(self, tokens):
+        """tokens: {text to look for: AddedToken}."""
+        self.tokens = tokens
+        # longest first, so that no token hides a longer one that starts with it
+        longest = sorted(tokens, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+    def cut(self, text):
+        """(start, str or AddedToken) of each part of the text, in order."""
+        done = 0
+        for match in self.pattern.finditer(text):
+            token, (start, stop) = self.tokens[match.group()], match.span()
+            if token.single_word and (_in_word(text[start - 1 : start]) or _in_word(text[stop : stop + 1])):
+                continue
+            if token.lstrip:
+                start = max(done, len(text[:start].rstrip(WHITE)))
+            if token.rstrip:
+                stop = len(text) - len(text[stop:].lstrip(WHITE))
+            if done < start:
+                yield done, text[done:start]
+            if start < stop:  # not so where the token before has taken white space that this one consists of
+                yield start, token
+            done = stop
+        if done < len(text):
+            yield done, text[done:]
+
+
+def _in_word(character):
+    """Is it one that Unicode counts to words: a letter, mark, digit or connector?"""
+    return bool(character) and (
+        unicodedata.category(character) in ("Nd", "Nl", "Pc")
+        or unicodedata.category(character)[0] in "LM"
+        or character in "\u200c\u200d"
+    )
 
 
 class Detokenizer:
@@ -85,14 +178,14 @@ class Detokenizer:
         self._at_start = True
 
     def push(self, token):
-        """Text that one more id makes certain; empty for added and control tokens."""
-        sp = self.tokenizer.sp
-        if token in self.tokenizer._silent or not 0 <= token < len(sp):
+        """Text that one more id makes certain; empty for special and control tokens."""
+        sp, spoken = self.tokenizer.sp, self.tokenizer._spoken
+        if token in self.tokenizer._silent or not (0 <= token < len(sp) or token in spoken):
             return ""
-        piece = sp.id_to_piece(token)
-        # a byte piece is spelled "<0xE2>"
-        data = bytes([int(piece[3:-1], 16)]) if sp.is_byte(token) else piece.replace(SPACE, " ").encode()
-        if self._at_start:
+        byte = token < len(sp) and sp.is_byte(token)
+        piece = spoken[token] if token in spoken else sp.id_to_piece(token)
+        data = bytes([int(piece[3:-1], 16)]) if byte else piece.replace(SPACE, " ").encode()  # spelled "<0xE2>"
+        if self._at_start and self.tokenizer.strips_first_space:
             data, self._at_start = data.removeprefix(b" "), False
         return self._utf8.decode(data)
 
@@ -101,32 +194,132 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
 
-def _added_tokens(config, fast, plain):
-    """Added tokens {text: id} from the three places where checkpoints keep them."""
-    added = {text: int(i) for text, i in plain.items()}  # added_tokens.json
-    added.update({entry["content"]: int(i) for i, entry in (config.get("added_tokens_decoder") or {}).items()})
-    added.update({entry["content"]: int(entry["id"]) for entry in fast.get("added_tokens") or []})
-    return {text: i for text, i in added.items() if text}
+# ---------------------------------------------------------------- what the files say
+
+
+def _text_of(entry):
+    """The text of a token that a file gives as a string or as a dict; None if it gives none."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _named_texts(names):
+    """Texts of the tokens that have a name of their own: "bos_token", "image_token", ..."""
+    named = {key: value for key, value in names.items() if key.endswith("_token") and not isinstance(value, bool)}
+    extra = names.get("extra_special_tokens")
+    return {_text_of(v) for v in (*named.values(), *(extra.values() if isinstance(extra, dict) else ()))} - {None}
+
+
+def _added_tokens(config, fast, plain, named):
+    """The added tokens, one AddedToken per text.
+
+    tokenizer.json is the tokenizer; transformers then adds the tokens of tokenizer_config.json again, so those flags
+    win, but what either calls special stays special. added_tokens.json has texts and ids alone.
+    """
+    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    again = config.get("added_tokens_decoder") or {}
+    entries = {}  # (text, id) -> flags
+
+    def put(text, i, given, special):
+        normalized = not given.get("special")  # the default of transformers' own class
+        chosen = {"normalized": normalized, **{flag: bool(given[flag]) for flag in flags if flag in given}}
+        entries[text, int(i)] = chosen | {"special": special}
+
+    for text, i in plain.items():
+        put(text, i, {"special": text in named}, text in named)
+    for entry in fast.get("added_tokens") or []:
+        text = entry["content"]
+        put(text, entry["id"], entry, bool(entry.get("special") or not again and text in named))
+    for i, entry in again.items():
+        text = entry["content"]
+        before = entries.get((text, int(i)), {})
+        put(text, i, entry, bool(entry.get("special") or text in named or before.get("special")))
+    return [AddedToken(text, i, **chosen) for (text, i), chosen in entries.items() if text]
+
+
+def _check_ids(tokens, fast, sp):
+    """InputError unless the ids are those that transformers would count: a piece's own, then one after the other."""
+    ids = {}
+    for token in tokens:
+        if ids.setdefault(token.content, token.id) != token.id:
+            raise InputError(
+                f"the tokenizer's files give {token.content!r} the ids {ids[token.content]} and {token.id}; use the "
+                "files of one checkpoint"
+            )
+    new = 0
+    for token in sorted(tokens, key=lambda t: t.id):
+        piece = sp.piece_to_id(token.content)
+        is_piece = sp.id_to_piece(piece) == token.content
+        expected = piece if is_piece else len(sp) + new
+        new += not is_piece
+        if token.id != expected:
+            raise InputError(
+                f"the added token {token.content!r} has the id {token.id} where its place is {expected}; use the "
+                "tokenizer files of one checkpoint"
+            )
+    vocabulary = (fast.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, dict) and any(vocabulary.get(sp.id_to_piece(i)) != i for i in range(len(sp))):
+        raise InputError("tokenizer.json has other pieces than tokenizer.model; use the files of one checkpoint")
+
+
+def _steps(part, inner):
+    """The steps of a part of tokenizer.json, which may be a sequence of them."""
+    part = part or {}
+    return part.get(inner) or [] if part.get("type") == "Sequence" else [part] if part else []
 
 
 def _prefix_rule(config, fast):
-    """(every, spares): how sentencepiece's dummy space is put before a segment.
+    """(prepends, every, spares): how sentencepiece's dummy space is put before a segment.
 
-    every: before each segment, not only at the start of the text. spares: not where the segment has a space already.
-    The fast tokenizer's file decides if there is one (a `Prepend` normalizer, or a `Metaspace` pre-tokenizer with its
-    scheme), else the `legacy` flag, whose absence means true.
+    prepends: by a normalizer, before each segment. every: before each segment, not only at the start of the text.
+    spares: not where the segment has a space already. The fast tokenizer's file decides if there is one (a `Prepend`
+    normalizer, or a `Metaspace` pre-tokenizer with its scheme), else the `legacy` flag, whose absence means true.
     """
-    normalizer, pre = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
-    for part in (normalizer, *(normalizer.get("normalizers") or [])):
-        if part.get("type") == "Prepend":
-            return True, False
-    for part in (pre, *(pre.get("pretokenizers") or [])):
-        if part.get("type") == "Metaspace":
-            scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
-            if scheme not in ("always", "first"):
-                raise InputError(f"tokenizer.json asks for prepend_scheme {scheme!r}; only always and first are known")
-            return scheme == "always", True
-    return config.get("legacy") is not False, False
+    normalizers, pre = _steps(fast.get("normalizer"), "normalizers"), _steps(fast.get("pre_tokenizer"), "pretokenizers")
+    for part, known in ((normalizers, ("Prepend", "Replace")), (pre, ("Metaspace",))):
+        for step in part:
+            if step.get("type") not in known:
+                raise InputError(
+                    f"tokenizer.json has a step of type {step.get('type')!r}; only tokenizers with "
+                    f"{' and '.join(known)} there can be read"
+                )
+    if any(step["type"] == "Prepend" for step in normalizers):
+        return True, True, False
+    for part in pre:
+        scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
+        if scheme not in ("always", "first"):
+            raise InputError(f"tokenizer.json asks for prepend_scheme {scheme!r}; only always and first are known")
+        if part.get("split") is not False:
+            raise InputError("tokenizer.json splits at every space; only tokenizers with split false can be read")
+        return False, scheme == "always", True
+    return False, config.get("legacy") is not False, False
+
+
+def _strips_first_space(fast):
+    """Does decoding drop a space at the start? Only a tokenizer.json can say no, by a decoder without that step."""
+    decoder = _steps(fast.get("decoder"), "decoders")
+    for step in decoder:
+        if step.get("type") not in ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"):
+            raise InputError(f"tokenizer.json decodes with {step.get('type')!r}; only Llama's decoders can be read")
+    return not decoder or any(step["type"] in ("Strip", "Metaspace") for step in decoder)
+
+
+def _bos_rule(config, fast, bos):
+    """(id, whether it is put before a prompt): as tokenizer.json's post-processor says, else by `add_bos_token`."""
+    if "post_processor" not in fast:
+        if config.get("add_eos_token"):
+            raise InputError("tokenizer_config.json puts an end token behind the prompt; set add_eos_token to false")
+        return bos, config.get("add_bos_token") is not False and bos >= 0
+    rule = fast["post_processor"]
+    if rule is None:
+        return bos, False
+    single = [next(iter(step.items())) for step in rule["single"]] if rule["type"] == "TemplateProcessing" else []
+    kinds = [kind for kind, _ in single]
+    if kinds not in (["SpecialToken", "Sequence"], ["Sequence"]):
+        raise InputError("tokenizer.json puts more around a prompt than a start token; use another copy's tokenizer")
+    if kinds == ["Sequence"]:
+        return bos, False
+    (first,) = rule["special_tokens"][single[0][1]["id"]]["ids"]
+    return first, True
 
 
 # ---------------------------------------------------------------- templates
@@ -171,38 +364,66 @@ def build_prompt(question, images, template, system=None):
     return f"{system + ' ' if system else ''}USER: {question} ASSISTANT:"
 
 
+# SHA-256 of known chat templates as `_fingerprint` reads them, and what they render a question with a picture to
+KNOWN_TEMPLATES = {
+    # "USER: <image>\nQ ASSISTANT:", llava-1.5-*-hf and llava-v1.6-vicuna-*-hf, with and without `generation` marks
+    "19a8f55284b8d7469ebbf822a120f01b83e82ab5220ca90dc0423e6318e734e1": "llava",
+    "f743677a293acc6d51108c4825e1ea26ca73621be042bdd55703678bec21b1b0": "llava",
+    # "[INST] <image>\nQ [/INST]", llava-v1.6-mistral-7b-hf; two spellings of </s> behind an answer
+    "ef350bbf817df2e8ceeff130e369858185b382ec436fef5a693c7612de7c3794": "mistral",
+    "937ee8700b6ef6cef87ac884dee13d2de9f5cbe2fdaea851b47b2226f6da49fe": "mistral",
+    # "[INST] Q [/INST]", Mistral-7B-Instruct-v0.2, in the tokenizer_config.json of copies with that language model
+    "0ee0ad349d84978ea58676fc5aed83e8031e094ca1c8f767b4eed228ed63be66": "mistral",
+    # "USER: <image>\nQ ASSISTANT:", the demo model of this repository
+    "587e1951163fb24a1dd8a1b5c0681cc995cc09e905b1c05b4b380372753f726f": "llava",
+}
+
+
 def find_template(folder, config):
     """(template, note): the family of the checkpoint's own chat template; the note says how it was found.
 
-    Chat templates are programs from files one need not trust: they are recognised, never run. Without one, config (a
-    LlavaConfig) tells the family.
+    Chat templates are programs from files one need not trust: the known ones are recognised by their text, none is
+    run. With no or another one, config (a LlavaConfig) tells the family.
     """
     text = _chat_template(Path(folder))
-    fallback = "llava"  # LLaVA-1.5
+    family = "llava"  # LLaVA-1.5
     if config.text_config.model_type == "mistral":
-        fallback = "mistral"
+        family = "mistral"
     elif config.image_grid_pinpoints:  # LLaVA-NeXT with Vicuna
-        fallback = "llava_v1"
+        family = "llava_v1"
     if text is None:
-        return fallback, "no chat template in the folder"
-    if "[INST]" in text:
-        return "mistral", "from the chat template"
-    if "curious human" in text:
-        return "llava_v1", "from the chat template"
-    if "curious user" in text:
-        return "vicuna", "from the chat template"
-    if "ASSISTANT:" in text:
-        return "llava", "from the chat template"
-    return fallback, "chat template not recognised"
+        return family, "no chat template in the folder"
+    known = KNOWN_TEMPLATES.get(_fingerprint(text))
+    if known is None:
+        return family, f"chat template not recognised; choose with --template: {', '.join(TEMPLATES)}"
+    return known, "from the chat template"
 
 
 def _chat_template(folder):
-    for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if name.endswith(".jinja"):
-            if (folder / name).is_file():
-                return (folder / name).read_text(encoding="utf-8", errors="replace")
-        else:
+    """The text of the chat template that transformers would take, None if there is none."""
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+        if name.endswith(".json"):
             text = (read_json(folder / name) or {}).get("chat_template")
-            if text:
-                return text if isinstance(text, str) else str(text)
+        else:
+            text = (folder / name).read_text("utf-8", "replace") if (folder / name).is_file() else None
+        if isinstance(text, list):  # [{"name": ..., "template": ...}]
+            with making_sense_of(folder / name):
+                text = {entry["name"]: entry["template"] for entry in text}
+        text = text.get("default", str(text)) if isinstance(text, dict) else text
+        if text:
+            return str(text)
     return None
+
+
+def _fingerprint(template):
+    """SHA-256 of a Jinja template without what does not change its output: comments, and white space as below."""
+    text = re.sub(r"\{#.*?#\}", "", template.replace("\r\n", "\n").removesuffix("\n"), flags=re.S)
+    text = re.sub(r"(?<=-[%}]\})\s+|\s+(?=\{[%{]-)", "", text)  # a minus at a tag takes the white space beside it
+    text = re.sub(r"(?<=%\})\n(?:[ \t]*(?=\{%))?", "", text)  # a line that is nothing but a tag
+
+    def inside(tag):  # white space between the words of a tag; in a string, \n is a line break
+        parts = re.split(r"('[^']*'|\"[^\"]*\")", tag[0])
+        return "".join(p.replace("\\n", "\n") if i % 2 else re.sub(r"\s", "", p) for i, p in enumerate(parts))
+
+    text = re.sub(r"\{[%{].*?[%}]\}", inside, text, flags=re.S)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

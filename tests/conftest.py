@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import sentencepiece
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, slowly
@@ -26,6 +27,12 @@ from safetensors.torch import save_file
 
 from model.config import InputError, parse_config
 from model.llava import Llava
+from tests.cover import pairwise
+from tests.seeds import BASE, drawn, seed_all, torch_random
+from tools.hf import import_transformers
+
+with contextlib.suppress(ImportError):
+    import_transformers()  # before a test imports it: it may find a package `kernels` that is not ours
 
 PIECES = 420  # of the sentencepiece model; the added tokens follow
 IMAGE_ID, PAD_ID = PIECES, PIECES + 1
@@ -51,6 +58,79 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+
+
+# ---------------------------------------------------------------- which tests
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every combination of parameters and every architecture")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: a test or a case that runs only with --all, or where cases are named")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, no thorough tests, and of the others the cases in which all pairs of parameters' values meet."""
+    if config.option.all or any("[" in argument for argument in config.args):  # a case that is named is run
+        return
+    tests = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {item for item in items if item.get_closest_marker("thorough")}
+    for cases in tests.values():
+        cases = [item for item in cases if item not in left_out] or cases
+        if hasattr(cases[0], "callspec"):  # a value is one object in all cases that have it
+            chosen = pairwise([{name: id(v) for name, v in item.callspec.params.items()} for item in cases])
+            left_out |= set(cases) - {cases[i] for i in chosen}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+# the same examples every time; a sweep over bases gives Hypothesis a seed too
+settings.register_profile("tests", derandomize=not BASE, database=None, deadline=None, print_blob=True)
+settings.load_profile("tests")
+
+
+DRAWING = set()  # shared fixtures that draw numbers
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Each test draws the same numbers, whichever tests ran before it.
+
+    TEST_DRAWS names a file that takes down the tests that draw numbers, for tests/sweep.py.
+    """
+    seed_all(request.node.nodeid)
+    path = os.environ.get("TEST_DRAWS")
+    before = drawn() if path else None
+    yield
+    if path and (drawn() != before or DRAWING & set(request.fixturenames) or hasattr(request.function, "hypothesis")):
+        with open(path, "a") as file:
+            file.write(f"{request.node.nodeid}\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """So does what tests share, whichever of them needs it first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")  # the test is seeded after this
+    before = drawn()
+    made = yield
+    if drawn() != before:
+        DRAWING.add(fixturedef.argname)
+    return made
+
+
+def pytest_collectstart(collector):
+    """So does what a file draws while it is imported."""
+    if isinstance(collector, pytest.Module):
+        seed_all(collector.nodeid)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -152,7 +232,7 @@ def write_small_files(folder, tokenizer_dir, image_size):
 
 def spread(module, seed):
     """Random weights large enough that a wrong angle, mask or head changes the logits visibly."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_random(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator) * 0.2

@@ -2,13 +2,17 @@
 
     python tests/mutants.py             # all of them, two at a time; exit 1 if one survives
     python tests/mutants.py rope eps    # those whose name contains a word
+    python tests/mutants.py --third     # every third one of each file, as in `make test`
     python tests/mutants.py --tested    # when all tests have just passed: not the named ones without a fault first
 
 A mutant that survives means a promise that nothing checks. Runs in a copy; the working tree is never touched.
 """
 
+import argparse
+import gc
 import multiprocessing
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -17,6 +21,7 @@ from pathlib import Path
 
 # as tests/conftest.py has it, before torch is imported
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no test needs one
 sys.dont_write_bytecode = True
 if not os.path.exists("/dev/nvidiactl"):  # no CUDA; torch, which could tell, imports triton
     os.environ["TRITON_INTERPRET"] = "1"
@@ -27,13 +32,14 @@ import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402, F401
 import sentencepiece  # noqa: E402, F401
 import torch  # noqa: E402, F401
-import transformers  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+
+# not as a module: a forked process has to find the folder tools in its own tree
+transformers = runpy.run_path(str(ROOT / "tools" / "hf.py"))["import_transformers"]()
 transformers.LlavaForConditionalGeneration  # noqa: B018  loaded when it is named
 transformers.LlamaTokenizer  # noqa: B018
 transformers.AttentionInterface  # noqa: B018
-
-ROOT = Path(__file__).resolve().parent.parent
 
 PARITY = "test_parity.py::test_prefill_logits_at_all_positions_are_as_exact_as_transformers"
 DECODE = "test_generate.py::test_decoding_token_by_token_equals_one_long_prefill"
@@ -92,9 +98,27 @@ MUTANTS = {
     ),
     "wrong row offset": (
         "kernels/ragged_decode_torch.py",
-        "x.as_strided(shape, strides, start * q.shape[3])",
-        "x.as_strided(shape, strides, max(0, start - 1) * q.shape[3])",
+        "x.storage_offset() + start * q.shape[3]",
+        "x.storage_offset() + max(0, start - 1) * q.shape[3]",
         RAGGED,
+    ),
+    "a rectangle counts from where the storage begins": (
+        "kernels/ragged_decode_torch.py",
+        "x.storage_offset() + start * q.shape[3]",
+        "start * q.shape[3]",
+        "test_views.py::test_the_two_halves_of_one_tensor",
+    ),
+    "a plan shares the caller's tables": (
+        "kernels/ragged_decode.py",
+        "(kv_start, kv_cap) = pair.tolist(), pair.unbind()",
+        "_ = pair.tolist(), pair.unbind()",
+        "test_views.py::test_a_plan_keeps_its_own_tables",
+    ),
+    "Triton: gradients dropped without a word": (
+        "kernels/backend.py",
+        "any(t.requires_grad for t in inputs)",
+        "any(t.requires_grad for t in inputs[1:])",
+        "test_views.py::test_gradients_are_kept_or_refused",
     ),
     "uneven segments taken for a rectangle": (
         "kernels/ragged_decode.py",
@@ -182,8 +206,8 @@ MUTANTS = {
     ),
     "Triton: rows of another head": (
         "kernels/ragged_decode_triton.py",
-        "* heads + segment % heads) * G + r % G",
-        "* heads + (segment + 1) % heads) * G + r % G",
+        "* heads + segment % heads).to(tl.int64) * G + r % G",
+        "* heads + (segment + 1) % heads).to(tl.int64) * G + r % G",
         TRITON,
     ),
     "Triton: a split begins one slot late": (
@@ -380,7 +404,7 @@ MUTANTS = {
     ),
     "a rectangle of segments of several lengths": (
         "model/cache.py",
-        " or plan.longest * plan.segments != len(k):",
+        " or plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:",
         ":",
         "test_cache.py::test_a_rectangle_is_the_arenas_and_nothing_less",
     ),
@@ -425,6 +449,24 @@ MUTANTS = {
         "x = x.clone()  #",
         "#",
         "test_generate.py::test_a_step_leaves_what_it_is_given",
+    ),
+    "loading keeps what it has copied": (
+        "model/load.py",
+        "        del weights",
+        "        self.config.__dict__['kept'] = weights",
+        "test_memory.py::test_loading_holds_every_weight_once",
+    ),
+    "the bandwidth is measured with all that is free": (
+        "tools/report.py",
+        "free_memory(device) // 16",
+        "free_memory(device) // 4",
+        "test_memory.py::test_the_bandwidth_is_measured_within_what_is_free",
+    ),
+    "every answer waits for the clock": (
+        "model/generate.py",
+        'if wait and device.type == "cuda":',
+        'if device.type == "cuda":',
+        "test_run.py::test_the_clock_waits_for_cuda_and_only_if_asked",
     ),
     "mapped weights are copied": (
         "model/load.py",
@@ -530,8 +572,8 @@ MUTANTS = {
     ),
     "who leaves the batch takes the ids of another": (
         "model/generate.py",
-        "self._ids = self._ids[stay]",
-        "self._ids = self._ids[: len(stay)]",
+        "ids = self._ids[stay]",
+        "ids = self._ids[: len(stay)]",
         "test_batch.py::test_a_batch_says_what_each_would_say_alone",
     ),
     "who leaves the cache leaves the wrong rows": (
@@ -554,9 +596,63 @@ MUTANTS = {
     ),
     "half a line stays": (
         "tools/questions.py",
-        "os.ftruncate(self._file, size if complete else whole)",
-        "whole = size or complete",
+        "            os.ftruncate(self._file, start)",
+        "            pass",
         "test_questions.py::test_a_second_run_answers_only_what_is_missing",
+    ),
+    "NULs of a power cut stay": (
+        "tools/questions.py",
+        'BLANK = b"\\0\\r',
+        'BLANK = b"\\r',
+        "test_questions.py::test_what_a_power_cut_leaves_behind_is_cut_off",
+    ),
+    "errors are never asked again": (
+        "tools/questions.py",
+        "            if answers.keep_errors:",
+        "            if True:",
+        "test_questions.py::test_what_could_not_be_answered_is_asked_again",
+    ),
+    "an error that was made good stays": (
+        "tools/questions.py",
+        "if not about[i][1] or about[i][0] not in asked)",
+        "if about)",
+        "test_questions.py::test_what_could_not_be_answered_is_asked_again",
+    ),
+    "lines stay where they came": (
+        "tools/questions.py",
+        "        if ordered != data:",
+        "        if not ordered:",
+        "test_questions.py::test_a_question_inserted_in_front_is_answered_in_front",
+    ),
+    "the file is put in order in place": (
+        "tools/questions.py",
+        'new = path.with_name(path.name + ".new")',
+        "new = path",
+        "test_questions.py::test_putting_the_lines_in_order_loses_nothing",
+    ),
+    "other names of a picture are overlooked": (
+        "tools/questions.py",
+        "    if not images and other:",
+        "    if images and other:",
+        "test_questions.py::test_a_malformed_line_is_named_by_its_number",
+    ),
+    "out of memory ends the run": (
+        "tools/questions.py",
+        "            if not out_of_memory(broken):",
+        "            if broken:",
+        "test_questions.py::test_out_of_memory_in_one_prompt_is_its_error",
+    ),
+    "the batch is torn after out of memory": (
+        "tools/questions.py",
+        "                alone.update(tried)",
+        "                alone.update(tried[:0])",
+        "test_questions.py::test_out_of_memory_in_one_prompt_is_its_error",
+    ),
+    "a path is compared as it is written": (
+        "tools/questions.py",
+        "return os.path.realpath(value) == os.path.realpath(ours)",
+        "return value == ours",
+        "test_questions.py::test_the_same_files_from_another_directory_are_the_same",
     ),
     "an id alone tells an answered question": (
         "tools/questions.py",
@@ -575,6 +671,12 @@ MUTANTS = {
         "math.ceil(len(questions) / chunks)",
         "len(questions) // chunks",
         "test_questions.py::test_chunks_are_those_of_llava_and_cover_everything_once",
+    ),
+    "POPE takes an error for a yes": (
+        "tools/score_pope.py",
+        "append(None if failed(answer) else (",
+        "append((",
+        "test_questions.py::test_what_could_not_be_answered_is_no_yes",
     ),
     "POPE reads every sentence": (
         "tools/score_pope.py",
@@ -612,6 +714,24 @@ MUTANTS = {
         "self.newest.add_(self.takes, alpha=0)",
         DECODE,
     ),
+    "a failed repack forgets what room there is": (
+        "model/cache.py",
+        "self.room = min(self.room, slack)  # until all have moved",
+        "self.room = slack",
+        "test_out_of_memory.py::test_repacking_is_done_or_not_layer_by_layer",
+    ),
+    "a layer's table changes before its plan is there": (
+        "model/cache.py",
+        "cap, newest = length + slack, (start + length - 1).long()",
+        "cap, newest = self.kv_cap[layer].copy_(length + slack), (start + length - 1).long()",
+        "test_out_of_memory.py::test_repacking_is_done_or_not_layer_by_layer",
+    ),
+    "a step without logits stays in the cache": (
+        "model/generate.py",
+        "except BaseException:  # no next token: the step has not happened",
+        "except BaseException and ():",
+        "test_out_of_memory.py::test_a_step_that_finds_no_memory_has_not_happened",
+    ),
     "repack loses a token": (
         "model/cache.py",
         "source, slot = _taken(self.kv_start[layer], length), _taken(start, length)",
@@ -626,14 +746,14 @@ MUTANTS = {
     ),
     "a finished sequence goes on growing": (
         "model/cache.py",
-        "self.takes = live.repeat_interleave(heads).int()",
-        "self.takes = torch.ones_like(live).repeat_interleave(heads).int()",
+        "takes = live.repeat_interleave(segments // len(live)).int()",
+        "takes = torch.ones_like(live).repeat_interleave(segments // len(live)).int()",
         "test_cache.py::test_sequences_of_different_lengths_share_the_arenas",
     ),
     "a finished sequence writes into its neighbour": (
         "model/cache.py",
-        "self.rows = None if live.all() else",
-        "self.rows = None if live.any() else",
+        "return takes, None if live.all() else",
+        "return takes, None if live.any() else",
         "test_cache.py::test_a_finished_sequence_never_writes_into_its_neighbour",
     ),
     "dense K and V leak": (
@@ -926,9 +1046,33 @@ MUTANTS = {
     ),
     "top_k keeps one more": (
         "model/generate.py",
-        "logits.topk(top_k).values[-1]",
-        "logits.topk(top_k + 1).values[-1]",
+        'logits[top_k:] = float("-inf")',
+        'logits[top_k + 1 :] = float("-inf")',
         TOP,
+    ),
+    "a tiny temperature is 0": (
+        "model/generate.py",
+        "min(max(temperature, limits.tiny), limits.max)",
+        "min(temperature, limits.max)",
+        "test_generate.py::test_tiny_numbers_leave_the_best_token",
+    ),
+    "a tiny top_p leaves nothing": (
+        "model/generate.py",
+        "            before[0] = -1.0",
+        "            before[0] = 0.0",
+        "test_generate.py::test_tiny_numbers_leave_the_best_token",
+    ),
+    "any of equal logits is the best": (
+        "model/generate.py",
+        "if sampling.temperature > torch.finfo(logits.dtype).tiny:",
+        "if sampling.temperature > 0:",
+        "test_generate.py::test_of_equal_logits_the_greedy_one_is_the_best",
+    ),
+    "an empty question is asked": (
+        "model/generate.py",
+        'prompt.replace(IMAGE, "")).strip():',
+        'prompt.replace(IMAGE, "")) == IMAGE:',
+        "test_run.py::test_an_empty_question_is_refused_wherever_it_comes_from",
     ),
     "global random state": (
         "model/generate.py",
@@ -1002,6 +1146,42 @@ MUTANTS = {
         "print(text, flush=True)",
         "test_run.py::test_the_answer_and_nothing_else_is_on_stdout",
     ),
+    "a terminal's encoding ends the answer": (
+        "run.py",
+        'stream.reconfigure(errors="backslashreplace")',
+        "pass",
+        "test_run.py::test_an_answer_that_the_terminal_cannot_show_is_not_lost",
+    ),
+    "JSON in letters that the terminal lacks": (
+        "run.py",
+        "ensure_ascii=not plain",
+        "ensure_ascii=False",
+        "test_run.py::test_an_answer_that_the_terminal_cannot_show_is_not_lost",
+    ),
+    "a byte-order mark reaches the model": (
+        "model/config.py",
+        'data.decode("utf-8-sig")',
+        'data.decode("utf-8")',
+        "test_run.py::test_windows_text_is_the_same_prompt",
+    ),
+    "a reader that leaves is an error": (
+        "run.py",
+        "    except BrokenPipeError:\n        os.dup2(",
+        "    except ValueError:\n        os.dup2(",
+        "test_run.py::test_every_command_may_lose_its_reader",
+    ),
+    "one thread is told to take one thread": (
+        "tools/report.py",
+        "if threads == 1 or share < 0.2",
+        "if share < 0.2",
+        "test_run.py::test_threads_are_set_and_waiting_is_said_once",
+    ),
+    "time on a core counts as waiting": (
+        "tools/report.py",
+        "file.read().split()[1])",
+        "file.read().split()[0])",
+        "test_run.py::test_waiting_is_what_the_system_counts",
+    ),
     "help imports torch": (
         "run.py",
         "import time\n",
@@ -1026,12 +1206,144 @@ MUTANTS = {
         "for t in (*self.k, *self.v))",
         "test_run.py::test_ctrl_c_before_the_first_token_still_reports",
     ),
-    "alpha painted on white": (
+    "alpha dropped": (
         "model/image.py",
-        'return Picture(path, image.convert("RGB"), note)',
-        'return Picture(path, Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), '
-        'image.convert("RGBA").getchannel("A")), note)',
-        "test_image.py::test_alpha_is_dropped_not_blended",
+        "    if not image.has_transparency_data:",
+        "    if True:",
+        "test_image.py::test_transparency_of_every_kind_is_that_of_transformers",
+    ),
+    "a note about opaque alpha": (
+        "model/image.py",
+        "if least < 255:",
+        "if least <= 255:",
+        "test_image.py::test_opaque_alpha_is_not_worth_a_note",
+    ),
+    "EXIF orientation ignored": (
+        "model/image.py",
+        "rgb if turn is None else rgb.transpose(turn)",
+        "rgb",
+        "test_image.py::test_a_picture_is_turned_as_its_exif_orientation_says",
+    ),
+    "turned without a note": (
+        "model/image.py",
+        "if turned or turn is not None:",
+        "if turn is not None:",
+        "test_image.py::test_a_picture_is_turned_as_its_exif_orientation_says",
+    ),
+    "EXIF is read before the pixels": (
+        "model/image.py",
+        "turned = tiff and _orientation(image) in UPRIGHT",
+        "turned = _orientation(image) in UPRIGHT",
+        "test_image.py::test_a_broken_file_is_one_clear_line",
+    ),
+    "32 bits clipped": (
+        "model/image.py",
+        "if high < 2**n), high)",
+        "if high < 2**n), 65535)",
+        "test_image.py::test_deep_grey_is_what_8_bits_would_show",
+    ),
+    "unsigned numbers read as signed": (
+        "model/image.py",
+        "values += 2.0**32 * (values < 0)",
+        "values += 0",
+        "test_image.py::test_deep_grey_is_what_8_bits_would_show",
+    ),
+    "12 bits taken for 16": (
+        "model/image.py",
+        "bits = 12 if tags.get(TIFF_BITS) == (12,) else 16",
+        "bits = 16",
+        "test_image.py::test_12_bits_of_a_tiff_are_not_taken_for_16",
+    ),
+    "any format that Pillow knows": (
+        "model/image.py",
+        "formats=[name for name in FORMATS if name in Image.OPEN]",
+        "formats=None",
+        "test_image.py::test_other_files_are_named_and_start_no_program",
+    ),
+    "libtiff speaks": (
+        "model/image.py",
+        "os.dup2(nowhere, 2)",
+        "pass",
+        "test_image.py::test_what_pillow_and_libtiff_say_does_not_reach_stderr",
+    ),
+    "Pillow warns": (
+        "model/image.py",
+        "    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):\n"
+        '        warnings.simplefilter("ignore")\n        yield',
+        "    yield",
+        "test_image.py::test_what_pillow_and_libtiff_say_does_not_reach_stderr",
+    ),
+    "a pipe is a device": (
+        "model/image.py",
+        "if stat.S_ISFIFO(mode):",
+        "if False:",
+        "test_image.py::test_devices_and_pipes_do_not_hang",
+    ),
+    "base64 of one alphabet": (
+        "model/image.py",
+        'bytes.maketrans(b"-_", b"+/")',
+        'bytes.maketrans(b"", b"")',
+        "test_image.py::test_a_data_uri_is_a_picture",
+    ),
+    "a picture split into letters": (
+        "model/image.py",
+        "isinstance(images, list | tuple)",
+        "isinstance(images, list | tuple | str)",
+        "test_generate.py::test_one_picture_needs_no_list",
+    ),
+    "crops are not told": (
+        "model/image.py",
+        "or lost <= 0.1:",
+        "or lost <= 0.9:",
+        "test_image.py::test_a_crop_that_drops_more_than_a_tenth_says_so",
+    ),
+    "a stop text split into letters": (
+        "model/generate.py",
+        "else (self.stop,) if isinstance(self.stop, str) else self.stop",
+        "else self.stop if not isinstance(self.stop, str) else tuple(self.stop)",
+        "test_generate.py::test_a_stop_text_is_one_text",
+    ),
+    "no limit of new tokens": (
+        "model/generate.py",
+        '("max_new_tokens", Integral, 1, math.inf,',
+        '("max_new_tokens", Integral, 0, math.inf,',
+        "test_generate.py::test_sampling_without_sense_is_refused",
+    ),
+    "booleans are numbers": (
+        "model/generate.py",
+        "if isinstance(value, bool) or not isinstance(value, kind)",
+        "if not isinstance(value, kind)",
+        "test_generate.py::test_sampling_without_sense_is_refused",
+    ),
+    "one answer written twice at once": (
+        "model/generate.py",
+        "if self._writer is not writer:",
+        "if False:",
+        "test_generate.py::test_one_answer_cannot_be_written_twice_at_once",
+    ),
+    "a batch of two backends": (
+        "model/generate.py",
+        "if self.running and generation.way != self.running[0].way:",
+        "if False:",
+        "test_batch.py::test_a_batch_is_of_one_backend",
+    ),
+    "any device will do": (
+        "model/load.py",
+        'if device.type == "cuda" and (not torch.cuda.is_available()',
+        'if device.type == "mps" and (not torch.cuda.is_available()',
+        "test_load.py::test_a_device_that_is_not_there_is_refused_before_anything_is_read",
+    ),
+    "somebody else's kernels are looked for": (
+        "tools/hf.py",
+        "    ours = ",
+        "    return __import__('transformers')\n    ours = ",
+        "test_checks.py::test_transformers_works_beside_a_package_of_the_name_of_ours",
+    ),
+    "a test draws what is left by those before it": (
+        "tests/seeds.py",
+        "    torch.manual_seed(seed)",
+        "    pass",
+        "test_checks.py::test_numbers_follow_from_the_name_of_the_test",
     ),
     "conversations see each other": (
         "tools/train_demo.py",
@@ -1043,13 +1355,36 @@ MUTANTS = {
 
 
 def copy_of_tree(folder):
-    """The repository without what is big or made by running it."""
+    """The repository without what is big or made by running it, in a folder that is not there yet."""
     skip = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", ".hypothesis")
-    return Path(shutil.copytree(ROOT, Path(folder) / "repo", ignore=skip))
+    return Path(shutil.copytree(ROOT, folder, ignore=skip))
+
+
+def spoilt(clean, folder, file, old, new):
+    """A tree of links to the files of another one, but for the file with the fault, which is written anew."""
+    tree = Path(shutil.copytree(clean, folder, copy_function=os.link))
+    text = (tree / file).read_text()
+    (tree / file).unlink()
+    (tree / file).write_text(text.replace(old, new))
+    return tree
+
+
+def mistakes(mutants):
+    """What is wrong with the mutants themselves: a line for each whose text or test is not there, or there twice."""
+    found = []
+    for name, (file, old, _, test) in mutants.items():
+        path = ROOT / file
+        count = path.read_text().count(old) if path.exists() else 0
+        if count != 1:
+            found.append(f"{name}: the text to change stands {count} times in {file}")
+        where, _, function = test.partition("::")
+        if f"def {function.partition('[')[0]}(" not in (ROOT / "tests" / where).read_text():
+            found.append(f"{name}: there is no test {test}")
+    return found
 
 
 def run_tests(tree, tests):
-    """pytest on tests (names without their folder) in a tree -> (exit code, end of its output). Leaves by os._exit.
+    """pytest on tests (names without their folder) in a tree -> (exit code, end of its output).
 
     In a process that was forked with the libraries loaded: importing them takes longer than most of the tests.
     """
@@ -1058,50 +1393,78 @@ def run_tests(tree, tests):
     with open("output.txt", "wb") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(tree)]
+    options = ["-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(tree)]
     code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
     sys.stdout.flush()
     return code, Path("output.txt").read_text(errors="replace")[-2000:]
 
 
-def try_mutant(name):
-    """(name, "killed" | "survived" | what is wrong with the mutant itself, seconds)."""
+def try_mutant(work):
+    """(tree without a fault, name) -> (name, "killed" | "survived" | what went wrong, seconds)."""
+    clean, name = work
     file, old, new, test = MUTANTS[name]
     started = time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        tree = copy_of_tree(folder)
-        text = (tree / file).read_text()
-        if text.count(old) != 1:
-            return name, f"the text to change stands {text.count(old)} times in {file}", 0.0
-        (tree / file).write_text(text.replace(old, new))
-        code, output = run_tests(tree, [test])
+    with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
+        code, output = run_tests(spoilt(clean, Path(folder) / "repo", file, old, new), [test])
     verdict = {0: "survived", 1: "killed"}.get(code, f"pytest ended with {code}: {output[-600:]}")
     return name, verdict, time.time() - started
 
 
-def try_healthy(tests):
-    """Do the tests pass without a fault? A test that is red anyway kills nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_tests(copy_of_tree(folder), tests)
+def try_healthy(work):
+    """(tree, tests) -> do they pass without a fault? A test that is red anyway kills nothing."""
+    clean, tests = work
+    with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
+        return run_tests(shutil.copytree(clean, Path(folder) / "repo", copy_function=os.link), tests)
 
 
-def main(words):
-    tested, words = "--tested" in words, [w for w in words if w != "--tested"]
-    names = [n for n in MUTANTS if not words or any(w in n for w in words)]
-    tests = sorted({MUTANTS[n][3] for n in names})
-    tests = tests[:4] if tested else tests  # then only: does a copy of the tree work at all?
-    halves = [half for half in (tests[::2], tests[1::2]) if half]
+def third(names):
+    """Every third mutant of each file, the first of each among them."""
+    by_file = {}
+    for name in names:
+        by_file.setdefault(MUTANTS[name][0], []).append(name)
+    return [name for group in by_file.values() for name in group[::3]]
+
+
+def try_all(names, tests, clean, processes):
+    """Names of the mutants that were not killed. Says of each how it went; ends at once if the tests are red anyway."""
     alive = []
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    gc.freeze()  # what is here stays; pytest's collections need not look at it
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+        halves = [(clean, half) for half in (tests[::2], tests[1::2]) if half]
         for code, output in pool.imap_unordered(try_healthy, halves):
             if code:
-                print(f"without a fault the named tests end with {code}\n{output}")
-                return 1
-        for name, verdict, seconds in pool.imap_unordered(try_mutant, names):
-            print(f"{verdict:9} {name} ({seconds:.0f} s)", flush=True)
+                sys.exit(f"without a fault the named tests end with {code}\n{output}")
+        tried = pool.imap_unordered(try_mutant, [(clean, name) for name in names])
+        for count, (name, verdict, seconds) in enumerate(tried, 1):
+            print(f"{count:3} of {len(names)}: {verdict:9} {name} ({seconds:.0f} s)", flush=True)
             if verdict != "killed":
                 alive.append(name)
-    print(f"{len(names) - len(alive)} of {len(names)} mutants killed")
+    return alive
+
+
+def main(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("words", nargs="*", help="parts of names")
+    p.add_argument("--third", action="store_true", help="every third one of each file")
+    p.add_argument("--tested", action="store_true", help="the tests have just passed")
+    p.add_argument("--processes", type=int, default=2, metavar="N", help="so many at a time (default 2)")
+    args = p.parse_args(argv)
+    wrong = mistakes(MUTANTS)
+    if wrong:
+        print(*wrong, sep="\n")
+        return 1
+    names = third(MUTANTS) if args.third else list(MUTANTS)
+    names = [n for n in names if not args.words or any(w in n for w in args.words)]
+    tests = sorted({MUTANTS[n][3] for n in names})
+    tests = tests[:4] if args.tested else tests  # then only: does a copy of the tree work at all?
+    names.sort(key=lambda n: MUTANTS[n][3])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            alive = try_all(names, tests, copy_of_tree(Path(folder) / "clean"), args.processes)
+        except KeyboardInterrupt:
+            print("interrupted")
+            return 130
+    print(f"{len(names) - len(alive)} of {len(names)} mutants killed", *(f"\n  not: {name}" for name in alive))
     return 1 if alive or not names else 0
 
 

@@ -5,21 +5,23 @@ import torch
 
 from model.config import TextConfig
 from model.llama import Llama
+from tests.seeds import BASE
 
 ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 def small_llama(heads=4, kv_heads=2, seed=0, bias=False):
     """A decoder of 3 layers and 32 channels, with weights large enough that a wrong angle or head shows."""
-    torch.manual_seed(seed)
     config = TextConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=heads, num_key_value_heads=kv_heads, attention_bias=bias, mlp_bias=bias,
     )  # fmt: skip
-    model = Llama(config).requires_grad_(False)
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1000 * BASE)
+        model = Llama(config).requires_grad_(False)
+        for p in model.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=0.3)
     return model
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from test_parity import noise
 
 import model.generate
-from model import Batch, Generation, Sampling, load
+from model import Batch, Generation, InputError, Sampling, load
 from model.cache import RaggedCache
 from model.generate import Chooser
 from model.pruning import make_method
@@ -163,6 +163,20 @@ def test_a_batch_is_of_one_checkpoint(demo):
         batch.add(mixed(dataclasses.replace(demo))[0])
 
 
+@pytest.mark.parametrize("wrong", ["What?", None, ["What?"]])
+def test_a_batch_takes_generations_only(demo, wrong):
+    with pytest.raises(InputError, match="a batch takes one Generation at a time"):
+        Batch().add(wrong)
+
+
+def test_a_batch_is_of_one_backend(demo, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    batch, first = Batch(), mixed(demo)[0]
+    batch.add(first)
+    with pytest.raises(InputError, match="one backend"):
+        batch.add(Generation(demo, "What?", backend="triton"))
+
+
 def test_a_generation_is_in_a_batch_once(demo):
     batch, generation = Batch(), mixed(demo)[0]
     batch.add(generation)
@@ -195,7 +209,6 @@ def filled(lengths, heads=2, layers=2, slack=3, backend="auto"):
 
 @pytest.mark.parametrize("stay", [[0], [2], [0, 2], [1, 2], [0, 1, 2]])
 def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
-    torch.manual_seed(0)
     caches = filled([5, 9, 7], backend=backend)
     rows = [
         [cache.k[i][s : s + n].clone() for s, n in zip(cache.kv_start[i], cache.kv_len[i], strict=True)]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tests.seeds import torch_random
 from tools import bench_kernels, plot_bench
 
 SMALL = ["--device", "cpu", "--shapes", "demo", "--tokens", "64", "--retention", "1", "0.3"]
@@ -182,16 +183,16 @@ def test_layers_have_the_bytes_that_were_asked_for(shape, mbytes):
 def test_layouts_hold_the_same_rows(layout, retention, b, hkv):
     for tokens in (1, 7, 64, 1000):
         args = layout, b, hkv, tokens, retention
-        lengths = bench_kernels.lengths_of(*args, torch.Generator().manual_seed(3))
+        lengths = bench_kernels.lengths_of(*args, torch_random(3))
         assert lengths.shape == (b * hkv,) and lengths.dtype == torch.int64
         assert lengths.sum() == b * hkv * max(1, round(retention * tokens))
         assert lengths.min() >= 1 and lengths.max() <= tokens
-        assert torch.equal(lengths, bench_kernels.lengths_of(*args, torch.Generator().manual_seed(3)))
+        assert torch.equal(lengths, bench_kernels.lengths_of(*args, torch_random(3)))
 
 
 def test_layouts_are_what_their_names_say():
     def lengths(layout, b, hkv, tokens, retention):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch_random(0)
         return bench_kernels.lengths_of(layout, b, hkv, tokens, retention, generator)
 
     # as 1 / rank, and not in that order

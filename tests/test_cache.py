@@ -6,7 +6,6 @@ its KV head dropped. It shares no code with the cache.
 
 import copy
 import gc
-import random
 import weakref
 
 import pytest
@@ -19,6 +18,7 @@ from model.llama import rope_table
 from model.pruning import make_method
 from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
+from tests.seeds import python_random
 
 LAYERS = 3  # of small_llama
 
@@ -78,7 +78,7 @@ def check(model, x, keep, got):
 @pytest.mark.parametrize("slack", [1, 2, 30])
 def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, slack, backend):
     """slack 1 and 2 move the cache to larger arenas in the middle."""
-    model, rng = small_llama(heads, kv_heads), random.Random(heads + slack)
+    model, rng = small_llama(heads, kv_heads), python_random(heads + slack)
     for prompt in (1, 9):
         x, keep = torch.randn(prompt + 7, 32), random_keep(rng, kv_heads, prompt)
         cache, hidden = prefilled(model, x[:prompt], keep, slack, backend)
@@ -102,7 +102,7 @@ def test_the_position_is_not_the_length(backend):
 
 
 def test_sequences_of_different_lengths_share_the_arenas(backend):
-    model, rng = small_llama(), random.Random(1)
+    model, rng = small_llama(), python_random(1)
     prompts = [5, 1, 12]
     xs = [torch.randn(p + 9, 32) for p in prompts]
     keeps = [random_keep(rng, 2, p) for p in prompts]
@@ -172,7 +172,7 @@ def test_a_new_turn_of_one_sequence_while_another_is_finished(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_new_turn_sees_what_was_kept_and_itself(dtype, backend):
-    model, rng = small_llama().to(dtype), random.Random(5)
+    model, rng = small_llama().to(dtype), python_random(5)
     x, keep = torch.randn(25, 32).to(dtype), random_keep(rng, 2, 12)
     keep[0], keep[1, 0] = False, True  # a layer that kept nothing, a head that kept all
     cache, hidden = prefilled(model, x[:12], keep, 3, backend)
@@ -206,6 +206,25 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, 
     assert first.cache.pos.item() == len(x) and first.cache.kv_len.unique().tolist() == [len(x)]
     with pytest.raises(InputError, match="no tokens"):
         next_turn(demo, first.cache, [])
+
+
+def test_a_turn_of_something_else_is_refused_and_leaves_the_cache(demo):
+    first = Generation(demo, "What?", [DEMO_PICTURE], Sampling(max_new_tokens=2))
+    "".join(first)
+    image, before = demo.config.image_token_index, first.cache.pos.item()
+    for ids in ("What?", None, [10**9], [-1], [1.5]):
+        with pytest.raises(InputError, match="token ids; "):
+            next_turn(demo, first.cache, ids)
+    for pixels in ([DEMO_PICTURE], DEMO_PICTURE, str(DEMO_PICTURE), first.pixels[0], [first.pixels[0][:, :5]]):
+        with pytest.raises(InputError, match="`preprocess`"):
+            next_turn(demo, first.cache, [5, image], pixels)
+    for cache in (None, first, RaggedCache(LAYERS)):
+        with pytest.raises(InputError, match="cache"):
+            next_turn(demo, cache, [5])
+    assert first.cache.pos.item() == before
+    assert torch.equal(
+        next_turn(demo, copy.deepcopy(first.cache), torch.tensor([5]), None), next_turn(demo, first.cache, [5])
+    )
 
 
 @pytest.mark.parametrize("slack", [2, 40])

@@ -23,7 +23,7 @@ def samples(checkpoint, numbers):
     return found
 
 
-@pytest.mark.parametrize("wanted", [0.5, 0.3])
+@pytest.mark.parametrize("wanted", [0.5, pytest.param(0.3, marks=pytest.mark.thorough)])
 @torch.inference_mode()
 def test_a_proposal_holds_on_scenes_it_has_not_seen(tmp_path, wanted, capsys):
     """Within three points of the wanted fraction, and at most the KL of the fixed thresholds, which keep no less."""
@@ -69,6 +69,8 @@ def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
     found, err = settings("--prune", "plphp")
     assert found["kept_per_layer"] == [64] * 6 and "plphp.json" in err
     assert settings("--prune", "plphp", "--retention", "0.5")[0]["kept_per_layer"] == [128] * 6
+    ada, err = settings("--prune", "plphp-ada", "--retention", "0.5")  # one file serves the family
+    assert ada["retention_actual"] == 0.5 and "plphp.json" in err and "asked for" not in err
     assert settings("--prune", "plphp:r=0.75", "--set", "skip=2")[0]["kept_per_layer"] == [256] * 2 + [192] * 4
     found, err = settings("--prune", "random")
     assert found["settings"]["retention"] == 0.5 and "plphp.json" not in err

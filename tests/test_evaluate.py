@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -166,7 +164,6 @@ def test_fidelity_of_any_checkpoint(capsys):
 
 def test_mcnemar_is_the_binomial_test():
     stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle here")
-    torch.manual_seed(0)
     for n in (1, 7, 200, 4000):
         a, b = torch.rand(n) < 0.5, torch.rand(n) < 0.55
         only_a, only_b, p = mcnemar(a, b)
@@ -177,7 +174,6 @@ def test_mcnemar_is_the_binomial_test():
 
 def test_intervals_draw_whole_groups():
     """Eight copies of each answer are one observation: the interval must not shrink."""
-    torch.manual_seed(1)
     values = (torch.rand(400) < 0.3).float()
     weights = resamples(400)
     mean, low, high = interval(values, torch.arange(400), weights)
@@ -215,25 +211,21 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
 # ---------------------------------------------------------------- files
 
 
-def evaluated(*words):
-    command = [sys.executable, "tools/evaluate.py", "accuracy", "--questions", "9", "--workers", "1", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_a_run_goes_on_where_it_was_killed(tmp_path):
+def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
     """A torn last line is done again, whole lines are not; lines of other conditions are refused."""
     answers = tmp_path / "a.jsonl"
-    words = "--answers", str(answers), "--only", "random", "shared"
-    done = evaluated(*words)
-    assert done.returncode == 0, done.stderr
-    whole = answers.read_text().splitlines()
-    assert len(whole) == 3 and "| shared | 0.3 |" in done.stdout and (tmp_path / "pruning-accuracy.csv").exists()
+    words = "accuracy", "--questions", "9", "--workers", "1", "--answers", str(answers), "--only", "random"
+    evaluate.main([*words, "shared"])
+    table, whole = capsys.readouterr().out, answers.read_text().splitlines()
+    assert len(whole) == 3 and "| shared | 0.3 |" in table and (tmp_path / "pruning-accuracy.csv").exists()
     answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:100])
-    again = evaluated(*words)
-    assert again.returncode == 0 and answers.read_text().splitlines() == whole and again.stdout == done.stdout
-    assert "1/1 scenes" in again.stderr
-    other = evaluated("--answers", str(answers), "--only", "random")
-    assert other.returncode == 2 and other.stderr.startswith("error: ") and "other weights" in other.stderr
+    evaluate.main([*words, "shared"])
+    again = capsys.readouterr()
+    assert answers.read_text().splitlines() == whole and again.out == table and "1/1 scenes" in again.err
+    with pytest.raises(SystemExit) as left:
+        evaluate.main([*words])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and err.startswith("error: ") and "other weights" in err
     assert json.loads(whole[0])["conditions"][0] == "none"
 
 

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.paths import ROOT
 
 
@@ -19,6 +21,7 @@ def examples(text):
     return found
 
 
+@pytest.mark.thorough
 def test_worked_examples_print_what_they_show(tmp_path):
     shown = examples((ROOT / "tools" / "README.md").read_text())
     assert len(shown) >= 8

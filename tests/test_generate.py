@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import io
+import math
+from itertools import zip_longest
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model import Generation, InputError, Sampling, ask, load
+from model import Generation, InputError, Sampling, ask, load, open_checkpoint
 from model.cache import RaggedCache
 from model.config import TextConfig
-from model.generate import _Writer, probabilities
+from model.generate import Chooser, _Writer, probabilities
 from model.llama import DecoderLayer, LayerParts, RMSNorm, SideBySide, rope_table, rotate
 from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
+from tests.seeds import torch_random
 
 PICTURE = str(DEMO_PICTURE)
 QUESTION = "Describe the picture."
@@ -201,7 +206,7 @@ def test_the_model_is_differentiable_end_to_end(demo):
 @given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0.05, 1), st.floats(0.2, 3))
 @settings(max_examples=60, deadline=None)
 def test_top_k_and_top_p_keep_the_right_set(seed, top_k, top_p, temperature):
-    logits = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = torch.randn(10, dtype=torch.float64, generator=torch_random(seed))
     got = probabilities(logits, temperature, top_k, top_p)
     weights = (logits / temperature).softmax(-1)
     order = weights.argsort(descending=True).tolist()[:top_k]
@@ -213,6 +218,33 @@ def test_top_k_and_top_p_keep_the_right_set(seed, top_k, top_p, temperature):
         mass += (weights[i] / total).item()
     assert set(got.nonzero().flatten().tolist()) == set(kept)
     torch.testing.assert_close(got[kept], weights[kept] / weights[kept].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1e-46, None, None), (5e-324, 5, 0.5), (1.0, None, 1e-320), (1.0, None, 5e-324), (1.0, 1, None), (1e4, 1, 1e-46)],
+)
+def test_tiny_numbers_leave_the_best_token(dtype, temperature, top_k, top_p):
+    logits = torch.tensor([0.5, 3.0, float("-inf"), 2.999, -80.0], dtype=dtype)
+    assert probabilities(logits, temperature, top_k, top_p).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_of_equal_logits_the_greedy_one_is_the_best():
+    logits = torch.tensor([1.0, 3.0, 3.0, 3.0, 2.0] * 20)
+    for top_k, top_p, kept in ((1, None, 1), (2, None, 2), (None, 1e-300, 1), (None, 1e-3, 1), (500, None, 100)):
+        chances = probabilities(logits, 1.0, top_k, top_p)
+        best = logits.sort(descending=True, stable=True).indices[:kept]
+        assert set(chances.nonzero().flatten().tolist()) == set(best.tolist())
+    chooser = Chooser(Sampling(temperature=1e-40), [], torch.device("cpu"))
+    assert [chooser(logits).item() for _ in range(9)] == [1] * 9
+
+
+def test_a_huge_temperature_gives_every_token_its_chance():
+    logits = torch.tensor([0.0, float("-inf"), 80.0, -80.0])
+    third = torch.tensor([1.0, 0.0, 1.0, 1.0]) / 3
+    torch.testing.assert_close(probabilities(logits, 1e300), third)
+    torch.testing.assert_close(probabilities(logits, float("inf"), 3, 1.0), third)
 
 
 def test_iterating_again_gives_the_answer_again(demo):
@@ -266,10 +298,111 @@ def test_the_context_ends_the_answer(demo):
         Generation(small, "circle " * 100, [PICTURE])
 
 
-@pytest.mark.parametrize("wrong", [{"template": "chatml"}, {"image_mode": "squash"}, {"system": "<image>"}])
+WRONG = [
+    {"template": "chatml"}, {"template": None}, {"image_mode": "squash"}, {"image_mode": 3}, {"system": "<image>"},
+    {"system": 3}, {"anyres_order": "up"}, {"backend": "cuda"}, {"backend": None}, {"sampling": 64}, {"sampling": {}},
+    {"prompt": None}, {"prompt": b"What?"}, {"prompt": ["What?"]}, {"prompt": "half a pair: \ud800"},
+    {"images": 3}, {"images": [[PICTURE]]}, {"images": {PICTURE: 1}}, {"images": (p for p in [PICTURE])},
+    {"images": [None]}, {"checkpoint": str(DEMO)}, {"checkpoint": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{next(iter(wrong))} {next(iter(wrong.values()))!a:.20}")
 def test_what_the_library_does_not_know_is_refused_at_once(demo, wrong):
-    with pytest.raises(InputError, match="; "):
-        Generation(demo, QUESTION, [PICTURE], **wrong)
+    with pytest.raises(InputError, match="; ") as error:
+        Generation(**{"checkpoint": demo, "prompt": QUESTION, "images": [PICTURE], **wrong})
+    assert "\n" not in str(error.value)
+
+
+PICTURES = {
+    "name": PICTURE,
+    "path": Path(PICTURE),
+    "picture": Image.open(PICTURE),
+    "bytes": Path(PICTURE).read_bytes(),
+    "buffer": io.BytesIO(Path(PICTURE).read_bytes()),
+    "tuple": (PICTURE,),
+}
+
+
+@pytest.mark.parametrize("what", PICTURES)
+def test_one_picture_needs_no_list(demo, what):
+    one = Generation(demo, QUESTION, PICTURES[what])
+    assert len(one.images) == 1 and torch.equal(one.pixels[0], Generation(demo, QUESTION, [PICTURE]).pixels[0])
+    if what == "name":
+        assert ask(demo, QUESTION, PICTURE) == ask(demo, QUESTION, [PICTURE])
+
+
+def test_what_was_done_to_a_picture_is_noted(demo):
+    wide = Image.new("RGBA", (300, 100), (255, 0, 0, 0))
+    loss, white = "drops 67 %", "on white"
+    wide.putpixel((0, 0), (255, 0, 0, 255))
+    for mode, lines in (("crop", [white, loss]), ("pad", [white])):
+        notes = Generation(demo, QUESTION, [PICTURE, wide], image_mode=mode).notes
+        assert len(notes) == len(lines) and all(part in note for part, note in zip(lines, notes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "stop"),
+    [("four", ("four",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ({"a"}, ("a",)), ((), ()), (None, ())],
+)
+def test_a_stop_text_is_one_text(given, stop):
+    assert Sampling(stop=given).stop == stop
+
+
+def test_a_stop_text_ends_the_answer_as_a_whole(demo):
+    answer = ask(demo, QUESTION, PICTURE)
+    stop = answer.split()[3]
+    assert ask(demo, QUESTION, PICTURE, stop=stop) == answer[: answer.index(stop)]
+
+
+NUMBERS = {
+    "max_new_tokens": [0, -1, True, 2.0, "5", None],
+    "temperature": [-1, -1e-9, math.nan, math.inf, 1e5, "hot", None, True],
+    "top_p": [0.0, -0.1, 1.1, math.nan, "0.9", True],
+    "top_k": [0, -5, 2.5, True, "5"],
+    "seed": [-1, 2**64, 1.5, None, True, "1"],
+    "stop": ["", ["a", ""], b"a", [1], 5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values])
+def test_sampling_without_sense_is_refused(name, value):
+    with pytest.raises(InputError, match=f"^{name} is .*; give "):
+        Sampling(**{name: value})
+
+
+def test_sampling_at_its_limits_is_taken():
+    Sampling(1, 0, 1, 1e-320, 0)
+    Sampling(10**9, 1e4, 10**6, 1, 2**64 - 1)
+
+
+def test_a_checkpoint_without_weights_says_so():
+    with pytest.raises(InputError, match="no weights yet; "):
+        "".join(Generation(open_checkpoint(DEMO), QUESTION, PICTURE))
+
+
+def test_a_backend_that_cannot_work_is_refused_where_it_is_asked_for(demo, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="backend 'triton': "):
+        "".join(Generation(demo, QUESTION, PICTURE, backend="triton"))
+
+
+def test_answers_may_be_written_side_by_side_and_again(demo):
+    asked = [(QUESTION, PICTURE), ("How many objects are there?", PICTURE)]
+    alone = [ask(demo, *question, max_new_tokens=20) for question in asked]
+    pair = [Generation(demo, *question, Sampling(20)) for question in asked]
+    for _ in range(2):
+        list(zip_longest(*pair))  # a piece of each in turn
+        assert [generation.text for generation in pair] == alone
+
+
+def test_one_answer_cannot_be_written_twice_at_once(demo):
+    generation = Generation(demo, QUESTION, PICTURE, Sampling(20))
+    first, second = iter(generation), iter(generation)
+    next(first), next(second)
+    with pytest.raises(RuntimeError, match="begun again"):
+        list(first)
+    assert "".join(list(second)) and generation.text == ask(demo, QUESTION, PICTURE, max_new_tokens=20)
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-6, 1e4])

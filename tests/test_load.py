@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_ID, PAD_ID, TEXT, VISION, refusal, write_json
+from conftest import IMAGE_ID, PAD_ID, TEXT, VISION, added_token, refusal, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
 from model.config import parse_config
+from model.load import choose_device
+from tests.seeds import torch_random
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
 
@@ -145,6 +147,56 @@ def test_a_single_file_needs_no_other(original, folder):
     assert_same_weights(load(folder, dtype="fp32"), original[1])
 
 
+@pytest.mark.parametrize("shards", ["missing", "complete"])
+def test_a_whole_file_goes_before_an_index_beside_it(original, folder, shards):
+    whole = (folder / "model.safetensors").read_bytes()
+    others = {k: v + 1 for k, v in original[1].items()}
+    weight_map = split(others, folder, SHARDS)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    (folder / "model.safetensors").write_bytes(whole)
+    if shards == "missing":
+        (folder / SHARDS[1]).unlink()
+    checkpoint = load(folder, dtype="fp32")
+    assert_same_weights(checkpoint, original[1])
+    (note,) = checkpoint.notes
+    assert "model.safetensors is read" in note and "index.json" in note
+
+
+def test_an_index_of_the_whole_file_is_nothing_to_speak_of(original, folder):
+    weight_map = dict.fromkeys(original[1], "model.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    checkpoint = load(folder, dtype="fp32")
+    assert_same_weights(checkpoint, original[1])
+    assert checkpoint.notes == ()
+
+
+def test_transformers_takes_the_whole_file_too(make_hf_checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    model = make_hf_checkpoint(tmp_path, seed=4)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    weight_map = split({k: v + 1 for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path, SHARDS)
+    write_json(tmp_path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(load(tmp_path, dtype="fp32").model.language_model.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_adapter_beside_a_model_is_not_applied_and_that_is_said(original, folder):
+    split(original[1], folder, ["b.safetensors", "a.safetensors"])
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    checkpoint = load(folder, dtype="fp32")
+    assert_same_weights(checkpoint, original[1])
+    (note,) = checkpoint.notes
+    assert "adapter" in note and "not applied" in note
+
+
+def test_an_adapter_alone_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert "only an adapter" in refusal(load, folder)
+
+
 @pytest.mark.parametrize("stored, wanted", [("float16", "fp32"), ("bfloat16", "fp32"), ("float32", "bf16")])
 def test_weights_are_cast_to_the_wanted_type(original, folder, stored, wanted):
     half = {k: v.to(getattr(torch, stored)) for k, v in original[1].items()}
@@ -152,6 +204,54 @@ def test_weights_are_cast_to_the_wanted_type(original, folder, stored, wanted):
     checkpoint = load(folder, dtype=wanted)
     assert checkpoint.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
     assert_same_weights(checkpoint, {k: v.to(checkpoint.dtype) for k, v in half.items()})
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ("fp16", torch.float16), ("float16", torch.float16), ("half", torch.float16), (torch.float16, torch.float16),
+        ("FP16", torch.float16), ("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16),
+        ("float32", torch.float32), (torch.float32, torch.float32),
+    ],
+)  # fmt: skip
+def test_a_dtype_has_several_names(folder, given, dtype):
+    assert load(folder, given).dtype == dtype
+
+
+@pytest.mark.parametrize("given", ["float64", torch.float64, "int8", torch.int8, "bf8", None, 16])
+def test_a_dtype_that_cannot_be_used_is_refused(folder, given):
+    with pytest.raises(InputError, match="^dtype .* cannot be used; use "):
+        load(folder, given)
+
+
+@pytest.mark.parametrize("given", ["cpu", "auto", torch.device("cpu")])
+def test_a_device_may_be_a_name_or_torchs_own(folder, given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(folder, "fp32", given).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "given", ["cuda", 0, "cuda:7", torch.device("cuda"), "mps", "meta", "gpu", -1, True, None, 1.5]
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="^device .*; use "):
+        load("/nowhere", "fp32", given)
+
+
+def test_a_device_may_be_a_number_of_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(1) == torch.device("cuda:1") == choose_device("cuda:1")
+    with pytest.raises(InputError, match="device 2 is not available .2 CUDA devices"):
+        choose_device(2)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"folder"])
+def test_what_is_no_name_of_a_checkpoint_is_refused(name):
+    with pytest.raises(InputError, match="is no path"):
+        load(name)
 
 
 def test_auto_is_fp32_on_a_cpu_with_room(folder):
@@ -212,16 +312,69 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
     assert "language_model.model.norm.weight" in message and "[65]" in message and "[64]" in message
 
 
-@pytest.mark.parametrize("tie, stored", [(False, True), (True, True), (True, False)])
-def test_the_head_is_read_or_tied_as_the_config_says(original, folder, tie, stored):
-    head = "language_model.lm_head.weight"
-    edit(folder / "config.json", tie_word_embeddings=tie)
-    if not stored:
-        rewrite(folder, lambda t: t.pop(head))
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+def heads(case, tensors):
+    """Make the dict of tensors one of the cases; returns (embedding, head) that the model has to use."""
+    embedding, head = tensors[EMBEDDING], tensors[HEAD]
+    if case == "equal":
+        tensors[HEAD] = embedding.clone()
+    elif case == "one number differs":
+        tensors[HEAD] = embedding.clone()
+        tensors[HEAD][5, 7] += 1
+    elif case == "rounded":  # another dtype, so other numbers, until both are computed with in that dtype
+        tensors[HEAD] = embedding.bfloat16()
+    elif case == "no head":
+        del tensors[HEAD]
+    elif case == "head only":
+        del tensors[EMBEDDING]
+        return head, head
+    return embedding, tensors.get(HEAD, embedding).float()
+
+
+TIES = ["equal", "different", "one number differs", "rounded", "no head", "head only"]
+
+
+@pytest.mark.parametrize("layout", ["A, published", "B, in memory of 4.52", "D, in memory of 5", "E, original code"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("case", TIES)
+def test_a_head_that_is_said_to_be_tied_is_compared(original, folder, case, nested, layout):
+    raw = json.loads((folder / "config.json").read_text())
+    (raw["text_config"] if nested else raw)["tie_word_embeddings"] = True
+    write_json(folder / "config.json", raw)
+    tensors = dict(original[1])
+    embedding, head = heads(case, tensors)
+    tensors = {LAYOUTS[layout](k): v for k, v in tensors.items()}
+    weight_map = split(tensors, folder, SHARDS)  # the two may lie in two files
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     checkpoint = load(folder, dtype="fp32")
-    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    used = original[1]["language_model.model.embed_tokens.weight" if tie else head]
-    assert torch.equal(checkpoint.model.language_model.logits(hidden), hidden @ used.T)
+    language = checkpoint.model.language_model
+    hidden = torch.randn(3, 64, generator=torch_random(0))
+    torch.testing.assert_close(language.logits(hidden), hidden @ head.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(language.model.embed_tokens.weight, embedding)
+    untied = case in ("different", "one number differs", "rounded")
+    assert checkpoint.config.tie_word_embeddings == (language.lm_head is None) == (not untied)
+    assert ["another head" in note for note in checkpoint.notes] == [True] * untied
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_heads_are_tied_exactly_when_transformers_ties_them(make_hf_checkpoint, tmp_path, case):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    make_hf_checkpoint(tmp_path, top={"tie_word_embeddings": False}, seed=3)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    rewrite(tmp_path, lambda t: heads(case, t))
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = load(tmp_path, dtype="fp32").model.language_model
+    head = ours.model.embed_tokens if ours.lm_head is None else ours.lm_head
+    assert torch.equal(head.weight, theirs.lm_head.weight)
+    assert torch.equal(ours.model.embed_tokens.weight, theirs.get_input_embeddings().weight)
+    assert (ours.lm_head is None) == (theirs.lm_head.weight is theirs.get_input_embeddings().weight)
+
+
+def test_a_head_that_is_not_tied_is_read(original, folder):
+    hidden = torch.randn(3, 64, generator=torch_random(0))
+    assert torch.equal(load(folder, dtype="fp32").model.language_model.logits(hidden), hidden @ original[1][HEAD].T)
 
 
 def test_a_head_that_is_neither_stored_nor_tied_is_missed(folder):
@@ -249,6 +402,32 @@ def test_a_file_of_something_else_is_refused(folder, content):
 def test_quantised_weights_are_refused(folder):
     rewrite(folder, lambda t: t.update({"language_model.model.norm.weight": torch.ones(64, dtype=torch.int8)}))
     assert "I8" in refusal(load, folder)
+
+
+PROJECTION = "language_model.model.layers.0.self_attn.q_proj"
+PACKED = {  # tool: what it stores instead of, or beside, a weight
+    "AWQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+    "GPTQ": {"qweight": torch.int32, "g_idx": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+    "NF4": {"weight": torch.uint8, "weight.absmax": torch.uint8, "weight.quant_state.bitsandbytes__nf4": torch.uint8},
+    "int8": {"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8},
+    "FP8": {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32},
+    "compressed-tensors": {"weight_packed": torch.int32, "weight_scale": torch.float16},
+    "MLX": {"weight": torch.uint32, "scales": torch.float16, "biases": torch.float16},
+}
+
+
+@pytest.mark.parametrize("layout", ["A, published", "D, in memory of 5"])
+@pytest.mark.parametrize("tool", PACKED)
+def test_weights_of_a_quantising_tool_are_called_quantised(folder, tool, layout):
+    def change(tensors):
+        del tensors[PROJECTION + ".weight"]
+        tensors.update({f"{PROJECTION}.{name}": torch.ones(8).to(dtype) for name, dtype in PACKED[tool].items()})
+        for name in list(tensors):
+            tensors[LAYOUTS[layout](name)] = tensors.pop(name)
+
+    rewrite(folder, change)
+    message = refusal(load, folder)
+    assert "quantised" in message and "use an unquantised copy" in message and tool in message
 
 
 def test_a_missing_shard_is_named(original, folder):
@@ -397,6 +576,19 @@ def test_the_tokenizer_decides_which_id_the_image_has(folder):
 def test_a_tokenizer_without_image_token_is_refused(folder):
     edit(folder / "tokenizer_config.json", added_tokens_decoder=None)
     assert "<image>" in refusal(load, folder)
+
+
+def test_a_token_beyond_the_embedding_is_refused(folder):
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    rows = TEXT["vocab_size"]
+    for i in range(PAD_ID + 1, rows + 1):
+        added[str(i)] = added_token(f"<{i}>") | {"special": i % 2 == 0}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    message = refusal(load, folder)
+    assert f"beyond the {rows} rows" in message and f"'<{rows}>' {rows}" in message
+    del added[str(rows)]
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    assert load(folder).tokenizer.decode([rows - 1]) == f"<{rows - 1}>"
 
 
 def test_ids_that_stand_for_nothing_are_never_said(folder):

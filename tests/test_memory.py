@@ -1,13 +1,19 @@
 """What prefill needs of memory, counted by the allocator: activations, what is kept, one dense layer, nothing more."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from model import open_checkpoint
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.generate import Layout, Pruner
-from model.llama import Llama
+from model.llama import Llama, SideBySide
 from model.pruning import make_method
+from tests.test_cache import live_bytes
+from tools.report import free_memory, measure_bandwidth
 from tools.roofline import shape_of
 
 CONFIG = TextConfig(
@@ -33,7 +39,6 @@ def most_bytes(work):
 @pytest.mark.parametrize("each", [230, 2300])
 @torch.inference_mode()
 def test_prefill_of_ten_pictures_holds_what_is_kept_one_dense_layer_and_activations(each):
-    torch.manual_seed(0)
     model = Llama(CONFIG).requires_grad_(False)
     spans = [(5 + i * (each + 1), 5 + i * (each + 1) + each) for i in range(10)]
     tokens = spans[-1][1] + 20
@@ -55,3 +60,40 @@ def test_prefill_of_ten_pictures_holds_what_is_kept_one_dense_layer_and_activati
     assert (
         activations + cache.nbytes_reserved + dense_layer < activations + 3 * dense_layer
     )  # less than without pruning
+
+
+@pytest.mark.parametrize("wanted", ["bf16", "fp32"])
+def test_loading_holds_every_weight_once(make_checkpoint, tmp_path, wanted, monkeypatch):
+    """`arrange` copies a layer's weights side by side; those that it has copied are free at once."""
+    tensors, seen = make_checkpoint(tmp_path, text={"num_hidden_layers": 9}), []
+    stored = torch.float32 if wanted == "bf16" else torch.bfloat16  # so that all are cast, and not mapped
+    save_file({name: t.to(stored) for name, t in tensors.items()}, tmp_path / "model.safetensors")
+
+    class Watched(SideBySide):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            seen.append(live_bytes()[0])
+
+    monkeypatch.setattr("model.llama.SideBySide", Watched)
+    model = open_checkpoint(tmp_path).read_weights(wanted).model.language_model
+    copied = sum(p.nbytes for p in model.model.layers.parameters())
+    assert len(seen) > 9 and max(seen) - min(seen) < copied // 9
+
+
+# ---------------------------------------------------------------- what --stats takes
+
+
+@pytest.mark.parametrize(("device", "most"), [("cuda", 2**28), ("cpu", 2**26)])
+@pytest.mark.parametrize("free", [0, 10**7, 3 * 2**25, 2**32, 2**40])
+def test_the_bandwidth_is_measured_within_what_is_free(monkeypatch, device, most, free):
+    taken, small = [], torch.ones(10)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**41))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"MemTotal: {2**31} kB\nMemAvailable: {free // 1024} kB\n")
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(torch, "ones", lambda size, **how: taken.append(size) or small)
+    speed = measure_bandwidth(torch.device(device))
+    assert (speed > 0) == bool(taken) == (free >= 2**25)
+    assert sum(2 * 4 * size for size in taken) <= free // 2  # x and its twin, fp32
+    assert free < 2**40 or taken == [most]
+    assert free_memory(torch.device("cpu")) == free // 1024 * 1024

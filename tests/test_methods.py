@@ -23,6 +23,7 @@ from model.pruning import METHODS, Method, guarded, make_method
 from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
 from tests.oracle import masked_batch, masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
+from tests.seeds import torch_random
 from tests.test_plphp import plphp_by_hand
 
 NAMES = [name for name in METHODS if name != "none"]
@@ -151,7 +152,6 @@ def test_guards_and_text_wherever_the_pictures_are(data):
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_the_query_heads_of_a_kv_head_agree(q_heads, kv_heads):
-    torch.manual_seed(0)
     scores, size = torch.rand(q_heads, 5), q_heads // kv_heads
     place = layout([(0, 5)], 5, q_heads, kv_heads)
     for h in range(kv_heads):
@@ -238,7 +238,7 @@ def answer(method, scores, place, layer=1):
 
 
 def attention(place):
-    return torch.randn(place.q_heads, place.tokens, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    return torch.randn(place.q_heads, place.tokens, generator=torch_random(0)).softmax(-1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -254,6 +254,31 @@ def test_every_picture_keeps_its_rounded_share(name, rate):
         assert kept.sum() == 4 * count and kept.min() >= 1
         assert name in UNEVEN or kept.tolist() == [count] * 4
     assert keep[:, guarded(place)].all()
+
+
+GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)  # rows, columns of pictures
+BUDGETS = st.one_of(
+    st.floats(0.01, 1).map(lambda f: {"retention": f}), st.integers(1, 90).map(lambda n: {"keep_tokens": n})
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(NAMES), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
+def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
+    """Pictures of different shapes with and without text between, any number of heads: the same tokens every time."""
+    spans, places, end = [], [], 2
+    for rows, columns in grids:
+        spans.append((end, end + rows * columns))
+        places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
+        end += rows * columns + gap
+    place = dataclasses.replace(layout(spans, end + 3, *heads), places=places)
+    method = make_method(f"{name}:dr=0" if name.startswith("plphp") and "retention" in wanted else name, **wanted)
+    keep = answer(method, attention(place), place)
+    for a, b in spans:
+        count = wanted["keep_tokens"] if "keep_tokens" in wanted else math.floor(wanted["retention"] * (b - a) + 0.5)
+        count, kept = max(1, min(count, b - a)), keep[:, a:b].sum(1)
+        assert kept.sum() == heads[1] * count and (name in UNEVEN or kept.tolist() == [count] * heads[1])
+    assert keep[:, guarded(place)].all() and keep.equal(answer(method, attention(place), place))
 
 
 @pytest.mark.parametrize("name", NAMES)

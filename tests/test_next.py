@@ -1,6 +1,5 @@
 """LLaVA-NeXT: tiles, their tokens, the model behind them, against transformers; the original code's order by hand."""
 
-import random
 import types
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from model import Generation, Sampling, load, open_checkpoint
 from model.config import PINPOINTS, parse_config
 from model.image import ImageSettings, choose_canvas, kept_of_tiles, preprocess, tile_tokens, to_tiles
 from model.pruning import make_method
+from tests.seeds import python_random
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
@@ -32,7 +32,7 @@ EXTREMES = [
 
 
 def random_sizes(count, largest=2500, seed=0):
-    rng = random.Random(seed)
+    rng = python_random(seed)
     return [(rng.randint(1, largest), rng.randint(1, largest)) for _ in range(count)]
 
 

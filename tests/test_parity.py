@@ -2,7 +2,6 @@
 
 import copy
 import json
-import random
 import types
 from dataclasses import fields, replace
 
@@ -16,6 +15,7 @@ from model.config import CLIP_L_336, TextConfig, VisionConfig, parse_config
 from model.image import ImageSettings, preprocess, read_image
 from model.llava import Llava
 from model.load import canonical_key
+from tests.seeds import python_random, torch_random
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
@@ -68,7 +68,7 @@ def pictures(count):
 
 
 def noise(width, height, mode="RGB", seed=0):
-    data = random.Random(seed).randbytes(width * height * len(Image.new(mode, (1, 1)).getbands()))
+    data = python_random(seed).randbytes(width * height * len(Image.new(mode, (1, 1)).getbands()))
     return Image.frombytes(mode, (width, height), data)
 
 
@@ -176,7 +176,7 @@ TOWERS = [c for c in CASES if "layer" in c and "3 layers" not in c] + ["vision g
 def test_cls_attention_is_that_of_the_layer_that_yields_the_features(pair, case):
     hf, checkpoint = pair(case)
     size, layers = checkpoint.config.vision_config.image_size, checkpoint.config.feature_layers
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, size, size, generator=torch_random(0))
     states, rows = checkpoint.model.vision_tower(pixels, layers, cls_attention=True)
     tower = copy.deepcopy(hf.model.vision_tower)
     tower.set_attn_implementation("eager")
@@ -194,7 +194,7 @@ def test_vision_layers_behind_the_feature_layer_are_not_run(pair, case):
     _, checkpoint = pair(case)
     model, last = checkpoint.model, max(checkpoint.config.feature_layers)
     size = checkpoint.config.vision_config.image_size
-    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 3, size, size, generator=torch_random(0))
     clean = model.encode_images(pixels)
     poisoned = copy.deepcopy(model)
     tower = poisoned.vision_tower.vision_model
@@ -218,7 +218,7 @@ def hf_pixels(image, size, mode):
 
 
 def fuzzed_sizes(target):
-    rng = random.Random(target)
+    rng = python_random(target)
     odd = [(1, 1), (1, 2), (2, 1), (3, 500), (500, 3), (400, 7), (7, 400), (60, 1), (1, 60), (640, 480), (481, 640)]
     near = [(target + a, target + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
     near += [(2 * target + 1, target), (target, 2 * target + 1), (336, 337), (335, 336)]
@@ -253,10 +253,10 @@ def test_other_pixel_formats_become_the_rgb_of_transformers(kind):
 
 
 @pytest.mark.parametrize("kind", ["LA", "RGBA"])
-def test_transparency_is_dropped_as_by_the_original_code_and_not_painted_white(kind):
-    image = noise(45, 33, kind)  # transformers 4 dropped it too, transformers 5 composes on white
+def test_transparency_is_painted_white_as_by_transformers(kind):
+    image = noise(45, 33, kind)
     ours = preprocess(read_image(image).image, ImageSettings(28))
-    torch.testing.assert_close(ours, hf_pixels(image.convert("RGB"), 28, "crop"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, hf_pixels(image, 28, "crop"), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- configs

@@ -1,6 +1,7 @@
 """Pruning methods, how they are named, and the whole of it against transformers with per-layer, per-head masks."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -62,7 +63,7 @@ def test_heads_may_draw_together():
     assert all((k == k[:1]).all() and k[:, slice(*LAYOUT.spans[0])].sum() == 12 for k in keeps)
     assert not keeps[0].equal(keeps[1])
     with pytest.raises(ValueError, match="one of them"):
-        make_method("random:shared=true,pooled=true").choose(0, None, LAYOUT)
+        make_method("random:shared=true,pooled=true")
 
 
 def test_a_pooled_budget_is_spread_unevenly():
@@ -75,16 +76,86 @@ def test_a_pooled_budget_is_spread_unevenly():
 # ---------------------------------------------------------------- naming
 
 
-def test_settings_come_from_the_spec_then_from_set_then_from_flags(tmp_path):
+def test_settings_come_from_the_spec_from_set_and_from_flags(tmp_path):
     (tmp_path / "s.json").write_text('{"seed": 3, "pooled": true}')
-    method = make_method("random:seed=1,retention=1", settings=(f"@{tmp_path}/s.json", "retention=0.25"))
+    method = make_method("random:scope=image", settings=(f"@{tmp_path}/s.json", "retention=0.25"))
     assert method.settings == {
         "retention": 0.25, "keep_tokens": None, "pooled": True, "shared": False, "scope": "image", "seed": 3,
         "sink": 0, "recent": 0, "sink_keys": 0,
     }  # fmt: skip
-    assert make_method("random:seed=1", 0.75, settings=("seed=2",)).settings["seed"] == 2
     assert make_method("random", 0.75).settings["retention"] == 0.75 and make_method("none") is None
     assert set(METHODS) >= {"none", "random", "plphp", "plphp-ada"}
+
+
+def test_commas_within_brackets_do_not_part_settings():
+    rates = [[0.5, [0.25, 1]], [0.1, 0.2]][1]
+    assert make_method(f"topk:rates={rates},window=3".replace(" ", "")).rule.rates == [0.1, 0.2]
+    nested = make_method("topk:window=3,rates=[[0.1,0.9],0.3],group=max")
+    assert nested.rule.rates == [[0.1, 0.9], 0.3] and nested.settings["group"] == "max" and nested.window == 3
+
+
+def test_the_former_name_of_a_method_is_as_good(tmp_path):
+    assert make_method("uniform", 0.3) == make_method("topk", 0.3) and make_method("uniform").name == "topk"
+    (tmp_path / "uniform.json").write_text('{"window": 4}')
+    assert make_method("topk", folder=tmp_path).window == make_method("uniform", folder=tmp_path).window == 4
+    (tmp_path / "topk.json").write_text('{"window": 5}')
+    assert make_method("uniform", folder=tmp_path).window == 5
+
+
+GIVEN = {  # setting: a value; any two that cannot both mean something are refused wherever they stand
+    "plphp": {"retention": 0.5, "keep_tokens": 9, "r": 0.9, "dr": 0.1, "alpha": 0.4, "beta": 0.2},
+    "topk": {"retention": 0.5, "keep_tokens": 9, "mass": 0.8, "rates": [0.5]},
+    "random": {"retention": 0.5, "keep_tokens": 9, "seed": 3},
+}
+TOGETHER = {  # what may stand together
+    "plphp": {("retention", other) for other in ("dr", "alpha", "beta")}
+    | {(a, b) for a in ("r", "dr", "alpha", "beta") for b in ("r", "dr", "alpha", "beta")},
+    "topk": set(),
+    "random": {("retention", "seed"), ("keep_tokens", "seed")},
+}
+TOGETHER["plphp-ada"], GIVEN["plphp-ada"] = TOGETHER["plphp"], GIVEN["plphp"]
+
+
+def ways(setting, value, tmp_path):
+    """[(what goes into the SPEC, retention, keep_tokens, --set)] of one setting."""
+    text, file = f"{setting}={json.dumps(value)}".replace(" ", ""), tmp_path / f"{setting}.json"
+    file.write_text(json.dumps({setting: value}))
+    found = [(text, None, None, []), ("", None, None, [text]), ("", None, None, [f"@{file}"])]
+    flag = {"retention": ("", value, None, []), "keep_tokens": ("", None, value, [])}
+    return found + [flag[setting]] if setting in flag else found
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_nothing_that_is_given_is_dropped(name, tmp_path):
+    """Every pair of settings that say how much is kept, each in the SPEC, by --set, in a file and by its flag."""
+    tried = 0
+    for a, b in itertools.product(GIVEN[name], repeat=2):
+        fits = a != b and ((a, b) in TOGETHER[name] or (b, a) in TOGETHER[name])
+        first, second = (ways(s, GIVEN[name][s], tmp_path) for s in (a, b))
+        for one, two in itertools.product(first, second):
+            if a == b and one == two and (one[1] or one[2]):
+                continue  # a flag has one value
+            spec = f"{name}:" + ",".join(filter(None, (one[0], two[0])))
+            arguments = spec.rstrip(":"), one[1] or two[1], one[2] or two[2], [*one[3], *two[3]]
+            tried += 1
+            if fits:
+                found = make_method(*arguments).settings
+                assert all(found[s] == GIVEN[name][s] for s in (a, b)), arguments
+                continue
+            with pytest.raises(ValueError, match="one of them|once") as refused:
+                make_method(*arguments)
+            message = str(refused.value)
+            assert a in message and b in message and "\n" not in message, arguments
+    assert tried > 90
+
+
+def test_a_checkpoints_own_budget_gives_way_to_what_is_given(tmp_path):
+    (tmp_path / "plphp.json").write_text('{"retention": 0.4, "alpha": 0.5, "beta": 0.3, "dr": 0.0}')
+    given = {"plphp": 0.4, "plphp:r=0.7": 0.7, "plphp:retention=0.2": 0.2, "plphp-ada:r=0.6": 0.6}
+    for spec, rate in given.items():
+        rule = make_method(spec, folder=tmp_path).rule
+        assert rule.rate(0.6) == rule.rate(0.1) == rate and (rule.alpha, rule.beta) == (0.5, 0.3)
+    assert make_method("plphp", keep_tokens=7, folder=tmp_path).settings["retention"] is None
 
 
 OWN = """
@@ -121,6 +192,10 @@ def own(tmp_path):
 BAD = {
     "unknown name": (["plphd"], "'plphd'"),
     "two methods": (["random+none"], "'random+none'"),
+    "a bracket that stays open": (["topk:rates=[0.5,0.5"], "rates"),
+    "a number for a method": ([0.5], "float"),
+    "pooled and shared": (["random:pooled=true,shared=true"], "one of them"),
+    "three methods": (["topk+grid+fastv:layer=1"], "combines"),
     "both budgets": (["random", 0.5, 3], "one of them"),
     "both budgets in the spec": (["random:keep_tokens=3", 0.5], "one of them"),
     "null for a number": (["random:seed=null"], "None"),
@@ -219,8 +294,8 @@ def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp
     make_hf_checkpoint(tmp_path, text, vision={"image_size": 84})
     checkpoint = dataclasses.replace(load(tmp_path, "fp32", torch.get_default_device()), stop_ids=())
     method = make_method(spec)
-    sampling = Sampling(max_new_tokens=24)
-    asked = checkpoint, "what is left?", [DEMO_PICTURE] * pictures, sampling
+    count = 24 if backend == "torch" else 8  # the interpreter is slow
+    asked = checkpoint, "what is left?", [DEMO_PICTURE] * pictures, Sampling(max_new_tokens=count)
     generation = Generation(*asked, prune=method, backend=backend)
     "".join(generation)
     layout = Layout(4, 8, 4, generation.prompt_tokens, generation.spans, torch.get_default_device())
@@ -230,7 +305,7 @@ def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp
     unpruned = Generation(*asked)
     "".join(unpruned)
     assert generation.token_ids != unpruned.token_ids  # else this test could not fail
-    ids, _ = masked_ids(tmp_path, generation, lambda layer, attention: keeps[layer].cpu(), 24)
+    ids, _ = masked_ids(tmp_path, generation, lambda layer, attention: keeps[layer].cpu(), count)
     assert generation.token_ids == ids
 
 

@@ -1,11 +1,15 @@
 """Files of questions: LLaVA's format in and out, nothing lost or said twice whatever happens, POPE by its rule."""
 
+import base64
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from test_parity import noise
 
 import model.generate
@@ -131,8 +135,11 @@ def test_chunks_are_those_of_llava_and_cover_everything_once(folder, capsys, chu
 def test_a_second_run_answers_only_what_is_missing(folder, capsys):
     inside(capsys, *flags(folder, "-n", 3))
     whole = (folder / "a.jsonl").read_bytes()
-    code, _, err = inside(capsys, *flags(folder, "-n", 3))
-    assert code == 0 and "0 questions in" in err and "8 had been answered before" in err
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))  # the bad ones again, in vain
+    assert code == 0 and "4 questions in" in err and "4 had been answered before" in err and "4 could not be" in err
+    assert (folder / "a.jsonl").read_bytes() == whole
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert code == 0 and "0 questions in" in err and "4 had been answered before" in err and "4 questions that" in err
     assert (folder / "a.jsonl").read_bytes() == whole
     lines = whole.splitlines(keepends=True)
     (folder / "a.jsonl").write_bytes(b"".join(lines[:3]))
@@ -143,7 +150,92 @@ def test_a_second_run_answers_only_what_is_missing(folder, capsys):
     assert (folder / "a.jsonl").read_bytes() == whole
     (folder / "a.jsonl").write_bytes(lines[6])  # of the two questions with the id 7, the later one
     inside(capsys, *flags(folder, "-n", 3))
-    assert (folder / "a.jsonl").read_bytes() == b"".join([lines[6], *lines[:6], lines[7]])
+    assert (folder / "a.jsonl").read_bytes() == whole
+
+
+def test_what_could_not_be_answered_is_asked_again(folder, capsys):
+    inside(capsys, *flags(folder, "-n", 3))
+    before = read_lines(folder / "a.jsonl")
+    (folder / "missing.png").write_bytes(DEMO.read_bytes())
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert code == 0 and read_lines(folder / "a.jsonl") == before
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 0 and "4 questions that could not be answered before are tried again; --keep-errors" in err
+    after = read_lines(folder / "a.jsonl")
+    assert [line["question_id"] for line in after] == [question["question_id"] for question in QUESTIONS]
+    assert "error" in before[3]["metadata"] and "error" not in after[3]["metadata"] and after[3]["text"]
+    assert [line for i, line in enumerate(after) if i != 3] == [line for i, line in enumerate(before) if i != 3]
+
+
+def test_a_retry_that_was_killed_leaves_one_line_for_each_question(folder, capsys):
+    """Until the end of a run an error and what made it good are both in the file."""
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    good = json.loads(whole.splitlines()[3])
+    del good["metadata"]["error"]
+    good = json.dumps(good | {"text": "the answer"}).encode() + b"\n"
+    (folder / "a.jsonl").write_bytes(whole + good)
+    for _ in range(2):
+        code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+        assert code == 0 and "0 questions in" in err
+        lines = whole.splitlines(keepends=True)
+        assert (folder / "a.jsonl").read_bytes() == b"".join([*lines[:3], good, *lines[4:]])
+
+
+@pytest.mark.parametrize("moment", ["fsync", "copymode", "replace"])
+@pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()])
+def test_putting_the_lines_in_order_loses_nothing(folder, capsys, monkeypatch, moment, cause):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    moved = b"".join(whole.splitlines(keepends=True)[::-1])
+    (folder / "a.jsonl").write_bytes(moved)
+    files = sorted(folder.iterdir())
+
+    def broken(*_):
+        raise cause
+
+    monkeypatch.setattr(shutil if moment == "copymode" else os, moment, broken)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert (code, "not in the order" in err) == ((0, True) if isinstance(cause, OSError) else (130, False))
+    assert (folder / "a.jsonl").read_bytes() == moved and sorted(folder.iterdir()) == files
+    monkeypatch.undo()
+    os.chmod(folder / "a.jsonl", 0o600)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
+    assert code == 0 and "put in the order of the questions" in err
+    assert (folder / "a.jsonl").read_bytes() == whole and (folder / "a.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_question_inserted_in_front_is_answered_in_front(folder, capsys):
+    write_lines(folder / "q.jsonl", QUESTIONS[1:3])
+    inside(capsys, *flags(folder, "-n", 3))
+    os.rename(folder / "a.jsonl", folder / "elsewhere.jsonl")
+    os.symlink(folder / "elsewhere.jsonl", folder / "a.jsonl")  # a link stays one
+    write_lines(folder / "q.jsonl", QUESTIONS[:3])
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 0 and "1 questions in" in err and (folder / "a.jsonl").is_symlink()
+    assert [line["question_id"] for line in read_lines(folder / "elsewhere.jsonl")] == [7, "b", 3]
+
+
+HALF = b'{"question_id": 4, "prompt": "Wh'
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 70, b"\n\n", b" \r\n\t\n", HALF + b"\0" * 9, b"\0\0\n\0", b"\n" + HALF], ids=repr
+)
+def test_what_a_power_cut_leaves_behind_is_cut_off(folder, capsys, tail):
+    write_lines(folder / "q.jsonl", QUESTIONS[:3])
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in (2, 1, 0):
+        (folder / "a.jsonl").write_bytes(b"".join(lines[:kept]) + tail)
+        code, _, err = inside(capsys, *flags(folder, "-n", 3))
+        assert code == 0 and (folder / "a.jsonl").read_bytes() == whole, err
+    # an editor's line ends and byte-order mark; NULs before a line that came later
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + whole.replace(b"\n", b"\r\n") + b"\0\0")
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0 and (folder / "a.jsonl").read_bytes() == whole
+    (folder / "a.jsonl").write_bytes(lines[0] + b"\0\0" + lines[1] + lines[2])
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0 and (folder / "a.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize("changed", [["-n", "4"], ["--prune", "plphp"], ["--temperature", "0.5"], ["--seed", "1"]])
@@ -197,7 +289,7 @@ def test_answers_to_other_pictures_do_not_count(folder, capsys):
     code, _, err = inside(capsys, *flags(folder, "-n", 3))
     assert code == 0 and "1 questions in" in err and "note: 1 answers" in err
     images = [line["metadata"]["images"] for line in read_lines(folder / "a.jsonl")]
-    assert images == [["demo.png"], ["other.png"]]
+    assert images == [["other.png"], ["demo.png"]]  # what answers no question here stands behind the others
     assert "image_folder" in refused(capsys, *flags(folder, "-n", 3, "--image-folder", ROOT / "assets"))
 
 
@@ -234,6 +326,100 @@ def test_broken_logits_of_one_question_are_recorded(folder, capsys, monkeypatch)
     assert "NaN" in errors[6] and not errors[0] and len(errors) == 8
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_out_of_memory_in_one_prompt_is_its_error(folder, capsys, monkeypatch, batch):
+    """Alone it does not fit either; what was in the batch beside it is answered as ever."""
+    inside(capsys, *flags(folder, "-n", 3, "--batch", batch))
+    whole = read_lines(folder / "a.jsonl")
+    os.unlink(folder / "a.jsonl")
+    prefill = model.generate.Generation.prefill
+
+    def out_of_memory(generation):
+        if len(generation.images) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return prefill(generation)
+
+    monkeypatch.setattr(model.generate.Generation, "prefill", out_of_memory)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--batch", batch))
+    lines = read_lines(folder / "a.jsonl")
+    assert code == 0 and "5 could not be answered" in err and err.count("lower --batch") == (batch > 1)
+    assert "out of memory" in lines[1]["metadata"]["error"] and lines[1]["text"] == ""
+    assert lines[:1] + lines[2:] == whole[:1] + whole[2:]
+    monkeypatch.undo()
+    assert inside(capsys, *flags(folder, "-n", 3))[0] == 0  # with more memory the next run answers it
+    assert read_lines(folder / "a.jsonl") == whole
+
+
+def test_a_batch_that_does_not_fit_is_asked_one_by_one(folder, capsys, monkeypatch):
+    inside(capsys, *flags(folder, "-n", 3))
+    whole = (folder / "a.jsonl").read_bytes()
+    os.unlink(folder / "a.jsonl")
+    advance, sizes = model.Batch.advance, []
+
+    def out_of_memory(batch):
+        sizes.append(len(batch.running))
+        if len(batch.running) > 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+        return advance(batch)
+
+    monkeypatch.setattr(model.Batch, "advance", out_of_memory)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3, "--batch", 4))
+    assert code == 0 and max(sizes) > 1 and (folder / "a.jsonl").read_bytes() == whole
+    assert err.count("lower --batch") == 1  # all four questions that can be answered, once
+
+
+def test_another_failure_ends_the_run(folder, capsys, monkeypatch):
+    def broken(generation):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(model.generate.Generation, "prefill", broken)
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))
+    assert code == 1 and "a bug" in err and read_lines(folder / "a.jsonl") == []
+
+
+def test_pictures_may_be_named_in_other_ways(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+    uri = "data:image/png;base64," + base64.b64encode(DEMO.read_bytes()).decode()
+    (folder / "-").write_bytes(DEMO.read_bytes())
+    names = ["demo.png", uri, "~/demo.png", f"file://{folder}/demo.png", str(folder / "demo.png"), ["demo.png"], "-"]
+    asked = [QUESTIONS[0] | {"question_id": i, "image": name} for i, name in enumerate(names)]
+    bad = ["HTTPS://example.com/x.png", "file://elsewhere/demo.png", "a\0b.png", "no.png", "."]
+    asked += [QUESTIONS[0] | {"question_id": name, "image": name} for name in bad]
+    write_lines(folder / "q.jsonl", asked)
+    # without --image-folder, and with a relative path to the questions
+    inside(capsys, "--questions", "q.jsonl", "--answers", "a.jsonl", "-n", 3)
+    lines = read_lines(folder / "a.jsonl")
+    assert {line["text"] for line in lines[:7]} == {lines[0]["text"]} and lines[0]["text"]
+    assert all("error" not in line["metadata"] for line in lines[:7])
+    assert len(lines[1]["metadata"]["images"][0]) < 100 and lines[1]["metadata"]["images"][0].startswith("data:image/")
+    errors = [line["metadata"]["error"] for line in lines[7:]]
+    words = ["nothing is downloaded", "another machine", "NUL", "no picture", "folder"]
+    for error, word in zip(errors, words, strict=True):
+        assert word in error and ";" in error
+    _, _, err = inside(capsys, "--questions", "q.jsonl", "--answers", "a.jsonl", "-n", 3, "--keep-errors")
+    assert "0 questions in" in err and "7 had been answered before" in err
+
+
+def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monkeypatch):
+    shutil.copytree(run.DEMO, folder / "model")
+    (folder / "mine.py").write_text("def keep(layer, scores, layout, *, window=1):\n    return None\n")
+    write_lines(folder / "q.jsonl", QUESTIONS[:2])
+    for name in (".", folder.name, f"./{folder.name}/../{folder.name}"):
+        monkeypatch.chdir(folder if name == "." else folder.parent)
+        words = f"--questions {name}/q.jsonl --answers {name}/a.jsonl --image-folder {name} --model {name}/model -n 3"
+        code, _, err = inside(capsys, *words.split(), "--prune", f"{name}/mine.py::keep")
+        assert code == 0 and f"{2 if name == '.' else 0} questions in" in err, err
+    # a relative path that an older version has written down
+    old = (folder / "a.jsonl").read_text().replace(json.dumps(str(folder)), '"."')
+    (folder / "a.jsonl").write_text(old)
+    monkeypatch.chdir(folder)
+    words = "--questions q.jsonl --answers a.jsonl --model model -n 3 --prune mine.py::keep"
+    assert "0 questions in" in inside(capsys, *words.split())[2]
+    assert "prune" in refused(capsys, *words.split()[:-2])
+    assert "image_folder" in refused(capsys, *words.split(), "--image-folder", ROOT / "assets")
+
+
 def test_two_runs_do_not_write_one_file(folder, capsys):
     fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
     with open(folder / "a.jsonl", "w") as held:
@@ -266,10 +452,10 @@ import os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch, run, tools.questions, tools.report, model, model.pruning
 torch.set_num_threads(1)
-rng, kills, argv = random.Random(5), 0, sys.argv[1:]
+rng, kills, wanted, argv = random.Random(5), 0, int(sys.argv[1]), sys.argv[2:]
 path = argv[argv.index("--answers") + 1]
 size = lambda: os.path.getsize(path) if os.path.exists(path) else 0
-while kills < 20:
+while kills < wanted:
     before, child, start = size(), os.fork(), time.time()
     if child == 0:
         os._exit(run.main(argv))
@@ -285,7 +471,9 @@ print(kills)
 """
 
 
-def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path):
+def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path, pytestconfig):
+    """Six without --all."""
+    kills = 20 if pytestconfig.option.all else 6
     if not hasattr(os, "fork"):
         pytest.skip("no fork on this system")
     make_checkpoint(tmp_path / "model")
@@ -295,8 +483,8 @@ def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path):
     write_lines(tmp_path / "q.jsonl", asked)
     argv = [*flags(tmp_path, "--model", tmp_path / "model", "-n", 9, "--batch", 5)]
     argv = [str(word) for word in argv]
-    done = subprocess.run([sys.executable, "-c", KILLER, *argv], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "20", done.stderr[-2000:]
+    done = subprocess.run([sys.executable, "-c", KILLER, str(kills), *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(kills), done.stderr[-2000:]
     before = (tmp_path / "a.jsonl").read_bytes()
     assert 0 < before.count(b"\n") < 3000
     # cut the rest short: what matters is the seam
@@ -331,6 +519,24 @@ def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path):
         ('{"question_id": true, "text": "x"}', "question_id"),
         ('{"question_id": 1, "text": "x", "image": false}', "image"),
         ('{"question_id": 1, "text": "half \\ud800 of it"}', "Unicode"),
+        ('{"question_id": 1, "text": "", "image": "demo.png"}', "text"),
+        ('{"question_id": 1, "text": " \\n", "image": "demo.png"}', "text"),
+        ('{"question_id": NaN, "text": "x"}', "question_id"),
+        ('{"question_id": null, "text": "x"}', "question_id"),
+        ('{"question_id": [1], "text": "x"}', "question_id"),
+        ('{"question_id": %s, "text": "x"}' % ("9" * 5000), "not JSON"),
+        ('{"question_id": 1, "text": "x", "image": NaN}', "image"),
+        ('{"question_id": 1, "text": "x", "image": {"url": "a.png"}}', "image"),
+        ('{"question_id": 1, "text": "x", "images": ["a.png"]}', "'images'"),
+        ('{"question_id": 1, "text": "x", "image": null, "image_path": "a.png"}', "'image_path'"),
+        ('{"question_id": 1, "text": "x", "image": [], "image_file": "a"}', "'image_file'"),
+        ('{"question_id": 1, "text": "x", "Image": "a"}', "'Image'"),
+        ('{"question_id": 1, "text": "x", "img": "a"}', "'img'"),
+        ('{"question_id": 1, "text": "x", "image_url": {"url": "a"}}', "'image_url'"),
+        ('{"question_id": 1, "text": "x", "picture": "a"}', "'picture'"),
+        ('{"question_id": 1, "text": "x", "image_id": 17}', "'image_id'"),
+        ('{"question_id": 1, "text": "x", "file_name": "a.JPG"}', "'file_name'"),
+        ('{"question_id": 1, "text": "x", "files": ["a.png"]}', "'files'"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(folder, capsys, line, word):
@@ -372,6 +578,29 @@ def test_flags_that_make_no_sense_are_refused(folder, capsys, argv):
 def test_a_file_without_questions_is_refused(folder, capsys, content):
     (folder / "q.jsonl").write_bytes(content)
     refused(capsys, *flags(folder))
+
+
+def test_other_forms_of_a_question_file(folder, capsys):
+    (folder / "q.jsonl").write_text(json.dumps(QUESTIONS, indent=1))
+    assert "JSON array; give JSONL" in refused(capsys, *flags(folder))
+    (folder / "q.jsonl").write_text(json.dumps(QUESTIONS[0], indent=1))
+    assert "line 1 of" in (line := refused(capsys, *flags(folder))) and "one object on each line" in line
+    text = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
+    (folder / "q.jsonl").write_bytes(text.encode("utf-16"))
+    assert "UTF-16" in refused(capsys, *flags(folder))
+    for number, data in enumerate((text.encode(), ("\ufeff" + text.replace("\n", "\r\n")).encode())):
+        (folder / "q.jsonl").write_bytes(data)
+        assert inside(capsys, *flags(folder, "-n", 1, "--answers", folder / f"{number}.jsonl"))[0] == 0
+    assert (folder / "0.jsonl").read_bytes() == (folder / "1.jsonl").read_bytes()
+
+
+def test_a_line_may_say_that_it_has_no_picture(folder, capsys):
+    none = [{}, *({"image": nothing} for nothing in (None, "", [])), {"images": []}, {"image_path": None}]
+    none += [{"has_image": False}, {"num_images": 0}]
+    write_lines(folder / "q.jsonl", [{"question_id": i, "text": "What?"} | more for i, more in enumerate(none)])
+    assert inside(capsys, *flags(folder, "-n", 2))[0] == 0
+    lines = read_lines(folder / "a.jsonl")
+    assert [line["metadata"]["vision_tokens"] for line in lines] == [0] * len(none)
 
 
 # ---------------------------------------------------------------- POPE
@@ -426,6 +655,36 @@ def test_scores_of_known_counts(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split() == [
         "all", "2", "1", "3", "2", "0.6250", "0.6667", "0.5000", "0.5714", "0.3750",
     ]  # fmt: skip
+
+
+def test_what_could_not_be_answered_is_no_yes(tmp_path, capsys):
+    real, kinds = ["yes", "no", "yes", "no"], ["x", "x", "y", "y"]
+    rows = zip(kinds, real, strict=True)
+    questions = [{"question_id": i, "text": "?", "category": k, "label": r} for i, (k, r) in enumerate(rows)]
+    missing = {"text": "", "metadata": {"error": "no picture"}}
+    answers = [
+        {"question_id": 0, "text": "yes", "metadata": {}},
+        {"question_id": 1} | missing,
+        {"question_id": 2} | missing,
+        {"question_id": 3, "text": "no", "metadata": None},
+        {"question_id": 3} | missing,
+        {"question_id": 2} | missing,
+    ]  # fmt: skip  an error before or behind the answer that made it good does not count, nor one that came twice
+    write_lines(tmp_path / "q.jsonl", questions)
+    write_lines(tmp_path / "a.jsonl", answers)
+    argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
+    assert score_pope.main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    total = json.loads(out)["all"]
+    assert [total[k] for k in ("TP", "FP", "TN", "FN", "errors")] == [1, 0, 1, 0, 2] and total["accuracy"] == 1.0
+    assert "2 questions could not be answered" in err and err.count("\n") == 1
+    assert score_pope.main(argv) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0][-1] == "errors" and [row[-1] for row in table[1:]] == ["1", "1", "2"]
+    write_lines(tmp_path / "a.jsonl", [{"question_id": i} | missing for i in range(4)])
+    with pytest.raises(SystemExit):
+        score_pope.main(argv)
+    assert "no question could be answered" in capsys.readouterr().err
 
 
 def spoil(tmp_path, what):

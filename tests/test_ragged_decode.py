@@ -1,6 +1,5 @@
 """ragged_decode and merge_states: against dense attention with a mask in float64, with NaN wherever nothing is kept."""
 
-import random
 import sys
 
 import pytest
@@ -20,6 +19,7 @@ from kernels.backend import choose_backend, interpreted
 from model.config import TextConfig
 from model.llama import rope_table, rotate
 from tests.oracle import ULP, assert_as_exact, masked_attention
+from tests.seeds import python_random, torch_random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -47,7 +47,7 @@ def case(seed, dtype):
 
 
 def _case(seed, dtype):
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rng, generator = python_random(seed), torch_random(seed)
     b, hkv, group, d = (
         rng.choice([1, 1, 2, 3]),
         rng.choice([1, 2, 4]),
@@ -108,7 +108,7 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
 def test_a_rectangle_is_stepped_in_one_piece(dtype):
     """`rectangle_step`, not compiled, against the reference of an append; segments may hold different numbers."""
     for seed in range(40):
-        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        rng, generator = python_random(seed), torch_random(seed)
         b, hkv, group, n, d = (rng.choice(c) for c in ((1, 1, 2, 3), (1, 2, 4), (1, 2, 3, 7), (2, 5, 64), (8, 20, 64)))
         q, k_new, v_new = (torch.randn(b, heads, d, generator=generator).to(dtype) for heads in (hkv * group, hkv, hkv))
         k, v = (torch.randn(b * hkv, n, d, generator=generator).to(dtype) for _ in "kv")
@@ -204,7 +204,6 @@ def test_equal_lengths_are_read_where_they_lie(monkeypatch):
 def test_heads_of_one_length_in_each_sequence_are_read_where_they_lie(monkeypatch, dtype, lengths):
     """As in a batch: runs of segments that are rectangles. Not where a sequence is empty."""
     b, heads, tokens = len(lengths), 3, 30
-    torch.manual_seed(b)
     k, v = torch.randn(2, b * heads, tokens, 16).to(dtype)
     q = torch.randn(b, 6, 16).to(dtype)
     keep = torch.zeros(b * heads, tokens, dtype=torch.bool)
@@ -247,7 +246,6 @@ def test_large_caches_are_read_in_chunks(monkeypatch):
     """The real sizes: several whole chunks in a segment, and no gather of everything."""
     monkeypatch.setattr(torch_way, "_gathered", None)
     for seed in range(4):
-        torch.manual_seed(seed)
         k, v, q = torch.randn(4, 3000, 32), torch.randn(4, 3000, 32), torch.randn(1, 8, 32)
         keep = torch.arange(3000) < torch.tensor([[3000], [70], [0], [2500 + seed]])
         call = arena(k, v, keep, [3100, 70, 5, 2600])

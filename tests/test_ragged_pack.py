@@ -1,19 +1,19 @@
 """ragged_pack: what is kept arrives, in order, and nothing else does."""
 
 import functools
-import random
 
 import pytest
 import torch
 
 from kernels import ragged_pack, ragged_pack_ref
+from tests.seeds import python_random
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reference", [False, True])
 def test_kept_rows_arrive_in_order(backend, reference, dtype):
     op = ragged_pack_ref if reference else functools.partial(ragged_pack, backend=backend)
-    rng = random.Random(0)
+    rng = python_random(0)
     for _ in range(60):
         heads, tokens, d, slack = (
             rng.choice([1, 2, 5]),

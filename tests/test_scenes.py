@@ -1,10 +1,10 @@
 """The demo world: the same seed is the same scene, the ground truth is true, and questions do not give answers away."""
 
 import math
-import random
 
 import pytest
 
+from tests.seeds import python_random
 from tools import scenes
 
 SEEDS = range(300)
@@ -126,7 +126,7 @@ def test_no_answer_is_common(task, most):
 
 def test_patches_cover_what_is_drawn():
     """Drawing the scene without a thing changes the picture only near the patches that are its evidence."""
-    rng = random.Random(0)
+    rng = python_random(0)
     for _ in range(20):
         scene = scenes.make_scene(rng, with_sign=False)
         t = scene.things[0]

@@ -18,7 +18,6 @@ def planted(sink=None):
 
     The sink's value is zero in KV head 0, which query heads 0 and 1 read.
     """
-    torch.manual_seed(0)
     q, k, v = torch.zeros(4, T, D), torch.zeros(2, T, D), torch.randn(2, T, D)
     if sink is not None:
         q[1, :, 0], k[0, sink, 0], v[0, sink] = 100.0, 100.0, 0.0

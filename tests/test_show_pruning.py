@@ -11,6 +11,7 @@ from PIL import Image
 from model import load
 from model.pruning import make_method
 from tests.paths import DEMO, DEMO_PICTURE
+from tests.seeds import torch_random
 from tools import show_pruning
 from tools.show_pruning import Shown, layer_class, look, page, veiled
 
@@ -23,7 +24,7 @@ BROWSER = [
 
 def hand_made(prompt="What?", seed=0, pictures=2):
     """2 layers, 3 heads, pictures of 4 x 4 tokens, each head keeping others."""
-    keep = torch.rand(2, 3, pictures, 16, generator=torch.Generator().manual_seed(seed)) < 0.5
+    keep = torch.rand(2, 3, pictures, 16, generator=torch_random(seed)) < 0.5
     squares = [Image.new("RGB", (40, 40), colour) for colour in ((200, 30, 30), (20, 60, 220))[:pictures]]
     return Shown(prompt, "plphp", squares, keep, [0.3, 0.05], (0.25, 0.1), 2_000_000, 1_000_000)
 

@@ -1,11 +1,14 @@
 """Text to ids and back: equal to transformers' tokenizers, streamed without half characters; the prompt templates."""
 
 import json
+import random
 import shutil
+from pathlib import Path
 
+import chat_templates
 import pytest
 import sentencepiece
-from conftest import IMAGE_ID, PAD_ID, PIECES, TOKENIZER_CONFIG, VOCAB, refusal, write_json
+from conftest import IMAGE_ID, PAD_ID, PIECES, TOKENIZER_CONFIG, VOCAB, added_token, refusal, write_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,6 +203,173 @@ def test_of_two_added_tokens_the_longer_is_cut_out(tokenizer_folder):
     assert tokenizer.encode("<im<image><image>>", bos=False) == [420, 421, 422]
 
 
+# ---------------------------------------------------------------- added tokens and their flags
+
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+CONTENTS = ["<x>", "<x>>", "<y z>", "abc", "é", "<|t|>", "2x", "<im", "what", "\u2581w"]
+BETWEEN = [
+    "a", "b", " ", "  ", "\n", "\t", "é", "_", "½", "x", "USER: ", "\u00a0", "日", "\u2581", "<", "what is ", "\u0301",
+    "\x1d", "\u200d", ".", "<image>", "<s>",
+]  # fmt: skip
+
+
+def random_flags(rng):
+    return {flag: rng.random() < 0.35 for flag in FLAGS}
+
+
+def put_random_tokens(folder, rng, scheme):
+    """Write added tokens with random flags into the files of a tokenizer; returns their texts."""
+    fast = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if scheme == "prepend":
+        fast |= PREPEND | {"normalizer": {"type": "Sequence", "normalizers": STEPS}}
+    else:
+        fast["pre_tokenizer"]["prepend_scheme"] = scheme
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    where = rng.choice(["tokenizer.json", "tokenizer_config.json", "both", "both with other flags"])
+    if scheme == "prepend" and "other" in where:  # there transformers shows a leading space or not, by chance
+        where = "both"
+    free, texts = PIECES + 2, rng.sample(CONTENTS, rng.randint(1, 4))
+    for text in texts:
+        i = pieces.piece_to_id(text)
+        if pieces.id_to_piece(i) != text:
+            i, free = free, free + 1
+        flags = random_flags(rng)
+        if where != "tokenizer_config.json":
+            fast["added_tokens"].append({"id": i, "content": text} | flags)
+        if where != "tokenizer.json":
+            again = random_flags(rng) if "other" in where else flags
+            config["added_tokens_decoder"][str(i)] = {"content": text} | again
+    if rng.random() < 0.3:
+        config["foo_token"] = texts[0]
+    if where == "tokenizer.json" and rng.random() < 0.5:
+        del config["added_tokens_decoder"]
+    if rng.random() < 0.2:
+        fast["decoder"]["decoders"] = [d for d in fast["decoder"]["decoders"] if d["type"] != "Strip"]
+    write_json(folder / "tokenizer.json", fast)
+    write_json(folder / "tokenizer_config.json", config)
+    return texts
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "prepend"])
+@pytest.mark.parametrize("seed", range(12))
+def test_added_tokens_are_those_of_auto_tokenizer_whatever_their_flags(tiny_tokenizer_dir, tmp_path, seed, scheme):
+    """Ids of texts, and text of ids: a token that is not special stays in the answer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    rng = random.Random(f"{seed} {scheme}")
+    shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    transformers_tokenizer(tiny_tokenizer_dir, True).save_pretrained(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", TOKENIZER_CONFIG)
+    write_json(tmp_path / "config.json", {"model_type": "llava"})  # with it AutoTokenizer reads tokenizer.json as it is
+    texts = put_random_tokens(tmp_path, rng, scheme)
+    ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for _ in range(40):
+        text = "".join(rng.choice([*texts, *texts, *BETWEEN]) for _ in range(rng.randint(0, 12)))
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text), text
+        ids += [i for i in rng.choices(range(PIECES + 2 + len(texts)), k=5) if not ours.sp.is_byte(i % PIECES)]
+        ids = [i for i in ids if i < len(theirs)]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ids
+
+
+SLOW_TEXTS = ["a <x> b", "<x>", "  <x>  ", "a<x><x>b", "a\n <x>\t b<image> <x>c", " <x>a", "a <image> <x>"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("strips", [(), ("lstrip",), ("rstrip",), ("lstrip", "rstrip")], ids=str)
+def test_without_tokenizer_json_white_space_is_taken_as_the_sentencepiece_tokenizer_takes_it(
+    tokenizer_folder, monkeypatch, strips, legacy
+):
+    token = added_token("<x>") | dict.fromkeys(strips, True)
+    config = TOKENIZER_CONFIG | {
+        "added_tokens_decoder": TOKENIZER_CONFIG["added_tokens_decoder"] | {str(PAD_ID + 1): token}
+    }
+    monkeypatch.setitem(TOKENIZER_CONFIG, "added_tokens_decoder", config["added_tokens_decoder"])
+    folder = tokenizer_folder(legacy=legacy)
+    for text in SLOW_TEXTS:
+        if legacy or not text.strip().startswith("<x>"):  # how it shows the first space is not the matter here
+            assert Tokenizer(folder).encode(text) == sentencepiece_ids(folder, text, legacy), text
+
+
+def test_a_token_that_is_not_special_stays_in_the_answer(tokenizer_folder):
+    texts = {"<tool>": False, "<secret>": True, "\u2581two\u2581words": False}
+    added = {str(PAD_ID + 1 + i): added_token(text) | {"special": s} for i, (text, s) in enumerate(texts.items())}
+    tokenizer = Tokenizer(tokenizer_folder(added_tokens_decoder=TOKENIZER_CONFIG["added_tokens_decoder"] | added))
+    ids = [*tokenizer.encode("a"), PAD_ID + 1, PAD_ID + 2, PAD_ID + 3, PAD_ID]
+    assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == "a<tool> two words"
+
+
+@pytest.mark.parametrize(
+    ("decoder", "word"),
+    [
+        ({str(PAD_ID + 2): "<x>"}, "its place is"),  # a hole: transformers would count it without
+        ({"300": "<x>"}, "its place is"),  # the id of a piece
+        ({str(PAD_ID + 1): "<image>"}, "the ids"),  # one text, two ids
+    ],
+)
+def test_ids_that_transformers_would_not_give_are_refused(tokenizer_folder, decoder, word):
+    added = TOKENIZER_CONFIG["added_tokens_decoder"] | {i: added_token(text) for i, text in decoder.items()}
+    assert word in refusal(Tokenizer, tokenizer_folder(added_tokens_decoder=added))
+
+
+def test_files_that_give_a_token_two_ids_are_refused(tokenizer_folder):
+    folder = tokenizer_folder()
+    write_json(folder / "tokenizer.json", {"added_tokens": [{"id": PAD_ID, "content": "<image>", "special": True}]})
+    message = refusal(Tokenizer, folder)
+    assert "'<image>'" in message and str(PAD_ID) in message and str(IMAGE_ID) in message
+
+
+def test_a_tokenizer_json_of_other_pieces_is_refused(with_json, tmp_path):
+    shutil.copytree(with_json[0], tmp_path, dirs_exist_ok=True)
+    fast = json.loads((tmp_path / "tokenizer.json").read_text())
+    pieces = fast["model"]["vocab"]
+    a, b = list(pieces)[300:302]
+    pieces[a], pieces[b] = pieces[b], pieces[a]
+    write_json(tmp_path / "tokenizer.json", fast)
+    assert "other pieces" in refusal(Tokenizer, tmp_path)
+
+
+STEPS_NOT_KNOWN = {
+    "Lowercase": {"normalizer": {"type": "Lowercase"}},
+    "NFKC": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}},
+    "ByteLevel": {"pre_tokenizer": {"type": "ByteLevel"}},
+    "Digits": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}},
+    "split": {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first", "split": True}},
+    "never": {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never", "split": False}},
+    "WordPiece": {"decoder": {"type": "WordPiece"}},
+    "start token": {"post_processor": {"type": "RobertaProcessing"}},
+}
+
+
+@pytest.mark.parametrize("word", STEPS_NOT_KNOWN)
+def test_steps_of_tokenizer_json_that_are_not_computed_are_refused(tokenizer_folder, word):
+    folder = tokenizer_folder()
+    write_json(folder / "tokenizer.json", STEPS_NOT_KNOWN[word])
+    assert word in refusal(Tokenizer, folder)
+
+
+def template_processing(*single):
+    ids = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}, "<pad>": {"id": "<pad>", "ids": [PAD_ID]}}
+    steps = [{"Sequence": {"id": "A"}} if s == "A" else {"SpecialToken": {"id": s}} for s in single]
+    return {"type": "TemplateProcessing", "single": steps, "special_tokens": ids}
+
+
+def test_what_tokenizer_json_puts_around_a_prompt_goes_before_the_flag(tokenizer_folder):
+    folder = tokenizer_folder(add_bos_token=False)
+    for single, first in ((("<s>", "A"), 1), (("<pad>", "A"), PAD_ID), (("A",), None)):
+        write_json(folder / "tokenizer.json", {"post_processor": template_processing(*single)})
+        tokenizer = Tokenizer(folder)
+        assert tokenizer.encode("a") == [*([] if first is None else [first]), *tokenizer.encode("a", bos=False)]
+    write_json(folder / "tokenizer.json", {"post_processor": template_processing("<s>", "A", "<pad>")})
+    assert "start token" in refusal(Tokenizer, folder)
+    assert "add_eos_token" in refusal(Tokenizer, tokenizer_folder(add_eos_token=True))
+
+
+def test_bos_and_eos_are_the_tokens_of_these_names(tokenizer_folder):
+    tokenizer = Tokenizer(tokenizer_folder(bos_token="<pad>", eos_token={"content": "<image>"}))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (PAD_ID, IMAGE_ID) and tokenizer.encode("a")[0] == PAD_ID
+
+
 def test_rows_of_the_embedding_that_stand_for_nothing_are_known(tiny_tokenizer_dir):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     assert tokenizer.unreachable_ids(VOCAB) == list(range(PAD_ID + 1, VOCAB))
@@ -248,7 +418,7 @@ BYTE_IDS = st.lists(st.integers(3, 258), max_size=12)  # mostly no valid UTF-8
 CHARACTERS = st.text(st.sampled_from("aé😀日 ½\u200d\n."), max_size=12)
 
 
-@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@settings(max_examples=300)
 @given(ids=st.one_of(ANY_IDS, BYTE_IDS, st.tuples(BYTE_IDS, ANY_IDS).map(lambda two: two[0] + two[1])))
 def test_streamed_pieces_join_to_the_decoding_whatever_the_ids(tiny_tokenizer_dir, ids):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
@@ -256,7 +426,7 @@ def test_streamed_pieces_join_to_the_decoding_whatever_the_ids(tiny_tokenizer_di
     assert "".join(pieces) == tokenizer.decode(ids) == plain_decode(tokenizer.sp, ids)
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@settings(max_examples=200)
 @given(text=CHARACTERS)
 def test_streaming_never_shows_half_a_character(tiny_tokenizer_dir, text):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
@@ -340,13 +510,111 @@ def test_a_system_text_replaces_the_templates_own():
     assert build_prompt("Why?", 0, "vicuna", system="") == "USER: Why? ASSISTANT:"
 
 
-LOOP = "{% for m in messages %}{{ m.role | upper }}: {{ m.content }} {% endfor %}ASSISTANT:"
-CHAT_TEMPLATES = {
-    "llava": LOOP,
-    "vicuna": VICUNA + LOOP,
-    "llava_v1": LLAVA_V1 + LOOP,
-    "mistral": "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endfor %}",
+DEMO_TEMPLATE = (Path(__file__).parents[1] / "assets/demo/chat_template.jinja").read_text()
+CHAT_TEMPLATES = {  # published text: the family that renders the same prompt
+    "llava": (chat_templates.LLAVA, "llava"),
+    "llava, unmarked": (chat_templates.LLAVA_UNMARKED, "llava"),
+    "mistral": (chat_templates.MISTRAL, "mistral"),
+    "mistral, old": (chat_templates.MISTRAL_OLD, "mistral"),
+    "instruct": (chat_templates.INSTRUCT, "mistral"),
+    "demo": (DEMO_TEMPLATE, "llava"),
 }
+
+
+def rendered(template, question, pictures):
+    """The prompt that transformers makes of a template, without the start token that the tokenizer adds anyway."""
+    pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+    if "message['content'] +" in template:  # of a language model: content is a string
+        content = "<image>\n" * pictures + question
+    messages = [{"role": "user", "content": content}]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    made = _compile_jinja_template(template).render(messages=messages, add_generation_prompt=True, **tokens)
+    return made.removeprefix("<s>")
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_known_chat_template_renders_what_its_family_builds(name, pictures):
+    text, family = CHAT_TEMPLATES[name]
+    assert rendered(text, "Why  so?\nSay it.", pictures) == build_prompt("Why  so?\nSay it.", pictures, family)
+
+
+SPELLINGS = {  # that change no output
+    "as published": lambda text: text,
+    "line breaks escaped": lambda text: text.replace("\n' ", "\\n' ").replace("'\n", "'\\n"),
+    "a line break at the end": lambda text: text + "\n",
+    "Windows": lambda text: text.replace("\n", "\r\n"),
+    "a line for each tag": lambda text: text.replace("%}{%", "%}\n    {%"),
+    "other comments": lambda text: text.replace("{# Render all images first #}", "{# pictures #}"),
+    "wide tags": lambda text: text.replace("{% ", "{%   ").replace(" %}", "\n%}"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_chat_template_is_recognised_in_other_spellings(tmp_path, name, spelling):
+    text, family = CHAT_TEMPLATES[name]
+    changed = SPELLINGS[spelling](text)
+    assert rendered(changed, "Why?", 1) == rendered(text, "Why?", 1)
+    (tmp_path / "chat_template.jinja").write_bytes(changed.encode())
+    assert find_template(tmp_path, LLAVA) == (family, "from the chat template")
+
+
+LOST = {  # what changes the prompt: the old rules took them all for a known family
+    "a system sentence": lambda text: "Answer in French. " + text,
+    "a sentence of vicuna's": lambda text: VICUNA + text,
+    "a sentence behind": lambda text: text + " Be brief.",
+    "a space": lambda text: text.replace("{% for", " {% for", 1),
+    "a word": lambda text: text.replace("USER", "HUMAN").replace("message", "messag3", 1).replace("INST", "ASK"),
+    "a space for a line break": lambda text: text.replace("<image>\\n", "<image> ").replace("<image>\n", "<image> "),
+    "a system turn": lambda text: "{% set messages = [{'role': 'system', 'content': 'Be brief.'}] + messages %}" + text,
+}
+
+
+@pytest.mark.parametrize("change", LOST)
+@pytest.mark.parametrize("name", ["llava", "mistral", "demo"])
+def test_a_chat_template_with_any_other_text_is_not_recognised(tmp_path, name, change):
+    changed = LOST[change](CHAT_TEMPLATES[name][0])
+    assert changed != CHAT_TEMPLATES[name][0]
+    (tmp_path / "chat_template.jinja").write_text(changed)
+    note = find_template(tmp_path, LLAVA)[1]
+    assert "not recognised" in note and "--template" in note
+
+
+PLACES = ["processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"]
+
+
+def put_template(folder, place, text):
+    if place.endswith(".jinja"):
+        (folder / place).write_text(text)
+    else:
+        old = json.loads((folder / place).read_text()) if (folder / place).exists() else {}
+        write_json(folder / place, old | {"chat_template": text})
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_of_several_chat_templates_the_one_of_transformers_counts(demo_files, first):
+    """In the order of PLACES; the last is that of a bare tokenizer, which transformers' processor does not look at."""
+    for place in PLACES[first:]:
+        put_template(demo_files, place, chat_templates.MISTRAL if place == PLACES[first] else chat_templates.LLAVA)
+    assert find_template(demo_files, LLAVA)[0] == "mistral"
+    if first < 3:
+        transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+        assert transformers.AutoProcessor.from_pretrained(demo_files).chat_template == chat_templates.MISTRAL
+
+
+@pytest.fixture
+def demo_files(tmp_path):
+    """The demo's small files without a chat template."""
+    for file in (Path(__file__).parents[1] / "assets/demo").iterdir():
+        if file.suffix in (".json", ".model"):
+            shutil.copy(file, tmp_path)
+    return tmp_path
+
+
 LLAVA = LlavaConfig()
 NEXT = {
     kind: parse_config({"model_type": "llava_next", "text_config": {"model_type": kind}})
@@ -354,21 +622,20 @@ NEXT = {
 }
 
 
-@pytest.mark.parametrize("place", ["jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("family", CHAT_TEMPLATES)
-def test_the_family_is_recognised_wherever_the_chat_template_lies(tmp_path, family, place):
-    if place == "jinja":
-        (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATES[family])
-    else:
-        write_json(tmp_path / place, {"chat_template": CHAT_TEMPLATES[family]})
-    template, note = find_template(tmp_path, LLAVA)
-    assert template == family and "from" in note
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_the_family_is_recognised_wherever_the_chat_template_lies(tmp_path, name, place):
+    text, family = CHAT_TEMPLATES[name]
+    put_template(tmp_path, place, text)
+    assert find_template(tmp_path, LLAVA) == (family, "from the chat template")
 
 
-def test_several_named_chat_templates_are_searched(tmp_path):
-    named = [{"name": "default", "template": CHAT_TEMPLATES["vicuna"]}]
-    write_json(tmp_path / "tokenizer_config.json", {"chat_template": named})
-    assert find_template(tmp_path, NEXT["mistral"])[0] == "vicuna"
+def test_of_several_named_chat_templates_the_default_counts(tmp_path):
+    named = {"default": chat_templates.LLAVA, "tool_use": chat_templates.MISTRAL}
+    listed = [{"name": name, "template": text} for name, text in named.items()]
+    for value in (named, listed):
+        write_json(tmp_path / "tokenizer_config.json", {"chat_template": value})
+        assert find_template(tmp_path, NEXT["mistral"])[0] == "llava"
 
 
 @pytest.mark.parametrize(
@@ -390,4 +657,5 @@ def test_a_chat_template_is_never_run(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{% raise %} ASSISTANT:"
     )
-    assert find_template(tmp_path, LLAVA)[0] == "llava"
+    template, note = find_template(tmp_path, LLAVA)
+    assert template == "llava" and "not recognised" in note

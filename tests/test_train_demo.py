@@ -2,15 +2,14 @@
 
 import csv
 import json
-import random
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from model import Generation, load
-from tests.paths import DEMO, ROOT
+from tests.paths import DEMO
+from tests.seeds import python_random
 from tools import scenes, train_demo
 
 
@@ -104,27 +103,15 @@ def test_the_demo_folder_is_small_and_complete():
     assert "hidden_act" not in text  # sparse, as published configs are
 
 
-@pytest.mark.parametrize("stage", ["tower", "decoder"])
-def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage):
-    """Two steps in one go equal one step, a new process, and another step."""
+@pytest.mark.parametrize("stage", ["tower", pytest.param("decoder", marks=pytest.mark.thorough)])
+def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage, monkeypatch, capsys):
+    """Two steps in one go equal one step, what was saved of it, and another step."""
 
     def train(folder, steps, stage):
-        args = [
-            sys.executable,
-            str(ROOT / "tools" / "train_demo.py"),
-            stage,
-            "--run",
-            str(folder),
-            "--steps",
-            str(steps),
-            "--batch",
-            "2",
-            "--device",
-            "cpu",
-        ]
-        done = subprocess.run(args, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        flags = ["--run", str(folder), "--steps", str(steps), "--batch", "2", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["train_demo.py", stage, *flags])
+        train_demo.main()
+        return capsys.readouterr().err
 
     if stage == "decoder":
         train(tmp_path / "whole", 1, "tower")
@@ -143,6 +130,6 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage):
 
 def test_talks_keep_every_question():
     _, questions = scenes.sample(11)
-    talks = train_demo.talks(questions, random.Random(0))
+    talks = train_demo.talks(questions, python_random(0))
     assert sorted(q.question for t in talks for q in t) == sorted(q.question for q in questions)
     assert {len(t) for t in talks} <= {1, 2}

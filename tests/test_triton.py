@@ -6,7 +6,6 @@ all head dims, NaN in whatever no result may depend on, results that are equal t
 
 import contextlib
 import mmap
-import random
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from model.cache import RaggedCache
 from model.generate import DecodeStep
 from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
+from tests.seeds import python_random, torch_random
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 def problem(lengths, hkv, group, d, dtype=torch.float32, rows=None, slack=3, seed=0, split=32):
     """(q, k, v, kv_start, kv_len, kv_cap, plan) on the device: NaN in every free slot and in the room for parts."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_random(seed)
     length = torch.tensor(lengths, dtype=torch.int32)
     cap = length + slack
     start = cap.cumsum(0, dtype=torch.int32) - cap
@@ -74,7 +74,7 @@ BN = triton_way.tiles(1, 128, 4)["BN"]  # 16 slots: the smallest tile, so the bo
 
 @pytest.mark.parametrize("seed", range(6))
 def test_lengths_at_the_borders_of_tiles_and_splits(seed):
-    rng, split = random.Random(seed), 2 * BN
+    rng, split = python_random(seed), 2 * BN
     borders = [0, 1, BN - 1, BN, BN + 1, split - 1, split, split + 1, rng.randint(2, 4 * split)]
     lengths = rng.sample(borders, 5) + [rng.choice([7 * split + 5, 0])]  # one giant, or none
     rng.shuffle(lengths)
@@ -153,7 +153,7 @@ def decoded(q, k, v, start, length, plan):
 
 def appended(q, k, v, start, length, cap, plan, seed=9):
     """One step of ragged_decode_append with its own new tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_random(seed)
     shape = len(q), len(start) // len(q), q.shape[-1]
     new = [torch.randn(shape, generator=generator).to(q) for _ in range(2)]
     options = {"return_lse": True, "plan": plan, "backend": "triton"}
@@ -170,7 +170,7 @@ def test_the_order_of_the_work_does_not_matter(dtype):
     q, k, v, start, length, cap, plan = problem([130, 64, 3, 97], 2, 4, 64, dtype, split=32)
     wanted, wanted_step = decoded(q, k, v, start, length, plan), appended(q, k, v, start, length, cap, plan)
     for seed in range(4):
-        order = torch.randperm(len(plan.work), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(plan.work), generator=torch_random(seed))
         plan.work.copy_(plan.work[order.to(DEVICE)])
         spoil(plan, 4, 64)
         assert same(decoded(q, k, v, start, length, plan), wanted)
@@ -194,7 +194,7 @@ def test_the_neighbours_do_not_matter():
         got = decoded(q2, k2, v2, start2, length2, plan)
         assert same([t[1] for t in got], [t[0] for t in wanted])
         # the new token of the middle sequence has to be the same too
-        generator = torch.Generator().manual_seed(9)
+        generator = torch_random(9)
         new = [torch.randn(1, 2, 64, generator=generator).expand(3, 2, 64).to(q) for _ in range(2)]
         options = {"return_lse": True, "plan": plan, "backend": "triton"}
         got = ragged_decode_append(q2, *new, k2, v2, start2, length2, cap2, **options)
@@ -218,7 +218,7 @@ def test_steps_follow_each_other_over_one_plan():
     q, k, v, start, length, cap, plan = problem([30, 0, 64, 7], 2, 2, 64, slack=4, split=32)
     ours, wanted = (k, v), (k.clone(), v.clone())
     for step in range(6):  # the last two find every segment full
-        generator = torch.Generator().manual_seed(step)
+        generator = torch_random(step)
         q, *new = (torch.randn(2, h, 64, generator=generator).to(DEVICE) for h in (4, 2, 2))
         exact_arenas = [a.double() for a in wanted]
         exact = ragged_decode_append_ref(
@@ -371,7 +371,7 @@ def test_a_growing_series_in_a_graph_equals_eager():
         length += 1
     for step in range(280):
         for t in (q, *new):
-            t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(step)))
+            t.copy_(torch.randn(t.shape, generator=torch_random(step)))
         graph.replay()
         wanted = ragged_decode_append(q, *new, *eager, start, eager_length, cap, **options)
         eager_length += 1

@@ -2,12 +2,12 @@
 
 import functools
 import importlib
-import random
 
 import pytest
 import torch
 
 from kernels import window_scores, window_scores_ref
+from tests.seeds import python_random, torch_random
 
 
 def exact_scores(q, k, positions, scale, group):
@@ -30,9 +30,9 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
         empty = torch.empty  # what nobody writes shows
         monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(float("nan")))
     ours = functools.partial(window_scores, backend=backend)
-    rng, device = random.Random(0), torch.get_default_device()
+    rng, device = python_random(0), torch.get_default_device()
     for seed in range(30 if backend == "torch" else 8):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_random(seed)
         hkv, size, t, d = (
             rng.choice([1, 2, 4]),
             rng.choice([1, 2, 3, 8]),

@@ -54,10 +54,11 @@ from model.config import TextConfig  # noqa: E402
 from model.generate import DecodeStep, Layout, Pruner  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.pruning import make_method  # noqa: E402
-from run import check_backend, choose_device, number, one_line  # noqa: E402
+from run import as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
 from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, version  # noqa: E402
 from tools.compare_hf import AnonymousMemory, hf_inputs  # noqa: E402
+from tools.hf import import_transformers  # noqa: E402
 from tools.report import percentile  # noqa: E402
 from tools.verify_checkpoint import Parser  # noqa: E402
 
@@ -78,7 +79,7 @@ WATCHED = 8  # tokens that are compared
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     p.add_argument("--model", metavar="DIR|ID", help="a checkpoint (default: the demo model)")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
@@ -364,7 +365,7 @@ def prepare_picture(task):
     sampling = Sampling(max_new_tokens=task.new_tokens)
     generation = Generation(
         checkpoint, task.prompt, [task.image], sampling, prune=method, backend=task.backend,
-        compile=task.engine == "ours-compile",
+        compile=task.engine == "ours-compile", timed=True,
     )  # fmt: skip
 
     def again():
@@ -387,7 +388,7 @@ def prepare_picture(task):
 
 def prepare_hf(task):
     """The same for transformers: generate() with a dynamic cache, or a static one and torch.compile."""
-    import transformers
+    transformers = import_transformers()
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -418,7 +419,7 @@ def prepare_hf(task):
 
 def hf_llama(task, attention):
     """(transformers' LlamaForCausalLM with the weights of our Llama, what generate() is given, ids that end)."""
-    import transformers
+    transformers = import_transformers()
 
     language = language_of(task)
     fields = asdict(language.config)
@@ -442,7 +443,7 @@ def hf_llama(task, attention):
 
 def hf_llava(task, attention):
     """The same of LLaVA's or LLaVA-NeXT's class, for a checkpoint's picture and question."""
-    import transformers
+    transformers = import_transformers()
 
     asked = Generation(open_checkpoint(task.model), task.prompt, [task.image])  # for ids and pixels only
     checkpoint, dtype = asked.checkpoint, DTYPES[task.dtype]
@@ -983,4 +984,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

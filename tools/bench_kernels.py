@@ -60,7 +60,7 @@ from model.cache import RaggedCache  # noqa: E402
 from model.generate import Layout, Pruner  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import PlphpAda  # noqa: E402
-from run import choose_device, number  # noqa: E402
+from run import as_command, choose_device, number  # noqa: E402
 from tools.report import measure_bandwidth  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
     p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: one GPU session, or a quick look at all")
     p.add_argument("--shapes", nargs="+", default=["demo", "7b", "gqa8"], choices=SHAPES, metavar="SHAPE")
@@ -1285,4 +1285,4 @@ def cpu_name():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -29,7 +29,7 @@ from kernels import window_scores  # noqa: E402
 from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import Plphp, gamma  # noqa: E402
-from run import choose_device  # noqa: E402
+from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.replay import Asked, asked_by, compare, replay  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402
@@ -178,7 +178,9 @@ def calibrate(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="each is asked every prompt")
@@ -202,6 +204,8 @@ def main(argv=None):
             raise InputError("give either --image with --prompt, or --scenes")
         args.device = choose_device(args.device)
         calibrate(args)
+    except BrokenPipeError:
+        raise  # see `as_command`
     except (InputError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
@@ -209,4 +213,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -18,9 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run import as_command  # noqa: E402
+
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     p.add_argument("--image", default=str(ROOT / "assets" / "demo.png"))
     p.add_argument("--prompt", default="Describe the picture.")
@@ -55,7 +59,8 @@ def run_ours(args):
     loaded = time.perf_counter() - start
     runs = []
     for _ in range(1 + args.repeat):
-        generation = Generation(checkpoint, args.prompt, [args.image], Sampling(max_new_tokens=args.max_new_tokens))
+        sampling = Sampling(max_new_tokens=args.max_new_tokens)
+        generation = Generation(checkpoint, args.prompt, [args.image], sampling, timed=True)
         "".join(generation)
         t = generation.timing
         runs.append((t["vision"] + t["prefill"], sum(t["steps"]) / max(1, len(t["steps"]))))
@@ -65,14 +70,13 @@ def run_ours(args):
 
 def run_transformers(args):
     """generate() with its defaults. The ids that this project never says are suppressed there too."""
-    from transformers import AutoModelForImageTextToText
-
     from model import Generation, open_checkpoint
     from model.load import DTYPES
+    from tools.hf import import_transformers
 
     start = time.perf_counter()
     dtype = DTYPES[args.dtype]
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
+    model = import_transformers().AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
     loaded = time.perf_counter() - start
     asked = Generation(open_checkpoint(args.model), args.prompt, [args.image])  # for ids and pixels only
     inputs = hf_inputs(asked, dtype)
@@ -164,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

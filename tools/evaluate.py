@@ -33,7 +33,7 @@ from model.image import normalise, read_image, to_square  # noqa: E402
 from model.pruning import ALIASES, METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from model.view import contrast_of, places_of  # noqa: E402
-from run import choose_device  # noqa: E402
+from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Hindsight, Like, ValuesDropped  # noqa: E402
@@ -650,6 +650,8 @@ def main(argv=None):
         answers = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
         head, done = run_scenes(args, answers)
         summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}")
+    except BrokenPipeError:
+        raise  # see `as_command`
     except (InputError, ValueError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
@@ -657,4 +659,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

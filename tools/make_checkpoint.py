@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run import as_command  # noqa: E402
 from tools.verify_checkpoint import Parser, exit_code, gigabytes  # noqa: E402
 
 # Only what differs from the class defaults, as in the published files. The 7B text model is the default of its class.
@@ -59,7 +60,7 @@ DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; it must be empty or not exist")
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp16", help="default fp16, as published")
@@ -294,4 +295,4 @@ def random_tensor(name, shape, dtype, generator):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.pruning import GUARDS, METHODS, settings_of  # noqa: E402
+from run import as_command  # noqa: E402
 
 BEGIN, END = "<!-- methods: python tools/method_table.py --write -->", "<!-- end of methods -->"
 
@@ -43,7 +44,9 @@ def _shown(value):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--write", action="store_true", help="into README.md")
     args = parser.parse_args()
     if not args.write:
@@ -55,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

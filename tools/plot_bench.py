@@ -17,6 +17,11 @@ import json
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run import as_command  # noqa: E402
+
 # colours of Okabe and Ito, which colour-blind people can tell apart; markers and dashes say the same once more
 STYLES = {
     "ours, triton": ("#D55E00", "o", "-"),
@@ -37,7 +42,9 @@ NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # what tells 
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("files", nargs="+", metavar="FILE.json")
     p.add_argument("--op", help="default: the first in the files")
     p.add_argument("--shape", help="default: the one measured at most sizes")
@@ -51,7 +58,7 @@ def read(paths):
     abouts, rows = [], {}
     for path in paths:
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_bytes())
             abouts.append(data["about"])
             timed = [row for row in data["rows"] if "us" in row or "ms_per_token" in row]
         except (OSError, ValueError, KeyError, TypeError) as wrong:
@@ -239,4 +246,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -2,26 +2,39 @@
 
 `run.py --questions FILE --image-folder DIR --answers FILE` comes here. In: {"question_id", "image", "text"} per line,
 where "image" is a file name, a list of them, or absent. Out: {"question_id", "prompt", "text", "answer_id", "model_id",
-"metadata"} per line, in the order of the questions, because LLaVA's own scorers read both files side by side.
+"metadata"} per line, in the order of the questions, because LLaVA's own scorers read both files side by side. Where a
+question cannot be answered, "text" is "" and metadata.error says why; the next run tries it again.
 """
 
+import codecs
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import stat
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import Batch, InputError
+from model import Batch, InputError, out_of_memory
+from model.config import decode_text
+from model.generate import off_budget
+from model.image import local_path
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs on one file are not noticed
     fcntl = None
+
+# a key and a value of what others call "image"
+PICTURE_KEY = re.compile(r"image|img|picture|photo|\bpics?\b", re.IGNORECASE)
+PICTURE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+BLANK = b"\0\r\n\t "  # NULs are what a power cut leaves of the last lines
+PLACES = ("model", "prune", "image_folder")  # settings that may be paths
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,12 @@ class Question:
     @property
     def key(self):
         """What tells an answered question: LLaVA's own files (TextVQA) have several under one id."""
-        return json.dumps(self.id), self.text, self.images
+        return json.dumps(self.id), self.text, self.image_names
+
+    @property
+    def image_names(self):
+        """What the answer's line calls the pictures: of a data: URI, which may be long, the kind and a hash."""
+        return tuple(_short(name) if _is_data(name) else name for name in self.images)
 
 
 # ---------------------------------------------------------------- questions
@@ -41,8 +59,10 @@ class Question:
 
 def read_questions(path, chunks=1, index=0):
     """Questions of a JSONL file; of `chunks` equal parts the one of that index. InputError with the line's number."""
-    questions = []
-    for number, line in enumerate(_read(path, "questions").split("\n"), 1):
+    questions, text = [], _read(path)
+    if text.lstrip().startswith("["):
+        raise InputError(f"{path} is a JSON array; give JSONL, one object on each line")
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             questions.append(_question(line, f"line {number} of {path}"))
     if not questions:
@@ -56,14 +76,17 @@ def _question(line, where):
     try:
         raw = json.loads(line)
     except (ValueError, RecursionError) as broken:
-        raise InputError(f"{where} is not JSON ({broken}); mend it") from broken
+        raise InputError(f"{where} is not JSON ({broken}); give one object on each line") from broken
     if not isinstance(raw, dict) or type(raw.get("question_id")) not in (str, int):
         raise InputError(f"{where} has no question_id; give a number or a string")
     images = raw.get("image")
     images = [] if images in (None, "") else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise InputError(f"the image in {where} is neither a file name nor a list of them; mend it")
-    if not isinstance(raw.get("text"), str) or not (raw["text"].strip() or images):
+    other = [key for key, value in raw.items() if _is_picture(key, value)]
+    if not images and other:
+        raise InputError(f'{where} has {other[0][:50]!r} and no "image"; call the name of its picture "image"')
+    if not isinstance(raw.get("text"), str) or not raw["text"].strip():
         raise InputError(f"{where} has no text; mend it")
     try:
         raw["text"].encode()
@@ -72,31 +95,58 @@ def _question(line, where):
     return Question(raw["question_id"], raw["text"], tuple(images))
 
 
-def _read(path, what):
+def _is_picture(key, value):
+    """Does an entry of a line, other than image and text, name a picture?"""
+    if key in ("image", "text") or not value:
+        return False
+    names = value if isinstance(value, list) else [value]
+    return bool(PICTURE_KEY.search(key)) or any(isinstance(name, str) and PICTURE_FILE.search(name) for name in names)
+
+
+def _read(path):
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return decode_text(Path(path).read_bytes())
     except (OSError, ValueError) as broken:
-        raise InputError(f"cannot read the {what} in {path} ({broken}); give a JSONL file in UTF-8") from broken
+        raise InputError(f"cannot read the questions in {path} ({broken}); give a JSONL file in UTF-8") from broken
+
+
+def in_folder(name, folder):
+    """A picture of a question, as `Generation` takes it: a data: URI, or a path, relative ones to the folder."""
+    return name if _is_data(name) else folder / local_path(name)
+
+
+def _is_data(name):
+    return name[:5].lower() == "data:"
+
+
+def _short(uri):
+    digest = hashlib.sha256(uri.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{uri.partition(',')[0][:50]},sha256={digest[:22]}"
 
 
 # ---------------------------------------------------------------- answers
 
 
 class Answers:
-    """The file of answers, which only ever grows by whole lines. `done`: how often each question is in it already."""
+    """The file of answers, which only grows by whole lines until `settle` puts them in order at the end of a run.
 
-    def __init__(self, path, settings):
+    done    how often each question has an answer in it
+    failed  how often a line that says why it has none
+    """
+
+    def __init__(self, path, settings, keep_errors=False):
         """Create the file, or go on with it: half a line, left by a kill, is cut off.
 
-        settings: what the answers depend on; a dict. InputError if the file is of other ones, is not one of answers, or
-        is being written by another run.
+        settings: what the answers depend on; a dict. keep_errors: what could not be answered is not tried again.
+        InputError if the file is of other settings, is not one of answers, or is being written by another run.
         """
-        self.path, self.done = Path(path), Counter()
+        self.path, self.keep_errors = Path(path), keep_errors
+        self.done, self.failed = Counter(), Counter()
         self.settings = json.loads(json.dumps(settings))  # as a line will give them back
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-        except OSError as broken:
+        except (OSError, ValueError) as broken:
             raise InputError(f"cannot write answers to {path} ({broken}); give another file") from broken
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
@@ -111,44 +161,100 @@ class Answers:
         if fcntl:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = os.path.samestat(os.fstat(self._file), os.stat(self.path))  # another run may have replaced it
             except OSError:
-                raise InputError(f"another run is writing {self.path}; wait for it, or give another file") from None
+                ours = False
+            if not ours:
+                raise InputError(f"another run is writing {self.path}; wait for it, or give another file")
 
     def _go_on(self):
-        """Count what is there, and stand at the end of the last whole line."""
-        size = os.fstat(self._file).st_size
-        data = bytearray()
-        while len(data) < size:
-            data += os.read(self._file, size - len(data))
-        whole = data.rfind(b"\n") + 1
-        lines = bytes(data[:whole]).split(b"\n")[:-1]
-        rest = bytes(data[whole:])
-        complete = _is_json(rest)  # then nobody was killed over it
-        for number, line in enumerate(lines + [rest] * complete, 1):
-            self._count(line, f"line {number} of {self.path}")
+        """Count what is there, and stand at the end of the last whole line: what is behind it is cut off."""
+        data = self._data()
+        text = data.rstrip(BLANK)
+        start = text.rfind(b"\n") + 1  # of the last line
+        last, behind = text[start:], data[len(text) :]
+        # without a line end, too: an editor may have taken it, but a kill leaves half an object
+        whole = bool(last) and (behind.startswith((b"\n", b"\r\n")) or _is_json(last))
+        for number, line in enumerate(data[: len(text) if whole else start].split(b"\n"), 1):
+            if line.strip(BLANK):
+                key, failed = self._about(line.strip(BLANK), f"line {number} of {self.path}")
+                (self.failed if failed else self.done)[key] += 1
         # only now: a file that is not one of answers stays as it is
-        if rest and not complete and rest[:14] != b'{"question_id"'[: len(rest)]:
+        if not whole and last[:14] != b'{"question_id"'[: len(last)]:
             raise InputError(f"{self.path} holds something else than answers; give another file")
-        os.ftruncate(self._file, size if complete else whole)
+        if not whole:
+            os.ftruncate(self._file, start)
+        elif behind != b"\n":
+            os.ftruncate(self._file, len(text))
         os.lseek(self._file, 0, os.SEEK_END)
-        if complete:
+        if whole and behind != b"\n":
             os.write(self._file, b"\n")
 
-    def _count(self, line, where):
+    def _data(self):
+        """All bytes of the file."""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        size, data = os.fstat(self._file).st_size, bytearray()
+        while len(data) < size:
+            data += os.read(self._file, size - len(data))
+        return bytes(data)
+
+    def _about(self, line, where):
+        """(key of its question, could it not be answered?) of a line."""
         try:
             answer = json.loads(line)
             about = answer["metadata"]
             key, settings = (json.dumps(answer["question_id"]), answer["prompt"]), about["settings"]
             key = *key, tuple(about["images"])
-        except (ValueError, KeyError, TypeError, RecursionError) as broken:
+            hash(key)
+            other = [name for name in {**self.settings, **settings} if not self._agrees(name, settings.get(name))]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
             raise InputError(f"{where} is no answer of this program ({broken!r}); give another file") from broken
-        for name in {**self.settings, **settings}:
-            if settings.get(name) != self.settings.get(name):
-                raise InputError(
-                    f"{where} was answered with {name} {settings.get(name)!r}, not {self.settings.get(name)!r}; give "
-                    "the same options or another file"
-                )
-        self.done[key] += 1
+        if other:
+            theirs, ours = settings.get(other[0]), self.settings.get(other[0])
+            raise InputError(
+                f"{where} was answered with {other[0]} {theirs!r}, not {ours!r}; give the same options or another file"
+            )
+        return key, "error" in about
+
+    def _agrees(self, name, value):
+        """Is a line's setting that of this run? Paths are compared by where they lead."""
+        ours = self.settings.get(name)
+        if value == ours or name not in PLACES or not (isinstance(value, str) and isinstance(ours, str)):
+            return value == ours
+        return os.path.realpath(value) == os.path.realpath(ours)
+
+    def settle(self, questions):
+        """Put the lines in the order of the questions -> were they in another? Errors that were made good go.
+
+        The file is replaced in one piece, so that a kill leaves the old one or the new one. OSError if it cannot be.
+        """
+        data = self._data()
+        lines = [line for line in (line.strip(BLANK) for line in data.split(b"\n")) if line]
+        about = [self._about(line, f"line {number} of {self.path}") for number, line in enumerate(lines, 1)]
+        found = {}  # key: numbers of its lines, answers before errors, the newest error first
+        for number in sorted(range(len(lines)), key=lambda i: (about[i][1], -i if about[i][1] else i)):
+            found.setdefault(about[number][0], deque()).append(number)
+        order = [found[question.key].popleft() for question in questions if found.get(question.key)]
+        asked = {question.key for question in questions}
+        # what answers no question here stays, behind the others
+        order += sorted(i for left in found.values() for i in left if not about[i][1] or about[i][0] not in asked)
+        ordered = b"".join(lines[i].removeprefix(codecs.BOM_UTF8) + b"\n" for i in order)
+        if ordered != data:
+            self._replace(ordered)
+        return order != sorted(order)
+
+    def _replace(self, data):
+        path = self.path.resolve()  # where a link leads
+        new = path.with_name(path.name + ".new")
+        try:
+            with open(new, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(path, new)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
 
     def write(self, question, text, metadata):
         """Append one answer."""
@@ -159,7 +265,7 @@ class Answers:
             "text": text,
             "answer_id": hashlib.sha256(about.encode()).hexdigest()[:22],
             "model_id": self.settings["model"],
-            "metadata": {**metadata, "images": question.images, "settings": self.settings},
+            "metadata": {**metadata, "images": question.image_names, "settings": self.settings},
         }
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         while data:  # one call writes it all, unless the disk is full
@@ -178,8 +284,9 @@ class Desk:
     totals: sums over this run: "failed" questions, "tokens" of answers
     """
 
-    def __init__(self, answers, questions, done, say):
-        self.answers, self.questions, self.done, self.say = answers, questions, done, say
+    def __init__(self, answers, questions, done, say, wait):
+        self.answers, self.questions, self.done, self.say, self.wait = answers, questions, done, say, wait
+        self.method = None  # that prunes, see count_kept
         self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
         self.start = self.said = time.perf_counter()
 
@@ -200,6 +307,26 @@ class Desk:
             eta = f"{left / rate / 60:.1f} min left" if rate else "..."
             self.say(f"answered {self.done + self.next} of {self.done + len(self.questions)}, {eta}")
             self.said = now
+            self.warn()
+
+    def warn(self):
+        """Say it, once, if the threads wait for cores."""
+        note = self.wait and self.wait.note()
+        if note:
+            self.say(note)
+            self.wait = None
+
+    def count_kept(self, generation):
+        """Of how many vision tokens what part was kept, and what part was asked for."""
+        if generation.kept and generation.wanted is not None:
+            self.method, weight = generation.prune, generation.vision_tokens
+            parts = {"vision": weight, "kept": weight * generation.retention, "wanted": weight * generation.wanted}
+            self.totals.update(parts)
+
+    def off_budget(self):
+        """One line if the run as a whole kept clearly more or less than was asked for, else None."""
+        vision = self.totals["vision"]
+        return off_budget(self.method, self.totals["kept"] / vision, self.totals["wanted"] / vision) if vision else None
 
     def summary(self):
         """One line about this run."""
@@ -213,40 +340,74 @@ class Desk:
         return line
 
 
-def answer_all(questions, answers, ask, size, say):
+def answer_all(questions, answers, ask, size, say, wait):
     """Answer what `answers` lacks, `size` questions at a time -> the Desk. Progress goes through say(text).
 
-    ask(question): its Generation, or an InputError, which becomes the question's answer: "" with metadata.error.
+    ask(question): its Generation, or an InputError, which becomes the question's answer: "" with metadata.error; so
+    does a lack of memory. wait: a `CoreWait`.
     """
-    left = answers.done.copy()
-    missing = []
-    for question in questions:
-        if left[question.key]:
-            left[question.key] -= 1
-        else:
-            missing.append(question)
-    if left.total():
-        say(f"note: {left.total()} answers in {answers.path} are to no question here; they stay")
-    desk = Desk(answers, missing, len(questions) - len(missing), say)
-    batch, numbers, waiting = Batch(), {}, iter(enumerate(missing))
-    more = True
-    while more or batch:
-        while more and len(batch) < size:
-            number, question = next(waiting, (None, None))
-            more = number is not None
-            if more:
+    missing, done = _missing(questions, answers, say)
+    desk = Desk(answers, missing, done, say, wait)
+    queue, alone = deque(range(len(missing))), set()  # alone: what did not fit into memory beside others
+    batch, running = Batch(), {}  # number of the question -> its generation
+
+    def fits(number):
+        return not running or (len(running) < size and number not in alone and not alone.intersection(running))
+
+    while queue or running:
+        try:
+            while queue and fits(queue[0]):
+                number = queue.popleft()
+                running[number] = None
                 try:
-                    generation = ask(question)
-                    batch.add(generation)
+                    running[number] = ask(missing[number])
+                    batch.add(running[number])
                 except InputError as wrong:
-                    desk.hand_in(number, "", {"error": " ".join(str(wrong).split())})
-                else:
-                    numbers[id(generation)] = number
-        for generation in batch.advance():
-            failed = {"error": " ".join(str(generation.failure).split())} if generation.failure else None
-            text = "" if failed else generation.text
-            desk.hand_in(numbers.pop(id(generation)), text, failed or about(generation))
+                    del running[number]
+                    desk.hand_in(number, "", _error(wrong))
+            for generation in batch.advance():
+                number = next(n for n, other in running.items() if other is generation)
+                failed = _error(generation.failure) if generation.failure else None
+                desk.hand_in(number, "" if failed else generation.text, failed or about(generation))
+                desk.count_kept(generation)
+                del running[number]
+        except Exception as broken:
+            if not out_of_memory(broken):
+                raise
+            batch, tried, running = Batch(), sorted(running), {}  # the cache may be half moved
+            if len(tried) == 1:
+                desk.hand_in(tried[0], "", _error(f"out of memory ({str(broken)[:200]}); try --dtype bf16"))
+            else:
+                say(f"note: out of memory with {len(tried)} questions together, each is asked alone; lower --batch")
+                queue.extendleft(reversed(tried))
+                alone.update(tried)
     return desk
+
+
+def _missing(questions, answers, say):
+    """(the questions that have to be asked, how many have an answer)."""
+    done, failed = answers.done.copy(), answers.failed.copy()
+    missing, errors, before = [], 0, done.total()
+    for question in questions:
+        if done[question.key]:
+            done[question.key] -= 1
+            continue
+        if failed[question.key]:
+            failed[question.key] -= 1
+            errors += 1
+            if answers.keep_errors:
+                continue
+        missing.append(question)
+    if errors:
+        fate = "stay so, as --keep-errors says" if answers.keep_errors else "are tried again; --keep-errors leaves them"
+        say(f"note: {errors} questions that could not be answered before {fate}")
+    if done.total():
+        say(f"note: {done.total()} answers in {answers.path} are to no question here; they stay")
+    return missing, before - done.total()
+
+
+def _error(broken):
+    return {"error": " ".join(str(broken).split())}
 
 
 def about(generation):
@@ -260,14 +421,22 @@ def about(generation):
     }
 
 
-def run_file(questions, answers, ask, size, say):
+def run_file(questions, answers, ask, size, say, wait):
     """All of it, with one line at the end -> exit code. What was written before an interruption stays written."""
     try:
-        desk = answer_all(questions, answers, ask, size, say)
+        desk = answer_all(questions, answers, ask, size, say, wait)
+        try:
+            if answers.settle(questions):
+                say(f"note: the lines of {answers.path} were put in the order of the questions")
+        except OSError as broken:
+            say(f"note: the lines of {answers.path} are not in the order of the questions ({broken})")
     except KeyboardInterrupt:
         say(f"interrupted; {answers.path} holds what was answered, the same command goes on from there")
         return 130
+    desk.warn()
     say(desk.summary())
+    if desk.off_budget():
+        say(f"note: {desk.off_budget()}")
     return 0
 
 

@@ -80,7 +80,7 @@ class Asked:
         if method is not None and method.layer is not None:
             return self._narrowed(method, cache)
         lookahead = self.checkpoint.lookahead if method is not None and method.looks_ahead else None
-        pruner = Pruner(method, self.layout, self.backend, lookahead.rows if lookahead else 0) if method else None
+        pruner = Pruner(method, self.layout, self.backend, ahead=lookahead.rows if lookahead else 0) if method else None
         keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
             seen = q, k, v

@@ -1,8 +1,11 @@
 """What an answer took: the object of `run.py --json` and the table of `run.py --stats`."""
 
+import contextlib
+import glob
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -29,7 +32,7 @@ def report(generation, model, seed, load_seconds, device):
             "method": prune.name if prune else "none",
             "settings": prune.settings if prune else {},
             "retention_requested": requested(prune),
-            "retention_actual": actual(generation),
+            "retention_actual": generation.retention,
             "kept_per_layer": generation.kept,
             "kv_bytes_full": kv_bytes,
             "kv_bytes_held": held,
@@ -99,13 +102,6 @@ def requested(prune):
     return prune.settings.get("retention")
 
 
-def actual(generation):
-    """Kept over all (head, vision token) pairs."""
-    if not generation.kept or not generation.vision_tokens:
-        return 1.0
-    return sum(generation.kept) / (len(generation.kept) * generation.vision_tokens)
-
-
 def percentile(values, q):
     """Nearest rank in a sorted list; 0 if it is empty."""
     return values[math.ceil(q * len(values)) - 1] if values else 0.0
@@ -123,9 +119,60 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def free_memory(device):
+    """Bytes that a device, or this machine, has free. Where the system does not say: 2 GB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    lines = table.read_text().splitlines() if table.exists() else ()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 2 * 10**9)
+
+
+class CoreWait:
+    """How much of the time the threads of this process wait, ready to run, for a core that something else uses.
+
+    Linux counts it for every thread, in nanoseconds; elsewhere, and where a GPU computes, nothing is known or said.
+    """
+
+    def __init__(self, device):
+        """Begin now."""
+        self.known = device.type == "cpu" and sys.platform == "linux"
+        self.start, self.before = time.perf_counter(), _waited()
+
+    def share(self):
+        """Of the time of all threads since the beginning, 0 to 1."""
+        seconds = time.perf_counter() - self.start
+        return (_waited() - self.before) / (torch.get_num_threads() * seconds) if self.known else 0.0
+
+    def note(self):
+        """One line if products are computed by several threads and these wait a lot, else None."""
+        share, threads = self.share(), torch.get_num_threads()
+        if threads == 1 or share < 0.2 or _waited() - self.before < 0.1:  # seconds; a short answer says little
+            return None
+        return (
+            f"note: {threads} threads spent {100 * share:.0f} % of the time waiting for cores that something else "
+            "uses; --threads 1 may be much faster"
+        )
+
+
+def _waited():
+    """Seconds that the threads of this process have waited for a core; 0 where the system does not say."""
+    total = 0
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:  # a thread may have ended
+            total += int(file.read().split()[1])  # time on a core, waiting for one, number of turns
+    return 1e-9 * total
+
+
 def measure_bandwidth(device):
-    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five."""
+    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five.
+
+    It takes at most half of what is free, for two tensors. 0 where that is next to nothing.
+    """
     size = 2**28 if device.type == "cuda" else 2**26  # 1 GiB or 256 MiB: beyond caches, and the launch does not count
+    size = min(size, free_memory(device) // 16)  # numbers of 4 bytes
+    if size < 2**20:
+        return 0.0
     x = torch.ones(size, dtype=torch.float32, device=device)
     y = torch.empty_like(x)
     best = 0.0
@@ -168,13 +215,17 @@ def stats(r, bandwidth, generation):
         speed = 1e3 * steps / t["decode_total"]
         held = generation.cache.nbytes_held
         needed = step_bytes(generation.checkpoint, held)
-        floor = 1e3 * needed / bandwidth
-        lines += [
+        lines.append(
             f"decode   {t['decode_p50']:8.2f} ms/token  p95 {t['decode_p95']:.2f}; {speed:.0f} tokens/s over "
-            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}",
+            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}"
+        )
+        floor = 1e3 * needed / bandwidth if bandwidth else 0.0
+        lines.append(
             f"ceiling  {floor:8.2f} ms/token  {needed / 1e6:.1f} MB per token at {bandwidth / 1e9:.1f} GB/s "
-            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached",
-        ]
+            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached"
+            if bandwidth
+            else "ceiling  not measured: no memory is free for it"
+        )
     lines.append(
         f"memory   {r['peak_memory_bytes'] / 1e6:8.0f} MB peak    KV cache: {kv['kv_bytes_full'] / 1e6:.2f} MB "
         f"full, {kv['kv_bytes_held'] / 1e6:.2f} MB held, "

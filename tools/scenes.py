@@ -11,9 +11,16 @@ import argparse
 import colorsys
 import math
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run import as_command  # noqa: E402
 
 SIZE = 224  # pixels per side of the model's input
 PATCH = 14  # pixels per side of one vision token
@@ -492,7 +499,9 @@ def sample(seed, tasks=None, pair=False, unseen=False, alike=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw one scene of the demo world and print its questions.")
+    parser = argparse.ArgumentParser(
+        description="Draw one scene of the demo world and print its questions.", allow_abbrev=False
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=448, help="pixels per side (default 448)")
     parser.add_argument("--out", default="scene.png")
@@ -504,4 +513,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -5,13 +5,19 @@
 An answer is a "no" if the first sentence, without commas, has the word No, no or not in it; anything else is a "yes".
 Labels are "label" in the question file itself, or in --annotations: a folder of coco_pope_<category>.json, whose lines
 stand in the order of the questions of that category. One row per category: counts with "yes" as positive, accuracy,
-precision, recall, F1, share of answers that are yes.
+precision, recall, F1, share of answers that are yes, and errors: questions that could not be answered (metadata.error),
+which are in none of the other numbers.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run import as_command  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--questions", "--question-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--answers", "--result-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--annotations", "--annotation-dir", type=Path, metavar="DIR")
@@ -33,6 +39,11 @@ def main(argv=None):
         scores = score(questions, answers, args.annotations)
     except ValueError as wrong:
         p.error(str(wrong))
+    errors = list(scores.values())[-1]["errors"]
+    if errors:
+        print(
+            f"note: {errors} questions could not be answered (metadata.error); scores are without them", file=sys.stderr
+        )
     if args.json:
         print(json.dumps(scores))
     else:
@@ -41,33 +52,41 @@ def main(argv=None):
 
 
 def show(scores):
-    """The table."""
-    names = list(next(iter(scores.values())))
+    """The table; its column of errors only if there are any."""
+    names = [name for name in next(iter(scores.values())) if name != "errors" or any(r[name] for r in scores.values())]
     print(f"{'category':12}" + "".join(f"{name:>11}" for name in names))
     for category, row in scores.items():
-        cells = (f"{v:11d}" if isinstance(v, int) else f"{v:11.4f}" for v in row.values())
+        cells = (f"{row[n]:11d}" if isinstance(row[n], int) else f"{row[n]:11.4f}" for n in names)
         print(f"{category:12}" + "".join(cells))
 
 
 def score(questions, answers, annotations=None):
     """{category: row} of the counts and rates; "all" at the end where there are several categories."""
-    said = {}
-    for answer in answers:
-        if answer["question_id"] in said:
+    said = {}  # an error that was made good does not count
+    for answer in sorted(answers, key=failed):
+        before = said.setdefault(answer["question_id"], answer)
+        if before is not answer and not failed(answer):
             raise ValueError(f"question {answer['question_id']} has two answers; score one run at a time")
-        said[answer["question_id"]] = answer
     pairs = {}
     for category, asked in by_category(questions).items():
         for question, label in zip(asked, labels(category, asked, annotations), strict=True):
             answer = said.get(question["question_id"])
             if answer is None:
                 raise ValueError(f"question {question['question_id']} has no answer; finish the run first")
-            pairs.setdefault(category, []).append((is_yes(answer["text"]), label))
+            pairs.setdefault(category, []).append(None if failed(answer) else (is_yes(answer["text"]), label))
     if len(pairs) > 1 and "all" in pairs:
         raise ValueError('one category of several is called "all", as the total is; give it another name')
     if len(pairs) > 1:
         pairs["all"] = [pair for row in pairs.values() for pair in row]
+    if not any(any(row) for row in pairs.values()):
+        raise ValueError("no question could be answered (metadata.error says why); mend that and run it again")
     return {category: rates(found) for category, found in pairs.items()}
+
+
+def failed(answer):
+    """Does the line say why there is no answer?"""
+    about = answer.get("metadata")
+    return isinstance(about, dict) and bool(about.get("error"))
 
 
 def by_category(questions):
@@ -104,7 +123,8 @@ def is_yes(text):
 
 
 def rates(pairs):
-    """Counts and rates of (said yes, is yes)."""
+    """Counts and rates of (said yes, is yes); None is a question that could not be answered."""
+    asked, pairs = len(pairs), [pair for pair in pairs if pair]
     tp, fp, tn, fn = (sum(pair == which for pair in pairs) for which in ((1, 1), (1, 0), (0, 0), (0, 1)))
 
     def share(part, whole):
@@ -114,6 +134,7 @@ def rates(pairs):
     return {
         "TP": tp, "FP": fp, "TN": tn, "FN": fn, "accuracy": share(tp + tn, len(pairs)), "precision": precision,
         "recall": recall, "F1": share(2 * precision * recall, precision + recall), "yes": share(tp + fp, len(pairs)),
+        "errors": asked - len(pairs),
     }  # fmt: skip
 
 
@@ -147,4 +168,4 @@ def _object(line, where, wanted):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

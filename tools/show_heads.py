@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.llama import rope_table  # noqa: E402
-from run import choose_device  # noqa: E402
+from run import as_command, choose_device  # noqa: E402
 
 SEEN = 16  # rows that have to see a column before its mass counts: the last ones are seen by next to none
 
@@ -157,7 +157,9 @@ def save(heads, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")
@@ -191,4 +193,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.pruning import make_method  # noqa: E402
-from run import choose_device  # noqa: E402
+from run import as_command, choose_device  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.replay import asked_by  # noqa: E402
 
@@ -225,7 +225,9 @@ PAGE = (Path(__file__).parent / "show_pruning.html").read_text(encoding="utf-8")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")
@@ -271,4 +273,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

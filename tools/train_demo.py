@@ -39,7 +39,9 @@ from model.image import CLIP_MEAN, CLIP_STD  # noqa: E402
 from model.llava import Llava  # noqa: E402
 from model.load import load  # noqa: E402
 from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
+from run import as_command  # noqa: E402
 from tools import scenes  # noqa: E402
+from tools.hf import import_transformers  # noqa: E402
 
 HELD_OUT = 10**9  # samples below this index are for training, from it on for evaluation
 
@@ -586,9 +588,8 @@ USER: {% for part in message.content if part.type == 'image' %}{{ '<image>\\n' }
 
 def write_fast_tokenizer(folder):
     """tokenizer.json, for those who load the folder with transformers (which made it from tokenizer.model)."""
-    from transformers import LlamaTokenizer  # AutoTokenizer would leave out the dummy space
-
-    LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = import_transformers().LlamaTokenizer  # AutoTokenizer would leave out the dummy space
+    tokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def draw_curve(folder, path):
@@ -760,7 +761,9 @@ def write_table(rows, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("stage", choices=("tower", "decoder", "export", "evaluate"))
     parser.add_argument(
         "--run", default=ROOT / "runs" / "demo", help="folder of the checkpoints and curves (default runs/demo)"
@@ -776,4 +779,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

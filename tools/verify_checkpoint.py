@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run import as_command  # noqa: E402
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -23,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="DIR|ID", help="folder of a checkpoint, or an id in the local cache")
     parser.add_argument("--sha256", action="store_true", help="also print the SHA-256 of each weight file")
     args = parser.parse_args(argv)
@@ -181,6 +183,8 @@ def show_checked(checkpoint):
     row("template", f"{checkpoint.template} ({checkpoint.template_note})")
     row("pictures", f"{checkpoint.image_settings.mode} to {checkpoint.image_settings.size} px")
     row("stop ids", ", ".join(map(str, checkpoint.stop_ids)))
+    for note in checkpoint.notes:
+        row("note", note)
 
 
 def digest(path, chunk=2**24):
@@ -196,4 +200,4 @@ def digest(path, chunk=2**24):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

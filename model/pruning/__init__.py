@@ -34,7 +34,7 @@ from .fastv import FastV
 from .grid import grid_tokens
 from .objects import Objects
 from .plphp import Plphp, PlphpAda
-from .random_tokens import random_tokens
+from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
 from .topk import TopK
@@ -43,7 +43,7 @@ METHODS = {
     "none": None,
     "plphp": Plphp,
     "plphp-ada": PlphpAda,
-    "random": random_tokens,
+    "random": Random,
     "grid": grid_tokens,
     "objects": Objects,
     "topk": TopK,
@@ -55,7 +55,13 @@ METHODS = {
 
 ALIASES = {"uniform": "topk"}  # what a method was called before
 
+FAMILY = {"plphp-ada": ("plphp",)}  # whose settings hold for a method too, where the checkpoint has none for it
 AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that say how much is kept
+SILENCED = {  # a setting: those that say nothing beside it
+    "retention": ("keep_tokens", "r", "mass", "rates"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates"),
+    "mass": ("rates",),
+}
 
 # settings of every method: how many tokens no head may drop, of the first and of the last ones of the prompt, and of
 # those that the head's last rows attend to most
@@ -91,6 +97,14 @@ class Method:
             raise ValueError(f"layer is {self.layer}, the model has {num_layers}; give one from 1 to {num_layers - 1}")
         if hasattr(self.rule, "check"):
             self.rule.check(num_layers, kv_heads)
+
+    def wanted(self, tokens):
+        """Fraction of the vision tokens that was asked for, None if no setting says. tokens: of each picture."""
+        count, retention = self.settings.get("keep_tokens"), self.settings.get("retention")
+        if count is None or not sum(tokens):
+            return retention
+        pots = [sum(tokens)] if self.settings.get("scope") == "vision" else tokens
+        return sum(min(count, n) for n in pots) / sum(tokens)
 
     def wants(self, layer, num_layers):
         """Is the method to be asked about a layer's K and V?"""
@@ -133,28 +147,24 @@ def guarded(layout, sink=0, recent=0):
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
     """The Method of a SPEC, or None for "none".
 
-    spec: NAME or FILE.py::NAME, then optionally ":" and key=value pairs with commas between them; settings: more such
-    pairs, or "@file.json" with an object of them, which win over the spec's. retention, keep_tokens: the budget, for
-    methods that have a setting of that name. folder: of a checkpoint, whose NAME.json, if there is one, takes the place
-    of the method's defaults. ValueError says what is wrong.
+    spec: NAME or FILE.py::NAME, then optionally ":" and key=value pairs with commas between them; or what such a name
+    stands for, a function or class; or a Method; or None. settings: more such pairs, or "@file.json" with an object of
+    them. retention, keep_tokens: the budget, for methods that have a setting of that name. folder: of a checkpoint,
+    whose NAME.json, if there is one (see `calibrated`), takes the place of the method's defaults. Nothing may be given
+    twice, or beside what makes it say nothing. ValueError says what is wrong.
     """
-    name, pairs = _split(spec)
-    name = ALIASES.get(name, name)
-    if "+" in name and "::" not in name:
-        raise ValueError(f"{name!r} combines methods, which none of them is made for; give one")
-    function = _find(name)
-    file = calibrated(folder, name)
-    given = _read(file) if file else {}
-    given |= dict(_pair(p) for p in pairs)
-    for text in settings:
-        given |= _read(text[1:]) if text.startswith("@") else dict([_pair(text)])
-    given |= {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None}
-    if given.get("retention") is not None and given.get("keep_tokens") is not None:
-        raise ValueError("retention and keep_tokens are both given; give one of them")
-    if function is None:
+    name, function, pairs = _named(spec)
+    given = {}
+    for text in (*pairs, *settings):
+        _add(given, _read(text[1:]) if text.startswith("@") else dict([_pair(text)]))
+    _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
+    if function is None or isinstance(spec, Method):
         if given:
-            raise ValueError(f"method none has no settings, {', '.join(given)} was given; give --prune METHOD")
-        return None
+            raise ValueError(f"{', '.join(given)} was given, but method {name} takes no settings; give it to another")
+        return function and spec
+    _check_budget(name, given)
+    file = calibrated(folder, name)
+    given = _instead(_read(file) if file else {}, given)
     settings = _complete(name, function, given)
     own = {k: v for k, v in settings.items() if k not in GUARDS or k in settings_of(function)}
     try:
@@ -167,25 +177,75 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
 
 
 def calibrated(folder, name):
-    """Path of the settings that a checkpoint's folder has for a method of METHODS, or None (tools/calibrate.py)."""
+    """Path of the settings that a checkpoint's folder has for a method of METHODS, or None (tools/calibrate.py).
+
+    NAME.json, or that of its former name, or of the method whose settings it shares.
+    """
     if folder is None or name not in METHODS:
         return None
-    paths = [Path(folder) / f"{n}.json" for n in (name, *(old for old, new in ALIASES.items() if new == name))]
+    former = [old for old, new in ALIASES.items() if new == name]
+    paths = [Path(folder) / f"{n}.json" for n in (name, *former, *FAMILY.get(name, ()))]
     return next((path for path in paths if path.is_file()), None)
+
+
+def _named(spec):
+    """What is given for a method -> (its name, its function or class or Method or None, ["key=value", ...])."""
+    if spec is None:
+        return "none", None, []
+    if isinstance(spec, Method):
+        return spec.name, spec, []
+    if inspect.isfunction(spec) or (isinstance(spec, type) and spec.__module__ != "builtins"):
+        return next((name for name, known in METHODS.items() if known is spec), spec.__name__), spec, []
+    if not isinstance(spec, str):
+        raise ValueError(f"a {type(spec).__name__} is no pruning method; give a name, a SPEC, a function or a Method")
+    name, pairs = _split(spec)
+    name = ALIASES.get(name, name)
+    if "+" in name and "::" not in name:
+        raise ValueError(f"{name!r} combines methods, which none of them is made for; give one")
+    return name, _find(name), pairs
+
+
+def _add(given, more):
+    """More settings into a dict of them; ValueError if one is there already."""
+    for key, value in more.items():
+        if key in given:
+            raise ValueError(f"{key} is given twice, as {given[key]!r} and {value!r}; give it once")
+        given[key] = value
+
+
+def _check_budget(name, given):
+    """ValueError if a given setting makes another one say nothing."""
+    given = [key for key, value in given.items() if value is not None]
+    pairs = [(a, b) for a, silent in SILENCED.items() for b in silent if name in METHODS or b == "keep_tokens"]
+    for a, b in pairs:
+        if a in given and b in given:
+            raise ValueError(f"{a} and {b} are both given, and {b} says nothing beside {a}; give one of them")
+
+
+def _instead(own, given):
+    """A checkpoint's own settings with those that are given in their place, another kind of budget included."""
+    budgets = [key for key in AMOUNTS if given.get(key) is not None]
+    return {key: value for key, value in own.items() if key not in AMOUNTS or key == "r" or not budgets} | given
 
 
 def sets_budget(spec):
     """Does a SPEC say itself how much it keeps, or is its method one that cannot be told by `retention`?"""
-    name, pairs = _split(spec)
-    function = _find(ALIASES.get(name, name))
+    _, function, pairs = _named(spec)
     return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
 
 
 def _split(spec):
-    """SPEC -> (METHOD, ["key=value", ...]). The "::" of FILE.py::NAME is no separator."""
+    """SPEC -> (METHOD, ["key=value", ...]). The "::" of FILE.py::NAME is no separator, nor a comma within brackets."""
     file, twice, rest = spec.rpartition("::")
-    method, colon, pairs = rest.partition(":")
-    return file + twice + method, pairs.split(",") if colon else []
+    method, colon, text = rest.partition(":")
+    pairs, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and depth <= 0:
+            pairs.append("")
+        else:
+            pairs[-1] += letter
+    return file + twice + method, pairs if colon else []
 
 
 def _pair(text):
@@ -201,8 +261,8 @@ def _pair(text):
 
 def _read(path):
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as broken:
+        settings = json.loads(Path(path).read_bytes())  # any UTF, with or without byte-order mark
+    except (OSError, ValueError, RecursionError) as broken:
         raise ValueError(f"cannot read settings from {path} ({broken}); give a JSON object") from None
     if not isinstance(settings, dict):
         raise ValueError(f'{path} holds no JSON object; write {{"key": value}} into it')

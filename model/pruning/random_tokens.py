@@ -1,25 +1,39 @@
 """Keep vision tokens at random: the floor that every method has to beat."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .budget import best, budget, select
 
 
-def random_tokens(
-    layer, scores, layout, *, retention=0.5, keep_tokens=None, pooled=False, shared=False, scope="image", seed=0
-):
+@dataclass(frozen=True, kw_only=True)
+class Random:
     """Every KV head of every layer draws its own tokens: the floor that others have to beat.
 
     retention: fraction kept; keep_tokens: that many per head and picture instead; pooled: the heads of a layer share
-    one budget, so that their numbers of tokens differ too; shared: all of them keep the same. Returns keep (Hkv, T)
-    bool.
+    one budget, so that their numbers of tokens differ too; shared: all of them keep the same; scope: as in plphp.
     """
-    if pooled and shared:
-        raise ValueError("pooled and shared are both true; give one of them")
-    noise = draw(seed, layer, layout)
-    noise = noise[:1].expand_as(noise) if shared else noise
-    divide = _one_pot if pooled else best
-    return select(noise, layout, lambda s: divide(s, budget(s.shape[1], retention, keep_tokens)), scope)
+
+    retention: float = 0.5
+    keep_tokens: int | None = None
+    pooled: bool = False
+    shared: bool = False
+    scope: str = "image"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.pooled and self.shared:
+            raise ValueError("pooled and shared are both true; give one of them")
+
+    def __call__(self, layer, scores, layout):
+        """-> keep (Hkv, T) bool."""
+        noise = draw(self.seed, layer, layout)
+        noise = noise[:1].expand_as(noise) if self.shared else noise
+        divide = _one_pot if self.pooled else best
+        return select(
+            noise, layout, lambda s: divide(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
+        )
 
 
 def draw(seed, layer, layout):

@@ -1,0 +1,239 @@
+"""When memory runs out: each allocation of each thing that a cache does fails in turn, and the cache is whole after it.
+
+Whole: its tables, plans and arenas agree, the taken rows are what they were, and the same call does later what it would
+have done. An allocation is every operation whose result is new memory; those in place and views need none.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import Generation, Sampling, load
+from model.cache import RaggedCache
+from model.generate import Batch, DecodeStep
+from tests.oracle import small_llama
+from tests.paths import DEMO, DEMO_PICTURE
+from tests.seeds import torch_random
+
+LAYERS = 3  # of small_llama
+
+
+class MemoryFor(TorchDispatchMode):
+    """Memory for n more tensors; what asks for another fails."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        returns = operation._schema.returns
+        if any(r.alias_info is None and "Tensor" in str(r.type) for r in returns):
+            if self.left == 0:
+                raise torch.OutOfMemoryError("no memory left in this test")
+            self.left -= 1
+        return operation(*args, **(kwargs or {}))
+
+
+def failures(make, act, every=1):
+    """Fresh things of make() on which act() ran out of memory at its first, second, ... (or every third) allocation."""
+    for n in range(0, 100_000, every):
+        thing = make()
+        try:
+            with MemoryFor(n):
+                act(thing)
+        except torch.OutOfMemoryError:
+            yield thing
+        else:
+            assert n > 0
+            return
+
+
+def rows_of(cache):
+    """The taken rows of each segment of each layer: K beside V."""
+    return [
+        torch.cat((cache.k[i][a : a + n], cache.v[i][a : a + n]), 1)
+        for i in range(len(cache.k))
+        for a, n in zip(cache.kv_start[i].tolist(), cache.kv_len[i].tolist(), strict=True)
+    ]
+
+
+def check_whole(cache):
+    """Do all parts of a cache say the same?"""
+    heads = cache.kv_len.shape[1] // len(cache.pos)
+    assert torch.equal(cache.takes.bool(), cache.live.repeat_interleave(heads)) and len(cache.live) == len(cache.pos)
+    assert (cache.rows is None) == bool(cache.live.all())
+    for i in range(len(cache.k)):
+        start, length, cap, plan = cache.kv_start[i], cache.kv_len[i], cache.kv_cap[i], cache.plan(i)
+        assert torch.equal(plan.kv_start, start) and torch.equal(plan.kv_cap, cap)
+        assert plan.caps == cap.tolist() and plan.starts == start.tolist()
+        assert torch.equal(cache.newest[i], (start + length - 1).long()) and torch.equal(cache.lengths[i], length)
+        assert torch.equal(cache.newest_rows[i], cache.newest[i]) and (length <= cap).all()
+        free = (cap - length)[cache.takes.bool()]
+        assert cache.room >= 0 and (not len(free) or cache.room <= free.min())
+        order = start.argsort()
+        ends = (start + cap)[order]
+        assert (ends[:-1] <= start[order][1:]).all() and ends[-1] <= len(cache.k[i]) == len(cache.v[i])
+
+
+def check_same(cache, other, room=False):
+    """Two caches that hold the same, wherever it lies."""
+    check_whole(cache)
+    for name in ("pos", "live", "kv_len"):
+        assert torch.equal(getattr(cache, name), getattr(other, name)), name
+    assert all(torch.equal(a, b) for a, b in zip(rows_of(cache), rows_of(other), strict=True))
+    assert not room or (cache.room, cache.slack) == (other.room, other.slack)
+
+
+def prompted(slack=2, finished=None, room=0):
+    """A model, and a cache of two sequences in which each head keeps its own: full but for `room` slots."""
+    model = small_llama()
+    cache, keep = RaggedCache(LAYERS, slack, "torch"), torch.rand(LAYERS, 4, 7) < 0.6
+    model.prefill(torch.randn(2, 7, 32), cache, choose=lambda layer, q, k, v: keep[layer])
+    for _ in range(slack - room):
+        model.decode(torch.randn(2, 32), cache)
+    if finished is not None:
+        cache.finish(finished)
+    return model, cache
+
+
+def decoded(model, cache, steps):
+    """Hidden states of some more steps, (steps, B, C)."""
+    generator = torch_random(7)
+    x = torch.randn(steps, len(cache.pos), 32, generator=generator)
+    return torch.stack([model.decode(row, cache) for row in x])
+
+
+STEPS = {
+    "a step": (1, lambda model, cache: model.decode(torch.ones(2, 32), cache)),
+    "a step into larger arenas": (0, lambda model, cache: model.decode(torch.ones(2, 32), cache)),
+    "a turn": (2, lambda model, cache: model.extend(torch.ones(2, 2, 32), cache)),
+    "a turn into larger arenas": (1, lambda model, cache: model.extend(torch.ones(2, 5, 32), cache)),
+    "logits": (1, lambda model, cache: DecodeStep(model, cache)(torch.tensor([5, 6]))),
+}
+
+
+@pytest.mark.parametrize(("name", "finished"), [*((name, None) for name in STEPS), ("a step into larger arenas", 1)])
+def test_a_step_that_finds_no_memory_has_not_happened(name, finished):
+    room, step = STEPS[name]
+    torch.manual_seed(0)
+    model, before = prompted(finished=finished, room=room)
+    after = copy.deepcopy(before)
+    wanted = torch.cat([step(model, after).flatten(), decoded(model, after, 3).flatten()])
+    tried, every = 0, 1 if name == "a step into larger arenas" and finished is None else 4
+    for cache in failures(lambda: copy.deepcopy(before), lambda cache: step(model, cache), every):
+        check_same(cache, before)
+        assert cache.room >= room  # more where the arenas had grown already
+        if tried % 6 == 0:  # on it goes
+            got = torch.cat([step(model, cache).flatten(), decoded(model, cache, 3).flatten()])
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            check_same(cache, after) if finished is None else check_whole(cache)
+        tried += 1
+    assert tried > 60 // every
+
+
+@pytest.mark.parametrize("slack", [1, 9])
+@pytest.mark.parametrize("finished", [None, 0])
+def test_repacking_is_done_or_not_layer_by_layer(slack, finished):
+    torch.manual_seed(1)
+    model, before = prompted(slack=4, finished=finished, room=3)
+    wanted = decoded(model, copy.deepcopy(before), 4)
+    moved = set()
+    for cache in failures(lambda: copy.deepcopy(before), lambda cache: cache.repack(slack)):
+        check_same(cache, before)
+        moved.add(sum(len(a) != len(b) for a, b in zip(cache.k, before.k, strict=True)))
+        torch.testing.assert_close(decoded(model, cache, 4), wanted, rtol=1e-4, atol=1e-4)
+    assert moved == set(range(LAYERS))
+
+
+def test_finishing_is_done_or_not():
+    torch.manual_seed(2)
+    _, before = prompted(room=1)
+    for cache in failures(lambda: copy.deepcopy(before), lambda cache: cache.finish(1)):
+        check_same(cache, before, room=True)
+        cache.finish(1)
+        check_whole(cache)
+        assert cache.live.tolist() == [True, False]
+
+
+def test_those_who_stay_are_whole_and_the_others_are_there_or_not():
+    torch.manual_seed(3)
+    model, before = prompted(room=2)
+    after = copy.deepcopy(before)
+    after.keep([1])
+    wanted, seen = decoded(model, copy.deepcopy(after), 4), set()
+    for cache in failures(lambda: copy.deepcopy(before), lambda cache: cache.keep([1])):
+        seen.add(len(cache.pos))
+        if len(cache.pos) == 2:
+            check_same(cache, before, room=True)
+            cache.keep([1])
+        check_same(cache, after)
+        assert cache.rectangle(0) is None  # there may be gaps
+        torch.testing.assert_close(decoded(model, cache, 4), wanted, rtol=1e-4, atol=1e-4)
+    assert seen == {1, 2}
+
+
+def test_caches_that_could_not_be_joined_are_what_they_were():
+    torch.manual_seed(4)
+    made = [prompted(room=2) for _ in range(3)]
+    model, before = made[0][0], [cache for _, cache in made]
+    copies = copy.deepcopy(before)
+    wanted_alone = decoded(model, copies[1], 3)
+    joined = RaggedCache.join(copy.deepcopy(before))
+    for caches in failures(lambda: copy.deepcopy(before), RaggedCache.join):
+        for cache, old in zip(caches, before, strict=True):
+            check_same(cache, old, room=True)
+        alone = copy.deepcopy(caches[1])
+        torch.testing.assert_close(decoded(model, alone, 3), wanted_alone, rtol=1e-4, atol=1e-4)
+        again = RaggedCache.join(caches)
+        check_same(again, joined, room=True)
+        assert all(k is None for cache in caches for k in (*cache.k, *cache.v))
+
+
+def test_a_layer_is_packed_or_not():
+    torch.manual_seed(5)
+    k, v, keep = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8), torch.rand(4, 9) < 0.5
+    wanted = RaggedCache(2, 3, "torch")
+    for layer in range(2):
+        wanted.pack(layer, k, v, keep)
+    for first in (0, 1):  # the layer that fails
+
+        def make(first=first):
+            cache = RaggedCache(2, 3, "torch")
+            for layer in range(first):
+                cache.pack(layer, k, v, keep)
+            return cache
+
+        for cache in failures(make, lambda cache, first=first: cache.pack(first, k, v, keep)):
+            assert cache.k[first] is None and cache.v[first] is None
+            for layer in range(first, 2):
+                cache.pack(layer, k, v, keep)
+            check_same(cache, wanted, room=True)
+
+
+def test_a_batch_goes_on_where_it_was():
+    """Three answers; one ends with this step, and the rows of the others move."""
+    demo = load(DEMO, "fp32")
+    prepared = Batch()
+    for limit in (4, 2, 5):
+        prepared.add(Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=limit)))
+    shared = (demo, demo.tokenizer, demo.model.language_model, demo.model)
+
+    def make():
+        return copy.deepcopy(prepared, {id(thing): thing for thing in shared})
+
+    def run(batch):
+        done = []
+        while batch:
+            done += batch.advance()
+        return sorted(generation.text for generation in done)
+
+    wanted, left, seen = run(make()), [], set()
+    for n, batch in enumerate(failures(make, Batch.advance, every=5)):
+        left.append(len(batch.running))
+        if n % 4 == 0 or left[-1] not in seen:
+            check_whole(batch.cache)
+            assert run(batch) == wanted
+        seen.add(left[-1])
+    assert seen == {2, 3} and left == sorted(left, reverse=True)

@@ -1,0 +1,169 @@
+"""What a method may know of the pictures: where each token sits, what shows anything, and the methods that look."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from model import Generation, load
+from model.generate import Layout, Pruner
+from model.image import ImageSettings, kept_of_tiles, normalise, to_tiles
+from model.pruning import Method, make_method
+from model.view import contrast_of, places_of
+from tests.paths import DEMO
+from tests.seeds import torch_random
+from tools import evaluate, scenes
+
+PINPOINTS = tuple((a * 56, b * 56) for a, b in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1)))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, "fp32")
+
+
+def board(rows, columns, **more):
+    """The layout of one picture, 4 layers of 4 heads."""
+    places = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns))]
+    n = rows * columns
+    return Layout(4, 4, 4, n + 5, [(3, n + 3)], torch.device("cpu"), places=places, **more)
+
+
+# ---------------------------------------------------------------- places and contrast
+
+
+def test_a_square_is_read_row_by_row_behind_its_cls():
+    assert places_of(2, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert places_of(2, 5).tolist() == [[-1, 0], [0, 0], [0, 1], [1, 0], [1, 1]]
+    assert contrast_of(torch.rand(1, 3, 4, 4), 2, 5)[0] == 0
+
+
+@pytest.mark.parametrize("size", [(200, 90), (90, 200), (111, 112), (300, 80), (50, 50)])
+@pytest.mark.parametrize("order", ["hf", "orig"])
+def test_tiles_say_where_in_the_picture_they_look(size, order):
+    """A dark part on a light ground, found again at the place of each token, in the whole picture and in its tiles."""
+    settings = dataclasses.replace(ImageSettings(56, "anyres", pinpoints=PINPOINTS), order=order)
+    wide, high = size
+    picture = Image.new("RGB", size, (250, 240, 230))
+    picture.paste((20, 30, 90), (int(0.5 * wide), int(0.25 * high), int(0.9 * wide), int(0.5 * high)))
+    squares, grid = to_tiles(picture, settings)
+    cut = kept_of_tiles(grid, 8, size, order)
+    rows, columns = (part.stop - part.start for part in cut)
+    tokens = 64 + rows * (columns + 1)
+    places = places_of(8, tokens, cut)
+    contrast = contrast_of(torch.stack([normalise(s, settings) for s in squares]), 8, tokens, cut, grid)
+    assert len(places) == len(contrast) == tokens
+    dark = 0
+    for (row, column), far in zip(places.tolist(), contrast.tolist(), strict=True):
+        down, right = (8, 8) if row < 8 else (rows, columns)
+        if column == columns and row >= 8:
+            assert far == 0  # a newline
+            continue
+        y, x = (row % 8 if row < 8 else row - 8, column)
+        y, x = (y + 0.5) / down, (x + 0.5) / right
+        near = min(abs(x - 0.5) * right, abs(x - 0.9) * right, abs(y - 0.25) * down, abs(y - 0.5) * down)
+        rim = row >= 8 and (row in (8, 7 + rows) or column in (0, columns - 1))  # it may show some black canvas
+        if near > 1.1 and not rim:  # the patch lies on one side of every edge
+            inside = 0.5 < x < 0.9 and 0.25 < y < 0.5
+            assert (far > contrast.mean()) == inside, (row, column)
+            dark += inside
+    assert dark > 0 or min(rows, columns) < 10
+
+
+def truth(scene):
+    """(256,) bool: the patches that show a thing or a sign."""
+    shown = torch.zeros(256, dtype=torch.bool)
+    for item in (*scene.things, *([scene.sign] if scene.sign else [])):
+        shown[list(scenes.patches_of(item))] = True
+    return shown
+
+
+def test_what_stands_out_is_what_was_drawn(demo):
+    """Of 20 scenes nearly all patches of things are found; what else is found is a shadow or an edge of them."""
+    found = drawn = right = 0
+    for number in range(20):
+        scene = evaluate.held_out_questions(evaluate.FIRST + number, False, False, 0)[0][0]
+        (contrast,), shown = evaluate.views_of(demo, [scene])["contrast"], truth(scene)
+        out = contrast > contrast.mean()
+        found, drawn, right = found + out.sum(), drawn + shown.sum(), right + (out & shown).sum()
+    assert right / drawn > 0.98 and right / found > 0.7
+
+
+def test_an_answer_and_the_evaluation_look_at_the_same(demo):
+    scene = evaluate.held_out_questions(evaluate.FIRST, False, False, 0)[0][0]
+    views = evaluate.views_of(demo, [scene])
+    generation = Generation(demo, "What?", [scenes.draw_scene(scene)])
+    assert views["places"][0].equal(generation.places[0]) and views["contrast"][0].equal(generation.contrast[0])
+
+
+def test_places_follow_what_leaves_the_prompt():
+    """A method that first narrows the prompt and then prunes K and V sees the places of what is left."""
+    seen = []
+
+    class Both:
+        layer = 1
+
+        def narrow(self, scores, layout):
+            keep = torch.ones(layout.tokens, dtype=torch.bool)
+            keep[3 : 3 + 12 : 3] = False
+            return keep
+
+        def __call__(self, layer, scores, layout):
+            seen.append(layout)
+
+    place = board(3, 4, contrast=[torch.arange(12.0)])
+    pruner = Pruner(Method("both", Both(), {}), place, "torch")
+    q, k = torch.randn(2, 1, 4, place.tokens, 8, generator=torch_random(0))
+    pruner.choose(0, q, k, k)
+    rows = pruner.narrow(0, q, k, k)
+    pruner.choose(1, q[:, :, rows], k[:, :, rows], k[:, :, rows])
+    left = [i for i in range(12) if i % 3]
+    assert seen[0] is place and seen[1].spans == [(3, 11)] and seen[1].contrast[0].tolist() == left
+    assert seen[1].places[0].tolist() == [[i // 4, i % 4] for i in left]
+
+
+# ---------------------------------------------------------------- grid, objects
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.3, 0.15])
+@pytest.mark.parametrize("size", [(16, 16), (24, 24), (11, 31)])
+def test_a_grid_is_even_in_both_directions(rate, size):
+    """Every window of 5 x 5 holds its share but for 2 tokens, and every token is in its share of heads."""
+    windows = {}
+    for name in ("grid", "random"):
+        place = board(*size)
+        keep = torch.stack([make_method(name, rate).choose(layer, None, place) for layer in range(4)]).flatten(0, 1)
+        keep = keep[:, slice(*place.spans[0])].view(16, *size).float()
+        held = torch.nn.functional.avg_pool2d(keep[:, None], 5, 1) * 25
+        windows[name] = (held - rate * 25).abs().max()
+        across = (keep.sum(0) - 16 * rate).abs().max()  # by how many of the 16 heads a token is kept
+        assert (across < 2) == (name == "grid"), across
+        assert len({tuple(head.flatten().tolist()) for head in keep}) == 16  # no two heads are alike
+    assert windows["grid"] < 2.6 < windows["random"]
+
+
+def test_a_grid_needs_no_map():
+    """Tokens of unknown places are a row, and the gaps between kept ones differ by little."""
+    place = Layout(4, 4, 4, 105, [(3, 103)], torch.device("cpu"))
+    keep = make_method("grid", 0.25).choose(2, None, place)
+    for head in keep[:, 3:103]:
+        gaps = head.nonzero()[:, 0].diff()
+        assert head.sum() == 25 and gaps.max() <= 5 and (gaps < 4).sum() <= 2
+
+
+def test_objects_come_first_and_the_rest_is_drawn():
+    contrast = torch.zeros(256)
+    contrast[40:80] = torch.linspace(0.5, 2, 40)
+    place = board(16, 16, contrast=[contrast])
+    half = make_method("objects", 0.5).choose(1, None, place)[:, 3:259]
+    assert half[:, 40:80].all() and half.sum(1).tolist() == [128] * 4
+    shares = half.float().mean(0)
+    assert 0.3 < shares[:40].mean() < 0.5 and len({tuple(head.tolist()) for head in half}) == 4
+    few = make_method("objects", keep_tokens=10).choose(1, None, place)[:, 3:259]
+    stand_out = contrast > contrast.mean()
+    assert not few[:, ~stand_out].any() and few.sum(1).tolist() == [10] * 4
+    assert math.isclose(few.float().sum(), 40) and few.any(0).sum() > 20  # each head draws among them
+    with pytest.raises(ValueError, match="pixels"):
+        make_method("objects").choose(1, None, board(4, 4))
