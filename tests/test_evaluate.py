@@ -97,7 +97,7 @@ def test_controls_keep_what_they_say(demo):
         like = Like(other, shared, 7)(2, scores, layout)
         assert torch.equal(like.sum(1), other(2, scores, layout).sum(1)) and not like.equal(other(2, scores, layout))
     for condition in ("random like plphp@0.3", "plphp rows+values@0.3"):
-        kept = replay(asked, [evaluate.conditions((0.7, 0.5), 6)[condition](asked, evidence, 7)])[1]
+        kept = replay(asked, [evaluate.conditions(((0.7, 0.5), None), 6)[condition](asked, evidence, 7)])[1]
         assert kept == pytest.approx([0.3], abs=0.15)
     plain, dropped, cut = replay(asked, [None, values(0.0001), values(1.0)])[0]
     torch.testing.assert_close(cut, plain, rtol=1e-4, atol=1e-4)  # nothing dropped
@@ -188,7 +188,7 @@ def test_intervals_draw_whole_groups():
 
 def test_tables_say_what_the_answers_say(tmp_path, capsys):
     """Ten scenes of two questions: random loses one long answer in five, plphp none."""
-    head = {"mode": "accuracy", "weights": "0", "thresholds": [0.7, 0.5]}
+    head = {"mode": "accuracy", "weights": "0", "thresholds": [[0.7, 0.5], None]}
     done = {}
     for scene in range(10):
         outcome = {"none": 1, "random@0.5": int(scene % 5 > 0), "random like plphp@0.5": 0, "plphp@0.5": 1}

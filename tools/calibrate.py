@@ -6,10 +6,10 @@
     python tools/calibrate.py --rates-only ...       # leave skip, window and values as they are
 
 How much attention a layer pays to pictures differs from model to model, so no fixed alpha and beta fit. Prints that
-distribution. Then tries some hundred settings (14 with --rates-only): for each, r is solved for so that the wanted
-fraction is kept on average; the one whose pruned model stays closest to the unpruned one (KL along the unpruned
-answers) is written down. A file plphp.json (or plphp-ada.json) in a model's folder is the default of that method for
-that model.
+distribution. Then tries some hundred settings (14 with --rates-only), those of look-ahead rows among them where the
+model has some (tools/train_lookahead.py). For each, r is solved for so that the wanted fraction is kept on average; the
+one whose pruned model stays closest to the unpruned one (KL along the unpruned answers) is written down. A file
+plphp.json (or plphp-ada.json) in a model's folder is the default of that method for that model.
 """
 
 import argparse
@@ -36,16 +36,19 @@ from tools.train_demo import held_out_questions  # noqa: E402
 
 QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma: where beta and alpha are tried
 SPREADS = (0.1, 0.2, 0.3)  # dr
-WINDOWS = (1, 32)  # rows that rank
+RANKINGS = {  # by which settings tokens are ranked, for each query
+    "last": [{"window": window, "values": values} for window in (1, 32) for values in (False, True)],
+    "lookahead": [{"query": "lookahead", "cover": cover} for cover in (0.0, 0.25, 0.5)],
+}
 
 
 @dataclasses.dataclass
 class Sample:
-    """One prompt: what it asked, the unpruned answer, and gamma of every layer."""
+    """One prompt: what it asked, the unpruned answer, and gamma of every layer by the rows that rank."""
 
     asked: Asked
     ids: list
-    gammas: list
+    gammas: dict  # {"last": [...]}, and "lookahead" where the checkpoint has such rows
 
 
 def sample(checkpoint, prompt, images, longest):
@@ -53,23 +56,29 @@ def sample(checkpoint, prompt, images, longest):
     generation = Generation(checkpoint, prompt, images, Sampling(longest))
     "".join(generation)
     asked = asked_by(generation, generation.token_ids[:-1])
-    return Sample(asked, generation.token_ids, gammas_of(asked)) if len(generation.token_ids) > 1 else None
+    gammas = {"last": gammas_of(asked)}
+    if checkpoint.lookahead is not None:
+        gammas["lookahead"] = gammas_of(asked, checkpoint.lookahead)
+    return Sample(asked, generation.token_ids, gammas) if len(generation.token_ids) > 1 else None
 
 
-def gammas_of(asked):
-    """gamma of every layer: the attention that the prompt's last row pays to pictures, mean over heads."""
+def gammas_of(asked, lookahead=None):
+    """gamma of every layer: what the prompt's last row, or look-ahead rows, attend to pictures, mean over heads."""
+    if lookahead is not None:
+        return [gamma(asked.attention_of_rows(lookahead, i), asked.layout) for i in range(len(asked.layers))]
     return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.layout) for q, k, _, _ in asked.layers]
 
 
 def candidates(samples, retention, wide=True):
     """Settings of PLPHP that keep the wanted fraction of these samples, or as near to it as any r comes.
 
-    alpha, beta, r and dr; if wide, also skip, window and values. The first has thresholds that are not fitted.
+    alpha, beta, r and dr; if wide, also skip, and which rows rank: window and values, or query and cover. The first
+    has thresholds that are not fitted.
     """
     layers = len(samples[0].asked.layers)
     usual = 1 if layers < 12 else 2
-    for skip in (usual, 0) if wide else (usual,):
-        gammas = [s.gammas[skip:] for s in samples]
+    for query, skip in itertools.product(samples[0].gammas, (usual, 0)) if wide else [("last", usual)]:
+        gammas = [s.gammas[query][skip:] for s in samples]
         ordered = sorted(g for row in gammas for g in row)
         at = {p: round(ordered[int(p * (len(ordered) - 1))], 4) for pair in QUANTILES for p in pair}
         tried = [(Plphp.alpha, Plphp.beta, Plphp.dr), (at[0.67], at[0.33], 0.0)]  # without dr thresholds say nothing
@@ -80,8 +89,8 @@ def candidates(samples, retention, wide=True):
             if not wide:
                 yield found
                 continue
-            for window, values in itertools.product(WINDOWS, (False, True)):
-                yield found | {"skip": skip, "window": window, "values": values}
+            for ranking in RANKINGS[query]:
+                yield found | {"skip": skip} | ranking
 
 
 def solve(gammas, skip, layers, alpha, beta, dr, retention):
@@ -127,7 +136,7 @@ def distribution(samples):
         "layer     min     25 %  median     75 %     max",
     ]
     for layer in range(len(samples[0].asked.layers)):
-        values = sorted(s.gammas[layer] for s in samples)
+        values = sorted(s.gammas["last"][layer] for s in samples)
         cut = [values[round(p * (len(values) - 1))] for p in (0, 0.25, 0.5, 0.75, 1)]
         lines.append(f"{layer:5d}" + "".join(f"  {v:6.3f}" for v in cut))
     return "\n".join(lines)

@@ -48,18 +48,19 @@ IGNORED = -100
 # ---------------------------------------------------------------- conditions
 
 GIVEN = "given: "  # in front of the name of what --methods adds
+AHEAD = "query=lookahead"
 ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
 
 
 def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None):
     """{name: how to make the Method for (asked, evidence, seed)}: "none", and NAME@RETENTION for all others.
 
-    thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class; layers:
-    of the model; seed: of what is drawn, one for each question; specs: more methods, at each retention or, if they say
+    thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class, and the
+    same for its look-ahead rows, or None where it has none; layers: of the model; seed: of what is drawn, one for each question; specs: more methods, at each retention or, if they say
     themselves how much they keep, once; folder: of the checkpoint, whose settings hold for those.
     """
     made = {"none": lambda *_: None, "plphp, defaults": _spec("plphp")}
-    plphp = f"alpha={thresholds[0]},beta={thresholds[1]},skip=0"
+    plphp, ahead = (t and f"alpha={t[0]},beta={t[1]},skip=0" for t in thresholds)
     for f in retentions:
         named = {
             "random": lambda asked, evidence, seed, f=f: make_method(f"random:seed={seed}", f),
@@ -86,6 +87,11 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None)
         named["topk rows"] = _spec("topk:window=32", f)
         named["topk rows+values"] = _spec(f"topk:{ROWS_VALUES}", f)
         named["shared rows+values"] = _spec(f"shared:{ROWS_VALUES}", f)
+        if ahead:
+            named["plphp ahead"] = _spec(f"plphp:{AHEAD},{ahead}", f)
+            named["topk ahead"] = _spec(f"topk:{AHEAD}", f)
+            named["shared ahead"] = _spec(f"shared:{AHEAD}", f)
+            named["topk ahead+grid"] = _spec(f"topk:{AHEAD},cover=0.5", f)
         for name, anti in (("evidence", False), ("anti-evidence", True)):
             named[name] = lambda asked, evidence, seed, f=f, anti=anti: Method(
                 "evidence", Evidence(evidence, f, seed, anti), {}
@@ -218,15 +224,18 @@ def _evidence_kept(keep, layout, evidence):
 
 
 @torch.inference_mode()
-def thresholds(checkpoint, number=24):
-    """(alpha, beta): the upper and lower third of gamma over all layers, on scenes that are not evaluated."""
+def thresholds(checkpoint, lookahead=None, number=24):
+    """(alpha, beta): the upper and lower third of gamma over all layers, on scenes that are not evaluated.
+
+    lookahead: rows whose gamma it is, instead of the last prompt row's.
+    """
     found = []
     for scene in range(number):
         drawn, questions = held_out_questions(scene, False, False, 0)
         image_tokens = encode_scenes(checkpoint, drawn)
         for q in questions[:3]:
             ids, fed, _ = conversation(checkpoint, q, None, 1)
-            found += gammas_of(Asked(checkpoint, ids, image_tokens, fed[:0]))
+            found += gammas_of(Asked(checkpoint, ids, image_tokens, fed[:0]), lookahead)
     found.sort()
     return round(found[2 * len(found) // 3], 3), round(found[len(found) // 3], 3)
 
@@ -304,7 +313,10 @@ def run_scenes(args, path):
     """Answer until there are args.questions of them -> (head, {scene: questions})."""
     checkpoint = open_checkpoint(args.model)  # what cannot be used is refused here, not by each worker
     text = checkpoint.config.text_config
-    every = conditions((1, 0), text.num_hidden_layers, args.retentions, args.methods, checkpoint.folder)
+    lookahead = checkpoint.lookahead
+    every = conditions(
+        ((1, 0), lookahead and (1, 0)), text.num_hidden_layers, args.retentions, args.methods, checkpoint.folder
+    )
     args.only = [of_today(name) for name in args.only]
     known = dict.fromkeys(parts(name)[0] for name in every)
     for name in args.only:
@@ -315,7 +327,10 @@ def run_scenes(args, path):
             method.check(text.num_hidden_layers, text.num_key_value_heads)
     names = [name for name in every if chosen(name, args.only)]
     fitted = any("plphp" in name and "@" in name for name in names)
-    found = thresholds(checkpoint.read_weights(args.dtype, args.device)) if fitted else (1, 0)
+    found = ((1, 0), lookahead and (1, 0))
+    if fitted:
+        checkpoint.read_weights(args.dtype, args.device)
+        found = thresholds(checkpoint), lookahead and thresholds(checkpoint, lookahead)
     head = {"mode": args.stage, "weights": fingerprint(checkpoint.folder), "thresholds": found, "conditions": names}
     head["files"] = sources(args.methods, checkpoint.folder)
     done, numbers = open_answers(path, head), scenes_for(args.questions)
@@ -418,6 +433,8 @@ PAIRS = (  # which of two is better, on the long answers: the first minus the se
     ("random", "random, same in all heads"), ("grid", "random"), ("objects", "random"), ("evidence", "grid"),
     ("evidence", "objects"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "random"),
     ("plphp as shipped", "random"), ("plphp as shipped", "grid"), ("plphp as shipped", "plphp"), ("plphp", "topk"),
+    ("plphp ahead", "topk ahead"), ("topk ahead", "shared ahead"), ("topk ahead+grid", "topk ahead"),
+    ("topk ahead", "random"), ("topk ahead", "grid"), ("topk ahead", "hindsight"), ("plphp ahead", "plphp"),
     ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"), ("plphp, values dropped only", "plphp"),
     ("topk rows", "topk"), ("topk rows+values", "topk rows"), ("topk rows+values", "random"),
     ("topk rows+values", "shared rows+values"), ("topk rows+values", "plphp rows+values"),
@@ -445,6 +462,10 @@ LABELS = {  # condition: its name in the README and in the picture
     "snapkv": "`snapkv`",
     "adakv": "`adakv`",
     "fastv": "`fastv`",
+    "plphp ahead": "`plphp`, look-ahead rows",
+    "topk ahead": "one rate, look-ahead rows",
+    "shared ahead": "one rate, look-ahead rows, all heads the same",
+    "topk ahead+grid": "one rate, look-ahead rows, half on a grid",
     "evidence": "told where the evidence is",
     "anti-evidence": "told, and dropping it first",
     "hindsight": "told what the answer attends to",
@@ -490,10 +511,11 @@ def markdown(head, rows, data, group, long, weights):
     from tools.paired import interval, mcnemar
 
     questions, scenes_seen = len(group), int(group.max()) + 1
-    alpha, beta = head["thresholds"]
+    (alpha, beta), ahead = head["thresholds"]
+    more = f", with look-ahead rows alpha {ahead[0]}, beta {ahead[1]}" if ahead else ""
     lines = [
         f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; PLPHP with "
-        f"alpha {alpha}, beta {beta}; weights {head['weights']}.",
+        f"alpha {alpha}, beta {beta}{more}; weights {head['weights']}.",
         "",
         short(rows),
         "",
@@ -540,7 +562,8 @@ def draw(rows, path, second=False):
         "grid": ("black", "D", "-"), "objects": ("black", "^", "-."), "plphp as shipped": ("#D55E00", "v", ":"),
         "topk rows+values": ("#0072B2", "o", "-"), "adakv": ("#009E73", "P", "-"), "snapkv": ("#56B4E9", "D", "-"),
         "fastv": ("#CC79A7", "X", "-"), "shared": ("#E69F00", "s", "-"), "plphp": ("#D55E00", "o", "-"),
-        "plphp-ada": ("#D55E00", "s", "--"),
+        "plphp-ada": ("#D55E00", "s", "--"), "plphp ahead": ("#882255", "o", "-"),
+        "topk ahead": ("#882255", "s", "--"), "topk ahead+grid": ("#882255", "D", ":"),
     }  # fmt: skip
     labels = labels_of(rows)
     for i, name in enumerate(name for name in labels if name.startswith(GIVEN)):

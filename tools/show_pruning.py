@@ -71,9 +71,8 @@ def look(checkpoint, prompt, images, method, image_mode="auto"):
     keep = torch.stack([everything if k is None else k.cpu() for k in keeps])
     keep = torch.stack([keep[:, :, start:stop] for start, stop in layout.spans], 2)
     thresholds = (method.settings["alpha"], method.settings["beta"]) if "alpha" in method.settings else None
-    return Shown(
-        prompt, method.name, generation.squares, keep, gammas_of(asked), thresholds, full.nbytes_held, cache.nbytes_held
-    )
+    gammas = gammas_of(asked, checkpoint.lookahead if method.looks_ahead else None)
+    return Shown(prompt, method.name, generation.squares, keep, gammas, thresholds, full.nbytes_held, cache.nbytes_held)
 
 
 def layer_class(gamma, thresholds):
