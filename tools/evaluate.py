@@ -56,8 +56,9 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None)
     """{name: how to make the Method for (asked, evidence, seed)}: "none", and NAME@RETENTION for all others.
 
     thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class, and the
-    same for its look-ahead rows, or None where it has none; layers: of the model; seed: of what is drawn, one for each question; specs: more methods, at each retention or, if they say
-    themselves how much they keep, once; folder: of the checkpoint, whose settings hold for those.
+    same for its look-ahead rows, or None where it has none; layers: of the model; seed: of what is drawn, one for each
+    question; specs: more methods, at each retention or, if they say themselves how much they keep, once; folder: of the
+    checkpoint, whose settings hold for those.
     """
     made = {"none": lambda *_: None, "plphp, defaults": _spec("plphp")}
     plphp, ahead = (t and f"alpha={t[0]},beta={t[1]},skip=0" for t in thresholds)
