@@ -2,13 +2,31 @@
 
 import base64
 import io
+import os
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from urllib.parse import quote, quote_from_bytes
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers.image_transforms import convert_to_rgb
 
 from model.config import InputError
-from model.image import STRIP, ImageSettings, preprocess, read_image, read_image_settings, with_mode
+from model.image import (
+    STRIP,
+    ImageSettings,
+    as_list,
+    crop_note,
+    preprocess,
+    read_image,
+    read_image_settings,
+    with_mode,
+)
 
 SETTINGS = ImageSettings(size=56)
 
@@ -71,9 +89,76 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert bool(picture.note) == (mode == "CMYK")
 
 
-def test_alpha_is_dropped_not_blended(tmp_path):
-    Image.new("RGBA", (4, 4), (10, 200, 30, 0)).save(tmp_path / "a.png")
-    assert read_image(str(tmp_path / "a.png")).image.getpixel((0, 0)) == (10, 200, 30)
+# ---------------------------------------------------------------- transparency
+
+
+def packed(image, kind="PNG", **options):
+    """Bytes of a picture file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_transparent_pixels_are_shown_on_white():
+    image = Image.new("RGBA", (4, 4), (10, 200, 30, 0))
+    image.putpixel((1, 0), (0, 100, 255, 51))  # a fifth of it
+    image.putpixel((2, 0), (10, 200, 30, 255))
+    picture = read_image(packed(image))
+    assert [picture.image.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (204, 224, 255), (10, 200, 30)]
+    assert "transparent" in picture.note and "white" in picture.note
+
+
+def test_a_picture_that_is_transparent_everywhere_says_so():
+    assert "everywhere" in read_image(Image.new("RGBA", (4, 4), (10, 200, 30, 0))).note
+
+
+TRANSPARENT = {
+    "RGBA": lambda: packed(noise(13, 9, "RGBA")),
+    "LA": lambda: packed(noise(13, 9, "LA")),
+    "PA": lambda: packed(noise(13, 9, "RGBA").convert("PA"), "TIFF"),
+    "RGBA tiff": lambda: packed(noise(13, 9, "RGBA"), "TIFF"),
+    "RGBA webp": lambda: packed(noise(13, 9, "RGBA"), "WEBP", lossless=True),
+    "P, a level each": lambda: packed(noise(13, 9).convert("P"), transparency=bytes(range(255))),
+    "P, one colour": lambda: packed(Image.new("P", (13, 9), 3), transparency=3),
+    "L, one level": lambda: packed(Image.linear_gradient("L"), transparency=5),
+    "RGB, one colour": lambda: packed(Image.new("RGB", (13, 9), (1, 2, 3)), transparency=(1, 2, 3)),
+    "GIF": lambda: packed(Image.new("P", (13, 9), 3), "GIF", transparency=3),
+}
+
+
+@pytest.mark.parametrize("what", TRANSPARENT)
+def test_transparency_of_every_kind_is_that_of_transformers(what):
+    data = TRANSPARENT[what]()
+    picture, want = read_image(data), convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True)
+    assert picture.image.tobytes() == want.tobytes() and "white" in picture.note
+
+
+@pytest.mark.parametrize("kind", ["LA", "RGBA"])
+def test_colours_times_alpha_are_shown_on_white_too(kind):
+    image = Image.new(kind, (2, 1), 128 if kind == "LA" else (128, 128, 128, 51))
+    image.putalpha(51)
+    got = read_image(image.convert({"LA": "La", "RGBA": "RGBa"}[kind])).image.getpixel((0, 0))
+    assert all(abs(v - 230) <= 1 for v in got)  # 0.2 * 128 + 0.8 * 255, rounded twice
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA"])
+def test_opaque_alpha_is_not_worth_a_note(kind):
+    image = noise(5, 6, kind)
+    image.putalpha(255)
+    picture = read_image(packed(image))
+    assert picture.note is None and picture.image.tobytes() == image.convert("RGB").tobytes()
+
+
+# ---------------------------------------------------------------- more than 8 bits
+
+
+RAMP = bytes(range(256))  # what 8 bits would say, 16 x 16
+
+
+def grey(values, mode="I"):
+    """16 x 16 picture of 256 numbers."""
+    order, kind = (">" if mode == "I;16B" else "<"), ("i" if mode == "I" else "H")
+    return Image.frombytes(mode, (16, 16), struct.pack(f"{order}256{kind}", *values))
 
 
 def test_sixteen_bits_keep_their_brightness(tmp_path):
@@ -82,17 +167,233 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
     assert picture.image.getpixel((0, 0)) == (100, 100, 100) and "16-bit" in picture.note
 
 
-def test_a_data_uri_is_a_picture():
-    buffer = io.BytesIO()
-    noise(5, 6).save(buffer, "PNG")
-    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    assert read_image(uri).image.tobytes() == noise(5, 6).tobytes()
+def with_tag(data, tag, value):
+    """TIFF file (little-endian) whose tag, one short number, is another."""
+    place = data.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    return data[:place] + struct.pack("<H", value) + data[place + 2 :]
+
+
+DEEP = {  # each shows the ramp
+    "16-bit png": lambda: packed(grey([257 * v for v in RAMP], "I;16")),
+    "16-bit tiff": lambda: packed(grey([257 * v for v in RAMP], "I;16"), "TIFF"),
+    "16-bit tiff, high byte first": lambda: packed(grey([257 * v for v in RAMP], "I;16B"), "TIFF"),
+    "16-bit tiff, packed": lambda: packed(grey([257 * v for v in RAMP], "I;16"), "TIFF", compression="tiff_lzw"),
+    "16-bit tiff, 0 is white": lambda: with_tag(packed(grey([257 * (255 - v) for v in RAMP], "I;16"), "TIFF"), 262, 0),
+    "16-bit in memory": lambda: grey([257 * v for v in RAMP], "I;16"),
+    "16-bit in memory, high byte first": lambda: grey([257 * v for v in RAMP], "I;16B"),
+    "16-bit pgm": lambda: b"P5 16 16 65535\n" + struct.pack(">256H", *(257 * v for v in RAMP)),
+    "12-bit pgm": lambda: b"P5 16 16 4095\n" + struct.pack(">256H", *(v * 4095 // 255 for v in RAMP)),
+    "16-bit jpeg 2000": lambda: packed(grey([257 * v for v in RAMP], "I;16"), "JPEG2000"),
+    "32-bit tiff of 8 bits": lambda: packed(grey(RAMP), "TIFF"),
+    "32-bit tiff of 12 bits": lambda: packed(grey([v * 4095 // 255 for v in RAMP]), "TIFF"),
+    "32-bit tiff of 16 bits": lambda: packed(grey([257 * v for v in RAMP]), "TIFF"),
+    "32-bit tiff of 100000": lambda: packed(grey([v * 100000 // 255 for v in RAMP]), "TIFF"),
+    "32-bit tiff, full": lambda: packed(grey([v * (2**31 - 1) // 255 for v in RAMP]), "TIFF"),
+    "32-bit tiff, full, unsigned": lambda: with_tag(
+        packed(grey([v * 16843009 - 2**32 * (v > 127) for v in RAMP]), "TIFF"), 339, 1
+    ),
+    "32-bit in memory": lambda: grey([257 * v for v in RAMP]),
+}
+
+
+@pytest.mark.parametrize("what", DEEP)
+def test_deep_grey_is_what_8_bits_would_show(what):
+    picture = read_image(DEEP[what]())
+    got = picture.image.getchannel("R").tobytes()
+    assert max(abs(a - b) for a, b in zip(got, RAMP, strict=True)) <= 1 and "-bit grey reduced" in picture.note
+
+
+def test_12_bits_of_a_tiff_are_not_taken_for_16():
+    """Pillow reads such files and cannot write them: 4 numbers of 12 bits, 0 half full full."""
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 134), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    data = data.ljust(134, b"\0") + bytes([0x00, 0x08, 0x00, 0xFF, 0xFF, 0xFF])
+    picture = read_image(data)
+    assert picture.image.getchannel("R").tobytes() == bytes([0, 128, 255, 255]) and "12-bit" in picture.note
+
+
+def test_a_transparent_level_of_16_bits_is_white():
+    picture = read_image(packed(grey([257 * v for v in RAMP], "I;16"), transparency=257 * 7))
+    assert list(picture.image.getchannel("R").tobytes()[5:10]) == [5, 6, 255, 8, 9]
+
+
+def test_a_16_bit_picture_that_comes_out_black_says_so():
+    assert "nearly black" in read_image(packed(grey([v * 4095 // 255 for v in RAMP], "I;16"), "TIFF")).note
+
+
+@pytest.mark.parametrize("what", ["float", "negative"])
+def test_numbers_of_unknown_range_are_refused(what):
+    image = Image.new("F", (4, 4), 0.5) if what == "float" else grey([v - 3 for v in RAMP])
+    for source in (image, packed(image, "TIFF")):
+        with pytest.raises(InputError, match="unknown range; save it with 8 bits"):
+            read_image(source)
+
+
+# ---------------------------------------------------------------- orientation, frames
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_orientation_says(kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = packed(noise(12, 7), kind, exif=exif)
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    in_memory = Image.open(io.BytesIO(data))
+    for picture in (read_image(data), read_image(in_memory)):
+        assert picture.image.size == ((7, 12) if orientation > 4 else (12, 7))
+        assert picture.image.tobytes() == want.tobytes()
+        assert ("turned upright" in (picture.note or "")) == (orientation > 1)
+
+
+def test_a_transparent_picture_is_turned_too():
+    exif = Image.Exif()
+    exif[274] = 6
+    image = Image.new("RGBA", (3, 2), (255, 0, 0, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    picture = read_image(packed(image, exif=exif))
+    assert picture.image.size == (2, 3) and picture.image.getpixel((1, 0)) == (255, 255, 255)
+    assert "turned" in picture.note and "white" in picture.note and "\n" not in picture.note
+
+
+@pytest.mark.parametrize("orientation", [b"II*\0garbage", b"MM\0*" + bytes(4), b"II*\0\x08\0\0\0\xff\xff\x12\x01"])
+def test_exif_data_that_cannot_be_read_leave_the_picture_as_it_is(capfd, orientation):
+    data, exif = packed(noise(12, 7), "JPEG"), b"Exif\0\0" + orientation
+    picture = read_image(data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:])
+    assert picture.image.size == (12, 7) and picture.note is None
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_used_and_said_to_be(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    picture = read_image(packed(frames[0], kind, save_all=True, append_images=frames[1:]))
+    red, green, blue = picture.image.getpixel((4, 4))
+    assert red > 240 and green < 20 and blue < 20 and "frame 1 of 3" in picture.note
+
+
+def test_the_previews_in_an_mpo_are_no_frames():
+    data = packed(noise(12, 7), "MPO", save_all=True, append_images=[noise(12, 7, seed=1)])
+    assert read_image(data).note is None
+
+
+# ---------------------------------------------------------------- where a picture comes from
+
+
+DATA = packed(noise(5, 6))
+TEXT = base64.b64encode(DATA).decode()
+URIS = {
+    "plain": "data:image/png;base64," + TEXT,
+    "upper case": "DATA:IMAGE/PNG;BASE64," + TEXT,
+    "line breaks": "data:image/png;base64,\n" + "\r\n ".join(TEXT[i : i + 60] for i in range(0, len(TEXT), 60)),
+    "other alphabet": "data:;base64," + TEXT.replace("+", "-").replace("/", "_"),
+    "no padding": "data:;base64," + TEXT.rstrip("="),
+    "percent": "data:image/png;base64," + quote(TEXT, safe=""),
+    "no base64": "data:image/png," + quote_from_bytes(DATA),
+    "base64 unsaid": "data:image/png," + TEXT,
+    "parameters": "data:image/png;charset=utf-8;name=x.png;base64," + TEXT,
+}
+
+
+@pytest.mark.parametrize("what", URIS)
+def test_a_data_uri_is_a_picture(what):
+    assert "+" in TEXT and "/" in TEXT and TEXT.endswith("=")
+    assert read_image(URIS[what]).image.tobytes() == noise(5, 6).tobytes()
+
+
+class Array:
+    """As much of NumPy's array as a picture needs."""
+
+    def __init__(self, shape, data, dtype="uint8"):
+        self.shape, self.data, self.dtype, self.__array_interface__ = shape, data, dtype, {}
+
+    def tobytes(self):
+        return self.data
+
+
+PIXELS = torch.frombuffer(bytearray(noise(5, 6).tobytes()), dtype=torch.uint8).view(6, 5, 3)
+SOURCES = {
+    "bytes": lambda path: DATA,
+    "bytearray": lambda path: bytearray(DATA),
+    "memoryview": lambda path: memoryview(DATA),
+    "path": lambda path: path,
+    "name": str,
+    "file address": lambda path: path.as_uri(),
+    "file": lambda path: open(path, "rb"),  # noqa: SIM115
+    "buffer at its end": lambda path: (buffer := io.BytesIO(DATA)).seek(0, 2) and buffer,
+    "picture": lambda path: Image.open(path),
+    "array": lambda path: Array((6, 5, 3), noise(5, 6).tobytes()),
+    "tensor": lambda path: PIXELS,
+    "tensor, channels first": lambda path: PIXELS.permute(2, 0, 1),
+    "tensor with alpha": lambda path: torch.cat((PIXELS, torch.full((6, 5, 1), 255, dtype=torch.uint8)), 2),
+}
+
+
+@pytest.mark.parametrize("what", SOURCES)
+def test_a_picture_may_come_as_any_of_these(tmp_path, what):
+    (tmp_path / "ü x.png").write_bytes(DATA)
+    picture = read_image(SOURCES[what](tmp_path / "ü x.png"))
+    assert picture.image.tobytes() == noise(5, 6).tobytes() and picture.note is None
+
+
+def test_a_grey_array_is_a_grey_picture():
+    data = bytes(range(6))
+    for source in (
+        Array((2, 3), data), Array((2, 3, 1), data), torch.tensor(list(data), dtype=torch.uint8).view(2, 3)
+    ):  # fmt: skip
+        assert read_image(source).image.tobytes() == bytes(v for v in data for _ in range(3))
+
+
+def test_numpy_arrays_with_any_strides(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    pixels = numpy.asarray(noise(10, 12))
+    assert read_image(pixels).image.tobytes() == noise(10, 12).tobytes()
+    view = pixels[::2, ::-1]
+    assert read_image(view).image.tobytes() == Image.fromarray(numpy.ascontiguousarray(view)).tobytes()
+
+
+WRONG = {
+    "floats": torch.rand(6, 5, 3),
+    "16 bits": Array((6, 5, 3), b"", "uint16"),
+    "channels first": Array((3, 6, 5), b""),
+    "a batch": Array((1, 6, 5, 3), b""),
+    "no pixels": Array((0, 5, 3), b""),
+    "two readings": torch.zeros(3, 5, 3, dtype=torch.uint8),
+    "None": None,
+    "a number": 3,
+    "a list": ["x.png"],
+    "a dict": {"path": "x.png"},
+    "an open text": io.StringIO("x"),
+    "a bytes path": Path("x").__class__,
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_picture_is_one_clear_line(what):
+    with pytest.raises(InputError, match="; ") as error:
+        read_image(WRONG[what])
+    assert "\n" not in str(error.value)
+
+
+def test_a_closed_file_is_one_clear_line(tmp_path):
+    (tmp_path / "x.png").write_bytes(DATA)
+    with open(tmp_path / "x.png", "rb") as file, Image.open(tmp_path / "x.png") as image:
+        pass
+    for source in (file, image):
+        with pytest.raises(InputError, match="; "):
+            read_image(source)
+
+
+def test_one_picture_is_a_list_of_one():
+    image = noise(5, 6)
+    for one in ("x.png", Path("x.png"), image, DATA, PIXELS):
+        assert as_list(one) == [one] if one is not PIXELS else as_list(one)[0] is PIXELS
+    assert as_list(None) == [] and as_list(("a", image)) == ["a", image] and as_list([]) == []
 
 
 def png_bytes(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return packed(image)
 
 
 BROKEN = {
@@ -114,8 +415,13 @@ def test_a_broken_file_is_one_clear_line(tmp_path, what):
 
 
 @pytest.mark.parametrize(
-    "source", ["/nowhere/x.png", "http://example.com/x.png", "data:image/png,abc", "data:;base64,@@"]
-)
+    "source",
+    [
+        "/nowhere/x.png", "~/nowhere/x.png", "file:///nowhere/x.png", "", "a\0b", "x" * 5000,
+        "http://example.com/x.png", "HTTPS://example.com/x.png", "data:image/png,abc", "data:;base64,@@",
+        "data:image/png;base64", "data:,", URIS["plain"][:90],
+    ],
+)  # fmt: skip
 def test_what_is_not_there_is_one_clear_line(source):
     with pytest.raises(InputError, match="; "):
         read_image(source)
@@ -124,6 +430,105 @@ def test_what_is_not_there_is_one_clear_line(source):
 def test_a_folder_is_no_picture(tmp_path):
     with pytest.raises(InputError, match="is a folder"):
         read_image(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_devices_and_pipes_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="empty; "):
+        read_image(tmp_path / "pipe")  # nobody writes to it
+    for device in ("/dev/zero", "/dev/null"):
+        with pytest.raises(InputError, match="is a device; "):
+            read_image(device)
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # so that the writer need not wait
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(DATA))
+    writer.start()
+    writer.join()
+    assert read_image(f"/dev/fd/{reader}").image.size == (5, 6)  # as a shell's <(...)
+    os.close(reader)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no such permissions here")
+def test_what_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(DATA)
+
+    def refuse(path, flags):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("model.image._open_at_once", refuse)  # root may read everything
+    with pytest.raises(InputError, match="x.png cannot be read .Permission denied.; "):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_stream_without_end_is_cut(monkeypatch):
+    monkeypatch.setattr("model.image.LARGEST", 1000)
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(bytes(2000))}))
+    with pytest.raises(InputError, match="more than"):
+        read_image("-")
+
+
+# ---------------------------------------------------------------- what Pillow must not do
+
+OTHER_FILES = {
+    "a PostScript drawing": packed(noise(8, 8), "EPS"),
+    "a PDF document": packed(noise(8, 8), "PDF"),
+    "an SVG drawing": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "a HEIC picture": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "an AVIF picture": b"\0\0\0\x18ftypavif\0\0\0\0mif1avif",
+    "a video": b"\0\0\0\x18ftypisom",
+    "a web page": b"\n<!DOCTYPE html><html><svg>",
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+    "not a picture": packed(noise(8, 8), "DDS"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_FILES)
+def test_other_files_are_named_and_start_no_program(tmp_path, monkeypatch, what):
+    def started(*args, **kwargs):
+        raise AssertionError(f"{args} was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(os, "system", started)
+    (tmp_path / "x.png").write_bytes(OTHER_FILES[what])
+    with pytest.raises(InputError, match=f"x.png is .*{what}.*; convert it"):
+        read_image(tmp_path / "x.png")
+
+
+def broken_lzw():
+    data = bytearray(packed(noise(40, 40), "TIFF", compression="tiff_lzw"))
+    data[8:20] = b"\xff" * 12
+    return bytes(data)
+
+
+def large_png():
+    """More pixels than Pillow likes, with the limit of the test below."""
+    return packed(noise(40, 40))
+
+
+def test_what_pillow_and_libtiff_say_does_not_reach_stderr(capfd, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1600 pixels are worth a warning
+    noisy = [broken_lzw(), large_png(), packed(noise(40, 40), "TIFF", tiffinfo={33432: "x"})[:-3]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for data in noisy[1:2]:
+            assert read_image(data).image.size == (40, 40)
+        for data in (noisy[0], noisy[2]):
+            with pytest.raises(InputError, match="; "):
+                read_image(data)
+    assert not caught and capfd.readouterr().err == ""
+    os.write(2, b"still there")  # and stderr is what it was
+    assert capfd.readouterr().err == "still there"
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "lost"),
+    [((100, 91), "crop", None), ((100, 90), "crop", None), ((100, 89), "crop", "11 %"), ((50, 100), "crop", "50 %"),
+     ((50, 100), "pad", None), ((50, 100), "anyres", None)],
+)  # fmt: skip
+def test_a_crop_that_drops_more_than_a_tenth_says_so(size, mode, lost):
+    note = crop_note(read_image(Image.new("RGB", size)), ImageSettings(56, mode))
+    assert (note is None) == (lost is None)
+    assert note is None or (lost in note and "--image-mode pad" in note and "\n" not in note)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):

@@ -253,10 +253,10 @@ def test_other_pixel_formats_become_the_rgb_of_transformers(kind):
 
 
 @pytest.mark.parametrize("kind", ["LA", "RGBA"])
-def test_transparency_is_dropped_as_by_the_original_code_and_not_painted_white(kind):
-    image = noise(45, 33, kind)  # transformers 4 dropped it too, transformers 5 composes on white
+def test_transparency_is_painted_white_as_by_transformers(kind):
+    image = noise(45, 33, kind)
     ours = preprocess(read_image(image).image, ImageSettings(28))
-    torch.testing.assert_close(ours, hf_pixels(image.convert("RGB"), 28, "crop"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, hf_pixels(image, 28, "crop"), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- configs
