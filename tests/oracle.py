@@ -1,5 +1,7 @@
 """What several test files share: a small decoder, the tolerance of the design, attention written out with a mask."""
 
+import copy
+
 import pytest
 import torch
 
@@ -21,6 +23,25 @@ def small_llama(heads=4, kv_heads=2, seed=0, bias=False):
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.3)
     return model
+
+
+def reordered(model, channels, inner):
+    """A copy of small_llama whose channels (C), or those inside its MLPs, lie in opposite order: the same function of
+    x.flip(-1), flipped, or of x, with its sums taken the other way round."""
+    twin = copy.deepcopy(model)
+    wide, deep = ([0] if turn else [] for turn in (channels, inner))
+    for layer in twin.model.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        sides = [(p, [], wide) for p in (attn.q_proj, attn.k_proj, attn.v_proj)] + [(attn.o_proj, wide, [])]
+        sides += [(mlp.gate_proj, deep, wide), (mlp.up_proj, deep, wide), (mlp.down_proj, wide, deep)]
+        for linear, outside, inside in sides:
+            linear.weight.data = linear.weight.data.flip(outside).T.flip(inside).T.contiguous()
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data.flip(outside)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data = norm.weight.data.flip(wide)
+    twin.model.norm.weight.data = twin.model.norm.weight.data.flip(wide)
+    return twin
 
 
 def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3):

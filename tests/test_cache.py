@@ -17,7 +17,7 @@ from model.cache import RaggedCache
 from model.generate import next_turn
 from model.llama import rope_table
 from model.pruning import make_method
-from tests.oracle import assert_as_exact, small_llama
+from tests.oracle import assert_as_exact, reordered, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 
 LAYERS = 3  # of small_llama
@@ -71,7 +71,12 @@ def prefilled(model, x, keep, slack, backend):
 
 def check(model, x, keep, got):
     exact = dense_with_masks(copy.deepcopy(model).double(), x.double(), keep)
-    assert_as_exact(got, dense_with_masks(model, x, keep), exact, x.dtype)
+    plain = []
+    for channels in ([], [-1]):
+        for inner in (False, True):
+            twin = reordered(model, bool(channels), inner)
+            plain.append(dense_with_masks(twin, x.flip(channels), keep).flip(channels))
+    assert_as_exact(got, torch.stack(plain), exact, x.dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1), (16, 2)])
