@@ -17,7 +17,7 @@ from model.cache import RaggedCache
 from model.generate import next_turn
 from model.llama import rope_table
 from model.pruning import make_method
-from tests.oracle import assert_as_exact, reordered, small_llama
+from tests.oracle import ULP, assert_as_exact, reordered, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 
 LAYERS = 3  # of small_llama
@@ -75,7 +75,8 @@ def check(model, x, keep, got):
     for channels in ([], [-1]):
         for inner in (False, True):
             twin = reordered(model, bool(channels), inner)
-            plain.append(dense_with_masks(twin, x.flip(channels), keep).flip(channels))
+            other = x * (1 + ULP[x.dtype] * torch.randn(x.shape).sign())  # the next numbers: how far that carries
+            plain += [dense_with_masks(twin, y.flip(channels), keep).flip(channels) for y in (x, other)]
     assert_as_exact(got, torch.stack(plain), exact, x.dtype)
 
 
