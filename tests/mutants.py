@@ -1002,6 +1002,18 @@ MUTANTS = {
         "1.6 * x",
         PARITY,
     ),
+    "CLIPImageProcessor pads": (
+        "model/image.py",
+        ' and kind == "LlavaImageProcessor" else "crop"',
+        ' else "crop"',
+        "test_config.py::test_pixels_are_those_of_the_processor_that_transformers_takes",
+    ),
+    "RoPE scaling hides behind another dict": (
+        "model/config.py",
+        'for name in ("rope_scaling", "rope_parameters"):',
+        'for name in ("rope_scaling",):',
+        "test_config.py::test_rope_settings_that_are_refused_do_not_hide_behind_default_ones",
+    ),
     "crop one pixel to the right": (
         "model/image.py",
         "left, top = (wide - size) // 2,",
@@ -1094,15 +1106,63 @@ MUTANTS = {
     ),
     "legacy prefix only once": (
         "model/tokenizer.py",
-        'return config.get("legacy") is not False, False',
-        "return False, False",
+        'return False, config.get("legacy") is not False, False',
+        "return False, False, False",
         "test_tokenizer.py::test_ids_without_tokenizer_json_are_those_of_the_sentencepiece_tokenizer",
+    ),
+    "a token that is not special is swallowed": (
+        "model/tokenizer.py",
+        "if t.id not in control and (not t.special or",
+        "if t.id not in control and (False or",
+        "test_tokenizer.py::test_a_token_that_is_not_special_stays_in_the_answer",
+    ),
+    "lstrip ignored": (
+        "model/tokenizer.py",
+        "if token.lstrip:",
+        "if False:",
+        "test_tokenizer.py::test_without_tokenizer_json_white_space_is_taken_as_the_sentencepiece_tokenizer_takes_it",
+    ),
+    "single_word ignored": (
+        "model/tokenizer.py",
+        "if token.single_word and",
+        "if False and",
+        "test_tokenizer.py::test_added_tokens_are_those_of_auto_tokenizer_whatever_their_flags",
+    ),
+    "unknown chat template taken for llava": (
+        "model/tokenizer.py",
+        "KNOWN_TEMPLATES.get(_fingerprint(text))",
+        'KNOWN_TEMPLATES.get(_fingerprint(text)) or ("ASSISTANT:" in text and "llava" or None)',
+        "test_tokenizer.py::test_a_chat_template_with_any_other_text_is_not_recognised",
     ),
     "half a character is shown": (
         "model/tokenizer.py",
         "return self._utf8.decode(data)",
         'return data.decode("utf-8", "replace")',
         "test_tokenizer.py::test_streaming_never_shows_half_a_character",
+    ),
+    "another head thrown away": (
+        "model/load.py",
+        "if _same_values(stored[HEAD], stored[EMBEDDING]):",
+        "if True:",
+        "test_load.py::test_a_head_that_is_said_to_be_tied_is_compared",
+    ),
+    "tokens beyond the embedding": (
+        "model/load.py",
+        "for text, i in tokenizer.added.items() if i >= rows]",
+        "for text, i in tokenizer.added.items() if i > 2 * rows]",
+        "test_load.py::test_a_token_beyond_the_embedding_is_refused",
+    ),
+    "stale index before the whole file": (
+        "model/load.py",
+        "if (folder / WHOLE).is_file():  # as",
+        "if not names and (folder / WHOLE).is_file():  # as",
+        "test_load.py::test_a_whole_file_goes_before_an_index_beside_it",
+    ),
+    "end token of config.json unread": (
+        "model/load.py",
+        'for key in (*GENERATION, "eos_token_id") if',
+        "for key in GENERATION if",
+        "test_config.py::test_an_answer_ends_where_transformers_ends_it",
     ),
     "missing tensors accepted": (
         "model/load.py",
@@ -1118,7 +1178,7 @@ MUTANTS = {
     ),
     "shapes unchecked": (
         "model/load.py",
-        "if shapes[name] != shape:",
+        "if found != shape:",
         "if False:",
         "test_load.py::test_a_wrong_shape_is_named_with_both_shapes",
     ),
