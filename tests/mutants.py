@@ -1010,8 +1010,8 @@ MUTANTS = {
     ),
     "an empty question is asked": (
         "model/generate.py",
-        'prompt.replace(IMAGE, "")).strip():',
-        'prompt.replace(IMAGE, "")) == IMAGE:',
+        'raise InputError("the question is empty; say what to ask")',
+        "pass",
         "test_run.py::test_an_empty_question_is_refused_wherever_it_comes_from",
     ),
     "global random state": (
@@ -1116,10 +1116,10 @@ MUTANTS = {
         "if share < 0.2",
         "test_run.py::test_threads_are_set_and_waiting_is_said_once",
     ),
-    "time on a core counts as waiting": (
+    "turns on a core are taken for waiting": (
         "tools/report.py",
         "file.read().split()[1])",
-        "file.read().split()[0])",
+        "file.read().split()[2])",
         "test_run.py::test_waiting_is_what_the_system_counts",
     ),
     "help imports torch": (
