@@ -600,12 +600,6 @@ MUTANTS = {
         "            if broken:",
         "test_questions.py::test_out_of_memory_in_one_prompt_is_its_error",
     ),
-    "the batch is torn after out of memory": (
-        "tools/questions.py",
-        "                alone.update(tried)",
-        "                alone.update(tried[:0])",
-        "test_questions.py::test_out_of_memory_in_one_prompt_is_its_error",
-    ),
     "a path is compared as it is written": (
         "tools/questions.py",
         "return os.path.realpath(value) == os.path.realpath(ours)",
