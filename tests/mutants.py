@@ -642,12 +642,6 @@ MUTANTS = {
         "            if broken:",
         "test_questions.py::test_out_of_memory_in_one_prompt_is_its_error",
     ),
-    "the batch is torn after out of memory": (
-        "tools/questions.py",
-        "                alone.update(tried)",
-        "                alone.update(tried[:0])",
-        "test_questions.py::test_out_of_memory_in_one_prompt_is_its_error",
-    ),
     "a path is compared as it is written": (
         "tools/questions.py",
         "return os.path.realpath(value) == os.path.realpath(ours)",
@@ -1082,8 +1076,8 @@ MUTANTS = {
     ),
     "an empty question is asked": (
         "model/generate.py",
-        'prompt.replace(IMAGE, "")).strip():',
-        'prompt.replace(IMAGE, "")) == IMAGE:',
+        'raise InputError("the question is empty; say what to ask")',
+        "pass",
         "test_run.py::test_an_empty_question_is_refused_wherever_it_comes_from",
     ),
     "global random state": (
@@ -1236,10 +1230,10 @@ MUTANTS = {
         "if share < 0.2",
         "test_run.py::test_threads_are_set_and_waiting_is_said_once",
     ),
-    "time on a core counts as waiting": (
+    "turns on a core are taken for waiting": (
         "tools/report.py",
         "file.read().split()[1])",
-        "file.read().split()[0])",
+        "file.read().split()[2])",
         "test_run.py::test_waiting_is_what_the_system_counts",
     ),
     "help imports torch": (
