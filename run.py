@@ -408,9 +408,13 @@ def choose_method(args, folder):
 
 def choose_device(name):
     """torch.device of --device; InputError if it is not there."""
+    from model import InputError
     from model.load import choose_device
 
-    return choose_device(name)
+    try:
+        return choose_device(name)
+    except InputError as wrong:
+        raise InputError(f"--{wrong}") from None
 
 
 def use_threads(number):

@@ -237,21 +237,22 @@ def _added_tokens(config, fast, plain, named):
 
 
 def _check_ids(tokens, fast, sp):
-    """InputError unless the ids are those that transformers would count: a piece's own, then one after the other."""
-    ids = {}
-    for token in tokens:
+    """InputError unless each token has one id: a piece's own or, behind the pieces, the one transformers gives.
+
+    A tokenizer.json counts on from the pieces; without one the ids are taken as they are said.
+    """
+    ids, new = {}, 0
+    for token in sorted(tokens, key=lambda t: t.id):
         if ids.setdefault(token.content, token.id) != token.id:
             raise InputError(
                 f"the tokenizer's files give {token.content!r} the ids {ids[token.content]} and {token.id}; use the "
                 "files of one checkpoint"
             )
-    new = 0
-    for token in sorted(tokens, key=lambda t: t.id):
         piece = sp.piece_to_id(token.content)
         is_piece = sp.id_to_piece(piece) == token.content
         expected = piece if is_piece else len(sp) + new
         new += not is_piece
-        if token.id != expected:
+        if token.id != expected and (fast or is_piece or token.id < len(sp)):
             raise InputError(
                 f"the added token {token.content!r} has the id {token.id} where its place is {expected}; use the "
                 "tokenizer files of one checkpoint"

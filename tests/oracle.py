@@ -1,5 +1,7 @@
 """What several test files share: a small decoder, the tolerance of the design, attention written out with a mask."""
 
+import copy
+
 import pytest
 import torch
 
@@ -25,8 +27,29 @@ def small_llama(heads=4, kv_heads=2, seed=0, bias=False):
     return model
 
 
+def reordered(model, channels, inner):
+    """A copy of small_llama whose channels (C), or those inside its MLPs, lie in opposite order: the same function of
+    x.flip(-1), flipped, or of x, with its sums taken the other way round."""
+    twin = copy.deepcopy(model)
+    wide, deep = ([0] if turn else [] for turn in (channels, inner))
+    for layer in twin.model.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        sides = [(p, [], wide) for p in (attn.q_proj, attn.k_proj, attn.v_proj)] + [(attn.o_proj, wide, [])]
+        sides += [(mlp.gate_proj, deep, wide), (mlp.up_proj, deep, wide), (mlp.down_proj, wide, deep)]
+        for linear, outside, inside in sides:
+            linear.weight.data = linear.weight.data.flip(outside).T.flip(inside).T.contiguous()
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data.flip(outside)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data = norm.weight.data.flip(wide)
+    twin.model.norm.weight.data = twin.model.norm.weight.data.flip(wide)
+    return twin
+
+
 def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3):
     """Error of `got` at most twice that of `plain`, the same maths in plain PyTorch, plus two ulp of a dtype.
+
+    plain: one result, or those of several orders of the sums, stacked, so that luck with one of them decides nothing.
 
     exact: float64, which float64 can only be compared with as a neighbour. NaN is never right; infinities have to
     agree. floor: the least size that an ulp is taken of; 1 for a log-sum-exp, whose absolute error is what counts.
@@ -35,11 +58,21 @@ def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3):
     finite = exact.isfinite()
     assert torch.equal(got.isfinite(), finite), what
     if finite.any():
-        got, plain, exact = (t[finite].double() for t in (got, plain, exact))
+        got, plain, exact = (t[..., finite].double() for t in (got, plain, exact))
         ulps = 64 if dtype == torch.float64 else 2
         allowed = 2 * (plain - exact).abs().max() + ulps * ULP[dtype] * exact.abs().max().clamp(min=floor)
         error = (got - exact).abs().max()
         assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_within(got, exact, terms, count, dtype=torch.float32):
+    """Each sum of `count` products within what rounding may do to it in any order, fused or not: gamma_n * sum |a||b|.
+
+    terms: the sums of the absolute values of the products; exact: float64 (Higham, Accuracy and Stability, 3.1).
+    """
+    rounding = count * ULP[dtype] / 2
+    off = (got.double() - exact).abs() - rounding / (1 - rounding) * terms
+    assert not got.isnan().any() and (off <= 0).all(), f"{off.max():.3g} more than rounding explains"
 
 
 def masked_attention(q, k, v, keep, scale=None):

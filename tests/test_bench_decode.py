@@ -421,6 +421,10 @@ def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
         ("--json /nowhere/a.json", "/nowhere/a.json"),
         ("--device foo", "foo"),
         ("--device cpu --growth --tokens 8 8", "--tokens"),
+        ("--device cpu --growth --prune plphp", "--prune"),
+        ("--device cpu --growth --csv a.csv", "--csv"),
+        ("--tokens 8 16", "--tokens"),
+        ("--plot a.png", "--plot"),
     ],
 )
 def test_what_cannot_be_run_is_said(flags, word, here, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from model.cache import RaggedCache
 from model.generate import next_turn
 from model.llama import rope_table
 from model.pruning import make_method
-from tests.oracle import assert_as_exact, small_llama
+from tests.oracle import ULP, assert_as_exact, reordered, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import python_random
 
@@ -71,7 +71,13 @@ def prefilled(model, x, keep, slack, backend):
 
 def check(model, x, keep, got):
     exact = dense_with_masks(copy.deepcopy(model).double(), x.double(), keep)
-    assert_as_exact(got, dense_with_masks(model, x, keep), exact, x.dtype)
+    plain = []
+    for channels in ([], [-1]):
+        for inner in (False, True):
+            twin = reordered(model, bool(channels), inner)
+            other = x * (1 + ULP[x.dtype] * torch.randn(x.shape).sign())  # the next numbers: how far that carries
+            plain += [dense_with_masks(twin, y.flip(channels), keep).flip(channels) for y in (x, other)]
+    assert_as_exact(got, torch.stack(plain), exact, x.dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1), (16, 2)])

@@ -86,6 +86,7 @@ def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
         (["--scenes", "-1"], "--scenes"),
         (["--scenes", "1", "--device", "cuda:99"], "cuda:99"),
         (["--image", "a.png", "--scenes", "2"], "--scenes"),
+        (["--scenes", "2", "--prompt", "What?"], "--prompt"),
         (["--image", "/nowhere.png"], "/nowhere.png"),
         (["--scenes", "1", "--model", "/nowhere"], "/nowhere"),
     ],

@@ -192,6 +192,7 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
     done = {}
     for scene in range(10):
         outcome = {"none": 1, "random@0.5": int(scene % 5 > 0), "random like plphp@0.5": 0, "plphp@0.5": 1}
+        outcome |= {"given: my_file.py::keep@0.5": 0, "given: topk:mass=0.9": 1}
         results = {k: [v, float(v), 0.5, [0.5] * 6, [0.5] * 6] for k, v in outcome.items()}
         short, size = {k: [0, 0.0, 0.5, [0.5] * 6, [0.5] * 6] for k in outcome}, [1000, 3000]
         done[scene] = [
@@ -200,12 +201,15 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
         ]
     evaluate.summarise(head, done, tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
+    assert "`my_file.py::keep`" in text and "| given: my_file.py::keep | 0.5 |" in text
+    assert "| given: my_file.py::keep against random | 0.5 | -80.0 |" in text
+    assert "| given: topk:mass=0.9 against random | 0.5 | +20.0 |" in text  # at the retention next to what it kept
     assert "| none |  | 50.0 | 100.0 (100–100) | 50.0 |" in text and "| random | 0.5 | 50.0 | 80.0 (" in text
     assert "| unpruned | 100.0 (100–100) |" in text
     assert "| plphp against random like plphp | 0.5 | +100.0 | +100.0 to +100.0 | 10 | 0 | 0.002 |" in text
     assert text == capsys.readouterr().out.rstrip("\n") + "\n" and (tmp_path / "t.png").stat().st_size > 10_000
     rows = (tmp_path / "t.csv").read_text().splitlines()
-    assert len(rows) == 5 and "loss low" in rows[0] and rows[1].split(",")[3:5] == ["2500", "4000"]  # bytes
+    assert len(rows) == 7 and "loss low" in rows[0] and rows[1].split(",")[3:5] == ["2500", "4000"]  # bytes
 
 
 # ---------------------------------------------------------------- files
@@ -214,26 +218,47 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
 def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
     """A torn last line is done again, whole lines are not; lines of other conditions are refused."""
     answers = tmp_path / "a.jsonl"
-    words = "accuracy", "--questions", "9", "--workers", "1", "--answers", str(answers), "--only", "random"
-    evaluate.main([*words, "shared"])
+    (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None\n")
+    mine = f"{tmp_path / 'mine.py'}::all_of_it"
+    words = "accuracy", "--questions", "9", "--workers", "1", "--answers", str(answers), "--methods", mine, "plphp:dr=0"
+    only = "--only", "random", "shared"
+    evaluate.main([*words, *only, "uniform"])
     table, whole = capsys.readouterr().out, answers.read_text().splitlines()
     assert len(whole) == 3 and "| shared | 0.3 |" in table and (tmp_path / "pruning-accuracy.csv").exists()
+    assert "| topk | 0.15 |" in table and f"| given: {mine} |  | 100.0 |" in table
+    assert table.count("| given: plphp:dr=0 | 0.") == 3
     answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:100])
-    evaluate.main([*words, "shared"])
+    evaluate.main([*words, *only, "uniform"])
     again = capsys.readouterr()
     assert answers.read_text().splitlines() == whole and again.out == table and "1/1 scenes" in again.err
-    with pytest.raises(SystemExit) as left:
-        evaluate.main([*words])
-    err = capsys.readouterr().err
-    assert left.value.code == 2 and err.startswith("error: ") and "other weights" in err
     assert json.loads(whole[0])["conditions"][0] == "none"
+    (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None  # changed\n")
+    for other in ([*words, *only], [*words, *only, "uniform"]):  # fewer conditions; another file, so other answers
+        with pytest.raises(SystemExit) as left:
+            evaluate.main(other)
+        err = capsys.readouterr().err
+        assert left.value.code == 2 and err.startswith("error: ") and "other weights" in err
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
         (["accuracy", "--only", "magic"], "hindsight"),
+        (["accuracy", "--only", "random", "grids"], "'grids'"),
         (["accuracy", "--questions", "0"], "--questions"),
+        (["accuracy", "--questions", "-5"], "--questions"),
+        (["second", "--workers", "0"], "--workers"),
+        (["accuracy", "--retentions", "0.5", "2"], "2"),
+        (["accuracy", "--retentions", "nan"], "nan"),
+        (["accuracy", "--methods", "plphd"], "plphd"),
+        (["accuracy", "--methods", "fastv:layer=9"], "layer is 9"),
+        (["accuracy", "--methods", "/nowhere.py::mine"], "/nowhere.py"),
+        (["accuracy", "--image", "a.png"], "--image"),
+        (["accuracy", "--max-new-tokens", "8"], "--max-new-tokens"),
+        (["second", "--backend", "torch"], "--backend"),
+        (["fidelity", "--only", "random"], "--only"),
+        (["fidelity", "--questions", "9"], "--questions"),
+        (["fidelity", "--batch", "0", "--image", "a.png", "--prompt", "What?"], "--batch"),
         (["second", "--model", "/nowhere"], "/nowhere"),
         (["accuracy", "--device", "cuda:99"], "cuda:99"),
         (["fidelity", "--prompt", "What?"], "--image"),
@@ -246,7 +271,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
 def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         own = [] if flags[0] == "fidelity" else ["--answers", str(tmp_path / "a.jsonl"), "--workers", "1"]
-        evaluate.main([*flags, *own])
+        evaluate.main([*flags, *(own if "--workers" not in flags else own[:2])])
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and line.startswith("error: ") and word in line and not list(tmp_path.iterdir())
 

@@ -1,5 +1,6 @@
 """LLaVA-NeXT: tiles, their tokens, the model behind them, against transformers; the original code's order by hand."""
 
+import math
 import types
 from dataclasses import replace
 
@@ -239,6 +240,19 @@ def test_plphp_keeps_the_sets_and_says_the_ids_of_transformers_with_masks(make_h
     assert asked.token_ids == ids and not all(k.all() for k in kept)
     lengths = torch.stack([k.sum(1) for k in kept]) + 24 - 1
     assert torch.equal(asked.cache.kv_len.long(), lengths)
+
+
+@pytest.mark.parametrize("name", ["grid", "objects"])
+def test_blind_methods_know_the_tiles(make_hf_checkpoint, tmp_path, name):
+    """Every picture has a place and a contrast for each of its tokens, and keeps its rounded share of them."""
+    make_next(make_hf_checkpoint, tmp_path, {"num_hidden_layers": 2}, {"image_size": 56}, seed=3)
+    sizes = [(150, 120), (40, 90), (300, 40)]
+    asked = ask(load(tmp_path, "fp32"), "<image><image><image>", sizes, prune=name, sampling=Sampling(max_new_tokens=2))
+    "".join(asked)
+    tokens = [image["tokens"] for image in asked.images]
+    assert [len(p) for p in asked.places] == [len(c) for c in asked.contrast] == tokens and len(set(tokens)) > 1
+    assert all(len({tuple(p) for p in places.tolist()}) == len(places) for places in asked.places)  # none twice
+    assert asked.kept == [sum(math.floor(0.5 * n + 0.5) for n in tokens)] * 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

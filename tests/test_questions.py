@@ -459,7 +459,8 @@ while kills < wanted:
     before, child, start = size(), os.fork(), time.time()
     if child == 0:
         os._exit(run.main(argv))
-    while rng.random() < 0.999 and size() == before and time.time() < start + 60:  # now and then before the first line
+    early = kills % 3 == 2  # every third time perhaps before the first line
+    while not (early and rng.random() > 0.999) and size() == before and time.time() < start + 60:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.1))
     os.kill(child, signal.SIGKILL)

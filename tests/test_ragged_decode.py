@@ -79,6 +79,16 @@ def dense(q, k, v, keep, scale=None, dtype=None):
     return out.view(q.shape), lse.view(q.shape[:-1])
 
 
+def in_orders(q, k, v, keep, scale=None):
+    """`dense` in q's dtype, its sums over keys and over channels taken in four orders: out and lse, stacked."""
+    found = []
+    for keys in ([], [1]):
+        for channels in ([], [-1]):
+            turned = q.flip(channels), k.flip(keys + channels), v.flip(keys), keep.flip(keys)
+            found.append(dense(*turned, scale))
+    return [torch.stack(results) for results in zip(*found, strict=True)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [None, 4, 16])
 def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
@@ -90,7 +100,7 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
         q, k, v, keep, k_arena, v_arena, start, length, cap = case(seed, dtype)
         scale = [None, 0.3][seed % 2]
         exact, exact_lse = dense(q, k, v, keep, scale, torch.float64)
-        plain, plain_lse = dense(q, k, v, keep, scale)
+        plain, plain_lse = in_orders(q, k, v, keep, scale)
         plan = decode_plan(start, cap) if seed % 5 < 3 else None
         call = (q, k_arena, v_arena, start, length)
         alone = ragged_decode(*call, scale=scale, plan=plan)
@@ -219,7 +229,7 @@ def test_heads_of_one_length_in_each_sequence_are_read_where_they_lie(monkeypatc
     out, lse = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap), return_lse=True)
     alone = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap))
     exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
-    plain, plain_lse = dense(q, k, v, keep)
+    plain, plain_lse = in_orders(q, k, v, keep)
     for got in (out, alone):
         assert_as_exact(got, plain, exact, dtype)
     assert_as_exact(lse, plain_lse, exact_lse, lse.dtype, floor=1.0)
@@ -251,7 +261,7 @@ def test_large_caches_are_read_in_chunks(monkeypatch):
         call = arena(k, v, keep, [3100, 70, 5, 2600])
         out, lse = ragged_decode(q, *call[:4], plan=decode_plan(call[2], call[4]), return_lse=True)
         exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
-        plain, plain_lse = dense(q, k, v, keep)
+        plain, plain_lse = in_orders(q, k, v, keep)
         assert_as_exact(out, plain, exact, torch.float32)
         assert_as_exact(lse, plain_lse, exact_lse, torch.float32)
 

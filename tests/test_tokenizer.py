@@ -302,14 +302,18 @@ def test_a_token_that_is_not_special_stays_in_the_answer(tokenizer_folder):
 @pytest.mark.parametrize(
     ("decoder", "word"),
     [
-        ({str(PAD_ID + 2): "<x>"}, "its place is"),  # a hole: transformers would count it without
-        ({"300": "<x>"}, "its place is"),  # the id of a piece
-        ({str(PAD_ID + 1): "<image>"}, "the ids"),  # one text, two ids
+        ({PAD_ID + 2: "<x>"}, "its place is"),  # a hole: a tokenizer.json counts without it
+        ({300: "<x>"}, "its place is"),  # the id of a piece
+        ({PAD_ID + 1: "<image>"}, "the ids"),  # one text, two ids
     ],
 )
 def test_ids_that_transformers_would_not_give_are_refused(tokenizer_folder, decoder, word):
-    added = TOKENIZER_CONFIG["added_tokens_decoder"] | {i: added_token(text) for i, text in decoder.items()}
-    assert word in refusal(Tokenizer, tokenizer_folder(added_tokens_decoder=added))
+    added = TOKENIZER_CONFIG["added_tokens_decoder"] | {str(i): added_token(text) for i, text in decoder.items()}
+    folder = tokenizer_folder(added_tokens_decoder=added)
+    if PAD_ID + 2 in decoder:
+        assert Tokenizer(folder).encode("<x>", bos=False) == [PAD_ID + 2]  # as the sentencepiece tokenizer has it
+    write_json(folder / "tokenizer.json", {"added_tokens": [{"id": IMAGE_ID, "content": "<image>", "special": True}]})
+    assert word in refusal(Tokenizer, folder)
 
 
 def test_files_that_give_a_token_two_ids_are_refused(tokenizer_folder):

@@ -133,3 +133,10 @@ def test_talks_keep_every_question():
     talks = train_demo.talks(questions, python_random(0))
     assert sorted(q.question for t in talks for q in t) == sorted(q.question for q in questions)
     assert {len(t) for t in talks} <= {1, 2}
+
+
+@pytest.mark.parametrize("flags", ["export --steps 3", "evaluate --batch 8", "tower --out x", "decoder --scenes 9"])
+def test_a_flag_that_a_stage_has_no_use_for_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as left:
+        train_demo.main(flags.split())
+    assert left.value.code == 2 and f"no use for {flags.split()[1]}" in capsys.readouterr().err

@@ -963,6 +963,16 @@ def plot(about, tokens, lines, path):
     page.savefig(path, dpi=200)
 
 
+def check_growth(args):
+    """InputError for a flag that what is asked for would not look at."""
+    own, both = {"tokens", "plot"}, {"growth", "smoke", "device", "dtype", "seed", "json", "worker", "words"}
+    for name, value in vars(args).items():
+        unused = name not in own | both if args.growth else name in own
+        if unused and value != parser().get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} goes {'without' if args.growth else 'with'} --growth; see -h")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
@@ -971,6 +981,7 @@ def main(argv=None):
         if args.worker:
             task = json.loads(args.worker)
             return worker(Task(**task | {"workload": Workload(**task["workload"])}))
+        check_growth(args)
         return growth(args) if args.growth else bench(args)
     except InputError as wrong:
         say(f"error: {one_line(wrong)}")

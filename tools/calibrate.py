@@ -193,7 +193,7 @@ def main(argv=None):
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="each is asked every prompt")
-    parser.add_argument("--prompt", nargs="+", default=["Describe the picture."], metavar="TEXT")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions (default Describe the picture.)")
     parser.add_argument("--scenes", type=int, default=0, metavar="N", help="instead: N scenes of the demo world")
     parser.add_argument("--retention", type=float, default=0.5, metavar="F", help="wanted fraction kept (default 0.5)")
     parser.add_argument("--rates-only", action="store_true", help="only alpha, beta, r and dr, nothing else")
@@ -209,8 +209,9 @@ def main(argv=None):
             raise InputError(f"--retention is {args.retention}; give a fraction above 0 and up to 1")
         if args.scenes < 0 or args.max_new_tokens < 2:
             raise InputError("--scenes counts from 1, --max-new-tokens from 2; give at least that")
-        if bool(args.image) == bool(args.scenes):
+        if bool(args.image) == bool(args.scenes) or (args.scenes and args.prompt):
             raise InputError("give either --image with --prompt, or --scenes")
+        args.prompt = args.prompt or ["Describe the picture."]
         args.device = choose_device(args.device)
         calibrate(args)
     except BrokenPipeError:

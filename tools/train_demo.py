@@ -760,7 +760,7 @@ def write_table(rows, folder):
     print("\n".join(lines))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -774,7 +774,12 @@ def main():
     parser.add_argument("--batch", type=int, help="pictures per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    training = {"run", "steps", "batch", "seed"}
+    used = {"tower": training, "decoder": training, "export": {"run", "out"}, "evaluate": {"out", "scenes", "seed"}}
+    for name, value in vars(args).items():
+        if name not in used[args.stage] | {"stage", "device"} and value != parser.get_default(name):
+            parser.error(f"{args.stage} has no use for --{name}; leave it out")
     {"tower": train_tower, "decoder": train_decoder, "export": export, "evaluate": evaluate}[args.stage](args)
 
 
