@@ -27,7 +27,7 @@ from model import Generation, InputError, Sampling, load, open_checkpoint  # noq
 from model.llama import rope_table  # noqa: E402
 from model.lookahead import FILE, Lookahead, fingerprint  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
-from run import choose_device  # noqa: E402
+from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.evaluate import encode_scenes  # noqa: E402
 from tools.questions import read_questions  # noqa: E402
@@ -478,6 +478,8 @@ def main(argv=None):
             return
         checkpoint = load(args.model, args.dtype, choose_device(args.device))
         train(checkpoint, source_of(checkpoint, args), args)
+    except BrokenPipeError:
+        raise  # see `as_command`
     except (InputError, OSError) as wrong:
         parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
@@ -497,4 +499,4 @@ def source_of(checkpoint, args):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

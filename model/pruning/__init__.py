@@ -213,18 +213,22 @@ def _add(given, more):
         given[key] = value
 
 
-def _check_budget(name, given):
+def _check_budget(name, values):
     """ValueError if a given setting makes another one say nothing."""
-    given = [key for key, value in given.items() if value is not None]
+    given = [key for key, value in values.items() if value is not None]
     pairs = [(a, b) for a, silent in SILENCED.items() for b in silent if name in METHODS or b == "keep_tokens"]
     for a, b in pairs:
         if a in given and b in given:
             raise ValueError(f"{a} and {b} are both given, and {b} says nothing beside {a}; give one of them")
+    if values.get("query") == "lookahead" and "window" in given:
+        raise ValueError("window counts the prompt's rows, and query is lookahead; give one of them")
 
 
 def _instead(own, given):
-    """A checkpoint's own settings with those that are given in their place, another kind of budget included."""
+    """A checkpoint's own settings with those that are given in their place, another budget or query included."""
     budgets = [key for key in AMOUNTS if given.get(key) is not None]
+    if "window" in given:  # of the prompt's rows: so they are what ranks
+        own = {key: value for key, value in own.items() if key != "query"}
     return {key: value for key, value in own.items() if key not in AMOUNTS or key == "r" or not budgets} | given
 
 
