@@ -71,7 +71,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prune", BAD, ids=str)
+@pytest.mark.parametrize("prune", BAD, ids=lambda bad: getattr(bad, "__name__", str(bad)))
 def test_what_is_no_method_is_refused_in_one_line(demo, prune):
     with pytest.raises(InputError) as refused:
         Generation(demo, QUESTION, [DEMO_PICTURE], prune=prune)
