@@ -75,7 +75,9 @@ def check(model, x, keep, got):
     for channels in ([], [-1]):
         for inner in (False, True):
             twin = reordered(model, bool(channels), inner)
-            other = x * (1 + ULP[x.dtype] * torch.randn(x.shape).sign())  # the next numbers: how far that carries
+            other = (x * (1 + ULP[x.dtype] * torch.randn(x.shape).sign())).to(
+                x.dtype
+            )  # the next numbers: how far that carries
             plain += [dense_with_masks(twin, y.flip(channels), keep).flip(channels) for y in (x, other)]
     assert_as_exact(got, torch.stack(plain), exact, x.dtype)
 

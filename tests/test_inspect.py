@@ -53,10 +53,16 @@ FAULTS = {  # gates that must fail: what is changed
 }
 
 
+def copy_tools(folder):
+    """What inspect_kernels.py and the kernels need, without the model."""
+    for part in ("kernels", "tools"):
+        shutil.copytree(ROOT / part, folder / part)
+    shutil.copy(ROOT / "run.py", folder)
+
+
 @pytest.mark.parametrize("gates", FAULTS, ids=" and ".join)
 def test_a_spoilt_kernel_fails_the_gate(gates, tmp_path):
-    for folder in ("kernels", "tools"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    copy_tools(tmp_path)
     path = tmp_path / "kernels" / "ragged_decode_triton.py"
     text = path.read_text()
     for sound, spoilt in FAULTS[gates].items():
@@ -92,8 +98,7 @@ def test_it_says_when_triton_is_missing():
 
 
 def test_a_kernel_that_it_does_not_know_is_noticed(tmp_path):
-    for folder in ("kernels", "tools"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    copy_tools(tmp_path)
     (tmp_path / "kernels" / "new_triton.py").write_text("def new_kernel(x):\n    pass\n")
     refused(tool(root=tmp_path), "new_kernel")
 

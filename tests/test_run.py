@@ -539,7 +539,7 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--image", "HTTPS://example.com/x.png"], "downloaded"),
         (["--image", "ftp://example.com/x.png"], "downloaded"),
         (["--image", "file://example.com/x.png"], "another machine"),
-        (["--image", "file:///nowhere/x.png"], "no picture at /nowhere/x.png"),
+        (["--image", "file:///nowhere/x.png"], "no picture at file:///nowhere/x.png"),
         (["--image", "~/nowhere/x.png"], "nowhere/x.png"),
         (["--threads", "0"], "--threads"),
         (["--threads", "9999"], "--threads"),
@@ -698,6 +698,7 @@ def no_weights(folder):
 def missing_shard(folder):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()  # it would be read instead
 
 
 def outside(folder):
