@@ -175,7 +175,8 @@ def calibrate(args):
         raise InputError(
             f"no setting keeps {args.retention} of these prompts; give another --retention or more prompts"
         )
-    ranked = sorted(near, key=lambda i: results[i][0])
+    # of those that are equally close the simplest: layers that all keep the same also keep what --retention asks for
+    ranked = sorted(near, key=lambda i: (round(results[i][0], 4), tried[i]["dr"]))
     print("     KL    kept  settings")
     for i in [*ranked[:5], 0, len(tried)]:
         what = f"{tried[i]}" if i < len(tried) else f"--retention {args.retention} without calibration"
