@@ -72,6 +72,66 @@ MUTANTS = {
         "10000.0 ** (-half",
         ROPE,
     ),
+    "look-ahead rows enter the cache": (
+        "model/llama.py",
+        "cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)",
+        "cache.pack(i, k, v, keep)",
+        "test_lookahead.py::test_the_prompt_and_its_cache_do_not_see_the_rows",
+    ),
+    "look-ahead rows in front of the prompt": (
+        "model/llama.py",
+        "x = torch.cat((x, lookahead.embeddings.expand(len(x), -1, -1)), 1)",
+        "x = torch.cat((lookahead.embeddings.expand(len(x), -1, -1), x), 1)",
+        "test_lookahead.py::test_the_prompt_and_its_cache_do_not_see_the_rows",
+    ),
+    "adapters on all rows": (
+        "model/lookahead.py",
+        "y[:, -self.rows :] += F.linear(F.linear(x[:, -self.rows :], self.lora_A), self.lora_B)",
+        "y += F.linear(F.linear(x, self.lora_A), self.lora_B)",
+        "test_lookahead.py::test_only_the_rows_are_adapted",
+    ),
+    "look-ahead rows of other weights": (
+        "model/lookahead.py",
+        'if about.get("model") != fingerprint(language):',
+        'if about.get("model") is None:',
+        "test_lookahead.py::test_a_file_of_something_else_is_refused",
+    ),
+    "query is ignored": (
+        "model/generate.py",
+        "self._ahead(q, k) if self.method.looks_ahead else",
+        "self._ahead(q, k) if self.method.layer else",
+        "test_lookahead.py::test_methods_rank_by_the_rows",
+    ),
+    "cover is ignored": (
+        "model/pruning/budget.py",
+        "phase[:, columns], cover) if cover else chosen",
+        "phase[:, columns], cover) if cover > 1 else chosen",
+        "test_lookahead.py::test_cover_puts_a_share_on_the_grid_and_keeps_the_number",
+    ),
+    "rest bin dropped": (
+        "tools/train_lookahead.py",
+        "torch.cat((shown, 1 - shown.sum(-1, keepdim=True)), -1)",
+        "torch.cat((shown, 0 * shown.sum(-1, keepdim=True)), -1)",
+        "test_lookahead.py::test_targets_are_the_answers_attention_whatever_the_padding",
+    ),
+    "target not detached": (
+        "tools/train_lookahead.py",
+        "@torch.no_grad()\ndef freeze(",
+        "def freeze(",
+        "test_lookahead.py::test_targets_are_the_answers_attention_whatever_the_padding",
+    ),
+    "any answer is the model's own": (
+        "tools/train_lookahead.py",
+        "s.tolist() == e.answer",
+        "len(s) == len(e.answer)",
+        "test_lookahead.py::test_an_answer_that_is_not_the_models_own_teaches_nothing",
+    ),
+    "look-ahead rows see the answer": (
+        "tools/train_lookahead.py",
+        "(position >= 0) & (position < length)",
+        "position >= 0",
+        "test_lookahead.py::test_what_training_predicts_is_what_prefill_computes",
+    ),
     "causal mask gone": (
         "model/llama.py",
         "is_causal=mask is None",
@@ -800,8 +860,8 @@ MUTANTS = {
     ),
     "only the first picture is pruned": (
         "model/pruning/budget.py",
-        "    for start, stop in layout.spans:\n        keep[:, start:stop] = choose(",
-        "    for start, stop in layout.spans[:1]:\n        keep[:, start:stop] = choose(",
+        "    for columns in _columns(layout, scope):",
+        "    for columns in _columns(layout, scope)[:1]:",
         "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
     ),
     "pictures that share a budget are ranked each by itself": (
@@ -842,8 +902,8 @@ MUTANTS = {
     ),
     "values are weighed by their L2 norm": (
         "model/generate.py",
-        "v[0].float().norm(1, dim=-1)",
-        "v[0].float().norm(2, dim=-1)",
+        ".float().norm(1, dim=-1)",
+        ".float().norm(2, dim=-1)",
         f"{METHOD}test_value_norms_weigh_the_attention",
     ),
     "a share of the mass is exceeded": (
@@ -919,15 +979,15 @@ MUTANTS = {
         "test_evaluate.py::test_a_run_goes_on_where_it_was_killed",
     ),
     "the grid is the same in all heads": (
-        "model/pruning/grid.py",
+        "model/pruning/budget.py",
         "+ heads * SHIFT) % 1",
         "+ 0 * heads) % 1",
         "test_view.py::test_a_grid_is_even_in_both_directions",
     ),
     "the grid does not look at rows": (
-        "model/pruning/grid.py",
-        "rows * DOWN",
-        "rows * 0",
+        "model/pruning/budget.py",
+        "(rows * DOWN",
+        "(rows * 0",
         "test_view.py::test_a_grid_is_even_in_both_directions",
     ),
     "objects are what is like the rest": (
@@ -1034,7 +1094,7 @@ MUTANTS = {
     ),
     "scores of the wrong rows": (
         "model/generate.py",
-        "q[0, :, -rows:]",
+        "q[0, :, end - rows : end]",
         "q[0, :, :rows]",
         "test_pruning.py::test_scores_are_the_attention_of_the_last_rows",
     ),

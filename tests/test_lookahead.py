@@ -193,8 +193,9 @@ def test_targets_are_the_answers_attention_whatever_the_padding():
     """Against a prefill of each example by itself, with window_scores' own kernel reference."""
     language = small_llama()
     made = examples(language)
-    frozen = freeze(language, made)
-    assert frozen.own == 1.0
+    frozen = freeze(language.requires_grad_(True), made)
+    assert frozen.own == 1.0 and not any(t.requires_grad for t in (*frozen.target, *frozen.k, *frozen.v))
+    language.requires_grad_(False)
     for b, e in enumerate(made):
         _, _, layers = looked(language, e.x[None])
         for target, (q, k, _) in zip(frozen.target, layers, strict=True):
