@@ -19,8 +19,8 @@ def choose_backend(backend, device, dtype, inputs=()):
     """ "auto", "triton" or "torch" for tensors of a dtype on a device -> "triton" or "torch".
 
     "auto" is Triton for what it can do on CUDA, otherwise PyTorch. "triton" never falls back: ValueError for tensors
-    elsewhere (unless TRITON_INTERPRET=1 and they are on the CPU), for float64, where triton is not installed, and
-    where autograd would record a gradient for one of the inputs.
+    elsewhere (unless TRITON_INTERPRET=1 and they are on the CPU), for float64, where triton is not installed, where an
+    input is negated lazily, and where autograd would record a gradient for one of the inputs.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
@@ -34,6 +34,8 @@ def choose_backend(backend, device, dtype, inputs=()):
     elif device.type != ("cpu" if interpreted() else "cuda"):
         where = "in the interpreter it needs CPU tensors" if interpreted() else "it needs CUDA or TRITON_INTERPRET=1"
         why = f"the tensors are on {device}; {where}, otherwise use 'torch'"
+    elif any(t.is_neg() for t in inputs):
+        why = "its kernels read memory, and an input is a view that PyTorch negates lazily; call .resolve_neg()"
     elif torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         why = "its kernels have no backward pass and an input requires a gradient; use torch.no_grad() or 'torch'"
     if why and backend == "triton":

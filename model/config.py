@@ -223,7 +223,7 @@ def _refuse_unknown_settings(part):
     """InputError for what config.json, or one of its nested configs, asks for and is not computed here."""
     quantised = part.get("quantization_config") or part.get("compression_config")
     if quantised:
-        how = quantised.get("quant_method") or "quantization_config"
+        how = isinstance(quantised, dict) and quantised.get("quant_method") or "quantization_config"
         raise InputError(
             f"config.json says that the weights are quantised ({how}); use an unquantised copy in F32, BF16 or F16"
         )

@@ -418,7 +418,9 @@ def _chat_template(folder):
 
 def _fingerprint(template):
     """SHA-256 of a Jinja template without what does not change its output: comments, and white space as below."""
-    text = re.sub(r"\{#.*?#\}", "", template.replace("\r\n", "\n").removesuffix("\n"), flags=re.S)
+    # a tag comes first, so that what looks like a comment inside one, in a string, stays
+    text = template.replace("\r\n", "\n").removesuffix("\n")
+    text = re.sub(r"(\{[%{].*?[%}]\})|\{#.*?#\}", lambda found: found[1] or "", text, flags=re.S)
     text = re.sub(r"(?<=-[%}]\})\s+|\s+(?=\{[%{]-)", "", text)  # a minus at a tag takes the white space beside it
     text = re.sub(r"(?<=%\})\n(?:[ \t]*(?=\{%))?", "", text)  # a line that is nothing but a tag
 

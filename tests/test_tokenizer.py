@@ -574,6 +574,7 @@ LOST = {  # what changes the prompt: the old rules took them all for a known fam
     "a space": lambda text: text.replace("{% for", " {% for", 1),
     "a word": lambda text: text.replace("USER", "HUMAN").replace("message", "messag3", 1).replace("INST", "ASK"),
     "a space for a line break": lambda text: text.replace("<image>\\n", "<image> ").replace("<image>\n", "<image> "),
+    "a sentence between strings that look like a comment": lambda text: text + "{{ '{#' }}Be brief.{{ '#}' }}",
     "a system turn": lambda text: "{% set messages = [{'role': 'system', 'content': 'Be brief.'}] + messages %}" + text,
 }
 

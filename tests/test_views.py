@@ -306,3 +306,21 @@ def test_gradients_are_kept_or_refused(backend, name):
         function(**given, backend=backend)
     with torch.inference_mode():
         function(**{m: t.clone() for m, t in tensors.items()}, backend=backend)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_lazily_negated_views_are_values_or_refused(backend, name):
+    """`x.conj().imag` holds the opposite of its memory."""
+    function, tensors = some_call(name)
+    for n in [n for n, t in tensors.items() if t.dtype.is_floating_point]:
+        given = {m: t.clone() for m, t in tensors.items()}
+        given[n] = torch._neg_view(-given[n])  # with rows that lie close, which .imag has not
+        assert given[n].is_neg()
+        torch.testing.assert_close(given[n], tensors[n], rtol=0, atol=0, equal_nan=True)
+        if backend == "triton":
+            with pytest.raises(ValueError, match="resolve_neg"):
+                function(**given, backend=backend)
+        elif not name.startswith("append"):  # an arena that is written to has to be memory
+            got, plain = (function(**x, backend=backend) for x in (given, {m: t.clone() for m, t in tensors.items()}))
+            for a, b in zip(got, plain, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

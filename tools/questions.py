@@ -32,7 +32,9 @@ except ImportError:  # Windows: two runs on one file are not noticed
 
 # a key and a value of what others call "image"
 PICTURE_KEY = re.compile(r"image|img|picture|photo|\bpics?\b", re.IGNORECASE)
-PICTURE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+PICTURE_FILE = re.compile(
+    r"^data:image/|\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?.*)?$", re.IGNORECASE
+)
 BLANK = b"\0\r\n\t "  # NULs are what a power cut leaves of the last lines
 PLACES = ("model", "prune", "image_folder")  # settings that may be paths
 
@@ -97,10 +99,16 @@ def _question(line, where):
 
 def _is_picture(key, value):
     """Does an entry of a line, other than image and text, name a picture?"""
-    if key in ("image", "text") or not value:
-        return False
-    names = value if isinstance(value, list) else [value]
-    return bool(PICTURE_KEY.search(key)) or any(isinstance(name, str) and PICTURE_FILE.search(name) for name in names)
+    return key not in ("image", "text") and bool(value) and (bool(PICTURE_KEY.search(key)) or _holds_picture(value))
+
+
+def _holds_picture(value):
+    """Is a picture named anywhere in a JSON value, by its file or by a key?"""
+    if isinstance(value, dict):
+        return any(inner and (PICTURE_KEY.search(key) or _holds_picture(inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return any(map(_holds_picture, value))
+    return isinstance(value, str) and bool(PICTURE_FILE.search(value))
 
 
 def _read(path):

@@ -146,7 +146,7 @@ def read_lines(path, **wanted):
     except (OSError, ValueError) as broken:
         raise ValueError(f"cannot read {path} ({broken}); give a JSONL file") from broken
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+        if line.strip("\0\r\t "):  # NULs are what a power cut leaves of the last lines
             found.append(_object(line, f"line {number} of {path}", wanted))
     if not found:
         raise ValueError(f"{path} is empty; give a JSONL file")
