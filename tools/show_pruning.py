@@ -36,7 +36,7 @@ class Shown:
 
     pictures     PIL images, square, as the model sees them
     keep         (L, Hkv, n, P) bool: is token p of picture i kept by head h of layer l?
-    gammas       L numbers, the attention of the last prompt row to pictures
+    gammas       L numbers, the attention to pictures of the last prompt row, or of the look-ahead rows if these rank
     thresholds   (alpha, beta) of PLPHP, None for other methods
     bytes_full, bytes_held     K and V of the prompt
     """
@@ -49,6 +49,7 @@ class Shown:
     thresholds: tuple
     bytes_full: int
     bytes_held: int
+    rows: str = "the last prompt row"  # whose attention gammas are
 
     @property
     def side(self):
@@ -72,7 +73,9 @@ def look(checkpoint, prompt, images, method, image_mode="auto"):
     keep = torch.stack([keep[:, :, start:stop] for start, stop in layout.spans], 2)
     thresholds = (method.settings["alpha"], method.settings["beta"]) if "alpha" in method.settings else None
     gammas = gammas_of(asked, checkpoint.lookahead if method.looks_ahead else None)
-    return Shown(prompt, method.name, generation.squares, keep, gammas, thresholds, full.nbytes_held, cache.nbytes_held)
+    rows = "the look-ahead rows" if method.looks_ahead else Shown.rows
+    sizes = full.nbytes_held, cache.nbytes_held
+    return Shown(prompt, method.name, generation.squares, keep, gammas, thresholds, *sizes, rows)
 
 
 def layer_class(gamma, thresholds):
@@ -180,7 +183,7 @@ def _layer_scores(axis, shown):
         axis.annotate(f"{word} {value:g}", (len(shown.gammas) - 1, value), xytext=(0, 2), textcoords="offset points",
                       ha="right", fontsize=7, color="0.3")  # fmt: skip
     axis.set(xlabel="layer", ylabel="gamma", ylim=(0, 1))
-    axis.set_title("attention of the last prompt row to pictures", fontsize=9)
+    axis.set_title(f"attention of {shown.rows} to pictures", fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if shown.thresholds:
         axis.legend(fontsize=7, loc="best")
