@@ -55,6 +55,8 @@ class Tokenizer:
             tokens = _added_tokens(config, fast, plain, _named_texts(names))
             _check_ids(tokens, fast, self.sp)
             self._prepends, self.prefix_every_segment, self.prefix_spares_spaces = _prefix_rule(config, fast)
+            if self._prepends:
+                _check_normalized(config, fast, len(self.sp))
             self.strips_first_space = _strips_first_space(fast)
             control = [i for i in range(len(self.sp)) if self.sp.is_control(i) or self.sp.is_unknown(i)]
             found = {t.content: t for t in tokens}
@@ -234,6 +236,22 @@ def _added_tokens(config, fast, plain, named):
         before = entries.get((text, int(i)), {})
         put(text, i, entry, bool(entry.get("special") or text in named or before.get("special")))
     return [AddedToken(text, i, **chosen) for (text, i), chosen in entries.items() if text]
+
+
+def _check_normalized(config, fast, pieces):
+    """InputError if two files disagree on whether an added token that may be said is normalised.
+
+    Behind a `Prepend` normalizer transformers then shows another text than either file means.
+    """
+    again = {entry["content"]: entry for entry in (config.get("added_tokens_decoder") or {}).values()}
+    for entry in fast.get("added_tokens") or []:
+        text, twin = entry["content"], again.get(entry["content"], {})
+        said = entry["id"] >= pieces and text not in (IMAGE, "<pad>")
+        if said and "normalized" in twin and bool(twin["normalized"]) != bool(entry.get("normalized")):
+            raise InputError(
+                f"tokenizer.json and tokenizer_config.json disagree on `normalized` of {text!r}; use the files of one "
+                "checkpoint"
+            )
 
 
 def _check_ids(tokens, fast, sp):

@@ -182,6 +182,23 @@ def test_a_prepend_normalizer_does_what_the_tokenizers_library_does_with_it(prep
     assert Tokenizer(prepend_folder).encode(text, bos=False) == oracle.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("json_says, config_says", [(True, False), (False, True), (True, True)])
+def test_files_that_disagree_on_normalized_behind_a_prepend_normalizer_are_refused(
+    tokenizer_folder, json_says, config_says
+):
+    flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False)
+    token = {"content": "<x>", **flags}
+    decoder = TOKENIZER_CONFIG["added_tokens_decoder"] | {str(PAD_ID + 1): token | {"normalized": config_says}}
+    folder = tokenizer_folder(added_tokens_decoder=decoder)
+    added = [{"id": int(i), **entry} for i, entry in decoder.items()]
+    added[-1]["normalized"] = json_says
+    write_json(folder / "tokenizer.json", PREPEND | {"added_tokens": added})
+    if json_says == config_says:
+        assert "<x>" in Tokenizer(folder).added
+    else:
+        assert "normalized" in refusal(Tokenizer, folder)
+
+
 def test_bos_is_added_unless_the_files_or_the_caller_say_no(tokenizer_folder):
     first = {flag: Tokenizer(tokenizer_folder(add_bos_token=flag)).encode("a")[0] for flag in (True, None, False)}
     assert first[True] == first[None] == 1 != first[False]
