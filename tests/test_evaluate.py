@@ -240,6 +240,20 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
         assert left.value.code == 2 and err.startswith("error: ") and "other weights" in err
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / folder / "m.py" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("def keep(layer, scores, layout):\n    return None\n")
+    specs, found = [f"{path}::keep" for path in paths], []
+    for changed in (None, *paths):
+        if changed:
+            changed.write_text(changed.read_text() + "# changed\n")
+        found.append(evaluate.sources(specs, DEMO))
+    assert found[0].keys() >= set(map(str, paths))
+    assert found[0] != found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

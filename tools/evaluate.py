@@ -244,8 +244,10 @@ def fingerprint(folder):
 
 def sources(specs, folder):
     """{file: fingerprint} of what else decides the answers: settings beside the model, methods of one's own."""
-    paths = [calibrated(folder, name) for name in METHODS] + [Path(s.rpartition("::")[0]) for s in specs if "::" in s]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
+    beside = [path for path in (calibrated(folder, name) for name in METHODS) if path]
+    own = [spec.rpartition("::")[0] for spec in specs if "::" in spec]  # by its whole path: two may share a name
+    paths = {path.name: path for path in beside} | {path: Path(path) for path in own}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
 
 
 def open_answers(path, head):
