@@ -578,7 +578,7 @@ def draw(rows, path, second=False):
 def fidelity(args):
     """Each method against the unpruned answer: agreement of greedy ids, first divergence, KL; a table on stdout."""
     checkpoint = open_checkpoint(args.model)
-    names = [(spec, retention) for spec in args.methods for retention in args.retentions]
+    names = [(s, f) for s in args.methods for f in ([None] if sets_budget(s) else args.retentions)]
     methods = [make_method(spec, retention, folder=checkpoint.folder) for spec, retention in names]
     reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
     for method in filter(None, methods):
@@ -589,7 +589,7 @@ def fidelity(args):
     for (spec, retention), found in zip(names, along(reference, methods, args.batch), strict=True):
         where = "never" if found["diverges"] is None else f"token {found['diverges'] + 1}"
         lines.append(
-            f"| {spec} | {retention} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
+            f"| {spec} | {'' if retention is None else retention} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
             f"{found['kl'].mean():.4f} | {found['kl'].max():.4f} |"
         )
     pictures = f"{reference.vision_tokens} vision tokens of {len(args.image)} pictures"
