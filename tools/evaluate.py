@@ -587,9 +587,10 @@ def fidelity(args):
     print(f"unpruned: {''.join(reference)}", file=sys.stderr)
     lines = ["| method | retention | kept | same token | first divergence | KL mean | KL max |", "|---|" + "---:|" * 6]
     for (spec, retention), found in zip(names, along(reference, methods, args.batch), strict=True):
+        wanted = "" if retention is None else retention
         where = "never" if found["diverges"] is None else f"token {found['diverges'] + 1}"
         lines.append(
-            f"| {spec} | {'' if retention is None else retention} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
+            f"| {spec} | {wanted} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
             f"{found['kl'].mean():.4f} | {found['kl'].max():.4f} |"
         )
     pictures = f"{reference.vision_tokens} vision tokens of {len(args.image)} pictures"
