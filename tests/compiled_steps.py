@@ -1,6 +1,7 @@
-"""Steps of the demo, compiled and as they are, for test_compile.py: JSON on stdout."""
+"""Steps of the demo, compiled and as they are, for test_compile.py, with numbers of a given seed: JSON on stdout."""
 
 import json
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,8 @@ def products():
     return errors
 
 
-def main():
-    torch.manual_seed(0)
+def main(seed):
+    torch.manual_seed(seed)
     question = "Describe the picture.", [str(DEMO_PICTURE)], Sampling(24)
     texts = ["".join(Generation(load(DEMO, "fp32"), *question, compile=compile)) for compile in (False, True)]
     found = {"texts": texts, "answer_graphs": graphs()}
@@ -101,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

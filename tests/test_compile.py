@@ -5,6 +5,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from tests.paths import ROOT
 def found():
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler")
-    done = subprocess.run([sys.executable, "-m", "tests.compiled_steps"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.compiled_steps", str(random.randrange(2**32))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

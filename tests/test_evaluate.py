@@ -159,6 +159,20 @@ def test_fidelity_of_any_checkpoint(capsys):
     )
 
 
+def test_fidelity_gives_a_method_with_its_own_budget_one_row(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def keep(layer, scores, layout):\n    return None\n")
+    mine = f"{tmp_path / 'mine.py'}::keep"
+    specs = ["none", "random:keep_tokens=20", "plphp:r=0.4", mine, "random"]
+    asked = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2"]
+    evaluate.main(["fidelity", *asked, "--methods", *specs, "--retentions", "0.5", "0.25"])
+    rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[:2] for row in rows] == [
+        ["| none", ""], ["| random:keep_tokens=20", ""], ["| plphp:r=0.4", ""], [f"| {mine}", ""],
+        ["| random", "0.5"], ["| random", "0.25"],
+    ]  # fmt: skip
+    assert [rows[i][2] for i in (0, 3, 4, 5)] == ["100.0 %", "100.0 %", "50.0 %", "25.0 %"]
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -238,6 +252,20 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
             evaluate.main(other)
         err = capsys.readouterr().err
         assert left.value.code == 2 and err.startswith("error: ") and "other weights" in err
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / folder / "m.py" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("def keep(layer, scores, layout):\n    return None\n")
+    specs, found = [f"{path}::keep" for path in paths], []
+    for changed in (None, *paths):
+        if changed:
+            changed.write_text(changed.read_text() + "# changed\n")
+        found.append(evaluate.sources(specs, DEMO))
+    assert found[0].keys() >= set(map(str, paths))
+    assert found[0] != found[1] != found[2]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,6 @@ STEPS = {
 @pytest.mark.parametrize(("name", "finished"), [*((name, None) for name in STEPS), ("a step into larger arenas", 1)])
 def test_a_step_that_finds_no_memory_has_not_happened(name, finished):
     room, step = STEPS[name]
-    torch.manual_seed(0)
     model, before = prompted(finished=finished, room=room)
     after = copy.deepcopy(before)
     wanted = torch.cat([step(model, after).flatten(), decoded(model, after, 3).flatten()])
@@ -136,7 +135,6 @@ def test_a_step_that_finds_no_memory_has_not_happened(name, finished):
 @pytest.mark.parametrize("slack", [1, 9])
 @pytest.mark.parametrize("finished", [None, 0])
 def test_repacking_is_done_or_not_layer_by_layer(slack, finished):
-    torch.manual_seed(1)
     model, before = prompted(slack=4, finished=finished, room=3)
     wanted = decoded(model, copy.deepcopy(before), 4)
     moved = set()
@@ -148,7 +146,6 @@ def test_repacking_is_done_or_not_layer_by_layer(slack, finished):
 
 
 def test_finishing_is_done_or_not():
-    torch.manual_seed(2)
     _, before = prompted(room=1)
     for cache in failures(lambda: copy.deepcopy(before), lambda cache: cache.finish(1)):
         check_same(cache, before, room=True)
@@ -158,7 +155,6 @@ def test_finishing_is_done_or_not():
 
 
 def test_those_who_stay_are_whole_and_the_others_are_there_or_not():
-    torch.manual_seed(3)
     model, before = prompted(room=2)
     after = copy.deepcopy(before)
     after.keep([1])
@@ -169,13 +165,14 @@ def test_those_who_stay_are_whole_and_the_others_are_there_or_not():
             check_same(cache, before, room=True)
             cache.keep([1])
         check_same(cache, after)
-        assert cache.rectangle(0) is None  # there may be gaps
+        for i, k in enumerate(cache.k):  # a rectangle only where heads have the same number of slots and no gaps
+            even = cache.kv_cap[i].unique().tolist() == [len(k) / cache.kv_cap.shape[1]]
+            assert (cache.rectangle(i) is not None) == even
         torch.testing.assert_close(decoded(model, cache, 4), wanted, rtol=1e-4, atol=1e-4)
     assert seen == {1, 2}
 
 
 def test_caches_that_could_not_be_joined_are_what_they_were():
-    torch.manual_seed(4)
     made = [prompted(room=2) for _ in range(3)]
     model, before = made[0][0], [cache for _, cache in made]
     copies = copy.deepcopy(before)
@@ -192,7 +189,6 @@ def test_caches_that_could_not_be_joined_are_what_they_were():
 
 
 def test_a_layer_is_packed_or_not():
-    torch.manual_seed(5)
     k, v, keep = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8), torch.rand(4, 9) < 0.5
     wanted = RaggedCache(2, 3, "torch")
     for layer in range(2):

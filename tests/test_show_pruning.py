@@ -150,6 +150,9 @@ def test_the_page_needs_nothing_from_outside():
     ("flags", "word"),
     [
         ([], "--image"),
+        (["--image", str(DEMO_PICTURE), "--prompt", ""], "the question is empty"),
+        (["--image", str(DEMO_PICTURE), "--second", ""], "--second is empty"),
+        (["--image", str(DEMO_PICTURE), "--second", " \n"], "--second is empty"),
         (["--image", "/nowhere.png"], "/nowhere.png"),
         (["--image", str(DEMO_PICTURE), "--layers", "6"], "--layers"),
         (["--image", str(DEMO_PICTURE), "--heads", "-1"], "--heads"),

@@ -273,7 +273,7 @@ def put_random_tokens(folder, rng, scheme):
 def test_added_tokens_are_those_of_auto_tokenizer_whatever_their_flags(tiny_tokenizer_dir, tmp_path, seed, scheme):
     """Ids of texts, and text of ids: a token that is not special stays in the answer."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
-    rng = random.Random(f"{seed} {scheme}")
+    rng = random  # seeded by the test's name, so by `seed` and `scheme` too
     shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
     transformers_tokenizer(tiny_tokenizer_dir, True).save_pretrained(tmp_path)
     write_json(tmp_path / "tokenizer_config.json", TOKENIZER_CONFIG)

@@ -156,7 +156,6 @@ def around(view):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_view_is_its_values(backend, name):
     """One argument after the other; in the interpreter, which is slow, all of them in the same way."""
-    torch.manual_seed(0)
     function, tensors = some_call(name)
     wanted = function(**{n: t.clone() for n, t in tensors.items()}, backend=backend)
     kinds = {n: list(views(t)) for n, t in tensors.items()}
@@ -183,7 +182,6 @@ def test_a_view_is_its_values(backend, name):
 @pytest.mark.parametrize("name", CALLS)
 def test_one_row_for_all_is_as_good_as_copies_of_it(backend, name):
     """Stride 0. An arena cannot be one: it is written to, or read by its slots."""
-    torch.manual_seed(1)
     function, tensors = some_call(name)
     for n in sorted({"q", "k_new", "v_new", "keep", "cos", "sin"} & tensors.keys()):
         one = tensors | {n: tensors[n][:1].expand_as(tensors[n])}
@@ -219,7 +217,6 @@ def test_a_plan_keeps_its_own_tables():
 
 def test_a_new_token_may_lie_in_the_arena():
     """In free slots that are about to be filled: each of two takes what lies in the other."""
-    torch.manual_seed(6)
     q, k, v = torch.randn(1, 4, 16), *torch.randn(2, 8, 16)
     tables = ints(4, 0), ints(0, 3), ints(4, 4)
     for which in (0, 1):
@@ -231,7 +228,6 @@ def test_a_new_token_may_lie_in_the_arena():
 
 
 def test_merged_and_turned_views():
-    torch.manual_seed(2)
     parts = [torch.randn(2, 4, 16), torch.randn(2, 4), torch.randn(2, 4, 16), torch.randn(2, 4)]
     wanted = merge_states(*parts)
     for i, part in enumerate(parts):
@@ -251,7 +247,6 @@ def test_merged_and_turned_views():
 
 
 def test_a_rectangles_step_takes_q_as_it_lies():
-    torch.manual_seed(3)
     q, k_new, v_new = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8)
     k, v, length = torch.randn(4, 6, 8), torch.randn(4, 6, 8), ints(3, 6, 1, 5)
     wanted = rectangle_step(q, k_new, v_new, k.clone(), v.clone(), length)
@@ -262,7 +257,6 @@ def test_a_rectangles_step_takes_q_as_it_lies():
 
 def test_a_cache_takes_keys_as_a_product_leaves_them(backend):
     """q, k and v side by side, with arenas that are then views of something larger themselves."""
-    torch.manual_seed(4)
     side = torch.randn(2, 5, 8, 16)  # (B, T, Hq + 2 Hkv, D)
     k, v = (t.transpose(1, 2) for t in side.split((4, 2, 2), 2)[1:])
     keep = torch.rand(4, 5) < 0.7
@@ -289,7 +283,6 @@ def test_a_cache_takes_keys_as_a_product_leaves_them(backend):
 @pytest.mark.parametrize("name", CALLS)
 def test_gradients_are_kept_or_refused(backend, name):
     """Triton's kernels have none to give: they say so, unless nobody would record them."""
-    torch.manual_seed(5)
     function, tensors = some_call(name)
     for n in [n for n, t in tensors.items() if t.dtype.is_floating_point]:
         given = {m: t.clone().requires_grad_(m == n) for m, t in tensors.items()}

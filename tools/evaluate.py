@@ -254,8 +254,10 @@ def fingerprint(folder):
 
 def sources(specs, folder):
     """{file: fingerprint} of what else decides the answers: settings beside the model, methods of one's own."""
-    paths = [calibrated(folder, name) for name in METHODS] + [Path(s.rpartition("::")[0]) for s in specs if "::" in s]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
+    beside = [path for path in (calibrated(folder, name) for name in METHODS) if path]
+    own = [spec.rpartition("::")[0] for spec in specs if "::" in spec]  # by its whole path: two may share a name
+    paths = {path.name: path for path in beside} | {path: Path(path) for path in own}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
 
 
 def open_answers(path, head):
@@ -600,7 +602,7 @@ def draw(rows, path, second=False):
 def fidelity(args):
     """Each method against the unpruned answer: agreement of greedy ids, first divergence, KL; a table on stdout."""
     checkpoint = open_checkpoint(args.model)
-    names = [(spec, retention) for spec in args.methods for retention in args.retentions]
+    names = [(s, f) for s in args.methods for f in ([None] if sets_budget(s) else args.retentions)]
     methods = [make_method(spec, retention, folder=checkpoint.folder) for spec, retention in names]
     reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
     for method in filter(None, methods):
@@ -609,9 +611,10 @@ def fidelity(args):
     print(f"unpruned: {''.join(reference)}", file=sys.stderr)
     lines = ["| method | retention | kept | same token | first divergence | KL mean | KL max |", "|---|" + "---:|" * 6]
     for (spec, retention), found in zip(names, along(reference, methods, args.batch), strict=True):
+        wanted = "" if retention is None else retention
         where = "never" if found["diverges"] is None else f"token {found['diverges'] + 1}"
         lines.append(
-            f"| {spec} | {retention} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
+            f"| {spec} | {wanted} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
             f"{found['kl'].mean():.4f} | {found['kl'].max():.4f} |"
         )
     pictures = f"{reference.vision_tokens} vision tokens of {len(args.image)} pictures"

@@ -248,12 +248,14 @@ def main(argv=None):
     # fmt: on
     args = parser.parse_args(argv)
     try:
+        if args.second is not None and not args.second.strip():
+            raise InputError("--second is empty; give another question or leave it out")
         checkpoint = load(args.model, args.dtype, choose_device(args.device))
         method = make_method(args.prune, args.retention, settings=args.set, folder=checkpoint.folder)
         if method is None:
             raise InputError("--prune none drops nothing; give a method")
         shown, second = (
-            look(checkpoint, prompt, args.image, method, args.image_mode) if prompt else None
+            look(checkpoint, prompt, args.image, method, args.image_mode) if prompt is not None else None
             for prompt in (args.prompt, args.second)
         )
         layers, heads = shown.keep.shape[:2]
