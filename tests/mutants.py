@@ -1284,6 +1284,12 @@ MUTANTS = {
         "print(text, flush=True)",
         "test_run.py::test_the_answer_and_nothing_else_is_on_stdout",
     ),
+    "a closed stderr is stdout": (
+        "run.py",
+        'sys.stderr = sys.stderr or open(os.devnull, "w")',
+        "pass",
+        "test_run.py::test_nothing_goes_to_stdout_instead_of_a_closed_stderr",
+    ),
     "a terminal's encoding ends the answer": (
         "run.py",
         'stream.reconfigure(errors="backslashreplace")',
@@ -1298,9 +1304,15 @@ MUTANTS = {
     ),
     "a byte-order mark reaches the model": (
         "model/config.py",
-        'data.decode("utf-8-sig")',
-        'data.decode("utf-8")',
+        'text.removeprefix("\\ufeff")',
+        "text",
         "test_run.py::test_windows_text_is_the_same_prompt",
+    ),
+    "line ends of Windows reach the model": (
+        "model/generate.py",
+        "plain_text(prompt), system and plain_text(system)",
+        "prompt, system",
+        "test_run.py::test_windows_text_is_the_same_prompt_however_it_is_given",
     ),
     "a reader that leaves is an error": (
         "run.py",
