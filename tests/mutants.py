@@ -1233,8 +1233,20 @@ MUTANTS = {
     "stale index before the whole file": (
         "model/load.py",
         "if (folder / WHOLE).is_file():  # as",
-        "if not names and (folder / WHOLE).is_file():  # as",
+        "if not (folder / INDEX).is_file() and (folder / WHOLE).is_file():  # as",
         "test_load.py::test_a_whole_file_goes_before_an_index_beside_it",
+    ),
+    "a broken index that is not used is an error": (
+        "model/load.py",
+        "except InputError:  # broken",
+        "except OSError:  # broken",
+        "test_load.py::test_a_broken_index_beside_a_whole_file_is_not_used",
+    ),
+    "an end token that no model says": (
+        "model/load.py",
+        "and i in known for i in eos",
+        "for i in eos",
+        "test_load.py::test_an_answer_that_nothing_ends_is_refused",
     ),
     "end token of config.json unread": (
         "model/load.py",
