@@ -1416,6 +1416,24 @@ MUTANTS = {
         "bits = 16",
         "test_image.py::test_12_bits_of_a_tiff_are_not_taken_for_16",
     ),
+    "negative numbers of 8 bits": (
+        "model/image.py",
+        "image.getextrema()[1] > 127",
+        "image.getextrema()[1] > 255",
+        "test_image.py::test_negative_numbers_of_8_bits_are_refused",
+    ),
+    "transparent levels of 4 bits as stored": (
+        "model/image.py",
+        '"L;4": 255 // 15',
+        '"L;4": 1',
+        "test_image.py::test_a_transparent_level_of_few_bits_is_white",
+    ),
+    "any format that a PIL image comes with": (
+        "model/image.py",
+        "image.format not in FORMATS:",
+        "image.format in ():",
+        "test_image.py::test_other_files_are_named_and_start_no_program",
+    ),
     "any format that Pillow knows": (
         "model/image.py",
         "formats=[name for name in FORMATS if name in Image.OPEN]",
