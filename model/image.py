@@ -397,10 +397,11 @@ def to_rgb(image, path):
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     notes, tiff = [], image.format == "TIFF"
     turned = tiff and _orientation(image) in UPRIGHT  # by `load`; of others this would hide what `load` raises
-    if _stored(image).endswith(("RGB;16B", "RGB;16L")) and "transparency" in image.info:
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and (_has_deep_colours(image) or max(clear) > 255):
         raise InputError(f"{path} has a transparent colour of 16 bits per channel; save it with 8 bits per channel")
-    if ";16" in _stored(image) and not image.mode.startswith("I"):
-        notes.append("colours of 16 bits reduced to 8 bits")
+    if _has_deep_colours(image):
+        notes.append("colours of more than 8 bits reduced to 8")
     _scale_transparent_level(image)
     with _quiet_libtiff() if tiff else nullcontext():
         image.load()
@@ -415,12 +416,24 @@ def to_rgb(image, path):
     return rgb, f"{path}: {'; '.join(notes)}" if notes else None
 
 
+def _first_tile(image):
+    """(decoder, its arguments, a tuple) of a file that is not loaded yet; ("", ()) once it is, or without a file."""
+    for decoder, _, _, given in getattr(image, "tile", ()):
+        return decoder, given if isinstance(given, tuple) else (given,)
+    return "", ()
+
+
 def _stored(image):
-    """How the file holds a pixel, in Pillow's words ("RGB;16B"); "" once the pixels are loaded, or without a file."""
-    for tile in getattr(image, "tile", ()):
-        how = tile[3] if isinstance(tile[3], str) else tile[3][0] if tile[3] else ""
-        return how if isinstance(how, str) else ""
-    return ""
+    """How the file holds a pixel, in Pillow's words ("RGB;16B"); "" where nothing is said."""
+    return next((word for word in _first_tile(image)[1] if isinstance(word, str)), "")
+
+
+def _has_deep_colours(image):
+    """Has the file colours of more than 8 bits, of which Pillow keeps 8? Of JPEG 2000 and AVIF it does not say."""
+    decoder, given = _first_tile(image)
+    deep = ";16" in _stored(image) or decoder == "SGI16"
+    deep |= decoder.startswith("ppm") and isinstance(given[-1], int) and given[-1] > 255
+    return deep and not image.mode.startswith("I")
 
 
 def _scale_transparent_level(image):

@@ -1422,6 +1422,12 @@ MUTANTS = {
         "image.getextrema()[1] > 255",
         "test_image.py::test_negative_numbers_of_8_bits_are_refused",
     ),
+    "deep colours are not told": (
+        "model/image.py",
+        'return deep and not image.mode.startswith("I")',
+        "return False",
+        "test_image.py::test_colours_of_16_bits_are_noted_and_refused_with_a_transparent_one",
+    ),
     "transparent levels of 4 bits as stored": (
         "model/image.py",
         '"L;4": 255 // 15',

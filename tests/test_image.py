@@ -162,10 +162,23 @@ def test_a_transparent_level_of_few_bits_is_white(bits, row, clear, wanted):
 
 def test_colours_of_16_bits_are_noted_and_refused_with_a_transparent_one():
     row = struct.pack(">6H", 256, 512, 768, 257, 513, 769)
-    picture = read_image(png_of(2, 16, [row], []))
-    assert list(picture.image.tobytes()) == [1, 2, 3, 1, 2, 3] and "16 bits reduced to 8" in picture.note
-    with pytest.raises(InputError, match="transparent colour of 16 bits.*; save it"):
-        read_image(png_of(2, 16, [row], [256, 512, 768]))
+    sgi = struct.pack(">hBBHHHH", 474, 0, 2, 3, 2, 1, 3).ljust(512, b"\0")  # by channel
+    files = {
+        "PNG": png_of(2, 16, [row], []),
+        "PPM": b"P6 2 1 65535\n" + row,
+        "plain PPM": b"P3 2 1 65535\n256 512 768 257 513 769\n",
+        "SGI": sgi + struct.pack(">6H", 256, 257, 512, 513, 768, 769),
+    }
+    for kind, data in files.items():
+        picture = read_image(data)
+        assert list(picture.image.tobytes()) == [1, 2, 3, 1, 2, 3], kind
+        assert "more than 8 bits reduced to 8" in picture.note, kind
+    data = png_of(2, 16, [row], [256, 512, 768])
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    for source in (data, loaded, png_of(2, 16, [row], [1, 2, 3])):
+        with pytest.raises(InputError, match="transparent colour of 16 bits.*; save it"):
+            read_image(source)
 
 
 @pytest.mark.parametrize("kind", ["LA", "RGBA"])
