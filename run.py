@@ -111,7 +111,9 @@ def as_command(main):
     """Run the main() of a command line -> its exit code, whatever the terminal is and whoever reads.
 
     What its encoding cannot show is written as an escape. A reader that leaves early, as in `... | head`, is no error.
+    What is meant for a closed stderr is dropped: print(file=None) writes to stdout.
     """
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:

@@ -169,7 +169,12 @@ def decode_text(data):
     """Text of bytes in UTF-8, without byte-order mark, with \\n as line end. ValueError if they are something else."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("it is UTF-16, save it as UTF-8")
-    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return plain_text(data.decode())
+
+
+def plain_text(text):
+    """The text without byte-order mark, with \\n as line end, whatever system it was written on."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path):

@@ -15,7 +15,7 @@ from kernels.backend import BACKENDS, choose_backend
 
 from .api import choose_method
 from .cache import RaggedCache
-from .config import InputError
+from .config import InputError, plain_text
 from .image import as_list, crop_note, kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
 from .llama import DecoderLayer, LayerParts, Llama, rope_turns
 from .load import Checkpoint
@@ -37,9 +37,11 @@ class Sampling:
 
     def __post_init__(self):
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, list | tuple | set | frozenset) or not all(isinstance(s, str) and s for s in stop):
+        if not isinstance(stop, list | tuple | set | frozenset) or not all(
+            isinstance(s, str) and plain_text(s) for s in stop
+        ):
             raise InputError(f"stop is {_brief(self.stop)}; give a text that is not empty, or a list of such texts")
-        object.__setattr__(self, "stop", tuple(stop))  # the class is frozen
+        object.__setattr__(self, "stop", tuple(map(plain_text, stop)))  # the class is frozen
         for name, kind, low, high, wanted in (
             ("max_new_tokens", Integral, 1, math.inf, "an integer of at least 1"),
             ("temperature", Real, 0, 1e4, "a number from 0 (greedy) to 10000"),
@@ -220,6 +222,8 @@ class Generation:
                 raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
         config = checkpoint.config
+        prompt, system = plain_text(prompt), system and plain_text(system)
+        prompt = prompt if self.template == "raw" else prompt.rstrip("\n")
         text = build_prompt(prompt, len(images), self.template, system)
         if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
             raise InputError("the question is empty; say what to ask")

@@ -304,7 +304,8 @@ def _from_uri(uri):
 def _from_pixels(source):
     """PIL image of an array or a tensor; None for anything else. Floats have no known range and are refused."""
     tensor = isinstance(source, torch.Tensor)
-    if not tensor and not hasattr(source, "__array_interface__"):
+    text = isinstance(source, str | bytes)  # also NumPy's own, which are arrays as well
+    if text or not tensor and not hasattr(source, "__array_interface__"):
         return None
     shape, kind = tuple(source.shape), str(source.dtype).removeprefix("torch.")
     wanted = "give uint8 of shape (height, width, 3), or a list of such pictures"
@@ -390,10 +391,18 @@ def _quiet_libtiff():
 
 def to_rgb(image, path):
     """(RGB image, note or None): upright, transparent pixels on white, grey of more than 8 bits reduced."""
+    if image.format is not None and image.format not in FORMATS:  # None: made in memory
+        raise InputError(f"{path} is of the format {image.format}, which is not read here; convert it to PNG or JPEG")
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     notes, tiff = [], image.format == "TIFF"
     turned = tiff and _orientation(image) in UPRIGHT  # by `load`; of others this would hide what `load` raises
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and (_has_deep_colours(image) or max(clear) > 255):
+        raise InputError(f"{path} has a transparent colour of 16 bits per channel; save it with 8 bits per channel")
+    if _has_deep_colours(image):
+        notes.append("colours of more than 8 bits reduced to 8")
+    _scale_transparent_level(image)
     with _quiet_libtiff() if tiff else nullcontext():
         image.load()
     turn = UPRIGHT.get(_orientation(image))
@@ -405,6 +414,33 @@ def to_rgb(image, path):
         notes.append(f"frame {image.tell() + 1} of {frames} is used")
     rgb = rgb if turn is None else rgb.transpose(turn)
     return rgb, f"{path}: {'; '.join(notes)}" if notes else None
+
+
+def _first_tile(image):
+    """(decoder, its arguments, a tuple) of a file that is not loaded yet; ("", ()) once it is, or without a file."""
+    for decoder, _, _, given in getattr(image, "tile", ()):
+        return decoder, given if isinstance(given, tuple) else (given,)
+    return "", ()
+
+
+def _stored(image):
+    """How the file holds a pixel, in Pillow's words ("RGB;16B"); "" where nothing is said."""
+    return next((word for word in _first_tile(image)[1] if isinstance(word, str)), "")
+
+
+def _has_deep_colours(image):
+    """Has the file colours of more than 8 bits, of which Pillow keeps 8? Of JPEG 2000 and AVIF it does not say."""
+    decoder, given = _first_tile(image)
+    deep = ";16" in _stored(image) or decoder == "SGI16"
+    deep |= decoder.startswith("ppm") and isinstance(given[-1], int) and given[-1] > 255
+    return deep and not image.mode.startswith("I")
+
+
+def _scale_transparent_level(image):
+    """Give the transparent grey level of a PNG of 2 or 4 bits the scale of its pixels, which Pillow makes 8 bits."""
+    scale = {"L;2": 255 // 3, "L;4": 255 // 15}.get(_stored(image))
+    if image.format == "PNG" and scale and isinstance(image.info.get("transparency"), int):
+        image.info["transparency"] *= scale
 
 
 def _orientation(image):
@@ -435,9 +471,11 @@ def _in_8_bits(image, path, notes):
         raise InputError(f"{path} holds floating point numbers of unknown range; save it with 8 bits per channel")
     if image.mode == "CMYK":
         notes.append("CMYK converted to RGB without a colour profile")
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "L" and tags.get(TIFF_SAMPLE_FORMAT) == (2,) and image.getextrema()[1] > 127:  # signed
+        raise InputError(f"{path} holds negative numbers of unknown range; save it with 8 bits per channel")
     if not image.mode.startswith("I"):
         return image
-    tags = getattr(image, "tag_v2", {})
     values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32).float()
     if tags.get(TIFF_BITS) == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (1,)) == (1,):
         values += 2.0**32 * (values < 0)  # unsigned, but Pillow knows signed ones only

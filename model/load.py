@@ -138,7 +138,7 @@ def open_checkpoint(name):
     if any("mm_projector." in key for _, key, _ in keys.values()):  # names of the original code: so is its order
         settings = replace(settings, order="orig")
     lookahead = open_lookahead(folder / FILE, model.language_model) if (folder / FILE).is_file() else None
-    stop_ids, ignored = read_generation_settings(folder, tokenizer)
+    stop_ids, ignored = read_generation_settings(folder, tokenizer, config.text_config.vocab_size)
     notes = (*_notes_on_files(folder), *notes, *ignored)
     return Checkpoint(
         folder, config, model, keys, tokenizer, settings, template, note, stop_ids, notes, lookahead
@@ -191,9 +191,9 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def weight_files(folder):
     """The safetensors files of a folder: model.safetensors, else those of the index, else all but an adapter's."""
     folder = Path(folder)
-    names = _indexed_names(folder)
-    if (folder / WHOLE).is_file():  # as transformers: an index beside it is passed over
+    if (folder / WHOLE).is_file():  # as transformers: an index beside it is passed over, whatever it says
         return [folder / WHOLE]
+    names = _indexed_names(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(
@@ -234,9 +234,14 @@ def _indexed_names(folder):
 
 def _notes_on_files(folder):
     """What lies in the folder and is not used, one line each."""
-    notes, names = [], _indexed_names(folder)
-    if names and names != [WHOLE] and (folder / WHOLE).is_file():
-        notes.append(f"{WHOLE} is read; {INDEX} and its files beside it are not")
+    notes = []
+    if (folder / WHOLE).is_file() and (folder / INDEX).is_file():
+        try:
+            other = _indexed_names(folder) != [WHOLE]
+        except InputError:  # broken
+            other = True
+        if other:
+            notes.append(f"{WHOLE} is read; {INDEX} and its files beside it are not")
     if (folder / "adapter_config.json").is_file():
         notes.append("adapter_config.json: the adapter is not applied; merge it into the weights to use it")
     path, nested = image_processor_file(folder)
@@ -436,8 +441,10 @@ GENERATION = {
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def read_generation_settings(folder, tokenizer):
+def read_generation_settings(folder, tokenizer, vocabulary):
     """(stop ids, notes): the ids that end an answer, and one line about what else is asked for and not done.
+
+    vocabulary: rows of the embedding; an id outside them would never end an answer.
 
     generation_config.json has them; without it transformers looks into config.json and then into its text_config. If
     none says how an answer ends, the tokenizer's end of sequence does.
@@ -455,8 +462,9 @@ def read_generation_settings(folder, tokenizer):
         eos = raw.get("eos_token_id")
         eos = tokenizer.eos_id if eos is None else eos
         eos = tuple(eos) if isinstance(eos, list) else (eos,)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in eos):
-            raise ValueError(f"eos_token_id is {eos}")
+        known = range(vocabulary)
+        if not eos or not all(isinstance(i, int) and not isinstance(i, bool) and i in known for i in eos):
+            raise ValueError(f"eos_token_id is {list(eos)}, of {vocabulary} tokens")
     neutral = GENERATION if raw.get("do_sample") else GENERATION | {name: raw.get(name) for name in OF_SAMPLING}
     asked = [f"{name} {raw[name]}" for name in neutral if raw.get(name) not in (None, [], neutral[name])]
     if not asked:

@@ -1293,8 +1293,20 @@ MUTANTS = {
     "stale index before the whole file": (
         "model/load.py",
         "if (folder / WHOLE).is_file():  # as",
-        "if not names and (folder / WHOLE).is_file():  # as",
+        "if not (folder / INDEX).is_file() and (folder / WHOLE).is_file():  # as",
         "test_load.py::test_a_whole_file_goes_before_an_index_beside_it",
+    ),
+    "a broken index that is not used is an error": (
+        "model/load.py",
+        "except InputError:  # broken",
+        "except OSError:  # broken",
+        "test_load.py::test_a_broken_index_beside_a_whole_file_is_not_used",
+    ),
+    "an end token that no model says": (
+        "model/load.py",
+        "and i in known for i in eos",
+        "for i in eos",
+        "test_load.py::test_an_answer_that_nothing_ends_is_refused",
     ),
     "end token of config.json unread": (
         "model/load.py",
@@ -1344,6 +1356,12 @@ MUTANTS = {
         "print(text, flush=True)",
         "test_run.py::test_the_answer_and_nothing_else_is_on_stdout",
     ),
+    "a closed stderr is stdout": (
+        "run.py",
+        'sys.stderr = sys.stderr or open(os.devnull, "w")',
+        "pass",
+        "test_run.py::test_nothing_goes_to_stdout_instead_of_a_closed_stderr",
+    ),
     "a terminal's encoding ends the answer": (
         "run.py",
         'stream.reconfigure(errors="backslashreplace")',
@@ -1358,9 +1376,15 @@ MUTANTS = {
     ),
     "a byte-order mark reaches the model": (
         "model/config.py",
-        'data.decode("utf-8-sig")',
-        'data.decode("utf-8")',
+        'text.removeprefix("\\ufeff")',
+        "text",
         "test_run.py::test_windows_text_is_the_same_prompt",
+    ),
+    "line ends of Windows reach the model": (
+        "model/generate.py",
+        "plain_text(prompt), system and plain_text(system)",
+        "prompt, system",
+        "test_run.py::test_windows_text_is_the_same_prompt_however_it_is_given",
     ),
     "a reader that leaves is an error": (
         "run.py",
@@ -1451,6 +1475,30 @@ MUTANTS = {
         "bits = 12 if tags.get(TIFF_BITS) == (12,) else 16",
         "bits = 16",
         "test_image.py::test_12_bits_of_a_tiff_are_not_taken_for_16",
+    ),
+    "negative numbers of 8 bits": (
+        "model/image.py",
+        "image.getextrema()[1] > 127",
+        "image.getextrema()[1] > 255",
+        "test_image.py::test_negative_numbers_of_8_bits_are_refused",
+    ),
+    "deep colours are not told": (
+        "model/image.py",
+        'return deep and not image.mode.startswith("I")',
+        "return False",
+        "test_image.py::test_colours_of_16_bits_are_noted_and_refused_with_a_transparent_one",
+    ),
+    "transparent levels of 4 bits as stored": (
+        "model/image.py",
+        '"L;4": 255 // 15',
+        '"L;4": 1',
+        "test_image.py::test_a_transparent_level_of_few_bits_is_white",
+    ),
+    "any format that a PIL image comes with": (
+        "model/image.py",
+        "image.format not in FORMATS:",
+        "image.format in ():",
+        "test_image.py::test_other_files_are_named_and_start_no_program",
     ),
     "any format that Pillow knows": (
         "model/image.py",

@@ -229,7 +229,7 @@ def test_an_answer_ends_where_transformers_ends_it(tmp_path, tokens, top, text, 
         write_json(tmp_path / "generation_config.json", generation)
         read = {}
     assert transformers.GenerationConfig.from_pretrained(tmp_path, **read).eos_token_id == eos
-    ids, notes = read_generation_settings(tmp_path, tokens)
+    ids, notes = read_generation_settings(tmp_path, tokens, 32064)
     wanted = tokens.eos_id if eos is None else eos  # transformers would not end at all
     assert ids == tuple(wanted if isinstance(wanted, list) else [wanted]) and not notes
 
@@ -255,7 +255,7 @@ NOTED = {
 def test_other_settings_of_an_answer_are_named_in_one_line(tmp_path, tokens, words, file):
     write_json(tmp_path / "config.json", BASE)
     write_json(tmp_path / file, (BASE if file == "config.json" else {}) | NOTED[words])
-    (note,) = read_generation_settings(tmp_path, tokens)[1]
+    (note,) = read_generation_settings(tmp_path, tokens, 32064)[1]
     assert words in note and file in note and len(note.splitlines()) == 1
 
 
@@ -271,15 +271,15 @@ QUIET = [
 @pytest.mark.parametrize("settings", QUIET, ids=range(len(QUIET)))
 def test_settings_that_change_nothing_make_no_noise(tmp_path, tokens, settings):
     write_json(tmp_path / "generation_config.json", settings)
-    assert read_generation_settings(tmp_path, tokens)[1] == ()
+    assert read_generation_settings(tmp_path, tokens, 32064)[1] == ()
 
 
 def test_defaults_that_transformers_writes_make_no_noise(tmp_path, tokens):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
     transformers.GenerationConfig(eos_token_id=2).save_pretrained(tmp_path)
-    assert read_generation_settings(tmp_path, tokens)[1] == ()
+    assert read_generation_settings(tmp_path, tokens, 32064)[1] == ()
     transformers.LlavaConfig().save_pretrained(tmp_path / "only config")
-    assert read_generation_settings(tmp_path / "only config", tokens)[1] == ()
+    assert read_generation_settings(tmp_path / "only config", tokens, 32064)[1] == ()
 
 
 def test_the_demo_has_nothing_to_say():

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import warnings
+import zlib
 from pathlib import Path
 from urllib.parse import quote, quote_from_bytes
 
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_transforms import convert_to_rgb
 
 from model.config import InputError
@@ -134,6 +135,52 @@ def test_transparency_of_every_kind_is_that_of_transformers(what):
     assert picture.image.tobytes() == want.tobytes() and "white" in picture.note
 
 
+def png_of(kind, bits, rows, transparent):
+    """PNG of packed rows (bytes each), as wide as they have pixels; Pillow writes no such files."""
+    channels, tail = {0: 1, 2: 3}[kind], b"".join(struct.pack(">H", v) for v in transparent)
+    head = struct.pack(">IIBBBBB", len(rows[0]) * 8 // bits // channels, len(rows), bits, kind, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", head), *([(b"tRNS", tail)] if tail else []), (b"IDAT", data), (b"IEND", b"")]
+    packed_chunks = [
+        struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed_chunks)
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "clear", "wanted"),
+    [(1, 0b01000000, 0, [255] * 8), (1, 0b01000000, 1, [0, 255] + [0] * 6), (2, 0b00011011, 1, [0, 255, 170, 255]),
+     (2, 0b00011011, 2, [0, 85, 255, 255]), (4, 0x5A, 5, [255, 170]), (4, 0x5A, 10, [85, 255]), (8, 5, 5, [255])],
+)  # fmt: skip
+def test_a_transparent_level_of_few_bits_is_white(bits, row, clear, wanted):
+    data = png_of(0, bits, [bytes([row])], [clear])
+    image = Image.open(io.BytesIO(data))
+    for source in (data, image, image):  # the same when it is read again
+        picture = read_image(source)
+        assert list(picture.image.getchannel("R").tobytes()) == wanted and "white" in picture.note
+
+
+def test_colours_of_16_bits_are_noted_and_refused_with_a_transparent_one():
+    row = struct.pack(">6H", 256, 512, 768, 257, 513, 769)
+    sgi = struct.pack(">hBBHHHH", 474, 0, 2, 3, 2, 1, 3).ljust(512, b"\0")  # by channel
+    files = {
+        "PNG": png_of(2, 16, [row], []),
+        "PPM": b"P6 2 1 65535\n" + row,
+        "plain PPM": b"P3 2 1 65535\n256 512 768 257 513 769\n",
+        "SGI": sgi + struct.pack(">6H", 256, 257, 512, 513, 768, 769),
+    }
+    for kind, data in files.items():
+        picture = read_image(data)
+        assert list(picture.image.tobytes()) == [1, 2, 3, 1, 2, 3], kind
+        assert "more than 8 bits reduced to 8" in picture.note, kind
+    data = png_of(2, 16, [row], [256, 512, 768])
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    for source in (data, loaded, png_of(2, 16, [row], [1, 2, 3])):
+        with pytest.raises(InputError, match="transparent colour of 16 bits.*; save it"):
+            read_image(source)
+
+
 @pytest.mark.parametrize("kind", ["LA", "RGBA"])
 def test_colours_times_alpha_are_shown_on_white_too(kind):
     image = Image.new(kind, (2, 1), 128 if kind == "LA" else (128, 128, 128, 51))
@@ -229,6 +276,15 @@ def test_numbers_of_unknown_range_are_refused(what):
     for source in (image, packed(image, "TIFF")):
         with pytest.raises(InputError, match="unknown range; save it with 8 bits"):
             read_image(source)
+
+
+def test_negative_numbers_of_8_bits_are_refused():
+    def signed(values):
+        return with_tag(packed(Image.frombytes("L", (2, 1), bytes(values)), "TIFF", tiffinfo={339: 1}), 339, 2)
+
+    assert list(read_image(signed([0, 127])).image.getchannel("R").tobytes()) == [0, 127]
+    with pytest.raises(InputError, match="negative numbers of unknown range; save it with 8 bits"):
+        read_image(signed([1, 255]))  # -1
 
 
 # ---------------------------------------------------------------- orientation, frames
@@ -354,6 +410,13 @@ def test_numpy_arrays_with_any_strides(tmp_path):
     assert read_image(pixels).image.tobytes() == noise(10, 12).tobytes()
     view = pixels[::2, ::-1]
     assert read_image(view).image.tobytes() == Image.fromarray(numpy.ascontiguousarray(view)).tobytes()
+
+
+def test_numpy_texts_are_paths_and_files(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    (tmp_path / "x.png").write_bytes(DATA)
+    for source in (numpy.str_(tmp_path / "x.png"), numpy.bytes_(DATA)):
+        assert read_image(source).image.tobytes() == read_image(DATA).image.tobytes()
 
 
 WRONG = {
@@ -507,6 +570,12 @@ def test_other_files_are_named_and_start_no_program(tmp_path, monkeypatch, what)
     (tmp_path / "x.png").write_bytes(OTHER_FILES[what])
     with pytest.raises(InputError, match=f"x.png is .*{what}.*; convert it"):
         read_image(tmp_path / "x.png")
+    try:
+        image = Image.open(tmp_path / "x.png")  # a PIL image is no way round: its pixels are loaded here
+    except UnidentifiedImageError:
+        return
+    with pytest.raises(InputError, match=f"is of the format {image.format}.*; convert it"):
+        read_image(image)
 
 
 def broken_tiff():

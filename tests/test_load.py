@@ -162,6 +162,17 @@ def test_a_whole_file_goes_before_an_index_beside_it(original, folder, shards):
     assert "model.safetensors is read" in note and "index.json" in note
 
 
+@pytest.mark.parametrize(
+    "index", ['{"weight_map": {}}', "version https://git-lfs.github.com/spec/v1", '{"weight_map": {"a": "../x"}}', "[]"]
+)
+def test_a_broken_index_beside_a_whole_file_is_not_used(original, folder, index):
+    (folder / "model.safetensors.index.json").write_text(index)
+    checkpoint = load(folder)
+    assert_same_weights(checkpoint, original[1])
+    (note,) = checkpoint.notes
+    assert "model.safetensors is read" in note and "index.json" in note
+
+
 def test_an_index_of_the_whole_file_is_nothing_to_speak_of(original, folder):
     weight_map = dict.fromkeys(original[1], "model.safetensors")
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
@@ -483,8 +494,15 @@ SMALL_FILES = [
 @pytest.mark.parametrize("content", ["{", "\xff", "3", '["text"]'])
 @pytest.mark.parametrize("name", SMALL_FILES)
 def test_a_broken_json_file_is_refused_and_named(folder, name, content):
+    needs_index(folder, name)
     (folder / name).write_bytes(content.encode("latin-1"))
     assert name in refusal(load, folder)
+
+
+def needs_index(folder, name):
+    """An index beside a whole file is not read."""
+    if "index" in name:
+        (folder / "model.safetensors").rename(folder / SHARDS[0])
 
 
 WRONG_TYPES = {
@@ -499,6 +517,7 @@ WRONG_TYPES = {
 @pytest.mark.parametrize("name, key", [(name, key) for name, keys in WRONG_TYPES.items() for key in keys])
 def test_a_value_of_the_wrong_type_is_refused_and_not_a_crash(folder, name, key):
     path = folder / name
+    needs_index(folder, name)
     if not path.exists():
         write_json(path, {})
     edit(path, **{key: WRONG_TYPES[name][key]})
@@ -562,6 +581,13 @@ def test_the_picture_mode_is_the_files(folder, settings, mode):
 def test_stop_ids_are_those_of_generation_config_or_the_tokenizer(folder, eos, ids):
     write_json(folder / "generation_config.json", {} if eos is None else {"eos_token_id": eos})
     assert load(folder).stop_ids == ids
+
+
+@pytest.mark.parametrize("eos", [[], -1, [2, -1], TEXT["vocab_size"], [2, 10**9], "2", True, [[2]]])
+def test_an_answer_that_nothing_ends_is_refused(folder, eos):
+    write_json(folder / "generation_config.json", {"eos_token_id": eos})
+    message = refusal(load, folder)
+    assert "generation_config.json" in message and "eos_token_id" in message
 
 
 def test_the_tokenizer_decides_which_id_the_image_has(folder):

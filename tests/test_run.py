@@ -257,6 +257,29 @@ def test_windows_text_is_the_same_prompt(capsys, tmp_path, monkeypatch, source):
         assert code == 0 and json.loads(out)["prompt_tokens"] == wanted, (form, err)
 
 
+def test_windows_text_is_the_same_prompt_however_it_is_given():
+    """Line ends and byte-order marks that come by a shell variable, from Python or in a line of questions."""
+    from model import Generation, InputError, load
+    from model.generate import Sampling
+
+    checkpoint, text = load(DEMO), "What is\nthis?"
+    for template in ("auto", "raw"):
+        wanted = Generation(checkpoint, text, template=template).ids
+        for form in ("\ufeff" + text, text.replace("\n", "\r\n"), text.replace("\n", "\r")):
+            assert Generation(checkpoint, form, template=template).ids == wanted, form
+    for form in (text + "\n", text + "\r\n"):
+        assert Generation(checkpoint, form).ids == Generation(checkpoint, text).ids
+        assert Generation(checkpoint, form, template="raw").ids != wanted  # verbatim, the end of its last line too
+    wanted = Generation(checkpoint, text, system="Be\nbrief.", template="vicuna").ids
+    assert Generation(checkpoint, text, system="\ufeffBe\r\nbrief.", template="vicuna").ids == wanted
+    assert Sampling(stop="\ufeff#\r\n").stop == ("#\n",)
+    for empty in ("\ufeff", "\ufeff\r\n"):
+        with pytest.raises(InputError, match="empty"):
+            Generation(checkpoint, empty)
+    with pytest.raises(InputError, match="not empty"):
+        Sampling(stop="\ufeff")
+
+
 def test_windows_json_is_the_same_json(capsys, tmp_path):
     """All JSON of a checkpoint, and that of --set."""
     folder = copy_of_demo(tmp_path / "demo")
@@ -450,6 +473,20 @@ def test_ctrl_c_before_the_first_token_still_reports(capsys, monkeypatch):
     code, out, _ = inside(capsys, *ASK, "--json", "--stats")
     r = json.loads(out)
     assert code == 130 and r["text"] == "" and r["finish_reason"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "out"),
+    [(["--image", PICTURE, "-p", "How many objects are there?", "--stats"], 0, "The picture has four objects.\n"),
+     (["--model", "no/such", "-p", "a"], 2, ""), (["--unknown"], 2, "")],
+)  # fmt: skip
+def test_nothing_goes_to_stdout_instead_of_a_closed_stderr(capsys, monkeypatch, argv, code, out):
+    monkeypatch.setattr(sys, "stderr", None)
+    try:
+        got = run.as_command(lambda: run.main(argv))
+    except SystemExit as end:  # argparse
+        got = end.code
+    assert (got, capsys.readouterr().out) == (code, out)
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -702,6 +739,7 @@ def missing_shard(folder):
 
 
 def outside(folder):
+    (folder / "model.safetensors").rename(folder.parent / "whole.safetensors")  # beside it no index is used
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../demo/model.safetensors"}}))
 
 
