@@ -36,7 +36,7 @@ LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 def _rows(segment, heads, times, G: tl.constexpr, M: tl.constexpr):
     """This program's M of the segment's T * G query rows: their number r, their place in q (B, T, Hq), which exist."""
     r = tl.program_id(1) * M + tl.arange(0, M)  # r = t * G + g
-    place = ((segment // heads * times + r // G) * heads + segment % heads).to(tl.int64) * G + r % G
+    place = ((segment // heads * times + r // G) * heads + segment % heads) * G + r % G
     return r, place, r < times * G
 
 
@@ -121,7 +121,7 @@ def split_kernel(
     start = tl.load(kv_start + segment)
     r, place, there = _rows(segment, heads, times, G, M)
     col = tl.arange(0, DP)
-    rows = tl.load(q + place[:, None] * D + col[None, :], there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
+    rows = tl.load(q + place.to(tl.int64)[:, None] * D + col[None, :], there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
     if UP:
         rows = rows.to(tl.float32)
     # stream what flows

@@ -223,10 +223,8 @@ class MLP(nn.Module):
     def gated(self, x, adapter=None):
         """x (..., C) -> (..., F), what `down_proj` takes."""
         if self.gate_up is None or adapter or torch.is_grad_enabled() or in_loops(x):
-            gate, up = (
-                adapted(x, getattr(self, name), adapter and getattr(adapter, name)) for name in ("gate_proj", "up_proj")
-            )
-            return F.silu(gate) * up
+            gate, up = (adapter.gate_proj, adapter.up_proj) if adapter else (None, None)
+            return F.silu(adapted(x, self.gate_proj, gate)) * adapted(x, self.up_proj, up)
         gate, up = (y for side in self.gate_up for y in side.each(x))
         return F.silu(gate) * up
 

@@ -266,8 +266,8 @@ MUTANTS = {
     ),
     "Triton: rows of another head": (
         "kernels/ragged_decode_triton.py",
-        "* heads + segment % heads).to(tl.int64) * G + r % G",
-        "* heads + (segment + 1) % heads).to(tl.int64) * G + r % G",
+        "* heads + segment % heads) * G + r % G",
+        "* heads + (segment + 1) % heads) * G + r % G",
         TRITON,
     ),
     "Triton: a split begins one slot late": (
