@@ -121,7 +121,8 @@ def split_kernel(
     start = tl.load(kv_start + segment)
     r, place, there = _rows(segment, heads, times, G, M)
     col = tl.arange(0, DP)
-    rows = tl.load(q + place.to(tl.int64)[:, None] * D + col[None, :], there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
+    at = place.to(tl.int64)[:, None] * D + col[None, :]
+    rows = tl.load(q + at, there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
     if UP:
         rows = rows.to(tl.float32)
     # stream what flows
