@@ -47,6 +47,13 @@ def test_fitted_thresholds_beat_unfitted_ones_at_the_same_bytes(tmp_path, capsys
     assert set(json.loads((tmp_path / "p.json").read_text())) == {"r", "dr", "alpha", "beta"}
 
 
+def test_settings_are_ranked_by_kl_among_those_that_surely_keep_what_is_wanted():
+    tried = [{"dr": dr} for dr in (0.3, 0.3, 0.3, 0.1, 0.0, 0.0)]
+    results = [(0.1, 0.5, 0.02), (0.1, 0.53, 0.0), (0.20001, 0.5, 0.0), (0.20003, 0.49, 0.001), (0.3, 0.51, 0.0)]
+    results += [(0.2, 0.47, 0.0), (0.05, 0.5, 0.0)]  # the last is of no setting: without calibration
+    assert calibrate.rank(tried, results, 0.5) == [3, 2, 4]
+
+
 def test_r_is_solved_for_with_clamped_rates():
     """A layer far above alpha cannot keep more than all, so r has to be larger than the plain mean says."""
     gammas = [[0.9, 0.1]]

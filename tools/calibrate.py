@@ -162,6 +162,17 @@ def samples_of(args, checkpoint):
     return [s for s in found if s]
 
 
+def rank(tried, results, retention):
+    """Indices of the settings that keep what is wanted, and not by the chance of a few prompts; the best first.
+
+    Of those that are equally close to the unpruned model the smallest dr comes first: layers that all keep the same
+    also keep what another --retention asks for. results: of `judge`.
+    """
+    judged = enumerate(results[: len(tried)])
+    near = [i for i, (_, kept, error) in judged if abs(kept - retention) < 0.02 and error < 0.01]
+    return sorted(near, key=lambda i: (round(results[i][0], 4), tried[i]["dr"]))
+
+
 def calibrate(args):
     checkpoint = load(args.model, args.dtype, args.device)
     samples = samples_of(args, checkpoint)
@@ -169,14 +180,11 @@ def calibrate(args):
     tried = list(candidates(samples, args.retention, not args.rates_only))
     fixed = {"retention": args.retention}
     results = judge(samples, args.method, [*tried, fixed])
-    # near what is wanted, and not by the chance of these few prompts
-    near = [i for i, (_, kept, error) in enumerate(results[:-1]) if abs(kept - args.retention) < 0.02 and error < 0.01]
-    if not near:
+    ranked = rank(tried, results, args.retention)
+    if not ranked:
         raise InputError(
             f"no setting keeps {args.retention} of these prompts; give another --retention or more prompts"
         )
-    # of those that are equally close the simplest: layers that all keep the same also keep what --retention asks for
-    ranked = sorted(near, key=lambda i: (round(results[i][0], 4), tried[i]["dr"]))
     print("     KL    kept  settings")
     for i in [*ranked[:5], 0, len(tried)]:
         what = f"{tried[i]}" if i < len(tried) else f"--retention {args.retention} without calibration"
