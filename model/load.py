@@ -199,7 +199,7 @@ def weight_files(folder):
         raise InputError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder} ({_some(missing)}); fetch them"
         )
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(f for f in folder.glob("*.safetensors") if f.name != FILE)  # look-ahead rows are no weights
     files = [folder / name for name in names] or [f for f in found if not f.name.startswith("adapter_")]
     if not files:
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]

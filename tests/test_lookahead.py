@@ -355,6 +355,11 @@ def test_replaying_a_prompt_keeps_what_the_answer_kept(checkpoint):
     assert torch.equal(cache.kv_len, generation.cache.kv_len - steps)
 
 
+def test_weights_of_another_name_are_found_beside_the_file(checkpoint):
+    (checkpoint.folder / "model.safetensors").rename(checkpoint.folder / "weights.safetensors")
+    assert "".join(asking(load(checkpoint.folder, "fp32"))) == "".join(asking(checkpoint))
+
+
 def test_look_ahead_without_a_file_is_refused(checkpoint, tmp_path):
     plain = dataclasses.replace(checkpoint, lookahead=None)
     assert "train_lookahead.py" in refusal(asking, plain, "plphp:query=lookahead", 0.5)
