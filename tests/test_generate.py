@@ -374,8 +374,10 @@ def test_sampling_without_sense_is_refused(name, value):
 
 
 def test_sampling_at_its_limits_is_taken():
-    Sampling(1, 0, 1, 1e-320, 0)
-    Sampling(10**9, 1e4, 10**6, 1, 2**64 - 1)
+    for values in ((1, 0, 1, 1e-320, 0), (10**9, 1e4, 10**6, 1, 2**64 - 1)):
+        sampling = Sampling(*values)
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        assert tuple(getattr(sampling, name) for name in names) == values
 
 
 def test_a_checkpoint_without_weights_says_so():
