@@ -7,6 +7,7 @@ ragged_decode, ragged_pack, window_scores.
 from .ragged_decode import (
     DecodePlan,
     decode_plan,
+    decode_plans,
     merge_states,
     merge_states_ref,
     ragged_decode,
@@ -21,6 +22,7 @@ from .window_scores import window_scores, window_scores_ref
 __all__ = [
     "DecodePlan",
     "decode_plan",
+    "decode_plans",
     "merge_states",
     "merge_states_ref",
     "ragged_decode",

@@ -77,30 +77,12 @@ class DecodePlan:
         """See `chunk_owners`; made when heads of unequal length are first read. None on CUDA, where it would wait."""
         return None if self.kv_start.is_cuda else chunk_owners(self.kv_start, self.kv_cap)
 
-    @cached_property
-    def _items(self):
-        """(S, 3) int32 on the CPU: work items of each segment, at least one; the first of them; slots per item."""
-        size = torch.tensor([self.split or split_size(cap) for cap in self.caps])
-        count = (torch.tensor(self.caps) + size - 1).div(size, rounding_mode="floor").clamp(min=1)
-        return torch.stack((count, count.cumsum(0) - count, size), 1).int()
-
-    @cached_property
-    def work(self):
-        """(W, 4) int32, one row per program: segment, which split of it, the segment's first item, slots per split."""
-        count, first, size = self._items.unbind(1)
-        segment = torch.repeat_interleave(count)
-        split = torch.arange(len(segment)) - first[segment]
-        return torch.stack((segment, split, first[segment], size[segment]), 1).int().to(self.kv_start.device)
-
-    @cached_property
-    def firsts(self):
-        """(S,) int32: the first item of each segment."""
-        return self._items[:, 1].contiguous().to(self.kv_start.device)
-
-    @cached_property
-    def sizes(self):
-        """(S,) int32: slots per item of each segment."""
-        return self._items[:, 2].contiguous().to(self.kv_start.device)
+    @property
+    def items(self):
+        """The `WorkItems`. On CUDA they were made with the plan: a step must not copy to the device."""
+        if "items" not in self.room:
+            (self.room["items"],) = work_items([self.caps], self.split, self.kv_start.device)
+        return self.room["items"]
 
     def tickets(self, tiles):
         """(S * tiles,) int32: programs of a segment's tile of query rows that have arrived. Zero between calls."""
@@ -112,19 +94,48 @@ class DecodePlan:
         """fp32 room for the parts of all items, (W, rows, d), and their log-sum-exp (W, rows). Kept for small rows."""
         if (rows, d) in self.room:
             return self.room[rows, d]
-        items, device = len(self.work), self.kv_start.device
+        items, device = len(self.items.work), self.kv_start.device
         room = torch.empty(items, rows, d, device=device), torch.empty(items, rows, device=device)
         if rows <= 16:  # a decode step; the parts of a whole new turn are too large to keep
             self.room[rows, d] = room
         return room
 
 
-def split_size(cap):
-    """Slots per work item of a segment of `cap`: at most 32 items up to 32,768 slots, and never fewer than 128 slots.
+@dataclass(frozen=True)
+class WorkItems:
+    """How the Triton kernels divide the segments of a plan.
 
-    It looks at nothing but the segment: what else is in the batch cannot change the order of a sum.
+    work (W, 4) int32, one row per program: segment, which split of it, the segment's first item, slots per split
+    firsts, sizes (S,) int32: the first item of each segment; slots per item
     """
-    return min(1024, max(128, 64 * -(-cap // 2048)))
+
+    work: torch.Tensor
+    firsts: torch.Tensor
+    sizes: torch.Tensor
+
+
+def work_items(caps, split, device):
+    """WorkItems of several layers, in one copy to the device. caps: for each layer a list of S capacities."""
+    sizes = torch.tensor([[split or split_size(cap) for cap in row] for row in caps])  # (L, S)
+    counts = (torch.tensor(caps) + sizes - 1).div(sizes, rounding_mode="floor").clamp(min=1)
+    firsts = counts.cumsum(1) - counts
+    ends = counts.flatten().cumsum(0)
+    owner = torch.repeat_interleave(counts.flatten())  # of all items of all layers
+    number = torch.arange(len(owner)) - (ends - counts.flatten())[owner]
+    work = torch.stack((owner % sizes.shape[1], number, firsts.flatten()[owner], sizes.flatten()[owner]), 1)
+    flat = torch.cat([t.flatten().int() for t in (work, firsts, sizes)]).to(device)
+    work, firsts, sizes = flat.split([4 * len(owner), firsts.numel(), sizes.numel()])
+    works = work.view(-1, 4).split(counts.sum(1).tolist())
+    return [WorkItems(*tables) for tables in zip(works, firsts.chunk(len(caps)), sizes.chunk(len(caps)), strict=True)]
+
+
+def split_size(cap):
+    """Slots per work item of a segment of `cap`: 64 (a tile) for each 768 slots of it, from 64 to 1024.
+
+    Some 12 items, so that a short cache fills the device and few parts have to be merged; measured, see NOTES.md. It
+    looks at nothing but the segment: what else is in the batch cannot change the order of a sum.
+    """
+    return 64 * min(16, max(1, -(-cap // 768)))
 
 
 def decode_plan(kv_start, kv_cap, *, split=None):
@@ -141,17 +152,28 @@ def decode_plan(kv_start, kv_cap, *, split=None):
         )
     if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
         raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
-    pair = torch.stack((kv_start, kv_cap))  # the plan's own copy: the caller may overwrite his tables later
+    return decode_plans(kv_start[None], kv_cap[None], split=split)[0]
+
+
+def decode_plans(kv_start, kv_cap, *, split=None):
+    """Plans for L layers, kv_start and kv_cap (L, S) int32: read together, so that a device is waited for once."""
+    pair = torch.stack((kv_start, kv_cap))  # the plans' own copy: the caller may overwrite his tables later
     (starts, caps), (kv_start, kv_cap) = pair.tolist(), pair.unbind()
+    plans = [_plan(*layer, split) for layer in zip(kv_start, kv_cap, starts, caps, strict=True)]
+    if kv_start.is_cuda:
+        for plan, items in zip(plans, work_items(caps, split, kv_start.device), strict=True):
+            plan.room["items"] = items
+    return plans
+
+
+def _plan(kv_start, kv_cap, starts, caps, split):
+    """A layer's plan; starts and caps: the numbers in kv_start and kv_cap (S,)."""
     if min(starts) < 0 or min(caps) < 0:
         raise ValueError(f"starts {starts} and capacities {caps} must not be negative")
     ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
     steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [0]
     step = steps[0] if min(steps) == max(steps) >= 0 else None
-    plan = DecodePlan(kv_start, kv_cap, starts, caps, split, len(caps), min(caps), max(caps), max(ends), step)
-    if kv_start.is_cuda:
-        _ = plan.work, plan.firsts, plan.sizes  # now, not in a step: they are copied to the device
-    return plan
+    return DecodePlan(kv_start, kv_cap, starts, caps, split, len(caps), min(caps), max(caps), max(ends), step)
 
 
 def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto"):

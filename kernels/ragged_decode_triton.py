@@ -4,7 +4,7 @@ Each segment is cut into splits of a size that depends on nothing but the segmen
 one split; the parts of a segment are merged in the order of its splits:
 
     arena        [k k k k k k k k k . . . ][k k . . ][. . . ]     '.' free slot: never read
-    plan.work     |- item 0 -|- item 1 -|   |- 2 -|   |- 3 -|     (segment, split, its segment's first item, slots)
+    plan.items    |- item 0 -|- item 1 -|   |- 2 -|   |- 3 -|     (segment, split, its segment's first item, slots)
     live?            yes        yes          yes       yes, for its output: an empty segment gives 0
 
     s = scale * q k^T    m = max s    l = sum exp(s - m)    part = sum exp(s - m) v / l    lse = m + log l
@@ -24,8 +24,6 @@ import triton.language as tl
 
 from .backend import interpreted
 
-# rows of the cache's tables: compiled once, not once for each way in which they happen to be aligned
-TABLES = ["kv_start", "kv_len", "kv_cap"]
 LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
 
@@ -72,23 +70,29 @@ def _merge(
     part, part_lse, first, live, r, there, rows,
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Join the `live` parts from item `first` on, BS at a time, in their order -> m, l [M], acc [M, DP]."""
-    col = tl.arange(0, DP)
-    m, l, acc = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
+    """Join the `live` parts from item `first` on, in their order -> m, l [M], acc [M, DP].
+
+    Their log-sum-exps come first, BS at a time: with the largest known, no part has to wait for the one before it. One
+    part at a time, because a sum over a tile of several would go through shared memory in every round.
+    """
+    m = tl.full([M], float("-inf"), tl.float32)
     for i in range(0, live, BS):
         item = i + tl.arange(0, BS)
         at = (first + item).to(tl.int64)[:, None] * rows + r[None, :]  # [BS, M]
         known = (item < live)[:, None] & there[None, :]
         lse = tl.load(part_lse + at, known, float("-inf"), cache_modifier=".cg")  # from L2, where others wrote it
-        parts = known[:, :, None] & (col < D)[None, None, :]
-        x = tl.load(part + at[:, :, None] * D + col[None, None, :], parts, 0.0, cache_modifier=".cg")  # [BS, M, DP]
-        top = tl.maximum(m, tl.max(lse, 0))
-        weight = tl.exp2(lse - top[None, :])
-        fade = tl.exp2(m - top)
-        l = l * fade + tl.sum(weight, 0)
-        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * x, 0)
-        m = top
-    return m, l, acc
+        m = tl.maximum(m, tl.max(lse, 0))
+    top = tl.where(there, m, 0.0)[:, None]
+    col = tl.arange(0, DP)
+    channels = there[:, None] & (col < D)[None, :]
+    l, acc = tl.zeros([M, 1], tl.float32), tl.zeros([M, DP], tl.float32)
+    for i in range(0, live):
+        at = (first + i).to(tl.int64) * rows + r[:, None]  # [M, 1]
+        weight = tl.exp2(tl.load(part_lse + at, there[:, None], float("-inf"), cache_modifier=".cg") - top)
+        x = tl.load(part + at * D + col[None, :], channels, 0.0, cache_modifier=".cg")  # [M, DP]
+        l += weight
+        acc += weight * x
+    return m, tl.sum(l, 1), acc
 
 
 @triton.jit
@@ -104,7 +108,7 @@ def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexp
 # ---------------------------------------------------------------- two launches: splits, then merge
 
 
-@triton.jit(do_not_specialize_on_alignment=TABLES[:2])
+@triton.jit(do_not_specialize_on_alignment=["kv_start", "kv_len"])
 def split_kernel(
     q, k, v, kv_start, kv_len, work, part, part_lse, out, lse,
     scale, heads, times,
@@ -137,7 +141,7 @@ def split_kernel(
         _store(part, part_lse, slot, there, m, l, acc, 1.0, D, DP)
 
 
-@triton.jit(do_not_specialize_on_alignment=TABLES[1:2])
+@triton.jit(do_not_specialize_on_alignment=["kv_len", "firsts", "sizes"])
 def merge_kernel(
     kv_len, firsts, sizes, part, part_lse, out, lse,
     heads, times,
@@ -166,7 +170,7 @@ def _turned(x, at, there, cos, sin, col, D: tl.constexpr):
     return (straight * cos + rolled * sin).to(x.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize_on_alignment=["kv_start", "kv_len", "kv_cap"])
 def append_kernel(
     q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, kv_cap, work, tickets, part, part_lse, out, lse,
     scale, heads, q_stride, k_stride, v_stride,
@@ -233,7 +237,7 @@ def append_kernel(
 
 
 def tiles(rows, d, itemsize):
-    """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS parts.
+    """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS log-sum-exps.
 
     As many rows as there are, not padded to 16: NVIDIA's compiler takes any. (AMD's matrix units take 4 rows of 64 or
     128 channels, of others at least 16.) K tiles of 16 KB, in fp32 of 8 KB and no more than 16 rows, are what fits into
@@ -242,25 +246,33 @@ def tiles(rows, d, itemsize):
     dp = max(16, triton.next_power_of_2(d))
     m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64 if itemsize == 2 else 16, 4096 // dp)
     bn = 2**13 // dp if itemsize == 2 else 2**11 // dp
-    return {"M": m, "DP": dp, "BN": max(16, min(128 if m <= 16 else 64, bn)), "BS": max(1, 2048 // (m * dp))}
+    return {"M": m, "DP": dp, "BN": max(16, min(128 if m <= 16 else 64, bn)), "BS": max(16, min(64, 1024 // m))}
+
+
+def stages(device):
+    """Tiles of K and of V on their way at once: three where a multiprocessor has room for that (NVIDIA's from H100 on;
+    67 KB for 16-bit K and V), else two."""
+    if device.type != "cuda" or torch.version.hip:
+        return 2
+    return 3 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 << 10 else 2
 
 
 def attend(q, k, v, kv_start, kv_len, plan, scale):
     """q (B, T, Hq, D) over arenas k, v -> out like q, lse (B, T, Hq) fp32, natural log."""
     b, times, hq, d = q.shape
     rows = times * hq * b // plan.segments
-    part, part_lse = plan.scratch(rows, d)
+    items, (part, part_lse) = plan.items, plan.scratch(rows, d)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     tile = tiles(rows, d, q.element_size())
     bs, steps = tile.pop("BS"), triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
-        split_kernel[len(plan.work), steps](
-            q, k, v, kv_start, kv_len, plan.work, part, part_lse, out, lse,
+        split_kernel[len(items.work), steps](
+            q, k, v, kv_start, kv_len, items.work, part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // b, times,
-            G=rows // times, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=2,
+            G=rows // times, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
         )  # fmt: skip
         merge_kernel[plan.segments, steps](
-            kv_len, plan.firsts, plan.sizes, part, part_lse, out, lse,
+            kv_len, items.firsts, items.sizes, part, part_lse, out, lse,
             plan.segments // b, times,
             G=rows // times, D=d, M=tile["M"], DP=tile["DP"], BS=bs, num_warps=4,
         )  # fmt: skip
@@ -271,7 +283,7 @@ def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=Non
     """q (B, Hq, D), k_new and v_new (B, Hkv, D), dense within a sequence: store the new token behind kv_len, attend ->
     out, lse (B, Hq). rope: cos and sin (B, 1, D), contiguous, by which q and k_new are turned first."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
-    part, part_lse = plan.scratch(rows, d)
+    items, (part, part_lse) = plan.items, plan.scratch(rows, d)
     cos, sin = (q, q) if rope is None else rope
     out, lse = (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
@@ -280,10 +292,10 @@ def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=Non
     tile = tiles(rows, d, q.element_size())
     steps = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
-        append_kernel[len(plan.work), steps](
+        append_kernel[len(items.work), steps](
             q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, plan.kv_cap,
-            plan.work, plan.tickets(steps), part, part_lse, out, lse,
+            items.work, plan.tickets(steps), part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // len(q), q.stride(0), k_new.stride(0), v_new.stride(0),
-            G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps=4, num_stages=2,
+            G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
         )  # fmt: skip
     return out, lse

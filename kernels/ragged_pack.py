@@ -42,23 +42,24 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
     _check(k, v, keep, slack)
     way = choose_backend(backend, k.device, k.dtype, (k, v))
     heads, tokens, d = k.shape
-    kv_len, lengths = keep.sum(-1), None
+    lengths = None
     if total is None or k.device.type == "cpu":
-        lengths = kv_len.tolist()
+        lengths = keep.sum(-1).tolist()
         if total is not None and total != sum(lengths):
             raise ValueError(f"total is {total}, but keep holds {sum(lengths)} rows; give that or None")
         total = sum(lengths)
+    if total == heads * tokens:
+        return _pack_equal(k, v, torch.arange(tokens, device=k.device), slack)
     if way == "triton":
         from . import ragged_pack_triton  # only here: the rest works without triton
 
         return ragged_pack_triton.pack(k, v, keep, slack, total)
-    if total == heads * tokens:
-        return _pack_equal(k, v, torch.arange(tokens, device=k.device), slack)
     head, position = keep.nonzero_static(size=total).unbind(1)  # ascending
     if lengths and min(lengths) == max(lengths):
         shape = heads, lengths[0]
         rows = (_rows(x, head, position).view(*shape, d) for x in (k, v))
         return _pack_equal(*rows, position.view(shape), slack)
+    kv_len = keep.sum(-1)
     kv_start = kv_len.cumsum(0) - kv_len + slack * torch.arange(heads, device=k.device)
     slot = torch.arange(total, device=k.device) + slack * head
     rows = (_rows(x, head, position) for x in (k, v))

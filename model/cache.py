@@ -16,7 +16,7 @@ layer where several layers move: what is raised leaves a cache that is whole, an
 
 import torch
 
-from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_pack
+from kernels import decode_plan, decode_plans, ragged_decode, ragged_decode_append, ragged_pack
 from kernels.backend import choose_backend
 
 
@@ -60,9 +60,14 @@ class RaggedCache:
             pos, live = torch.full((b,), tokens, device=k.device), torch.ones(b, dtype=torch.bool, device=k.device)
             self._set_tables(*tables, pos, live)
             self.room = self.slack
-        arenas = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
+        k, v, start, length, _ = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
         self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
-        self._settle(layer, *arenas[:4], self.slack)
+        torch.add(length, self.slack, out=self.kv_cap[layer])
+        self.kv_start[layer].copy_(start)
+        self.kv_len[layer].copy_(length)
+        torch.add(start - 1, length, out=self.newest[layer])
+        self.k[layer], self.v[layer] = k, v
+        self.version += 1
 
     def _set_tables(self, kv_start, kv_len, kv_cap, pos, live):
         """Other segments, (L, S) of each table, and other sequences, (B,) of the rest. Their layers have no plans."""
@@ -87,9 +92,12 @@ class RaggedCache:
         self.version += 1
 
     def plan(self, layer):
-        """The layer's plan. It is made anew where sequences have left and the arenas have not been moved since."""
+        """The layer's plan. All that are missing, after a prefill or where sequences have left, are made together."""
         if self.plans[layer] is None:
-            self.plans[layer] = decode_plan(self.kv_start[layer], self.kv_cap[layer])
+            missing = [i for i, plan in enumerate(self.plans) if plan is None and self.k[i] is not None]
+            plans = decode_plans(self.kv_start[missing], self.kv_cap[missing])
+            for i, plan in zip(missing, plans, strict=True):
+                self.plans[i] = plan
         return self.plans[layer]
 
     @classmethod
@@ -113,9 +121,9 @@ class RaggedCache:
             k, v = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
             sizes = [len(c.k[i]) for c in caches]
             joined.k[i], joined.v[i] = k, v
-            joined.plan(i)
             for c, own_k, own_v in zip(caches, k.split(sizes), v.split(sizes), strict=True):
                 c.k[i], c.v[i], c.version = own_k, own_v, c.version + 1
+        joined.plan(0)  # of all layers
         for c in caches:
             c.k, c.v = [None] * len(layers), [None] * len(layers)
         return joined

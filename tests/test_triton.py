@@ -84,7 +84,7 @@ def test_lengths_at_the_borders_of_tiles_and_splits(seed):
     q, k, v, start, length, cap, plan = made
     got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
     check(got, ragged_decode_ref, q, k, v, start, length)
-    assert len(plan.work) == sum(max(1, -(-c // split)) for c in cap.tolist())
+    assert len(plan.items.work) == sum(max(1, -(-c // split)) for c in cap.tolist())
 
 
 DIMS = [32, 64, 72, 80, 96, 128, 256]
@@ -111,8 +111,8 @@ def test_a_long_turn_has_many_tiles_of_rows():
 def test_splits_depend_on_the_segment_alone():
     start = torch.tensor([0, 5000, 5100, 5100], dtype=torch.int32)
     cap = torch.tensor([5000, 100, 0, 60000], dtype=torch.int32)
-    work = decode_plan(start, cap).work
-    for s, size, count in ((0, 192, 27), (1, 128, 1), (2, 128, 1), (3, 1024, 59)):
+    work = decode_plan(start, cap).items.work
+    for s, size, count in ((0, 448, 12), (1, 64, 2), (2, 64, 1), (3, 1024, 59)):
         rows = work[work[:, 0] == s]
         assert rows[:, 1].tolist() == list(range(count)) and (rows[:, 3] == size).all()
         assert (rows[:, 2] == (work[:, 0] == s).nonzero()[0]).all()
@@ -170,8 +170,8 @@ def test_the_order_of_the_work_does_not_matter(dtype):
     q, k, v, start, length, cap, plan = problem([130, 64, 3, 97], 2, 4, 64, dtype, split=32)
     wanted, wanted_step = decoded(q, k, v, start, length, plan), appended(q, k, v, start, length, cap, plan)
     for seed in range(4):
-        order = torch.randperm(len(plan.work), generator=torch_random(seed))
-        plan.work.copy_(plan.work[order.to(DEVICE)])
+        order = torch.randperm(len(plan.items.work), generator=torch_random(seed))
+        plan.items.work.copy_(plan.items.work[order.to(DEVICE)])
         spoil(plan, 4, 64)
         assert same(decoded(q, k, v, start, length, plan), wanted)
         assert same(appended(q, k, v, start, length, cap, plan), wanted_step)

@@ -59,9 +59,10 @@ REGISTERS = {"16 bit": 128, "16 bit, D > 128 or M > 16": 168, "fp32": 200, "AMD"
 # Bytes and instructions: ptxas may put two registers aside while the loop runs, to come by with a rounder number of
 # them (append_kernel for sm_80 with G = 1 and D = 72, 80, 96). Real spilling takes hundreds.
 STACK, SPILLS = 8, 4
-# Bytes. Beside 48 KB of shared memory there is room for three more programs on sm_90 (227 KB), and for two on sm_80.
-# AMD has 64 KB: what needs more cannot start.
-SHARED = {"16 bit": 48 << 10, "fp32": 56 << 10, "AMD": 64 << 10}
+# Bytes. 48 KB of shared memory let three programs share a multiprocessor of sm_80 (164 KB), 75 KB as many on sm_90 and
+# sm_100 (227 KB), where one more tile is on its way; with 80 KB it is two. AMD has 64 KB: what needs more cannot start.
+SHARED = {"16 bit": 48 << 10, "fp32": 56 << 10, "16 bit, roomy": 80 << 10, "fp32, roomy": 90 << 10, "AMD": 64 << 10}
+ROOMY = ("sm_90", "sm_100")
 
 
 # ---------------------------------------------------------------- variants
@@ -175,7 +176,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def launched(variant):
+def launched(variant, arch):
     """The jitted function, arguments and options of a launch: the launcher runs, on a CPU, with stand-ins for them."""
     import torch
 
@@ -183,7 +184,10 @@ def launched(variant):
     function = getattr(module, variant.kernel)
     siblings = [name for name in KERNELS if hasattr(module, name)]
     dtype = next(getattr(torch, name.removeprefix("torch.")) for name, t in TYPES.items() if t == variant.dtype)
-    with patch.multiple(module, **dict.fromkeys(siblings, DEFAULT)) as stand_ins:
+    stand_ins = dict.fromkeys(siblings, DEFAULT)
+    if hasattr(module, "stages"):
+        stand_ins["stages"] = lambda device: 3 if arch in ROOMY else 2
+    with patch.multiple(module, **stand_ins) as stand_ins:
         KERNELS[variant.kernel].launch(variant, dtype)
     arguments, options = stand_ins[variant.kernel].__getitem__.return_value.call_args
     return function, arguments, options
@@ -424,7 +428,7 @@ def failures(variant, arch, facts, constants, threads):
     gates = {
         "stack": facts.stack <= STACK and facts.spills <= SPILLS,
         "registers": facts.regs <= REGISTERS["AMD" if amd else bits + large],
-        "shared": facts.shared <= SHARED["AMD" if amd else bits],
+        "shared": facts.shared <= SHARED["AMD" if amd else bits + ", roomy" * (arch in ROOMY)],
         "loads": loads_are_wide(variant, facts, constants, threads),
         "pipeline": amd or not kernel.streams or 0 < facts.copies == facts.wide + facts.narrow,
         # ieee products of fp32 have no matrix instructions on NVIDIA; AMD's take no fewer than 4 rows
@@ -457,7 +461,7 @@ def inspect(job):
 
     variant, arch = job
     backend, _, warp = ARCHS[arch]
-    function, arguments, options = launched(variant)
+    function, arguments, options = launched(variant, arch)
     signature, constants, attributes, options = specialise(function, arguments, options)
     row = {"kernel": variant.kernel, "arch": arch, **asdict(variant), "M": constants.get("M"), "constants": constants}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)

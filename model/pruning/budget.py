@@ -115,6 +115,7 @@ def select(scores, layout, choose, scope="image", cover=0.0, phase=None):
 
     scope: "image" asks once for each picture, so that none can be starved by another; "vision" once for all of them.
     cover: this share of what each head keeps is the first of phase (Hkv, T), `grid_phase`, instead.
+    phase is needed where cover is not 0.
     """
     keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool, device=layout.device)
     for columns in _columns(layout, scope):

@@ -68,7 +68,7 @@ class Plphp:
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
         rate = self.rate(gamma(layout.last if self.wants_last_row else scores, layout))
         heads = by_kv_head(scores, layout, self.group, self.values)
-        phase = grid_phase(layer, layout)
+        phase = grid_phase(layer, layout) if self.cover else None
 
         def choose(part):
             return self.choose(part, budget(part.shape[1], rate, self.keep_tokens))

@@ -14,5 +14,5 @@ def shared_tokens(
     """
     heads = by_kv_head(scores, layout, values=values)
     heads = heads.mean(0, keepdim=True).expand_as(heads)
-    phase = grid_phase(layer, layout)[:1].expand_as(heads)
+    phase = grid_phase(layer, layout)[:1].expand_as(heads) if cover else None
     return select(heads, layout, lambda s: shared(s, budget(s.shape[1], retention, keep_tokens)), scope, cover, phase)

@@ -47,7 +47,7 @@ class SnapKV:
         heads = by_kv_head(scores, layout, self.group, self.values).clone()
         for start, stop in layout.spans:
             heads[:, start:stop] = self.smooth(heads[:, start:stop])
-        phase = grid_phase(layer, layout)
+        phase = grid_phase(layer, layout) if self.cover else None
         return select(
             heads, layout, lambda s: self.choose(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope,
             self.cover, phase,

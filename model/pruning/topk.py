@@ -54,7 +54,7 @@ class TopK:
     def __call__(self, layer, scores, layout):
         """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
         heads = by_kv_head(scores, layout, self.group, self.values)
-        phase = grid_phase(layer, layout)
+        phase = grid_phase(layer, layout) if self.cover else None
         return select(heads, layout, lambda s: self.choose(layer, s), self.scope, self.cover, phase)
 
     def choose(self, layer, scores):
