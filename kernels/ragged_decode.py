@@ -116,12 +116,13 @@ class WorkItems:
 
 def work_items(caps, split, device):
     """WorkItems of several layers, in one copy to the device. caps: for each layer a list of S capacities."""
-    sizes = torch.tensor([[split or split_size(cap) for cap in row] for row in caps])  # (L, S)
-    counts = (torch.tensor(caps) + sizes - 1).div(sizes, rounding_mode="floor").clamp(min=1)
+    caps = torch.tensor(caps, device="cpu")  # (L, S)
+    sizes = torch.tensor([[split or split_size(cap) for cap in row] for row in caps.tolist()], device="cpu")
+    counts = (caps + sizes - 1).div(sizes, rounding_mode="floor").clamp(min=1)
     firsts = counts.cumsum(1) - counts
     ends = counts.flatten().cumsum(0)
     owner = torch.repeat_interleave(counts.flatten())  # of all items of all layers
-    number = torch.arange(len(owner)) - (ends - counts.flatten())[owner]
+    number = torch.arange(len(owner), device="cpu") - (ends - counts.flatten())[owner]
     work = torch.stack((owner % sizes.shape[1], number, firsts.flatten()[owner], sizes.flatten()[owner]), 1)
     flat = torch.cat([t.flatten().int() for t in (work, firsts, sizes)]).to(device)
     work, firsts, sizes = flat.split([4 * len(owner), firsts.numel(), sizes.numel()])

@@ -76,10 +76,11 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
     (S,), the new tokens counted -> like q. No result depends on a free slot, whatever it holds.
     """
     segments, n, d = k.shape
-    compute, segment, newest = torch.promote_types(q.dtype, torch.float32), torch.arange(segments), kv_len.long() - 1
+    compute, newest = torch.promote_types(q.dtype, torch.float32), kv_len.long() - 1
+    segment, slot = (torch.arange(count, device=q.device) for count in (segments, n))
     k.index_put_((segment, newest), k_new.reshape(segments, d))
     v.index_put_((segment, newest), v_new.reshape(segments, d))
-    free = (torch.arange(n) > newest[:, None])[:, None]  # (S, 1, n)
+    free = (slot > newest[:, None])[:, None]  # (S, 1, n)
     group = q.shape[1] * len(q) // segments
     # of memory: so q is written down once, not for each key
     rows = q.contiguous().as_strided((segments, group, 1, d), (group * d, d, d, 1))

@@ -622,7 +622,7 @@ def to_square(image, settings):
 def normalise(square, settings):
     """S x S picture -> (3, S, S) fp32: times rescale, minus mean, over std."""
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(settings.size, settings.size, 3)
-    mean, std = torch.tensor(settings.mean), torch.tensor(settings.std)
+    mean, std = (torch.tensor(t, device="cpu") for t in (settings.mean, settings.std))
     return ((pixels * settings.rescale - mean) / std).permute(2, 0, 1).contiguous()
 
 

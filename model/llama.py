@@ -113,7 +113,9 @@ class SideBySide:
         for layer, part in zip(layers, self.parts, strict=True):
             layer.weight = nn.Parameter(part, requires_grad=False)
         n, c = self.weight.shape
-        self.bag = (torch.arange(c), torch.zeros(1, dtype=torch.long)) if columns and n <= self.FEW else None
+        self.bag = None
+        if columns and n <= self.FEW:
+            self.bag = torch.arange(c, device="cpu"), torch.zeros(1, dtype=torch.long, device="cpu")
 
     def __call__(self, x):
         """x (..., C) -> (..., all their channels)."""

@@ -10,13 +10,16 @@ def places_of(side, tokens, cut=None):
     They lie below the square of the whole picture, a newline behind the last column of each row; a CLS token lies above
     the square.
     """
-    square = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    square = _cells(side, side)
     if cut is not None:
         rows, columns = (part.stop - part.start for part in cut)
-        below = torch.cartesian_prod(torch.arange(rows), torch.arange(columns + 1))
-        return torch.cat((square, below + torch.tensor([side, 0])))
-    first = torch.tensor([[-1, 0]] * (tokens - len(square)), dtype=torch.long).view(-1, 2)
-    return torch.cat((first, square))
+        return torch.cat((square, _cells(rows, columns + 1) + square.new_tensor([side, 0])))
+    return torch.cat((square.new_tensor([[-1, 0]] * (tokens - len(square))).view(-1, 2), square))
+
+
+def _cells(rows, columns):
+    """(rows * columns, 2) integers: row and column of each cell of a table, row by row; on the CPU, like the pixels."""
+    return torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
 
 
 def contrast_of(squares, side, tokens, cut=None, grid=None):
@@ -32,7 +35,7 @@ def contrast_of(squares, side, tokens, cut=None, grid=None):
     far = (pixels - usual[:, None, None, None, None]).square().sum(1).mean((-3, -1)).sqrt()  # (1 + tiles, side, side)
     whole = far[0].flatten()
     if grid is None:
-        return torch.cat((torch.zeros(tokens - len(whole)), whole))
+        return torch.cat((whole.new_zeros(tokens - len(whole)), whole))
     joined = far[1:].unflatten(0, grid).transpose(1, 2).flatten(2, 3).flatten(0, 1)[cut]
-    newlines = torch.zeros(len(joined), 1)
+    newlines = joined.new_zeros(len(joined), 1)
     return torch.cat((whole, torch.cat((joined, newlines), 1).flatten()))

@@ -235,7 +235,7 @@ def spread(module, seed):
     generator = torch_random(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator) * 0.2
+            noise = torch.randn(weight.shape, generator=generator, device="cpu") * 0.2
             weight.copy_(1 + noise if weight.ndim == 1 and name.endswith("weight") else noise)  # 1-d weights: norms
     return module
 
@@ -251,7 +251,8 @@ def make_checkpoint(tiny_tokenizer_dir):
         raw = {"model_type": "llava", "image_token_index": IMAGE_ID, "text_config": TEXT | (text or {})}
         raw |= {"vision_config": VISION | (vision or {})} | (top or {})
         config = parse_config(raw)
-        tensors = spread(Llava(config), seed).state_dict()
+        with torch.device("cpu"):
+            tensors = spread(Llava(config), seed).state_dict()
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", raw)
         write_small_files(folder, tiny_tokenizer_dir, config.vision_config.image_size)
@@ -277,7 +278,8 @@ def make_hf_checkpoint(tiny_tokenizer_dir):
             vision_config=VISION | (vision or {}),
             **({"image_token_index": IMAGE_ID} | (top or {})),
         )
-        model = spread(getattr(transformers, kind + "ForConditionalGeneration")(config), seed).eval()
+        with torch.device("cpu"):
+            model = spread(getattr(transformers, kind + "ForConditionalGeneration")(config), seed).eval()
         model.save_pretrained(folder)
         write_small_files(folder, tiny_tokenizer_dir, config.vision_config.image_size)
         return model

@@ -206,7 +206,7 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, 
     second += demo.tokenizer.encode("How many objects are there? ASSISTANT:")[1:]
     logits = next_turn(demo, first.cache, second, more)
     ids = [*first.ids, *first.token_ids[: len(first.token_ids) - unfed], *second]
-    tokens = demo.model.encode_images(torch.stack([*first.pixels, *more]))
+    tokens = demo.model.encode_images(torch.stack([*first.pixels, *more]).to(demo.device))
     with torch.inference_mode():
         x, _ = demo.model.splice(ids, tokens)
         whole = demo.model.language_model.logits(demo.model.language_model.prefill(x[None])[0, -1])

@@ -37,6 +37,21 @@ def finished(*args, **kwargs):
     return generation
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        None, "plphp", "plphp-ada:query=last", "topk:values=true,cover=0.5", "shared:cover=0.5", "snapkv", "adakv",
+        "fastv", "random", "grid", "objects", "topk:rates=[0.1,0.2,0.3,0.4,0.5,0.6]",
+    ],
+)  # fmt: skip
+def test_tensors_are_made_where_the_model_is(demo, spec):
+    """Not on the device that somebody has made torch's default: here one without memory."""
+    asked = QUESTION, [PICTURE], Sampling(max_new_tokens=8)
+    wanted = finished(demo, *asked, prune=spec)
+    with torch.device("meta"):
+        assert finished(load(DEMO, "fp32"), *asked, prune=spec).token_ids == wanted.token_ids
+
+
 # ---------------------------------------------------------------- model
 
 

@@ -266,7 +266,7 @@ def test_scores_are_the_attention_of_the_last_rows(demo, backend):
         scores = q[0, :, -3:].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * 32**-0.5
         wanted.append((scores + torch.full((3, 269), float("-inf"), dtype=torch.float64).triu(267)).softmax(-1).mean(1))
 
-    x, _ = demo.model.splice(generation.ids, demo.model.encode_images(torch.stack(generation.pixels)))
+    x, _ = demo.model.splice(generation.ids, generation.encode_images())
     demo.model.language_model.prefill(x[None], RaggedCache(6), choose=look)
     torch.testing.assert_close(torch.stack(seen).double(), torch.stack(wanted), rtol=1e-3, atol=1e-6)
 

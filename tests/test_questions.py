@@ -94,7 +94,7 @@ def test_every_question_has_its_line_in_order_and_bad_ones_say_why(folder, capsy
     assert "2312 tokens" in errors[7].replace(",", "") or "context" in errors[7]
     assert [bool(error) for error in errors.values()] == [False, False, False, True, True, True, False, True]
     assert all((line["text"] == "") == bool(errors[i]) for i, line in enumerate(lines))
-    checkpoint = load(run.DEMO)
+    checkpoint = load(run.DEMO, "auto", "auto")  # as run.py does
     for i in (0, 1, 6):
         images = QUESTIONS[i]["image"]
         images = [images] if isinstance(images, str) else images

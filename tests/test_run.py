@@ -55,7 +55,7 @@ def refused(capsys):
 
 
 def test_the_answer_and_nothing_else_is_on_stdout(tmp_path):
-    done = cli(*ASK, cwd=tmp_path)
+    done = cli(*ASK, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0
     assert (
         done.stdout.startswith("There are four objects.")
@@ -73,7 +73,7 @@ def test_the_demo_reads_and_lists(capsys):
 
 
 def test_json_is_one_object_with_every_field(capsys):
-    code, out, err = inside(capsys, *ASK, "--json", "--stats", "--seed", "7")
+    code, out, err = inside(capsys, *ASK, "--json", "--stats", "--seed", "7", "--device", "cpu")
     r = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert set(r) == {
@@ -108,7 +108,7 @@ def test_json_is_one_object_with_every_field(capsys):
     ],
 )
 def test_pruning_is_reported(capsys, flags, requested, kept):
-    code, out, err = inside(capsys, *ASK, "--json", "--stats", *flags)
+    code, out, err = inside(capsys, *ASK, "--json", "--stats", "--device", "cpu", *flags)
     r = json.loads(out)
     prune, row = r["prune"], 6 * 4 * 32 * 2 * 4  # layers, KV heads, D, K and V, bytes
     assert code == 0 and prune["method"] == "random" and prune["retention_requested"] == requested

@@ -69,6 +69,8 @@ def test_the_measured_attention_is_the_models(tmp_path, capsys):
             str(DEMO_PICTURE),
             "--prompt",
             "What?",
+            "--device",
+            "cpu",
             "--out",
             str(tmp_path / "a.png"),
             "--csv",

@@ -85,19 +85,17 @@ SLACK = 64  # free slots per segment
 LAYOUTS = ("equal", "ragged", "plphp", "zipf", "giant")  # see `lengths_of`
 PAGE = 16  # slots of a page of FlashInfer's cache, as vLLM has them
 QUICK = "--copies 2 --rounds 2"
-# command lines; what is given beside --preset counts more. FlexAttention compiles for seconds in every case, so that
-# only the plain attention of some lines has it
+# command lines, the most telling first; what is given beside --preset counts more. FlexAttention compiles for seconds
+# in every case, so that only the first line has it
 PRESETS = {
     "gpu": (
-        "ragged_decode --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2",
-        "ragged_decode_append --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2 --no-flex",
-        "ragged_decode --shapes 7b gqa8 --mbytes 65 --retention 0.2 --layouts plphp zipf",
-        "ragged_decode --shapes 7b gqa8 --mbytes 65 --retention 0.05 --layouts giant",  # it could be 20 times the mean
-        "ragged_decode_append --shapes 7b gqa8 --mbytes 65 --retention 0.2 --layouts plphp zipf --no-flex",
+        "ragged_decode_append --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2 --layouts plphp",
+        "ragged_decode --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2 --layouts plphp --no-flex",
+        "ragged_decode_append --shapes 7b gqa8 --mbytes 65 --skew 1 2 4 8 --no-flex",
+        "ragged_decode_append --shapes 'gqa8 x 8' --mbytes 65 --retention 0.2 --layouts plphp --no-flex",
+        "ragged_decode_append --shapes qwen g8 --mbytes 17 --retention 0.2 --layouts plphp --no-flex",
+        "ragged_decode_append --shapes 7b gqa8 --mbytes 17 --retention 0.2 --layouts equal zipf --no-flex",
         "ragged_decode_append --shapes 7b gqa8 --mbytes 65 --retention 0.05 --layouts giant --no-flex",
-        "ragged_decode ragged_decode_append --shapes 'gqa8 x 8' --mbytes 65 --retention 0.2 --layouts plphp --no-flex",
-        "ragged_decode ragged_decode_append --shapes 7b gqa8 --mbytes 65 --skew 1 2 4 8 --no-flex",
-        "ragged_decode ragged_decode_append --shapes qwen g8 --mbytes 17 --retention 0.2 --no-flex",
         "window_scores ragged_pack --shapes 7b gqa8 --tokens 2048 8192 --retention 0.3",
         "prefill --tokens 640 2900",
     ),

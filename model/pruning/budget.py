@@ -41,7 +41,7 @@ def by_head(rates, layer, heads, tokens):
     rates: for each layer a fraction, or a list of one per head.
     """
     row = rates[layer] if isinstance(rates[layer], list) else [rates[layer]] * heads
-    return torch.tensor([[budget(tokens, rate)] for rate in row])
+    return torch.tensor([[budget(tokens, rate)] for rate in row], device="cpu")
 
 
 def best(scores, count):
@@ -92,10 +92,10 @@ def grid_phase(layer, layout):
     A token at row y and column x has the phase y * DOWN + x * RIGHT, plus SHIFT for each head before this one, modulo
     1. However many of the lowest are taken, they lie evenly in both directions.
     """
-    phase = torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.float64)
-    heads = torch.arange(layout.kv_heads, dtype=torch.float64)[:, None] + layer * layout.kv_heads
+    phase = torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.float64, device="cpu")
+    heads = torch.arange(layout.kv_heads, device="cpu").double()[:, None] + layer * layout.kv_heads
     for i, (start, stop) in enumerate(layout.spans):
-        rows, columns = layout.places[i].T if layout.places else (0, torch.arange(stop - start))
+        rows, columns = layout.places[i].T if layout.places else (0, torch.arange(stop - start, device="cpu"))
         phase[:, start:stop] = (rows * DOWN + columns * RIGHT + heads * SHIFT) % 1
     return phase.to(layout.device)
 

@@ -38,8 +38,8 @@ class Random:
 
 def draw(seed, layer, layout):
     """(Hkv, T) of uniform noise, its own in each layer: drawn on the CPU, the same on every device."""
-    generator = torch.Generator().manual_seed((seed * layout.num_layers + layer) % 2**63)
-    return torch.rand(layout.kv_heads, layout.tokens, generator=generator).to(layout.device)
+    generator = torch.Generator("cpu").manual_seed((seed * layout.num_layers + layer) % 2**63)
+    return torch.rand(layout.kv_heads, layout.tokens, generator=generator, device="cpu").to(layout.device)
 
 
 def _one_pot(scores, count):
