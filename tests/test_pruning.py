@@ -250,9 +250,9 @@ def test_a_method_of_ones_own_sees_scores_and_decides(demo, own):
 
 
 @torch.inference_mode()
-def test_scores_are_the_attention_of_the_last_rows(demo, backend):
+def test_scores_are_the_attention_of_the_last_rows(backend):
     """What a method is given, against the softmax of the queries and keys of a second prefill."""
-    seen, wanted = [], []
+    demo, seen, wanted = load(DEMO, "fp32", torch.get_default_device()), [], []
     method = Method(
         "look",
         lambda layer, scores, layout: seen.append(scores) or torch.ones(4, 269, dtype=torch.bool),

@@ -294,7 +294,7 @@ def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
     monkeypatch.setattr(DecodeStep, "captures", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", type("device", (contextlib.nullcontext,), {}))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     replays = 0
     for token in range(24):

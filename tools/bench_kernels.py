@@ -906,19 +906,26 @@ def judge(checks):
     try:
         results = [check() for check in checks]
         if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
-            return "WRONG RESULT", None
+            return "WRONG RESULT: no tensor of the right shape", None
         got, plain, exact = (torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True))
-        return None if is_right(got, plain, exact) else "WRONG RESULT", float((got.double() - exact).abs().max())
+        wrong = what_is_wrong(got, plain, exact)
+        return wrong and f"WRONG RESULT: {wrong}", float((got.double() - exact).abs().max())
     except Exception as broken:  # somebody's kernel
         return said(broken), None
 
 
-def is_right(got, plain, exact):
-    """The tolerance of the tests: twice the error of plain PyTorch plus two ulp of the result's dtype."""
+def what_is_wrong(got, plain, exact):
+    """How far off numbers are, (n,) each, and where first; None within the tolerance of the tests: twice the error of
+    plain PyTorch plus two ulp of the result's dtype."""
     if not got.isfinite().all():
-        return False
+        return f"{got[~got.isfinite()][0]:g} in element {int(got.isfinite().int().argmin())}"
     ulp = ULP.get(got.dtype, 2**-23) * exact.abs().max()
-    return bool((got.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + 2 * ulp)
+    error, most = (got.double() - exact).abs(), 2 * (plain.double() - exact).abs().max() + 2 * ulp
+    if error.max() <= most:
+        return None
+    return (
+        f"off by {error.max():.1e} where {most:.1e} is allowed, first in element {int((error > most).int().argmax())}"
+    )
 
 
 def captured(calls, device, repeatable=True):
