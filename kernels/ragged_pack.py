@@ -53,7 +53,7 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
     if way == "triton":
         from . import ragged_pack_triton  # only here: the rest works without triton
 
-        return ragged_pack_triton.pack(k, v, keep, slack, total)
+        return ragged_pack_triton.pack(k, v, keep, slack, total, lengths)
     head, position = keep.nonzero_static(size=total).unbind(1)  # ascending
     if lengths and min(lengths) == max(lengths):
         shape = heads, lengths[0]

@@ -6,6 +6,8 @@
 Bytes: 4 * kept * D * itemsize, each row once in and once out; no arithmetic. The specification is `ragged_pack_ref`.
 """
 
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
@@ -41,13 +43,18 @@ def pack_kernel(
     tl.store(kv_pos + slot, token, kept)
 
 
-def pack(k, v, keep, slack, total):
-    """k, v (Hkv, T, D), rows without gaps; keep (Hkv, T) bool; total kept rows -> what `ragged_pack` returns."""
+def pack(k, v, keep, slack, total, lengths=None):
+    """k, v (Hkv, T, D), rows without gaps; keep (Hkv, T) bool; total: kept rows; lengths: a list of each head's, if
+    they are known -> what `ragged_pack` returns."""
     heads, tokens, d = k.shape
     rank = keep.cumsum(-1, dtype=torch.int32)
-    kv_len = rank[:, -1].contiguous()
-    kv_start = kv_len.cumsum(0, dtype=torch.int32) - kv_len
-    kv_start += slack * torch.arange(heads, dtype=torch.int32, device=k.device)
+    if lengths is None:
+        kv_len = rank[:, -1].contiguous()
+        kv_start = kv_len.cumsum(0, dtype=torch.int32) - kv_len
+        kv_start += slack * torch.arange(heads, dtype=torch.int32, device=k.device)
+    else:  # one copy instead of six launches
+        starts = [before + slack * h for h, before in enumerate(accumulate(lengths[:-1], initial=0))]
+        kv_start, kv_len = torch.tensor([starts, lengths], dtype=torch.int32, device=k.device)
     slots = total + heads * slack
     k_arena, v_arena = k.new_empty(slots, d), v.new_empty(slots, d)
     kv_pos = torch.full((slots,), -1, dtype=torch.int32, device=k.device)

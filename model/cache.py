@@ -37,6 +37,7 @@ class RaggedCache:
         self.takes = None  # (S,) int32: 1 where a step adds a token, 0 in finished sequences
         self.rows = None  # segments that take tokens; None: all
         self.newest = None  # (L, S) int64: slot of each segment's last token
+        self.packed = [None] * num_layers  # starts and lengths (S,) of the layers that are there, until all are
         self.lengths = self.newest_rows = ()  # rows of kv_len and of newest, one per layer
         self.slots = ()  # per layer: the slots (S,) or (S, T) that were claimed for the tokens of this step
         self.room = 0  # tokens that fit before a live segment is full
@@ -55,19 +56,16 @@ class RaggedCache:
         total = None
         if keep is None:
             keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
-        if self.pos is None:
-            tables = k.new_zeros(3, len(self.k), len(k), dtype=torch.int32)
-            pos, live = torch.full((b,), tokens, device=k.device), torch.ones(b, dtype=torch.bool, device=k.device)
-            self._set_tables(*tables, pos, live)
-            self.room = self.slack
         k, v, start, length, _ = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
         self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
-        torch.add(length, self.slack, out=self.kv_cap[layer])
-        self.kv_start[layer].copy_(start)
-        self.kv_len[layer].copy_(length)
-        torch.add(start - 1, length, out=self.newest[layer])
-        self.k[layer], self.v[layer] = k, v
-        self.version += 1
+        pos = torch.full((b,), tokens, device=k.device) if self.pos is None else self.pos  # later layers may see fewer
+        packed = [*self.packed]
+        packed[layer] = start, length
+        if all(packed):  # the tables of all layers at once: on CUDA each small call counts
+            start, length = (torch.stack(rows) for rows in zip(*packed, strict=True))
+            self._set_tables(start, length, length + self.slack, pos, torch.ones_like(pos, dtype=torch.bool))
+            self.room, packed = self.slack, []
+        self.k[layer], self.v[layer], self.packed, self.pos = k, v, packed, pos
 
     def _set_tables(self, kv_start, kv_len, kv_cap, pos, live):
         """Other segments, (L, S) of each table, and other sequences, (B,) of the rest. Their layers have no plans."""

@@ -87,7 +87,7 @@ class Layout:
 class Pruner:
     """Asks a method about the layers of one prefill: what a layer's attention says goes in, what is kept comes out.
 
-    kept      vision tokens that a KV head of each layer keeps, averaged over its heads; tensors or numbers
+    text      tokens of no picture in the prompt as each layer saw it, which stay
     layout    of the prompt as the current layer sees it
     seconds   spent on scoring and choosing; see `timed` of Generation
     """
@@ -95,7 +95,7 @@ class Pruner:
     def __init__(self, method, layout, backend="auto", timed=False, ahead=0):
         """ahead: how many of the rows of q, k and v, the last ones, are look-ahead rows and no part of the prompt."""
         self.method, self.layout, self.backend, self.timed, self.ahead = method, layout, backend, timed, ahead
-        self.kept, self.seconds = [], 0.0
+        self.text, self.seconds = [], 0.0
 
     def choose(self, layer, q, k, v):
         """Which rows of k and v (1, Hkv, T, D) each head keeps, after q (1, Hq, T, D): (Hkv, T) bool, None for all."""
@@ -110,10 +110,12 @@ class Pruner:
             ranking = self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
             keep = self._heed(self.method.choose, layer, ranking, layout)
             self.seconds += clock(k.device, self.timed) - start
-        vision, heads = sum(b - a for a, b in self.layout.spans), self.layout.kv_heads
-        # text is always kept
-        self.kept.append(vision if keep is None else keep.sum() / heads - (self.layout.tokens - vision))
+        self.text.append(self.layout.tokens - sum(b - a for a, b in self.layout.spans))
         return keep
+
+    def kept(self, cache):
+        """Vision tokens that a KV head of each layer keeps in the prompt's cache, averaged over the layer's heads."""
+        return [n - text for n, text in zip(cache.kv_len.double().mean(1).tolist(), self.text, strict=True)]
 
     def narrow(self, layer, q, k, v):
         """Which tokens go on to the layers after this one: indices (T',), ascending, or None for all."""
@@ -442,7 +444,7 @@ class Generation:
         hidden = model.language_model.prefill(x[None], self.cache, **asked)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held
-        self.kept = [float(n) for n in pruner.kept] if pruner else [float(self.vision_tokens)] * layers
+        self.kept = pruner.kept(self.cache) if pruner else [float(self.vision_tokens)] * layers
         self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         self.timing["prune"] = pruner.seconds if pruner else 0.0
         return logits

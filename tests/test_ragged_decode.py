@@ -8,6 +8,7 @@ import torch
 import kernels.ragged_decode_torch as torch_way
 from kernels import (
     decode_plan,
+    decode_plans,
     merge_states,
     merge_states_ref,
     ragged_decode,
@@ -16,6 +17,7 @@ from kernels import (
     ragged_decode_ref,
 )
 from kernels.backend import choose_backend, interpreted
+from kernels.ragged_decode import work_items
 from model.config import TextConfig
 from model.llama import rope_table, rotate
 from tests.oracle import ULP, assert_as_exact, masked_attention
@@ -374,6 +376,22 @@ def test_bad_plans_are_refused(start, cap, word):
     with pytest.raises(ValueError) as refused:
         decode_plan(*integers)
     assert word in str(refused.value)
+
+
+def test_plans_of_several_layers_are_those_of_each():
+    caps = torch.tensor([[5000, 0, 770, 64], [1, 900, 30000, 70], [9, 9, 9, 9]], dtype=torch.int32)
+    starts = caps.cumsum(1, dtype=torch.int32) - caps
+    for split in (None, 48):
+        plans = decode_plans(starts, caps, split=split)
+        for i, (plan, start, cap) in enumerate(zip(plans, starts, caps, strict=True)):
+            one = decode_plan(start, cap, split=split)
+            assert (plan.starts, plan.caps, plan.step) == (one.starts, one.caps, one.step)
+            assert torch.equal(plan.kv_start, start) and torch.equal(plan.kv_cap, cap)
+            together = work_items(caps.tolist(), split, cap.device)[i]
+            for name in ("work", "firsts", "sizes"):
+                assert torch.equal(getattr(together, name), getattr(one.items, name)), name
+            first, count = one.items.firsts.tolist(), one.items.work[:, 0].bincount(minlength=4).tolist()
+            assert first == [sum(count[:s]) for s in range(4)] and min(count) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -109,6 +109,19 @@ def test_a_long_turn_has_many_tiles_of_rows():
     check(got, ragged_decode_ref, q, k, v, start, length)
 
 
+def test_many_parts_of_very_different_weight():
+    """More than the merge looks at in one round, the heaviest first: 2 to the difference would be infinite."""
+    q, k, v, start, length, _, plan = problem([1100, 20], 2, 2, 32, split=16)
+    assert len(plan.items.work) > triton_way.tiles(2, 32, 4)["BS"]
+    k[:1100] *= torch.linspace(100, 1, 1100, device=DEVICE)[:, None]
+    q[:, :2] = k[0] / k[0].norm()
+    got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton", scale=1.0)
+    exact = ragged_decode_ref(q.double(), k.double(), v.double(), start, length, return_lse=True, scale=1.0)
+    plain = ragged_decode_ref(q, k, v, start, length, return_lse=True, scale=1.0)
+    for a, b, c in zip(got, plain, exact, strict=True):
+        assert_as_exact(a, b, c, torch.float32)
+
+
 def test_splits_depend_on_the_segment_alone():
     start = torch.tensor([0, 5000, 5100, 5100], dtype=torch.int32)
     cap = torch.tensor([5000, 100, 0, 60000], dtype=torch.int32)

@@ -270,7 +270,7 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
         if i < watched:
             seen.append(logits[0].clone())
     vision = sum(b - a for a, b in spans)
-    kept = [float(n) / vision for p in pruners if p for n in p.kept]
+    kept = [n / vision for p, c in zip(pruners, caches, strict=True) if p for n in p.kept(c)]
     return Answer(first, steps, said, seen, statistics.fmean(kept or [1.0]), held, partial(step, ids), cache)
 
 
