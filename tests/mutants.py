@@ -228,6 +228,18 @@ MUTANTS = {
         "lse.view(shape)",
         RAGGED,
     ),
+    "controls: another prompt's tokens are counted from the wrong place": (
+        "tools/controls.py",
+        "mine[:, start:stop] = heads[:, first:last]",
+        "mine[:, start:stop] = heads[:, first - 1 : last - 1]",
+        "test_evaluate.py::test_more_rows_and_what_ranks_instead",
+    ),
+    "controls: neutral rows are of another token": (
+        "tools/controls.py",
+        "neutral.embeddings.data[:] = language.model.embed_tokens.weight[token]",
+        "neutral.embeddings.data[:] = language.model.embed_tokens.weight[token + 1]",
+        "test_evaluate.py::test_neutral_rows_are_that_token_behind_the_prompt",
+    ),
     "merge weights swapped": (
         "kernels/ragged_decode.py",
         "ratio.sigmoid().nan_to_num(0.0), (-ratio).sigmoid()",

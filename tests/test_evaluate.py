@@ -11,10 +11,10 @@ from model.generate import next_turn
 from model.pruning import make_method
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tools import evaluate, roofline, scenes
-from tools.controls import Evidence, Like, ValuesDropped
+from tools.controls import Evidence, Like, ValuesDropped, neutral_rows, worth_of_rows
 from tools.evaluate import conversation, encode_scenes
 from tools.paired import interval, mcnemar, resamples
-from tools.replay import Asked, along, compare, replay
+from tools.replay import Asked, along, asked_by, compare, replay
 from tools.report import step_bytes
 
 SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
@@ -119,6 +119,79 @@ def test_a_dropped_value_leaves_the_keys_where_they_are(demo):
     got = torch.stack([cache.v[3][s : s + n] for s, n in zip(cache.kv_start[3], cache.kv_len[3], strict=True)])
     torch.testing.assert_close(got, rows * keep[..., None])
     assert torch.equal(cache.kv_len, full.kv_len) and isinstance(values(0.25).rule, ValuesDropped)
+
+
+@torch.inference_mode()
+def test_more_rows_and_what_ranks_instead(demo):
+    """The model's own rows, given as a file, do what they do; all answer rows are hindsight; other prompts differ."""
+    rows = {"own": demo.lookahead}
+    made = evaluate.conditions(((1, 0), (1, 0)), 6, (0.3,), rows=rows)
+    same = [("rows own", "topk ahead"), ("rows own+grid", "topk ahead+grid"), ("topk answer rows 1 to 8", "hindsight")]
+    other = ["another question", "another picture"]
+    names = [*sum(same, ()), *(f"topk ahead, {name}" for name in other), "topk neutral rows"]
+    made = {name: made[f"{name}@0.3"] for name in names}
+    asked, _, drawn, questions = asked_about(demo, 0, 0)
+    image_tokens = encode_scenes(demo, drawn)
+    asked.others = evaluate.others_of(asked, evaluate.FIRST, questions[1], drawn, image_tokens)
+    short, *_ = asked_about(demo, 0, next(i for i, q in enumerate(questions) if len(q.answer.split()) < 7))
+    kept = {name: asked.cache(make(asked, None, 0))[1] for name, make in made.items()}
+    for a, b in same[:2]:
+        assert all(torch.equal(x, y) for x, y in zip(kept[a], kept[b], strict=True)), a
+    a, b = (short.cache(made[name](short, None, 0))[1] for name in same[2])
+    assert len(short.fed) <= 8 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for name in (*(f"topk ahead, {name}" for name in other), "topk neutral rows"):
+        assert not any(torch.equal(x, y) for x, y in zip(kept[name], kept["topk ahead"], strict=True)), name
+    for name, ids in zip(other, (asked.others[other[0]]().ids, asked.ids), strict=True):
+        of = asked.others[name]()
+        assert of.ids == ids and (name == other[1]) != torch.equal(of.x[5:100], asked.x[5:100])
+        spans = slice(*asked.layout.spans[0]), slice(*of.layout.spans[0])
+        theirs = of.attention_of_rows(demo.lookahead, 3).view(4, 2, -1).mean(1)[:, spans[1]]
+        assert torch.equal(worth_of_rows(asked, demo.lookahead, of)(3)[:, spans[0]], theirs)
+
+
+@torch.inference_mode()
+def test_neutral_rows_are_that_token_behind_the_prompt(demo):
+    asked, *_ = asked_about(demo, 0, 0)
+    token = demo.model.language_model.model.embed_tokens.weight[demo.tokenizer.encode(".")[-1]]
+    x, wanted = torch.cat((asked.x[: asked.tokens], token.expand(8, -1))), []
+
+    def look(layer, q, k, v):
+        q, k = q[0, :, -8:].double(), k[0].double().repeat_interleave(2, 0)
+        scores = q @ k.transpose(1, 2) * 32**-0.5
+        future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)[-8:]
+        wanted.append(scores.masked_fill(future, float("-inf")).softmax(-1).mean(1)[:, : asked.tokens])
+
+    demo.model.language_model.prefill(x[None], asked, choose=look)
+    neutral = neutral_rows(demo)
+    for layer in range(6):
+        got = asked.attention_of_rows(neutral, layer).double()
+        torch.testing.assert_close(got, wanted[layer], rtol=1e-3, atol=1e-6)
+
+
+def test_the_premise_is_a_table_of_what_is_found(demo, capsys):
+    flags = ["--image", str(DEMO_PICTURE), "--prompt", "What does the sign say?", "--retentions", "0.5", "0.1"]
+    evaluate.main(["premise", *flags])
+    out = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if "kept |" in line]
+    assert [r[0] for r in rows[:7]] == [
+        "topk, 0.5 kept", "topk:window=32, 0.5 kept", "topk:window=32,values=true, 0.5 kept",
+        "topk:query=lookahead, 0.5 kept", "random, 0.5 kept", "grid, 0.5 kept",
+        "told what the answer attends to, 0.5 kept",
+    ]  # fmt: skip
+    assert len(rows) == 14 and all(len(r) == 8 for r in rows) and "not a verdict" in out
+    found = {r[0]: [int(x) for x in r[2:]] for r in rows}
+    for f in ("0.5", "0.1"):
+        told = found[f"told what the answer attends to, {f} kept"]
+        assert all(a <= b for r in found if r.endswith(f"{f} kept") for a, b in zip(found[r], told, strict=True))
+    generation = Generation(demo, "What does the sign say?", [DEMO_PICTURE])
+    "".join(generation)
+    with torch.inference_mode():
+        asked = asked_by(generation, generation.token_ids[:-1])
+        (start, stop), keeps = asked.layout.spans[0], asked.cache(make_method("topk", 0.1))[1]
+        for layer, (keep, shown) in enumerate(zip(keeps, found["topk, 0.1 kept"], strict=True)):
+            attention = asked.attention_of_fed(layer)[:, start:stop]
+            share = (attention * keep[:, start:stop]).sum() / attention.sum()
+            assert abs(100 * share.item() - shown) <= 0.6
 
 
 @torch.inference_mode()
@@ -290,6 +363,10 @@ def test_files_of_one_name_are_told_apart(tmp_path):
         (["second", "--model", "/nowhere"], "/nowhere"),
         (["accuracy", "--device", "cuda:99"], "cuda:99"),
         (["fidelity", "--prompt", "What?"], "--image"),
+        (["premise", "--prompt", "What?"], "--image"),
+        (["premise", "--prompt", "What?", "--image", str(DEMO_PICTURE), "--batch", "3"], "--batch"),
+        (["premise", "--prompt", "What?", "--image", str(DEMO_PICTURE), "--max-new-tokens", "1"], "fewer than two"),
+        (["accuracy", "--rows", "/nowhere.safetensors"], "/nowhere.safetensors"),
         (["fidelity", "--prompt", "What?", "--image", "/nowhere.png"], "/nowhere.png"),
         (["fidelity", "--prompt", "What?", "--image", str(DEMO_PICTURE), "--methods", "plphd"], "plphd"),
         (["fidelity", "--prompt", "What?", "--image", str(DEMO_PICTURE), "--retentions", "2"], "2"),
@@ -298,7 +375,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
 )
 def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        own = [] if flags[0] == "fidelity" else ["--answers", str(tmp_path / "a.jsonl"), "--workers", "1"]
+        own = [] if flags[0] in ("fidelity", "premise") else ["--answers", str(tmp_path / "a.jsonl"), "--workers", "1"]
         evaluate.main([*flags, *(own if "--workers" not in flags else own[:2])])
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and line.startswith("error: ") and word in line and not list(tmp_path.iterdir())

@@ -5,11 +5,12 @@ that every question has draws of its own.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from model.pruning.budget import best, budget, by_kv_head, select
-from tools.replay import Asked
+from model.lookahead import Lookahead
+from model.pruning.budget import best, budget, by_kv_head, grid_phase, select
 
 
 def _draw(seed, layer, layout):
@@ -35,15 +36,46 @@ class Evidence:
 
 
 @dataclasses.dataclass
-class Hindsight:
-    """Ranks by the attention that the fed tokens, the answer, will pay: how good could attention be as a guide?"""
+class Ranked:
+    """Ranks by what `worth` says, a function (layer) -> (Hkv, T), each head by its own; cover: as in plphp."""
 
-    asked: Asked
+    worth: Callable
     retention: float
+    cover: float = 0.0
 
     def __call__(self, layer, scores, layout):
-        worth = self.asked.attention_of_fed(layer)
-        return select(worth, layout, lambda s: best(s, budget(s.shape[1], self.retention)))
+        phase = grid_phase(layer, layout) if self.cover else None
+
+        def choose(part):
+            return best(part, budget(part.shape[1], self.retention))
+
+        return select(self.worth(layer), layout, choose, "image", self.cover, phase)
+
+
+def worth_of_rows(asked, lookahead, of=None):
+    """For `Ranked`: the attention of look-ahead rows behind the prompt `asked`, or behind another one, `of`, whose
+    pictures have as many tokens."""
+    of = of or asked
+
+    def worth(layer):
+        heads = by_kv_head(of.attention_of_rows(lookahead, layer), of.layout)
+        if of is asked:
+            return heads
+        mine = heads.new_zeros(len(heads), asked.tokens)
+        for (start, stop), (first, last) in zip(asked.layout.spans, of.layout.spans, strict=True):
+            mine[:, start:stop] = heads[:, first:last]
+        return mine
+
+    return worth
+
+
+def neutral_rows(checkpoint, text=".", rows=8):
+    """Look-ahead rows that nobody trained: a token of the vocabulary, `rows` times, without adapters."""
+    language = checkpoint.model.language_model
+    neutral = Lookahead(language, rows, rank=1).to(checkpoint.device, checkpoint.dtype)  # B of an adapter begins at 0
+    token = checkpoint.tokenizer.encode(text)[-1]
+    neutral.embeddings.data[:] = language.model.embed_tokens.weight[token]
+    return neutral.requires_grad_(False)
 
 
 class Obeying:

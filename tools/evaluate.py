@@ -3,6 +3,7 @@
     python tools/evaluate.py accuracy                # methods x retentions, the same questions for all; tables, picture
     python tools/evaluate.py second                  # prune for one question, then ask another one
     python tools/evaluate.py fidelity --model DIR --image x.png --prompt "..."      # no labels: against unpruned
+    python tools/evaluate.py premise --model DIR --image x.png --prompt "..."       # what a ranking finds, by layer
 
 Every method prunes a real cache (`model.cache.RaggedCache`): no masks, and bytes are counted from what it holds. A
 prompt is computed once; the caches that all methods and retentions make of it are joined into one ragged batch, and
@@ -15,6 +16,7 @@ accuracy and second append a line per scene to a file and go on where they were 
 import argparse
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -30,14 +32,15 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.image import normalise, read_image, to_square  # noqa: E402
+from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import ALIASES, METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from model.view import contrast_of, places_of  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
-from tools.controls import Evidence, Hindsight, Like, ValuesDropped  # noqa: E402
-from tools.replay import Asked, along, replay  # noqa: E402
+from tools.controls import Evidence, Like, Ranked, ValuesDropped, neutral_rows, worth_of_rows  # noqa: E402
+from tools.replay import Asked, along, asked_by, replay  # noqa: E402
 from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
 
 FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
@@ -52,13 +55,13 @@ AHEAD = "query=lookahead"
 ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
 
 
-def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None):
+def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None, rows=None):
     """{name: how to make the Method for (asked, evidence, seed)}: "none", and NAME@RETENTION for all others.
 
     thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class, and the
     same for its look-ahead rows, or None where it has none; layers: of the model; seed: of what is drawn, one for each
     question; specs: more methods, at each retention or, if they say themselves how much they keep, once; folder: of the
-    checkpoint, whose settings hold for those.
+    checkpoint, whose settings hold for those; rows: {name: more look-ahead rows}, each by itself and half on a grid.
     """
     made = {"none": lambda *_: None, "plphp, defaults": _spec("plphp")}
     plphp, ahead = (t and f"alpha={t[0]},beta={t[1]},skip=0" for t in thresholds)
@@ -93,11 +96,25 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None)
             named["topk ahead"] = _spec(f"topk:{AHEAD}", f)
             named["shared ahead"] = _spec(f"shared:{AHEAD}", f)
             named["topk ahead+grid"] = _spec(f"topk:{AHEAD},cover=0.5", f)
+            for other in ("another question", "another picture"):
+                named[f"topk ahead, {other}"] = _ranked(
+                    f, lambda a, other=other: worth_of_rows(a, a.checkpoint.lookahead, a.others[other]())
+                )
+        named["topk neutral rows"] = _ranked(f, lambda asked: worth_of_rows(asked, asked.others["neutral rows"]()))
+        for steps in (1, 4, 8):
+            named[f"topk answer rows 1 to {steps}"] = _ranked(
+                f, lambda asked, steps=steps: functools.partial(asked.attention_of_fed, first=steps)
+            )
+        for name, lookahead in (rows or {}).items():
+            for cover in (0.0, 0.5):
+                named[f"rows {name}" + "+grid" * (cover > 0)] = _ranked(
+                    f, lambda asked, lookahead=lookahead: worth_of_rows(asked, lookahead), cover
+                )
         for name, anti in (("evidence", False), ("anti-evidence", True)):
             named[name] = lambda asked, evidence, seed, f=f, anti=anti: Method(
                 "evidence", Evidence(evidence, f, seed, anti), {}
             )
-        named["hindsight"] = lambda asked, evidence, seed, f=f: Method("hindsight", Hindsight(asked, f), {})
+        named["hindsight"] = _ranked(f, lambda asked: asked.attention_of_fed)
         made |= {f"{name}@{f}": make for name, make in named.items()}
     for spec in specs:
         if sets_budget(spec):
@@ -110,6 +127,16 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None)
 def _spec(spec, retention=None, folder=None):
     method = make_method(spec, retention, folder=folder)
     return lambda *_: method
+
+
+def _ranked(retention, worth, cover=0.0):
+    """What each head attends to most by worth(asked), a function for `Ranked`."""
+
+    def make(asked, evidence, seed):
+        rule = Ranked(asked and worth(asked), retention, cover)  # without a prompt nobody asks it
+        return Method("ranked", rule, {"retention": retention})
+
+    return make
 
 
 def _obeying(kind, spec, retention, **options):
@@ -188,6 +215,7 @@ def evaluate_scene(checkpoint, made, number, mode):
         counted = second or q
         ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
         asked = Asked(checkpoint, ids, image_tokens, fed, **views)
+        asked.others = others_of(asked, number, questions[(i + 1) % len(questions)], drawn, image_tokens)
         seed = 10 * number + i  # draws of its own for each question
         logits, kept, keeps = replay(asked, [make(asked, q.evidence, seed) for make in made.values()])
         targets = torch.tensor(targets, device=logits.device)
@@ -205,6 +233,28 @@ def evaluate_scene(checkpoint, made, number, mode):
         size = [row * (asked.tokens - vision), row * vision]
         result.append({"task": counted.task, "words": counted.dependent_words, "bytes": size, "results": results})
     return result
+
+
+def others_of(asked, number, another, drawn, image_tokens):
+    """{name: function () -> what some controls rank by instead}, each computed when it is first asked for.
+
+    "another question": the next one about the same pictures; "another picture": the same question about as many other
+    pictures; "neutral rows": look-ahead rows that nobody trained.
+    """
+    checkpoint, ids = asked.checkpoint, asked.ids
+
+    def of_question():
+        return Asked(checkpoint, conversation(checkpoint, another, None, len(drawn))[0], image_tokens, [])
+
+    def of_picture():
+        others, _ = held_out_questions(number + 5, len(drawn) > 1, False, 0)
+        return Asked(checkpoint, ids, encode_scenes(checkpoint, others), [])
+
+    found = {
+        "another question": of_question, "another picture": of_picture,
+        "neutral rows": lambda: neutral_rows(checkpoint),
+    }  # fmt: skip
+    return {name: functools.cache(make) for name, make in found.items()}
 
 
 def _attention_kept(keep, layout, attention):
@@ -257,7 +307,11 @@ def sources(specs, folder):
     beside = [path for path in (calibrated(folder, name) for name in METHODS) if path]
     own = [spec.rpartition("::")[0] for spec in specs if "::" in spec]  # by its whole path: two may share a name
     paths = {path.name: path for path in beside} | {path: Path(path) for path in own}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
+    return {name: _digest(path) for name, path in paths.items()}
+
+
+def _digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def open_answers(path, head):
@@ -278,18 +332,22 @@ def open_answers(path, head):
 worker = {}  # of a worker process: its checkpoint and conditions, which cannot be sent along with every scene
 
 
-def start_worker(model, device, dtype, thresholds, mode, only, retentions, specs):
+def start_worker(model, device, dtype, thresholds, mode, only, retentions, specs, rows):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)  # small tensors: threads would only wait for each other
     checkpoint = load(model, dtype, device)
     layers = checkpoint.config.text_config.num_hidden_layers
-    made = conditions(thresholds, layers, retentions, specs, checkpoint.folder)
+    language = checkpoint.model.language_model
+    more = {path: open_lookahead(path, language) for path in rows}
+    for path, lookahead in more.items():
+        fill_lookahead(lookahead, path, language)
+    made = conditions(thresholds, layers, retentions, specs, checkpoint.folder, more)
     worker.update(checkpoint=checkpoint, mode=mode, made={k: v for k, v in made.items() if chosen(k, only)})
 
 
 def chosen(name, only):
-    """Is the condition asked for? What --methods gives is, in any case."""
-    return not only or name == "none" or name.startswith(GIVEN) or name in only or parts(name)[0] in only
+    """Is the condition asked for? What --methods and --rows give is, in any case."""
+    return not only or name == "none" or name.startswith((GIVEN, "rows ")) or name in only or parts(name)[0] in only
 
 
 def of_today(name):
@@ -318,8 +376,9 @@ def run_scenes(args, path):
     text = checkpoint.config.text_config
     lookahead = checkpoint.lookahead
     every = conditions(
-        ((1, 0), lookahead and (1, 0)), text.num_hidden_layers, args.retentions, args.methods, checkpoint.folder
-    )
+        ((1, 0), lookahead and (1, 0)), text.num_hidden_layers, args.retentions, args.methods, checkpoint.folder,
+        {path: open_lookahead(path, checkpoint.model.language_model) for path in args.rows},
+    )  # fmt: skip
     args.only = [of_today(name) for name in args.only]
     known = dict.fromkeys(parts(name)[0] for name in every)
     for name in args.only:
@@ -335,11 +394,12 @@ def run_scenes(args, path):
         checkpoint.read_weights(args.dtype, args.device)
         found = thresholds(checkpoint), lookahead and thresholds(checkpoint, lookahead)
     head = {"mode": args.stage, "weights": fingerprint(checkpoint.folder), "thresholds": found, "conditions": names}
-    head["files"] = sources(args.methods, checkpoint.folder)
+    head["files"] = sources(args.methods, checkpoint.folder) | {path: _digest(path) for path in args.rows}
     done, numbers = open_answers(path, head), scenes_for(args.questions)
     todo, started = [n for n in numbers if n not in done], time.time()
     setup = (
-        str(checkpoint.folder), args.device, args.dtype, found, args.stage, args.only, args.retentions, args.methods
+        str(checkpoint.folder), args.device, args.dtype, found, args.stage, args.only, args.retentions, args.methods,
+        args.rows,
     )  # fmt: skip
     pool = torch.multiprocessing.get_context("spawn").Pool(args.workers, start_worker, setup)
     with open(path, "a", encoding="utf-8") as file, pool:
@@ -437,8 +497,10 @@ PAIRS = (  # which of two is better, on the long answers: the first minus the se
     ("evidence", "objects"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "random"),
     ("plphp as shipped", "random"), ("plphp as shipped", "grid"), ("plphp as shipped", "plphp"), ("plphp", "topk"),
     ("plphp ahead", "topk ahead"), ("topk ahead", "shared ahead"), ("topk ahead+grid", "topk ahead"),
-    ("topk ahead", "random"), ("topk ahead", "grid"), ("topk ahead", "hindsight"), ("plphp ahead", "plphp"),
-    ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"), ("plphp, values dropped only", "plphp"),
+    ("topk ahead", "topk ahead, another question"), ("topk ahead", "topk ahead, another picture"),
+    ("topk neutral rows", "topk"), ("topk ahead", "random"), ("topk ahead", "grid"), ("topk ahead", "hindsight"),
+    ("plphp ahead", "plphp"), ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"),
+    ("plphp, values dropped only", "plphp"),
     ("topk rows", "topk"), ("topk rows+values", "topk rows"), ("topk rows+values", "random"),
     ("topk rows+values", "shared rows+values"), ("topk rows+values", "plphp rows+values"),
     ("topk rows+values", "snapkv"),
@@ -469,6 +531,12 @@ LABELS = {  # condition: its name in the README and in the picture
     "topk ahead": "one rate, look-ahead rows",
     "shared ahead": "one rate, look-ahead rows, all heads the same",
     "topk ahead+grid": "one rate, look-ahead rows, half on a grid",
+    "topk ahead, another question": "one rate, look-ahead rows of another question",
+    "topk ahead, another picture": "one rate, look-ahead rows of another picture",
+    "topk neutral rows": "one rate, 8 neutral tokens, untrained",
+    "topk answer rows 1 to 1": "one rate, the first answer token",
+    "topk answer rows 1 to 4": "one rate, the first 4 answer tokens",
+    "topk answer rows 1 to 8": "one rate, the first 8 answer tokens",
     "evidence": "told where the evidence is",
     "anti-evidence": "told, and dropping it first",
     "hindsight": "told what the answer attends to",
@@ -477,7 +545,7 @@ LABELS = {  # condition: its name in the README and in the picture
 
 def labels_of(rows):
     """{condition: its name in the table and in the picture}: LABELS, and what --methods gave, by its SPEC."""
-    given = dict.fromkeys(r["method"] for r in rows if r["method"].startswith(GIVEN))
+    given = dict.fromkeys(r["method"] for r in rows if r["method"].startswith((GIVEN, "rows ")))
     return LABELS | {name: f"`{name.removeprefix(GIVEN)}`" for name in given}
 
 
@@ -599,6 +667,38 @@ def draw(rows, path, second=False):
 # ---------------------------------------------------------------- any checkpoint, no labels
 
 
+def premise(args):
+    """By layer, how much of the attention that the answer pays to pictures falls on what each method keeps."""
+    checkpoint = open_checkpoint(args.model)
+    specs = [s for s in args.methods if checkpoint.lookahead or "lookahead" not in s]
+    reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
+    chosen = {f: [make_method(spec, f, folder=checkpoint.folder) for spec in specs] for f in args.retentions}
+    for method in (method for methods in chosen.values() for method in methods):
+        reference.check_method(method)
+    checkpoint.read_weights(args.dtype, args.device)
+    answer = "".join(reference)
+    if len(reference.token_ids) < 2:
+        raise InputError("the answer has fewer than two tokens, none is fed that could attend; ask something longer")
+    print(f"unpruned: {answer}", file=sys.stderr)
+    asked = asked_by(reference, reference.token_ids[:-1])
+    attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
+    layers = range(1, len(attention) + 1)
+    lines = ["| attention of the answer found, % | mean | " + " | ".join(f"layer {i}" for i in layers) + " |"]
+    lines.append("|---|" + "---:|" * (len(attention) + 1))
+    for f, methods in chosen.items():
+        told = Method("told", Ranked(asked.attention_of_fed, f), {"retention": f})
+        for name, method in zip([*specs, "told what the answer attends to"], [*methods, told], strict=True):
+            _, keeps, _ = asked.cache(method)
+            found = [100 * _attention_kept(k, asked.layout, a) for k, a in zip(keeps, attention, strict=True)]
+            numbers = " | ".join(f"{x:.0f}" for x in [sum(found) / len(found), *found])
+            lines.append(f"| {name}, {f:g} kept | {numbers} |")
+    print("\n".join(lines))
+    print(
+        "\nA diagnostic, not a verdict: a ranking that finds more of the attention need not answer better.\n"
+        "The verdict is `evaluate.py fidelity`, against random and grid at equal bytes."
+    )
+
+
 def fidelity(args):
     """Each method against the unpruned answer: agreement of greedy ids, first divergence, KL; a table on stdout."""
     checkpoint = open_checkpoint(args.model)
@@ -626,8 +726,11 @@ FIDELITY = {
     "methods": ["random", "grid", "objects", "shared", "snapkv", "plphp"], "image": [], "prompt": None,
     "max_new_tokens": 64, "backend": "auto", "batch": 8,
 }  # fmt: skip
+PREMISE = {name: default for name, default in FIDELITY.items() if name != "batch"} | {
+    "methods": ["topk", "topk:window=32", "topk:window=32,values=true", "topk:query=lookahead", "random", "grid"]
+}
 SCENES = {
-    "methods": [], "questions": 10000, "only": [], "answers": None, "out": None,
+    "methods": [], "rows": [], "questions": 10000, "only": [], "answers": None, "out": None,
     "workers": 1 if torch.cuda.is_available() else os.cpu_count() or 1,
 }  # fmt: skip
 
@@ -637,29 +740,31 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     # fmt: off
-    parser.add_argument("stage", choices=("accuracy", "second", "fidelity"))
+    parser.add_argument("stage", choices=("accuracy", "second", "fidelity", "premise"))
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     parser.add_argument("--dtype", default="fp32", choices=("auto", "bf16", "fp16", "fp32"))
     parser.add_argument("--methods", nargs="+", metavar="SPEC",
                         help="accuracy, second: more rows, any SPEC of run.py's --prune (default none); fidelity: the "
-                             f"rows (default {' '.join(FIDELITY['methods'])})")
+                             f"rows (default {' '.join(FIDELITY['methods'])}); premise: rankings")
     parser.add_argument("--retentions", nargs="+", type=float, default=list(RETENTIONS), metavar="F")
     parser.add_argument("--questions", type=int, help="accuracy, second: at least so many (default 10000)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="accuracy, second: of the built-in rows these")
+    parser.add_argument("--rows", nargs="+", metavar="FILE", help="accuracy, second: more look-ahead rows to compare")
     parser.add_argument("--answers", type=Path, help="accuracy, second: file of the answers (default "
                                                      "runs/evaluate/STAGE.jsonl)")
     parser.add_argument("--out", type=Path, help="accuracy, second: folder of the tables (default beside the answers)")
     parser.add_argument("--workers", type=int, help="accuracy, second: processes (default one per core)")
-    parser.add_argument("--image", nargs="+", help="fidelity: pictures")
-    parser.add_argument("--prompt", help="fidelity: the question")
-    parser.add_argument("--max-new-tokens", type=int, help="fidelity: longest answer (default 64)")
-    parser.add_argument("--backend", choices=("auto", "triton", "torch"), help="fidelity: kernels (default auto)")
+    parser.add_argument("--image", nargs="+", help="fidelity, premise: pictures")
+    parser.add_argument("--prompt", help="fidelity, premise: the question")
+    parser.add_argument("--max-new-tokens", type=int, help="fidelity, premise: longest answer (default 64)")
+    parser.add_argument("--backend", choices=("auto", "triton", "torch"), help="fidelity, premise: default auto")
     parser.add_argument("--batch", type=int, help="fidelity: caches that are decoded together (default 8)")
     # fmt: on
     args = parser.parse_args(argv)
     try:
-        own, others = (FIDELITY, SCENES) if args.stage == "fidelity" else (SCENES, FIDELITY)
+        of_one = {"fidelity": FIDELITY, "premise": PREMISE}.get(args.stage)
+        own, others = of_one or SCENES, FIDELITY | SCENES
         for name in others:
             if name not in own and getattr(args, name) is not None:
                 raise InputError(f"{args.stage} has no use for --{name.replace('_', '-')}; leave it out")
@@ -670,10 +775,10 @@ def main(argv=None):
             if name in own and getattr(args, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give 1 or more")
         args.retentions = list(dict.fromkeys(args.retentions))
-        if args.stage == "fidelity":
+        if of_one:
             if not args.prompt or not args.image:
-                raise InputError("fidelity needs --image and --prompt; give both")
-            return fidelity(args)
+                raise InputError(f"{args.stage} needs --image and --prompt; give both")
+            return (premise if args.stage == "premise" else fidelity)(args)
         answers = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
         head, done = run_scenes(args, answers)
         summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}")

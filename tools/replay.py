@@ -19,12 +19,15 @@ class Asked:
               reaches; k and v (1, Hkv, T, D) of the prompt; q_fed (1, Hq, F, D)
     logits    (F + 1, V) fp32, after the prompt and after each fed token
     layout    of the prompt
+    ids       its token ids
+    others    what some controls rank by instead: {name: function () -> Asked or look-ahead rows}
     """
 
     def __init__(self, checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):
         """places, contrast: of the pictures, as `Generation` has them; some methods look at those."""
         self.checkpoint, self.backend = checkpoint, backend
         language, text = checkpoint.model.language_model, checkpoint.config.text_config
+        self.ids, self.others = ids, {}
         self.x, spans = checkpoint.model.splice([*ids, *fed], image_tokens)
         self.tokens, self.layers = len(self.x) - len(fed), []
         self.fed = self.x[self.tokens :]
@@ -55,9 +58,13 @@ class Asked:
         k = torch.cat((self.layers[layer][1], own), 2)
         return window_scores(q[0], k[0], group="none", backend=self.backend)[:, : self.tokens]
 
-    def attention_of_fed(self, layer):
-        """(Hkv, T): the attention that the fed tokens pay to the prompt in a layer, mean over them and the group."""
+    def attention_of_fed(self, layer, first=None):
+        """(Hkv, T): the attention that the fed tokens pay to the prompt in a layer, mean over them and the group.
+
+        first: only that many of them.
+        """
         _, k, _, q = self.layers[layer]
+        q = q[:, :, :first]
         end = torch.full((q.shape[2],), self.tokens - 1, device=q.device)
         return by_kv_head(window_scores(q[0], k[0], q_pos=end, group="none", backend=self.backend), self.layout)
 
