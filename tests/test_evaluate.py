@@ -14,7 +14,7 @@ from tools import evaluate, roofline, scenes
 from tools.controls import Evidence, Like, ValuesDropped, neutral_rows, worth_of_rows
 from tools.evaluate import conversation, encode_scenes
 from tools.paired import interval, mcnemar, resamples
-from tools.replay import Asked, along, asked_by, compare, replay
+from tools.replay import along, asked_by, asked_with, compare, replay
 from tools.report import step_bytes
 
 SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
@@ -33,7 +33,7 @@ def held_out(number):
 def asked_about(demo, number, which, second=None):
     drawn, questions = held_out(number)
     ids, fed, targets = conversation(demo, questions[which], second and questions[second], len(drawn))
-    return Asked(demo, ids, encode_scenes(demo, drawn), fed), targets, drawn, questions
+    return asked_with(demo, ids, encode_scenes(demo, drawn), fed), targets, drawn, questions
 
 
 # ---------------------------------------------------------------- what is measured is what run.py does
@@ -132,7 +132,8 @@ def test_more_rows_and_what_ranks_instead(demo):
     made = {name: made[f"{name}@0.3"] for name in names}
     asked, _, drawn, questions = asked_about(demo, 0, 0)
     image_tokens = encode_scenes(demo, drawn)
-    asked.others = evaluate.others_of(asked, evaluate.FIRST, questions[1], drawn, image_tokens)
+    ids, *_ = conversation(demo, questions[0], None, 1)
+    asked.others = evaluate.others_of(demo, ids, image_tokens, questions[1], evaluate.FIRST, 1)
     short, *_ = asked_about(demo, 0, next(i for i, q in enumerate(questions) if len(q.answer.split()) < 7))
     kept = {name: asked.cache(make(asked, None, 0))[1] for name, make in made.items()}
     for a, b in same[:2]:
@@ -141,9 +142,11 @@ def test_more_rows_and_what_ranks_instead(demo):
     assert len(short.fed) <= 8 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     for name in (*(f"topk ahead, {name}" for name in other), "topk neutral rows"):
         assert not any(torch.equal(x, y) for x, y in zip(kept[name], kept["topk ahead"], strict=True)), name
-    for name, ids in zip(other, (asked.others[other[0]]().ids, asked.ids), strict=True):
-        of = asked.others[name]()
-        assert of.ids == ids and (name == other[1]) != torch.equal(of.x[5:100], asked.x[5:100])
+    for name in other:
+        of, last = asked.others[name](), slice(-8, None)
+        question = torch.equal(of.x[: of.tokens][last], asked.x[: asked.tokens][last])
+        picture = torch.equal(of.x[5:100], asked.x[5:100])
+        assert (question, picture) == ((False, True) if name == other[0] else (True, False))
         spans = slice(*asked.layout.spans[0]), slice(*of.layout.spans[0])
         theirs = of.attention_of_rows(demo.lookahead, 3).view(4, 2, -1).mean(1)[:, spans[1]]
         assert torch.equal(worth_of_rows(asked, demo.lookahead, of)(3)[:, spans[0]], theirs)

@@ -20,7 +20,7 @@ from model.lookahead import Lookahead, fill_lookahead, fingerprint, open_lookahe
 from model.pruning import make_method
 from model.pruning.budget import grid_phase
 from tools import train_lookahead
-from tools.replay import Asked
+from tools.replay import asked_with
 from tools.train_lookahead import Example, divergence, freeze, predict
 
 ROWS = 3
@@ -346,7 +346,7 @@ def test_methods_rank_by_the_rows(checkpoint, name):
 def test_replaying_a_prompt_keeps_what_the_answer_kept(checkpoint):
     generation = asking(checkpoint, "plphp-ada:query=lookahead,cover=0.5", 0.4)
     "".join(generation)
-    asked = Asked(
+    asked = asked_with(
         checkpoint, generation.ids, generation.encode_images(), generation.token_ids[:-1], places=generation.places
     )
     with torch.inference_mode():

@@ -40,7 +40,7 @@ from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Like, Ranked, ValuesDropped, neutral_rows, worth_of_rows  # noqa: E402
-from tools.replay import Asked, along, asked_by, replay  # noqa: E402
+from tools.replay import along, asked_by, asked_with, replay  # noqa: E402
 from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
 
 FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
@@ -98,7 +98,7 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None,
             named["topk ahead+grid"] = _spec(f"topk:{AHEAD},cover=0.5", f)
             for other in ("another question", "another picture"):
                 named[f"topk ahead, {other}"] = _ranked(
-                    f, lambda a, other=other: worth_of_rows(a, a.checkpoint.lookahead, a.others[other]())
+                    f, lambda a, other=other: worth_of_rows(a, a.lookahead, a.others[other]())
                 )
         named["topk neutral rows"] = _ranked(f, lambda asked: worth_of_rows(asked, asked.others["neutral rows"]()))
         for steps in (1, 4, 8):
@@ -214,8 +214,9 @@ def evaluate_scene(checkpoint, made, number, mode):
         second = questions[(i + 1) % len(questions)] if mode == "second" else None
         counted = second or q
         ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
-        asked = Asked(checkpoint, ids, image_tokens, fed, **views)
-        asked.others = others_of(asked, number, questions[(i + 1) % len(questions)], drawn, image_tokens)
+        asked = asked_with(checkpoint, ids, image_tokens, fed, **views)
+        another = questions[(i + 1) % len(questions)]
+        asked.others = others_of(checkpoint, ids, image_tokens, another, number, len(drawn))
         seed = 10 * number + i  # draws of its own for each question
         logits, kept, keeps = replay(asked, [make(asked, q.evidence, seed) for make in made.values()])
         targets = torch.tensor(targets, device=logits.device)
@@ -235,20 +236,19 @@ def evaluate_scene(checkpoint, made, number, mode):
     return result
 
 
-def others_of(asked, number, another, drawn, image_tokens):
+def others_of(checkpoint, ids, image_tokens, another, number, pictures):
     """{name: function () -> what some controls rank by instead}, each computed when it is first asked for.
 
     "another question": the next one about the same pictures; "another picture": the same question about as many other
     pictures; "neutral rows": look-ahead rows that nobody trained.
     """
-    checkpoint, ids = asked.checkpoint, asked.ids
 
     def of_question():
-        return Asked(checkpoint, conversation(checkpoint, another, None, len(drawn))[0], image_tokens, [])
+        return asked_with(checkpoint, conversation(checkpoint, another, None, pictures)[0], image_tokens, [])
 
     def of_picture():
-        others, _ = held_out_questions(number + 5, len(drawn) > 1, False, 0)
-        return Asked(checkpoint, ids, encode_scenes(checkpoint, others), [])
+        others, _ = held_out_questions(number + 5, pictures > 1, False, 0)
+        return asked_with(checkpoint, ids, encode_scenes(checkpoint, others), [])
 
     found = {
         "another question": of_question, "another picture": of_picture,
@@ -286,7 +286,7 @@ def thresholds(checkpoint, lookahead=None, number=24):
         image_tokens = encode_scenes(checkpoint, drawn)
         for q in questions[:3]:
             ids, fed, _ = conversation(checkpoint, q, None, 1)
-            found += gammas_of(Asked(checkpoint, ids, image_tokens, fed[:0]), lookahead)
+            found += gammas_of(asked_with(checkpoint, ids, image_tokens, fed[:0]), lookahead)
     found.sort()
     return round(found[2 * len(found) // 3], 3), round(found[len(found) // 3], 3)
 

@@ -19,23 +19,20 @@ class Asked:
               reaches; k and v (1, Hkv, T, D) of the prompt; q_fed (1, Hq, F, D)
     logits    (F + 1, V) fp32, after the prompt and after each fed token
     layout    of the prompt
-    ids       its token ids
     others    what some controls rank by instead: {name: function () -> Asked or look-ahead rows}
     """
 
-    def __init__(self, checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):
-        """places, contrast: of the pictures, as `Generation` has them; some methods look at those."""
-        self.checkpoint, self.backend = checkpoint, backend
-        language, text = checkpoint.model.language_model, checkpoint.config.text_config
-        self.ids, self.others = ids, {}
-        self.x, spans = checkpoint.model.splice([*ids, *fed], image_tokens)
-        self.tokens, self.layers = len(self.x) - len(fed), []
-        self.fed = self.x[self.tokens :]
+    def __init__(self, language, x, prompt, spans, lookahead=None, backend="auto", places=None, contrast=None):
+        """x (T + F, C): embedded tokens, of which `prompt` = T are the prompt's; spans: [(start, stop)] of the tokens
+        that may be pruned; lookahead: trained rows; places, contrast: of pictures, as `Generation` has them."""
+        self.language, self.x, self.lookahead, self.backend = language, x, lookahead, backend
+        self.tokens, self.fed, self.layers, self.others = prompt, x[prompt:], [], {}
+        text = language.config
         heads = text.num_attention_heads, text.num_key_value_heads
         self.layout = Layout(
             text.num_hidden_layers, *heads, self.tokens, spans, self.x.device, places=places, contrast=contrast
         )
-        hidden = language.prefill(self.x[None], self, choose=self._look)
+        hidden = language.prefill(x[None], self, choose=self._look)
         self.logits = language.logits(hidden[0, self.tokens - 1 :]).float()
         self._ahead = {}
 
@@ -47,8 +44,7 @@ class Asked:
             def look(layer, q, k, v):
                 found.append((q[:, :, t:], k[:, :, t:]))
 
-            language = self.checkpoint.model.language_model
-            language.prefill(self.x[None, :t], self, choose=look, lookahead=lookahead)
+            self.language.prefill(self.x[None, :t], self, choose=look, lookahead=lookahead)
             self._ahead[id(lookahead)] = lookahead, found  # held, so that no other gets its id
         return self._ahead[id(lookahead)][1]
 
@@ -86,7 +82,7 @@ class Asked:
         cache = RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
         if method is not None and method.layer is not None:
             return self._narrowed(method, cache)
-        lookahead = self.checkpoint.lookahead if method is not None and method.looks_ahead else None
+        lookahead = self.lookahead if method is not None and method.looks_ahead else None
         pruner = Pruner(method, self.layout, self.backend, ahead=lookahead.rows if lookahead else 0) if method else None
         keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
@@ -118,16 +114,22 @@ class Asked:
             rows = rows if left is None else left
             return left
 
-        language = self.checkpoint.model.language_model
+        language = self.language
         hidden = language.prefill(self.x[None, : self.tokens], cache, choose=choose, narrow=narrow)
         return cache, keeps, language.logits(hidden[0, -1:]).float()
 
 
+def asked_with(checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):
+    """Asked of a prompt's token ids, the image tokens (P, C) of each picture in it, and token ids that are fed."""
+    x, spans = checkpoint.model.splice([*ids, *fed], image_tokens)
+    language = checkpoint.model.language_model
+    return Asked(language, x, len(x) - len(fed), spans, checkpoint.lookahead, backend, places, contrast)
+
+
 def asked_by(generation, fed):
     """Asked of a Generation's prompt and pictures, with token ids that are fed behind it."""
-    pictures = generation.encode_images()
-    views = {"places": generation.places, "contrast": generation.contrast}
-    return Asked(generation.checkpoint, generation.ids, pictures, fed, generation.backend, **views)
+    pictures, views = generation.encode_images(), (generation.places, generation.contrast)
+    return asked_with(generation.checkpoint, generation.ids, pictures, fed, generation.backend, *views)
 
 
 def replay(asked, methods):
@@ -143,7 +145,7 @@ def replay(asked, methods):
     kept = [h / (segments * vision) if vision else 1.0 for h in held]
     logits = torch.stack(first)
     if len(asked.fed):
-        language, cache = asked.checkpoint.model.language_model, RaggedCache.join(caches)
+        language, cache = asked.language, RaggedCache.join(caches)
         hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache)
         logits = torch.cat((logits, language.logits(hidden).float()), 1)
     return logits, kept, keeps

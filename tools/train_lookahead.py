@@ -352,9 +352,9 @@ def own_answers(checkpoint, asked, path, longest):
 # ---------------------------------------------------------------- training
 
 
-def train(checkpoint, source, args):
-    """Train, resuming from args.run, and write args.out."""
-    language, device = checkpoint.model.language_model, checkpoint.device
+def train(language, source, args):
+    """Train rows for a `Llama`, resuming from args.run, and write args.out."""
+    device = language.model.norm.weight.device
     torch.manual_seed(args.seed)
     lookahead = Lookahead(language, args.rows, args.rank).to(device)
     lookahead.embeddings.data += language.model.embed_tokens.weight.float().mean(0)  # start as an average word
@@ -477,7 +477,7 @@ def main(argv=None):
             print(plan(open_checkpoint(args.model).config, args, args.tokens))
             return
         checkpoint = load(args.model, args.dtype, choose_device(args.device))
-        train(checkpoint, source_of(checkpoint, args), args)
+        train(checkpoint.model.language_model, source_of(checkpoint, args), args)
     except BrokenPipeError:
         raise  # see `as_command`
     except (InputError, OSError) as wrong:
