@@ -52,11 +52,10 @@ from model import Generation, InputError, Sampling, load, open_checkpoint  # noq
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.generate import DecodeStep, Layout, Pruner  # noqa: E402
-from model.llama import Llama  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from run import as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
-from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, version  # noqa: E402
+from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, random_language, version  # noqa: E402
 from tools.compare_hf import AnonymousMemory, hf_inputs  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 from tools.report import percentile  # noqa: E402
@@ -194,17 +193,6 @@ def text_config(name):
 
 
 # ---------------------------------------------------------------- one engine, in its process
-
-
-def random_language(config, dtype, device, seed=0):
-    """A Llama with random weights, made where they are needed and in their dtype: never a second copy of a tensor."""
-    with torch.device("meta"):
-        language = Llama(config).to(dtype).requires_grad_(False)
-    language.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for p in language.parameters():
-        p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02, generator=generator)
-    return language
 
 
 def language_of(task):

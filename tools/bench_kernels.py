@@ -27,6 +27,7 @@ wrong has no numbers. tools/plot_bench.py draws what --json has written.
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import importlib.metadata
@@ -57,7 +58,10 @@ import kernels  # noqa: E402
 from kernels.backend import choose_backend, interpreted  # noqa: E402
 from model import InputError, load  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
+from model.config import TextConfig  # noqa: E402
 from model.generate import Layout, Pruner  # noqa: E402
+from model.llama import Llama  # noqa: E402
+from model.lookahead import Lookahead  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import PlphpAda  # noqa: E402
 from run import as_command, choose_device, number  # noqa: E402
@@ -70,6 +74,7 @@ SHAPES = {
     "demo": (1, 4, 2, 32), "7b": (1, 32, 1, 128), "gqa8": (1, 8, 4, 128), "gqa8 x 8": (8, 8, 4, 128),
     "qwen": (1, 4, 7, 128), "g8": (1, 8, 8, 128),
 }  # fmt: skip
+DEFAULT_SHAPES = ("demo", "7b", "gqa8")
 ATTENTION = ("ragged_decode", "ragged_decode_append")
 OPS = (*ATTENTION, "window_scores", "ragged_pack", "prefill", "decode")
 METHODS = (
@@ -79,6 +84,7 @@ METHODS = (
     "plphp-ada",
     "snapkv",
     "plphp:values=true,window=32",
+    "plphp:query=lookahead",
 )  # that prefill is timed with
 LONGEST = 2**15  # kept tokens per head, on average or in a skewed head, from which --mbytes takes more sequences
 SLACK = 64  # free slots per segment
@@ -120,7 +126,13 @@ def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
     p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: one GPU session, or a quick look at all")
-    p.add_argument("--shapes", nargs="+", default=["demo", "7b", "gqa8"], choices=SHAPES, metavar="SHAPE")
+    p.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        metavar="SHAPE",
+        help="default demo, 7b and gqa8; of prefill the demo model, or 7b: two layers of that shape",
+    )
     p.add_argument("--tokens", nargs="+", type=number(int, 1), default=[640, 2048], metavar="T", help="before pruning")
     p.add_argument(
         "--mbytes", nargs="+", type=number(float, 0, open_low=True), metavar="MB",
@@ -256,7 +268,7 @@ class Layer:
 
 def layers(args, itemsize):
     """The caches to attend to, one after the other."""
-    for shape in args.shapes:
+    for shape in args.shapes or DEFAULT_SHAPES:
         for size in args.mbytes or args.tokens:
             b, mean = fit(args, shape, size, itemsize)
             flags = ["--shapes", shape, "--mbytes" if args.mbytes else "--tokens", size]
@@ -840,31 +852,59 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
     return case
 
 
-def prefill_case(tokens, setting):
-    """Prefill of the demo model on `tokens`, all but 16 of them a picture: without a cache, packed, and pruned."""
-    checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
-    model, config = checkpoint.model.language_model, checkpoint.config.text_config
+def prefill_model(shape, setting):
+    """(name, Llama, look-ahead rows): the demo model in fp32 with its own, or two random layers of the 7B shape."""
+    if shape == "demo":
+        checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
+        return "demo model", checkpoint.model.language_model, checkpoint.lookahead
+    language = random_language(TextConfig(num_hidden_layers=2), setting.dtype, setting.device)
+    language.arrange()
+    lookahead = Lookahead(language).to(setting.device, setting.dtype).requires_grad_(False)
+    return "2 layers of the 7B shape", language, lookahead
+
+
+def random_language(config, dtype, device, seed=0):
+    """A Llama with random weights, made where they are needed and in their dtype: never a second copy of a tensor."""
+    with torch.device("meta"):
+        language = Llama(config).to(dtype).requires_grad_(False)
+    language.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for p in language.parameters():
+        p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02, generator=generator)
+    return language
+
+
+def prefill_case(shape, tokens, setting):
+    """Prefill of a model on `tokens`, all but 16 of them a picture: without a cache, packed, and pruned."""
+    name, model, rows = prefill_model(shape, setting)
+    config, dtype = model.config, model.model.norm.weight.dtype
     heads = config.num_attention_heads, config.num_key_value_heads
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, tokens, config.hidden_size, generator=generator).to(setting.device)
-    q = torch.randn(1, heads[0], config.head_dim, generator=generator).to(setting.device)
+    x = torch.randn(1, tokens, config.hidden_size, generator=generator).to(setting.device, dtype)
+    q = torch.randn(1, heads[0], config.head_dim, generator=generator).to(setting.device, dtype)
     span = min(4, tokens - 1), max(5, tokens - 12)
     layout = Layout(config.num_hidden_layers, *heads, tokens, [span], setting.device)
-    plain = model.prefill(x).double()
+    plain = model.prefill(x)
+    wider = copy.deepcopy(model).to(torch.float64 if dtype == torch.float32 else torch.float32)
+    exact = wider.prefill(x.to(wider.model.norm.weight.dtype)).double()
+    del wider
 
     def prefill(method):
         cache = RaggedCache(config.num_hidden_layers)
-        pruner = Pruner(method, layout) if method else None
-        return cache, model.prefill(x, cache, choose=pruner.choose if pruner else None)
+        if method is None:
+            return cache, model.prefill(x, cache)
+        lookahead = rows if method.looks_ahead else None
+        pruner = Pruner(method, layout, ahead=lookahead.rows if lookahead else 0)
+        return cache, model.prefill(x, cache, choose=pruner.choose, lookahead=lookahead)
 
     def check(call):
         """The hidden states are those without a cache, and the cache gives what its rows say."""
         cache, hidden = call()
         given = attended(cache, q)
-        return [torch.cat((a.flatten(), b.flatten())) for a, b in zip(given, (hidden, plain, plain), strict=True)]
+        return [torch.cat((a.flatten(), b.flatten())) for a, b in zip(given, (hidden, plain, exact), strict=True)]
 
-    case = Case(f"demo model, prefill of {tokens} tokens", 0, "no cache")
-    case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, plain))
+    case = Case(f"{name}, prefill of {tokens} tokens", 0, "no cache")
+    case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, exact))
     case.add("kept all", partial(prefill, None), check)
     for spec in METHODS:
         case.add(spec, partial(prefill, make_method(spec, 0.5)), check)
@@ -1095,8 +1135,9 @@ def cases(args, setting):
             for layer in layers(args, setting.dtype.itemsize):
                 yield partial(attention_case, op, layer, setting), [op, *layer.flags]
         elif op == "prefill":
-            for tokens in args.tokens:
-                yield partial(prefill_case, tokens, setting), [op, "--tokens", tokens]
+            for shape in args.shapes or ("demo",):
+                for tokens in args.tokens:
+                    yield partial(prefill_case, shape, tokens, setting), [op, "--shapes", shape, "--tokens", tokens]
         elif op == "decode":
             for tokens in args.tokens:
                 for retention in args.retention:
@@ -1106,7 +1147,7 @@ def cases(args, setting):
                             build = partial(step_case, batch, tokens, retention, layout, args.rounds, setting)
                             yield build, [op, *flags, "--batch", batch]
         else:
-            for shape in args.shapes:
+            for shape in args.shapes or DEFAULT_SHAPES:
                 for tokens in args.tokens:
                     flags = [op, "--shapes", shape, "--tokens", tokens]
                     if op == "window_scores":
@@ -1198,6 +1239,8 @@ def parsed(argv):
         args.skew = [1.0, 2.0, 4.0, 8.0] if args.skew == [] else args.skew
         if unknown := [op for op in args.ops if op not in OPS]:
             raise InputError(f"there is no op {unknown[0]!r}; use {', '.join(OPS)} or all")
+        if "prefill" in args.ops and set(args.shapes or ()) - {"demo", "7b"}:
+            raise InputError(f"prefill has no shape {' '.join(args.shapes)}; use demo, 7b")
         known = [f"skew {ratio:g}" for ratio in sorted({1.0, *args.skew})] if args.skew else LAYOUTS
         if unknown := [layout for layout in args.layouts or () if layout not in known]:
             where = " in this --skew sweep" if args.skew else ""
