@@ -1,6 +1,7 @@
 """What the repository promises about itself: who imports whom, and that the README's commands are real."""
 
 import ast
+import csv
 import itertools
 import re
 import runpy
@@ -172,3 +173,17 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
     about, short, *_ = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text().split("\n\n")
     assert table in README.read_text() and short.startswith("| long answers right") and short in README.read_text()
     assert evaluate.fingerprint(ROOT / "assets" / "demo") in about  # of these weights
+
+
+def test_the_first_table_of_the_readme_is_the_measured_one():
+    with open(ROOT / "benchmarks" / "pruning-accuracy.csv", newline="") as file:
+        measured = {(row["method"], row["retention"]): float(row["long"]) for row in csv.DictReader(file)}
+    lines = (
+        README.read_text().partition("| long answers right, % | 0.5 kept | 0.3 kept | 0.15 kept |\n")[2].splitlines()
+    )
+    shown = [[float(cell) for cell in line.strip("|").split("|")[1:]] for line in lines[1:6]]
+    retentions = "0.5", "0.3", "0.15"
+    rows = [[measured["none", ""]] * 3]
+    rows += [[measured[name, f] for f in retentions] for name in ("plphp", "plphp as shipped", "plphp ahead")]
+    rows += [[max(measured["random", f], measured["grid", f]) for f in retentions]]
+    assert shown == rows
