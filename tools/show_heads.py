@@ -74,22 +74,39 @@ def measure(q, k, v, out_weight, spans):
 
 @torch.inference_mode()
 def diagnose(checkpoint, prompt, images):
-    """(Heads of every layer, peaks (L,), tokens of the prompt, spans).
+    """(Heads of every layer, peaks (L,), tokens of the prompt, spans) of a question about pictures; see `look_at`."""
+    generation = Generation(checkpoint, prompt, images, Sampling(1))
+    x, spans = checkpoint.model.splice(generation.ids, generation.encode_images())
+    return *look_at(checkpoint.model.language_model, x, spans), len(x), spans
+
+
+@torch.inference_mode()
+def look_at(language, x, spans):
+    """(Heads of every layer, peaks (L,)) of a `Llama` on embedded tokens x (T, C) with spans [(start, stop)].
 
     peaks: length of token 0's residual state behind each layer, over the largest of the other tokens.
     """
-    generation = Generation(checkpoint, prompt, images, Sampling(1))
-    model = checkpoint.model
-    x, spans = model.splice(generation.ids, generation.encode_images())
     x = x[None]
-    rope = rope_table(torch.arange(x.shape[1], device=x.device), checkpoint.config.text_config, x.dtype)
+    rope = rope_table(torch.arange(x.shape[1], device=x.device), language.config, x.dtype)
     heads, peaks = [], []
-    for layer in model.language_model.model.layers:
+    for layer in language.model.layers:
         x, q, k, v = layer.prefill(x, rope)
         heads.append(measure(q[0], k[0], v[0], layer.self_attn.o_proj.weight, spans))
         lengths = x[0].float().norm(dim=-1)
         peaks.append((lengths[0] / lengths[1:].max()).item())
-    return heads, peaks, x.shape[1], spans
+    return heads, peaks
+
+
+def summary(heads, spans, dormant):
+    """One line: how many heads are dormant, and how many attend most to the first token, and to one of the spans."""
+    found = [(h.out[i], h.where[i]) for h in heads for i in range(len(h.out))]
+    idle = sum(int(out < dormant) for out, _ in found)
+    first = sum(int(where == 0) for _, where in found)
+    inside = sum(any(a <= where < b for a, b in spans) for _, where in found)
+    return (
+        f"{idle} of {len(found)} heads dormant; the most attended token is the first in {first} and one of a picture "
+        f"in {inside}"
+    )
 
 
 MAPS = (  # field, title, how far the colours reach
@@ -110,7 +127,7 @@ def draw(heads, peaks, spans, dormant, path):
 
     count = len(heads[0].first)
     figure, axes = plt.subplots(
-        2, 3, figsize=(max(10.5, 0.9 * count + 4), 1.2 + 0.75 * max(6, len(heads))), layout="constrained"
+        2, 3, figsize=(max(10.5, 0.9 * count + 4), 1.2 + min(12, 0.75 * max(6, len(heads)))), layout="constrained"
     )
     for axis, (name, title, top) in zip(axes.flat, MAPS, strict=False):
         values = torch.stack([getattr(h, name) for h in heads])
@@ -185,10 +202,7 @@ def main(argv=None):
         parser.exit(2, f"error: {missing}; install matplotlib, or run `make test` once\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; nothing was written\n")
-    dormant = sum(int((h.out < args.dormant).sum()) for h in heads)
-    parked = sum(any(a <= w < b for a, b in spans) for h in heads for w in h.where.tolist())
-    total = len(heads) * len(heads[0].out)
-    print(f"{tokens} tokens; {dormant} of {total} heads dormant; the most attended token is a picture's in {parked}")
+    print(f"{tokens} tokens; {summary(heads, spans, args.dormant)}")
     print("\n".join(filter(None, (args.out, args.csv))), file=sys.stderr)
 
 

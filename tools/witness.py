@@ -35,7 +35,7 @@ from model.llama import Llama  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
 from run import as_command  # noqa: E402
-from tools import train_lookahead  # noqa: E402
+from tools import show_heads, train_lookahead  # noqa: E402
 from tools.controls import Ranked, worth_of_rows  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 from tools.paired import interval, resamples  # noqa: E402
@@ -426,7 +426,13 @@ def witness(language, words, args):
         rows[name] = trained(language, source, args, "rows" if kinds is KINDS else f"rows-without-{LEFT_OUT}")
     unseen = answered(language, words, numbered(args.passages, UNSEEN), args.run / "unseen.jsonl")
     lines = fidelity(language, words, unseen, rows, args.run / "fidelity.jsonl")
-    summarise(lines, rows, args.out or args.run)
+    out = args.out or args.run
+    summarise(lines, rows, out)
+    prompt, span = embedded(language, words, UNSEEN, "list")
+    heads, peaks = show_heads.look_at(language, prompt, [span])
+    show_heads.draw(heads, peaks, [span], 0.3, out / "witness-heads.png")
+    line = show_heads.summary(heads, [span], 0.3).replace("of a picture", "of the passage")
+    print(f"{line}; the first token has {100 * torch.stack([h.first for h in heads]).mean():.0f} % of all attention")
 
 
 def main(argv=None):
