@@ -37,7 +37,7 @@ class RaggedCache:
         self.takes = None  # (S,) int32: 1 where a step adds a token, 0 in finished sequences
         self.rows = None  # segments that take tokens; None: all
         self.newest = None  # (L, S) int64: slot of each segment's last token
-        self.packed = [None] * num_layers  # starts and lengths (S,) of the layers that are there, until all are
+        self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) of the layers that are there, until all are
         self.lengths = self.newest_rows = ()  # rows of kv_len and of newest, one per layer
         self.slots = ()  # per layer: the slots (S,) or (S, T) that were claimed for the tokens of this step
         self.room = 0  # tokens that fit before a live segment is full
@@ -58,14 +58,15 @@ class RaggedCache:
             keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
         k, v, start, length, _ = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
         self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
-        pos = torch.full((b,), tokens, device=k.device) if self.pos is None else self.pos  # later layers may see fewer
         packed = [*self.packed]
-        packed[layer] = start, length
+        packed[layer] = tokens, start, length
         if all(packed):  # the tables of all layers at once: on CUDA each small call counts
-            start, length = (torch.stack(rows) for rows in zip(*packed, strict=True))
+            seen, *tables = zip(*packed, strict=True)
+            start, length = map(torch.stack, tables)
+            pos = torch.full((b,), seen[0], device=k.device)  # later layers may see fewer tokens
             self._set_tables(start, length, length + self.slack, pos, torch.ones_like(pos, dtype=torch.bool))
             self.room, packed = self.slack, []
-        self.k[layer], self.v[layer], self.packed, self.pos = k, v, packed, pos
+        self.k[layer], self.v[layer], self.packed = k, v, packed
 
     def _set_tables(self, kv_start, kv_len, kv_cap, pos, live):
         """Other segments, (L, S) of each table, and other sequences, (B,) of the rest. Their layers have no plans."""

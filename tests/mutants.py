@@ -428,8 +428,8 @@ MUTANTS = {
     ),
     "the next position is counted by the last layer": (
         "model/cache.py",
-        "device=k.device) if self.pos is None else self.pos",
-        "device=k.device)",
+        "torch.full((b,), seen[0],",
+        "torch.full((b,), tokens,",
         "test_methods.py::test_fastv_is_hiding_columns_from_every_row_of_later_layers",
     ),
     "text counts as kept": (
@@ -818,8 +818,8 @@ MUTANTS = {
     ),
     "first decoded position off by one": (
         "model/cache.py",
-        "torch.full((b,), tokens,",
-        "torch.full((b,), tokens - 1,",
+        "torch.full((b,), seen[0],",
+        "torch.full((b,), seen[0] - 1,",
         DECODE,
     ),
     "position stands still": (

@@ -226,7 +226,9 @@ def test_a_turn_of_something_else_is_refused_and_leaves_the_cache(demo):
     for pixels in ([DEMO_PICTURE], DEMO_PICTURE, str(DEMO_PICTURE), first.pixels[0], [first.pixels[0][:, :5]]):
         with pytest.raises(InputError, match="`preprocess`"):
             next_turn(demo, first.cache, [5, image], pixels)
-    for cache in (None, first, RaggedCache(LAYERS)):
+    broken_off = RaggedCache(LAYERS)  # a prefill that did not come to its last layer
+    broken_off.pack(0, *torch.randn(2, 1, 4, 9, 32))
+    for cache in (None, first, RaggedCache(LAYERS), broken_off):
         with pytest.raises(InputError, match="cache"):
             next_turn(demo, cache, [5])
     assert first.cache.pos.item() == before
