@@ -133,8 +133,8 @@ def work_items(caps, split, device):
 def split_size(cap):
     """Slots per work item of a segment of `cap`: 64 (a tile) for each 768 slots of it, from 64 to 1024.
 
-    Some 12 items, so that a short cache fills the device and few parts have to be merged; measured, see NOTES.md. It
-    looks at nothing but the segment: what else is in the batch cannot change the order of a sum.
+    At most 12 items up to 12,288 slots: a short cache fills the device, and few parts have to be merged; measured, see
+    NOTES.md. It looks at nothing but the segment: what else is in the batch cannot change the order of a sum.
     """
     return 64 * min(16, max(1, -(-cap // 768)))
 

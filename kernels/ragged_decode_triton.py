@@ -250,8 +250,8 @@ def tiles(rows, d, itemsize):
 
 
 def stages(device):
-    """Tiles of K and of V on their way at once: three where a multiprocessor has room for that (NVIDIA's from H100 on;
-    67 KB for 16-bit K and V), else two."""
+    """Tiles of K and of V on their way at once: three where a multiprocessor has room for that (as an H100's has; 67
+    KB for 16-bit K and V), else two."""
     if device.type != "cuda" or torch.version.hip:
         return 2
     return 3 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 << 10 else 2

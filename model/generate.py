@@ -356,7 +356,9 @@ class Generation:
     @property
     def unfed(self):
         """Ids of the answer that the cache has not seen: a last token was chosen, but nothing came after it."""
-        return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :] if self.cache else []
+        if self.cache is None or self.cache.pos is None:  # nothing was computed, or not to the end of the prompt
+            return []
+        return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :]
 
     def _begin(self):
         """Nothing said yet."""

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from model.cache import RaggedCache
+from model.config import TextConfig
+from model.lookahead import Lookahead
 from tests.seeds import torch_random
 from tools import bench_kernels, plot_bench
 
@@ -144,6 +147,24 @@ def test_prefill_is_timed_with_every_method(smoke):
     rows = [r for r in json.loads(smoke.read_text())["rows"] if r["op"] == PREFILL]
     assert [r["provider"] for r in rows] == ["no cache", "kept all", *bench_kernels.METHODS]
     assert all(r["right"] and r["us"] > 0 for r in rows) and rows[0]["speed"] == 1
+
+
+def test_in_16_bits_too_prefill_is_wrong_if_its_cache_is(monkeypatch):
+    """Hidden states are larger than what attention gives: their rounding must not hide that."""
+    config = TextConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = bench_kernels.random_language(config, torch.bfloat16, "cpu")
+    rows = Lookahead(model, 2, 2).to(torch.bfloat16).requires_grad_(False)
+    monkeypatch.setattr(bench_kernels, "prefill_model", lambda shape, setting: ("a small model", model, rows))
+    setting, right = bench_kernels.Setting(torch.bfloat16, torch.device("cpu"), {}, 1), RaggedCache.append_attend
+    with torch.inference_mode():
+        case = bench_kernels.prefill_case("7b", 60, setting)
+        assert [bench_kernels.judge(checks)[0] for checks in case.checks.values()] == [None] * len(case.checks)
+        monkeypatch.setattr(RaggedCache, "append_attend", lambda *given, **more: 0.7 * right(*given, **more))
+        for name in ("kept all", *bench_kernels.METHODS):
+            assert bench_kernels.judge(case.checks[name])[0].startswith("WRONG RESULT: off by"), name
 
 
 def test_a_skew_sweep_is_compared_with_equal_lengths(smoke):

@@ -186,6 +186,7 @@ def test_sequences_of_a_batch_answer_as_if_alone():
     for i in range(3):
         alone = bench_decode.answer(language, x[i : i + 1], work.spans, method, "auto", 6, 6)
         assert [ids[0] for ids in alone.ids] == [ids[i] for ids in together.ids]
+        assert alone.kept == pytest.approx(6 / 11)  # of the prompt: what was said since does not count
     assert len(together.ids) == 6 and len(together.steps) == 5
     assert together.kept == pytest.approx(6 / 11)  # 3 of 6 and 3 of 5, rounded half up
 

@@ -228,6 +228,9 @@ def test_a_turn_of_something_else_is_refused_and_leaves_the_cache(demo):
             next_turn(demo, first.cache, [5, image], pixels)
     broken_off = RaggedCache(LAYERS)  # a prefill that did not come to its last layer
     broken_off.pack(0, *torch.randn(2, 1, 4, 9, 32))
+    first_cache, first.cache = first.cache, broken_off
+    assert first.unfed == []  # and asking what it has not seen is no error
+    first.cache = first_cache
     for cache in (None, first, RaggedCache(LAYERS), broken_off):
         with pytest.raises(InputError, match="cache"):
             next_turn(demo, cache, [5])

@@ -175,23 +175,24 @@ def test_the_premise_is_a_table_of_what_is_found(demo, capsys):
     flags = ["--image", str(DEMO_PICTURE), "--prompt", "What does the sign say?", "--retentions", "0.5", "0.1"]
     evaluate.main(["premise", *flags])
     out = capsys.readouterr().out
-    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if "kept |" in line]
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if "asked for |" in line]
     assert [r[0] for r in rows[:7]] == [
-        "topk, 0.5 kept", "topk:window=32, 0.5 kept", "topk:window=32,values=true, 0.5 kept",
-        "topk:query=lookahead, 0.5 kept", "random, 0.5 kept", "grid, 0.5 kept",
-        "told what the answer attends to, 0.5 kept",
+        "topk, 0.5 asked for", "topk:window=32, 0.5 asked for", "topk:window=32,values=true, 0.5 asked for",
+        "topk:query=lookahead, 0.5 asked for", "random, 0.5 asked for", "grid, 0.5 asked for",
+        "told what the answer attends to, 0.5 asked for",
     ]  # fmt: skip
-    assert len(rows) == 14 and all(len(r) == 8 for r in rows) and "not a verdict" in out
-    found = {r[0]: [int(x) for x in r[2:]] for r in rows}
+    assert len(rows) == 14 and all(len(r) == 9 for r in rows) and "not a verdict" in out
+    assert [int(r[1]) for r in rows] == [50] * 7 + [10] * 7
+    found = {r[0]: [int(x) for x in r[3:]] for r in rows}
     for f in ("0.5", "0.1"):
-        told = found[f"told what the answer attends to, {f} kept"]
-        assert all(a <= b for r in found if r.endswith(f"{f} kept") for a, b in zip(found[r], told, strict=True))
+        told = found[f"told what the answer attends to, {f} asked for"]
+        assert all(a <= b for r in found if r.endswith(f"{f} asked for") for a, b in zip(found[r], told, strict=True))
     generation = Generation(demo, "What does the sign say?", [DEMO_PICTURE])
     "".join(generation)
     with torch.inference_mode():
         asked = asked_by(generation, generation.token_ids[:-1])
         (start, stop), keeps = asked.layout.spans[0], asked.cache(make_method("topk", 0.1))[1]
-        for layer, (keep, shown) in enumerate(zip(keeps, found["topk, 0.1 kept"], strict=True)):
+        for layer, (keep, shown) in enumerate(zip(keeps, found["topk, 0.1 asked for"], strict=True)):
             attention = asked.attention_of_fed(layer)[:, start:stop]
             share = (attention * keep[:, start:stop]).sum() / attention.sum()
             assert abs(100 * share.item() - shown) <= 0.6

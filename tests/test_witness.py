@@ -89,14 +89,18 @@ def test_the_whole_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     language, args = small_llama(), arguments(tmp_path)
     witness.witness(language, Stub(), args)
     table = (tmp_path / "witness.md").read_text()
-    assert table in capsys.readouterr().out and (tmp_path / "witness.png").stat().st_size > 10_000
+    assert (
+        "3 steps over 20 prompts" in table
+        and table in capsys.readouterr().out
+        and (tmp_path / "witness.png").stat().st_size > 10_000
+    )
     with open(tmp_path / "witness.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     names = list(dict.fromkeys(row["ranked by"] for row in rows))
     assert len(names) == 11 and len(rows) == 2 * 11 * 3
     lines = (tmp_path / "fidelity.jsonl").read_text().splitlines()
     assert len(lines) == 6
-    (tmp_path / "fidelity.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    (tmp_path / "fidelity.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])  # killed while it wrote
     for name in ("greedy", "train_lookahead"):  # all of that is done
         monkeypatch.setattr(witness, name, None)
     witness.witness(language, Stub(), args)
@@ -104,6 +108,15 @@ def test_the_whole_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     assert [json.loads(line) for line in lines] == [
         json.loads(line) for line in (tmp_path / "fidelity.jsonl").read_text().splitlines()
     ]
+
+
+def test_a_run_with_other_settings_is_another_run(tmp_path):
+    """Rows that were trained otherwise must not be taken for these."""
+    args = arguments(tmp_path)
+    witness.same_settings(args)
+    witness.same_settings(arguments(tmp_path, "--passages", "9"))  # decides nothing about the rows
+    for more in (["--steps", "4"], ["--prompts", "21"], ["--rank", "3"], ["--seed", "1"]):
+        assert "--prompts 20 --steps 3 --rows 2 --rank 2" in refusal(witness.same_settings, arguments(tmp_path, *more))
 
 
 @torch.inference_mode()

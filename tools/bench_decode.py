@@ -247,7 +247,9 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
     ids = logits.argmax(-1)
     said = [ids.tolist()]  # waits for the device
     first, seen, steps = time.perf_counter() - start, [logits[0].clone()], []
-    held = cache.nbytes_held
+    held, vision = cache.nbytes_held, sum(b - a for a, b in spans)
+    # now: the cache of a single sequence is the one that grows
+    kept = [n / vision for p, c in zip(pruners, caches, strict=True) if p for n in p.kept(c)]
     step = DecodeStep(language, cache, compile)
     for i in range(1, new_tokens):
         start = time.perf_counter()
@@ -257,8 +259,6 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
         steps.append(time.perf_counter() - start)
         if i < watched:
             seen.append(logits[0].clone())
-    vision = sum(b - a for a, b in spans)
-    kept = [n / vision for p, c in zip(pruners, caches, strict=True) if p for n in p.kept(c)]
     return Answer(first, steps, said, seen, statistics.fmean(kept or [1.0]), held, partial(step, ids), cache)
 
 

@@ -898,10 +898,15 @@ def prefill_case(shape, tokens, setting):
         return cache, model.prefill(x, cache, choose=pruner.choose, lookahead=lookahead)
 
     def check(call):
-        """The hidden states are those without a cache, and the cache gives what its rows say."""
+        """The hidden states are those without a cache, and the cache gives what its rows say.
+
+        Each over its own largest number: one bound holds for both.
+        """
         cache, hidden = call()
-        given = attended(cache, q)
-        return [torch.cat((a.flatten(), b.flatten())) for a, b in zip(given, (hidden, plain, exact), strict=True)]
+        given, states = attended(cache, q), (hidden, plain, exact)
+        scales = [float(parts[2].abs().max()) for parts in (given, states)]
+        both = zip(given, states, strict=True)  # what was got, plain, exact
+        return [torch.cat((a.flatten() / scales[0], b.flatten() / scales[1])) for a, b in both]
 
     case = Case(f"{name}, prefill of {tokens} tokens", 0, "no cache")
     case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, exact))

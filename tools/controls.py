@@ -15,8 +15,8 @@ from model.pruning.budget import best, budget, by_kv_head, grid_phase, select
 
 def _draw(seed, layer, layout):
     """(Hkv, T) of uniform noise: on the CPU, the same on every device."""
-    generator = torch.Generator().manual_seed(1000 * seed + layer + 500)
-    return torch.rand(layout.kv_heads, layout.tokens, generator=generator).to(layout.device)
+    generator = torch.Generator("cpu").manual_seed(1000 * seed + layer + 500)
+    return torch.rand(layout.kv_heads, layout.tokens, generator=generator, device="cpu").to(layout.device)
 
 
 @dataclasses.dataclass

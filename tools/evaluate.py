@@ -215,7 +215,7 @@ def evaluate_scene(checkpoint, made, number, mode):
         counted = second or q
         ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
         asked = asked_with(checkpoint, ids, image_tokens, fed, **views)
-        another = questions[(i + 1) % len(questions)]
+        another = questions[(i + 2) % len(questions)]  # not the second question either
         asked.others = others_of(checkpoint, ids, image_tokens, another, number, len(drawn))
         seed = 10 * number + i  # draws of its own for each question
         logits, kept, keeps = replay(asked, [make(asked, q.evidence, seed) for make in made.values()])
@@ -239,7 +239,7 @@ def evaluate_scene(checkpoint, made, number, mode):
 def others_of(checkpoint, ids, image_tokens, another, number, pictures):
     """{name: function () -> what some controls rank by instead}, each computed when it is first asked for.
 
-    "another question": the next one about the same pictures; "another picture": the same question about as many other
+    "another question": one about the same pictures; "another picture": the same question about as many other
     pictures; "neutral rows": look-ahead rows that nobody trained.
     """
 
@@ -670,7 +670,9 @@ def draw(rows, path, second=False):
 def premise(args):
     """By layer, how much of the attention that the answer pays to pictures falls on what each method keeps."""
     checkpoint = open_checkpoint(args.model)
-    specs = [s for s in args.methods if checkpoint.lookahead or "lookahead" not in s]
+    specs = args.methods
+    if specs is PREMISE["methods"] and not checkpoint.lookahead:  # not asked for by name
+        specs = [spec for spec in specs if "lookahead" not in spec]
     reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
     chosen = {f: [make_method(spec, f, folder=checkpoint.folder) for spec in specs] for f in args.retentions}
     for method in (method for methods in chosen.values() for method in methods):
@@ -683,15 +685,15 @@ def premise(args):
     asked = asked_by(reference, reference.token_ids[:-1])
     attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
     layers = range(1, len(attention) + 1)
-    lines = ["| attention of the answer found, % | mean | " + " | ".join(f"layer {i}" for i in layers) + " |"]
-    lines.append("|---|" + "---:|" * (len(attention) + 1))
+    lines = ["| attention of the answer found, % | kept, % | mean | " + " | ".join(f"layer {i}" for i in layers) + " |"]
+    lines.append("|---|" + "---:|" * (len(attention) + 2))
     for f, methods in chosen.items():
         told = Method("told", Ranked(asked.attention_of_fed, f), {"retention": f})
         for name, method in zip([*specs, "told what the answer attends to"], [*methods, told], strict=True):
-            _, keeps, _ = asked.cache(method)
+            (share,), (keeps,) = replay(asked, [method])[1:]
             found = [100 * _attention_kept(k, asked.layout, a) for k, a in zip(keeps, attention, strict=True)]
-            numbers = " | ".join(f"{x:.0f}" for x in [sum(found) / len(found), *found])
-            lines.append(f"| {name}, {f:g} kept | {numbers} |")
+            numbers = " | ".join(f"{x:.0f}" for x in [100 * share, sum(found) / len(found), *found])
+            lines.append(f"| {name}, {f:g} asked for | {numbers} |")
     print("\n".join(lines))
     print(
         "\nA diagnostic, not a verdict: a ranking that finds more of the attention need not answer better.\n"

