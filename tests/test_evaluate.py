@@ -331,6 +331,14 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
         assert left.value.code == 2 and err.startswith("error: ") and "other weights" in err
 
 
+def test_the_table_has_its_rows_unless_others_are_named():
+    every = evaluate.conditions(((0.7, 0.5), (0.7, 0.5)), 6)
+    names = [name for name in every if evaluate.chosen(name, evaluate.TABLE)]
+    assert {evaluate.parts(name)[0] for name in names} == {"none", *evaluate.TABLE} and len(names) == 57
+    assert all(evaluate.chosen(name, ["all"]) for name in every)
+    assert [name for name in every if evaluate.chosen(name, ["topk@0.3"])] == ["none", "topk@0.3"]
+
+
 def test_files_of_one_name_are_told_apart(tmp_path):
     paths = [tmp_path / folder / "m.py" for folder in "ab"]
     for path in paths:

@@ -50,6 +50,11 @@ IGNORED = -100
 
 # ---------------------------------------------------------------- conditions
 
+TABLE = (  # conditions of the committed table; --only names others, or all
+    "random", "grid", "objects", "topk", "shared", "snapkv", "adakv", "fastv", "plphp as shipped", "plphp", "plphp-ada",
+    "topk rows+values", "shared rows+values", "plphp ahead", "topk ahead", "shared ahead", "topk ahead+grid",
+    "evidence", "hindsight",
+)  # fmt: skip
 GIVEN = "given: "  # in front of the name of what --methods adds
 AHEAD = "query=lookahead"
 ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
@@ -346,8 +351,10 @@ def start_worker(model, device, dtype, thresholds, mode, only, retentions, specs
 
 
 def chosen(name, only):
-    """Is the condition asked for? What --methods and --rows give is, in any case."""
-    return not only or name == "none" or name.startswith((GIVEN, "rows ")) or name in only or parts(name)[0] in only
+    """Is a condition evaluated? Unpruned, and what --methods and --rows add, always is."""
+    if name == "none" or name.startswith((GIVEN, "rows ")):
+        return True
+    return "all" in only or name in only or parts(name)[0] in only
 
 
 def of_today(name):
@@ -382,8 +389,9 @@ def run_scenes(args, path):
     args.only = [of_today(name) for name in args.only]
     known = dict.fromkeys(parts(name)[0] for name in every)
     for name in args.only:
-        if name not in known and name not in every:
-            raise InputError(f"there is no condition {name!r}; use {', '.join(known)}")
+        if name not in known and name not in every and name != "all":
+            raise InputError(f"there is no row {name!r}; use all, or some of {', '.join(known)}")
+    args.only = args.only or list(TABLE)
     for method in {id(m): m for m in (every[name](None, (), 0) for name in every if name.startswith(GIVEN))}.values():
         if method:
             method.check(text.num_hidden_layers, text.num_key_value_heads)
@@ -751,7 +759,8 @@ def main(argv=None):
                              f"rows (default {' '.join(FIDELITY['methods'])}); premise: rankings")
     parser.add_argument("--retentions", nargs="+", type=float, default=list(RETENTIONS), metavar="F")
     parser.add_argument("--questions", type=int, help="accuracy, second: at least so many (default 10000)")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="accuracy, second: of the built-in rows these")
+    parser.add_argument("--only", nargs="+", metavar="ROW",
+                        help="accuracy, second: rows to evaluate, or all (default: those of the committed table)")
     parser.add_argument("--rows", nargs="+", metavar="FILE", help="accuracy, second: more look-ahead rows to compare")
     parser.add_argument("--answers", type=Path, help="accuracy, second: file of the answers (default "
                                                      "runs/evaluate/STAGE.jsonl)")
