@@ -1,16 +1,16 @@
-"""What pruning costs, on the demo world with its ground truth or on any checkpoint against itself.
+"""Measure what pruning costs: on the demo world with ground truth, or on any checkpoint against its unpruned self.
 
-    python tools/evaluate.py accuracy                # methods x retentions, the same questions for all; tables, picture
+    python tools/evaluate.py accuracy                # methods x retentions, all on the same questions
     python tools/evaluate.py second                  # prune for one question, then ask another one
-    python tools/evaluate.py fidelity --model DIR --image x.png --prompt "..."      # no labels: against unpruned
-    python tools/evaluate.py premise --model DIR --image x.png --prompt "..."       # what a ranking finds, by layer
+    python tools/evaluate.py fidelity --model DIR --image x.png --prompt "..."      # against unpruned, no labels
+    python tools/evaluate.py premise --model DIR --image x.png --prompt "..."       # attention found, by layer
 
-Every method prunes a real cache (`model.cache.RaggedCache`): no masks, and bytes are counted from what it holds. A
-prompt is computed once; the caches that all methods and retentions make of it are joined into one ragged batch, and
-the answer is fed to that. Greedy decoding repeats an answer if and only if each of its tokens is the most likely one
-after the true beginning, so this gives the exact match of greedy decoding (a test compares real generations).
+Every method prunes a real cache (`model.cache.RaggedCache`); nothing is masked, and bytes are those that it holds.
+Each prompt is computed once. The caches of all methods and retentions are joined into one ragged batch, and the answer
+is fed to that batch. Greedy decoding gives an answer exactly if each token is the most likely one after those before
+it, so this is the exact match of greedy decoding (a test compares it with real generations).
 
-accuracy and second append a line per scene to a file and go on where they were cut off.
+accuracy and second append one line per scene to a file; an interrupted run continues from there.
 """
 
 import argparse
@@ -55,18 +55,18 @@ TABLE = (  # conditions of the committed table; --only names others, or all
     "topk rows+values", "shared rows+values", "plphp ahead", "topk ahead", "shared ahead", "topk ahead+grid",
     "evidence", "hindsight",
 )  # fmt: skip
-GIVEN = "given: "  # in front of the name of what --methods adds
+GIVEN = "given: "  # prefix of the conditions that --methods adds
 AHEAD = "query=lookahead"
 ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
 
 
 def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None, rows=None):
-    """{name: how to make the Method for (asked, evidence, seed)}: "none", and NAME@RETENTION for all others.
+    """{name: function (asked, evidence, seed) -> Method}. Names are "none" and NAME@RETENTION.
 
-    thresholds: (alpha, beta) of PLPHP for this model, by which a third of its layers falls into each class, and the
-    same for its look-ahead rows, or None where it has none; layers: of the model; seed: of what is drawn, one for each
-    question; specs: more methods, at each retention or, if they say themselves how much they keep, once; folder: of the
-    checkpoint, whose settings hold for those; rows: {name: more look-ahead rows}, each by itself and half on a grid.
+    thresholds: (alpha, beta) of PLPHP that put a third of the model's layers into each class, and the same for its
+    look-ahead rows, None without rows. layers: L. seed: of random choices, another for each question. specs: more
+    methods, at each retention, or once if the SPEC sets its own budget. folder: of the checkpoint, whose plphp.json
+    applies to these. rows: {name: more look-ahead rows}, each tried alone and with half of the budget on a grid.
     """
     made = {"none": lambda *_: None, "plphp, defaults": _spec("plphp")}
     plphp, ahead = (t and f"alpha={t[0]},beta={t[1]},skip=0" for t in thresholds)
@@ -80,7 +80,7 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None,
         named["grid"] = _spec("grid", f)
         named["objects"] = lambda asked, evidence, seed, f=f: make_method(f"objects:seed={seed}", f)
         named |= {name: _spec(name, f) for name in ("topk", "shared", "snapkv", "adakv")}
-        for layer in (2, 1):  # FastV keeps all in the layers before, so the others have to keep less
+        for layer in (2, 1):  # FastV prunes no earlier layer, so the later ones keep less
             rest = (layers * f - layer) / (layers - layer)
             if rest > 0.05:
                 named["fastv"] = _spec(f"fastv:layer={layer}", rest)
@@ -138,14 +138,14 @@ def _ranked(retention, worth, cover=0.0):
     """What each head attends to most by worth(asked), a function for `Ranked`."""
 
     def make(asked, evidence, seed):
-        rule = Ranked(asked and worth(asked), retention, cover)  # without a prompt nobody asks it
+        rule = Ranked(asked and worth(asked), retention, cover)  # asked is None where only the name is needed
         return Method("ranked", rule, {"retention": retention})
 
     return make
 
 
 def _obeying(kind, spec, retention, **options):
-    """A rule of tools/controls.py that asks the method of a spec first."""
+    """A rule of tools/controls.py that modifies the choice of the method that a SPEC names."""
     method = make_method(spec, retention)
 
     def make(asked, evidence, seed):
@@ -156,7 +156,7 @@ def _obeying(kind, spec, retention, **options):
 
 
 def parts(condition):
-    """NAME@RETENTION -> (name, retention), the second empty where the name says it all."""
+    """NAME@RETENTION -> (name, retention); retention is "" if the condition has none."""
     name, at, retention = condition.rpartition("@")
     return (name, retention) if at and retention.replace(".", "", 1).isdigit() else (condition, "")
 
@@ -177,7 +177,7 @@ def encode_scenes(checkpoint, drawn):
 
 
 def views_of(checkpoint, drawn):
-    """Scenes -> what `Asked` wants to know of their pictures."""
+    """Scenes -> the arguments of `Asked` that describe their pictures."""
     tower, tokens = checkpoint.config.vision_config, checkpoint.config.image_tokens
     side, pixels = tower.image_size // tower.patch_size, pixels_of(checkpoint, drawn)
     return {
@@ -187,9 +187,9 @@ def views_of(checkpoint, drawn):
 
 
 def conversation(checkpoint, first, second, pictures):
-    """Token ids of the prompt, of what is fed behind it, and the targets of each step, IGNORED before a second answer.
+    """Token ids of the prompt, ids fed after it, and the target of each step, IGNORED before the second answer.
 
-    first, second: Questions; without a second the answer to the first is what counts.
+    first, second: Questions. Without a second question the answer to the first is scored.
     """
     tokenizer = checkpoint.tokenizer
     prompt = build_prompt(first.question, pictures, "llava")
@@ -209,8 +209,8 @@ def evaluate_scene(checkpoint, made, number, mode):
     """All held-out questions of a scene under all conditions: one dict per question.
 
     results: {condition: [exact match 0|1, share of tokens >= 2 right, kept, [evidence kept per layer], [attention kept
-    per layer]]}, the last being how much of the attention that the answer pays to the pictures falls on kept tokens.
-    bytes: [of K and V of the prompt's text, of its vision tokens].
+    per layer]]}; attention kept: share of the answer's attention to the pictures that falls on kept tokens.
+    bytes: K and V of [the prompt's text, its vision tokens].
     """
     pair = number % 5 == 4  # one pair of pictures for every four single ones
     drawn, questions = held_out_questions(number, pair, False, 0)
@@ -220,7 +220,7 @@ def evaluate_scene(checkpoint, made, number, mode):
         counted = second or q
         ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
         asked = asked_with(checkpoint, ids, image_tokens, fed, **views)
-        another = questions[(i + 2) % len(questions)]  # not the second question either
+        another = questions[(i + 2) % len(questions)]  # differs from the second question too
         asked.others = others_of(checkpoint, ids, image_tokens, another, number, len(drawn))
         seed = 10 * number + i  # draws of its own for each question
         logits, kept, keeps = replay(asked, [make(asked, q.evidence, seed) for make in made.values()])
@@ -242,10 +242,10 @@ def evaluate_scene(checkpoint, made, number, mode):
 
 
 def others_of(checkpoint, ids, image_tokens, another, number, pictures):
-    """{name: function () -> what some controls rank by instead}, each computed when it is first asked for.
+    """{name: function () -> what a control ranks by instead}, each computed on first use.
 
-    "another question": one about the same pictures; "another picture": the same question about as many other
-    pictures; "neutral rows": look-ahead rows that nobody trained.
+    "another question": about the same pictures; "another picture": the same question about as many other pictures;
+    "neutral rows": untrained look-ahead rows.
     """
 
     def of_question():
@@ -281,9 +281,9 @@ def _evidence_kept(keep, layout, evidence):
 
 @torch.inference_mode()
 def thresholds(checkpoint, lookahead=None, number=24):
-    """(alpha, beta): the upper and lower third of gamma over all layers, on scenes that are not evaluated.
+    """(alpha, beta): the upper and lower tercile of gamma over all layers, on scenes that are not evaluated.
 
-    lookahead: rows whose gamma it is, instead of the last prompt row's.
+    lookahead: use the gamma of these rows instead of the last prompt row's.
     """
     found = []
     for scene in range(number):
@@ -296,11 +296,11 @@ def thresholds(checkpoint, lookahead=None, number=24):
     return round(found[2 * len(found) // 3], 3), round(found[len(found) // 3], 3)
 
 
-# ---------------------------------------------------------------- runs that can be cut off
+# ---------------------------------------------------------------- resumable runs
 
 
 def fingerprint(folder):
-    """Of the weights, so that lines of two models never end up in one file."""
+    """Hash of the weights: answers of two models must not share a file."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         digest.update(path.read_bytes())
@@ -308,9 +308,9 @@ def fingerprint(folder):
 
 
 def sources(specs, folder):
-    """{file: fingerprint} of what else decides the answers: settings beside the model, methods of one's own."""
+    """{file: hash} of other inputs: the model's plphp.json and the files of --methods FILE.py::NAME."""
     beside = [path for path in (calibrated(folder, name) for name in METHODS) if path]
-    own = [spec.rpartition("::")[0] for spec in specs if "::" in spec]  # by its whole path: two may share a name
+    own = [spec.rpartition("::")[0] for spec in specs if "::" in spec]  # by full path: two files may share a name
     paths = {path.name: path for path in beside} | {path: Path(path) for path in own}
     return {name: _digest(path) for name, path in paths.items()}
 
@@ -320,7 +320,7 @@ def _digest(path):
 
 
 def open_answers(path, head):
-    """Questions by scene that are there already. A torn last line is cut off, another head refused."""
+    """Questions already answered, by scene. Drops an incomplete last line; InputError for another head."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.read_bytes() if path.exists() else b""
     end = whole.rfind(b"\n") + 1
@@ -334,12 +334,12 @@ def open_answers(path, head):
     return {line["scene"]: line["questions"] for line in lines[1:]}
 
 
-worker = {}  # of a worker process: its checkpoint and conditions, which cannot be sent along with every scene
+worker = {}  # of a worker process: checkpoint and conditions, too large to send with every scene
 
 
 def start_worker(model, device, dtype, thresholds, mode, only, retentions, specs, rows):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)  # small tensors: threads would only wait for each other
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    torch.set_num_threads(1)  # the tensors are too small for more
     checkpoint = load(model, dtype, device)
     layers = checkpoint.config.text_config.num_hidden_layers
     language = checkpoint.model.language_model
@@ -358,7 +358,7 @@ def chosen(name, only):
 
 
 def of_today(name):
-    """A condition, its method by the name that it has now."""
+    """A condition with the current name of its method."""
     first, space, rest = name.partition(" ")
     first, at, retention = first.partition("@")
     return ALIASES.get(first, first) + at + retention + space + rest
@@ -369,7 +369,7 @@ def work(number):
 
 
 def scenes_for(questions):
-    """Numbers of the first scenes that hold so many questions: how many a scene has is known without a model."""
+    """Numbers of the first scenes that have at least so many questions."""
     numbers, count = [], 0
     while count < questions:
         numbers.append(FIRST + len(numbers))
@@ -378,8 +378,8 @@ def scenes_for(questions):
 
 
 def run_scenes(args, path):
-    """Answer until there are args.questions of them -> (head, {scene: questions})."""
-    checkpoint = open_checkpoint(args.model)  # what cannot be used is refused here, not by each worker
+    """Answer at least args.questions questions -> (head, {scene: questions})."""
+    checkpoint = open_checkpoint(args.model)  # errors appear here once, not in each worker
     text = checkpoint.config.text_config
     lookahead = checkpoint.lookahead
     every = conditions(
@@ -471,7 +471,7 @@ def mean_bytes(done):
 
 
 def row_of(condition, data, group, long, task, weights, sizes):
-    """A condition in all numbers of the CSV, percent but for the bytes."""
+    """One row of the CSV; percent, except for bytes."""
     from tools.paired import interval, mcnemar
 
     d, (method, retention) = data[condition], parts(condition)
@@ -499,7 +499,7 @@ def row_of(condition, data, group, long, task, weights, sizes):
     return row
 
 
-PAIRS = (  # which of two is better, on the long answers: the first minus the second
+PAIRS = (  # compared on the long answers: the first minus the second
     ("hindsight", "random"), ("evidence", "random"), ("anti-evidence", "random"), ("hindsight", "evidence"),
     ("random", "random, same in all heads"), ("grid", "random"), ("objects", "random"), ("evidence", "grid"),
     ("evidence", "objects"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "random"),
@@ -513,7 +513,7 @@ PAIRS = (  # which of two is better, on the long answers: the first minus the se
     ("topk rows+values", "shared rows+values"), ("topk rows+values", "plphp rows+values"),
     ("topk rows+values", "snapkv"),
 )  # fmt: skip
-AGAINST = ("random", "grid", "objects")  # what each of --methods is compared with
+AGAINST = ("random", "grid", "objects")  # baselines of each of --methods
 
 
 LABELS = {  # condition: its name in the README and in the picture
@@ -552,7 +552,7 @@ LABELS = {  # condition: its name in the README and in the picture
 
 
 def labels_of(rows):
-    """{condition: its name in the table and in the picture}: LABELS, and what --methods gave, by its SPEC."""
+    """{condition: name in tables and plots}: LABELS, and the SPEC of each of --methods."""
     given = dict.fromkeys(r["method"] for r in rows if r["method"].startswith((GIVEN, "rows ")))
     return LABELS | {name: f"`{name.removeprefix(GIVEN)}`" for name in given}
 
@@ -564,7 +564,7 @@ def pairs_of(rows):
 
 
 def nearest(row, retentions):
-    """[the one of the retentions that what a row kept is nearest to]; none of none."""
+    """[the retention closest to what a row kept], or [] without retentions."""
     return sorted(retentions, key=lambda r: abs(100 * float(r) - float(row["kept"])))[:1]
 
 
@@ -586,7 +586,7 @@ def _with_interval(row):
 
 
 def markdown(head, rows, data, group, long, weights):
-    """The table of the README, all conditions, and which of two is better."""
+    """The short table, the full table, and the pairwise comparisons."""
     from tools.paired import interval, mcnemar
 
     questions, scenes_seen = len(group), int(group.max()) + 1
@@ -635,7 +635,7 @@ def draw(rows, path, second=False):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {  # Okabe and Ito's colours, told apart by everyone; what is told the truth is grey
+    styles = {  # colour-blind safe (Okabe and Ito); grey: oracles
         "hindsight": ("0.35", "*", ":"), "evidence": ("0.55", "^", "--"), "anti-evidence": ("0.55", "v", "--"),
         "random": ("black", "o", "-"), "random, same in all heads": ("black", "s", "--"),
         "grid": ("black", "D", "-"), "objects": ("black", "^", "-."), "plphp as shipped": ("#D55E00", "v", ":"),
@@ -672,14 +672,14 @@ def draw(rows, path, second=False):
     figure.savefig(path, dpi=120)
 
 
-# ---------------------------------------------------------------- any checkpoint, no labels
+# ---------------------------------------------------------------- any checkpoint, without labels
 
 
 def premise(args):
-    """By layer, how much of the attention that the answer pays to pictures falls on what each method keeps."""
+    """Print, by layer, the share of the answer's attention to pictures that falls on what each method keeps."""
     checkpoint = open_checkpoint(args.model)
     specs = args.methods
-    if specs is PREMISE["methods"] and not checkpoint.lookahead:  # not asked for by name
+    if specs is PREMISE["methods"] and not checkpoint.lookahead:  # the default list
         specs = [spec for spec in specs if "lookahead" not in spec]
     reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
     chosen = {f: [make_method(spec, f, folder=checkpoint.folder) for spec in specs] for f in args.retentions}
@@ -688,7 +688,9 @@ def premise(args):
     checkpoint.read_weights(args.dtype, args.device)
     answer = "".join(reference)
     if len(reference.token_ids) < 2:
-        raise InputError("the answer has fewer than two tokens, none is fed that could attend; ask something longer")
+        raise InputError(
+            "the answer has fewer than two tokens, so none attends to the picture; ask for more"
+        )
     print(f"unpruned: {answer}", file=sys.stderr)
     asked = asked_by(reference, reference.token_ids[:-1])
     attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
@@ -710,7 +712,7 @@ def premise(args):
 
 
 def fidelity(args):
-    """Each method against the unpruned answer: agreement of greedy ids, first divergence, KL; a table on stdout."""
+    """Print how far each method is from the unpruned answer: share of equal tokens, first divergence, KL."""
     checkpoint = open_checkpoint(args.model)
     names = [(s, f) for s in args.methods for f in ([None] if sets_budget(s) else args.retentions)]
     methods = [make_method(spec, retention, folder=checkpoint.folder) for spec, retention in names]
@@ -731,7 +733,7 @@ def fidelity(args):
     print(f"{len(reference.token_ids)} tokens, {pictures}\n\n" + "\n".join(lines))
 
 
-# flags that only some stages have, with their defaults
+# flags of some stages, with their defaults
 FIDELITY = {
     "methods": ["random", "grid", "objects", "shared", "snapkv", "plphp"], "image": [], "prompt": None,
     "max_new_tokens": 64, "backend": "auto", "batch": 8,
@@ -778,7 +780,7 @@ def main(argv=None):
         own, others = of_one or SCENES, FIDELITY | SCENES
         for name in others:
             if name not in own and getattr(args, name) is not None:
-                raise InputError(f"{args.stage} has no use for --{name.replace('_', '-')}; leave it out")
+                raise InputError(f"{args.stage} does not take --{name.replace('_', '-')}; leave it out")
         for name, default in own.items():
             setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         args.device = choose_device(args.device)
@@ -798,7 +800,7 @@ def main(argv=None):
     except (InputError, ValueError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted; the answers so far are kept, run it again to go on\n")
+        parser.exit(130, "interrupted; the answers so far are kept, run the same command to continue\n")
 
 
 if __name__ == "__main__":
