@@ -688,9 +688,7 @@ def premise(args):
     checkpoint.read_weights(args.dtype, args.device)
     answer = "".join(reference)
     if len(reference.token_ids) < 2:
-        raise InputError(
-            "the answer has fewer than two tokens, so none attends to the picture; ask for more"
-        )
+        raise InputError("the answer has fewer than two tokens, so none attends to the picture; ask for more")
     print(f"unpruned: {answer}", file=sys.stderr)
     asked = asked_by(reference, reference.token_ids[:-1])
     attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
