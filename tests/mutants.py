@@ -1050,6 +1050,18 @@ MUTANTS = {
         "pass",
         "test_run.py::test_compare_shows_both_answers_and_where_they_part",
     ),
+    "the share on a grid is that of the largest budget": (
+        "tools/calibrate.py",
+        "zip(*by_budget, strict=True)]",
+        "zip(*by_budget[:1], strict=True)]",
+        "test_calibrate.py::test_the_share_on_a_grid_is_the_best_over_all_budgets",
+    ),
+    "the table's rows are not the default": (
+        "tools/evaluate.py",
+        "args.only = args.only or list(TABLE)",
+        "args.only = args.only or [\"all\"]",
+        "test_evaluate.py::test_a_run_without_only_has_the_rows_of_the_table",
+    ),
     "a torn line is kept": (
         "tools/evaluate.py",
         "os.truncate(path, end)",

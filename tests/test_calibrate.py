@@ -54,6 +54,22 @@ def test_settings_are_ranked_by_kl_among_those_that_surely_keep_what_is_wanted()
     assert calibrate.rank(tried, results, 0.5) == [3, 2, 4]
 
 
+def test_the_share_on_a_grid_is_the_best_over_all_budgets(monkeypatch, capsys):
+    """Not the one that is best where little is dropped. r gives way to the retention; all other settings stay."""
+    kls = {0.5: (0.1, 0.2, 0.3, 0.4), 0.3: (0.2, 0.2, 0.2, 0.3), 0.15: (4.0, 3.0, 2.0, 3.0)}
+    seen = []
+
+    def judge(samples, method_name, tried):
+        seen.extend(tried)
+        return [(kls[t["retention"]][calibrate.COVERS.index(t["cover"])], t["retention"], 0.0) for t in tried]
+
+    monkeypatch.setattr(calibrate, "judge", judge)
+    found = {"r": 0.4, "dr": 0.1, "alpha": 0.8, "beta": 0.7, "skip": 0, "query": "lookahead", "cover": 0.0}
+    assert calibrate.choose_cover([], "plphp", found) == 0.5
+    assert all(t["dr"] == 0.1 and "r" not in t for t in seen) and len(seen) == 12
+    assert "cover 0.5" in (out := capsys.readouterr().out) and "4.0000" in out.splitlines()[-1]
+
+
 def test_r_is_solved_for_with_clamped_rates():
     """A layer far above alpha cannot keep more than all, so r has to be larger than the plain mean says."""
     gammas = [[0.9, 0.1]]

@@ -339,6 +339,13 @@ def test_the_table_has_its_rows_unless_others_are_named():
     assert [name for name in every if evaluate.chosen(name, ["topk@0.3"])] == ["none", "topk@0.3"]
 
 
+def test_a_run_without_only_has_the_rows_of_the_table(tmp_path, capsys):
+    answers = tmp_path / "a.jsonl"
+    evaluate.main(["accuracy", "--questions", "1", "--workers", "1", "--retentions", "0.5", "--answers", str(answers)])
+    names = json.loads(answers.read_text().splitlines()[0])["conditions"]
+    assert names == ["none", *(f"{name}@0.5" for name in evaluate.TABLE)] and "hindsight" in capsys.readouterr().out
+
+
 def test_files_of_one_name_are_told_apart(tmp_path):
     paths = [tmp_path / folder / "m.py" for folder in "ab"]
     for path in paths:

@@ -8,8 +8,9 @@
 How much attention a layer pays to pictures differs from model to model, so no fixed alpha and beta fit. Prints that
 distribution. Then tries some hundred settings (14 with --rates-only), those of look-ahead rows among them where the
 model has some (tools/train_lookahead.py). For each, r is solved for so that the wanted fraction is kept on average; the
-one whose pruned model stays closest to the unpruned one (KL along the unpruned answers) is written down. A file
-plphp.json (or plphp-ada.json) in a model's folder is the default of that method for that model.
+one whose pruned model stays closest to the unpruned one (KL along the unpruned answers) is written down, with the share
+of the budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15. A file plphp.json (or
+plphp-ada.json) in a model's folder is the default of that method for that model.
 """
 
 import argparse
@@ -38,8 +39,10 @@ QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma: wh
 SPREADS = (0.1, 0.2, 0.3)  # dr
 RANKINGS = {  # by which settings tokens are ranked, for each query
     "last": [{"window": window, "values": values} for window in (1, 32) for values in (False, True)],
-    "lookahead": [{"query": "lookahead", "cover": cover} for cover in (0.0, 0.25, 0.5)],
+    "lookahead": [{"query": "lookahead", "cover": cover} for cover in (0.0, 0.5)],
 }
+COVERS = (0.0, 0.25, 0.5, 0.75)  # share of a budget on a grid, tried last, for the best setting
+BUDGETS = (0.5, 0.3, 0.15)  # at these retentions
 
 
 @dataclasses.dataclass
@@ -173,6 +176,22 @@ def rank(tried, results, retention):
     return sorted(near, key=lambda i: (round(results[i][0], 4), tried[i]["dr"]))
 
 
+def choose_cover(samples, method_name, found):
+    """The share of each budget that goes to a grid: COVERS with the smallest KL, mean over BUDGETS. Prints all KLs.
+
+    found: the other settings. A small retention decides, because a large one loses little whatever is dropped.
+    """
+    rest = {name: value for name, value in found.items() if name != "r"}  # --retention replaces r
+    tried = [rest | {"retention": budget, "cover": cover} for budget in BUDGETS for cover in COVERS]
+    kls = [kl for kl, _, _ in judge(samples, method_name, tried)]
+    by_budget = [kls[i : i + len(COVERS)] for i in range(0, len(kls), len(COVERS))]
+    print("\nKL by share of the budget on a grid\nretention" + "".join(f"  cover {cover:<4}" for cover in COVERS))
+    for budget, row in zip(BUDGETS, by_budget, strict=True):
+        print(f"{budget:9}" + "".join(f"  {kl:10.4f}" for kl in row))
+    means = [statistics.mean(column) for column in zip(*by_budget, strict=True)]
+    return COVERS[means.index(min(means))]
+
+
 def calibrate(args):
     checkpoint = load(args.model, args.dtype, args.device)
     samples = samples_of(args, checkpoint)
@@ -191,7 +210,11 @@ def calibrate(args):
         print(
             f"{results[i][0]:7.4f}  {100 * results[i][1]:4.1f} %  {what}{' (thresholds not fitted)' if i == 0 else ''}"
         )
-    Path(args.out).write_text(json.dumps(tried[ranked[0]], indent=1) + "\n", encoding="utf-8")
+    found = tried[ranked[0]]
+    if not args.rates_only:
+        found = found | {"cover": choose_cover(samples, args.method, found)}
+    print(f"\nchosen: {found}")
+    Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"written to {args.out}", file=sys.stderr)
 
 

@@ -450,7 +450,7 @@ def parser():
     parser.add_argument("--image-folder", type=Path, metavar="DIR", help="where their pictures are (default: beside)")
     parser.add_argument("--rows", type=int, default=8, help="look-ahead rows m (default 8)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8, help="pictures of a step, or prompts of a file (default 8)")
     parser.add_argument("--held-out", type=int, default=4, metavar="N", help="batches that are measured (default 4)")
     parser.add_argument("--report", type=int, default=50, metavar="N", help="steps between two rows of the curve")
