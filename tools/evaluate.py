@@ -508,38 +508,38 @@ PAIRS = (  # which of two is better, on the long answers: the first minus the se
 AGAINST = ("random", "grid", "objects")  # what each of --methods is compared with
 
 
-LABELS = {  # condition: its name in the README and in the picture
+LABELS = {  # condition: its name in the table and in the picture; what can be given to --prune is in backquotes
     "none": "unpruned",
-    "random": "random, each head its own",
-    "random, same in all heads": "random, all heads the same",
-    "grid": "`grid`: spread evenly, in each head elsewhere",
-    "objects": "`objects`: what shows anything, then random",
-    "plphp as shipped": "`plphp` with the model's own settings",
-    "plphp": "`plphp`, last prompt row",
+    "random": "`random`",
+    "random, same in all heads": "`random:shared=true`",
+    "grid": "`grid`",
+    "objects": "`objects`",
+    "plphp as shipped": "`plphp`, as shipped for the demo",
+    "plphp": "`plphp`, as published",
     "plphp-ada": "`plphp-ada`",
-    "random like plphp": "as many as `plphp`, random",
-    "shared like plphp": "as many as `plphp`, all heads the same",
-    "topk": "one rate, last prompt row",
-    "shared": "one rate, last prompt row, all heads the same",
-    "topk rows": "one rate, all prompt rows",
-    "topk rows+values": "one rate, all rows x values",
-    "shared rows+values": "one rate, all rows x values, all heads the same",
+    "random like plphp": "control: as many tokens as `plphp`, at random",
+    "shared like plphp": "control: as many tokens as `plphp`, the same in all heads",
+    "topk": "`topk`",
+    "shared": "`shared`",
+    "topk rows": "`topk:window=32`",
+    "topk rows+values": "`topk:window=32,values=true`",
+    "shared rows+values": "`shared:window=32,values=true`",
     "snapkv": "`snapkv`",
     "adakv": "`adakv`",
     "fastv": "`fastv`",
-    "plphp ahead": "`plphp`, look-ahead rows",
-    "topk ahead": "one rate, look-ahead rows",
-    "shared ahead": "one rate, look-ahead rows, all heads the same",
-    "topk ahead+grid": "one rate, look-ahead rows, half on a grid",
-    "topk ahead, another question": "one rate, look-ahead rows of another question",
-    "topk ahead, another picture": "one rate, look-ahead rows of another picture",
-    "topk neutral rows": "one rate, 8 neutral tokens, untrained",
-    "topk answer rows 1 to 1": "one rate, the first answer token",
-    "topk answer rows 1 to 4": "one rate, the first 4 answer tokens",
-    "topk answer rows 1 to 8": "one rate, the first 8 answer tokens",
-    "evidence": "told where the evidence is",
-    "anti-evidence": "told, and dropping it first",
-    "hindsight": "told what the answer attends to",
+    "plphp ahead": "`plphp:query=lookahead`",
+    "topk ahead": "`topk:query=lookahead`",
+    "shared ahead": "`shared:query=lookahead`",
+    "topk ahead+grid": "`topk:query=lookahead,cover=0.5`",
+    "topk ahead, another question": "control: look-ahead rows of another question",
+    "topk ahead, another picture": "control: look-ahead rows of another picture",
+    "topk neutral rows": "control: 8 untrained look-ahead rows",
+    "topk answer rows 1 to 1": "oracle: attention of the first answer token",
+    "topk answer rows 1 to 4": "oracle: attention of the first 4 answer tokens",
+    "topk answer rows 1 to 8": "oracle: attention of the first 8 answer tokens",
+    "evidence": "oracle: the evidence first",
+    "anti-evidence": "oracle: the evidence last",
+    "hindsight": "oracle: what the answer attends to",
 }
 
 
@@ -578,7 +578,7 @@ def _with_interval(row):
 
 
 def markdown(head, rows, data, group, long, weights):
-    """The table of the README, all conditions, and which of two is better."""
+    """The short table, all conditions, and which of two is better."""
     from tools.paired import interval, mcnemar
 
     questions, scenes_seen = len(group), int(group.max()) + 1
