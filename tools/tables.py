@@ -65,18 +65,18 @@ def summary():
     kept = [f"{float(row['kept']):.0f}" for row in results if row["method"] == "plphp ahead"]
     rows = [["unpruned", *(3 * [f"{right['none', '']:.1f}"])]]
     for method, label in (
-        ("plphp", "PLPHP as published: ranked by the last prompt token"),
-        ("plphp as shipped", "PLPHP as shipped: ranked by look-ahead rows, one rate for all layers, half on a grid"),
-        ("plphp ahead", f"ranked by look-ahead rows, a rate per layer as in the paper ({', '.join(kept)} % kept)"),
+        ("plphp", "PLPHP as published: ranked by the prompt's last token"),
+        ("plphp as shipped", "PLPHP as shipped: look-ahead rows, one rate for all layers, half of it on an even grid"),
+        ("plphp ahead", f"look-ahead rows, a rate per layer as in the paper, no grid ({', '.join(kept)} % kept)"),
     ):
         rows.append([label, *(f"{right[method, r]:.1f}" for r in retentions)])
     chance = [max(right["random", r], right["grid", r]) for r in retentions]
-    rows.append(["the better of random tokens and an even grid", *(f"{value:.1f}" for value in chance)])
+    rows.append(["the better of random tokens and an even grid alone", *(f"{value:.1f}" for value in chance)])
     about = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text(encoding="utf-8")
     questions, scenes, long = re.match(r"(\d+) questions about (\d+) scenes, (\d+) of them", about).groups()
     return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
-        f"\n\n{int(questions):,} questions about {scenes} drawn scenes, {int(long):,} of them with long answers: six or "
-        "more words that only the\npicture tells. An answer is right if every token is "
+        f"\n\n{int(questions):,} questions about {scenes} drawn scenes, {int(long):,} of them with long answers: six "
+        "or more words that only the\npicture tells. An answer is right if every token is "
         "(`python tools/evaluate.py accuracy`, 2 CPU cores)."
     )
 
@@ -214,8 +214,8 @@ def attention():
 RIVALS = {
     "flex attention": "FlexAttention",
     "sdpa, padded + mask": "SDPA, padded",
-    "adakv-style": "AdaKV's way",
-    "sdpa, all tokens": "SDPA, all tokens",
+    "adakv-style": "a copy per step (AdaKV)",
+    "sdpa, all tokens": "SDPA, nothing dropped",
 }
 
 
