@@ -1687,6 +1687,24 @@ MUTANTS = {
         "(block[:, :, None] >= block[:, None, :]) |",
         "test_train_demo.py::test_the_mask_shows_pictures_and_own_past_only",
     ),
+    "the worse of two baselines in the first table": (
+        "tools/tables.py",
+        'max(right["random", r], right["grid", r])',
+        'min(right["random", r], right["grid", r])',
+        "test_repo.py::test_the_tables_of_the_pages_are_those_of_the_code_and_of_the_results",
+    ),
+    "a table replaces what stands behind it": (
+        "tools/tables.py",
+        r"-->\n).*?(<!-- end of table -->)",
+        r"-->\n).*(<!-- end of table -->)",
+        "test_repo.py::test_a_page_is_filled_between_its_comments",
+    ),
+    "rectangles compared with padding": (
+        "tools/tables.py",
+        '"sdpa, rectangle" if layout == "equal"',
+        '"sdpa, rectangle" if layout == "none"',
+        "test_repo.py::test_the_tables_of_the_pages_are_those_of_the_code_and_of_the_results",
+    ),
 }
 
 

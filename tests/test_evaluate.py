@@ -412,4 +412,4 @@ def test_ceilings_count_the_bytes_that_a_step_reads(demo):
 
 
 def test_the_ceilings_of_the_readme_are_the_arithmetic():
-    assert roofline.table([1, 8, 32], [0.5, 0.2]) in (ROOT / "README.md").read_text()
+    assert roofline.table([1, 8, 32], [0.5, 0.2]) in (ROOT / "benchmarks" / "README.md").read_text()

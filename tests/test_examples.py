@@ -1,4 +1,4 @@
-"""tools/README.md does what it says: its commands run, in their order, and print what it shows."""
+"""The console blocks of the pages do what they say: their commands run, in their order, and print what is shown."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.paths import ROOT
+from tests.paths import PAGES, ROOT
 
 
 def examples(text):
@@ -21,11 +21,19 @@ def examples(text):
     return found
 
 
+SHOWN = {page.relative_to(ROOT).as_posix(): examples(page.read_text()) for page in PAGES}
+# a page that only runs run.py is left to tests/test_repo.py, which does so in its own process
+LONG = [page for page, shown in SHOWN.items() if not all(c.startswith("python run.py") for c, _ in shown)]
+
+
+def test_examples_are_found():
+    assert len(SHOWN["README.md"]) >= 2 and len(SHOWN["tools/README.md"]) >= 8 and LONG == ["tools/README.md"]
+
+
 @pytest.mark.thorough
-def test_worked_examples_print_what_they_show(tmp_path):
-    shown = examples((ROOT / "tools" / "README.md").read_text())
-    assert len(shown) >= 8
-    for command, lines in shown:
+@pytest.mark.parametrize("page", LONG)
+def test_worked_examples_print_what_they_show(page, tmp_path):
+    for command, lines in SHOWN[page]:
         placed = re.sub(r"\bout/", f"{tmp_path}/", command)
         placed = re.sub(r"\bpython ", f"{sys.executable} ", placed)
         done = subprocess.run(["bash", "-c", f"set -e -o pipefail; {placed}"], cwd=ROOT, capture_output=True, text=True)

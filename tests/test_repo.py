@@ -1,4 +1,4 @@
-"""What the repository promises about itself: who imports whom, and that the README's commands are real."""
+"""What the repository promises about itself: who imports whom, and that the pages' commands and tables are real."""
 
 import ast
 import csv
@@ -14,10 +14,11 @@ import torch
 
 import run
 from model.pruning import METHODS
-from tests.paths import ROOT
-from tools import evaluate, method_table
+from tests.paths import PAGES, ROOT
+from tools import evaluate, tables
 
 README = ROOT / "README.md"
+COMMITTED = {"assets", "benchmarks", "kernels", "model", "tests", "tools", "README.md", "weights.md"}
 STDLIB = set(sys.stdlib_module_names)
 # folder -> what its files may import beside the standard library and their own folder
 ALLOWED = {
@@ -69,48 +70,61 @@ def test_everything_works_without_a_triton_wheel():
     assert (done.returncode, done.stdout) == (0, "The picture has four objects.\n"), done.stderr
 
 
-def fenced(kind):
-    """Contents of the fenced blocks of a kind in README.md and weights.md."""
-    text = README.read_text() + (ROOT / "weights.md").read_text()
-    return re.findall(rf"^```{kind}\n(.*?)^```", text, flags=re.M | re.S)
+# ---------------------------------------------------------------- the pages of prose
+
+
+def named(page):
+    """A page as it is called in this repository: model/pruning/README.md."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def fenced(page, kind):
+    """Contents of a page's fenced blocks of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
 def parted(command):
-    """Environment and words of a command: `NAME=value python x` -> ({NAME: value}, [python, x])."""
-    words = shlex.split(command)
-    names = list(itertools.takewhile(lambda w: re.match(r"[A-Z_]+=", w), words))
+    """Environment and words of a command, up to a pipe: `NAME=value python x | y` -> ({NAME: value}, [python, x])."""
+    words = list(itertools.takewhile(lambda word: word != "|", shlex.split(command)))
+    names = list(itertools.takewhile(lambda word: re.match(r"[A-Z_]+=", word), words))
     return dict(n.split("=", 1) for n in names), words[len(names) :]
 
 
-def commands():
-    """(command, the lines shown below it) of every command."""
-    for text in fenced("sh") + fenced("console"):
-        command, output = None, []
-        for line in text.replace("\\\n", " ").splitlines():
-            if line.startswith("$ ") or (text in fenced("sh") and line.strip() and not line.startswith("#")):
-                if command:
-                    yield command, output
-                command, output = line.removeprefix("$ ").split("  #")[0].strip(), []
-            elif command:
-                output.append(line)
-        if command:
-            yield command, output
+def commands(page):
+    """(command, [lines shown below it]) of a page's sh and console blocks, in order."""
+    found = []
+    for kind in ("sh", "console"):
+        for block in fenced(page, kind):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("$ ") or (kind == "sh" and line.strip() and not line.startswith("#")):
+                    found.append((line.removeprefix("$ ").split("  #")[0].strip(), []))
+                elif kind == "console":
+                    found[-1][1].append(line)
+    return found
 
 
-COMMANDS = list(commands())
+COMMANDS = [(page, command, shown) for page in PAGES for command, shown in commands(page)]
+INLINE = {c for page in PAGES for c in re.findall(r"`(python (?:run\.py|tools/)[^`]*)`", page.read_text())}
+WRITES = {"--out", "--json", "--csv", "--html", "--plot", "--answers", "--run", "--show"}  # flags that name an output
 
 
-def test_the_readme_has_commands():
-    assert {"make run", "make test"} <= {c for c, _ in COMMANDS} and len(COMMANDS) >= 5
+def test_the_pages_have_commands():
+    assert {"make run", "make test"} <= {c for page, c, _ in COMMANDS if page == README}
+    assert {named(page) for page, _, _ in COMMANDS} >= {*tables.PAGES, "tools/README.md", "weights.md"}
 
 
-@pytest.mark.parametrize("command", sorted({c for c, _ in COMMANDS}))
-def test_commands_of_the_readme_parse(command, monkeypatch, capsys):
+@pytest.mark.parametrize("command", sorted({c for _, c, _ in COMMANDS} | INLINE))
+def test_commands_of_the_pages_parse(command, monkeypatch, capsys):
     _, words = parted(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
     elif words[:2] == ["python", "run.py"]:
-        run.parser().parse_args(words[2:])
+        try:
+            run.parser().parse_args(words[2:])
+        except SystemExit as left:  # -h and the like leave with 0
+            assert not left.code, capsys.readouterr().err
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert all((ROOT / word).is_file() for word in words[3:] if word.startswith("tests/"))
     elif words[0] == "python":
         monkeypatch.setattr(sys, "argv", [words[1], "-h"])
         with pytest.raises(SystemExit) as ended:
@@ -120,70 +134,116 @@ def test_commands_of_the_readme_parse(command, monkeypatch, capsys):
         for word in words[2:]:
             assert not word.startswith("--") or word in told, f"{words[1]} has no {word}"
     else:
-        assert words[0] in ("git", "cd", "pip", "hf"), f"a command no test knows: {command}"
+        assert words[0] in ("git", "cd", "pip", "hf", "grep", "cat"), f"a command no test knows: {command}"
 
 
-RUNNABLE = [(c, out) for c, out in COMMANDS if parted(c)[1][:2] == ["python", "run.py"] and "--model" not in c]
+def test_no_command_of_the_pages_overwrites_what_is_committed():
+    """In the blocks that a reader copies; the list of files in benchmarks/README.md says how those were made."""
+    for page, command, _ in COMMANDS:
+        _, words = parted(command)
+        for flag, value in itertools.pairwise(words):
+            written = flag in WRITES and (ROOT / value).resolve()
+            committed = written and written.relative_to(ROOT).parts[0] in COMMITTED
+            assert not committed, f"{named(page)}: {command}"
 
 
-@pytest.mark.parametrize(("command", "shown"), RUNNABLE, ids=[c for c, _ in RUNNABLE])
-def test_offline_commands_of_the_readme_say_what_it_shows(command, shown, tmp_path, monkeypatch, capsys):
-    method = next(block for block in fenced("python") if "def keep(" in block)  # the reader's own file
+RUNNABLE = {}  # command: what a page shows below it
+for _, command, shown in COMMANDS:
+    if parted(command)[1][:2] == ["python", "run.py"] and "--model" not in command:
+        RUNNABLE[command] = RUNNABLE.get(command) or shown
+
+
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_offline_commands_of_the_pages_say_what_is_shown(command, tmp_path, monkeypatch, capsys):
+    shown = RUNNABLE[command]
+    method = next(block for block in fenced(README, "python") if "def keep(" in block)  # the reader's own file
     (tmp_path / "my_method.py").write_text(method)
     if "TRITON_INTERPRET" in command and torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without CUDA")
-    for written in ("my_method.py", "out/"):
-        command = command.replace(written, str(tmp_path / written))
     environment, words = parted(command)
+    for i, (flag, value) in enumerate(itertools.pairwise(words), 1):
+        if flag in WRITES - {"--json"} or value.startswith("my_method.py"):
+            words[i] = str(tmp_path / value)
     monkeypatch.chdir(ROOT)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     code = run.main(words[2:])
     told = capsys.readouterr()
     assert code == 0, told.err
-    if shown:  # the answer is the first line; below it the README may show --stats, whose times are its own
-        assert told.out.rstrip("\n") == shown[0]
+    if shown:
+        assert told.out.splitlines() == shown
 
 
-def test_python_of_the_readme_runs(capsys, monkeypatch):
+PYTHON = [(named(page), block) for page in PAGES for block in fenced(page, "python")]
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page} {i}" for i, (page, _) in enumerate(PYTHON)])
+def test_python_of_the_pages_runs(page, block, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    blocks = fenced("python")
-    assert blocks
-    for block in blocks:
-        assert len(block.splitlines()) <= 12
-        exec(compile(block, "README.md", "exec"), {})
-    assert "A small red cross, a large black star, a large blue square, a large orange star." in capsys.readouterr().out
+    assert len(block.splitlines()) <= 12
+    exec(compile(block, page, "exec"), {})
+    told = capsys.readouterr().out
+    if "List the objects row by row." in block:
+        assert "A small red cross, a large black star, a large blue square, a large orange star." in told
 
 
-def test_files_named_in_the_readme_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+def anchors(page):
+    """What links may name behind a # in a page: its headings, in the way of GitHub."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_methods_of_the_readme_and_of_the_help_are_those_that_exist():
-    text = README.read_text()
-    begin, end = text.index(method_table.BEGIN) + len(method_table.BEGIN), text.index(method_table.END)
-    assert text[begin:end].strip() == method_table.table()
-    listed = re.search(r"keeps in its cache: (.*?) or FILE", re.sub(r"\s+", " ", run.parser().format_help()))
-    assert listed[1].split(", ") == list(METHODS)
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_and_pictures_of_a_page_exist(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            place = page.parent / path if path else page
+            assert place.exists(), target
+            assert not anchor or anchor in anchors(place), target
 
 
-def test_the_tables_of_the_readme_are_the_measured_ones():
-    table = (ROOT / "assets" / "demo-accuracy.md").read_text().strip()
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_the_tables_of_the_pages_are_those_of_the_code_and_of_the_results():
+    found = [name for page in PAGES for _, name, _ in tables.MARKED.findall(page.read_text())]
+    assert sorted(found) == sorted(tables.TABLES)  # each once
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text()
+        assert tables.filled(text) == text, f"{page}: run python tools/tables.py --write"
+
+
+def test_the_results_are_those_of_the_weights_that_are_shipped():
     about, short, *_ = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text().split("\n\n")
-    assert table in README.read_text() and short.startswith("| long answers right") and short in README.read_text()
-    assert evaluate.fingerprint(ROOT / "assets" / "demo") in about  # of these weights
+    assert evaluate.fingerprint(ROOT / "assets" / "demo") in about and short == tables.pruning()
 
 
 def test_the_first_table_of_the_readme_is_the_measured_one():
     with open(ROOT / "benchmarks" / "pruning-accuracy.csv", newline="") as file:
         measured = {(row["method"], row["retention"]): float(row["long"]) for row in csv.DictReader(file)}
-    lines = (
-        README.read_text().partition("| long answers right, % | 0.5 kept | 0.3 kept | 0.15 kept |\n")[2].splitlines()
-    )
-    shown = [[float(cell) for cell in line.strip("|").split("|")[1:]] for line in lines[1:6]]
+    _, _, behind = README.read_text().partition("| long answers right, % | 0.5 kept | 0.3 kept | 0.15 kept |\n")
+    shown = [[float(cell) for cell in line.strip("|").split("|")[1:]] for line in behind.splitlines()[1:6]]
     retentions = "0.5", "0.3", "0.15"
     rows = [[measured["none", ""]] * 3]
     rows += [[measured[name, f] for f in retentions] for name in ("plphp", "plphp as shipped", "plphp ahead")]
     rows += [[max(measured["random", f], measured["grid", f]) for f in retentions]]
     assert shown == rows
+
+
+def test_a_page_is_filled_between_its_comments(monkeypatch):
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: "| 1 |", "two-b": lambda: "| 2 |\n| 3 |"})
+    end = "<!-- end of table -->"
+    text = f"a\n<!-- table one -->\nold\n{end}\nb <!-- table two-b -->\n{end}"
+    filled = f"a\n<!-- table one -->\n| 1 |\n{end}\nb <!-- table two-b -->\n| 2 |\n| 3 |\n{end}"
+    assert tables.filled(text) == filled == tables.filled(filled)
+
+
+def test_the_methods_of_the_help_are_those_that_exist():
+    listed = re.search(r"keeps in its cache: (.*?) or FILE", re.sub(r"\s+", " ", run.parser().format_help()))
+    assert listed[1].split(", ") == list(METHODS)

@@ -4,8 +4,8 @@
     python tools/plot_bench.py a.json b.json --op ragged_decode --shape 7b --layout equal --out b.png
     python tools/plot_bench.py decode.json --out decode.png
 
-Of bench_decode.py: decoding in multiples of transformers' speed, a panel per workload; a black line is where the bytes
-that are left would put a pruned run, from the unpruned one of the same engine.
+Of bench_decode.py: decode speed relative to transformers, a panel per workload on the same scale. A black line is the
+bound of a pruned run: the speed of the unpruned run of that engine, times what the saved bytes allow.
 
 Of bench_kernels.py, left: the part of the memory bandwidth that the useful bytes reach, over MB of K and V per layer
 (logarithmic). Right, if there is a --skew sweep: the time over that of equal lengths, at the same bytes. One line per
@@ -200,7 +200,9 @@ def decode_figure(about, rows):
     work = list(dict.fromkeys(row["workload"] for row in rows))
     names = list(dict.fromkeys((row["engine"], row["prune"]) for row in rows))
     size = 9, 1.5 + 0.28 * len(names)
-    page, grid = pyplot.subplots(1, len(work), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    page, grid = pyplot.subplots(
+        1, len(work), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
     base = base_of(names)
     for axes, workload in zip(grid[0], work, strict=True):
         found = {(row["engine"], row["prune"]): row for row in rows if row["workload"] == workload}
@@ -215,11 +217,11 @@ def decode_figure(about, rows):
                 reach = found[base]["ms_per_token"] / unpruned["ms_per_token"] * row["ceiling_speedup"]
                 axes.plot([reach, reach], [y - 0.45, y + 0.45], color="#000000", linewidth=1.5)
         one = next(iter(found.values()))
-        axes.set_title(f"{one['batch']} x {one['vision_tokens']} + {one['text_tokens']} tokens", fontsize=10)
+        axes.set_title(f"{one['batch']} x {one['vision_tokens']} + {one['text_tokens']} tokens", fontsize=9)
         axes.grid(alpha=0.3, axis="x")
     grid[0][0].set_yticks(range(len(names)), [engine if p == "none" else f"{engine}, {p}" for engine, p in names])
     grid[0][0].invert_yaxis()
-    page.supxlabel(f"decode speed over {base[0]}", fontsize=10)
+    page.supxlabel(f"decode speed, {base[0]} = 1; black line: the bound that the saved bytes set", fontsize=10)
     page.suptitle(f"{about['model']}, {about['dtype']}, {about['machine']}", fontsize=11)
     return page
 

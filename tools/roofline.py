@@ -1,6 +1,6 @@
 """Bytes, flops and the ceilings they set, from shapes alone. Needs neither torch nor a GPU.
 
-    python tools/roofline.py                                     # the table of the README: what pruning can win
+    python tools/roofline.py                                     # what pruning can win, as in benchmarks/README.md
     python tools/roofline.py --retention 0.5 0.3 --batch 1 8     # other fractions kept, other batches
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
     python tools/roofline.py --stages --shape llava-1.5-7b --measure    # at the bandwidth of this machine

@@ -1,0 +1,307 @@
+"""The tables of the READMEs, from what is committed: docstrings of the methods, files of results, arithmetic.
+
+    python tools/tables.py            # print them
+    python tools/tables.py --write    # put them into the READMEs
+
+A table stands between `<!-- table NAME -->` and `<!-- end of table -->`, where NAME is a key of TABLES.
+"""
+
+import argparse
+import csv
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model.pruning import GUARDS, METHODS, settings_of  # noqa: E402
+from run import as_command  # noqa: E402
+from tools import evaluate, roofline  # noqa: E402
+
+PAGES = ("README.md", *(f"{folder}/README.md" for folder in ("model/pruning", "kernels", "benchmarks", "assets")))
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
+
+
+def filled(text):
+    """The text of a page with every table in it made anew."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def methods():
+    """The pruning methods: first paragraph of the docstring, settings with their defaults."""
+    rows = []
+    for name, method in METHODS.items():
+        if method is None:
+            rows.append([f"`{name}`", "Everything.", ""])
+            continue
+        file = Path(inspect.getsourcefile(method)).name
+        what = " ".join(inspect.getdoc(method).split("\n\n")[0].split())
+        what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", what)
+        settings = ", ".join(f"`{key}={_shown(value)}`" for key, value in settings_of(method).items())
+        rows.append([f"[`{name}`]({file})", what, settings])
+    guards = ", ".join(f"`{key}={value}`" for key, value in GUARDS.items())
+    return _markdown(["`--prune`", "what is kept", "settings"], rows, "---") + (
+        f"\n\nEvery method also has {guards}: numbers of tokens that no head may drop. They are\n"
+        "the first tokens of the prompt, the last ones, and those that the head's last 32 rows attend to most."
+    )
+
+
+def _shown(value):
+    """A default as --set takes it: JSON, but for the quotes of a text."""
+    return json.dumps(value).strip('"')
+
+
+def summary():
+    """The first table: PLPHP as published and as shipped, and what must be beaten, with the questions below it."""
+    results = _results("pruning-accuracy")
+    retentions = list(dict.fromkeys(row["retention"] for row in results if row["retention"]))
+    right = {(row["method"], row["retention"]): float(row["long"]) for row in results}
+    kept = [f"{float(row['kept']):.0f}" for row in results if row["method"] == "plphp ahead"]
+    rows = [["unpruned", *(3 * [f"{right['none', '']:.1f}"])]]
+    for method, label in (
+        ("plphp", "PLPHP as published: ranked by the prompt's last token"),
+        ("plphp as shipped", "PLPHP as shipped: look-ahead rows, one rate for all layers, half of it on an even grid"),
+        ("plphp ahead", f"look-ahead rows, a rate per layer as in the paper, no grid ({', '.join(kept)} % kept)"),
+    ):
+        rows.append([label, *(f"{right[method, r]:.1f}" for r in retentions)])
+    chance = [max(right["random", r], right["grid", r]) for r in retentions]
+    rows.append(["the better of random tokens and an even grid alone", *(f"{value:.1f}" for value in chance)])
+    about = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text(encoding="utf-8")
+    questions, scenes, long = re.match(r"(\d+) questions about (\d+) scenes, (\d+) of them", about).groups()
+    return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
+        f"\n\n{int(questions):,} questions about {scenes} drawn scenes, {int(long):,} of them with long answers: six "
+        "or more words that only the\npicture tells. An answer is right if every token is "
+        "(`python tools/evaluate.py accuracy`, 2 CPU cores)."
+    )
+
+
+def pruning():
+    """All methods of the comparison."""
+    return evaluate.short(_results("pruning-accuracy"))
+
+
+def demo():
+    """What the demo model knows, by task."""
+    return (ROOT / "assets" / "demo-accuracy.md").read_text(encoding="utf-8").strip()
+
+
+def ceilings():
+    """What pruning can win, by bytes."""
+    return roofline.table([1, 8, 32], [0.5, 0.2])
+
+
+# ---------------------------------------------------------------- speed of whole answers
+
+ENGINES = {"ours": "ours", "ours-compile": "ours `--compile`", "hf-sdpa": "transformers sdpa"}
+
+
+def decode_gpu():
+    """The 7B shape on an H100."""
+    rows = []
+    for row in _engines("decode-7b-h100"):
+        pruned = row["prune"] != "none"
+        wins = f"{float(row['speedup']):.2f} ({float(row['ceiling_speedup']):.2f})" if pruned else ""
+        count = f"{row['batch']} sequence" + "s" * (row["batch"] != "1")
+        rows.append([
+            f"{count}, {_percent(row['kept']) if pruned else 'all'} kept", f"{float(row['ms_per_token']):.1f}",
+            f"{float(row['decode_x_hf-sdpa']):.1f}", wins, f"{float(row['ttft_x_hf-sdpa']):.2f}",
+            _bytes(row["kv_bytes_held"], 1e9, 2 if row["batch"] == "1" else 1, "GB"),
+            _bytes(row["peak_bytes"], 1e9, 1, "GB"),
+        ])  # fmt: skip
+    return _markdown(["", "ms per token", "decode: times as fast as sdpa", "by pruning (by bytes)",
+                      "first token: times as fast as sdpa", "K and V", "peak memory"], rows)  # fmt: skip
+
+
+def decode_demo():
+    """The demo model beside transformers, on a CPU."""
+    rows = []
+    for row in _results("decode-demo-cpu"):
+        ours = row["engine"] in ("ours", "ours-compile")
+        name = f"{ENGINES[row['engine']]}, {'half' if row['prune'] != 'none' else 'all'} kept" if ours else (
+            f"transformers {row['engine'].removeprefix('hf-')}")  # fmt: skip
+        speeds = ("decode_x_hf-sdpa", "decode_x_hf-eager", "decode_x_hf-static", "ttft_x_hf-sdpa")
+        rows.append([name, *(f"{float(row[s]):.2f}" if ours else "" for s in speeds),
+                     _bytes(row["peak_bytes"], 1e6, 0), _percent(row["roofline_reached"])])  # fmt: skip
+    return _markdown(["times as fast as", "decode: sdpa", "eager", "static cache, compiled", "first token: sdpa",
+                      "peak MB", "of the roofline"], rows)  # fmt: skip
+
+
+def decode_7b_cpu():
+    """The 7B shape on a CPU."""
+    rows = []
+    for row in _results("decode-7b-cpu"):
+        speeds = [f"{float(row[s]):.2f}" if row[s] else "1" for s in ("decode_x_hf-sdpa", "ttft_x_hf-sdpa")]
+        rows.append([ENGINES[row["engine"]], *speeds, _bytes(row["peak_bytes"], 1e6, 0),
+                     _percent(row["roofline_reached"])])  # fmt: skip
+    return _markdown(
+        ["times as fast as transformers sdpa", "decode", "first token", "peak MB", "of the roofline"], rows
+    )
+
+
+WORKLOADS = {
+    "one": "256 vision tokens",
+    "one-b8": "8 sequences of 256",
+    "eight-images": "2,048, beyond the demo's context",
+    "1x7936+256": "7,936, also beyond it",
+}
+
+
+def pruning_speed():
+    """What pruning wins on a CPU, by number of tokens."""
+    found = {(r["engine"], r["workload"], r["prune"]): r for r in _engines("decode-demo-long-cpu")}
+    rows = []
+    for workload, label in WORKLOADS.items():
+        cells = [
+            found[engine, workload, f"plphp:dr=0@{kept}"] for engine in ("ours", "ours-compile") for kept in (0.5, 0.2)
+        ]
+        rows.append([label, *(f"{float(c['speedup']):.2f} ({float(c['ceiling_speedup']):.2f})" for c in cells)])
+    return _markdown(["speed-up by pruning, measured (by bytes)", "0.5 kept", "0.2 kept", "`--compile`, 0.5 kept",
+                      "0.2 kept"], rows)  # fmt: skip
+
+
+def first_token():
+    """The unpruned first token on a CPU, beside transformers."""
+    found = {(r["engine"], r["workload"]): r for r in _engines("decode-demo-long-cpu") if r["prune"] == "none"}
+    rows = [
+        [label, *(f"{float(found[engine, workload]['ttft_x_hf-sdpa']):.2f}" for workload in WORKLOADS)]
+        for engine, label in ENGINES.items() if engine != "hf-sdpa"
+    ]  # fmt: skip
+    return _markdown(["first token, times as fast as transformers sdpa", *WORKLOADS.values()], rows)
+
+
+def _engines(name):
+    """Rows of our engines in a file of bench_decode.py."""
+    return [row for row in _results(name) if not row["engine"].startswith("hf-")]
+
+
+# ---------------------------------------------------------------- speed of kernels
+
+
+def steps():
+    """Whole decode steps with the ragged cache, a dense one being 1."""
+    found = {row["case"]: float(row["speed"]) for row in _results("steps-cpu") if row["provider"] == "ours, torch"}
+    rows = [
+        [f"{tokens:,} tokens", *(f"{found[f'demo model, 1 x {tokens} tokens, {kept}']:.2f}"
+                                 for kept in ("1 kept, equal", "0.3 kept, equal", "0.3 kept, ragged"))]
+        for tokens in (300, 2048, 8192)
+    ]  # fmt: skip
+    return _markdown(["whole decode steps, dense cache 1", "all kept", "0.3 kept, heads of equal length",
+                      "0.3 kept, lengths differ"], rows)  # fmt: skip
+
+
+def attention():
+    """Attention of one layer on a CPU."""
+    found = {row["case"]: row for row in _results("kernels-cpu") if row["provider"] == "ours, torch"}
+    shapes = {"demo": "demo", "7b": "7B, 32 heads", "gqa8": "8 KV heads, G 4"}
+    rows = []
+    for shape, label in shapes.items():
+        for tokens in (640, 2048, 8192):
+            cells = []
+            for layout in ("equal", "plphp", "zipf", "giant"):
+                row = found[f"{shape}, {tokens} tokens, 0.3 kept, {layout}"]
+                rival = json.loads(row["speeds"])["sdpa, rectangle" if layout == "equal" else "sdpa, padded + mask"]
+                cells.append(f"{float(row['speed']):.2f} ({rival:.2f})")
+            rows.append([f"{label}, {tokens:,}", *cells])
+    return _markdown(["shape, tokens", "equal", "plphp-ada", "zipf", "giant"], rows)
+
+
+RIVALS = {
+    "flex attention": "FlexAttention",
+    "sdpa, padded + mask": "SDPA, padded",
+    "adakv-style": "a copy per step (AdaKV)",
+    "sdpa, all tokens": "SDPA, nothing dropped",
+}
+
+
+def kernels():
+    """Attention of one layer on an H100, by size."""
+    rows = [
+        [f"{_heads(row)}, {float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in _layers_on_gpu()
+    ]
+    return _markdown(["K and V kept, per layer", "time", "of the bandwidth", *RIVALS.values()], rows)
+
+
+def kernels_summary():
+    """Three sizes of the shape with grouped heads."""
+    rows = [row for row in _layers_on_gpu() if row["shape"] == "gqa8"]
+    rows = [[f"{float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in (rows[0], rows[2], rows[4])]
+    names = [f"times as fast as {next(iter(RIVALS.values()))}", *list(RIVALS.values())[1:]]
+    return _markdown(["K and V kept (8 KV heads)", "time", "of the bandwidth", *names], rows)
+
+
+def _layers_on_gpu():
+    """Rows of ours in order of size: a fifth kept, heads of different lengths, 32 heads and then 8."""
+    rows = [
+        row for row in _results("kernels-h100")
+        if (row["op"], row["layout"], row["provider"]) == ("ragged_decode_append", "plphp", "ours, triton")
+        and row["shape"] in ("7b", "gqa8")
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: (row["shape"], float(row["megabytes"])))
+
+
+def _heads(row):
+    many = row["case"].partition(",")[0].partition(" x ")[2]
+    return {"7b": "32 heads (7B)", "gqa8": "8 KV heads, G 4"}[row["shape"]] + (f", {many} sequences" if many else "")
+
+
+def _timed(row):
+    return f"{float(row['us']):.1f} us", _percent(row["ceiling"])
+
+
+def _speeds(row):
+    speeds = json.loads(row["speeds"])
+    return [f"{speeds[name]:.1f}" for name in RIVALS]
+
+
+# ---------------------------------------------------------------- what they share
+
+
+def _results(name):
+    """Rows of a file in benchmarks/, cells as text."""
+    with open(ROOT / "benchmarks" / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _percent(share):
+    return f"{100 * float(share):.0f} %"
+
+
+def _bytes(number, unit, digits, name=""):
+    return f"{float(number) / unit:,.{digits}f} {name}".strip()
+
+
+def _markdown(head, rows, others="---:"):
+    """A table; the cells of the first column on the left, those of the others as `others` says."""
+    lines = [head, ["---"] + [others] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES = {
+    "summary": summary, "methods": methods, "pruning": pruning, "demo": demo, "roofline": ceilings,
+    "decode-7b-h100": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
+    "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
+    "kernels": kernels, "kernels-summary": kernels_summary,
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--write", action="store_true", help="into the READMEs")
+    args = parser.parse_args()
+    if not args.write:
+        return print("\n\n".join(make() for make in TABLES.values()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(as_command(main))
