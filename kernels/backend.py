@@ -1,4 +1,4 @@
-"""Which implementation runs, and the checks that all operations share."""
+"""Backend selection, and the checks that all operations share."""
 
 import importlib.util
 import math
@@ -11,16 +11,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def interpreted():
-    """Do Triton's kernels run in its interpreter, on a CPU? The variable counts when triton is imported."""
+    """Whether Triton kernels run in its interpreter, on a CPU. Triton reads the variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose_backend(backend, device, dtype, inputs=()):
-    """ "auto", "triton" or "torch" for tensors of a dtype on a device -> "triton" or "torch".
+    """Resolve backend ("auto", "triton" or "torch") for tensors of a dtype on a device -> "triton" or "torch".
 
-    "auto" is Triton for what it can do on CUDA, otherwise PyTorch. "triton" never falls back: ValueError for tensors
-    elsewhere (unless TRITON_INTERPRET=1 and they are on the CPU), for float64, where triton is not installed, where an
-    input is negated lazily, and where autograd would record a gradient for one of the inputs.
+    "auto" selects Triton for CUDA tensors that it supports, otherwise PyTorch. "triton" never falls back. It raises
+    ValueError if triton is not installed, for float64, for tensors that are not on CUDA (with TRITON_INTERPRET=1: not
+    on the CPU), for a lazily negated view, and for an input that requires a gradient while autograd is enabled.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
@@ -35,7 +35,7 @@ def choose_backend(backend, device, dtype, inputs=()):
         where = "in the interpreter it needs CPU tensors" if interpreted() else "it needs CUDA or TRITON_INTERPRET=1"
         why = f"the tensors are on {device}; {where}, otherwise use 'torch'"
     elif any(t.is_neg() for t in inputs):
-        why = "its kernels read memory, and an input is a view that PyTorch negates lazily; call .resolve_neg()"
+        why = "its kernels cannot read an input that is a lazily negated view; call .resolve_neg()"
     elif torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         why = "its kernels have no backward pass and an input requires a gradient; use torch.no_grad() or 'torch'"
     if why and backend == "triton":
@@ -44,10 +44,10 @@ def choose_backend(backend, device, dtype, inputs=()):
 
 
 def head_and_token_strides(*tensors):
-    """Strides of the first two dimensions of (H, T, D) tensors for a Triton kernel, in units of `align`, and align.
+    """Strides of the first two dimensions of (H, T, D) tensors, in units of `align` elements, and `align`.
 
-    A kernel that multiplies by the constant align knows that rows begin on 16 bytes, and loads 16 bytes at a time. The
-    stride of a dimension of one element may be anything.
+    The Triton kernel multiplies them by the constant `align`, which shows the compiler that rows are aligned to 16
+    bytes, so it emits 16-byte loads. The stride of a dimension of size 1 has no effect.
     """
     strides = [16 if n == 1 else s for t in tensors for n, s in zip(t.shape[:2], t.stride()[:2], strict=True)]
     align = math.gcd(16, *strides)
@@ -55,7 +55,7 @@ def head_and_token_strides(*tensors):
 
 
 def check_alike(**tensors):
-    """All of one floating dtype and on one device, their last dimension without gaps; ValueError names the odd one."""
+    """ValueError, naming the tensor, unless all have one floating dtype, one device and a contiguous last dimension."""
     (first_name, first), *_ = tensors.items()
     if first.dtype not in DTYPES:
         raise ValueError(f"{first_name} is {first.dtype}; use one of {', '.join(map(str, DTYPES))}")

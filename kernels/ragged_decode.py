@@ -2,19 +2,19 @@
 
     out = softmax(scale * q K^T) V        for each query row, over the kept rows of its segment
 
-A segment is one (sequence, KV head): segment b * Hkv + h owns kv_cap slots of the flat arenas from kv_start on, and
-the first kv_len of them are taken. '.' is a free slot for a token to come:
+A segment is one (sequence, KV head). Segment b * Hkv + h owns kv_cap slots of the flat arenas, starting at kv_start.
+Its first kv_len slots are taken; a free slot ('.') is reserved for a future token:
 
     K arena (N, D)   [k k k k k . . . ][k k . . . ][k k k k . . . ]
     kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
 
-The G = Hq / Hkv query heads of a KV head read the same rows. A call moves 2 * sum(kv_len) * D * itemsize bytes and
-does 2 * G FLOP per element read: it is bound by memory or, on a pruned cache, by its fixed costs; never by arithmetic.
+The G = Hq / Hkv query heads of a KV head read the same rows. A call reads 2 * sum(kv_len) * D * itemsize bytes and
+does 2 * G FLOP per element read. It is memory-bound or, on a pruned cache, bound by fixed costs; never compute-bound.
 
-`ragged_decode_append` is the same for a decode step: it also stores the step's own keys and values, in one launch.
+`ragged_decode_append` is the decode step: it also stores the new token's key and value, in the same launch.
 
-Two partial results over disjoint keys join exactly by their log-sum-exp (`merge_states`), the identity behind
-FlashAttention (arXiv 2205.14135) and Flash-Decoding.
+`merge_states` combines two partial results over disjoint keys exactly, from their log-sum-exps. FlashAttention (arXiv
+2205.14135) and Flash-Decoding use the same identity.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from .ragged_decode_torch import attend, chunk_owners
 
 
 def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False):
-    """The specification of `ragged_decode`: one segment after the other, fp32 maths (float64 stays float64)."""
+    """The specification of `ragged_decode`: loops over segments and computes in fp32 (float64 stays float64)."""
     rows = q if q.ndim == 4 else q[:, None]  # (B, T, Hq, D)
     b, t, hq, d = rows.shape
     hkv = len(kv_start) // b
@@ -37,7 +37,7 @@ def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False
     lse = torch.full((b, t, hq), float("-inf"), dtype=compute, device=q.device)
     for s, (start, length) in enumerate(zip(kv_start.tolist(), kv_len.tolist(), strict=True)):
         if length == 0:
-            continue  # attention over nothing: out 0, lse -inf
+            continue  # no keys: out 0, lse -inf
         heads = slice(s % hkv * (hq // hkv), (s % hkv + 1) * (hq // hkv))
         keys, values = (x[start : start + length].to(compute) for x in (k, v))  # (n, D)
         scores = scale * (rows[s // hkv, :, heads].to(compute) @ keys.T)  # (T, G, n)
@@ -49,15 +49,14 @@ def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What does not change while a cache is decoded from: where segments lie and how long they may become.
+    """The parts of a cache's layout that stay fixed during decoding: start and capacity of each of its S segments.
 
-    kv_start, kv_cap (S,) int32, and as numbers, starts and caps; split: slots per work item, None for `split_size`;
-    segments: S; shortest, longest: the extreme capacities; end: slots that the arena must have; step: slots from one
-    segment's start to the next's if that is the same for all (then segments of equal length are a rectangle with
-    gaps), else None; owner: `chunk_owners`, on CPU tensors.
-
-    The rest is for Triton. It holds room for partial results, so a plan serves one call at a time; the first call with
-    a number of query rows makes that room. Parts of more than 16 rows (a new turn) get theirs in every call.
+    kv_start, kv_cap (S,) int32; starts, caps: the same as lists
+    split: slots per work item of the Triton kernels, None for `split_size`
+    segments: S; shortest, longest: smallest and largest capacity; end: slots that the arena must have
+    step: slots between consecutive starts if all are equal (segments of equal length are then a strided view), or None
+    room: work items, ticket counters and workspaces of the Triton kernels, allocated on first use (but see `items`).
+        Calls share them, so a plan must not be used by two calls at once.
     """
 
     kv_start: torch.Tensor
@@ -74,39 +73,39 @@ class DecodePlan:
 
     @cached_property
     def owner(self):
-        """See `chunk_owners`; made when heads of unequal length are first read. None on CUDA, where it would wait."""
+        """`chunk_owners`, computed on first use. None on CUDA, where computing it would synchronise."""
         return None if self.kv_start.is_cuda else chunk_owners(self.kv_start, self.kv_cap)
 
     @property
     def items(self):
-        """The `WorkItems`. On CUDA they were made with the plan: a step must not copy to the device."""
+        """The `WorkItems`. On CUDA `decode_plans` builds them, because a decode step must not copy to the device."""
         if "items" not in self.room:
             (self.room["items"],) = work_items([self.caps], self.split, self.kv_start.device)
         return self.room["items"]
 
     def tickets(self, tiles):
-        """(S * tiles,) int32: programs of a segment's tile of query rows that have arrived. Zero between calls."""
+        """Ticket counters (S * tiles,) int32: finished programs per segment and row tile. All 0 between calls."""
         if tiles not in self.room:
             self.room[tiles] = self.kv_cap.new_zeros(self.segments * tiles)
         return self.room[tiles]
 
     def scratch(self, rows, d):
-        """fp32 room for the parts of all items, (W, rows, d), and their log-sum-exp (W, rows). Kept for small rows."""
+        """Workspace for the partial results of all W items, fp32: out (W, rows, d) and log-sum-exp (W, rows)."""
         if (rows, d) in self.room:
             return self.room[rows, d]
         items, device = len(self.items.work), self.kv_start.device
         room = torch.empty(items, rows, d, device=device), torch.empty(items, rows, device=device)
-        if rows <= 16:  # a decode step; the parts of a whole new turn are too large to keep
+        if rows <= 16:  # a decode step; the workspace of a new turn is too large to keep
             self.room[rows, d] = room
         return room
 
 
 @dataclass(frozen=True)
 class WorkItems:
-    """How the Triton kernels divide the segments of a plan.
+    """How the Triton kernels split the segments of a plan into W work items.
 
-    work (W, 4) int32, one row per program: segment, which split of it, the segment's first item, slots per split
-    firsts, sizes (S,) int32: the first item of each segment; slots per item
+    work (W, 4) int32, one row per program: segment, split index in it, the segment's first item, slots per split
+    firsts, sizes (S,) int32, per segment: its first item, slots per split
     """
 
     work: torch.Tensor
@@ -115,13 +114,13 @@ class WorkItems:
 
 
 def work_items(caps, split, device):
-    """WorkItems of several layers, in one copy to the device. caps: for each layer a list of S capacities."""
+    """One WorkItems per layer, from a single copy to the device. caps: for each layer a list of S capacities."""
     caps = torch.tensor(caps, device="cpu")  # (L, S)
     sizes = torch.tensor([[split or split_size(cap) for cap in row] for row in caps.tolist()], device="cpu")
     counts = (caps + sizes - 1).div(sizes, rounding_mode="floor").clamp(min=1)
     firsts = counts.cumsum(1) - counts
     ends = counts.flatten().cumsum(0)
-    owner = torch.repeat_interleave(counts.flatten())  # of all items of all layers
+    owner = torch.repeat_interleave(counts.flatten())  # segment of each item, numbered across layers
     number = torch.arange(len(owner), device="cpu") - (ends - counts.flatten())[owner]
     work = torch.stack((owner % sizes.shape[1], number, firsts.flatten()[owner], sizes.flatten()[owner]), 1)
     flat = torch.cat([t.flatten().int() for t in (work, firsts, sizes)]).to(device)
@@ -131,25 +130,25 @@ def work_items(caps, split, device):
 
 
 def split_size(cap):
-    """Slots per work item of a segment of `cap`: 64 (a tile) for each 768 slots of it, from 64 to 1024.
+    """Slots per work item of a segment with `cap` slots: 64 (one tile) per 768 slots, from 64 to 1024.
 
-    At most 12 items up to 12,288 slots: a short cache fills the device, and few parts have to be merged; measured, see
-    NOTES.md. It looks at nothing but the segment: what else is in the batch cannot change the order of a sum.
+    That is at most 12 items up to 12,288 slots: enough to fill the device, few enough to merge cheaply (NOTES.md). The
+    size depends on this segment alone, so the rest of the batch cannot change the order of a sum.
     """
     return 64 * min(16, max(1, -(-cap // 768)))
 
 
 def decode_plan(kv_start, kv_cap, *, split=None):
-    """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Built once per prefill; reads them once.
+    """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Build it once per prefill: it synchronises.
 
-    split: slots per work item of the Triton kernels, a multiple of 16; default `split_size`.
+    split: slots per work item of the Triton kernels, a multiple of 16 up to 2**20; default `split_size`.
     """
     for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
         if t.dtype != torch.int32 or t.ndim != 1 or len(t) == 0:
             raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; give one int32 per segment")
     if len(kv_start) != len(kv_cap) or kv_start.device != kv_cap.device:
         raise ValueError(
-            f"{len(kv_start)} starts on {kv_start.device} for {len(kv_cap)} capacities on {kv_cap.device}; give pairs"
+            f"{len(kv_start)} starts on {kv_start.device}, {len(kv_cap)} capacities on {kv_cap.device}; make them match"
         )
     if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
         raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
@@ -157,8 +156,8 @@ def decode_plan(kv_start, kv_cap, *, split=None):
 
 
 def decode_plans(kv_start, kv_cap, *, split=None):
-    """Plans for L layers, kv_start and kv_cap (L, S) int32: read together, so that a device is waited for once."""
-    pair = torch.stack((kv_start, kv_cap))  # the plans' own copy: the caller may overwrite his tables later
+    """Plans for L layers, kv_start and kv_cap (L, S) int32. Reads both tables together, with one synchronisation."""
+    pair = torch.stack((kv_start, kv_cap))  # a copy, because the caller may overwrite its tables later
     (starts, caps), (kv_start, kv_cap) = pair.tolist(), pair.unbind()
     plans = [_plan(*layer, split) for layer in zip(kv_start, kv_cap, starts, caps, strict=True)]
     if kv_start.is_cuda:
@@ -168,9 +167,9 @@ def decode_plans(kv_start, kv_cap, *, split=None):
 
 
 def _plan(kv_start, kv_cap, starts, caps, split):
-    """A layer's plan; starts and caps: the numbers in kv_start and kv_cap (S,)."""
+    """A layer's plan; starts and caps: kv_start and kv_cap (S,) as lists."""
     if min(starts) < 0 or min(caps) < 0:
-        raise ValueError(f"starts {starts} and capacities {caps} must not be negative")
+        raise ValueError(f"starts {starts} or capacities {caps} are negative; give slot numbers from 0")
     ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
     steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [0]
     step = steps[0] if min(steps) == max(steps) >= 0 else None
@@ -178,23 +177,24 @@ def _plan(kv_start, kv_cap, starts, caps, split):
 
 
 def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto"):
-    """Attention of new tokens over what each head kept.
+    """Attention of query rows over the tokens that each head keeps.
 
     q         (B, Hq, D), or (B, T, Hq, D) where each of the T rows sees the whole segment
-    k, v      (N, D) arenas of q's dtype, keys carrying their positions already
+    k, v      (N, D) arenas of q's dtype; keys are already rotated
     kv_start  (B * Hkv,) int32, first slot of each segment; query head h reads KV head h // (Hq // Hkv)
     kv_len    (B * Hkv,) int32, taken slots of each segment; 0 is allowed
     scale     of the scores, default D**-0.5
-    plan      `decode_plan(kv_start, kv_cap)`; without it every call looks at kv_start again
+    plan      `decode_plan(kv_start, kv_cap)`; without it every call builds one
     backend   "auto" | "torch" | "triton", see `choose_backend`
 
-    Returns out, shape and dtype of q; with return_lse also the natural log-sum-exp of the scaled scores, fp32, shape
-    of q without D. An empty segment gives out 0 and lse -inf. No result depends on the slots behind kv_len, whatever
-    they hold. ValueError names what does not fit; with a plan, lengths are looked at on CPU tensors only.
+    Returns out, with shape and dtype of q; with return_lse also the natural log-sum-exp of the scaled scores, fp32
+    (float64 for float64), with the shape of q without D. An empty segment gives out 0 and lse -inf. Free slots never
+    affect a result, even if they hold NaN. ValueError for arguments that do not fit; with a plan, lengths are checked
+    on CPU tensors only.
 
-    Triton's results do not depend on the rest of the batch, to the bit. The torch backend chooses its way of reading by
-    all lengths of the call, so its results agree with those of another batch up to rounding; on CUDA with a plan it
-    gathers every segment up to its capacity.
+    With Triton, a sequence's results are bit-identical whatever else is in the batch. The torch backend picks a
+    strategy from all lengths of the call, so its results may differ between batches by rounding. On CUDA with a plan
+    it gathers every segment up to its capacity.
     """
     _check(q, k, v, kv_start, kv_len, plan)
     way = choose_backend(backend, q.device, q.dtype, (q, k, v))
@@ -219,7 +219,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
 
 
 def turned(x, rope):
-    """x (B, H, D) turned by cos and sin (B, 1, D): x * cos + x rolled by D/2 * sin, rounded to x's dtype once."""
+    """Rotate x (B, H, D): x * cos + roll(x, D/2) * sin, rounded once to x's dtype. rope: cos, sin (B, 1, D) or None."""
     if rope is None:
         return x
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -230,10 +230,10 @@ def turned(x, rope):
 def ragged_decode_append_ref(
     q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False, rope=None
 ):  # fmt: skip
-    """The specification of `ragged_decode_append`: write where there is room, attend to the past and the new token."""
+    """The specification of `ragged_decode_append`: attend to past and new token, store it where a slot is free."""
     q, k_new = turned(q, rope), turned(k_new, rope)
     d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
-    joined = []  # past and new token of each segment, in arenas of their own
+    joined = []  # K and V arenas that hold past and new token of each segment
     for arena, new in ((k, k_new.reshape(-1, d)), (v, v_new.reshape(-1, d))):
         rows = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
         joined.append(torch.cat([row for pair in rows for row in pair]))
@@ -248,15 +248,14 @@ def ragged_decode_append(
     q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *,
     scale=None, return_lse=False, plan=None, backend="auto", rope=None,
 ):  # fmt: skip
-    """A decode step of one layer: store each segment's new token behind its rows, and attend to both.
+    """A decode step of one layer: store each segment's new token after its rows, and attend to old and new rows.
 
-    q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`. q and k_new carry their positions, or rope
-    does: cos and signed sin (B, 1, D), by which both are turned first (`turned`). kv_len does not count the
-    new token: the caller adds 1 afterwards, for all layers at once. In a segment that is full, kv_len = kv_cap, nothing
-    is stored, and the new token is attended to all the same. With a plan it is the plan's kv_cap that counts. Returns
-    what `ragged_decode` returns.
+    q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`. Without rope, q and k_new must be rotated
+    already; with rope, cos and signed sin (B, 1, D), both are rotated here (`turned`). kv_len does not count the new
+    token: the caller adds 1 afterwards, for all layers at once. A full segment (kv_len = kv_cap) attends to the new
+    token but does not store it. With a plan, the plan's kv_cap applies. Returns what `ragged_decode` returns.
 
-    With Triton one launch; the torch backend takes several calls and, on CUDA, waits to learn which segments are full.
+    Triton takes one launch. The torch backend takes several and, on CUDA, synchronises to find the full segments.
     """
     plan = decode_plan(kv_start, kv_cap) if plan is None else plan
     q, k_new, v_new = (dense_within(x) for x in (q, k_new, v_new))
@@ -264,16 +263,16 @@ def ragged_decode_append(
     b, hq, d = q.shape if q.ndim == 3 else (0, 0, 0)
     if k_new.shape != v_new.shape or k_new.shape != (b, plan.segments // max(b, 1), d):
         shapes = f"q {tuple(q.shape)}, k_new {tuple(k_new.shape)}, v_new {tuple(v_new.shape)}"
-        raise ValueError(f"{shapes}; give (B, Hq, D) and twice (B, Hkv, D)")
+        raise ValueError(f"{shapes}; give q (B, Hq, D), k_new and v_new (B, Hkv, D)")
     check_alike(q=q, k_new=k_new, v_new=v_new)
     if rope is not None and (
         len(rope) != 2 or d % 2 or any(t.shape != (b, 1, d) or t.device != q.device for t in rope)
     ):
         shapes = ", ".join(f"{tuple(t.shape)} on {t.device}" for t in rope)
-        raise ValueError(f"rope is {shapes} for q {tuple(q.shape)} on {q.device}; give cos and sin (B, 1, D), D even")
+        raise ValueError(f"rope is {shapes}, q {tuple(q.shape)} on {q.device}; give cos and sin (B, 1, D), D even")
     if kv_cap is not plan.kv_cap and (kv_cap.is_cpu != q.is_cpu or (q.is_cpu and not torch.equal(kv_cap, plan.kv_cap))):
         what = kv_cap.tolist() if kv_cap.is_cpu else f"on {kv_cap.device}"
-        raise ValueError(f"kv_cap is {what}, in the plan {plan.caps} on {q.device}; build the plan from it")
+        raise ValueError(f"kv_cap is {what}, but the plan has {plan.caps} on {q.device}; build a plan from this kv_cap")
     way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(rope or ())))
     scale = d**-0.5 if scale is None else scale
     if way == "triton":
@@ -287,29 +286,29 @@ def ragged_decode_append(
     past = ragged_decode(q, k, v, kv_start, kv_len, scale=scale, return_lse=True, plan=plan, backend="torch")
     group, compute = hq // k_new.shape[1], past[1].dtype
     score = scale * (q.unflatten(1, (-1, group)).to(compute) * k_new[:, :, None].to(compute)).sum(-1)
-    out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), score.flatten(1))  # the lse of one token
+    out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), score.flatten(1))  # one key: its lse is its score
     free = (kv_len < plan.kv_cap).nonzero()[:, 0]
-    slot = (kv_start + kv_len)[free].long()  # written last: the new token may itself lie in an arena
-    k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]  # flatten copies where it has to
+    slot = (kv_start + kv_len)[free].long()  # stored last, because k_new and v_new may be views of an arena
+    k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]
     return (out, lse) if return_lse else out
 
 
 def dense_within(x):
-    """x (B, H, D), copied if there are gaps between its heads; those between sequences may stay."""
+    """x (B, H, D), copied unless each sequence is contiguous; gaps between sequences are allowed."""
     return x if x.ndim == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
-    """ValueError for whatever `ragged_decode` cannot work with. Runs in every step: each tensor is asked once.
+    """ValueError for arguments that `ragged_decode` does not support. Runs in every step, so it must be cheap.
 
-    q_dense: q is known to be dense enough.
+    q_dense: q has passed `dense_within`, do not check its strides.
     """
     q_shape, k_shape, device, dtype = q.shape, k.shape, q.device, q.dtype
     if not (dtype == k.dtype == v.dtype and device == k.device == v.device and dtype in DTYPES):
-        check_alike(q=q, k=k, v=v)  # says which
+        check_alike(q=q, k=k, v=v)  # its error names the tensor
     if len(q_shape) not in (3, 4) or len(k_shape) != 2 or k_shape != v.shape or k_shape[1] != q_shape[-1]:
         shapes = f"q {tuple(q_shape)}, k {tuple(k_shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"{shapes}; give (B, [T,] Hq, D) and twice (N, D)")
+        raise ValueError(f"{shapes}; give q (B, [T,] Hq, D), k and v (N, D)")
     if not (k.is_contiguous() and v.is_contiguous() and (q_dense or q.is_contiguous())):
         strides = f"strides {q.stride()}, {k.stride()}, {v.stride()}"
         raise ValueError(f"non-contiguous q, k or v ({strides}); call .contiguous()")
@@ -322,20 +321,20 @@ def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
         raise ValueError(f"non-contiguous kv_start or kv_len ({strides}); call .contiguous()")
     if kv_start.device != device or kv_len.device != device:
         what = ", ".join(f"{n} is on {t.device}" for n, t in _named(kv_start, kv_len))
-        raise ValueError(f"{what}, q on {device}; move them")
+        raise ValueError(f"{what}, q is on {device}; move them to one device")
     if 0 in q_shape:
         raise ValueError(f"q is empty, {tuple(q_shape)}; give at least one sequence, row, head and channel")
     segments, b, hq = shape[0], q_shape[0], q_shape[-2]
     if segments == 0 or segments % b or hq % (segments // b):
         raise ValueError(
-            f"{segments} segments for {b} sequences of {hq} query heads; give B * Hkv, Hq being a multiple of Hkv"
+            f"{segments} segments for {b} sequences of {hq} query heads; give B * Hkv segments, Hq a multiple of Hkv"
         )
     if plan is not None and not isinstance(plan, DecodePlan):
         raise ValueError(f"plan is a {type(plan).__name__}; give decode_plan(kv_start, kv_cap)")
     if plan is not None and (plan.segments != segments or plan.end > k_shape[0]):
         raise ValueError(
             f"the plan is for {plan.segments} segments in {plan.end} slots, this call has {segments} in {k_shape[0]}; "
-            "build it anew"
+            "build a new plan"
         )
 
 
@@ -344,26 +343,26 @@ def _named(kv_start, kv_len):
 
 
 def _lengths(kv_start, kv_len, slots, plan):
-    """kv_len as a list, or None where asking would make a device wait. ValueError for lengths that cannot be."""
+    """kv_len as a list, or None on CUDA with a plan, to avoid a synchronisation. ValueError for impossible lengths."""
     if kv_len.is_cuda and plan is not None:
         return None
     lengths = kv_len.tolist()
     if plan is not None and kv_start is not plan.kv_start and not torch.equal(kv_start, plan.kv_start):
-        raise ValueError(f"the plan is for starts {plan.kv_start.tolist()}, not {kv_start.tolist()}; build it anew")
+        raise ValueError(f"the plan is for starts {plan.kv_start.tolist()}, not {kv_start.tolist()}; build a new plan")
     if min(lengths) < 0 or (plan is None and min(kv_start.tolist()) < 0):
-        raise ValueError(f"starts {kv_start.tolist()} and lengths {lengths} are negative; count slots from 0")
+        raise ValueError(f"starts {kv_start.tolist()} or lengths {lengths} are negative; count slots from 0")
     if plan is None and (kv_start.long() + kv_len).max() > slots:  # int32 might overflow
         where = f"starts {kv_start.tolist()} plus lengths {lengths}"
-        raise ValueError(f"{where} go beyond the arena's {slots} slots; repack first")
+        raise ValueError(f"{where} exceed the arena's {slots} slots; repack first")
     if plan is not None and max(lengths) > plan.shortest and (kv_len > plan.kv_cap).any():
-        raise ValueError(f"lengths {lengths} go beyond the capacities {plan.kv_cap.tolist()}; repack first")
+        raise ValueError(f"lengths {lengths} exceed the capacities {plan.kv_cap.tolist()}; repack first")
     return lengths
 
 
 def merge_states_ref(out_a, lse_a, out_b, lse_b):
-    """The specification of `merge_states`: a part weighs as much as the exponentials it has summed. float64 maths."""
+    """The specification of `merge_states`: weights each part by its sum of exponentials. Computes in float64."""
     lse = torch.stack((lse_a, lse_b)).double()  # (2, ...)
-    top = lse.amax(0).masked_fill(lse.amax(0) == float("-inf"), 0)  # exp stays in range
+    top = lse.amax(0).masked_fill(lse.amax(0) == float("-inf"), 0)  # keeps exp in range
     sums = (lse - top).exp()
     total = sums.sum(0)
     parts = torch.stack((out_a, out_b)).double() * sums[..., None]
@@ -374,14 +373,14 @@ def merge_states_ref(out_a, lse_a, out_b, lse_b):
 def merge_states(out_a, lse_a, out_b, lse_b):
     """Attention over the union of two disjoint sets of keys, from the attention over each.
 
-    out_a, out_b (..., D); lse_a, lse_b (...), natural log, -inf where there were no keys. Returns (out, lse) in the
-    dtypes of out_a and lse_a; two empty parts give out 0 and lse -inf.
+    out_a, out_b (..., D); lse_a, lse_b (...), natural log, -inf for no keys. Returns (out, lse) in the dtypes of out_a
+    and lse_a; two empty parts give out 0 and lse -inf. ValueError for shapes, dtypes or devices that do not match.
     """
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
         shapes = [tuple(t.shape) for t in (out_a, lse_a, out_b, lse_b)]
         raise ValueError(f"shapes {shapes} do not fit; give (..., D), (...), (..., D), (...)")
     check_alike(out_a=out_a, out_b=out_b)
-    check_alike(lse_a=lse_a[..., None], lse_b=lse_b[..., None])  # these may have gaps
-    ratio = (lse_a - lse_b)[..., None]  # exact where the two are large; NaN where both are -inf
+    check_alike(lse_a=lse_a[..., None], lse_b=lse_b[..., None])  # [..., None]: lse may have gaps
+    ratio = (lse_a - lse_b)[..., None]  # a difference, so large values cannot overflow; NaN where both are -inf
     weight_a, weight_b = ratio.sigmoid().nan_to_num(0.0), (-ratio).sigmoid().nan_to_num(0.0)
     return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), torch.logaddexp(lse_a, lse_b)

@@ -1,12 +1,13 @@
-"""`ragged_decode` in PyTorch, without a loop over heads or tokens: four ways to read the segments.
+"""`ragged_decode` in PyTorch, without a loop over heads or tokens. There are four ways to read the segments:
 
-rectangle   segments of one length at even distances are a strided view of the arena: nothing is copied
-rectangles  runs of such segments, as the heads of each sequence in a batch: one after the other, nothing is copied
-chunks      the arena is cut into chunks of 64 slots, a view; whole chunks are attended to where they lie, the two ends
-            of each segment are gathered, and the parts are merged
-gather      each segment is copied and padded to the longest; for small caches the cheapest
+rectangle   segments of equal length at equal distances are a strided view of the arena; no copy
+rectangles  several runs of such segments, for example the heads of each sequence in a batch; a loop over runs, no copy
+chunks      the arena is viewed as chunks of 64 slots: chunks that lie in one segment are read in place, the two ends of
+            each segment are gathered, and the partial results are merged
+gather      each segment is copied and padded to the longest; cheapest for small caches
 
-Which is taken when was measured (NOTES.md). No result depends on a free slot, whatever it holds: 0 * NaN is NaN.
+The thresholds between them were measured (NOTES.md). Free slots may hold NaN and must not affect a result, so a weight
+of 0 is not enough to exclude them: 0 * NaN is NaN.
 """
 
 import torch
@@ -17,7 +18,7 @@ GATHER = 2**20  # bytes of padded keys below which the gather is cheaper than th
 
 
 def chunk_owners(kv_start, kv_cap):
-    """Segment in which each whole chunk of the arena lies, -1 for chunks at a border: (S,) twice -> (N // CHUNK,)."""
+    """Segment that contains each chunk of the arena, -1 for chunks at a border: (S,), (S,) -> (N // CHUNK,)."""
     first = -(-kv_start.long() // CHUNK)
     last = (kv_start + kv_cap).long() // CHUNK
     count = (last - first).clamp(min=0)
@@ -28,9 +29,9 @@ def chunk_owners(kv_start, kv_cap):
 
 
 def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
-    """q (1, S, M, D), the M rows that read a segment, over arenas k, v -> out (1, S, M, D), lse (1, S, M) or None.
+    """q (1, S, M, D), M query rows per segment, over arenas k, v (N, D) -> out (1, S, M, D), lse (1, S, M) or None.
 
-    lengths: kv_len as a list, or None where asking would make a device wait; then nothing depends on it.
+    lengths: kv_len as a list, or None on CUDA with a plan, where reading it would synchronise.
     """
     _, segments, _, d = q.shape
     longest = plan.longest if lengths is None else max(lengths)
@@ -45,15 +46,15 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
         return torch.cat(out, 1), torch.cat(lse, 1) if return_lse else None
     small = segments * longest * d * q.element_size() < GATHER
     way = _gathered if plan.owner is None or small or q.element_size() < 4 else _chunked
-    k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # an arena without slots
+    k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # indices need at least one slot
     out, lse = way(q, k, v, kv_start, kv_len, max(longest, 1), plan, scale, return_lse)
-    empty = (kv_len == 0)[:, None]  # attention over nothing: 0 and -inf
+    empty = (kv_len == 0)[:, None]
     return out.masked_fill(empty[..., None], 0), lse if lse is None else lse.masked_fill(empty, float("-inf"))
 
 
 def runs_of(starts, lengths):
-    """[(a, b, step)]: segments a to b - 1 are of one length, `step` slots from one's start to the next's; as few runs
-    as a walk from the left finds."""
+    """[(a, b, step)]: segments a to b - 1 have equal length and start `step` slots apart; each run is as long as
+    possible, from the left."""
     runs, a = [], 0
     while a < len(starts):
         b, step = a + 1, 0
@@ -67,13 +68,13 @@ def runs_of(starts, lengths):
 
 
 def rectangle_step(q, k_new, v_new, k, v, kv_len):
-    """A decode step over segments that are a rectangle: store the new tokens, attend to all. For a compiler.
+    """A decode step over segments of equal capacity, for torch.compile: store the new tokens, attend to all.
 
-    Products are written as multiplications and sums, which would be slow as they stand: a compiler makes a few loops
-    of them and of the layer around them, and what is written in between is the scores.
+    Matrix products are written as multiply and sum, which is slow in eager mode. The compiler fuses them and the layer
+    around them into a few loops; of the intermediate results only the scores go to memory.
 
-    q (B, Hq, D); k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len
-    (S,), the new tokens counted -> like q. No result depends on a free slot, whatever it holds.
+    q (B, Hq, D); k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len (S,) including
+    the new tokens -> like q. Free slots do not affect the result, even if they hold NaN.
     """
     segments, n, d = k.shape
     compute, newest = torch.promote_types(q.dtype, torch.float32), kv_len.long() - 1
@@ -82,26 +83,26 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
     v.index_put_((segment, newest), v_new.reshape(segments, d))
     free = (slot > newest[:, None])[:, None]  # (S, 1, n)
     group = q.shape[1] * len(q) // segments
-    # of memory: so q is written down once, not for each key
+    # as_strided makes the compiler store q in memory once instead of recomputing it for each key
     rows = q.contiguous().as_strided((segments, group, 1, d), (group * d, d, d, 1))
     scores = (rows.to(compute) * k[:, None].to(compute)).sum(-1) * d**-0.5  # (S, G, n)
     scores = scores.masked_fill(free, float("-inf"))
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()  # divided by their sum at the end; exactly 0 where free
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()  # normalised at the end; exactly 0 for free slots
     values = torch.where(weights[..., None] > 0, v[:, None].to(compute), 0)  # 0 * NaN is NaN
     out = (weights[..., None] * values).sum(2) / weights.sum(-1, keepdim=True)
     return out.to(q.dtype).view(q.shape)
 
 
 def _rectangle(q, k, v, start, step, length, scale, return_lse):
-    """q (1, S, M, D) over S segments of `length` slots, the first at `start`, each `step` behind the one before."""
+    """q (1, S, M, D) over S segments of `length` slots; the first begins at slot `start`, the next `step` later."""
     shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
-    # the offset counts from where the storage begins, and an arena may begin later
+    # as_strided counts from the start of the storage, but an arena may be a view that begins later
     keys, values = (x.as_strided(shape, strides, x.storage_offset() + start * q.shape[3]) for x in (k, v))
     return _dense(q, keys, values, None, scale, return_lse)
 
 
 def _dense(q, k, v, bias, scale, return_lse):
-    """q (1, S, M, D) over k, v (1, S, n, D), bias (S, 1, n) or None."""
+    """Attention of q (1, S, M, D) over k, v (1, S, n, D); additive bias (S, 1, n) or None."""
     if not return_lse:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -111,7 +112,7 @@ def _dense(q, k, v, bias, scale, return_lse):
 
 
 def _gathered(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
-    """Each segment padded with copies of its own last row."""
+    """Gather each segment, padded with copies of its own last row, so that no free slot is read."""
     column = torch.arange(longest, device=k.device)
     slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
     keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))
@@ -122,13 +123,13 @@ def _gathered(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
 
 
 def _chunked(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
-    """Whole chunks in place, the ends of each segment gathered, merged by the largest score (as in Flash-Decoding)."""
+    """Read whole chunks in place, gather the ends of each segment, and merge the parts as Flash-Decoding does."""
     q, d, end = q[0], k.shape[1], (kv_start + kv_len).long()
     chunks = len(plan.owner)
     whole_k, whole_v = (x[: chunks * CHUNK].view(chunks, CHUNK, d) for x in (k, v))
     owner = plan.owner.clamp(min=0)
-    border = torch.arange(1, chunks + 1, device=k.device) * CHUNK  # where each chunk ends
-    dead = ((plan.owner < 0) | (border > end[owner]))[:, None, None]  # no chunk of one segment's taken slots
+    border = torch.arange(1, chunks + 1, device=k.device) * CHUNK  # the end of each chunk
+    dead = ((plan.owner < 0) | (border > end[owner]))[:, None, None]  # crosses a border or contains free slots
     scores = torch.bmm(q[owner], whole_k.transpose(1, 2)).mul_(scale).masked_fill_(dead, float("-inf"))  # (W, M, CHUNK)
     slot, taken = _ends(kv_start.long(), end, len(k))
     rest = torch.bmm(q, k[slot].transpose(1, 2)).mul_(scale)  # (S, M, 2 * CHUNK)
@@ -144,9 +145,9 @@ def _chunked(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
 
 
 def _ends(start, end, slots):
-    """Slots of each segment that lie in no whole chunk of it (S, 2 * CHUNK), and which of them are meant (bool).
+    """Slots of each segment outside its whole chunks, (S, 2 * CHUNK), and a bool mask of the valid ones.
 
-    Those not meant point at the segment's first row, which is harmless to read.
+    Invalid entries point at the segment's first row, which is safe to read.
     """
     head_end = torch.minimum(end, -(-start // CHUNK) * CHUNK)
     tail = torch.maximum(end // CHUNK * CHUNK, head_end)

@@ -1,21 +1,21 @@
 """`ragged_decode` in Triton (Flash-Decoding over ragged segments), and its one-launch form with append.
 
-Each segment is cut into splits of a size that depends on nothing but the segment's own capacity. One program attends to
-one split; the parts of a segment are merged in the order of its splits:
+Each segment is cut into splits; the split size depends only on the segment's capacity. One program attends to one split
+(a work item). The partial results of a segment are merged in the order of its splits:
 
     arena        [k k k k k k k k k . . . ][k k . . ][. . . ]     '.' free slot: never read
     plan.items    |- item 0 -|- item 1 -|   |- 2 -|   |- 3 -|     (segment, split, its segment's first item, slots)
-    live?            yes        yes          yes       yes, for its output: an empty segment gives 0
+    live?            yes        yes          yes       yes: it stores the output 0 of an empty segment
 
     s = scale * q k^T    m = max s    l = sum exp(s - m)    part = sum exp(s - m) v / l    lse = m + log l
     out = sum_i exp(lse_i - lse) part_i              lse = log sum_i exp(lse_i)            (arXiv 2205.14135, 2.1)
 
-The list is made once, over capacities; an item behind kv_len leaves at once, so no step needs a new plan. No result
-depends on the neighbours, on the order of the list or on who arrives first.
+The item list is built once, from capacities. A program whose split begins at or after kv_len returns at once, so no
+step needs a new plan. Results do not depend on other segments, on the order of the list or on which program is first.
 
-Bytes: 2 * sum(kv_len) * D * itemsize, and 8 * G * (D + 1) for every part of a segment that has several. 2 * G FLOP per
-element of K and V: bound by memory from some 30 MB on, below that by launches and the latency of three dependent loads.
-Inside, exponents are to base 2 (one instruction); scale carries the log2(e). The specification is `ragged_decode_ref`.
+Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result of a segment that has several. 2 * G FLOP
+per element of K and V. Memory-bound from some 30 MB on; below that, bound by launches and three dependent loads.
+Exponentials are to base 2 (one instruction); scale includes log2(e). The specification is `ragged_decode_ref`.
 """
 
 import torch
@@ -27,12 +27,12 @@ from .backend import interpreted
 LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
 
-# ---------------------------------------------------------------- pieces that both forms use
+# ---------------------------------------------------------------- shared by both forms
 
 
 @triton.jit
 def _rows(segment, heads, times, G: tl.constexpr, M: tl.constexpr):
-    """This program's M of the segment's T * G query rows: their number r, their place in q (B, T, Hq), which exist."""
+    """This program's M of the segment's T * G query rows: index r, position in q (B, T, Hq) flattened, valid mask."""
     r = tl.program_id(1) * M + tl.arange(0, M)  # r = t * G + g
     place = ((segment // heads * times + r // G) * heads + segment % heads) * G + r % G
     return r, place, r < times * G
@@ -43,7 +43,7 @@ def _attend(
     q, k, v, begin, end, scale, m, l, acc,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Rows q [M, DP] over the slots begin .. end: the softmax state m, l [M], acc [M, DP] after them. fp32, base 2."""
+    """Attend q [M, DP] to the slots begin .. end - 1; returns the updated softmax state m, l [M], acc [M, DP], fp32."""
     col = tl.arange(0, DP)
     for first in range(begin, end, BN):
         slot = first + tl.arange(0, BN)
@@ -51,8 +51,8 @@ def _attend(
         at = slot.to(tl.int64)[:, None] * D + col[None, :]  # an arena may have more than 2^31 elements
         there = taken[:, None] & (col < D)[None, :]
         keys = tl.load(k + at, there, 0.0)  # [BN, DP]
-        values = tl.load(v + at, there, 0.0)  # masked here: a weight of 0 does not help against NaN
-        if UP:  # the interpreter cannot calculate in 16 bits
+        values = tl.load(v + at, there, 0.0)  # masked here, because a weight of 0 times NaN is NaN
+        if UP:  # the interpreter cannot compute in 16 bits
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # [M, BN]
         s = tl.where(taken[None, :], s, float("-inf"))
@@ -70,17 +70,17 @@ def _merge(
     part, part_lse, first, live, r, there, rows,
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Join the `live` parts from item `first` on, in their order -> m, l [M], acc [M, DP].
+    """Merge the partial results of items first .. first + live - 1, in that order -> m, l [M], acc [M, DP].
 
-    Their log-sum-exps come first, BS at a time: with the largest known, no part has to wait for the one before it. One
-    part at a time, because a sum over a tile of several would go through shared memory in every round.
+    The first loop finds the largest log-sum-exp, BS items at a time, so that the second carries no running maximum. The
+    second adds one part per iteration in registers: summing a tile of several would go through shared memory each time.
     """
     m = tl.full([M], float("-inf"), tl.float32)
     for i in range(0, live, BS):
         item = i + tl.arange(0, BS)
         at = (first + item).to(tl.int64)[:, None] * rows + r[None, :]  # [BS, M]
         known = (item < live)[:, None] & there[None, :]
-        lse = tl.load(part_lse + at, known, float("-inf"), cache_modifier=".cg")  # from L2, where others wrote it
+        lse = tl.load(part_lse + at, known, float("-inf"), cache_modifier=".cg")  # L2: other programs wrote it
         m = tl.maximum(m, tl.max(lse, 0))
     top = tl.where(there, m, 0.0)[:, None]
     col = tl.arange(0, DP)
@@ -97,7 +97,7 @@ def _merge(
 
 @triton.jit
 def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Rows `place` of out (., D) and lse (.), the latter in units of log2 / UNIT. No keys: l is 0, out 0, lse -inf."""
+    """Store rows `place` of out (., D) and lse (.) = UNIT * the base-2 log-sum-exp. No keys: l = 0, out 0, lse -inf."""
     col = tl.arange(0, DP)
     rows = acc / tl.where(l == 0, 1.0, l)[:, None]
     at = place.to(tl.int64)
@@ -114,14 +114,14 @@ def split_kernel(
     scale, heads, times,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (items, tiles of M rows): one split of one segment. A segment of one live split is finished here."""
-    # which piece am I
+    """grid (items, tiles of M rows): one split of one segment. A segment with one live split is complete here."""
+    # this program's work item
     item = work + 4 * tl.program_id(0)
     segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     length = tl.load(kv_len + segment)
     if (split > 0) & (split * size >= length):
         return
-    # load what stays
+    # load the query rows
     start = tl.load(kv_start + segment)
     r, place, there = _rows(segment, heads, times, G, M)
     col = tl.arange(0, DP)
@@ -129,7 +129,7 @@ def split_kernel(
     rows = tl.load(q + at, there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
     if UP:
         rows = rows.to(tl.float32)
-    # stream what flows
+    # stream K and V
     m, l, acc = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
     begin, end = start + split * size, start + tl.minimum(length, (split + 1) * size)
     m, l, acc = _attend(rows, k, v, begin, end, scale, m, l, acc, D, DP, BN, UP)
@@ -147,7 +147,7 @@ def merge_kernel(
     heads, times,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """grid (segments, tiles of M rows): the parts of one segment, if it has several."""
+    """grid (segments, tiles of M rows): merge the partial results of one segment, if it has several."""
     segment = tl.program_id(0)
     live = tl.cdiv(tl.load(kv_len + segment), tl.load(sizes + segment))
     if live <= 1:
@@ -158,13 +158,13 @@ def merge_kernel(
     _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
 
 
-# ---------------------------------------------------------------- one launch: append, splits, merge by the last arriver
+# ---------------------------------------------------------------- one launch: append, splits, merge in the last program
 
 
 @triton.jit
 def _turned(x, at, there, cos, sin, col, D: tl.constexpr):
-    """Rows of x at offsets `at` (to which col is added), turned by their position: x * cos + x rolled by D/2 * sin. In
-    x's dtype, calculated in fp32 and rounded once; cos and sin: what they are multiplied with, fp32."""
+    """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin. cos and sin: fp32. Computed in
+    fp32, rounded once to x's dtype."""
     straight = tl.load(x + at + col, there, 0.0).to(tl.float32)
     rolled = tl.load(x + at + (col + D // 2) % D, there, 0.0).to(tl.float32)
     return (straight * cos + rolled * sin).to(x.dtype.element_ty)
@@ -177,25 +177,25 @@ def append_kernel(
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     ROPE: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (items, tiles of M rows): one split of one segment; the last one takes in the new token too, which kv_len
-    does not count. heads: Hkv; the strides are those of sequences; ROPE: q and k_new are still to be turned.
+    """grid (items, tiles of M rows): one split of one segment. The last split also stores the new token, which kv_len
+    does not count, and attends to it. heads: Hkv; strides: between sequences; ROPE: rotate q and k_new first.
 
-    Whoever of a segment's programs arrives last merges their parts. Nobody waits for anybody, so it cannot hang.
+    The last program of a segment to finish merges the partial results. No program waits for another, so none can hang.
     """
-    # which piece am I
+    # this program's work item
     item = work + 4 * tl.program_id(0)
     segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     length = tl.load(kv_len + segment)
     last = tl.maximum(tl.cdiv(length, size) - 1, 0)
     if split > last:
         return
-    # load what stays
+    # load the query rows and the new token
     start, cap = tl.load(kv_start + segment), tl.load(kv_cap + segment)
     r, place, there = _rows(segment, 1, 1, G, M)
     col = tl.arange(0, DP)
-    sequence, head = (segment // heads).to(tl.int64), segment % heads  # sequences may lie far apart
+    sequence, head = (segment // heads).to(tl.int64), segment % heads  # 64 bits: offsets may exceed 2^31
     q_at, exists = sequence * q_stride + (head * G + r)[:, None] * D, there[:, None] & (col < D)[None, :]
-    # the new token is read where it comes from and not where it goes: a load would have to wait for the store
+    # read the new token from k_new, not from the arena: that load would have to wait for the store
     mine = split == last
     k_at, new = sequence * k_stride + head * D, mine & (col < D)
     if ROPE:
@@ -215,7 +215,7 @@ def append_kernel(
     m = tl.where(mine, score, float("-inf"))
     l = tl.zeros([M], tl.float32) + tl.where(mine, 1.0, 0.0)
     acc = tl.zeros([M, DP], tl.float32) + value.to(tl.float32)[None, :]
-    # stream what flows
+    # stream K and V
     if UP:
         rows = rows.to(tl.float32)
     begin, end = start + split * size, start + tl.minimum(length, (split + 1) * size)
@@ -225,12 +225,12 @@ def append_kernel(
         _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
     else:
         _store(part, part_lse, (first + split).to(tl.int64) * G + r, there, m, l, acc, 1.0, D, DP)
-        tl.debug_barrier()  # one thread announces what all have stored: none may still be storing
+        tl.debug_barrier()  # one thread takes the ticket for all: every thread's stores must come before it
         ticket = tickets + segment * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == last:
             m, l, acc = _merge(part, part_lse, first, last + 1, r, there, G, D, DP, M, BS)
             _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
-            tl.store(ticket, 0)  # for the next step
+            tl.store(ticket, 0)  # reset for the next step
 
 
 # ---------------------------------------------------------------- launchers
@@ -239,9 +239,9 @@ def append_kernel(
 def tiles(rows, d, itemsize):
     """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS log-sum-exps.
 
-    As many rows as there are, not padded to 16: NVIDIA's compiler takes any. (AMD's matrix units take 4 rows of 64 or
-    128 channels, of others at least 16.) K tiles of 16 KB, in fp32 of 8 KB and no more than 16 rows, are what fits into
-    registers and shared memory beside the tile that is under way (tools/inspect_kernels.py).
+    M is not padded to 16, because NVIDIA's compiler accepts any power of two. (AMD's matrix units need at least 4 rows
+    for 64 or 128 channels, otherwise 16.) K tiles have 16 KB, in fp32 8 KB with M at most 16. This fits registers and
+    shared memory together with the prefetched tiles (tools/inspect_kernels.py).
     """
     dp = max(16, triton.next_power_of_2(d))
     m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64 if itemsize == 2 else 16, 4096 // dp)
@@ -250,8 +250,8 @@ def tiles(rows, d, itemsize):
 
 
 def stages(device):
-    """Tiles of K and of V on their way at once: three where a multiprocessor has room for that (as an H100's has; 67
-    KB for 16-bit K and V), else two."""
+    """Pipeline stages (tiles of K and V in flight): three if a multiprocessor has 200 KB of shared memory, such as an
+    H100's (16-bit K and V take 67 KB), else two."""
     if device.type != "cuda" or torch.version.hip:
         return 2
     return 3 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 << 10 else 2
@@ -280,8 +280,8 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
 
 
 def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=None):
-    """q (B, Hq, D), k_new and v_new (B, Hkv, D), dense within a sequence: store the new token behind kv_len, attend ->
-    out, lse (B, Hq). rope: cos and sin (B, 1, D), contiguous, by which q and k_new are turned first."""
+    """q (B, Hq, D), k_new and v_new (B, Hkv, D), each sequence contiguous: store the new token at kv_len and attend ->
+    out, lse (B, Hq). rope: cos and sin (B, 1, D), contiguous, or None; rotates q and k_new first."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
     items, (part, part_lse) = plan.items, plan.scratch(rows, d)
     cos, sin = (q, q) if rope is None else rope

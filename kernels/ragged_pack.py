@@ -1,10 +1,10 @@
-"""From the dense K and V of a prefill to arenas that hold only what each head keeps.
+"""Pack the dense K and V of a prefill into arenas that hold only the tokens that each head keeps.
 
     keep, head 0   1 1 0 1 0 0      k_arena  [a b d . .][c f . .]      kv_start = 0  5     kv_len = 3  2
           head 1   0 0 1 0 0 1      kv_pos    0 1 3 - -  2 5 - -       '.' and '-': `slack` free slots per head
 
-Reads the kept rows once and writes them once; nothing of the dense tensors is referred to afterwards, so their memory
-is free as soon as the caller lets go of them.
+Reads and writes each kept row once. The results hold no reference to the dense tensors, so these are freed as soon as
+the caller drops them.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .backend import check_alike, choose_backend
 
 
 def ragged_pack_ref(k, v, keep, *, slack, total=None):
-    """The specification of `ragged_pack`: row after row. total is not needed here."""
+    """The specification of `ragged_pack`: copies row by row. total is unused."""
     lengths = keep.sum(-1).tolist()
     starts = [sum(lengths[:h]) + h * slack for h in range(len(lengths))]
     n = sum(lengths) + len(lengths) * slack
@@ -27,17 +27,17 @@ def ragged_pack_ref(k, v, keep, *, slack, total=None):
 
 
 def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
-    """Pack what each head keeps, with room for new tokens behind it.
+    """Pack the rows that each head keeps, with free slots for new tokens after them.
 
-    k, v     (Hkv, T, D); or, for several sequences at once, (B * Hkv, T, D)
+    k, v     (Hkv, T, D); for several sequences at once (B * Hkv, T, D)
     keep     (Hkv, T) bool
-    slack    free slots behind each head's rows; what they hold is undefined
-    total    number of kept rows over all heads, if known: then nothing is read back from the device
+    slack    free slots after each head's rows; their contents are undefined
+    total    number of kept rows over all heads, if known; on CUDA this avoids a synchronisation
     backend  see `choose_backend`
 
     Returns k_arena, v_arena (N, D) with N = total + Hkv * slack; kv_start, kv_len (Hkv,) int32; kv_pos (N,) int32, the
-    original index of each slot's token, -1 in free slots. Kept tokens stay in ascending order. ValueError names what
-    does not fit; a wrong total is noticed on CPU tensors only.
+    original index of each slot's token, -1 for free slots. Kept tokens stay in ascending order. ValueError for
+    arguments that do not fit; a wrong total is detected on CPU tensors only.
     """
     _check(k, v, keep, slack)
     way = choose_backend(backend, k.device, k.dtype, (k, v))
@@ -46,7 +46,7 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
     if total is None or k.device.type == "cpu":
         lengths = keep.sum(-1).tolist()
         if total is not None and total != sum(lengths):
-            raise ValueError(f"total is {total}, but keep holds {sum(lengths)} rows; give that or None")
+            raise ValueError(f"total is {total}, but keep selects {sum(lengths)} rows; give that number or None")
         total = sum(lengths)
     if total == heads * tokens:
         return _pack_equal(k, v, torch.arange(tokens, device=k.device), slack)
@@ -70,17 +70,17 @@ def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
 
 
 def _rows(x, head, position):
-    """x (Hkv, T, D) at pairs of indices (n,) -> (n, D). One index into all rows of the memory is faster than two."""
+    """x[head, position]: x (Hkv, T, D), indices (n,) -> (n, D). One index into a 2-d view is faster than two."""
     d, (step_head, step_token, _) = x.shape[2], x.stride()
     if step_head % d or step_token % d:
         return x[head, position]
     rows = 1 + (x.shape[0] - 1) * (step_head // d) + (x.shape[1] - 1) * (step_token // d)
-    flat = x.as_strided((rows, d), (d, 1))  # as a prefill leaves it: token after token, perhaps with q in between
+    flat = x.as_strided((rows, d), (d, 1))  # all rows of the underlying memory; q may lie between tokens
     return flat.index_select(0, head * (step_head // d) + position * (step_token // d))
 
 
 def _pack_equal(k, v, position, slack):
-    """k, v (Hkv, n, D) of position (Hkv, n) or (n,) go to arenas (Hkv, n + slack, D): no slot has to be computed."""
+    """Pack heads of equal length by strided copies: k, v (Hkv, n, D) with their position (Hkv, n) or (n,)."""
     heads, n, d = k.shape
     k_arena, v_arena = (x.new_empty(heads, n + slack, d) for x in (k, v))
     kv_pos = torch.full((heads, n + slack), -1, dtype=torch.int32, device=k.device)
@@ -91,12 +91,12 @@ def _pack_equal(k, v, position, slack):
 
 
 def _check(k, v, keep, slack):
-    """ValueError for whatever `ragged_pack` cannot work with."""
+    """ValueError for arguments that `ragged_pack` does not support."""
     check_alike(k=k, v=v)
     if k.ndim != 3 or k.shape != v.shape or keep.shape != k.shape[:2] or 0 in k.shape:
         shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}, keep {tuple(keep.shape)}"
-        raise ValueError(f"{shapes}; give twice (Hkv, T, D) and (Hkv, T)")
+        raise ValueError(f"{shapes}; give k and v (Hkv, T, D), keep (Hkv, T), none of them empty")
     if keep.dtype != torch.bool or keep.device != k.device:
         raise ValueError(f"keep is {keep.dtype} on {keep.device}; make it bool on {k.device}")
     if type(slack) is not int or slack < 0:
-        raise ValueError(f"slack is {slack}; give 0 or more slots, a whole number")
+        raise ValueError(f"slack is {slack}; give an integer number of slots, 0 or more")

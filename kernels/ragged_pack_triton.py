@@ -1,9 +1,9 @@
-"""`ragged_pack` in Triton: one kernel copies the kept rows of K and V, and notes where each came from.
+"""`ragged_pack` in Triton: one kernel copies the kept rows of K and V and stores the original index of each.
 
-    keep, one head    1 1 0 1 0 0        a kept row goes to slot   start of its head + kept rows before it
-    rank              1 2 2 3 3 3        (rank - 1, from a running count); the others are not even read
+    keep, one head    1 1 0 1 0 0        rank: running count of kept rows. A kept row goes to slot
+    rank              1 2 2 3 3 3        kv_start[head] + rank - 1; dropped rows are not read.
 
-Bytes: 4 * kept * D * itemsize, each row once in and once out; no arithmetic. The specification is `ragged_pack_ref`.
+Bytes: 4 * kept * D * itemsize, one read and one write per row; no arithmetic. The specification is `ragged_pack_ref`.
 """
 
 from itertools import accumulate
@@ -22,14 +22,11 @@ def pack_kernel(
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """grid (Hkv, tiles of BT tokens)."""
-    # which piece am I
     head, token = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
-    # load what stays
     at = head.to(tl.int64) * tokens + token
     kept = tl.load(keep + at, token < tokens, 0) != 0
     slot = tl.load(kv_start + head) + tl.load(rank + at, kept, 1) - 1
-    kept = kept & (slot < slots)  # a wrong total must not write behind the arenas
-    # stream what flows
+    kept = kept & (slot < slots)  # a wrong total must not cause writes outside the arenas
     col = tl.arange(0, DP)
     there = kept[:, None] & (col < D)[None, :]
     k_row = (head.to(tl.int64) * k_stride_h + token.to(tl.int64) * k_stride_t) * ALIGN
@@ -37,22 +34,21 @@ def pack_kernel(
     keys = tl.load(k + k_row[:, None] + col[None, :], there)  # [BT, DP]
     values = tl.load(v + v_row[:, None] + col[None, :], there)
     to = slot.to(tl.int64)[:, None] * D + col[None, :]
-    # store
     tl.store(k_arena + to, keys, there)
     tl.store(v_arena + to, values, there)
     tl.store(kv_pos + slot, token, kept)
 
 
 def pack(k, v, keep, slack, total, lengths=None):
-    """k, v (Hkv, T, D), rows without gaps; keep (Hkv, T) bool; total: kept rows; lengths: a list of each head's, if
-    they are known -> what `ragged_pack` returns."""
+    """k, v (Hkv, T, D), rows contiguous; keep (Hkv, T) bool; total: kept rows; lengths: kept rows per head as a list,
+    or None -> what `ragged_pack` returns."""
     heads, tokens, d = k.shape
     rank = keep.cumsum(-1, dtype=torch.int32)
     if lengths is None:
         kv_len = rank[:, -1].contiguous()
         kv_start = kv_len.cumsum(0, dtype=torch.int32) - kv_len
         kv_start += slack * torch.arange(heads, dtype=torch.int32, device=k.device)
-    else:  # one copy instead of six launches
+    else:  # one copy to the device instead of six launches
         starts = [before + slack * h for h, before in enumerate(accumulate(lengths[:-1], initial=0))]
         kv_start, kv_len = torch.tensor([starts, lengths], dtype=torch.int32, device=k.device)
     slots = total + heads * slack

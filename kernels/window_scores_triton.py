@@ -1,15 +1,15 @@
-"""`window_scores` in Triton: two kernels that read keys only. The T x T matrix never exists, nor do W x T rows of it.
+"""`window_scores` in Triton: two kernels that read keys only. Not even W rows of the T x T matrix are stored.
 
     lse_kernel    a program per (KV head, part of the keys, tile of rows): log-sum-exp of each query row over that part
-    mass_kernel   a program per (KV head, BN keys): joins the parts of each row, adds up exp(s - lse) over the rows
+    mass_kernel   a program per (KV head, BN keys): merges the parts of each row, sums exp(s - lse) over the rows
 
       query rows of a KV head      keys 0 ............ T      lse[row, part]      score[column]
       g = 0: w = 0 .. W - 1        |-- part 0 --|-- ...  -->  one number each  -->  sum over w, then over g
       g = 1: w = 0 .. W - 1
 
-Columns are independent, so nothing is added up between programs. Keys are read twice: 2 * Hkv * T * D * itemsize bytes,
-and for each tile of keys 4 * G * W * (T / PART) bytes of lse (from L2). 4 * G * W FLOP per element: bound by memory for
-a few rows, by arithmetic from some 64 on, and once per prompt either way. The specification is `window_scores_ref`.
+Columns are independent, so no reduction between programs is needed. Keys are read twice, 2 * Hkv * T * D * itemsize
+bytes; each tile of keys reads 4 * G * W * (T / PART) bytes of lse (from L2). 4 * G * W FLOP per element: memory-bound
+for a few rows, compute-bound from some 64 on. Runs once per prompt. The specification is `window_scores_ref`.
 """
 
 import torch
@@ -27,11 +27,11 @@ def _rows(
     q, head, w, there, stride_h, stride_w,
     D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Rows [M, DP]: row w[i] of query head `head` (one, or one per row)."""
+    """Query rows [M, DP]: row w[i] of query head `head`, a scalar or [M]."""
     col = tl.arange(0, DP)
     row = (head.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * ALIGN
     rows = tl.load(q + row[:, None] + col[None, :], there[:, None] & (col < D)[None, :], 0.0)
-    return rows.to(tl.float32) if UP else rows  # the interpreter cannot calculate in 16 bits
+    return rows.to(tl.float32) if UP else rows  # the interpreter cannot compute in 16 bits
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _keys(
     k, head, column, end, stride_h, stride_t,
     D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Keys [BN, DP] of a KV head, 0 from `end` on."""
+    """Keys [BN, DP] of a KV head at `column`; 0 from column `end` on."""
     col = tl.arange(0, DP)
     row = (head.to(tl.int64) * stride_h + column.to(tl.int64) * stride_t) * ALIGN
     keys = tl.load(k + row[:, None] + col[None, :], (column < end)[:, None] & (col < D)[None, :], 0.0)
@@ -48,7 +48,7 @@ def _keys(
 
 @triton.jit
 def _scores(rows, keys, scale, there, position, column, end):
-    """Scores [M, BN] to base 2; -inf for keys in a row's future or from `end` on, and in rows that are not there."""
+    """Scores [M, BN] to base 2; -inf for keys after a row's position or from `end` on, and in padding rows."""
     s = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale
     seen = (column[None, :] <= position[:, None]) & (column < end)[None, :]
     return tl.where(there[:, None] & seen, s, float("-inf"))
@@ -62,25 +62,24 @@ def lse_kernel(
     ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """grid (Hkv, parts, tiles of M rows): lse (Hq, W, parts) to base 2."""
-    # which piece am I
+    # this program's part of the keys and its rows
     head, part = tl.program_id(0), tl.program_id(1)
     r = tl.program_id(2) * M + tl.arange(0, M)  # r = g * W + w
     there, w, query_head = r < G * window, r % window, head * G + r // window
-    # load what stays
+    # load the query rows
     position = tl.load(q_pos + w, there, -1)
     rows = _rows(q, query_head, w, there, q_stride_h, q_stride_w, D, DP, ALIGN, UP)
     m, l = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
-    # stream what flows
+    # stream the keys
     end = tl.minimum(tokens, (part + 1) * PART)
     for first in range(part * PART, end, BN):
         column = first + tl.arange(0, BN)
         keys = _keys(k, head, column, end, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
         s = _scores(rows, keys, scale, there, position, column, end)
         top = tl.maximum(m, tl.max(s, 1))
-        safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
+        safe = tl.where(top == float("-inf"), 0.0, top)  # a row without keys so far
         l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
         m = top
-    # store
     tl.store(lse + (query_head * window + w) * tl.num_programs(1) + part, m + tl.log2(l), there)
 
 
@@ -92,14 +91,13 @@ def mass_kernel(
     GROUP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """grid (Hkv, tiles of BN keys): out (Hkv, T), or (Hq, T) for GROUP "none"."""
-    # which piece am I
+    # load this program's keys
     head = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    # load what stays
     keys = _keys(k, head, column, tokens, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
     part = tl.arange(0, PARTS)
     total = tl.zeros([BN], tl.float32)
-    # stream what flows: the rows of one query head after the other
+    # stream the query rows, head by head
     for g in range(0, G):
         query_head, mass = head * G + g, tl.zeros([BN], tl.float32)
         for first in range(0, window, M):
@@ -111,10 +109,9 @@ def mass_kernel(
             known = there[:, None] & (part < parts)[None, :]
             pieces = tl.load(lse + (query_head * window + w)[:, None] * parts + part[None, :], known, float("-inf"))
             top = tl.max(pieces, 1)
-            top = tl.where(top == float("-inf"), 0.0, top)  # a row that is not there
+            top = tl.where(top == float("-inf"), 0.0, top)  # a padding row
             whole = tl.sum(tl.exp2(pieces - top[:, None]), 1)
             mass += tl.sum(tl.exp2(s - top[:, None]) / tl.where(whole == 0, 1.0, whole)[:, None], 0)
-        # store
         mass /= window
         if GROUP == "none":
             tl.store(out + query_head.to(tl.int64) * tokens + column, mass, column < tokens)
@@ -127,7 +124,7 @@ def mass_kernel(
 
 
 def scores(q, k, q_pos, scale, group):
-    """q (Hq, W, D), k (Hkv, T, D), rows without gaps; q_pos (W,) -> fp32 (Hkv, T), or (Hq, T) for "none"."""
+    """q (Hq, W, D), k (Hkv, T, D), rows contiguous; q_pos (W,) -> fp32 (Hkv, T), or (Hq, T) for "none"."""
     (hq, window, d), (hkv, tokens, _) = q.shape, k.shape
     parts, size = triton.cdiv(tokens, PART), hq // hkv
     lse = torch.empty(hq, window, parts, dtype=torch.float32, device=q.device)

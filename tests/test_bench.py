@@ -396,7 +396,7 @@ def test_what_guests_cannot_do_is_said(fails, guests, tmp_path, monkeypatch, cap
 
 
 def test_why_guests_are_left_out():
-    for flags, why in (({}, None), ({"flex": False}, "left out by --no-flex")):
+    for flags, why in (({}, None), ({"flex": False}, "skipped by --no-flex")):
         setting = bench_kernels.Setting(torch.bfloat16, torch.device("cuda"), {}, 1, **flags)
         assert bench_kernels.flex_missing(setting) == why
 

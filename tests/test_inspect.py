@@ -85,7 +85,7 @@ def test_a_spoilt_kernel_fails_the_gate(gates, tmp_path):
         (["--arch", "sm_1"], "sm_1"),
         (["--kernel", "split_kernel", "attend"], "attend"),
         (["--json", "no/such/folder/facts.json"], "no/such/folder"),
-        (["--processes", "0"], "0 processes"),
+        (["--processes", "0"], "--processes is 0"),
     ],
 )
 def test_mistakes_are_one_line(arguments, naming):

@@ -335,7 +335,7 @@ def test_bad_steps_are_refused():
     new, cap = torch.zeros(2, 2, 8), PLAN.kv_cap
     good = [*(GOOD[n] for n in ("q",)), new, new, *(GOOD[n] for n in ("k", "v", "kv_start", "kv_len"))]
     for arguments, options, word in (
-        ([*good, cap + 1], {"plan": PLAN}, "in the plan"),
+        ([*good, cap + 1], {"plan": PLAN}, "but the plan has"),
         ([*good, cap.to("meta")], {"plan": PLAN}, "on meta"),
         ([good[0], new[:, :1], *good[2:], cap], {}, "(2, 1, 8)"),
         ([good[0], new, new.double(), *good[3:], cap], {}, "float64"),

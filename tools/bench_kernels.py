@@ -1,28 +1,28 @@
-"""Time the kernels against what people would use instead. A wrong result is never timed.
+"""Time the kernels against alternatives in PyTorch and other libraries. A provider with a wrong result is not timed.
 
     python tools/bench_kernels.py                            # ragged_decode on this machine
     python tools/bench_kernels.py decode                     # whole decode steps of the demo model
-    python tools/bench_kernels.py prefill                    # its prefill, and what scoring, choosing and packing add
+    python tools/bench_kernels.py prefill                    # its prefill: cost of scoring, choosing and packing
     python tools/bench_kernels.py all --json out.json --csv out.csv
-    python tools/bench_kernels.py ragged_decode --kernel my.py    # my.py::ragged_decode beside ours
-    python tools/bench_kernels.py --shapes gqa8 --mbytes 4 65     # as many tokens as make a layer's K and V so large
-    python tools/bench_kernels.py --layouts plphp zipf giant --retention 0.2    # the same rows, divided otherwise
-    python tools/bench_kernels.py --skew                     # the same bytes, in heads of ever less equal lengths
-    python tools/bench_kernels.py --base HEAD~1              # the kernels of another commit beside these
-    python tools/bench_kernels.py --preset gpu --json gpu.json    # what one session with a GPU is for, in minutes
+    python tools/bench_kernels.py ragged_decode --kernel my.py    # also time my.py::ragged_decode
+    python tools/bench_kernels.py --shapes gqa8 --mbytes 4 65     # size cases by MB of K and V per layer
+    python tools/bench_kernels.py --layouts plphp zipf giant --retention 0.2    # other distributions over the heads
+    python tools/bench_kernels.py --skew                     # equal bytes, one head 1, 2, 4 and 8 times the mean
+    python tools/bench_kernels.py --base HEAD~1              # also time the kernels of another commit
+    python tools/bench_kernels.py --preset gpu --json gpu.json    # everything worth timing on a GPU, in minutes
 
-Every row is one provider on one case: the median time of a call, its 20th and 80th percentile, and
+Each row is one provider on one case: median time of a call, 20th and 80th percentile, and
 
-    speed      the baseline's time over the provider's, the median over rounds in which all providers take turns, so
-               that a machine which slows down slows all of them; at the end of a row of ours, the same over the
-               strongest other baseline and over --base. `speeds` of --json has all of them.
-    ceiling    the part of the measured memory bandwidth that the useful bytes reach, and these in GB/s
-    max error  the largest distance of a number from the same in float64
+    speed      time of the baseline / time of the provider, median over rounds. Providers take turns in each round, so
+               a machine that slows down affects all of them. Rows of ours end with the same ratio over the fastest
+               other baseline and over --base; `speeds` in --json has all ratios.
+    ceiling    useful bytes per second as a fraction of the measured memory bandwidth, and in GB/s
+    max error  largest absolute difference from a float64 reference
 
-The command under a case's name runs that case alone. A round calls every copy of the problem once, each with buffers of
-its own, so that the caches hold little of it (a decode step reads what one model reads, over and over). On CUDA a round
-is one captured graph, of 16 calls at least. Every copy is checked before the timing, two of them after it: what is
-wrong has no numbers. tools/plot_bench.py draws what --json has written.
+The command below a case's name reproduces that case alone. A round calls every copy of the problem once. Each copy has
+its own buffers, so that caches hold little of them (decode and prefill read the weights of one model again and again).
+On CUDA a round is one captured graph of at least 16 calls. All copies are checked before timing, two of them again
+afterwards; a wrong provider gets no numbers. tools/plot_bench.py draws the output of --json.
 """
 
 import argparse
@@ -85,14 +85,14 @@ METHODS = (
     "snapkv",
     "plphp:values=true,window=32",
     "plphp:query=lookahead",
-)  # that prefill is timed with
-LONGEST = 2**15  # kept tokens per head, on average or in a skewed head, from which --mbytes takes more sequences
+)  # timed by prefill
+LONGEST = 2**15  # kept tokens per head (mean, or of a skewed head) above which --mbytes uses more sequences
 SLACK = 64  # free slots per segment
 LAYOUTS = ("equal", "ragged", "plphp", "zipf", "giant")  # see `lengths_of`
-PAGE = 16  # slots of a page of FlashInfer's cache, as vLLM has them
+PAGE = 16  # slots per page of FlashInfer's cache, vLLM's default
 QUICK = "--copies 2 --rounds 2"
-# command lines, the most telling first; what is given beside --preset counts more. FlexAttention compiles for seconds
-# in every case, so that only the first line has it
+# Command lines, the most informative first; flags given beside --preset override them. FlexAttention compiles for
+# seconds in every case, so only the first line times it.
 PRESETS = {
     "gpu": (
         "ragged_decode_append --shapes 7b gqa8 --mbytes 4 17 65 130 512 --retention 0.2 --layouts plphp",
@@ -118,48 +118,48 @@ PRESETS = {
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, as for every other error."""
+        """Exit 2 with one line on stderr."""
         self.exit(2, f"error: {' '.join(message.split())}; see tools/bench_kernels.py -h\n")
 
 
 def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
-    p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: one GPU session, or a quick look at all")
+    p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: gpu, or a quick smoke test of every op")
     p.add_argument(
         "--shapes",
         nargs="+",
         choices=SHAPES,
         metavar="SHAPE",
-        help="default demo, 7b and gqa8; of prefill the demo model, or 7b: two layers of that shape",
+        help="default demo, 7b and gqa8; prefill: demo (default, the model) or 7b (two layers of that shape)",
     )
     p.add_argument("--tokens", nargs="+", type=number(int, 1), default=[640, 2048], metavar="T", help="before pruning")
     p.add_argument(
         "--mbytes", nargs="+", type=number(float, 0, open_low=True), metavar="MB",
-        help="of K and V that a layer keeps, instead of --tokens; more sequences where it would be over 32k per head",
+        help="kept K and V per layer, instead of --tokens; adds sequences to stay below 32k tokens per head",
     )  # fmt: skip
     p.add_argument("--retention", nargs="+", type=number(float, 0, 1, open_low=True), default=[1.0, 0.3], metavar="F")
     p.add_argument(
         "--layouts", nargs="+", metavar="LAYOUT",
-        help="how a layer's rows are divided among its heads, always as many: equal; ragged, 0.25 to 1.75 of the mean; "
-             "plphp, its three rates among several sequences, plphp-ada among the heads of one; zipf, 1/rank; giant, "
-             "one head keeps everything, the others share the rest (default equal and ragged). Beside --skew: those of "
-             "the sweep to run, such as 'skew 4'",
+        help="how a layer's kept rows are distributed over its heads, with equal totals: equal; ragged, 0.25 to 1.75 "
+             "times the mean; plphp, PLPHP's three rates over several sequences, or plphp-ada over the heads of one; "
+             "zipf, 1/rank; giant, one head keeps everything, the others share the rest (default equal and ragged). "
+             "With --skew: the cases of the sweep to run, such as 'skew 4'",
     )  # fmt: skip
     p.add_argument(
         "--skew", nargs="*", type=number(float, 1), metavar="R",
-        help="instead of --retention: one head R times as long as the mean, at the same bytes (default 1 2 4 8)",
+        help="instead of --retention: one head R times as long as the mean, total bytes fixed (default 1 2 4 8)",
     )  # fmt: skip
     p.add_argument(
-        "--batch", nargs="+", type=number(int, 1), default=[1], metavar="B", help="sequences, of decode (default 1)"
+        "--batch", nargs="+", type=number(int, 1), default=[1], metavar="B", help="sequences of decode (default 1)"
     )
     p.add_argument("--dtype", choices=DTYPES, help="default fp32 on a CPU, bf16 on CUDA")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--rounds", type=number(int, 1), default=15, help="turns of each provider (default 15)")
-    p.add_argument("--copies", type=number(int, 1), help="of each problem (default: more than the last cache holds)")
+    p.add_argument("--rounds", type=number(int, 1), default=15, help="timed rounds (default 15)")
+    p.add_argument("--copies", type=number(int, 1), help="copies of each problem (default: more than the cache holds)")
     p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file")
-    p.add_argument("--base", metavar="REV", help="also time the kernels of this commit (not in whole models)")
-    p.add_argument("--no-flex", action="store_true", help="without FlexAttention, which compiles for every case")
+    p.add_argument("--base", metavar="REV", help="also time the kernels of this commit (not for prefill and decode)")
+    p.add_argument("--no-flex", action="store_true", help="skip FlexAttention, which compiles for every case")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--csv", metavar="FILE")
     return p
@@ -170,7 +170,7 @@ def parser():
 
 @dataclass(frozen=True)
 class Commit:
-    """The kernels of another commit: as it was asked for, its hash, and the package."""
+    """The kernels of another commit: rev as given to --base, its hash, and the imported package."""
 
     rev: str
     sha: str
@@ -179,50 +179,50 @@ class Commit:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cases have in common. own: op -> (name, function) of somebody's file; copies: None for `copies_for`."""
+    """Settings shared by all cases. own: op -> (name, function) from --kernel; copies: None for `copies_for`."""
 
     dtype: torch.dtype
     device: torch.device
     own: dict
     copies: int | None
     base: Commit | None = None
-    flex: bool = True  # is FlexAttention wanted?
+    flex: bool = True  # False: skip FlexAttention
 
 
 @dataclass
 class Case:
-    """One problem, several times over with buffers of its own: calls[provider][i]() runs copy i."""
+    """One problem in several copies with separate buffers: calls[provider][i]() runs copy i."""
 
     name: str
-    bytes: int  # that have to be read and written
+    bytes: int  # useful bytes: must be read or written
     baseline: str
     shape: str = ""
     layout: str = ""  # of the lengths: one of LAYOUTS or "skew R"
-    family: str = ""  # the cases of a skew sweep share it
-    reads_more: str | None = None  # provider that reads more than these bytes, being without pruning
-    repeatable: bool = True  # does a call leave everything as it was?
+    family: str = ""  # shared by the cases of a skew sweep
+    reads_more: str | None = None  # provider that reads more than `bytes`, because it does not prune
+    repeatable: bool = True  # False: a call changes the state of later calls
     calls: dict = field(default_factory=dict)  # provider -> list of functions
-    checks: dict = field(default_factory=dict)  # likewise, each: (what it gives, the same in plain PyTorch, in float64)
+    checks: dict = field(default_factory=dict)  # provider -> functions () -> (result, plain PyTorch, float64 reference)
     missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
-    rivals: set = field(default_factory=set)  # providers beside the baseline that speeds are given over
-    guests: set = field(default_factory=set)  # those of them that we cannot mend: what is wrong there is no failure
+    rivals: set = field(default_factory=set)  # providers besides the baseline to compute speeds over
+    guests: set = field(default_factory=set)  # rivals that we do not maintain: an error there does not fail the run
 
     def add(self, provider, call, check, rival=False):
-        """check: function (call) -> the three."""
+        """check: function (call) -> (result, plain PyTorch, float64 reference)."""
         self.calls.setdefault(provider, []).append(call)
         self.checks.setdefault(provider, []).append(partial(check, call))
         if rival:
             self.rivals.add(provider)
 
     def add_guest(self, provider, why, build, check):
-        """A rival that may not support this case: then what it says is why it is not timed. build: () -> call."""
+        """Add a rival that may not support this case; its error is then the reason in `missing`. build: () -> call."""
         self.guests.add(provider)
-        if provider in self.missing:  # it failed on another copy
+        if provider in self.missing:  # failed on an earlier copy
             return
         try:
             if not why:
                 call = build()
-                call()  # compiles, where that is its way
+                call()  # triggers compilation
         except Exception as broken:
             why = said(broken)
         if why:
@@ -233,10 +233,10 @@ class Case:
             self.add(provider, call, check, rival=True)
 
     def add_ours(self, op, setting, arguments, options, check):
-        """This project's backends, those of --base, and somebody's own function.
+        """Add this project's backends, those of --base, and the function from --kernel.
 
-        options: function (package) -> keyword arguments, since a plan is for the kernels of its commit; those that a
-        function does not know are left out.
+        options: function (package) -> keyword arguments; it takes the package because a plan works only with the
+        kernels of its own commit. Options that a function does not accept are dropped.
         """
         ours = options(kernels)
         for provider, function, why in contenders(op, setting):
@@ -254,7 +254,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Layer:
-    """The numbers of one layer's cache: (B, Hkv, G, D) and the kept tokens (S,) of S = B * Hkv segments."""
+    """Sizes of one layer's cache: (B, Hkv, G, D) and the kept tokens (S,) of S = B * Hkv segments."""
 
     name: str
     shape: str
@@ -263,11 +263,11 @@ class Layer:
     lengths: torch.Tensor
     layout: str
     family: str
-    flags: list  # of the command that has just this layer
+    flags: list  # of the command that selects only this layer
 
 
 def layers(args, itemsize):
-    """The caches to attend to, one after the other."""
+    """Yield the Layer of each case."""
     for shape in args.shapes or DEFAULT_SHAPES:
         for size in args.mbytes or args.tokens:
             b, mean = fit(args, shape, size, itemsize)
@@ -286,46 +286,46 @@ def layers(args, itemsize):
 
 
 def layouts_of(args, retention):
-    """The layouts to time at a retention: where everything is kept there is only one."""
+    """The layouts to time at a retention: only one if everything is kept."""
     return dict.fromkeys(args.layouts or ("equal", "ragged")) if retention < 1 else ("equal",)
 
 
 def fit(args, shape, size, itemsize):
-    """Sequences, and mean tokens per head, for a `size` of --mbytes or --tokens."""
+    """(sequences, mean tokens per head) for a `size` of --mbytes or --tokens."""
     (b, hkv, _, d), ratio = SHAPES[shape], max(args.skew or [1])
     mean = size * 1e6 / (2 * b * hkv * d * itemsize) if args.mbytes else size
-    # a skewed head must not be nearly everything; with --mbytes no head may be very long
+    # a skewed head must not hold most of the rows; with --mbytes no head may exceed LONGEST
     while b * hkv < 2 * ratio or (args.mbytes and ratio * mean > LONGEST):
         b, mean = 2 * b, mean / 2 if args.mbytes else mean
     return b, max(1, round(mean))
 
 
 def skewed_layers(args, shape, b, mean, flags):
-    """One head `ratio` times as long as the mean, all others equally shorter: always the same number of rows."""
+    """One head `ratio` times as long as the mean, all others equally shorter; the total number of rows is fixed."""
     sizes, family = (b, *SHAPES[shape][1:]), f"{labelled(shape, b)}, {mean} tokens on average"
     for ratio in sorted({1.0, *args.skew}):
         lengths = one_long(b * sizes[1], b * sizes[1] * mean, round(ratio * mean))
         layout, name = f"skew {ratio:g}", f"{family}, skew {ratio:g}"
         if not args.layouts or layout in args.layouts:
-            # with the whole sweep, since `fit` looks at its largest ratio
+            # the whole sweep, because `fit` depends on its largest ratio
             more = ["--skew", *args.skew, "--layouts", layout]
             yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout, family, flags + more)
 
 
 def labelled(shape, b):
-    """The shape's name, with the number of sequences where that is not its own."""
+    """The shape's name, followed by the number of sequences if it is not the shape's own."""
     return shape if b == SHAPES[shape][0] else f"{shape} x {b}"
 
 
 def lengths_of(layout, b, hkv, tokens, retention, generator):
-    """Kept tokens per segment (S,), S = b * hkv: from 1 to `tokens` in each, and the same sum in every layout.
+    """Kept tokens per segment (S,), S = b * hkv: 1 to `tokens` in each, with the same sum in every layout.
 
     equal    the mean in all heads: a layer under PLPHP, one sequence
-    ragged   at random between 0.25 and 1.75 of the mean
-    plphp    several sequences: all heads of one alike, by PLPHP's three rates, since each sequence has a gamma of its
-             own; one sequence: what plphp-ada makes of heads that attend more and less sharply
-    zipf     as 1 / rank, in random order
-    giant    one head keeps everything (or all but one row for each of the others), the others share the rest equally
+    ragged   random, between 0.25 and 1.75 times the mean
+    plphp    several sequences: PLPHP's three rates, the same for all heads of a sequence (each has its own gamma);
+             one sequence: plphp-ada on heads whose attention differs in sharpness
+    zipf     proportional to 1 / rank, in random order
+    giant    one head keeps everything, up to leaving one row per other head; the others share the rest equally
     """
     segments, mean = b * hkv, max(1, round(retention * tokens))
     if layout == "equal":
@@ -342,15 +342,15 @@ def lengths_of(layout, b, hkv, tokens, retention, generator):
 
 
 def one_long(segments, total, longest):
-    """Lengths (S,) with the sum `total`: `longest`, and the rest as equal as it goes, which is at least one each."""
+    """Lengths (S,) that sum to `total`: first `longest`, then the rest as equal as possible, at least 1 each."""
     longest = min(longest, total - (segments - 1))
     each, over = divmod(total - longest, segments - 1)
     return torch.tensor([longest] + over * [each + 1] + (segments - 1 - over) * [each])
 
 
 def three_rates(b, hkv, tokens, mean):
-    """Lengths (b * hkv,) of sequences under PLPHP: a third of them r - dr, a third r + dr, the others r of `tokens`."""
-    dr = min(round(0.3 * tokens), mean - 1, tokens - mean)  # as --retention has it, and at least one token
+    """Lengths (b * hkv,) under PLPHP: a third of the sequences keeps mean - dr, a third mean + dr, the others mean."""
+    dr = min(round(0.3 * tokens), mean - 1, tokens - mean)  # PLPHP's dr = 0.3, limited to 1 .. tokens kept
     lengths, third = torch.full((b,), mean), (b + 1) // 3
     lengths[:third] -= dr
     lengths[b - third :] += dr
@@ -360,8 +360,8 @@ def three_rates(b, hkv, tokens, mean):
 def pooled_heads(hkv, tokens, mean, generator):
     """Lengths (hkv,) of a layer under plphp-ada.
 
-    Its choice among the softmax of normal scores, whose deviation is 0.5 in the flattest head and 3 in the sharpest. At
-    0.2 kept the longest head is then 1.7 to 1.9 times the mean; in the demo's layers it is 1.1 to 3.4 times.
+    Scores are the softmax of normal numbers with standard deviation 0.5 (flattest head) to 3 (sharpest). At retention
+    0.2 the longest head is then 1.7 to 1.9 times the mean; in the demo model's layers it is 1.1 to 3.4 times.
     """
     sharpness = torch.linspace(0.5, 3, hkv)[torch.randperm(hkv, generator=generator), None]
     scores = (sharpness * torch.randn(hkv, tokens, generator=generator)).softmax(-1)
@@ -369,38 +369,38 @@ def pooled_heads(hkv, tokens, mean, generator):
 
 
 def divided(total, share, most):
-    """`total` in whole numbers as `share` (S,) says, each from 1 to `most`: what one cannot hold the others get."""
+    """Divide `total` into integers proportional to `share` (S,), each clamped to 1 .. `most`."""
     low, high = 0.0, most / float(share.min())
-    for _ in range(100):  # the scale at which the bounded numbers add up
+    for _ in range(100):  # bisect the scale at which the clamped numbers sum to total
         middle = (low + high) / 2
         low, high = (middle, high) if (middle * share).clamp(1, most).sum() < total else (low, middle)
     exact = (high * share).clamp(1, most)
     lengths = exact.floor().long()
-    largest = (exact - lengths).argsort(descending=True)  # of the fractions; those at a bound have none
+    largest = (exact - lengths).argsort(descending=True)  # fractional parts; clamped numbers have none
     lengths[largest[: total - int(lengths.sum())]] += 1
     return lengths
 
 
 def copies_for(setting, size, held):
-    """How many copies of a problem of `size` bytes are more than the last cache holds; 2 to 256. held: bytes of one."""
+    """Copies of a problem of `size` bytes that exceed the last-level cache, 2 to 256. held: memory of one, bytes."""
     if setting.copies:
         return setting.copies
     if setting.device.type != "cuda":
         return 2 if interpreted() else max(2, min(256, -(-(2**26) // size)))
     torch.cuda.empty_cache()
-    fit_in = int(0.4 * torch.cuda.mem_get_info(setting.device)[0] / held)  # the rest is for checks and results
+    fit_in = int(0.4 * torch.cuda.mem_get_info(setting.device)[0] / held)  # leaves memory for checks and results
     cache = torch.cuda.get_device_properties(setting.device).L2_cache_size
     return max(2, min(256, fit_in, -(-4 * cache // size)))
 
 
 def randoms(setting, seed):
-    """Function (*shape) -> normal random numbers, made where they are needed."""
+    """Function (*shape) -> normal random numbers, generated on the device."""
     generator = torch.Generator(setting.device).manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, device=setting.device, dtype=setting.dtype)
 
 
 def contenders(op, setting):
-    """(provider, function, why it cannot run here or None) of everybody whom `Case.add_ours` adds."""
+    """Yield (provider, function, why it cannot run here or None): this project's backends and --kernel's function."""
     function, why = getattr(kernels, op), triton_missing(setting.dtype, setting.device)
     yield "ours, torch", partial(function, backend="torch"), None
     yield f"ours, {triton_name(setting.device)}", partial(function, backend="triton"), why
@@ -409,7 +409,7 @@ def contenders(op, setting):
 
 
 def base_contenders(op, setting):
-    """The same of the kernels of --base, which may not have the op."""
+    """Yield the same for the kernels of --base, which may lack the op."""
     if setting.base is None:
         return
     function, name = getattr(setting.base.package, op, None), f"base {setting.base.rev}"
@@ -420,23 +420,23 @@ def base_contenders(op, setting):
 
 
 def bound(function, arguments, options):
-    """The call, with those of the options that the function knows."""
+    """The call as a partial, with the options that the function accepts."""
     known = inspect.signature(function).parameters
     return partial(function, *arguments, **{k: v for k, v in options.items() if k in known})
 
 
 def said(broken):
-    """One short line about an exception."""
+    """An exception as one short line."""
     return f"{type(broken).__name__}: {' '.join(str(broken).split())[:80]}"
 
 
 def triton_name(device):
-    """Times of the interpreter must not be taken for the kernels'."""
+    """Name of the Triton backend; marks times of the interpreter, which say nothing about the kernels."""
     return "triton (interpreted)" if device.type == "cpu" and interpreted() else "triton"
 
 
 def triton_missing(dtype, device):
-    """Why the Triton kernels cannot run here; None if they can."""
+    """The reason why the Triton kernels cannot run here; None if they can."""
     if device.type != "cuda" and not interpreted():
         return "needs CUDA"
     try:
@@ -450,14 +450,14 @@ def triton_missing(dtype, device):
 
 
 def attention_case(op, layer, setting):
-    """One of the two ragged_decode over a layer, beside SDPA on static caches, what AdaKV does, and others' kernels.
+    """ragged_decode or ragged_decode_append over a layer, beside SDPA on static caches, AdaKV's way and other kernels.
 
-    The static caches hold all tokens, the packed rectangle if there is one, or every head padded to the longest and
-    masked. ragged_decode_append is a whole step; kv_len is not advanced, so that each call writes the same slot.
+    The static caches hold all tokens, the packed rectangle (equal lengths only), or every head padded to the longest
+    with a mask. ragged_decode_append is a whole step; kv_len is not advanced, so each call writes the same slot.
     """
     b, hkv, group, d = layer.sizes
     append, rows, longest = op == "ragged_decode_append", int(layer.lengths.sum()), int(layer.lengths.max())
-    # compiled, or planned, for all copies of a case: they have the same lengths
+    # compiled or planned once per case, because its copies have the same lengths
     lengths = layer.lengths + append
     flex = functools.cache(partial(flex_over, lengths, group, setting.device))
     pages = functools.cache(partial(flashinfer_over, lengths, group, d, setting))
@@ -472,7 +472,7 @@ def attention_case(op, layer, setting):
         masked = q, *padded, mask.view(b, hkv, 1, -1)
 
         def places(tensors, *index, new=new):
-            """(tensor, index, what a step writes there), for K and for V."""
+            """[(tensor, index, value that a step writes there)] for K and V."""
             shape = (b, hkv, d) if tensors[0].ndim == 4 else (b * hkv, d)
             return [(t, index, x.view(shape)) for t, x in zip(tensors, new, strict=True)] if append else []
 
@@ -483,11 +483,11 @@ def attention_case(op, layer, setting):
             static["sdpa, rectangle"] = masked[:3], places(padded, *end)
         static["sdpa, padded + mask"] = masked, places([t.flatten(0, 1) for t in padded], *behind)
         for provider, (arguments, where) in static.items():
-            write(where)  # it is the reference of the others
+            write(where)  # padded is also the reference of the other providers
             call = partial(write_and_attend, where, attention, *arguments)
             case.add(provider, call, attention_check(arguments, where), rival=True)
         add_flat(case, layer, setting, q, arenas, new if append else None, attention_check(masked))
-        add_flex(case, setting, flex, masked, where)  # where: still of the padded heads
+        add_flex(case, setting, flex, masked, where)  # where: the last above, of the padded heads
         add_flashinfer(case, setting, pages, masked, lengths, new if append else ())
         where = start, length, *((cap,) if append else ())
         check = attention_check(masked, places(arenas, start.long() + length))
@@ -501,8 +501,8 @@ def plan_of(start, cap, package):
 
 
 def make_copy(layer, setting, room, seed):
-    """Random q (B, Hq, D); K and V of a new token (B, Hkv, D); dense K and V (B, Hkv, tokens + room, D), of which each
-    head keeps its first tokens (which ones does not matter for speed); these in arenas (N, D); (start, length, cap).
+    """Random q (B, Hq, D); K and V of a new token (B, Hkv, D); dense K and V (B, Hkv, tokens + room, D); arenas (N, D)
+    with the first `lengths` tokens of each head (which ones does not matter for speed); (start, length, cap).
     """
     b, hkv, group, d = layer.sizes
     random = randoms(setting, seed)
@@ -512,18 +512,18 @@ def make_copy(layer, setting, room, seed):
     rows = [t.flatten(0, 1)[:, : layer.tokens] for t in dense]
     *arenas, start, length, pos = kernels.ragged_pack(*rows, keep, slack=SLACK, backend="torch")
     for arena in arenas:
-        arena[pos < 0] = float("nan")  # no result may depend on free slots
+        arena[pos < 0] = float("nan")  # shows if a result depends on free slots
     return q, new, dense, arenas, (start, length, length + SLACK)
 
 
 def attention(q, k, v, mask=None):
-    """q (B, Hq, D), k and v (B, Hkv, n, D): one query row per head, the G heads of a group as rows of one product."""
+    """SDPA of q (B, Hq, D) over k and v (B, Hkv, n, D), with the G heads of a group as rows of one product."""
     rows = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, D)
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).flatten(1, 2)
 
 
 def exact_attention(q, k, v, mask=None, dtype=torch.float64):
-    """The same in another dtype, written out."""
+    """`attention` as plain matrix products in another dtype."""
     rows, k, v = q.unflatten(1, (k.shape[1], -1)).to(dtype), k.to(dtype), v.to(dtype)
     scores = rows @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
@@ -536,16 +536,16 @@ def write(places):
 
 
 def write_and_attend(places, attend, *arguments):
-    """A step of a static cache: the new token in its place, then attention."""
+    """A step of a static cache: store the new token, then attend."""
     write(places)
     return attend(*arguments)
 
 
 def attention_check(reference, places=()):
-    """A check for `Case.add`: the call against attention over `reference`, and has it written what `places` say?"""
+    """A check for `Case.add`: the result against attention over `reference`, and that the call has written `places`."""
 
     def check(call):
-        for tensor, index, _ in places:  # where others have written the same
+        for tensor, index, _ in places:  # clear what other providers wrote
             tensor[index] = float("nan")
         got = call()
         if not all(torch.equal(tensor[index], row) for tensor, index, row in places):
@@ -556,11 +556,11 @@ def attention_check(reference, places=()):
 
 
 def add_flat(case, layer, setting, q, arenas, new, check):
-    """Varlen attention over a flat cache without free slots; with new tokens, a whole step as AdaKV does it.
+    """Varlen attention over a flat cache without free slots; with new tokens, a whole step in AdaKV's manner.
 
-    That is: new arenas in each step, every row copied into them, the new ones in between. Made kinder than it is: the
-    pieces are views made beforehand, one fused `cat` copies, and on CUDA its allocations are part of the graph. On a
-    CPU, which has no varlen attention, our torch backend attends to the new arenas.
+    AdaKV allocates new arenas in each step and copies every row into them, with the new rows in between. This version
+    is cheaper than AdaKV's: the views are made beforehand, one fused `cat` copies, and on CUDA its allocations are part
+    of the graph. A CPU has no varlen attention, so there our torch backend attends to the new arenas.
     """
     append, why = new is not None, varlen_missing(setting)
     provider, lengths = "adakv-style" if append else "varlen, heads as batch", layer.lengths + append
@@ -577,7 +577,7 @@ def add_flat(case, layer, setting, q, arenas, new, check):
 
 
 def pieces(arena, lengths, new):
-    """Views of each segment's rows and, unless `new` is None, of the one that comes behind them."""
+    """Views of each segment's rows, each followed by its row of `new` unless that is None."""
     segments = arena.split((lengths + SLACK).tolist())
     rows = [x[:n] for x, n in zip(segments, lengths.tolist(), strict=True)]
     if new is None:
@@ -586,7 +586,7 @@ def pieces(arena, lengths, new):
 
 
 def varlen_attn():
-    """torch's attention over sequences of different lengths; None where this torch has none (before 2.10)."""
+    """torch's attention over sequences of different lengths; None before torch 2.10, which introduced it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -595,7 +595,7 @@ def varlen_attn():
 
 
 def varlen_missing(setting):
-    """Why varlen attention cannot run here; None if it can."""
+    """The reason why varlen attention cannot run here; None if it can."""
     if setting.device.type != "cuda":
         return "needs CUDA"
     if varlen_attn() is None:
@@ -604,10 +604,10 @@ def varlen_missing(setting):
 
 
 def heads_as_batch(attend, lengths, group, device):
-    """Every segment as a sequence of its own: function (q (B, Hq, D), k and v (n, D) without free slots) -> like q.
+    """Each segment as a separate sequence: function (q (B, Hq, D), k and v (n, D) without free slots) -> like q.
 
-    attend: `varlen_attn`. Its options came one by one; without enable_gqa the G heads of a group become G query tokens
-    of one head, which is the same as long as nothing is causal.
+    attend: `varlen_attn`. Some versions lack enable_gqa. The G heads of a group are then passed as G query tokens of
+    one head, which is equivalent without a causal mask.
     """
     one_token = group == 1 or "enable_gqa" in inspect.signature(attend).parameters
     tokens, heads = (1, group) if one_token else (group, 1)
@@ -624,17 +624,17 @@ def heads_as_batch(attend, lengths, group, device):
 
 
 def over_segments(lengths):
-    """The same by our torch backend, on a CPU."""
+    """`heads_as_batch` with our torch backend, on a CPU."""
     start, length = (lengths.cumsum(0) - lengths).int(), lengths.int()
     plan = kernels.decode_plan(start, length)
     return lambda q, k, v: kernels.ragged_decode(q, k, v, start, length, plan=plan, backend="torch")
 
 
-# ---------------------------------------------------------------- other people's kernels
+# ---------------------------------------------------------------- third-party kernels
 
 
 def add_flex(case, setting, make, masked, where):
-    """FlexAttention on padded heads, of which it skips the blocks behind the end. make: `flex_over` these lengths."""
+    """FlexAttention on padded heads; it skips blocks after each head's end. make: () -> `flex_over` these lengths."""
     q, k, v, _ = masked
 
     def build():
@@ -644,22 +644,22 @@ def add_flex(case, setting, make, masked, where):
 
 
 def flex_missing(setting):
-    """Why FlexAttention is not timed here; None if it is."""
+    """The reason why FlexAttention is not timed here; None if it is."""
     if setting.device.type != "cuda":
         return "needs CUDA"
-    return None if setting.flex else "left out by --no-flex"
+    return None if setting.flex else "skipped by --no-flex"
 
 
 def flex_over(lengths, group, device):
     """FlexAttention over segments of `lengths` (S,): function (q (B, Hq, D), k and v (B, Hkv, n, D)) -> like q.
 
-    n is the longest. Segments are its batch and a group's heads its query rows: with one head each, it takes the kernel
-    that splits keys (FlexDecoding) for any group. With heads as heads, masks that differ would get it the kernel of
-    prefill.
+    n is the longest length. Segments are passed as the batch and a group's heads as query rows of one head, so that
+    every group size gets FlexDecoding, the kernel that splits the keys. With heads as heads, their different masks
+    would select the prefill kernel.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch.compiler.reset()  # one program per case; dynamo would stop compiling after eight
+    torch.compiler.reset()  # each case compiles anew; dynamo stops after eight recompilations
     attend, ends, n = torch.compile(flex_attention, dynamic=False), lengths.to(device), int(lengths.max())
     mask = create_block_mask(lambda s, h, i, j: j < ends[s], len(ends), None, group, n, device=device)
 
@@ -671,9 +671,9 @@ def flex_over(lengths, group, device):
 
 
 def add_flashinfer(case, setting, make, masked, lengths, new):
-    """FlashInfer on pages that hold each head's rows and no others'; in a step the new token is put into its page.
+    """FlashInfer on pages that each hold rows of one head; a step also stores the new token in its page.
 
-    make: `flashinfer_over` these lengths (S,), the new token counted; new: its K and V (B, Hkv, D), or nothing.
+    make: () -> `flashinfer_over` these lengths (S,), which count the new token; new: its K and V (B, Hkv, D), or ().
     """
     why, (q, *padded, _) = flashinfer_missing(setting), masked
     caches = [] if why else [paged(t, lengths) for t in padded]
@@ -687,7 +687,7 @@ def add_flashinfer(case, setting, make, masked, lengths, new):
 
 
 def flashinfer_missing(setting):
-    """Why FlashInfer is not timed here; None if it is."""
+    """The reason why FlashInfer is not timed here; None if it is."""
     if importlib.util.find_spec("flashinfer") is None:
         return "flashinfer is not installed"
     if setting.device.type != "cuda":
@@ -698,14 +698,14 @@ def flashinfer_missing(setting):
 def flashinfer_over(lengths, group, d, setting):
     """Segments of `lengths` (S,) as requests with one KV head: function (q (B, Hq, D), k and v of `paged`) -> like q.
 
-    Its plan waits for the device and would be made in every step, for every layer anew. It is made here, not timed.
+    In a real step its plan would be rebuilt for every layer, with a synchronisation. Here it is built once, untimed.
     """
     import flashinfer
 
     ends = F.pad((-(-lengths // PAGE)).cumsum(0), (1, 0))
-    tables = ends, torch.arange(int(ends[-1])), (lengths - 1) % PAGE + 1  # segments in pages, pages, rows in the last
+    tables = ends, torch.arange(int(ends[-1])), (lengths - 1) % PAGE + 1  # page offsets, pages, rows in last pages
     workspace = torch.zeros(2**27, dtype=torch.uint8, device=setting.device)
-    # tensor cores: what its users do from 4 query heads on; the other kernel lacks groups such as 7
+    # tensor cores: usual from 4 query heads per KV head on; the other kernel lacks groups such as 7
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=group >= 4)
     tables = [t.int().to(setting.device) for t in tables]
     wrapper.plan(*tables, group, 1, d, PAGE, q_data_type=setting.dtype, kv_data_type=setting.dtype)
@@ -713,14 +713,14 @@ def flashinfer_over(lengths, group, d, setting):
 
 
 def paged(padded, lengths):
-    """(B, Hkv, n, D) -> (pages, PAGE, 1, D): the pages with each segment's first rows, one segment after the other."""
+    """Copy the first `lengths` rows of each segment, in order, into pages: (B, Hkv, n, D) -> (pages, PAGE, 1, D)."""
     rows = F.pad(padded.flatten(0, 1), (0, 0, 0, -padded.shape[2] % PAGE)).unflatten(1, (-1, PAGE))
     taken = torch.arange(rows.shape[1]) < -(-lengths // PAGE)[:, None]  # (S, pages)
     return rows[taken.to(rows.device)][:, :, None]
 
 
 def last_slots(lengths):
-    """Where `paged` puts each segment's last row: (page (S,), slot (S,), head)."""
+    """Position of each segment's last row in `paged`: (page (S,), slot (S,), head)."""
     return (-(-lengths // PAGE)).cumsum(0) - 1, (lengths - 1) % PAGE, 0
 
 
@@ -728,7 +728,7 @@ def last_slots(lengths):
 
 
 def scores_case(shape, tokens, setting, rows=1):
-    """window_scores of the last rows of a prompt, beside the written-out softmax."""
+    """window_scores of the last rows of a prompt, beside a plain softmax."""
     _, hkv, group, d = SHAPES[shape]
     size = hkv * tokens * d * setting.dtype.itemsize
     case = Case(f"{shape}, {tokens} tokens, {rows} rows", size, "plain softmax", shape)
@@ -750,7 +750,7 @@ def scores_case(shape, tokens, setting, rows=1):
 
 
 def pack_case(shape, tokens, retention, setting):
-    """ragged_pack of one layer, beside indexing (which leaves no room for new tokens)."""
+    """ragged_pack of one layer, beside indexing (which leaves no free slots for new tokens)."""
     _, hkv, _, d = SHAPES[shape]
     row = 2 * d * setting.dtype.itemsize  # of K and V
     size = 2 * row * round(retention * hkv * tokens)  # read and written
@@ -763,7 +763,7 @@ def pack_case(shape, tokens, retention, setting):
         total = int(keep.sum())
 
         def index(k=k, v=v, keep=keep, total=total):
-            rows = keep.flatten().nonzero_static(size=total)[:, 0]  # as k[keep], but without waiting for the device
+            rows = keep.flatten().nonzero_static(size=total)[:, 0]  # like k[keep], without a synchronisation
             return torch.cat((k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]))
 
         def check(call, index=index):
@@ -776,7 +776,7 @@ def pack_case(shape, tokens, retention, setting):
 
 
 def kept_rows(packed):
-    """What ragged_pack has put into its arenas, without the free slots."""
+    """The arenas of ragged_pack without free slots; the result of `index` unchanged."""
     if isinstance(packed, torch.Tensor):
         return packed
     k_arena, v_arena, _, _, kv_pos = packed
@@ -787,9 +787,9 @@ def kept_rows(packed):
 
 
 class DenseCache:
-    """The baseline: contiguous K and V (B, Hkv, capacity, D), every head keeping everything."""
+    """The baseline: contiguous K and V (B, Hkv, capacity, D) in which every head keeps all tokens."""
 
-    fused = False  # q and k come turned by their positions
+    fused = False  # q and k arrive rotated
 
     def __init__(self, num_layers, capacity):
         self.capacity, self.k, self.v = capacity, [None] * num_layers, [None] * num_layers
@@ -819,7 +819,7 @@ class DenseCache:
 
 
 def step_case(batch, tokens, retention, layout, rounds, setting):
-    """One decode step of the demo model on prompts of `tokens`: the dense cache of all of it, and the ragged ones."""
+    """One decode step of the demo model on prompts of `tokens`: dense cache with all tokens, and ragged caches."""
     checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
     model, config = checkpoint.model.language_model, checkpoint.config.text_config
     generator = torch.Generator().manual_seed(0)
@@ -828,7 +828,7 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
     heads, steps = config.num_key_value_heads, 2 * rounds + 8
 
     def choose(layer, q, k, v):
-        generator = torch.Generator().manual_seed(layer)  # the same for every cache
+        generator = torch.Generator().manual_seed(layer)  # same choice for every cache
         lengths = lengths_of(layout, batch, heads, tokens, retention, generator)
         draw = torch.rand(batch * heads, tokens, generator=generator).argsort(-1).argsort(-1)
         return (draw < lengths[:, None]).to(setting.device)
@@ -853,7 +853,7 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
 
 
 def prefill_model(shape, setting):
-    """(name, Llama, look-ahead rows): the demo model in fp32 with its own, or two random layers of the 7B shape."""
+    """(name, Llama, look-ahead rows): the demo model in fp32, or two layers of the 7B shape with random weights."""
     if shape == "demo":
         checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
         return "demo model", checkpoint.model.language_model, checkpoint.lookahead
@@ -864,7 +864,7 @@ def prefill_model(shape, setting):
 
 
 def random_language(config, dtype, device, seed=0):
-    """A Llama with random weights, made where they are needed and in their dtype: never a second copy of a tensor."""
+    """A Llama with random weights, generated on the device in their dtype, so that no tensor exists twice."""
     with torch.device("meta"):
         language = Llama(config).to(dtype).requires_grad_(False)
     language.to_empty(device=device)
@@ -875,7 +875,7 @@ def random_language(config, dtype, device, seed=0):
 
 
 def prefill_case(shape, tokens, setting):
-    """Prefill of a model on `tokens`, all but 16 of them a picture: without a cache, packed, and pruned."""
+    """Prefill of `tokens` positions, all but 16 of them a picture: without a cache, with all kept, and pruned."""
     name, model, rows = prefill_model(shape, setting)
     config, dtype = model.config, model.model.norm.weight.dtype
     heads = config.num_attention_heads, config.num_key_value_heads
@@ -898,14 +898,14 @@ def prefill_case(shape, tokens, setting):
         return cache, model.prefill(x, cache, choose=pruner.choose, lookahead=lookahead)
 
     def check(call):
-        """The hidden states are those without a cache, and the cache gives what its rows say.
+        """Checks the hidden states against a prefill without a cache, and attention over the cache against its rows.
 
-        Each over its own largest number: one bound holds for both.
+        Both are divided by their largest value, so that one bound fits both.
         """
         cache, hidden = call()
         given, states = attended(cache, q), (hidden, plain, exact)
         scales = [float(parts[2].abs().max()) for parts in (given, states)]
-        both = zip(given, states, strict=True)  # what was got, plain, exact
+        both = zip(given, states, strict=True)  # result, plain, float64 reference
         return [torch.cat((a.flatten() / scales[0], b.flatten() / scales[1])) for a, b in both]
 
     case = Case(f"{name}, prefill of {tokens} tokens", 0, "no cache")
@@ -917,9 +917,9 @@ def prefill_case(shape, tokens, setting):
 
 
 def attended(cache, q):
-    """What a step gives for q (B, Hq, D) and new tokens in all layers, and what the rows that are there then should.
+    """(result, plain PyTorch, float64 reference) of a decode step's attention in all layers, for q (B, Hq, D).
 
-    The step is taken back. Where the kernel turns q, it does so here too.
+    Random new tokens are appended and the step is undone afterwards. If the cache rotates q, the references do too.
     """
     dense, (b, _, d) = isinstance(cache, DenseCache), q.shape
     heads = cache.k[0].shape[1] if dense else cache.kv_len.shape[1] // b
@@ -947,21 +947,21 @@ def attended(cache, q):
 
 
 def judge(checks):
-    """(what is wrong with a provider on all copies, None if nothing is; its largest error against float64)."""
+    """(what is wrong with a provider over all copies, or None; its largest error against float64)."""
     try:
         results = [check() for check in checks]
         if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
-            return "WRONG RESULT: no tensor of the right shape", None
+            return "WRONG RESULT: no tensor of the expected shape", None
         got, plain, exact = (torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True))
         wrong = what_is_wrong(got, plain, exact)
         return wrong and f"WRONG RESULT: {wrong}", float((got.double() - exact).abs().max())
-    except Exception as broken:  # somebody's kernel
+    except Exception as broken:  # a third-party kernel may raise anything
         return said(broken), None
 
 
 def what_is_wrong(got, plain, exact):
-    """How far off numbers are, (n,) each, and where first; None within the tolerance of the tests: twice the error of
-    plain PyTorch plus two ulp of the result's dtype."""
+    """Error and first wrong element of `got` (n,); None within the tolerance of the tests: twice the error of plain
+    PyTorch plus two ulp of the result's dtype."""
     if not got.isfinite().all():
         return f"{got[~got.isfinite()][0]:g} in element {int(got.isfinite().int().argmin())}"
     ulp = ULP.get(got.dtype, 2**-23) * exact.abs().max()
@@ -974,14 +974,14 @@ def what_is_wrong(got, plain, exact):
 
 
 def captured(calls, device, repeatable=True):
-    """(run, number of calls in it, is it a graph?): on CUDA one graph, on a CPU the calls, one after the other."""
+    """(run, calls per run, is it a graph?): one graph on CUDA, a loop over the calls on a CPU."""
     if device.type != "cuda":
         return lambda: [call() for call in calls], len(calls), False
-    if repeatable:  # what lies between two graphs is then a small part
+    if repeatable:  # at least 16 calls, to make the gap between two graphs negligible
         calls = calls * -(-16 // len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warm up outside of the capture
+    with torch.cuda.stream(side):  # warm up before the capture
         alone = waits(calls[0])
         for call in calls[1:]:
             call()
@@ -996,7 +996,7 @@ def captured(calls, device, repeatable=True):
 
 
 def waits(call):
-    """Does a call wait for the device, so that no graph can hold it? A capture that breaks off would harm the rest."""
+    """Whether a call synchronises and thus cannot be captured. A failed capture would break later calls."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -1015,7 +1015,7 @@ def seconds(run, device):
         run()
         return time.perf_counter() - start
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run()  # while the device is busy with it, the host gets ahead: its launch is not what is timed
+    run()  # keeps the device busy while the host enqueues the next run, so that launch time is not measured
     start.record()
     run()
     stop.record()
@@ -1024,7 +1024,7 @@ def seconds(run, device):
 
 
 def memory_bandwidth(device):
-    """Bytes per second: the better of a copy and a read-only sum; on CUDA of 1 GiB, timed as the kernels are."""
+    """Bytes per second, the better of a copy and a read-only sum; on CUDA over 1 GiB, timed like the kernels."""
     if device.type != "cuda":
         return measure_bandwidth(device)
     x, best = torch.ones(2**28, device=device), 0.0
@@ -1036,7 +1036,7 @@ def memory_bandwidth(device):
 
 
 def take_turns(case, names, rounds, device):
-    """({provider: seconds per call in each round}, {provider: is it a graph?}, {provider: what it broke off with})."""
+    """({provider: seconds per call in each round}, {provider: is it a graph?}, {provider: error that stopped it})."""
     runs, broken = {}, {}
     for name in names:
         try:
@@ -1058,11 +1058,11 @@ def take_turns(case, names, rounds, device):
 
 
 def measure(op, case, rounds, bandwidth, device, again):
-    """Rows of one case, one per provider. again: the command that runs it alone."""
+    """Rows of one case, one per provider. again: the command that reproduces the case."""
     verdicts = {name: judge(checks) for name, checks in case.checks.items()}
     wrong = {name: why for name, (why, _) in verdicts.items()}
     times, graphs, broken = take_turns(case, [name for name in case.calls if not wrong[name]], rounds, device)
-    wrong |= {name: broken.get(name) or judge(case.checks[name][:2])[0] for name in times | broken}  # still right?
+    wrong |= {name: broken.get(name) or judge(case.checks[name][:2])[0] for name in times | broken}  # check again
     about = {"op": op, "case": case.name, "shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6}
     about |= {"repro": again, "baseline": case.baseline}
     rivals = [name for name in case.calls if name in case.rivals | {case.baseline} and not wrong[name]]
@@ -1084,12 +1084,12 @@ def measure(op, case, rounds, bandwidth, device, again):
 
 
 def times_over(times, others):
-    """How many times as long: the median over the rounds."""
+    """Median over the rounds of times / others."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def against_uniform(rows, family, uniform):
-    """Add to the rows of a skew sweep the time over that at equal lengths, which `uniform` remembers."""
+    """Add to the rows of a skew sweep the ratio of their time to that at equal lengths, which `uniform` stores."""
     for row in rows:
         if "us" not in row or not row["layout"].startswith("skew"):
             continue
@@ -1101,7 +1101,7 @@ def against_uniform(rows, family, uniform):
 
 
 def show(rows, device):
-    """The table of one case; a provider that is wrong or cannot run here has no numbers."""
+    """Yield the lines of a case's table; a provider that is wrong or cannot run here has no numbers."""
     wide = max(27, *(len(row["provider"]) for row in rows))
     yield f"  {'':{wide}} {'us':>10} {'20 %':>10} {'80 %':>10} {'speed':>7} {'ceiling':>8} {'GB/s':>7}  max error"
     for row in rows:
@@ -1117,14 +1117,14 @@ def show(rows, device):
         line += f" {ceiling:>8} {gbps:>7} {row['max_error']:10.1e}"
         line += "".join(f"   {row['speeds'][rival]:.2f} x {rival}" for rival in strongest(row))
         if "over_uniform" in row:
-            line += f"   {row['over_uniform']:5.2f} x the time of uniform"
+            line += f"   {row['over_uniform']:5.2f} x the time at equal lengths"
         if device.type == "cuda" and not row["graph"]:
-            line += "   (no graph: it waits for the device)"
+            line += "   (no CUDA graph: it synchronises)"
         yield line
 
 
 def strongest(row):
-    """What a row that is no rival itself is also compared with: the fastest other baseline, and its own past."""
+    """Providers to compare a row of ours with: the fastest rival besides the baseline, and its backend of --base."""
     if row["provider"] in row["speeds"]:
         return []
     others = [name for name in row["speeds"] if name != row["baseline"] and not name.startswith("base ")]
@@ -1134,7 +1134,7 @@ def strongest(row):
 
 
 def cases(args, setting):
-    """(function that builds a Case, op and flags that choose it alone) one after the other."""
+    """Yield (function that builds a Case, op and flags that select only this case)."""
     for op in args.ops:
         if op in ATTENTION:
             for layer in layers(args, setting.dtype.itemsize):
@@ -1164,11 +1164,11 @@ def cases(args, setting):
 
 
 def command(flags, args, setting):
-    """The command that runs one case alone. flags: as `cases` gives them."""
+    """The command that runs one case alone. flags: from `cases`."""
     dtype = next(name for name, dtype in DTYPES.items() if dtype == setting.dtype)
     words = ["python", "tools/bench_kernels.py", *flags, "--dtype", dtype, "--device", setting.device]
     words += ["--rounds", args.rounds, *(["--no-flex"] if args.no_flex else [])]
-    base = setting.base.sha if setting.base else None  # what HEAD is changes
+    base = setting.base.sha if setting.base else None  # the hash, because HEAD moves
     for flag, value in (("--copies", args.copies), ("--kernel", args.kernel), ("--base", base)):
         words += [flag, value] if value else []
     interpreter = "TRITON_INTERPRET=1 " if setting.device.type == "cpu" and interpreted() else ""
@@ -1176,85 +1176,85 @@ def command(flags, args, setting):
 
 
 def load_own(path, ops):
-    """Functions of somebody's file, by the name of their op."""
+    """Functions of the --kernel file: op -> (file name, function). InputError if there are none."""
     if path is None:
         return {}
     if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise InputError(f"{path} is no Python file; give --kernel FILE.py")
+        raise InputError(f"{path} is not a Python file; give --kernel FILE.py")
     name = Path(path).stem
     try:
         module = imported(f"own_{name}", path)
     except Exception as broken:
-        raise InputError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); mend it") from broken
+        raise InputError(f"cannot import {path} ({type(broken).__name__}: {broken}); fix the file") from broken
     own = {op: (name, getattr(module, op)) for op in ops if callable(getattr(module, op, None))}
     if not own:
-        raise InputError(f"{path} has none of {', '.join(ops)}; name the function after the op")
+        raise InputError(f"{path} defines none of {', '.join(ops)}; name the function after the op")
     return own
 
 
 def imported(name, path):
-    """The module, or the package of an __init__.py, at a path."""
+    """Import the module, or the package with this __init__.py, from a path."""
     found = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # triton looks a kernel's module up, and a package its parts
+    sys.modules[name] = module  # triton looks up a kernel's module; relative imports look up the package
     found.loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
 def kernels_of(rev):
-    """The Commit `rev` of this repository, its kernels in a folder that is gone afterwards; None for None."""
+    """The Commit `rev` of this repository, with its kernels in a temporary folder; None for None."""
     if rev is None:
         yield None
         return
-    wanted = f"--base {rev} is no commit with kernels"
+    wanted = f"--base {rev} is not a commit with kernels"
     sha = git(wanted, "rev-parse", "--verify", "--short", "--end-of-options", f"{rev}^{{commit}}").decode().strip()
     files = git(wanted, "archive", "--format=zip", sha, "kernels")
-    # until the end: triton reads the files when a kernel is first called
+    # kept until the end, because triton reads the source when a kernel is first called
     with tempfile.TemporaryDirectory(prefix=f"kernels_at_{sha}_") as folder:
         zipfile.ZipFile(io.BytesIO(files)).extractall(folder)
         try:
             package = imported(Path(folder).name, Path(folder) / "kernels" / "__init__.py")
         except Exception as broken:
-            raise InputError(f"the kernels of {rev} cannot be imported ({said(broken)}); give another") from broken
+            raise InputError(f"cannot import the kernels of {rev} ({said(broken)}); give another commit") from broken
         yield Commit(rev, sha, package)
 
 
 def git(wanted, *words):
-    """What git prints, bytes. wanted: the beginning of the error, if it does not."""
+    """Output of git, bytes. wanted: beginning of the error message if git fails."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True)
     except OSError as broken:
         raise InputError(f"{wanted} ({broken}); install git") from None
     if done.returncode:
         *_, why = done.stderr.decode(errors="replace").splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(f"{wanted} ({why}); see git log for those that are")
+        raise InputError(f"{wanted} ({why}); choose one from git log -- kernels")
     return done.stdout
 
 
 def parsed(argv):
-    """One Namespace per command line of the preset; without one just what was given."""
+    """One Namespace per command line of the preset; without a preset, one for argv."""
     given = parser().parse_args(argv)
     if given.preset and given.ops:
-        raise InputError(f"--preset {given.preset} chooses the ops itself; give one or the other")
+        raise InputError(f"--preset {given.preset} already selects the ops; give either a preset or ops")
     lines = [shlex.split(line) for line in PRESETS[given.preset]] if given.preset else [[]]
     found = [parser().parse_args(line + argv) for line in lines]
     for args in found:
         args.ops = list(OPS) if "all" in args.ops else args.ops or ["ragged_decode"]
         args.skew = [1.0, 2.0, 4.0, 8.0] if args.skew == [] else args.skew
         if unknown := [op for op in args.ops if op not in OPS]:
-            raise InputError(f"there is no op {unknown[0]!r}; use {', '.join(OPS)} or all")
+            raise InputError(f"unknown op {unknown[0]!r}; use {', '.join(OPS)} or all")
         if "prefill" in args.ops and set(args.shapes or ()) - {"demo", "7b"}:
             raise InputError(f"prefill has no shape {' '.join(args.shapes)}; use demo, 7b")
         known = [f"skew {ratio:g}" for ratio in sorted({1.0, *args.skew})] if args.skew else LAYOUTS
         if unknown := [layout for layout in args.layouts or () if layout not in known]:
             where = " in this --skew sweep" if args.skew else ""
-            raise InputError(f"there is no layout {unknown[0]!r}{where}; use {', '.join(known)}")
+            raise InputError(f"unknown layout {unknown[0]!r}{where}; use {', '.join(known)}")
     return found
 
 
 def one_case(build, flags, args, setting, bandwidth, uniform):
-    """Build, time and print one case -> its rows. Its buffers are free before the next one is built."""
+    """Build, time and print one case -> its rows. Its buffers are freed on return."""
     case, again = build(), command(flags, args, setting)
     print(f"\n{flags[0]}: {case.name}, {case.bytes / 1e6:.2f} MB\n  {again}", flush=True)
     rows = measure(flags[0], case, args.rounds, bandwidth, setting.device, again)
@@ -1264,7 +1264,7 @@ def one_case(build, flags, args, setting, bandwidth, uniform):
 
 
 def save(args, about, rows):
-    """The files of --json and --csv. After each case, so that a session which ends early has something to show."""
+    """Write --json and --csv. Called after each case, so that an interrupted run keeps its results."""
     if args.json:
         Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     if args.csv:
@@ -1290,16 +1290,16 @@ def main(argv=None):
 
 
 def bench(parts, base, argv):
-    """Everything that was asked for -> the exit code: 1 if something that is no guest was wrong."""
+    """Run all cases -> the exit code: 1 if a provider that is not a guest was wrong."""
     begin, args = time.perf_counter(), parts[0]
     device = choose_device(args.device)
     try:
-        for path in filter(None, (args.json, args.csv)):  # before anything is measured
+        for path in filter(None, (args.json, args.csv)):  # fail before the measurements
             open(path, "a").close()
     except OSError as wrong:
-        raise InputError(f"{wrong}; name another file") from None
+        raise InputError(f"cannot write the output ({wrong}); give another file") from None
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams, events and graphs are the current device's
+        torch.cuda.set_device(device)  # streams, events and graphs belong to the current device
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     own = load_own(args.kernel, {op for part in parts for op in part.ops})
     bandwidth = memory_bandwidth(device)
@@ -1321,7 +1321,7 @@ def bench(parts, base, argv):
 
 
 def version(package):
-    """None where it is not installed."""
+    """Version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -1329,7 +1329,7 @@ def version(package):
 
 
 def cpu_name():
-    """The processor's name, where the system tells it."""
+    """The processor's name from /proc/cpuinfo, otherwise from `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -1,19 +1,20 @@
-"""Compile every Triton kernel without a GPU, and read from the binaries how it would run on one.
+"""Compile every Triton kernel without a GPU and check the binaries: registers, shared memory, loads, barriers.
 
     python tools/inspect_kernels.py                               # some variants of each kernel, four architectures
     python tools/inspect_kernels.py --arch sm_90 --kernel append_kernel
-    python tools/inspect_kernels.py --all --json facts.json       # every head dimension, group and dtype: takes long
+    python tools/inspect_kernels.py --all --json facts.json       # every head dimension, group and dtype (slow)
 
-A row is a variant on an architecture:
+One row per variant and architecture:
 
-    M        query rows of a tile                narrow   loads of K and V of less than 16 bytes per thread
-    regs     registers of a thread               wide     those of 16 bytes or more; both in the whole kernel
-    shared   bytes of a program                  matrix   instructions of the matrix units
-    stack    bytes of a thread                   loop     instructions of the loop over tiles of K and V (not on AMD)
-    spills   instructions that access the stack  barrier  between append_kernel's parts and its ticket
+    M        query rows per tile                 narrow   loads of K and V below 16 bytes per thread, in the kernel
+    regs     registers per thread                wide     loads of K and V of 16 bytes or more per thread
+    shared   bytes per program                   matrix   matrix-unit instructions
+    stack    bytes per thread                    loop     instructions in the loop over tiles of K and V (not on AMD)
+    spills   instructions that access the stack  barrier  between append_kernel's partial results and its ticket
 
-The verdict is ok, the names of the gates that fail (see `failures`), or compile. No run on a GPU is replaced by this:
-races, times and wrong results do not show. Exit codes: 0 all is ok; 1 some variant is not; 2 wrong arguments.
+The verdict is ok, the names of the failed gates (see `failures`), or compile (compilation failed). This does not
+replace a run on a GPU: it cannot show races, times or wrong results. Exit codes: 0 all variants pass; 1 one fails; 2
+wrong arguments.
 """
 
 import argparse
@@ -38,14 +39,14 @@ sys.path.insert(0, str(ROOT))
 
 from run import as_command  # noqa: E402
 
-ARCHS = {  # Triton's backend, its name for the architecture, threads of a warp
+ARCHS = {  # Triton backend, its name for the architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
 HEAD_DIMS, GROUPS, BYTES = (32, 64, 72, 80, 96, 128, 256), (1, 2, 4, 7, 8, 16), {"bf16": 2, "fp16": 2, "fp32": 4}
-# head dimension, group, dtype: each of the first and last, and M of 2, 4, 8 and 16
+# head dimension, group, dtype: covers every head dimension, every dtype, and M = 2, 4, 8 and 16
 COVER = (
     (32, 4, "fp16"), (64, 2, "bf16"), (72, 16, "bf16"), (80, 7, "bf16"), (128, 4, "bf16"), (96, 8, "fp16"),
     (256, 16, "fp32"),
@@ -53,14 +54,14 @@ COVER = (
 
 # ---------------------------------------------------------------- limits of the gates
 
-# A multiprocessor has 65,536 registers: 128 per thread leave room for four programs of 128 threads, 168 for three, 200
-# for two. A stream of loads wants several. The compiler begins to spill at 255.
+# Per thread. A multiprocessor has 65,536 registers. At 128 per thread four programs of 128 threads fit, at 168 three,
+# at 200 two; several are needed to hide the latency of loads. The compiler spills at 255.
 REGISTERS = {"16 bit": 128, "16 bit, D > 128 or M > 16": 168, "fp32": 200, "AMD": 512}
-# Bytes and instructions: ptxas may put two registers aside while the loop runs, to come by with a rounder number of
-# them (append_kernel for sm_80 with G = 1 and D = 72, 80, 96). Real spilling takes hundreds.
+# Bytes, instructions. ptxas may park two registers on the stack while the loop runs, to reach a rounder register count
+# (append_kernel on sm_80 with G = 1 and D = 72, 80, 96). Real spilling takes hundreds.
 STACK, SPILLS = 8, 4
-# Bytes. 48 KB of shared memory let three programs share a multiprocessor of sm_80 (164 KB), 75 KB as many on sm_90 and
-# sm_100 (227 KB), where one more tile is on its way; with 80 KB it is two. AMD has 64 KB: what needs more cannot start.
+# Bytes per program. On sm_80 (164 KB per multiprocessor) three programs of 48 KB fit. sm_90 and sm_100 (227 KB) keep
+# one more tile in flight; three programs of 75 KB fit, or two of 80 KB. AMD has 64 KB: a larger program cannot start.
 SHARED = {"16 bit": 48 << 10, "fp32": 56 << 10, "16 bit, roomy": 80 << 10, "fp32, roomy": 90 << 10, "AMD": 64 << 10}
 ROOMY = ("sm_90", "sm_100")
 
@@ -70,7 +71,7 @@ ROOMY = ("sm_90", "sm_100")
 
 @dataclass(frozen=True)
 class Variant:
-    """group: query heads per KV head; tokens: of a new turn (split, merge), or rows of the window (lse, mass)."""
+    """group: query heads per KV head; tokens: new query tokens (split, merge), or rows of the window (lse, mass)."""
 
     kernel: str
     dtype: str
@@ -80,15 +81,15 @@ class Variant:
 
 
 def variants(kernel, everything):
-    """What of a kernel is compiled: all that ships, or a selection."""
+    """The variants of a kernel to compile: everything that ships, or a selection."""
     plain = Variant(kernel, "bf16", 128, 4, 16 if kernel in ("lse_kernel", "mass_kernel") else 1)
-    cover = COVER if kernel in ("split_kernel", "append_kernel") else COVER[::2]  # a part, to stay below 90 s
+    cover = COVER if kernel in ("split_kernel", "append_kernel") else COVER[::2]  # fewer, to stay below 90 s
     if everything:
         cover = itertools.product(HEAD_DIMS, GROUPS if kernel != "pack_kernel" else (1,), BYTES)
     chosen = [replace(plain, d=d, group=group, dtype=dtype) for d, group, dtype in cover]
     if kernel in ("split_kernel", "append_kernel"):
         chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
-    if kernel in ("split_kernel", "merge_kernel"):  # 17 * 4 rows: more than the highest tile has
+    if kernel in ("split_kernel", "merge_kernel"):  # 17 * 4 rows: more than one tile
         chosen += [replace(v, tokens=17) for v in chosen if v.group == 4 and (everything or v.d == 128)]
         chosen += [replace(plain, d=64, tokens=17), replace(plain, d=64, dtype="fp32", tokens=17)]
     if kernel == "lse_kernel":
@@ -96,11 +97,11 @@ def variants(kernel, everything):
     return list(dict.fromkeys(chosen))
 
 
-# ---------------------------------------------------------------- launches, taken down from the launchers
+# ---------------------------------------------------------------- launches, recorded from the launchers
 
-HEADS = 4  # of K and V
-SLOTS = 300  # of a segment: several splits
-PROMPT = 1500  # tokens: two parts
+HEADS = 4  # KV heads
+SLOTS = 300  # per segment: several splits
+PROMPT = 1500  # tokens: two parts of window_scores
 
 
 def launch_decode(variant, dtype):
@@ -127,7 +128,7 @@ def launch_append(variant, dtype):
 
 
 def launch_scores(variant, dtype):
-    """q and k lie in memory as a prefill leaves them, (T, H, D)."""
+    """q and k have the memory layout of a prefill, (T, H, D)."""
     import torch
 
     from kernels import window_scores_triton
@@ -138,7 +139,7 @@ def launch_scores(variant, dtype):
 
 
 def launch_pack(variant, dtype):
-    """Likewise."""
+    """k and v have the memory layout of a prefill, (T, H, D)."""
     import torch
 
     from kernels import ragged_pack_triton
@@ -149,10 +150,9 @@ def launch_pack(variant, dtype):
 
 @dataclass(frozen=True)
 class Kernel:
-    """module and launcher; how many tiles of K and V it loads, of how many rows (the constant's name);
-
-    streams: in a loop, which must be pipelined; multiplies: with the matrix units.
-    """
+    """module, launch: where the kernel is and a function that launches it; tiles: tiles of K and V that it loads; rows:
+    name of the constant with a tile's rows; streams: loads them in a loop, which must be pipelined; multiplies: uses
+    the matrix units."""
 
     module: str
     launch: Callable
@@ -177,7 +177,7 @@ TYPES = {
 
 
 def launched(variant, arch):
-    """The jitted function, arguments and options of a launch: the launcher runs, on a CPU, with stand-ins for them."""
+    """(jitted function, arguments, options) of a launch: runs the launcher on a CPU with mocks in place of kernels."""
     import torch
 
     module = importlib.import_module(f"kernels.{KERNELS[variant.kernel].module}")
@@ -194,9 +194,9 @@ def launched(variant, arch):
 
 
 def specialise(function, arguments, options):
-    """What the JIT makes of a launch -> signature, constants, attributes, options of the compiler.
+    """Specialise a launch as Triton's JIT does -> signature, constants, attributes, compiler options.
 
-    Tensors on 16 bytes and integers that are multiples of 16 are marked as such; an integer of 1 becomes a constant.
+    Tensors aligned to 16 bytes and integers divisible by 16 get an attribute; the integer 1 becomes a constant.
     """
     import torch
 
@@ -217,12 +217,12 @@ def specialise(function, arguments, options):
     return signature, constants, attributes, values
 
 
-# ---------------------------------------------------------------- what a binary says
+# ---------------------------------------------------------------- facts of a binary
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """op: without a predicate; line: (file name, number) in the kernel's source."""
+    """op: opcode without predicate; line: (file name, line number) in the kernel's source."""
 
     op: str
     text: str
@@ -231,7 +231,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Facts:
-    """The columns of the table (see the top). copies: loads of K and V that are asynchronous."""
+    """The columns of the table (see the module docstring). copies: asynchronous loads of K and V."""
 
     regs: int
     shared: int
@@ -247,7 +247,7 @@ class Facts:
 
 
 def read_cuda(compiled, loads):
-    """Facts of a CUDA binary; loads: the lines of the source that load K or V."""
+    """Facts of a CUDA binary; loads: the source lines that load K or V."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -271,7 +271,7 @@ def read_cuda(compiled, loads):
 
 
 def nvidia_tool(name, *arguments):
-    """What a program that comes with Triton prints."""
+    """Output of an NVIDIA tool that ships with Triton."""
     from triton import knobs
 
     path = getattr(knobs.nvidia, name).path
@@ -279,7 +279,7 @@ def nvidia_tool(name, *arguments):
 
 
 def parse_sass(text):
-    """What `nvdisasm -c -g` prints -> instructions, {label: number of the instruction behind it}."""
+    """Parse the output of `nvdisasm -c -g` -> instructions, {label: index of the next instruction}."""
     code, labels, line = [], {}, ()
     for row in text.splitlines():
         if found := re.search(r'//## File "(.*)", line (\d+)', row):
@@ -292,7 +292,7 @@ def parse_sass(text):
 
 
 def loop_length(code, labels, wanted):
-    """Instructions of the shortest loop, from a label to the branch back to it, with one of those wanted; or None."""
+    """Instructions in the shortest loop (label to backward branch) with a wanted instruction; None without a loop."""
     lengths = []
     for end, branch in enumerate(code):
         target = re.search(r"\.L\w+", branch.text)
@@ -324,7 +324,7 @@ def read_amd(compiled, loads):
 
 
 def parse_gcn(text):
-    """AMD's assembly -> instructions."""
+    """Parse AMD assembly -> instructions."""
     files, code, line = {}, [], ()
     for row in text.splitlines():
         if found := re.match(r'\s+\.file\s+(\d+) .*"(.*)"', row):
@@ -337,7 +337,7 @@ def parse_gcn(text):
 
 
 def last_before(lines, end, wanted, store):
-    """Number of the last line before `end` that matches `wanted`; None if there is none or a store comes after it."""
+    """Index of the last line before `end` that matches `wanted`, with no store between the two; else None."""
     for n in range(end - 1, -1, -1):
         if re.search(wanted, lines[n]):
             return n
@@ -345,7 +345,7 @@ def last_before(lines, end, wanted, store):
             return None
 
 
-# how stores, tickets and barriers look in Triton's first representation, in PTX and in AMD's assembly
+# patterns of stores, tickets and barriers in Triton IR, in PTX and in AMD assembly
 MARKS = {
     "ttir": (r"\btt\.store", r"\btt\.atomic_rmw add", r"\b(gpu|ttg)\.\w*barrier"),
     "ptx": (r"\bst\.global", r"\batom\.global\.gpu\.acq_rel\.add", r"\bbar(rier)?\.(cta\.)?sync"),
@@ -354,19 +354,21 @@ MARKS = {
 
 
 def barriers(asm, form):
-    """For each ticket: the number of the line of the barrier that parts it from all stores before it, or None."""
+    """For each ticket: line index of the barrier between it and all stores before it, or None."""
     store, ticket, barrier = MARKS[form]
     lines = asm[form].splitlines()
     return [last_before(lines, n, barrier, store) for n, line in enumerate(lines) if re.search(ticket, line)]
 
 
 def ticket_barrier(asm):
-    """What parts the tickets from the stores of all threads before them; "-" where there are no tickets.
+    """Which barrier orders the stores of all threads before the ticket; "-" if there is no ticket.
 
-    "yes": a barrier that the kernel asks for. "chance": one that only Triton has put there, to use shared memory again.
-    "weak" (AMD): waves come to it without waiting for their stores, so it rests on the hardware that the ticket does
-    not overtake those of other waves. LLVM has added the wait for newer GPUs than gfx942 (llvm-project, pull request
-    161638); whether it is needed there only a run could show. "no": none at all.
+    "yes"     the barrier in the kernel's source
+    "chance"  only one that Triton happened to insert, to reuse shared memory
+    "weak"    AMD: waves do not wait for their own stores before the barrier, so the ticket might overtake the stores of
+              other waves. LLVM added the wait for GPUs newer than gfx942 (llvm-project, pull request 161638); only a
+              run can show whether gfx942 needs it.
+    "no"      none
     """
     form = "ptx" if "ptx" in asm else "amdgcn"
     asked, there = barriers(asm, "ttir"), barriers(asm, form)
@@ -381,23 +383,23 @@ def ticket_barrier(asm):
     return "weak" if form == "amdgcn" and None in waits else "yes"
 
 
-# operations of Triton's representation that pass a product on
+# Triton IR operations through which a product reaches an offset
 PASSING = {"arith.addi", "arith.subi", "arith.extsi", "arith.extui", "tt.splat", "tt.broadcast", "tt.expand_dims"}
 
 
 def offsets_are_64_bit(ttir):
-    """Are the offsets into K and V products of 64 bits? Read from Triton's first representation of a kernel.
+    """Whether the offsets into K and V are computed with 64-bit products. Read from a kernel's Triton IR.
 
-    A product of 32 bits must not be added to such an offset, not even if it is widened first. It may be a factor in it:
-    the number of a row, a stride.
+    A 32-bit product may overflow, so none may be added to such an offset, even if widened afterwards. It may be a
+    factor of a 64-bit product (a row number, a stride).
     """
-    arenas, wide, narrow = set(), set(), set()  # names: pointers to K and V; what products of 64, 32 bits went into
+    arenas, wide, narrow = set(), set(), set()  # names of pointers to K and V; of values from 64-, 32-bit products
     multiplied = False
     for line in ttir.splitlines():
         names, found = re.findall(r"%\w+", line), re.match(r'\s*%\w+ = "?([\w.]+)', line)
         if "tt.func" in line:
             arenas = {"%k", "%v", "%k_arena", "%v_arena"} & set(names)
-        if not found or found[1] == "scf.for":  # a block may name its own values like those of an earlier block
+        if not found or found[1] == "scf.for":  # blocks may reuse the names of earlier blocks
             wide, narrow = wide - set(names), narrow - set(names)
             continue
         op, result, operands = found[1], names[0], names[1:]
@@ -413,7 +415,7 @@ def offsets_are_64_bit(ttir):
 
 
 def keep(group, name, inside):
-    """Put the name into the set or take it out."""
+    """Add the name to the set or remove it."""
     (group.add if inside else group.discard)(name)
 
 
@@ -421,7 +423,7 @@ def keep(group, name, inside):
 
 
 def failures(variant, arch, facts, constants, threads):
-    """Names of the gates that a variant fails. threads: of a program."""
+    """Names of the gates that a variant fails. threads: per program."""
     kernel, amd, m = KERNELS[variant.kernel], arch.startswith("gfx"), constants.get("M", 1)
     bits = "fp32" if variant.dtype == "fp32" else "16 bit"
     large = ", D > 128 or M > 16" if bits == "16 bit" and (variant.d > 128 or m > 16) else ""
@@ -431,7 +433,7 @@ def failures(variant, arch, facts, constants, threads):
         "shared": facts.shared <= SHARED["AMD" if amd else bits + ", roomy" * (arch in ROOMY)],
         "loads": loads_are_wide(variant, facts, constants, threads),
         "pipeline": amd or not kernel.streams or 0 < facts.copies == facts.wide + facts.narrow,
-        # ieee products of fp32 have no matrix instructions on NVIDIA; AMD's take no fewer than 4 rows
+        # NVIDIA has no matrix instructions for IEEE fp32; AMD's need at least 4 rows
         "matrix": not kernel.multiplies or bits == "fp32" or (amd and m < 4) or facts.matrix > 0,
         "barrier": facts.barrier in ("yes", "weak") or variant.kernel != "append_kernel",
         "int64": facts.int64 or not kernel.tiles,
@@ -440,7 +442,7 @@ def failures(variant, arch, facts, constants, threads):
 
 
 def loads_are_wide(variant, facts, constants, threads):
-    """Are K and V loaded in pieces of 16 bytes? A tile with fewer of these than threads may come in smaller ones."""
+    """Whether K and V are loaded 16 bytes at a time. Tiles with less than 16 bytes per thread may use smaller loads."""
     kernel = KERNELS[variant.kernel]
     if not kernel.tiles:
         return True
@@ -450,11 +452,11 @@ def loads_are_wide(variant, facts, constants, threads):
     return facts.narrow == 0 and facts.wide >= kernel.tiles * pieces // threads
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- compile and report
 
 
 def inspect(job):
-    """Compile a job (variant, architecture) -> its row: what it is, its facts, its verdict."""
+    """Compile a job (variant, architecture) -> its row of the table, with variant, facts and verdict."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -467,7 +469,7 @@ def inspect(job):
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget(*ARCHS[arch]), options=options)
-    except Exception as broken:  # Triton, LLVM and ptxas raise what they like
+    except Exception as broken:  # Triton, LLVM and ptxas have no common exception class
         return {**row, "verdict": "compile", "error": f"{type(broken).__name__}: {broken}"}
     facts = (read_cuda if backend == "cuda" else read_amd)(compiled, kv_lines(KERNELS[variant.kernel].module))
     failed = failures(variant, arch, facts, constants, warp * options["num_warps"])
@@ -475,14 +477,14 @@ def inspect(job):
 
 
 def kv_lines(module):
-    """(file name, number) of the lines of a module that load K or V."""
+    """(file name, line number) of the lines of a module that load K or V."""
     path = ROOT / "kernels" / f"{module}.py"
     lines = enumerate(path.read_text().splitlines(), 1)
     return {(path.name, n) for n, line in lines if re.match(r"\s*(keys|values) = tl\.load\(", line)}
 
 
 def inspect_all(jobs, processes):
-    """Rows in the order of the jobs; how far it is goes to stderr."""
+    """Rows in the order of the jobs. Prints progress to stderr."""
     rows = []
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for row in pool.imap(inspect, jobs, chunksize=2):
@@ -499,7 +501,7 @@ COLUMNS = (
 
 
 def table(rows):
-    """Lines, columns aligned."""
+    """The lines of the table, with aligned columns."""
     cells = [["D" if name == "d" else name for name in COLUMNS]]
     cells += [["-" if row.get(name) is None else str(row[name]) for name in COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -512,24 +514,24 @@ def parser():
     )
     p.add_argument("--arch", nargs="+", default=list(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
     p.add_argument("--kernel", nargs="+", default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS))
-    p.add_argument("--all", action="store_true", help="all combinations")
-    p.add_argument("--json", metavar="FILE", help="also write the rows to a file")
-    p.add_argument("--processes", type=int, default=2, metavar="N", help="default 2")
+    p.add_argument("--all", action="store_true", help="every head dimension, group and dtype")
+    p.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
+    p.add_argument("--processes", type=int, default=2, metavar="N", help="parallel compilations (default 2)")
     return p
 
 
 def objection(args):
-    """Why this cannot be done, and what to do; or None."""
+    """The error message for these arguments, or None if they are valid."""
     for kind, asked, known in (("architecture", args.arch, ARCHS), ("kernel", args.kernel, KERNELS)):
         if unknown := [name for name in asked if name not in known]:
-            return f"there is no {kind} {unknown[0]!r}; use {', '.join(known)}"
+            return f"unknown {kind} {unknown[0]!r}; use {', '.join(known)}"
     source = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*_triton.py")))
     if forgotten := set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M)) - set(KERNELS):
-        return f"this tool does not know {', '.join(sorted(forgotten))}; add them to KERNELS in {Path(__file__).name}"
+        return f"{', '.join(sorted(forgotten))} missing from KERNELS; add it in {Path(__file__).name}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (it has no wheels for macOS and Windows)"
     if args.processes < 1:
-        return f"{args.processes} processes can do nothing; use 1 or more"
+        return f"--processes is {args.processes}; use 1 or more"
 
 
 def main(argv=None):
@@ -537,13 +539,13 @@ def main(argv=None):
     wrong = objection(args)
     try:
         if args.json and not wrong:
-            open(args.json, "a").close()  # before minutes of work
+            open(args.json, "a").close()  # fail now, not after minutes of compilation
     except OSError as refused:
-        wrong = f"{args.json} cannot be written ({refused.strerror}); give another --json FILE"
+        wrong = f"cannot write {args.json} ({refused.strerror}); give another --json FILE"
     if wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return 2
-    os.environ.pop("TRITON_INTERPRET", None)  # the processes must see compiled kernels
+    os.environ.pop("TRITON_INTERPRET", None)  # the worker processes must compile, not interpret
     start = time.monotonic()
     jobs = [(v, arch) for name in args.kernel for v in variants(name, args.all) for arch in args.arch]
     rows = inspect_all(jobs, args.processes)
