@@ -283,7 +283,7 @@ def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
     language = {k: v for k, v in tensors.items() if k.startswith("language_model") and v.ndim == 2}
     assert f"{2 * sum(v.numel() for v in language.values()) / 1e9:.2f} GB  frozen weights" in shown
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["text_config"]["num_hidden_layers"] == 2 and "together" in shown
+    assert config["text_config"]["num_hidden_layers"] == 2 and "GB  total" in shown
 
 
 # ---------------------------------------------------------------- in an answer
