@@ -725,7 +725,7 @@ def test_what_cannot_be_drawn_is_said(smoke, tmp_path):
         (["/nowhere.json"], "/nowhere.json"),
         ([str(tmp_path / "text.json")], "text.json"),
         ([str(smoke), str(tmp_path / "other.json")], "machine"),
-        ([str(smoke), str(tmp_path / "decode.json")], "two benchmarks"),
+        ([str(smoke), str(tmp_path / "decode.json")], "from both benchmarks"),
         ([str(smoke), "--shape", "7b"], "7b"),
         ([str(smoke), "--layout", "flat"], "flat"),
         ([str(smoke), "--op", "window_scores"], "window_scores"),

@@ -170,7 +170,7 @@ def test_a_process_that_dies_is_told():
     child = bench_decode.Child.__new__(bench_decode.Child)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     child.process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], **pipes)
-    assert child.reply() == {"why": "its process ended with 7"} == child.ask()
+    assert child.reply() == {"why": "its process exited with 7"} == child.ask()
     child.close()
 
 
@@ -322,12 +322,12 @@ def test_what_differs_from_transformers_is_not_timed(told):
     right = facts(), 0.1, [0.01]
     for broken, flags, said in (
         (facts(ids=((5, 6, 7), (5, 8, 1))), (), "greedy ids"),
-        (facts(logits=((1.0, 2.1), (3.0, 1.0))), (), "logits are off those of hf-eager by 0.045"),
-        (facts(logits=((1.0, 2.0), (3.0, 1.1))), (), "logits are off those of hf-eager"),
+        (facts(logits=((1.0, 2.1), (3.0, 1.0))), (), "logits differ from hf-eager by 0.045"),
+        (facts(logits=((1.0, 2.0), (3.0, 1.1))), (), "logits differ from hf-eager"),
         (facts(finite=False), (), "not finite"),
         (facts(error=0.01), (), "one long prefill"),
         (facts(error=float("nan")), (), "one long prefill"),
-        (facts(ids=((1, 6), (5, 8)), logits=((2.0, 1.0),)), ("--dtype", "bf16"), "logits are off"),
+        (facts(ids=((1, 6), (5, 8)), logits=((2.0, 1.0),)), ("--dtype", "bf16"), "logits differ"),
     ):
         answers = {("ours", "none"): (broken, 0.1, [0.01]), ("hf-eager", "none"): right, ("hf-sdpa", "none"): right}
         code, rows, out = told(answers, *flags)
@@ -343,7 +343,7 @@ def test_a_pruned_run_begins_as_the_unpruned_one(told):
     keys = [("ours", name) for name in ("none", "random@0.5", "fastv@0.5")]
     code, rows, _ = told({key: (other if key[1] != "none" else facts(), 0.1, [0.01]) for key in keys})
     assert code == 1 and [r["right"] for r in rows] == [True, False, True]  # FastV's prefill is another one
-    assert rows[1]["why"] == "the first token is not the unpruned one"
+    assert rows[1]["why"] == "the first token differs from the unpruned run"
 
 
 def test_an_engine_that_fails_is_told(told):
@@ -358,7 +358,7 @@ def test_an_engine_that_fails_is_told(told):
     code, rows, _ = told({("ours", "none"): RuntimeError("CUDA out of memory"), ("hf-sdpa", "none"): right})
     assert code == 0 and [r["right"] for r in rows] == [None, True]
     code, rows, _ = told({("ours", "none"): right, ("hf-sdpa", "none"): (facts(), 0.1, [])})
-    assert code == 0 and (rows[1]["right"], rows[1]["why"]) == (None, "the answer ends at once")
+    assert code == 0 and (rows[1]["right"], rows[1]["why"]) == (None, "the answer has a single token")
     code, rows, out = told({("ours", "none"): TypeError("no\nsuch"), ("hf-sdpa", "none"): right})
     assert code == 1 and "WRONG, not timed: TypeError: no such" in out
 
@@ -389,7 +389,7 @@ def test_prompts_beyond_the_context_are_marked(told):
     answers = {("ours", "none"): (facts(), 0.1, [0.01])}
     for workload, beyond in (("1x2000+16", False), ("1x2000+17", True), ("1x1000,1000+17", True)):
         _, (row,), out = told(answers, "--workloads", workload)  # and 32 new tokens, in a context of 2048
-        assert row["beyond_context"] == beyond == ("BEYOND THE MODEL'S CONTEXT" in out)
+        assert row["beyond_context"] == beyond == ("LONGER THAN THE MODEL'S CONTEXT" in out)
 
 
 def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
@@ -403,7 +403,7 @@ def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
     flags = ["--workloads", "1x4+4", "1x5+5", "--engines", "ours", "--prune", "none", "--json", str(path)]
     assert bench_decode.main(["--shape", "demo", *flags]) == 130
     assert [r["workload"] for r in json.loads(path.read_text())["rows"]] == ["1x4+4"]
-    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; what was measured until then is in {path}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; the results so far are in {path}"
 
 
 @pytest.mark.parametrize(

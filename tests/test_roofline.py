@@ -143,7 +143,7 @@ def test_bandwidth_can_be_given_or_measured(capsys, monkeypatch):
     monkeypatch.setattr("tools.report.measure_bandwidth", lambda device: 3e9)
     roofline.main([*stages, "--measure"])
     measured = capsys.readouterr().out
-    assert "3 GB/s, flops not known" in measured and "by bytes alone" in measured
+    assert "3 GB/s, flops unknown" in measured and "by bytes alone" in measured
     assert f"| {1e3 * roofline.step_bytes(DEMO_SHAPE) / 3e9:.3g} |" in measured
     roofline.main(stages)
     assert "least ms" not in capsys.readouterr().out
