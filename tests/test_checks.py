@@ -1,4 +1,4 @@
-"""What the other tests stand on: numbers that follow from names, a cover of all pairs, transformers beside us."""
+"""Test infrastructure: seeds that follow from test names, a cover of all pairs, transformers next to our `kernels`."""
 
 import itertools
 import os
@@ -60,7 +60,7 @@ def test_every_pair_of_values_is_covered(sizes):
 
 
 def test_transformers_works_beside_a_package_of_the_name_of_ours(tmp_path):
-    """Hugging Face's `kernels` is installed, in a version that transformers uses: a stand-in, to be told from ours."""
+    """Hugging Face's `kernels` is installed, in a version that transformers uses; here a stand-in."""
     utils = pytest.importorskip("transformers.utils.import_utils", reason="transformers is the oracle of these tests")
     version = getattr(utils, "KERNELS_MIN_VERSION", "0.17.0")
     info = tmp_path / f"kernels-{version}.dist-info"

@@ -1,4 +1,4 @@
-"""tools/README.md does what it says: its commands run, in their order, and print what it shows."""
+"""The commands in tools/README.md run in order and print what it shows."""
 
 import re
 import subprocess
