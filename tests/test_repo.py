@@ -1,4 +1,4 @@
-"""What the repository promises about itself: who imports whom, and that the README's commands are real."""
+"""Promises of the repository: which folder imports which, and that the README's commands work."""
 
 import ast
 import csv
@@ -19,7 +19,7 @@ from tools import evaluate, method_table
 
 README = ROOT / "README.md"
 STDLIB = set(sys.stdlib_module_names)
-# folder -> what its files may import beside the standard library and their own folder
+# folder -> what its files may import besides the standard library and their own folder
 ALLOWED = {
     "model": {"torch", "safetensors", "sentencepiece", "PIL", "kernels"},
     "kernels": {"torch", "triton"},
@@ -28,7 +28,7 @@ ALLOWED = {
 
 
 def imported(path):
-    """Top-level names that a file imports; relative ones with their dot."""
+    """Top-level names that a file imports; relative ones with their leading dot."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -40,14 +40,14 @@ def imported(path):
 def test_folders_import_only_what_the_design_allows(folder):
     for path in (ROOT / folder).glob("*.py"):
         names = set(imported(path))
-        if path != ROOT / "model" / "api.py":  # methods are handed to the rest of the model
+        if path != ROOT / "model" / "api.py":  # all other files get methods as arguments
             assert not any(name.startswith(".pruning") for name in names), path
         foreign = {name for name in names if not name.startswith(".")} - STDLIB - ALLOWED[folder]
         assert not foreign, f"{path.name} imports {foreign}"
 
 
 def test_flags_are_written_out():
-    """An abbreviation that some later flag shares would change its meaning, so none is taken."""
+    """Abbreviations are disabled, because a later flag could change their meaning."""
     for path in (ROOT / "run.py", *(ROOT / "tools").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Parser", "argparse.ArgumentParser"):
@@ -83,7 +83,7 @@ def parted(command):
 
 
 def commands():
-    """(command, the lines shown below it) of every command."""
+    """(command, lines shown below it) for every command."""
     for text in fenced("sh") + fenced("console"):
         command, output = None, []
         for line in text.replace("\\\n", " ").splitlines():
@@ -128,7 +128,7 @@ RUNNABLE = [(c, out) for c, out in COMMANDS if parted(c)[1][:2] == ["python", "r
 
 @pytest.mark.parametrize(("command", "shown"), RUNNABLE, ids=[c for c, _ in RUNNABLE])
 def test_offline_commands_of_the_readme_say_what_it_shows(command, shown, tmp_path, monkeypatch, capsys):
-    method = next(block for block in fenced("python") if "def keep(" in block)  # the reader's own file
+    method = next(block for block in fenced("python") if "def keep(" in block)  # the reader's file
     (tmp_path / "my_method.py").write_text(method)
     if "TRITON_INTERPRET" in command and torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without CUDA")
@@ -141,7 +141,7 @@ def test_offline_commands_of_the_readme_say_what_it_shows(command, shown, tmp_pa
     code = run.main(words[2:])
     told = capsys.readouterr()
     assert code == 0, told.err
-    if shown:  # the answer is the first line; below it the README may show --stats, whose times are its own
+    if shown:  # the first line is the answer; times of --stats below it vary
         assert told.out.rstrip("\n") == shown[0]
 
 
@@ -172,7 +172,7 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
     table = (ROOT / "assets" / "demo-accuracy.md").read_text().strip()
     about, short, *_ = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text().split("\n\n")
     assert table in README.read_text() and short.startswith("| long answers right") and short in README.read_text()
-    assert evaluate.fingerprint(ROOT / "assets" / "demo") in about  # of these weights
+    assert evaluate.fingerprint(ROOT / "assets" / "demo") in about  # measured with these weights
 
 
 def test_the_first_table_of_the_readme_is_the_measured_one():
