@@ -140,4 +140,4 @@ def test_talks_keep_every_question():
 def test_a_flag_that_a_stage_has_no_use_for_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as left:
         train_demo.main(flags.split())
-    assert left.value.code == 2 and f"no use for {flags.split()[1]}" in capsys.readouterr().err
+    assert left.value.code == 2 and f"does not use {flags.split()[1]}" in capsys.readouterr().err
