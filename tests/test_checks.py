@@ -76,7 +76,7 @@ transformers.LlavaForConditionalGeneration, transformers.AutoModelForImageTextTo
 assert kernels.ragged_decode is __import__("kernels").ragged_decode
 from transformers.utils.import_utils import is_kernels_available
 is_kernels_available.cache_clear()
-assert is_kernels_available()  # else nothing was in the way
+assert is_kernels_available()  # otherwise the test could not fail
 """
     names = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=names)

@@ -357,7 +357,7 @@ def test_a_head_that_is_said_to_be_tied_is_compared(original, folder, case, nest
     tensors = dict(original[1])
     embedding, head = heads(case, tensors)
     tensors = {LAYOUTS[layout](k): v for k, v in tensors.items()}
-    weight_map = split(tensors, folder, SHARDS)  # the two may lie in two files
+    weight_map = split(tensors, folder, SHARDS)  # the two may be in different files
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     checkpoint = load(folder, dtype="fp32")
     language = checkpoint.model.language_model

@@ -674,7 +674,7 @@ def test_what_could_not_be_answered_is_no_yes(tmp_path, capsys):
         {"question_id": 3, "text": "no", "metadata": None},
         {"question_id": 3} | missing,
         {"question_id": 2} | missing,
-    ]  # fmt: skip  an error before or behind the answer that made it good does not count, nor one that came twice
+    ]  # fmt: skip  errors before or after an answer to the same question do not count
     write_lines(tmp_path / "q.jsonl", questions)
     write_lines(tmp_path / "a.jsonl", answers)
     argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]

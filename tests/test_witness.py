@@ -187,7 +187,7 @@ def test_logits_that_are_not_those_of_transformers_are_refused(tmp_path, off):
     files = tmp_path / "weights.safetensors", tmp_path / "config.json"
     convert = partial(witness.convert, SimpleNamespace(AutoModelForCausalLM=Theirs), tmp_path, Characters(), *files)
     if off:
-        assert "differ by 1.0e-02" in refusal(convert)
+        assert "differ from transformers by 1.0e-02" in refusal(convert)
         assert not any(path.exists() for path in files)
         return
     convert()

@@ -57,7 +57,7 @@ class Asked:
     def attention_of_fed(self, layer, first=None):
         """(Hkv, T): attention of the fed tokens to the prompt in a layer, mean over these tokens and the group.
 
-        first: use only the first so many fed tokens.
+        first: number of fed tokens to use, from the start; None: all.
         """
         _, k, _, q = self.layers[layer]
         q = q[:, :, :first]

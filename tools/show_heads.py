@@ -22,7 +22,7 @@ from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.llama import rope_table  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 
-SEEN = 16  # a column counts only if so many rows see it; few rows see the last columns
+SEEN = 16  # columns seen by fewer rows are ignored, such as the last ones
 
 
 @dataclasses.dataclass

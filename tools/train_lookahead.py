@@ -307,7 +307,7 @@ class FileSource:
         self.checkpoint, self.batch_size, self.seed = checkpoint, batch, seed
         self.asked = [(q, [folder / name for name in q.images]) for q in questions if q.images]
         if len(self.asked) < 10:
-            raise InputError(f"{len(self.asked)} questions have pictures; give at least 10, better hundreds")
+            raise InputError(f"{len(self.asked)} questions have pictures; give at least 10, preferably hundreds")
         self.answers = own_answers(checkpoint, self.asked, run / "answers.jsonl", longest)
         usable = [i for i, ids in enumerate(self.answers) if len(ids) > 1]
         pictures = sorted({str(self.asked[i][1]) for i in usable})
