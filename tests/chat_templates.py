@@ -1,4 +1,4 @@
-"""Chat templates of published checkpoints, as their files have them: data for the tests, not our text."""
+"""Chat templates copied verbatim from published checkpoints: data for the tests, not our own text."""
 
 _IMAGES = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -12,7 +12,7 @@ LLAVA = (  # llava-hf/llava-1.5-7b-hf and -13b-hf, llava-v1.6-vicuna-7b-hf and -
     "{% else %}" + _TEXTS + "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-LLAVA_UNMARKED = (  # the same without the marks of what an answer is
+LLAVA_UNMARKED = (  # the same without the generation marks around answers
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}"
     + _IMAGES
@@ -34,7 +34,7 @@ MISTRAL = (  # llava-hf/llava-v1.6-mistral-7b-hf
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 MISTRAL_OLD = MISTRAL.replace("</s> ", "<\\s> ")  # its first revision
-INSTRUCT = (  # mistralai/Mistral-7B-Instruct-v0.2, the language model in it
+INSTRUCT = (  # mistralai/Mistral-7B-Instruct-v0.2, its language model
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"

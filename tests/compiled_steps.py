@@ -1,4 +1,4 @@
-"""Steps of the demo, compiled and as they are, for test_compile.py, with numbers of a given seed: JSON on stdout."""
+"""Run decode steps of the demo, compiled and plain, for test_compile.py. Takes a seed; prints JSON on stdout."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from tests.paths import DEMO, DEMO_PICTURE
 
 
 def cache_of(language, x, choose):
-    """A prompt's cache with room for 2 tokens, NaN in each free slot."""
+    """A prompt's cache with 2 free slots per segment, filled with NaN."""
     cache = RaggedCache(language.config.num_hidden_layers, slack=2, backend="torch")
     language.prefill(x, cache, choose=choose)
     poison(cache)
@@ -28,12 +28,12 @@ def poison(cache):
 
 
 def halves(layer, q, k, v):
-    """Every second token of each head; in odd layers a third, so that layers differ."""
+    """Keep every second token of each head, and every third in odd layers, so that layers differ."""
     return (torch.arange(k.shape[2]) % (2 + layer % 2) == 0).expand(k.shape[0] * k.shape[1], -1)
 
 
 def uneven(layer, q, k, v):
-    """Each head its own number."""
+    """Keep a different number of tokens in each head."""
     heads = k.shape[0] * k.shape[1]
     return torch.arange(k.shape[2]) < 5 + torch.arange(heads)[:, None]
 
@@ -44,14 +44,14 @@ def graphs():
 
 @torch.inference_mode()
 def steps(language, twin, x, choose):
-    """Largest difference of the logits of 6 steps, their size, whether the caches end up equal, and new graphs.
+    """Compare 6 steps: largest difference of logits, largest logit, whether the caches agree, number of new graphs.
 
-    twin: of the same weights, asked without a compiler.
+    twin: a model with the same weights that runs uncompiled.
     """
     before, caches = graphs(), [cache_of(language, x, choose) for _ in "ab"]
     ways = DecodeStep(twin, caches[0]), DecodeStep(language, caches[1], compile=True)
     off = size = 0.0
-    for i in range(6):  # the arenas move on the way
+    for i in range(6):  # enough for a repack
         ids = torch.arange(len(x)) + 7 * i
         plain, compiled = (way(ids) for way in ways)
         off, size = max(off, float((plain - compiled).abs().max())), max(size, float(plain.abs().max()))
@@ -66,7 +66,7 @@ def steps(language, twin, x, choose):
 
 @torch.inference_mode()
 def work_of_a_step(language, x):
-    """Compiled calls and allocations of one step, by the profiler."""
+    """(compiled calls, allocations) of one step, from the profiler."""
     step, ids = DecodeStep(language, cache_of(language, x, None), compile=True), torch.tensor([3])
     step(ids)
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -77,7 +77,7 @@ def work_of_a_step(language, x):
 
 @torch.inference_mode()
 def products():
-    """{dtype: [largest error of the compiled product of a row against float64, that of F.linear]}."""
+    """{dtype: [error of the compiled matvec, error of F.linear]}: largest errors against float64."""
     once, errors = torch.compile(linear, dynamic=False), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight, bias, x = (torch.randn(s).to(dtype) for s in ((70, 300), (70,), (1, 300)))

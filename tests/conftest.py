@@ -1,4 +1,4 @@
-"""What the tests share: a tokenizer trained on the spot, checkpoints with random weights, the form of an error."""
+"""Shared fixtures: a tokenizer trained on the fly, checkpoints with random weights, the format of errors."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are too small for threads to help
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
@@ -18,8 +18,8 @@ import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, slowly
-with contextlib.suppress(ImportError):  # now, while the variable is as it is: some tests change it
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU, slowly
+with contextlib.suppress(ImportError):  # now, because some tests change the variable later
     import kernels.ragged_decode_triton
     import kernels.ragged_pack_triton
     import kernels.window_scores_triton  # noqa: F401
@@ -32,7 +32,7 @@ from tests.seeds import BASE, drawn, seed_all, torch_random
 from tools.hf import import_transformers
 
 with contextlib.suppress(ImportError):
-    import_transformers()  # before a test imports it: it may find a package `kernels` that is not ours
+    import_transformers()  # before any test imports it; see tools/hf.py
 
 PIECES = 420  # of the sentencepiece model; the added tokens follow
 IMAGE_ID, PAD_ID = PIECES, PIECES + 1
@@ -60,7 +60,7 @@ VISION = {
 }
 
 
-# ---------------------------------------------------------------- which tests
+# ---------------------------------------------------------------- selection of tests
 
 
 def pytest_addoption(parser):
@@ -68,12 +68,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "thorough: a test or a case that runs only with --all, or where cases are named")
+    config.addinivalue_line("markers", "thorough: runs only with --all, or when named on the command line")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without --all, no thorough tests, and of the others the cases in which all pairs of parameters' values meet."""
-    if config.option.all or any("[" in argument for argument in config.args):  # a case that is named is run
+    """Without --all, drop thorough tests, and reduce cases to a set that covers all pairs of parameter values."""
+    if config.option.all or any("[" in argument for argument in config.args):  # a case was named
         return
     tests = {}
     for item in items:
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config, items):
     left_out = {item for item in items if item.get_closest_marker("thorough")}
     for cases in tests.values():
         cases = [item for item in cases if item not in left_out] or cases
-        if hasattr(cases[0], "callspec"):  # a value is one object in all cases that have it
+        if hasattr(cases[0], "callspec"):  # cases share the object of a parameter value, so its id identifies it
             chosen = pairwise([{name: id(v) for name, v in item.callspec.params.items()} for item in cases])
             left_out |= set(cases) - {cases[i] for i in chosen}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config, items):
 # ---------------------------------------------------------------- random numbers
 
 
-# the same examples every time; a sweep over bases gives Hypothesis a seed too
+# the same examples every time; tests/sweep.py passes Hypothesis a seed
 settings.register_profile("tests", derandomize=not BASE, database=None, deadline=None, print_blob=True)
 settings.load_profile("tests")
 
@@ -101,9 +101,9 @@ DRAWING = set()  # shared fixtures that draw numbers
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Each test draws the same numbers, whichever tests ran before it.
+    """Seed each test by its name, so that it does not depend on the tests before it.
 
-    TEST_DRAWS names a file that takes down the tests that draw numbers, for tests/sweep.py.
+    TEST_DRAWS: a file that collects the tests that draw numbers, for tests/sweep.py.
     """
     seed_all(request.node.nodeid)
     path = os.environ.get("TEST_DRAWS")
@@ -116,10 +116,10 @@ def seeded(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef, request):
-    """So does what tests share, whichever of them needs it first."""
+    """Seed each shared fixture by its name, so that it does not depend on the test that needs it first."""
     if fixturedef.scope == "function":
         return (yield)
-    seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")  # the test is seeded after this
+    seed_all(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")  # the test is seeded later
     before = drawn()
     made = yield
     if drawn() != before:
@@ -128,7 +128,7 @@ def pytest_fixture_setup(fixturedef, request):
 
 
 def pytest_collectstart(collector):
-    """So does what a file draws while it is imported."""
+    """Seed each test file by its name before it is imported."""
     if isinstance(collector, pytest.Module):
         seed_all(collector.nodeid)
 
@@ -208,7 +208,7 @@ def tokenizer_folder(tiny_tokenizer_dir, tmp_path):
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
-    """The backend under test, and around the test the device on which it is tested: Triton on CUDA if there is one."""
+    """The backend under test. Sets the default device: CUDA for Triton if available, else the CPU."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton has no wheel for this system")
     with torch.device("cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"):
@@ -223,7 +223,7 @@ def write_json(path, value):
 
 
 def write_small_files(folder, tokenizer_dir, image_size):
-    """The files beside config.json and the weights."""
+    """Write all files except config.json and the weights."""
     for file in tokenizer_dir.iterdir():
         shutil.copy(file, folder)
     side = {"height": image_size, "width": image_size}
@@ -231,7 +231,7 @@ def write_small_files(folder, tokenizer_dir, image_size):
 
 
 def spread(module, seed):
-    """Random weights large enough that a wrong angle, mask or head changes the logits visibly."""
+    """Set random weights large enough that a wrong angle, mask or head clearly changes the logits."""
     generator = torch_random(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
@@ -291,7 +291,7 @@ def make_hf_checkpoint(tiny_tokenizer_dir):
 
 
 def refusal(function, *arguments, **options):
-    """The message with which the call is refused: an InputError of one line, `what; what to do`."""
+    """The message of the InputError that a call must raise: one line, `what; what to do`."""
     with pytest.raises(InputError) as caught:
         function(*arguments, **options)
     message = str(caught.value)

@@ -1,15 +1,15 @@
-"""Which cases of a test run when not all of them do."""
+"""Select the test cases that run without --all."""
 
 from itertools import combinations
 
 
 def pairs(case):
-    """Every two (parameter, value) of a case {parameter: value}; the only one where there is but one."""
+    """All pairs of (parameter, value) in a case {parameter: value}; a single parameter by itself."""
     return set(combinations(sorted(case.items()), min(2, len(case))))
 
 
 def pairwise(cases):
-    """Indices of cases, in order, in which each pair of values that meets in any case meets in one of them."""
+    """Indices of cases, in order, that together cover every pair of values that occurs in any case."""
     missing = [pairs(case) for case in cases]
     chosen = []
     while any(missing):

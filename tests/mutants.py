@@ -1,11 +1,11 @@
-"""Scripted faults: each one-line change of the code must turn a named test red.
+"""Scripted faults: each one-line change of the code must make its named test fail.
 
     python tests/mutants.py             # all of them, two at a time; exit 1 if one survives
-    python tests/mutants.py rope eps    # those whose name contains a word
+    python tests/mutants.py rope eps    # those whose name contains one of the words
     python tests/mutants.py --third     # every third one of each file, as in `make test`
-    python tests/mutants.py --tested    # when all tests have just passed: not the named ones without a fault first
+    python tests/mutants.py --tested    # skip the check that the tests pass without a fault
 
-A mutant that survives means a promise that nothing checks. Runs in a copy; the working tree is never touched.
+A surviving mutant means that no test checks some promise. Runs in a copy; the working tree stays unchanged.
 """
 
 import argparse
@@ -19,14 +19,14 @@ import tempfile
 import time
 from pathlib import Path
 
-# as tests/conftest.py has it, before torch is imported
+# as in tests/conftest.py, before torch is imported
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no test needs one
 sys.dont_write_bytecode = True
-if not os.path.exists("/dev/nvidiactl"):  # no CUDA; torch, which could tell, imports triton
+if not os.path.exists("/dev/nvidiactl"):  # no CUDA; torch could tell, but imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
-import hypothesis  # noqa: E402, F401  the libraries of the tests, for the processes that are forked from this one
+import hypothesis  # noqa: E402, F401  import the tests' libraries once, before forking
 import PIL.Image  # noqa: E402, F401
 import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402, F401
@@ -35,9 +35,9 @@ import torch  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# not as a module: a forked process has to find the folder tools in its own tree
+# not imported as a module: a forked process must find tools/ in its own tree
 transformers = runpy.run_path(str(ROOT / "tools" / "hf.py"))["import_transformers"]()
-transformers.LlavaForConditionalGeneration  # noqa: B018  loaded when it is named
+transformers.LlavaForConditionalGeneration  # noqa: B018  loaded on first access
 transformers.LlamaTokenizer  # noqa: B018
 transformers.AttentionInterface  # noqa: B018
 
@@ -58,7 +58,7 @@ METHOD = "test_methods.py::"
 PLPHP = "test_plphp.py::test_three_classes_with_their_borders"
 TURNS = "test_cache.py::test_two_turns_through_the_cache_are_one_long_prompt"
 
-# name: (file, the text that stands there once, what the fault makes of it, the tests that must notice)
+# name: (file, text that occurs in it once, replacement, test that must fail)
 MUTANTS = {
     "rope sign": (
         "model/llama.py",
@@ -120,7 +120,7 @@ MUTANTS = {
         "def freeze(",
         "test_lookahead.py::test_targets_are_the_answers_attention_whatever_the_padding",
     ),
-    "any answer is the model's own": (
+    "answers are compared by length only": (
         "tools/train_lookahead.py",
         "s.tolist() == e.answer",
         "len(s) == len(e.answer)",
@@ -162,7 +162,7 @@ MUTANTS = {
         "x.storage_offset() + max(0, start - 1) * q.shape[3]",
         RAGGED,
     ),
-    "a rectangle counts from where the storage begins": (
+    "a rectangle ignores the storage offset": (
         "kernels/ragged_decode_torch.py",
         "x.storage_offset() + start * q.shape[3]",
         "start * q.shape[3]",
@@ -174,7 +174,7 @@ MUTANTS = {
         "_ = pair.tolist(), pair.unbind()",
         "test_views.py::test_a_plan_keeps_its_own_tables",
     ),
-    "Triton: gradients dropped without a word": (
+    "Triton: gradients dropped silently": (
         "kernels/backend.py",
         "any(t.requires_grad for t in inputs)",
         "any(t.requires_grad for t in inputs[1:])",
@@ -186,19 +186,19 @@ MUTANTS = {
         "steps[0] if steps[0] >= 0 else None",
         RAGGED,
     ),
-    "nothing is not nothing": (
+    "empty segments are not detected": (
         "kernels/ragged_decode_torch.py",
         "empty = (kv_len == 0)[:, None]",
         "empty = (kv_len < 0)[:, None]",
         RAGGED,
     ),
-    "partly filled chunks count": (
+    "partly filled chunks count as full": (
         "kernels/ragged_decode_torch.py",
         "(border > end[owner])",
         "(border - CHUNK > end[owner])",
         RAGGED,
     ),
-    "the end of a segment is forgotten": (
+    "the tail of a segment is not read": (
         "kernels/ragged_decode_torch.py",
         "tail = torch.maximum(end // CHUNK * CHUNK, head_end)",
         "tail = torch.maximum(end, head_end)",
@@ -210,13 +210,13 @@ MUTANTS = {
         "while b < len(starts) and",
         "test_ragged_decode.py::test_runs_are_segments_of_one_length_at_even_distances",
     ),
-    "every run reads the first": (
+    "every run reads the first run's rows": (
         "kernels/ragged_decode_torch.py",
         "k, v, plan.starts[a], step, lengths[a]",
         "k, v, plan.starts[0], step, lengths[a]",
         "test_ragged_decode.py::test_heads_of_one_length_in_each_sequence_are_read_where_they_lie",
     ),
-    "chunks of the neighbour": (
+    "chunks of the neighbour are read": (
         "kernels/ragged_decode_torch.py",
         "first = -(-kv_start.long() // CHUNK)",
         "first = kv_start.long() // CHUNK",
@@ -264,7 +264,7 @@ MUTANTS = {
         "(-ratio).sigmoid().nan_to_num(0.0), ratio.sigmoid()",
         "test_ragged_decode.py::test_two_halves_merge_into_the_whole",
     ),
-    "capacity not looked at": (
+    "capacity ignored": (
         "kernels/ragged_decode.py",
         "max(lengths) > plan.shortest and",
         "max(lengths) > plan.end and",
@@ -318,7 +318,7 @@ MUTANTS = {
         "for i in range(0, live - 1):",
         TRITON,
     ),
-    "Triton: merge knows the largest of the last round only": (
+    "Triton: merge keeps only the last round's maximum": (
         "kernels/ragged_decode_triton.py",
         "m = tl.maximum(m, tl.max(lse, 0))",
         "m = tl.max(lse, 0)",
@@ -348,13 +348,13 @@ MUTANTS = {
         "        # one",
         "test_inspect.py::test_the_step_in_one_launch_passes_on_its_own",
     ),
-    "Triton: tickets not taken back": (
+    "Triton: tickets not reset": (
         "kernels/ragged_decode_triton.py",
         "tl.store(ticket, 0)",
         "tl.store(ticket, 1)",
         TICKETS,
     ),
-    "Triton: one before the last merges": (
+    "Triton: the program before the last merges": (
         "kernels/ragged_decode_triton.py",
         'scope="gpu") == last:',
         'scope="gpu") == last - 1:',
@@ -366,7 +366,7 @@ MUTANTS = {
         "room = mine & (length <= cap)",
         "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
     ),
-    "Triton: keys are turned by the angles of the first sequence": (
+    "Triton: RoPE of keys uses the first sequence's angles": (
         "kernels/ragged_decode_triton.py",
         "c = tl.load(cos + sequence * D + col",
         "c = tl.load(cos + col",
@@ -378,13 +378,13 @@ MUTANTS = {
         "(col + D // 2 - 1) % D",
         "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
     ),
-    "Triton: q is read as if there were nothing between sequences": (
+    "Triton: q is read as if contiguous": (
         "kernels/ragged_decode_triton.py",
         "sequence * q_stride + (head * G + r)",
         "sequence * heads * G * D + (head * G + r)",
         "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
     ),
-    "q and k are turned twice": (
+    "RoPE is applied twice": (
         "model/llama.py",
         "layer, x, None if cache.fused else rope)",
         "layer, x, rope)",
@@ -408,7 +408,7 @@ MUTANTS = {
         "self.past.copy_(self.kv_len + 1)",
         "test_cache.py::test_the_position_is_not_the_length",
     ),
-    "plan: splits look at the neighbours": (
+    "plan: splits depend on the neighbours": (
         "kernels/ragged_decode.py",
         "split or split_size(cap) for cap in row]",
         "split or split_size(max(row)) for cap in row]",
@@ -438,7 +438,7 @@ MUTANTS = {
         "return [n for",
         "test_methods.py::test_fastv_frees_the_later_layers",
     ),
-    "Triton: packed heads lie without free slots between them": (
+    "Triton: packed heads have no free slots between them": (
         "kernels/ragged_pack_triton.py",
         "[before + slack * h for",
         "[before for",
@@ -510,13 +510,13 @@ MUTANTS = {
         "position.roll(1) * (step_token // d))",
         PACK,
     ),
-    "slots forget their tokens": (
+    "slots lose their token indices": (
         "kernels/ragged_pack.py",
         "kv_pos[slot] = position.int()",
         "kv_pos[slot] = slot.int()",
         PACK,
     ),
-    "equal heads: a slot to the left": (
+    "equal heads: shifted one slot to the left": (
         "kernels/ragged_pack.py",
         "* (n + slack)\n",
         "* (n + slack - 1)\n",
@@ -546,7 +546,7 @@ MUTANTS = {
         ":",
         "test_cache.py::test_a_rectangle_is_the_arenas_and_nothing_less",
     ),
-    "a rectangle though somebody is finished": (
+    "a rectangle despite a finished sequence": (
         "model/cache.py",
         "if self.rows is not None or plan.longest",
         "if plan.longest",
@@ -558,7 +558,7 @@ MUTANTS = {
         "",
         "test_generate.py::test_what_a_compiler_reads_is_the_same",
     ),
-    "columns are left to a compiler": (
+    "a compiled model keeps the arranged layout": (
         "model/llama.py",
         "attn.qkv = attn.out = mlp.gate_up = mlp.down = None\n            for weight",
         "pass\n            for weight",
@@ -582,25 +582,25 @@ MUTANTS = {
         "",
         "test_generate.py::test_a_weight_that_is_replaced_or_written_counts",
     ),
-    "a step changes what it is given": (
+    "a step changes its input": (
         "model/llama.py",
         "x = x.clone()  #",
         "#",
         "test_generate.py::test_a_step_leaves_what_it_is_given",
     ),
-    "loading keeps what it has copied": (
+    "loading keeps copied weights": (
         "model/load.py",
         "        del weights",
         "        self.config.__dict__['kept'] = weights",
         "test_memory.py::test_loading_holds_every_weight_once",
     ),
-    "the bandwidth is measured with all that is free": (
+    "measuring the bandwidth takes all free memory": (
         "tools/report.py",
         "free_memory(device) // 16",
         "free_memory(device) // 4",
         "test_memory.py::test_the_bandwidth_is_measured_within_what_is_free",
     ),
-    "every answer waits for the clock": (
+    "every answer is timed": (
         "model/generate.py",
         'if wait and device.type == "cuda":',
         'if device.type == "cuda":',
@@ -630,7 +630,7 @@ MUTANTS = {
         'if facts.get("error", 0.0) > allowed:',  # NaN is not larger
         "test_bench_decode.py::test_what_differs_from_transformers_is_not_timed",
     ),
-    "a pruned prefill may say something else": (
+    "the first token of a pruned run is not checked": (
         "tools/bench_decode.py",
         'return None if same or method_of(task.prune).layer else "the first',
         'return None if True else "the first',
@@ -648,7 +648,7 @@ MUTANTS = {
         "attention = 2 * self.hidden * self.q_heads * self.head_dim",
         "test_roofline.py::test_weights_are_those_of_the_modules",
     ),
-    "retention by the chance of a few prompts": (
+    "calibration ignores the standard error": (
         "tools/calibrate.py",
         "< 0.02 and error < 0.01]",
         "< 0.02]",
@@ -702,19 +702,19 @@ MUTANTS = {
         "text = {**text} if",
         "test_next.py::test_sparse_configs_resolve_to_the_published_shapes",
     ),
-    "who is over stays in the batch": (
+    "a finished sequence stays in the batch": (
         "model/generate.py",
         "if not generation.over]",
         "]",
         "test_batch.py::test_a_batch_needs_no_padding_and_gives_memory_back",
     ),
-    "who leaves the batch takes the ids of another": (
+    "a sequence leaves the batch with another's ids": (
         "model/generate.py",
         "ids = self._ids[stay]",
         "ids = self._ids[: len(stay)]",
         "test_batch.py::test_a_batch_says_what_each_would_say_alone",
     ),
-    "who leaves the cache leaves the wrong rows": (
+    "the cache drops the wrong sequence": (
         "model/cache.py",
         "rows = [b * heads + h for b in sequences for h in range(heads)]",
         "rows = list(range(len(sequences) * heads))",
@@ -732,7 +732,7 @@ MUTANTS = {
         "self.waiting[self.next] = text, metadata",
         "test_questions.py::test_every_question_has_its_line_in_order_and_bad_ones_say_why",
     ),
-    "half a line stays": (
+    "a partial line stays": (
         "tools/questions.py",
         "            os.ftruncate(self._file, start)",
         "            pass",
@@ -744,25 +744,25 @@ MUTANTS = {
         'BLANK = b"\\r',
         "test_questions.py::test_what_a_power_cut_leaves_behind_is_cut_off",
     ),
-    "errors are never asked again": (
+    "errors are never retried": (
         "tools/questions.py",
         "            if answers.keep_errors:",
         "            if True:",
         "test_questions.py::test_what_could_not_be_answered_is_asked_again",
     ),
-    "an error that was made good stays": (
+    "an error stays beside its answer": (
         "tools/questions.py",
         "if not about[i][1] or about[i][0] not in asked)",
         "if about)",
         "test_questions.py::test_what_could_not_be_answered_is_asked_again",
     ),
-    "lines stay where they came": (
+    "lines stay unsorted": (
         "tools/questions.py",
         "        if ordered != data:",
         "        if not ordered:",
         "test_questions.py::test_a_question_inserted_in_front_is_answered_in_front",
     ),
-    "the file is put in order in place": (
+    "the file is sorted in place": (
         "tools/questions.py",
         'new = path.with_name(path.name + ".new")',
         "new = path",
@@ -786,7 +786,7 @@ MUTANTS = {
         "return value == ours",
         "test_questions.py::test_the_same_files_from_another_directory_are_the_same",
     ),
-    "an id alone tells an answered question": (
+    "an id alone identifies a question": (
         "tools/questions.py",
         "return json.dumps(self.id), self.text",
         'return json.dumps(self.id), ""',
@@ -804,7 +804,7 @@ MUTANTS = {
         "len(questions) // chunks",
         "test_questions.py::test_chunks_are_those_of_llava_and_cover_everything_once",
     ),
-    "POPE takes an error for a yes": (
+    "POPE counts an error as yes": (
         "tools/score_pope.py",
         "append(None if failed(answer) else (",
         "append((",
@@ -822,7 +822,7 @@ MUTANTS = {
         "torch.full((b,), seen[0] - 1,",
         DECODE,
     ),
-    "position stands still": (
+    "position does not advance": (
         "model/cache.py",
         "self.pos.add_(self.live, alpha=tokens)",
         "self.pos.add_(self.live, alpha=0)",
@@ -846,7 +846,7 @@ MUTANTS = {
         "self.newest.add_(self.takes, alpha=0)",
         DECODE,
     ),
-    "a failed repack forgets what room there is": (
+    "a failed repack loses the count of free slots": (
         "model/cache.py",
         "self.room = min(self.room, slack)  # until all have moved",
         "self.room = slack",
@@ -870,13 +870,13 @@ MUTANTS = {
         "source, slot = _taken(self.kv_start[layer], length).clamp(min=1), _taken(start, length)",
         DECODE,
     ),
-    "joined arenas lie on each other": (
+    "joined arenas overlap": (
         "model/cache.py",
         "starts.append(cache.kv_start + before)",
         "starts.append(cache.kv_start)",
         "test_cache.py::test_sequences_of_different_lengths_share_the_arenas",
     ),
-    "a finished sequence goes on growing": (
+    "a finished sequence keeps growing": (
         "model/cache.py",
         "takes = live.repeat_interleave(segments // len(live)).int()",
         "takes = torch.ones_like(live).repeat_interleave(segments // len(live)).int()",
@@ -942,7 +942,7 @@ MUTANTS = {
         "    for columns in _columns(layout, scope)[:1]:",
         "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
     ),
-    "pictures that share a budget are ranked each by itself": (
+    "pictures that share a budget are ranked separately": (
         "model/pruning/budget.py",
         'if scope == "vision" and',
         'if scope == "all" and',
@@ -984,7 +984,7 @@ MUTANTS = {
         ".float().norm(2, dim=-1)",
         f"{METHOD}test_value_norms_weigh_the_attention",
     ),
-    "a share of the mass is exceeded": (
+    "mass keeps one token too many": (
         "model/pruning/budget.py",
         "taken = before < share",
         "taken = before <= share",
@@ -1032,13 +1032,13 @@ MUTANTS = {
         "rates = [r for row in gammas for g in row]",
         "test_calibrate.py::test_r_is_solved_for_with_clamped_rates",
     ),
-    "the veil lies on what was kept": (
+    "kept tokens are veiled": (
         "tools/show_pruning.py",
         "return clear * pixels + (1 - clear)",
         "return (1 - clear) * pixels + clear",
         "test_show_pruning.py::test_the_veil_lies_on_dropped_tokens_and_on_no_other",
     ),
-    "a head is measured through its neighbour's projection": (
+    "a head is measured with its neighbour's projection": (
         "tools/show_heads.py",
         "out = out_weight[:, h * d : (h + 1) * d]",
         "out = out_weight[:, : d]",
@@ -1059,7 +1059,7 @@ MUTANTS = {
     "the table's rows are not the default": (
         "tools/evaluate.py",
         "args.only = args.only or list(TABLE)",
-        "args.only = args.only or [\"all\"]",
+        'args.only = args.only or ["all"]',
         "test_evaluate.py::test_a_run_without_only_has_the_rows_of_the_table",
     ),
     "a torn line is kept": (
@@ -1074,13 +1074,13 @@ MUTANTS = {
         "+ 0 * heads) % 1",
         "test_view.py::test_a_grid_is_even_in_both_directions",
     ),
-    "the grid does not look at rows": (
+    "the grid ignores rows": (
         "model/pruning/budget.py",
         "(rows * DOWN",
         "(rows * 0",
         "test_view.py::test_a_grid_is_even_in_both_directions",
     ),
-    "objects are what is like the rest": (
+    "objects: low contrast first": (
         "model/pruning/objects.py",
         "contrast > contrast.mean()",
         "contrast < contrast.mean()",
@@ -1116,7 +1116,7 @@ MUTANTS = {
         '"retention": ("keep_tokens",',
         "test_pruning.py::test_nothing_that_is_given_is_dropped",
     ),
-    "commas part lists": (
+    "commas split lists": (
         "model/pruning/__init__.py",
         'depth += (letter in "[{(")',
         'depth += 0 * (letter in "[{(")',
@@ -1128,13 +1128,13 @@ MUTANTS = {
         "FAMILY = {}",
         "test_api.py::test_the_checkpoints_own_settings_hold",
     ),
-    "what is kept is not said": (
+    "the kept fraction is not reported": (
         "model/generate.py",
         "abs(kept - wanted) <= 0.03",
         "abs(kept - wanted) <= 0.5",
         "test_api.py::test_what_is_kept_is_said_where_it_is_not_what_was_asked",
     ),
-    "a number of tokens is no budget to compare with": (
+    "keep_tokens is not compared with what was kept": (
         "model/pruning/__init__.py",
         "return sum(min(count, n) for n in pots) / sum(tokens)",
         "return None",
@@ -1152,7 +1152,7 @@ MUTANTS = {
         "if False:",
         "test_evaluate.py::test_wrong_arguments_are_refused_in_one_line",
     ),
-    "every layer draws the same": (
+    "every layer draws the same noise": (
         "model/pruning/random_tokens.py",
         "seed * layout.num_layers + layer",
         "seed",
@@ -1236,7 +1236,7 @@ MUTANTS = {
         ' else "crop"',
         "test_config.py::test_pixels_are_those_of_the_processor_that_transformers_takes",
     ),
-    "RoPE scaling hides behind another dict": (
+    "RoPE scaling in the other dict is missed": (
         "model/config.py",
         'for name in ("rope_scaling", "rope_parameters"):',
         'for name in ("rope_scaling",):',
@@ -1272,7 +1272,7 @@ MUTANTS = {
         "range(1, 1)",
         "test_generate.py::test_stop_strings_are_found_however_the_text_arrives",
     ),
-    "image ids may be said": (
+    "image ids may be generated": (
         "model/generate.py",
         "config.text_config.vocab_size) + named",
         "config.text_config.vocab_size)",
@@ -1302,13 +1302,13 @@ MUTANTS = {
         "            before[0] = 0.0",
         "test_generate.py::test_tiny_numbers_leave_the_best_token",
     ),
-    "any of equal logits is the best": (
+    "a denormal temperature samples": (
         "model/generate.py",
         "if sampling.temperature > torch.finfo(logits.dtype).tiny:",
         "if sampling.temperature > 0:",
         "test_generate.py::test_of_equal_logits_the_greedy_one_is_the_best",
     ),
-    "an empty question is asked": (
+    "an empty question is accepted": (
         "model/generate.py",
         'raise InputError("the question is empty; say what to ask")',
         "pass",
@@ -1392,7 +1392,7 @@ MUTANTS = {
         "except OSError:  # broken",
         "test_load.py::test_a_broken_index_beside_a_whole_file_is_not_used",
     ),
-    "an end token that no model says": (
+    "end ids outside the vocabulary are accepted": (
         "model/load.py",
         "and i in known for i in eos",
         "for i in eos",
@@ -1434,13 +1434,13 @@ MUTANTS = {
         "",
         "test_load.py::test_each_key_layout_gives_the_same_logits_to_the_bit",
     ),
-    "mistakes are exit 1": (
+    "bad input exits with 1": (
         "run.py",
         "return text, 2",
         "return text, 1",
         "test_run.py::test_bad_pictures",
     ),
-    "chatter on stdout": (
+    "messages on stdout": (
         "run.py",
         "print(text, file=sys.stderr, flush=True)",
         "print(text, flush=True)",
@@ -1476,19 +1476,19 @@ MUTANTS = {
         "prompt, system",
         "test_run.py::test_windows_text_is_the_same_prompt_however_it_is_given",
     ),
-    "a reader that leaves is an error": (
+    "a closed pipe is an error": (
         "run.py",
         "    except BrokenPipeError:\n        os.dup2(",
         "    except ValueError:\n        os.dup2(",
         "test_run.py::test_every_command_may_lose_its_reader",
     ),
-    "one thread is told to take one thread": (
+    "advice about threads with one thread": (
         "tools/report.py",
         "if threads == 1 or share < 0.2",
         "if share < 0.2",
         "test_run.py::test_threads_are_set_and_waiting_is_said_once",
     ),
-    "turns on a core are taken for waiting": (
+    "sharing a core counts as waiting": (
         "tools/report.py",
         "file.read().split()[1])",
         "file.read().split()[2])",
@@ -1536,7 +1536,7 @@ MUTANTS = {
         "rgb",
         "test_image.py::test_a_picture_is_turned_as_its_exif_orientation_says",
     ),
-    "turned without a note": (
+    "rotated without a note": (
         "model/image.py",
         "if turned or turn is not None:",
         "if turn is not None:",
@@ -1572,7 +1572,7 @@ MUTANTS = {
         "image.getextrema()[1] > 255",
         "test_image.py::test_negative_numbers_of_8_bits_are_refused",
     ),
-    "deep colours are not told": (
+    "no note about deep colours": (
         "model/image.py",
         'return deep and not image.mode.startswith("I")',
         "return False",
@@ -1596,7 +1596,7 @@ MUTANTS = {
         "formats=None",
         "test_image.py::test_other_files_are_named_and_start_no_program",
     ),
-    "libtiff speaks": (
+    "libtiff prints": (
         "model/image.py",
         "os.dup2(nowhere, 2)",
         "pass",
@@ -1609,7 +1609,7 @@ MUTANTS = {
         "    yield",
         "test_image.py::test_what_pillow_and_libtiff_say_does_not_reach_stderr",
     ),
-    "a pipe is a device": (
+    "pipes are not recognised": (
         "model/image.py",
         "if stat.S_ISFIFO(mode):",
         "if False:",
@@ -1627,7 +1627,7 @@ MUTANTS = {
         "isinstance(images, list | tuple | str)",
         "test_generate.py::test_one_picture_needs_no_list",
     ),
-    "crops are not told": (
+    "no note about crops": (
         "model/image.py",
         "or lost <= 0.1:",
         "or lost <= 0.9:",
@@ -1663,19 +1663,19 @@ MUTANTS = {
         "if False:",
         "test_batch.py::test_a_batch_is_of_one_backend",
     ),
-    "any device will do": (
+    "unavailable devices are accepted": (
         "model/load.py",
         'if device.type == "cuda" and (not torch.cuda.is_available()',
         'if device.type == "mps" and (not torch.cuda.is_available()',
         "test_load.py::test_a_device_that_is_not_there_is_refused_before_anything_is_read",
     ),
-    "somebody else's kernels are looked for": (
+    "transformers looks for Hugging Face's kernels": (
         "tools/hf.py",
         "    ours = ",
         "    return __import__('transformers')\n    ours = ",
         "test_checks.py::test_transformers_works_beside_a_package_of_the_name_of_ours",
     ),
-    "a test draws what is left by those before it": (
+    "a test's numbers depend on the tests before it": (
         "tests/seeds.py",
         "    torch.manual_seed(seed)",
         "    pass",
@@ -1709,13 +1709,13 @@ MUTANTS = {
 
 
 def copy_of_tree(folder):
-    """The repository without what is big or made by running it, in a folder that is not there yet."""
+    """Copy the repository without large and generated files to a new folder."""
     skip = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", ".hypothesis")
     return Path(shutil.copytree(ROOT, folder, ignore=skip))
 
 
 def spoilt(clean, folder, file, old, new):
-    """A tree of links to the files of another one, but for the file with the fault, which is written anew."""
+    """Make a tree of hard links to `clean`, except the file with the fault, which is written separately."""
     tree = Path(shutil.copytree(clean, folder, copy_function=os.link))
     text = (tree / file).read_text()
     (tree / file).unlink()
@@ -1724,23 +1724,23 @@ def spoilt(clean, folder, file, old, new):
 
 
 def mistakes(mutants):
-    """What is wrong with the mutants themselves: a line for each whose text or test is not there, or there twice."""
+    """Errors in the table of mutants: a line for each whose test is missing or whose text does not occur once."""
     found = []
     for name, (file, old, _, test) in mutants.items():
         path = ROOT / file
         count = path.read_text().count(old) if path.exists() else 0
         if count != 1:
-            found.append(f"{name}: the text to change stands {count} times in {file}")
+            found.append(f"{name}: the text to replace occurs {count} times in {file}")
         where, _, function = test.partition("::")
         if f"def {function.partition('[')[0]}(" not in (ROOT / "tests" / where).read_text():
-            found.append(f"{name}: there is no test {test}")
+            found.append(f"{name}: test {test} does not exist")
     return found
 
 
 def run_tests(tree, tests):
-    """pytest on tests (names without their folder) in a tree -> (exit code, end of its output).
+    """Run tests (names without their folder) in a tree -> (exit code, end of the output).
 
-    In a process that was forked with the libraries loaded: importing them takes longer than most of the tests.
+    Call it in a process forked after the imports, which take longer than most tests.
     """
     os.chdir(tree)
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT / "tests"]
@@ -1754,25 +1754,25 @@ def run_tests(tree, tests):
 
 
 def try_mutant(work):
-    """(tree without a fault, name) -> (name, "killed" | "survived" | what went wrong, seconds)."""
+    """(tree without a fault, name) -> (name, "killed" | "survived" | error, seconds)."""
     clean, name = work
     file, old, new, test = MUTANTS[name]
     started = time.time()
     with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
         code, output = run_tests(spoilt(clean, Path(folder) / "repo", file, old, new), [test])
-    verdict = {0: "survived", 1: "killed"}.get(code, f"pytest ended with {code}: {output[-600:]}")
+    verdict = {0: "survived", 1: "killed"}.get(code, f"pytest exited with {code}: {output[-600:]}")
     return name, verdict, time.time() - started
 
 
 def try_healthy(work):
-    """(tree, tests) -> do they pass without a fault? A test that is red anyway kills nothing."""
+    """(tree, tests) -> `run_tests` without a fault. A test that always fails kills no mutant."""
     clean, tests = work
     with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
         return run_tests(shutil.copytree(clean, Path(folder) / "repo", copy_function=os.link), tests)
 
 
 def third(names):
-    """Every third mutant of each file, the first of each among them."""
+    """Every third mutant of each file, starting with the first."""
     by_file = {}
     for name in names:
         by_file.setdefault(MUTANTS[name][0], []).append(name)
@@ -1780,14 +1780,14 @@ def third(names):
 
 
 def try_all(names, tests, clean, processes):
-    """Names of the mutants that were not killed. Says of each how it went; ends at once if the tests are red anyway."""
+    """Names of the mutants that were not killed. Prints each result; exits at once if tests fail without a fault."""
     alive = []
-    gc.freeze()  # what is here stays; pytest's collections need not look at it
+    gc.freeze()  # keep the objects so far out of later garbage collections
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         halves = [(clean, half) for half in (tests[::2], tests[1::2]) if half]
         for code, output in pool.imap_unordered(try_healthy, halves):
             if code:
-                sys.exit(f"without a fault the named tests end with {code}\n{output}")
+                sys.exit(f"the tests fail without a fault, exit code {code}\n{output}")
         tried = pool.imap_unordered(try_mutant, [(clean, name) for name in names])
         for count, (name, verdict, seconds) in enumerate(tried, 1):
             print(f"{count:3} of {len(names)}: {verdict:9} {name} ({seconds:.0f} s)", flush=True)
@@ -1799,9 +1799,9 @@ def try_all(names, tests, clean, processes):
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("words", nargs="*", help="parts of names")
-    p.add_argument("--third", action="store_true", help="every third one of each file")
-    p.add_argument("--tested", action="store_true", help="the tests have just passed")
-    p.add_argument("--processes", type=int, default=2, metavar="N", help="so many at a time (default 2)")
+    p.add_argument("--third", action="store_true", help="every third mutant of each file")
+    p.add_argument("--tested", action="store_true", help="all tests have just passed; do not run them first")
+    p.add_argument("--processes", type=int, default=2, metavar="N", help="parallel processes (default 2)")
     args = p.parse_args(argv)
     wrong = mistakes(MUTANTS)
     if wrong:
@@ -1810,7 +1810,7 @@ def main(argv):
     names = third(MUTANTS) if args.third else list(MUTANTS)
     names = [n for n in names if not args.words or any(w in n for w in args.words)]
     tests = sorted({MUTANTS[n][3] for n in names})
-    tests = tests[:4] if args.tested else tests  # then only: does a copy of the tree work at all?
+    tests = tests[:4] if args.tested else tests  # a few still check that the copied tree works
     names.sort(key=lambda n: MUTANTS[n][3])
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -1,4 +1,4 @@
-"""What several test files share: a small decoder, the tolerance of the design, attention written out with a mask."""
+"""Shared oracles: a small decoder, the design's tolerances, attention with an explicit mask."""
 
 import copy
 
@@ -13,7 +13,7 @@ ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torc
 
 
 def small_llama(heads=4, kv_heads=2, seed=0, bias=False):
-    """A decoder of 3 layers and 32 channels, with weights large enough that a wrong angle or head shows."""
+    """A decoder of 3 layers and 32 channels, with weights large enough to reveal a wrong angle or head."""
     config = TextConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=heads, num_key_value_heads=kv_heads, attention_bias=bias, mlp_bias=bias,
@@ -28,8 +28,8 @@ def small_llama(heads=4, kv_heads=2, seed=0, bias=False):
 
 
 def reordered(model, channels, inner):
-    """A copy of small_llama whose channels (C), or those inside its MLPs, lie in opposite order: the same function of
-    x.flip(-1), flipped, or of x, with its sums taken the other way round."""
+    """A copy of small_llama with its channels (C), or those inside its MLPs, in reverse order. It computes the same
+    function, of x.flip(-1) with flipped output or of x, but sums in the reverse order."""
     twin = copy.deepcopy(model)
     wide, deep = ([0] if turn else [] for turn in (channels, inner))
     for layer in twin.model.layers:
@@ -47,12 +47,12 @@ def reordered(model, channels, inner):
 
 
 def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3):
-    """Error of `got` at most twice that of `plain`, the same maths in plain PyTorch, plus two ulp of a dtype.
+    """Assert that the error of `got` is at most twice that of `plain`, plus 2 ulp of the dtype (64 ulp in float64).
 
-    plain: one result, or those of several orders of the sums, stacked, so that luck with one of them decides nothing.
+    plain: the same maths in plain PyTorch; several results, for other orders of the sums, may be stacked.
 
-    exact: float64, which float64 can only be compared with as a neighbour. NaN is never right; infinities have to
-    agree. floor: the least size that an ulp is taken of; 1 for a log-sum-exp, whose absolute error is what counts.
+    exact: float64. NaN always fails; infinities must agree. floor: smallest magnitude whose ulp is used; 1 for a
+    log-sum-exp, where the absolute error counts.
     """
     assert got.shape == exact.shape and not got.isnan().any(), what
     finite = exact.isfinite()
@@ -66,9 +66,9 @@ def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3):
 
 
 def assert_within(got, exact, terms, count, dtype=torch.float32):
-    """Each sum of `count` products within what rounding may do to it in any order, fused or not: gamma_n * sum |a||b|.
+    """Assert that sums of `count` products are within the rounding bound for any order, fused or not: gamma_n * terms.
 
-    terms: the sums of the absolute values of the products; exact: float64 (Higham, Accuracy and Stability, 3.1).
+    terms: sums of the absolute products, sum |a||b|; exact: float64 (Higham, Accuracy and Stability, 3.1).
     """
     rounding = count * ULP[dtype] / 2
     off = (got.double() - exact).abs() - rounding / (1 - rounding) * terms
@@ -90,23 +90,23 @@ def masked_attention(q, k, v, keep, scale=None):
 
 
 def masked_ids(folder, generation, choose, count, rows=1, narrow=None):
-    """Greedy ids of transformers that hides from decoded tokens what each KV head of each layer dropped.
+    """Greedy ids of transformers with the dropped tokens of each layer and KV head masked for decoded tokens.
 
-    choose(layer, attention) -> keep (Hkv, T) bool, once per layer; attention (Hq, T): that of the prompt's last row, or
-    with rows > 1 that of its last rows, (Hq, rows, T). narrow(layer, attention) -> keep (T,) bool or None: the layers
-    after this one hide all other columns from every row, those of the prompt too. Returns (ids, [keep of each layer]).
+    choose(layer, attention) -> keep (Hkv, T) bool, once per layer; attention (Hq, T) of the prompt's last row, or
+    (Hq, rows, T) of its last rows if rows > 1. narrow(layer, attention) -> keep (T,) bool or None: later layers mask
+    all other columns for every row, including the prompt's. Returns (ids, [keep of each layer]).
     """
     return masked_batch(folder, [generation], [choose], count, rows, narrow)[0]
 
 
 def expanded(generation):
-    """Ids of a prompt as transformers wants them: each picture's id as often as the picture has tokens."""
+    """Prompt ids for transformers: each picture's id repeated once per token of the picture."""
     image, counts = generation.checkpoint.config.image_token_index, iter(generation.images)
     return [i for t in generation.ids for i in [t] * (next(counts)["tokens"] if t == image else 1)]
 
 
 def hf_pictures(generations):
-    """The arguments of transformers' models that hold the pictures of prompts."""
+    """Picture arguments for transformers' models."""
     pixels = [p for g in generations for p in g.pixels]
     if not pixels or not generations[0].checkpoint.config.image_grid_pinpoints:
         return {"pixel_values": torch.stack(pixels)} if pixels else {}
@@ -124,7 +124,7 @@ def _parts(values, counts):
 
 
 def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
-    """`masked_ids` of several prompts at once, padded on the left: [(ids, [keep of each layer])], one per prompt."""
+    """`masked_ids` for several prompts, padded on the left: [(ids, [keep of each layer])], one per prompt."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
     prompts = [expanded(g) for g in generations]
     longest = max(map(len, prompts))
@@ -140,7 +140,7 @@ def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
             new = torch.ones(*key.shape[:2], n - longest, dtype=torch.bool)
             seen = torch.cat((kept[layer], new), 2).repeat_interleave(group, 1)[:, :, None]
             weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        else:  # a hidden row sees itself, for a softmax over nothing is NaN
+        else:  # a hidden row attends to itself, because a softmax over no keys is NaN
             seen = torch.ones(n, n, dtype=torch.bool).tril() & ~hidden[:, None, None] | torch.eye(n, dtype=torch.bool)
             weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
             kept[layer] = (~hidden)[:, None].repeat(1, key.shape[1], 1)

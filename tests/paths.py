@@ -1,4 +1,4 @@
-"""Where the things are that tests look at."""
+"""Paths of files that tests use."""
 
 from pathlib import Path
 

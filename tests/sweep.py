@@ -1,9 +1,9 @@
-"""Every test that draws numbers, with other numbers: do the bounds hold, or did the seeds happen to be good?
+"""Run every test that draws numbers with other seeds, to check that its bounds do not depend on lucky ones.
 
     python tests/sweep.py                                     # 20 bases, one thread and two; takes hours
     python tests/sweep.py --bases 1 5 --threads 1 -- tests/test_cache.py -k torch    # bases 1 to 4, some of the tests
 
-First a run with base 0 takes down which tests draw. Exit 1 if any test fails with any base.
+A first run with base 0 records which tests draw numbers. Exit 1 if any test fails with any base.
 """
 
 import argparse
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(arguments, **environment):
-    """pytest in a process of its own -> (exit code, its output)."""
+    """Run pytest in its own process -> (exit code, output)."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     names = os.environ | {name: str(value) for name, value in environment.items()}
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=names)
@@ -28,7 +28,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bases", nargs=2, type=int, default=(1, 21), metavar=("FIRST", "END"))
     p.add_argument("--threads", nargs="+", type=int, default=(1, 2))
-    p.add_argument("arguments", nargs="*", help="what pytest is given: files, -k")
+    p.add_argument("arguments", nargs="*", help="arguments for pytest: files, -k")
     args = p.parse_args()
     failed = []
     with tempfile.TemporaryDirectory() as folder:

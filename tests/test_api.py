@@ -1,4 +1,4 @@
-"""Methods from Python: what `prune` may be, and that it means what --prune means."""
+"""Methods from Python: the forms that `prune` accepts, and that each means the same as --prune."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def demo():
 
 
 def kept_by(checkpoint, prune):
-    """(what is kept per layer, token ids) of a short answer."""
+    """(tokens kept per layer, token ids) of a short answer."""
     generation = Generation(checkpoint, QUESTION, [DEMO_PICTURE], Sampling(6), prune=prune)
     "".join(generation)
     return generation.kept, generation.token_ids
@@ -42,7 +42,7 @@ def test_the_checkpoints_own_settings_hold(demo):
         settings = Generation(demo, QUESTION, [DEMO_PICTURE], prune=prune).prune.settings
         assert own.items() <= settings.items()
     method = make_method("plphp")
-    assert Generation(demo, QUESTION, [DEMO_PICTURE], prune=method).prune is method  # as it is
+    assert Generation(demo, QUESTION, [DEMO_PICTURE], prune=method).prune is method  # passed through unchanged
 
 
 def first_ten(layer, scores, layout, *, window=2, part=10):
@@ -81,12 +81,12 @@ def test_what_is_no_method_is_refused_in_one_line(demo, prune):
         choose_method(Method("mine", needs, {}), retention=0.5)
 
 
-# ---------------------------------------------------------------- what was kept, against what was asked for
+# ---------------------------------------------------------------- kept against requested
 
 
 @pytest.fixture
 def bare(tmp_path):
-    """The demo without settings of its own."""
+    """The demo without its plphp.json."""
     return shutil.copytree(DEMO, tmp_path / "bare", ignore=shutil.ignore_patterns("plphp.json"))
 
 
@@ -97,12 +97,12 @@ def bare(tmp_path):
         ("plphp", ["--retention", "0.3"], "30.0 % were asked for; tools/calibrate.py"),
         ("plphp:dr=0,skip=0", ["--retention", "0.3"], None),
         ("plphp:skip=0", ["--keep-tokens", "64"], None),
-        ("plphp", ["--keep-tokens", "64"], "plphp kept 37.5 % of the vision tokens, 25.0 %"),  # one layer is spared
+        ("plphp", ["--keep-tokens", "64"], "plphp kept 37.5 % of the vision tokens, 25.0 %"),  # one layer is not pruned
         ("fastv:layer=3", ["--retention", "0.5"], "fastv kept 75.0 % of the vision tokens, 50.0 % were asked for"),
         ("fastv:layer=3,keep_tokens=32", [], "fastv kept 56.2 % of the vision tokens, 12.5 %"),
         ("grid:sink=60", ["--retention", "0.5"], "grid kept"),
         ("topk", ["--retention", "0.29"], None),
-        ("plphp:r=0.9", [], None),  # r is no fraction of the whole
+        ("plphp:r=0.9", [], None),  # r is not the fraction of the whole
     ],
 )
 def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, capsys, spec, flags, note):

@@ -1,4 +1,4 @@
-"""Several questions at once: every answer is the one it would be alone, and who is done costs nothing."""
+"""Batches of questions: each answer equals the one it gets alone, and a finished sequence costs nothing."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def demo():
 
 
 def tilted():
-    """Another picture than the demo's."""
+    """A picture other than the demo's."""
     return Image.open(PICTURE).convert("RGB").rotate(90)
 
 
@@ -45,13 +45,13 @@ def mixed(checkpoint, **options):
 
 
 def together(generations, size=None):
-    """Answer them with at most `size` at a time; whoever comes next takes the place of who is done."""
+    """Answer them with at most `size` at a time; the next one takes the slot of a finished one."""
     batch, waiting, over = Batch(), list(generations), []
     while waiting or batch:
         while waiting and len(batch) < (size or len(generations)):
             batch.add(waiting.pop(0))
         over += batch.advance()
-    assert sorted(map(id, over)) == sorted(map(id, generations))  # each comes out once
+    assert sorted(map(id, over)) == sorted(map(id, generations))  # each is returned once
     return generations
 
 
@@ -74,7 +74,7 @@ def test_a_batch_says_what_each_would_say_alone(demo, spec, size):
 
 @pytest.mark.parametrize("spec", [None, "plphp", "plphp-ada"])
 def test_logits_of_a_batch_are_within_1e_4_of_those_alone(demo, monkeypatch, spec):
-    """All logits of 12 steps, of eight sequences of which some leave on the way."""
+    """All logits of 12 steps for eight sequences, some of which finish on the way."""
     prune = make_method(spec, 0.3) if spec else None
     seen = {}
 
@@ -100,7 +100,7 @@ def test_logits_of_a_batch_are_within_1e_4_of_those_alone(demo, monkeypatch, spe
     seen.clear()
     together(shortened())
     assert seen.keys() == alone.keys() and len(seen) > 20
-    for pos, rows in seen.items():  # positions may coincide: each row has its own among those alone
+    for pos, rows in seen.items():  # positions may coincide: each row must match a different single run
         assert len(rows) == len(alone[pos])
         apart = (torch.stack(rows)[:, None] - alone[pos]).abs().amax(-1)
         assert apart.min(1).values.max() <= 1e-4, pos
@@ -110,7 +110,7 @@ def test_a_batch_needs_no_padding_and_gives_memory_back(demo):
     batch = Batch()
     for generation in mixed(demo)[:4]:
         batch.add(generation)
-        assert generation.cache is None  # what it had is the batch's now
+        assert generation.cache is None  # its memory now belongs to the batch
     lengths = batch.cache.kv_len[0].view(4, -1)[:, 0]
     assert torch.equal(lengths, batch.cache.pos) and len(set(lengths.tolist())) > 2
     row = 2 * 4 * 32 * 4 * 6  # K and V, heads, channels, bytes, layers
@@ -124,7 +124,7 @@ def test_a_batch_needs_no_padding_and_gives_memory_back(demo):
     hook = last.register_forward_hook(lambda _, given, made: products.append(len(made)))
     batch.advance()
     hook.remove()
-    assert products == [3]  # the one that left takes part in no product
+    assert products == [3]  # the finished one takes part in no product
 
 
 def test_who_is_over_with_the_first_token_never_joins(demo):
@@ -196,7 +196,7 @@ def test_broken_logits_of_one_are_noticed(demo):
 
 
 def filled(lengths, heads=2, layers=2, slack=3, backend="auto"):
-    """A cache of sequences of those lengths whose rows say whose they are."""
+    """A cache of sequences of these lengths; each row holds its sequence's number."""
     caches = []
     for b, n in enumerate(lengths):
         cache = RaggedCache(layers, slack, backend)
@@ -216,7 +216,7 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
         for i in range(2)
     ]
     joined = RaggedCache.join(caches)
-    joined.grow()  # a step, whose slots are filled here by hand
+    joined.grow()  # a step whose slots the test fills itself
     for i in range(2):
         joined.append(i, torch.full((3, 2, 4), 7.0), torch.full((3, 2, 4), -7.0))
     version, pos = joined.version, joined.pos.clone()
@@ -227,7 +227,7 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
         want = [torch.cat((head, torch.full((1, 4), 7.0))) for b in stay for head in rows[2 * b + i]]
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         assert len(joined.k[i]) == sum(map(len, want)) + joined.room * 2 * len(stay)
-    for _ in range(5):  # through a repack
+    for _ in range(5):  # enough for a repack
         joined.grow()
         for i in range(2):
             q = torch.randn(len(stay), 4, 4)

@@ -1,4 +1,4 @@
-"""tools/bench_kernels.py: it times what is right, refuses what is wrong, and writes what it measured. And its plot."""
+"""tools/bench_kernels.py: times correct kernels, rejects wrong ones, and writes its results. Also its plot."""
 
 import csv
 import importlib.util
@@ -44,8 +44,8 @@ def ragged_decode_append(q, k_new, v_new, k, v, kv_start, kv_len, kv_cap):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """The bandwidth is not measured anew each time, the interpreter runs only where a test asks for it, and one thread
-    never waits for another that a busy machine has put aside."""
+    """Skip the bandwidth measurement, run the interpreter only where a test asks for it, and use one thread, so that a
+    busy machine cannot stall the others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def quick():
 
 
 def measured(tmp_path, *flags, code=0):
-    """(about, rows) of what --json has written."""
+    """(about, rows) written by --json."""
     assert bench_kernels.main([*flags, "--device", "cpu", "--json", str(tmp_path / "rows.json")]) == code
     data = json.loads((tmp_path / "rows.json").read_text())
     return data["about"], data["rows"]
@@ -64,13 +64,13 @@ def measured(tmp_path, *flags, code=0):
 
 @pytest.fixture(scope="module")
 def smoke(quick, tmp_path_factory):
-    """The file that `--preset smoke --json` writes."""
+    """The file written by `--preset smoke --json`."""
     path = tmp_path_factory.mktemp("bench") / "smoke.json"
     assert bench_kernels.main(["--preset", "smoke", "--device", "cpu", "--json", str(path)]) == 0
     return path
 
 
-# ---------------------------------------------------------------- what is timed
+# ---------------------------------------------------------------- what gets timed
 
 
 PREFILL = "prefill"  # whole models: no kernel of its own
@@ -95,7 +95,7 @@ def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
         assert row["p20_us"] <= row["us"] <= row["p80_us"] and 0 <= row["max_error"] < 1e-4
         assert row["speed"] == row["speeds"][row["baseline"]]
         assert row["GBps"] is None or row["GBps"] == pytest.approx(1e3 * row["megabytes"] / row["us"])
-        assert (row["GBps"] is None) == (row["ceiling"] is None)  # the bandwidth is taken for 10 GB/s
+        assert (row["GBps"] is None) == (row["ceiling"] is None)  # the fixture sets the bandwidth to 10 GB/s
         assert row["GBps"] is None or row["GBps"] == pytest.approx(10 * row["ceiling"])
     assert {r["op"] for r in rows} == {op} and all(r["us"] > 0 for r in timed)
     baselines = [r for r in timed if r["provider"] in BASELINES]
@@ -114,7 +114,7 @@ def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
         assert re.search(rf"^  {provider} +{row['us']:.1f} +{row['p20_us']:.1f} .* {error}", out, re.M)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="conftest.py asks for the interpreter only without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="conftest.py sets the interpreter only without CUDA")
 @pytest.mark.parametrize("op", [op for op in bench_kernels.OPS if op not in ("decode", PREFILL)])
 def test_triton_is_checked_in_the_interpreter(op, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_kernels, "interpreted", lambda: True)
@@ -143,14 +143,14 @@ def test_the_smoke_preset_runs_all_kernels(smoke):
 
 
 def test_prefill_is_timed_with_every_method(smoke):
-    """Right hidden states and right caches, or no time."""
+    """Only with correct hidden states and caches."""
     rows = [r for r in json.loads(smoke.read_text())["rows"] if r["op"] == PREFILL]
     assert [r["provider"] for r in rows] == ["no cache", "kept all", *bench_kernels.METHODS]
     assert all(r["right"] and r["us"] > 0 for r in rows) and rows[0]["speed"] == 1
 
 
 def test_in_16_bits_too_prefill_is_wrong_if_its_cache_is(monkeypatch):
-    """Hidden states are larger than what attention gives: their rounding must not hide that."""
+    """Hidden states are larger than attention outputs; their rounding error must not hide a wrong cache."""
     config = TextConfig(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
@@ -216,22 +216,22 @@ def test_layouts_are_what_their_names_say():
         generator = torch_random(0)
         return bench_kernels.lengths_of(layout, b, hkv, tokens, retention, generator)
 
-    # as 1 / rank, and not in that order
+    # proportional to 1 / rank, but in another order
     zipf = lengths("zipf", 1, 8, 2000, 0.3)
     ordered = zipf.sort(descending=True).values
     assert (ordered * torch.arange(1, 9) - ordered[0]).abs().max() <= 8 and not torch.equal(zipf, ordered)
-    # where the first ranks cannot hold their share, they hold everything, and the rest is still as 1 / rank
+    # where the first ranks cannot hold their share, they hold everything; the rest is still proportional to 1 / rank
     ordered = lengths("zipf", 1, 32, 1000, 0.3).sort(descending=True).values
     assert (ordered[:2] == 1000).all() and abs(ordered[4] * 5 - ordered[9] * 10) < 15
-    # everything, and the rest equally; or all but one row of each of the others
+    # everything in some heads and the rest shared equally, or all but one row of each of the others
     giant = lengths("giant", 1, 8, 1000, 0.2)
     assert giant.max() == 1000 and set((giant.sort().values[:-1]).tolist()) == {85, 86}
     assert lengths("giant", 1, 8, 1000, 0.05).sort().values.tolist() == 7 * [1] + [393]
-    # three rates, r = 0.4 and dr = 0.3, each for whole sequences; dr is never more than r
+    # three rates from r = 0.4 and dr = 0.3, one per sequence; dr is at most r
     assert lengths("plphp", 3, 4, 1000, 0.4).view(3, 4).tolist() == [4 * [100], 4 * [400], 4 * [700]]
     assert lengths("plphp", 8, 1, 1000, 0.4).bincount()[[100, 400, 700]].tolist() == [3, 2, 3]
     assert lengths("plphp", 2, 1, 1000, 0.2).tolist() == [1, 399]
-    # one sequence: plphp-ada keeps a floor of 0.2 in every head, and the heads differ
+    # one sequence: plphp-ada keeps at least 0.2 in every head, and heads differ
     ada = lengths("plphp", 1, 8, 1000, 0.2)
     assert ada.min() >= 40 and 1.5 * 200 < ada.max() < 4 * 200 and len(set(ada.tolist())) > 4
     ragged = lengths("ragged", 1, 32, 1000, 0.2)
@@ -240,14 +240,14 @@ def test_layouts_are_what_their_names_say():
 
 def test_layouts_are_a_choice(tmp_path):
     (args,) = bench_kernels.parsed(["--shapes", "demo", "--tokens", "9", "--layouts", "zipf", "giant", "zipf"])
-    assert [x.layout for x in bench_kernels.layers(args, itemsize=4)] == ["equal", "zipf", "giant"]  # 1 and 0.3 kept
+    assert [x.layout for x in bench_kernels.layers(args, itemsize=4)] == ["equal", "zipf", "giant"]  # keeping 1 and 0.3
     flags = ["decode", *SMALL[2:], "--retention", "0.5", *ONCE, "--layouts", "zipf"]
     _, rows = measured(tmp_path, *flags)
     assert {r["layout"] for r in rows} == {"zipf"} and any(r["right"] for r in rows)
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch, tmp_path, capsys):
-    """What is timed is what is checked: appending and attending, not attending alone."""
+    """The timed step is the checked one: append and attend, not attend alone."""
     monkeypatch.setattr(bench_kernels.RaggedCache, "append_attend", lambda self, layer, q, k, v, rope: 0 * q + 7)
     path = tmp_path / "a.json"
     flags = ["decode", *SMALL[2:], "--retention", "0.5", *ONCE, "--layouts", "zipf", "--json", str(path)]
@@ -277,7 +277,7 @@ def test_large_problems_leave_room_on_the_device(monkeypatch):
 @pytest.mark.parametrize("knows_groups", [True, False], ids=["with enable_gqa", "without"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_heads_become_sequences(group, knows_groups):
-    """heads_as_batch around a stand-in for torch's varlen_attn, which needs CUDA."""
+    """heads_as_batch with a stand-in for torch's varlen_attn, which needs CUDA."""
 
     def varlen(query, key, value, ends_q, ends_k, max_q, max_k, enable_gqa=False):
         assert query.shape[1] == key.shape[1] or enable_gqa
@@ -304,15 +304,15 @@ def by_name(rows):
 
 
 def attention_of(masked):
-    """The stand-ins' arithmetic: SDPA on rectangles of q (S, G, D), k and v (S, n, D), and lengths (S,)."""
+    """Arithmetic of the stand-ins: SDPA on rectangles of q (S, G, D), k and v (S, n, D), and lengths (S,)."""
     q, k, v, lengths = masked
     mask = torch.arange(k.shape[1]) < lengths[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
 
 
 class FlashInfer:
-    """A stand-in for flashinfer and its wrapper, in plain PyTorch. scale: of what it gives, 1 is right; fails: in which
-    of its calls it raises."""
+    """A stand-in for flashinfer and its wrapper, in plain PyTorch. scale: factor on the result (1 is correct); fails:
+    the call in which it raises."""
 
     plans, runs, scale, fails = 0, 0, 1.0, None
 
@@ -341,7 +341,7 @@ class FlashInfer:
 
 @pytest.fixture
 def guests(monkeypatch):
-    """FlexAttention uncompiled and a stand-in for FlashInfer, which is returned: both can then be timed on a CPU."""
+    """FlexAttention uncompiled, and a stand-in for FlashInfer, which is returned; both can be timed on a CPU."""
     stand_in = FlashInfer()
     monkeypatch.setattr(bench_kernels, "flex_missing", lambda setting: None)
     monkeypatch.setattr(bench_kernels, "flashinfer_missing", lambda setting: None)
@@ -359,7 +359,7 @@ def test_flex_and_flashinfer_attend_to_what_heads_keep(op, guests, tmp_path):
     found = [r for r in rows if r["provider"] in ("flex attention", "flashinfer")]
     assert len(found) == 8 and all(r["right"] and r["guest"] for r in found)
     assert guests.plans == guests.compiled.count("flex_attention") == 4  # once per case, not per copy
-    for row in rows:  # every baseline that was timed beside it
+    for row in rows:  # every baseline timed alongside
         rivals = {"sdpa, all tokens", "sdpa, padded + mask", "flex attention", "flashinfer"}
         rivals |= {"sdpa, rectangle"} if row["layout"] == "equal" else set()
         rivals |= {"adakv-style"} if op == "ragged_decode_append" else set()
@@ -411,7 +411,7 @@ def test_a_wrong_guest_is_no_failure_of_ours(guests, tmp_path, capsys):
     assert "flashinfer                  WRONG RESULT: off by " in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- what is said about it
+# ---------------------------------------------------------------- reports
 
 
 def test_percentiles_and_speeds_are_those_of_the_rounds(monkeypatch, capsys):
@@ -487,7 +487,7 @@ def test_repro_lines_are_printed_and_run(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory):
-    """A repository with three commits: our kernels; the same, and a wrong ragged_decode; none."""
+    """A repository with three commits: our kernels; the same with a wrong ragged_decode; none."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     root = tmp_path_factory.mktemp("history")
@@ -543,7 +543,7 @@ def test_a_commit_without_kernels_is_refused(history, tmp_path, monkeypatch, cap
         assert f" {rev} " in err and not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- one's own kernel
+# ---------------------------------------------------------------- a kernel of your own
 
 
 def test_ones_own_kernel_is_timed_beside_ours(tmp_path, capsys):
@@ -553,7 +553,7 @@ def test_ones_own_kernel_is_timed_beside_ours(tmp_path, capsys):
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, capsys):
-    once = "ours(q, k, v, kv_start, kv_len) if len(calls.append(1) or calls) < 5 else q"  # right, then lazy
+    once = "ours(q, k, v, kv_start, kv_len) if len(calls.append(1) or calls) < 5 else q"  # correct, then lazy
     for result, said in (
         ("ours(q, k, v, kv_start, kv_len) + 1e-4", "WRONG RESULT: off by 1.0e-04 where "),
         ("ours(q, k, v, kv_start, kv_len - 1)", "is allowed, first in element 0"),
@@ -669,7 +669,7 @@ def test_points_of_the_plot_are_the_measured_ones(smoke):
     points = plot_bench.lines(
         [r for r in rows if r["layout"] == "ragged"], lambda r: r["megabytes"], lambda r: r["ceiling"]
     )
-    assert list(points) == ["ours, torch", "sdpa, padded + mask"]  # of all tokens it reads more than the rest
+    assert list(points) == ["ours, torch", "sdpa, padded + mask"]  # "sdpa, all tokens" reads more bytes than the others
     assert [x for x, _ in points["ours, torch"]] == sorted(
         {r["megabytes"] for r in rows if r["layout"] == "ragged"}
     ) and len(points["ours, torch"]) == 3
@@ -682,7 +682,7 @@ def test_points_of_the_plot_are_the_measured_ones(smoke):
 
 
 def decode_rows(tmp_path, *names):
-    """A file as bench_decode.py writes it, of two workloads."""
+    """A file in the format of bench_decode.py with two workloads."""
     shape = {"batch": 1, "vision_tokens": 8, "text_tokens": 4}
     rows = [
         shape | {"engine": e, "prune": p, "workload": w, "ms_per_token": ms, "ceiling_speedup": 1.5}
@@ -704,8 +704,8 @@ def test_decoding_can_be_drawn(tmp_path, capsys):
     page = plot_bench.decode_figure(about, rows)
     assert len(page.axes) == 2
     for axes in page.axes:
-        assert [bar.get_width() for bar in axes.patches] == [2, 4, 8 / 9, 1]  # over hf-sdpa
-        assert [line.get_xdata()[0] for line in axes.lines] == [3]  # 1.5 times the unpruned one
+        assert [bar.get_width() for bar in axes.patches] == [2, 4, 8 / 9, 1]  # relative to hf-sdpa
+        assert [line.get_xdata()[0] for line in axes.lines] == [3]  # 1.5 times the unpruned speed
     assert plot_bench.main([str(path), "--out", str(tmp_path / "a.png")]) == 0
     assert "decode" in capsys.readouterr().out
     assert plot_bench.base_of([("ours", "none"), ("hf-eager", "none")])[0] == "hf-eager"
@@ -725,7 +725,7 @@ def test_what_cannot_be_drawn_is_said(smoke, tmp_path):
         (["/nowhere.json"], "/nowhere.json"),
         ([str(tmp_path / "text.json")], "text.json"),
         ([str(smoke), str(tmp_path / "other.json")], "machine"),
-        ([str(smoke), str(tmp_path / "decode.json")], "two benchmarks"),
+        ([str(smoke), str(tmp_path / "decode.json")], "from both benchmarks"),
         ([str(smoke), "--shape", "7b"], "7b"),
         ([str(smoke), "--layout", "flat"], "flat"),
         ([str(smoke), "--op", "window_scores"], "window_scores"),

@@ -1,4 +1,4 @@
-"""The end-to-end benchmark: right rows from real runs, arithmetic from made-up ones, and no speed for what is wrong."""
+"""The end-to-end benchmark: correct rows from real runs, arithmetic on given numbers, no timing of wrong results."""
 
 import csv
 import itertools
@@ -26,7 +26,7 @@ SMALL = TextConfig(
 
 
 class Local:
-    """What Child is, in this process: starting another takes seconds."""
+    """Replaces Child in this process; starting another takes seconds."""
 
     def __init__(self, task):
         self.replies = bench_decode.replies(task, itertools.repeat("go"))
@@ -41,12 +41,12 @@ class Local:
 
 
 def in_this_process(patch):
-    """The benchmark without processes of its own, on a machine of 10 GB/s."""
+    """The benchmark in this process, on a machine of 10 GB/s."""
     memory = types.SimpleNamespace(start=lambda: None, peak=0)
     patch.setattr(bench_decode, "Child", Local)
     patch.setattr(bench_decode, "memory_bandwidth", lambda device: 1e10)
     patch.setattr(bench_decode, "AnonymousMemory", lambda: memory)
-    patch.setattr(bench_decode.time, "sleep", lambda seconds: None)  # for that one
+    patch.setattr(bench_decode.time, "sleep", lambda seconds: None)  # for memory sampling
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def here(monkeypatch):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """What --smoke wrote of the demo model, ours and transformers: (path of the JSON, that of the CSV)."""
-    pytest.importorskip("transformers", reason="transformers is what is compared with")
+    """(path of the JSON, path of the CSV) written by --smoke for the demo model, ours and transformers."""
+    pytest.importorskip("transformers", reason="transformers is the baseline")
     folder = tmp_path_factory.mktemp("smoke")
     paths = folder / "a.json", folder / "a.csv"
     flags = ["--engines", "ours", "hf-sdpa", "--prune", "plphp:dr=0,skip=1@0.5", "--new-tokens", "2", "--device", "cpu"]
@@ -69,7 +69,7 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture
 def told(here, monkeypatch, capsys):
-    """Function (answers, flags) -> (exit code, rows, stdout), where engines answer what `answers` says.
+    """Function (answers, flags) -> (exit code, rows, stdout); the engines reply with `answers`.
 
     answers: {(engine, prune): (facts, seconds of the first token, of each step) or an exception}.
     """
@@ -95,7 +95,7 @@ def told(here, monkeypatch, capsys):
 
 
 def facts(ids=((5, 6, 7), (5, 8, 9)), logits=((1.0, 2.0), (3.0, 1.0)), **more):
-    """Of a run of ours in which nothing is wrong."""
+    """Facts of one of our runs without faults."""
     return {"ids": [*map(list, ids)], "logits": [*map(list, logits)], "finite": True, "kept": 1.0, "error": 0.0} | more
 
 
@@ -114,7 +114,7 @@ def test_the_smoke_run_has_all_rows(smoke):
         assert r["tokens_per_s"] == pytest.approx(1e3 * r["batch"] / r["ms_per_token"])
         assert r["ms_p20"] <= r["ms_per_token"] <= r["ms_p80"] and not r["beyond_context"]
         if r["engine"] == "ours":
-            assert 50 < r["step_launches"] <= 25 * 6 + 25  # of each layer, and of the step
+            assert 50 < r["step_launches"] <= 25 * 6 + 25  # per layer, plus those of the step
             assert r["step_syncs"] == 0 and 0 < r["step_allocated_bytes"] < 500_000 and r["step_allocations"] <= 250
             assert r["decode_x_hf-sdpa"] > 0 and r["ttft_x_hf-sdpa"] > 0 and r["speedup"] > 0
     with open(smoke[1], newline="") as file:
@@ -124,7 +124,7 @@ def test_the_smoke_run_has_all_rows(smoke):
 
 
 def test_bytes_are_those_of_the_kept_rows(smoke):
-    """6 layers of 4 heads, 32 numbers of 4 bytes in each of K and V; the demo's PLPHP spares the first layer."""
+    """6 layers, 4 heads, K and V of 32 fp32 numbers each; the demo's PLPHP leaves the first layer unpruned."""
     row, rows = 2 * 4 * 32 * 4, json.loads(smoke[0].read_text())["rows"]
     picture, pruned_picture, _, two, pruned_two, theirs = rows
     assert picture["kv_bytes_held"] == picture["kv_bytes_full"] == 6 * row * 269
@@ -141,7 +141,7 @@ def test_bytes_are_those_of_the_kept_rows(smoke):
 
 
 def test_engines_work_in_processes_of_their_own(tmp_path, capsys):
-    """One of them with somebody's method, which prints what it likes."""
+    """One of them runs a method from a file, which prints to stdout."""
     (tmp_path / "mine.py").write_text("def keep(layer, scores, layout):\n    print('{', layer)\n")
     path, mine = tmp_path / "a.json", f"{tmp_path}/mine.py::keep"
     flags = ["--smoke", "--engines", "ours", "--prune", mine, "--workloads", "1x4+4", "--device", "cpu"]
@@ -156,7 +156,7 @@ def test_engines_work_in_processes_of_their_own(tmp_path, capsys):
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 def test_the_compiler_is_an_engine(tmp_path, pytestconfig):
-    """Without --all, of the unpruned model alone: each engine and method compiles in a process of its own."""
+    """Without --all only the unpruned model: each engine and method compiles in its own process."""
     path = tmp_path / "a.json"
     flags = ["--workloads", "1x8+4", "--engines", "ours", "ours-compile", "--new-tokens", "4", "--rounds", "1"]
     methods = ["plphp:dr=0@0.5"] if pytestconfig.option.all else []
@@ -170,7 +170,7 @@ def test_a_process_that_dies_is_told():
     child = bench_decode.Child.__new__(bench_decode.Child)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     child.process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], **pipes)
-    assert child.reply() == {"why": "its process ended with 7"} == child.ask()
+    assert child.reply() == {"why": "its process exited with 7"} == child.ask()
     child.close()
 
 
@@ -186,13 +186,13 @@ def test_sequences_of_a_batch_answer_as_if_alone():
     for i in range(3):
         alone = bench_decode.answer(language, x[i : i + 1], work.spans, method, "auto", 6, 6)
         assert [ids[0] for ids in alone.ids] == [ids[i] for ids in together.ids]
-        assert alone.kept == pytest.approx(6 / 11)  # of the prompt: what was said since does not count
+        assert alone.kept == pytest.approx(6 / 11)  # fraction of the prompt; later tokens do not count
     assert len(together.ids) == 6 and len(together.steps) == 5
     assert together.kept == pytest.approx(6 / 11)  # 3 of 6 and 3 of 5, rounded half up
 
 
 def test_a_compiled_step_is_not_watched():
-    """Watching it would have it run as it is ever after."""
+    """Counting would break up the compiled step for good."""
     language = bench_decode.random_language(SMALL, torch.float32, "cpu")
     cache = RaggedCache(2)
     language.prefill(torch.randn(1, 4, 64), cache)
@@ -201,8 +201,8 @@ def test_a_compiled_step_is_not_watched():
 
 
 def test_any_checkpoint_can_be_timed(here, make_checkpoint, tmp_path, capsys):
-    """One whose head is the embedding, given by its folder; its weights are those that transformers gets."""
-    pytest.importorskip("transformers", reason="transformers is what is compared with")
+    """A checkpoint with tied embeddings, given by its folder; transformers gets the same weights."""
+    pytest.importorskip("transformers", reason="transformers is the baseline")
     make_checkpoint(tmp_path / "model", top={"tie_word_embeddings": True})
     asked = ["--smoke", "--engines", "ours", "hf-eager", "--prune", "snapkv@0.5", "--device", "cpu"]
     assert bench_decode.main(["--model", str(tmp_path / "model"), *asked]) == 0
@@ -275,11 +275,11 @@ def test_a_step_on_cuda_neither_allocates_nor_waits(batch):
     assert cost["launches"] <= 3 and cost["kernels"] > 10  # the ids, and the graph
 
 
-# ---------------------------------------------------------------- what is wrong has no speed
+# ---------------------------------------------------------------- wrong results are not timed
 
 
 def test_a_broken_step_is_not_timed(here, monkeypatch, tmp_path, capsys):
-    """A cache that forgets the newest position: the steps no longer say what one long prefill says."""
+    """A cache that loses the newest position: step logits no longer match one long prefill."""
     grow = RaggedCache.grow
 
     def late(self, tokens=1):
@@ -297,7 +297,7 @@ def test_a_broken_step_is_not_timed(here, monkeypatch, tmp_path, capsys):
 
 
 def test_a_broken_pruned_step_is_not_timed(here, monkeypatch, tmp_path):
-    """A cache that is right until something was dropped: dense attention under a mask says so."""
+    """A cache that is wrong only after pruning; dense attention under a mask detects it."""
     attend = RaggedCache.append_attend
 
     def wrong(self, layer, q, k, v, rope=None):
@@ -322,18 +322,18 @@ def test_what_differs_from_transformers_is_not_timed(told):
     right = facts(), 0.1, [0.01]
     for broken, flags, said in (
         (facts(ids=((5, 6, 7), (5, 8, 1))), (), "greedy ids"),
-        (facts(logits=((1.0, 2.1), (3.0, 1.0))), (), "logits are off those of hf-eager by 0.045"),
-        (facts(logits=((1.0, 2.0), (3.0, 1.1))), (), "logits are off those of hf-eager"),
+        (facts(logits=((1.0, 2.1), (3.0, 1.0))), (), "logits differ from hf-eager by 0.045"),
+        (facts(logits=((1.0, 2.0), (3.0, 1.1))), (), "logits differ from hf-eager"),
         (facts(finite=False), (), "not finite"),
         (facts(error=0.01), (), "one long prefill"),
         (facts(error=float("nan")), (), "one long prefill"),
-        (facts(ids=((1, 6), (5, 8)), logits=((2.0, 1.0),)), ("--dtype", "bf16"), "logits are off"),
+        (facts(ids=((1, 6), (5, 8)), logits=((2.0, 1.0),)), ("--dtype", "bf16"), "logits differ"),
     ):
         answers = {("ours", "none"): (broken, 0.1, [0.01]), ("hf-eager", "none"): right, ("hf-sdpa", "none"): right}
         code, rows, out = told(answers, *flags)
         assert (code, [r["right"] for r in rows]) == (1, [False, True, True]), said
         assert said in rows[0]["why"] and "ms_per_token" not in rows[0] and "WRONG, not timed: " in out
-    close = facts(ids=((5, 9, 7), (5, 8, 9)), logits=((1.0, 2.0001), (3.0, 1.0)))  # in 16 bits that is the same
+    close = facts(ids=((5, 9, 7), (5, 8, 9)), logits=((1.0, 2.0001), (3.0, 1.0)))  # equal in 16 bits
     code, rows, _ = told({("ours", "none"): (close, 0.1, [0.01]), ("hf-sdpa", "none"): right}, "--dtype", "bf16")
     assert code == 0 and all(r["right"] for r in rows)
 
@@ -342,8 +342,8 @@ def test_a_pruned_run_begins_as_the_unpruned_one(told):
     other = facts(ids=((5, 6, 7), (6, 8, 9)), kept=0.5)
     keys = [("ours", name) for name in ("none", "random@0.5", "fastv@0.5")]
     code, rows, _ = told({key: (other if key[1] != "none" else facts(), 0.1, [0.01]) for key in keys})
-    assert code == 1 and [r["right"] for r in rows] == [True, False, True]  # FastV's prefill is another one
-    assert rows[1]["why"] == "the first token is not the unpruned one"
+    assert code == 1 and [r["right"] for r in rows] == [True, False, True]  # FastV changes the prefill
+    assert rows[1]["why"] == "the first token differs from the unpruned run"
 
 
 def test_an_engine_that_fails_is_told(told):
@@ -358,7 +358,7 @@ def test_an_engine_that_fails_is_told(told):
     code, rows, _ = told({("ours", "none"): RuntimeError("CUDA out of memory"), ("hf-sdpa", "none"): right})
     assert code == 0 and [r["right"] for r in rows] == [None, True]
     code, rows, _ = told({("ours", "none"): right, ("hf-sdpa", "none"): (facts(), 0.1, [])})
-    assert code == 0 and (rows[1]["right"], rows[1]["why"]) == (None, "the answer ends at once")
+    assert code == 0 and (rows[1]["right"], rows[1]["why"]) == (None, "the answer has a single token")
     code, rows, out = told({("ours", "none"): TypeError("no\nsuch"), ("hf-sdpa", "none"): right})
     assert code == 1 and "WRONG, not timed: TypeError: no such" in out
 
@@ -388,8 +388,8 @@ def test_speeds_are_medians_and_their_ratios(told):
 def test_prompts_beyond_the_context_are_marked(told):
     answers = {("ours", "none"): (facts(), 0.1, [0.01])}
     for workload, beyond in (("1x2000+16", False), ("1x2000+17", True), ("1x1000,1000+17", True)):
-        _, (row,), out = told(answers, "--workloads", workload)  # and 32 new tokens, in a context of 2048
-        assert row["beyond_context"] == beyond == ("BEYOND THE MODEL'S CONTEXT" in out)
+        _, (row,), out = told(answers, "--workloads", workload)  # plus 32 new tokens in a context of 2048
+        assert row["beyond_context"] == beyond == ("LONGER THAN THE MODEL'S CONTEXT" in out)
 
 
 def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
@@ -403,7 +403,7 @@ def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
     flags = ["--workloads", "1x4+4", "1x5+5", "--engines", "ours", "--prune", "none", "--json", str(path)]
     assert bench_decode.main(["--shape", "demo", *flags]) == 130
     assert [r["workload"] for r in json.loads(path.read_text())["rows"]] == ["1x4+4"]
-    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; what was measured until then is in {path}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; the results so far are in {path}"
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_run_is_said(flags, word, here, monkeypatch, capsys):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # no other process for --growth
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # otherwise --growth starts another process
     assert bench_decode.main(flags.split()) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and word in said.err and len(said.err.splitlines()) == 1
@@ -447,7 +447,7 @@ def test_bad_flags_are_refused_in_one_line(flags, capsys):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 def test_growth_is_measured_and_drawn(here, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as if in the process that is started for it
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as in the process that --growth starts
     files = tmp_path / "a.json", tmp_path / "a.png"
     flags = ["--growth", "--smoke", "--device", "cpu", "--json", str(files[0]), "--plot", str(files[1])]
     assert bench_decode.main(flags) == 0
@@ -461,11 +461,11 @@ def test_growth_is_measured_and_drawn(here, monkeypatch, tmp_path, capsys):
 def test_the_line_through_the_points():
     fit = bench_decode.fitted([1, 2, 4], [5.0, 7.0, 11.0])
     assert (fit["slope"], fit["intercept"], fit["r2"]) == pytest.approx((2, 3, 1))
-    assert bench_decode.fitted([1, 2, 4, 8, 16], [1.0, 4.0, 16.0, 64.0, 256.0])["r2"] < 0.96  # a square is no line
+    assert bench_decode.fitted([1, 2, 4, 8, 16], [1.0, 4.0, 16.0, 64.0, 256.0])["r2"] < 0.96  # a square is not a line
 
 
 def test_growth_times_what_was_kept(monkeypatch):
-    """The cache that is timed holds as many rows per head as was asked for, each head its own."""
+    """The timed cache holds the requested number of rows per head, with different tokens in each head."""
     seen = []
     pack = RaggedCache.pack
 

@@ -1,7 +1,7 @@
 """The ragged cache under a model: pack, append, decode, extend, repack, join, finish against a dense model with masks.
 
-The oracle runs the whole sequence densely, layer by layer, with a mask that hides from every row behind the prompt what
-its KV head dropped. It shares no code with the cache.
+The oracle runs the whole sequence densely, layer by layer, with a mask that hides the dropped tokens of each KV head
+from every row after the prompt. It shares no code with the cache.
 """
 
 import copy
@@ -29,7 +29,7 @@ def demo(backend):
 
 
 def random_keep(rng, kv_heads, tokens):
-    """keep (L, Hkv, T): heads with nothing, one token, everything, or some."""
+    """keep (L, Hkv, T); heads keep nothing, one token, everything, or some."""
     keep = torch.zeros(LAYERS, kv_heads, tokens, dtype=torch.bool)
     for row in keep.flatten(0, 1):
         row[rng.sample(range(tokens), rng.choice([0, 1, tokens, rng.randint(0, tokens)]))] = True
@@ -37,7 +37,7 @@ def random_keep(rng, kv_heads, tokens):
 
 
 def dense_with_masks(model, x, keep):
-    """Hidden states of x (T, C), where rows behind the prompt see of it only keep (L, Hkv, P)."""
+    """Hidden states of x (T, C), where rows after the prompt see only keep (L, Hkv, P) of it."""
     t, prompt = len(x), keep.shape[2]
     heads = model.config.num_attention_heads
     rope = rope_table(torch.arange(t), model.config, x.dtype)
@@ -51,7 +51,7 @@ def dense_with_masks(model, x, keep):
 
 
 def poison(cache, value=float("nan")):
-    """NaN, or another value, into every slot that is not taken."""
+    """Write NaN, or another value, into every free slot."""
     for layer, arenas in enumerate(zip(cache.k, cache.v, strict=True)):
         taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
         for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
@@ -85,7 +85,7 @@ def check(model, x, keep, got):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1), (16, 2)])
 @pytest.mark.parametrize("slack", [1, 2, 30])
 def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, slack, backend):
-    """slack 1 and 2 move the cache to larger arenas in the middle."""
+    """With slack 1 and 2, the cache moves to larger arenas along the way."""
     model, rng = small_llama(heads, kv_heads), python_random(heads + slack)
     for prompt in (1, 9):
         x, keep = torch.randn(prompt + 7, 32), random_keep(rng, kv_heads, prompt)
@@ -100,7 +100,7 @@ def test_pruned_decoding_is_dense_attention_with_the_keep_mask(heads, kv_heads, 
 
 
 def test_the_position_is_not_the_length(backend):
-    """The middle of the prompt is dropped everywhere: what follows keeps its place."""
+    """The middle of the prompt is dropped in every layer; later tokens keep their positions."""
     model, x = small_llama(), torch.randn(24, 32)
     keep = torch.ones(LAYERS, 2, 20, dtype=torch.bool)
     keep[:, :, 3:17] = False
@@ -136,14 +136,14 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
 
 
 def test_a_finished_sequence_never_writes_into_its_neighbour(backend):
-    """Its segments are full when it ends, so the slot behind them belongs to the next."""
+    """Its segments are full when it ends, so the slot after them belongs to the next sequence."""
     model, x = small_llama(), torch.randn(2, 12, 32)
     cache = RaggedCache(LAYERS, slack=4, backend=backend)
     model.prefill(x[:, :6], cache)
     for t in range(6, 9):
         model.decode(x[:, t], cache)
     cache.finish(0)
-    poison(cache, 7.0)  # a number: what lay there before may be NaN, which equals nothing
+    poison(cache, 7.0)  # a number, because NaN never equals itself
     cache.kv_len.view(LAYERS, 2, 2)[:, 0] += 1  # as if it had taken the last slot
     before = [k.clone() for k in cache.k]
     model.decode(x[:, 9], cache)
@@ -196,7 +196,7 @@ def test_a_new_turn_sees_what_was_kept_and_itself(dtype, backend):
     indirect=["backend"],
 )
 def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, stop, unfed):
-    """However the answer ended; with a second picture in the second turn, but for the interpreter, which is slow."""
+    """For every way an answer can end; with a second picture in the second turn, except in the slow interpreter."""
     sampling = Sampling(max_new_tokens=limit, stop=stop)
     first = Generation(demo, "Describe the picture.", [DEMO_PICTURE], sampling, backend=backend)
     "".join(first)
@@ -226,10 +226,10 @@ def test_a_turn_of_something_else_is_refused_and_leaves_the_cache(demo):
     for pixels in ([DEMO_PICTURE], DEMO_PICTURE, str(DEMO_PICTURE), first.pixels[0], [first.pixels[0][:, :5]]):
         with pytest.raises(InputError, match="`preprocess`"):
             next_turn(demo, first.cache, [5, image], pixels)
-    broken_off = RaggedCache(LAYERS)  # a prefill that did not come to its last layer
+    broken_off = RaggedCache(LAYERS)  # a prefill interrupted before its last layer
     broken_off.pack(0, *torch.randn(2, 1, 4, 9, 32))
     first_cache, first.cache = first.cache, broken_off
-    assert first.unfed == []  # and asking what it has not seen is no error
+    assert first.unfed == []  # reading it is no error
     first.cache = first_cache
     for cache in (None, first, RaggedCache(LAYERS), broken_off):
         with pytest.raises(InputError, match="cache"):
@@ -258,7 +258,7 @@ def test_a_step_that_is_broken_off_leaves_the_cache_as_it_was(backend, slack, mo
 
 
 def broken_off(method, module):
-    """The method, but Ctrl-C in that module."""
+    """The method, interrupted by Ctrl-C in that module."""
 
     def run(self, *arguments):
         if self is module:
@@ -297,13 +297,13 @@ def test_misuse_is_refused():
 
 
 def live_bytes(apart=()):
-    """Bytes of the storages of all tensors that live, each storage once; apart: data pointers that do not count."""
+    """Bytes of the storages of all live tensors, each storage once; apart: data pointers to skip."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
         if (
             issubclass(type(thing), torch.Tensor) and thing.device.type == torch.get_default_device().type
-        ):  # isinstance would ask odd objects
+        ):  # isinstance would call into unrelated objects
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(n for pointer, n in storages.items() if pointer not in apart), set(storages)
@@ -329,7 +329,7 @@ def test_after_prefill_nothing_lives_but_the_kept_rows(demo, backend, settings):
 
 
 def test_prefill_never_holds_two_dense_layers(backend):
-    """At the same point of every layer the same bytes live, the packed layers apart; the first one's input is x."""
+    """At the same point of every layer the same number of bytes is live, except packed layers; layer 0 holds x."""
     model, x = small_llama(), torch.randn(1, 400, 32)
     keep = torch.rand(LAYERS, 2, 400) < 0.3
     cache, seen = RaggedCache(LAYERS, 4, backend=backend), []
@@ -353,7 +353,7 @@ def test_dense_k_and_v_die_when_their_layer_is_packed(backend):
 
 
 def test_a_rectangle_is_the_arenas_and_nothing_less(backend):
-    """Views of all slots where every segment has as many and takes tokens; otherwise there is none."""
+    """Views of all slots if every segment has the same capacity and length; otherwise none."""
     even, uneven = RaggedCache(1, slack=3, backend=backend), RaggedCache(1, slack=3, backend=backend)
     k, v = torch.randn(2, 2, 2, 5, 8)  # B, Hkv, T, D
     even.pack(0, k, v)

@@ -1,4 +1,4 @@
-"""Calibration: what it proposes keeps what was wanted, is close to the unpruned model, and is found by run.py."""
+"""Calibration: its settings keep the requested fraction, stay close to the unpruned model, and are read by run.py."""
 
 import json
 import shutil
@@ -26,20 +26,20 @@ def samples(checkpoint, numbers):
 @pytest.mark.parametrize("wanted", [0.5, pytest.param(0.3, marks=pytest.mark.thorough)])
 @torch.inference_mode()
 def test_a_proposal_holds_on_scenes_it_has_not_seen(tmp_path, wanted, capsys):
-    """Within three points of the wanted fraction, and at most the KL of the fixed thresholds, which keep no less."""
+    """Within three points of the requested fraction; KL at most that of the default thresholds, which keep no less."""
     calibrate.main(["--scenes", "2", "--retention", str(wanted), "--out", str(tmp_path / "p.json")])
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "p.json").read_text())
     assert "median" in out and str(found) in out
     checkpoint = load(DEMO, "fp32")
     fresh = samples(checkpoint, range(HELD_OUT + 7000, HELD_OUT + 7004))
-    fixed = next(calibrate.candidates(fresh, wanted))  # r is fitted to these very scenes
+    fixed = next(calibrate.candidates(fresh, wanted))  # r is fitted to these scenes
     (ours, kept, _), (theirs, same, _) = calibrate.judge(fresh, "plphp", [found, fixed])
     assert abs(kept - wanted) <= 0.03 and same >= wanted - 0.02 and ours <= theirs
 
 
 def test_fitted_thresholds_beat_unfitted_ones_at_the_same_bytes(tmp_path, capsys):
-    """On the samples themselves, with nothing but alpha, beta, r and dr: the unfitted ones are among those tried."""
+    """On the samples themselves, fitting only alpha, beta, r and dr; the unfitted setting is among those tried."""
     calibrate.main(["--scenes", "1", "--rates-only", "--out", str(tmp_path / "p.json")])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("}") or "fitted" in line]
     best, unfitted = lines[0], next(line for line in lines if "fitted)" in line)
@@ -50,7 +50,7 @@ def test_fitted_thresholds_beat_unfitted_ones_at_the_same_bytes(tmp_path, capsys
 def test_settings_are_ranked_by_kl_among_those_that_surely_keep_what_is_wanted():
     tried = [{"dr": dr} for dr in (0.3, 0.3, 0.3, 0.1, 0.0, 0.0)]
     results = [(0.1, 0.5, 0.02), (0.1, 0.53, 0.0), (0.20001, 0.5, 0.0), (0.20003, 0.49, 0.001), (0.3, 0.51, 0.0)]
-    results += [(0.2, 0.47, 0.0), (0.05, 0.5, 0.0)]  # the last is of no setting: without calibration
+    results += [(0.2, 0.47, 0.0), (0.05, 0.5, 0.0)]  # the last result is --retention without calibration
     assert calibrate.rank(tried, results, 0.5) == [3, 2, 4]
 
 
@@ -71,7 +71,7 @@ def test_the_share_on_a_grid_is_the_best_over_all_budgets(monkeypatch, capsys):
 
 
 def test_r_is_solved_for_with_clamped_rates():
-    """A layer far above alpha cannot keep more than all, so r has to be larger than the plain mean says."""
+    """A layer far above alpha cannot keep more than everything, so r must exceed the plain mean."""
     gammas = [[0.9, 0.1]]
     r = calibrate.solve(gammas, 0, 2, alpha=0.5, beta=0.2, dr=0.3, retention=0.8)
     assert (min(1, r + 0.3) + max(0, r - 0.3)) / 2 == pytest.approx(0.8, abs=1e-3) and r > 0.85

@@ -1,4 +1,4 @@
-"""What the other tests stand on: numbers that follow from names, a cover of all pairs, transformers beside us."""
+"""Test infrastructure: seeds that follow from test names, a cover of all pairs, transformers next to our `kernels`."""
 
 import itertools
 import os
@@ -60,7 +60,7 @@ def test_every_pair_of_values_is_covered(sizes):
 
 
 def test_transformers_works_beside_a_package_of_the_name_of_ours(tmp_path):
-    """Hugging Face's `kernels` is installed, in a version that transformers uses: a stand-in, to be told from ours."""
+    """Hugging Face's `kernels` is installed, in a version that transformers uses; here a stand-in."""
     utils = pytest.importorskip("transformers.utils.import_utils", reason="transformers is the oracle of these tests")
     version = getattr(utils, "KERNELS_MIN_VERSION", "0.17.0")
     info = tmp_path / f"kernels-{version}.dist-info"
@@ -76,7 +76,7 @@ transformers.LlavaForConditionalGeneration, transformers.AutoModelForImageTextTo
 assert kernels.ragged_decode is __import__("kernels").ragged_decode
 from transformers.utils.import_utils import is_kernels_available
 is_kernels_available.cache_clear()
-assert is_kernels_available()  # else nothing was in the way
+assert is_kernels_available()  # otherwise the test could not fail
 """
     names = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=names)

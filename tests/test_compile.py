@@ -1,6 +1,6 @@
-"""`--compile` on a CPU: a layer of a decode step in one graph, beside the step as it is.
+"""`--compile` on a CPU: one graph per layer of a decode step, compared with the plain step.
 
-`compiled_steps.py` makes what is looked at here, in a process of its own: what a compiler leaves behind is large.
+The results come from `compiled_steps.py` in its own process, because a compiler leaves large memory behind.
 """
 
 import json
@@ -31,23 +31,23 @@ def test_a_compiled_answer_is_the_same(found):
 
 
 def test_all_layers_and_prompts_share_the_graphs(found):
-    """One of a layer and one of the output head, whatever the number of layers, of tokens, and what was pruned."""
+    """One for a layer and one for the output head, independent of layers, tokens and pruning."""
     assert found["answer_graphs"] == 2
     assert {name: case["graphs"] for name, case in found["steps"].items()} == {
-        "all": 0, "halves": 0, "uneven": 2, "batch": 2,  # two halves of a layer; a layer and a head of several rows
+        "all": 0, "halves": 0, "uneven": 2, "batch": 2,  # two halves of a layer; layer and head for several rows
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["all", "halves", "uneven", "batch"])
 def test_compiled_steps_are_the_steps(found, name):
-    """Logits, and what the cache says, with NaN in every free slot and arenas that move."""
+    """Same logits and cache tables, with NaN in every free slot and arenas that move."""
     case = found["steps"][name]
     assert case["whole"] and case["same"] and case["size"] > 1
     assert case["off"] <= 1e-4 * case["size"]
 
 
 def test_a_compiled_step_is_a_call_per_layer(found):
-    """And one of the output head; six layers. What is allocated are some vectors, nothing of a layer's inside."""
+    """Plus one for the output head; six layers. Only a few vectors are allocated, no tensors inside a layer."""
     assert found["calls"] == 7 and 0 < found["allocations"] <= 30
 
 

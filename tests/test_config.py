@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint ask for: each setting is followed, changes nothing, or is refused by name."""
+"""The JSON files of a checkpoint: each setting is followed, has no effect, or is rejected by name."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ BASE = {"model_type": "llava", "text_config": TEXT, "vision_config": VISION}
 
 # ---------------------------------------------------------------- config.json, field by field
 
-# what changes no answer: names, training, memory, what `generate` returns, ids that the tokenizer or the shapes decide
+# no effect on an answer: names, training, memory, return values of `generate`, ids set by the tokenizer or the shapes
 HARMLESS = {
     "architectures", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "output_hidden_states",
     "problem_type", "return_dict", "transformers_version", "attention_dropout", "initializer_range",
@@ -30,7 +30,7 @@ HARMLESS = {
 }  # fmt: skip
 READ = {field.name for kind in (LlavaConfig, TextConfig, VisionConfig) for field in dataclasses.fields(kind)} | {
     "eos_token_id",  # by read_generation_settings
-    "rope_parameters",  # its theta; its type has to be "default"
+    "rope_parameters",  # only its theta is read; its type must be "default"
 }
 
 
@@ -101,15 +101,15 @@ def test_pictures_have_three_colours():
     assert "1 colour" in refusal(parse_config, BASE | {"vision_config": VISION | {"num_channels": 1}})
 
 
-# ---------------------------------------------------------------- what prepares the pictures
+# ---------------------------------------------------------------- image preprocessing
 
-PROCESSOR_FIELDS = {  # of transformers' image processors: how each is dealt with
+PROCESSOR_FIELDS = {  # of transformers' image processors: how each is handled
     "read": {
         "size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_pad", "image_grid_pinpoints",
     },
     "refused when false": {"do_resize", "do_center_crop", "do_rescale", "do_normalize"},
     "refused when true": {"default_to_square"},
-    # pictures are always RGB; the others say where the arrays come from and go to, or belong to the padding of batches
+    # pictures are always RGB; the others concern array formats or the padding of batches
     "harmless": {
         "do_convert_rgb", "data_format", "input_data_format", "device", "disable_grouping", "return_tensors",
         "pad_size", "image_seq_length",
@@ -202,7 +202,7 @@ def test_pixels_are_those_of_the_processor_that_transformers_takes(tmp_path, nam
     torch.testing.assert_close(preprocess(image, read_image_settings(tmp_path, 28)), theirs, rtol=0, atol=2e-6)
 
 
-# ---------------------------------------------------------------- how an answer ends, and what else is asked for
+# ---------------------------------------------------------------- end of an answer, other settings
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def tokens(tiny_tokenizer_dir):
     return Tokenizer(tiny_tokenizer_dir)
 
 
-EOS = [  # config.json's top, its text_config, generation_config.json; the ids that end an answer
+EOS = [  # top of config.json, its text_config, generation_config.json; ids that end an answer
     ({}, {}, None, None),
     ({"eos_token_id": 7}, {}, None, 7),
     ({}, {"eos_token_id": 8}, None, 8),
@@ -231,7 +231,7 @@ def test_an_answer_ends_where_transformers_ends_it(tmp_path, tokens, top, text, 
         read = {}
     assert transformers.GenerationConfig.from_pretrained(tmp_path, **read).eos_token_id == eos
     ids, notes = read_generation_settings(tmp_path, tokens, 32064)
-    wanted = tokens.eos_id if eos is None else eos  # transformers would not end at all
+    wanted = tokens.eos_id if eos is None else eos  # transformers would never stop
     assert ids == tuple(wanted if isinstance(wanted, list) else [wanted]) and not notes
 
 
@@ -264,7 +264,7 @@ QUIET = [
     {},
     {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001, "use_cache": True,
      "transformers_version": "4.36.0"},
-    {"temperature": 0.9, "top_p": 0.6},  # without do_sample they do nothing
+    {"temperature": 0.9, "top_p": 0.6},  # no effect without do_sample
     {"do_sample": False, "temperature": 0.2, "repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": None},
 ]  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_transformers_answers_with_the_same_ids(hf, processor, demo, count, ques
     inputs = processor(images=pictures, text=text, return_tensors="pt")
     generation = Generation(demo, question, pictures)
     answer = "".join(generation)
-    # the prompt, picture tokens included
+    # the prompt, vision tokens included
     image, tokens = demo.config.image_token_index, demo.config.image_tokens
     assert inputs["input_ids"][0].tolist() == [i for t in generation.ids for i in [t] * (tokens if t == image else 1)]
     torch.testing.assert_close(torch.stack(generation.pixels), inputs["pixel_values"], rtol=0, atol=1e-6)

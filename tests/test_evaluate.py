@@ -1,4 +1,4 @@
-"""The evaluation: its shortcuts against real generations, its statistics against scipy, its files after a kill."""
+"""The evaluation: shortcuts against real generations, statistics against scipy, files after a kill."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def demo():
 
 
 def held_out(number):
-    """The pictures and questions of a scene of the evaluation."""
+    """Pictures and questions of an evaluation scene."""
     return evaluate.held_out_questions(evaluate.FIRST + number, number % 5 == 4, False, 0)
 
 
@@ -36,12 +36,12 @@ def asked_about(demo, number, which, second=None):
     return asked_with(demo, ids, encode_scenes(demo, drawn), fed), targets, drawn, questions
 
 
-# ---------------------------------------------------------------- what is measured is what run.py does
+# ---------------------------------------------------------------- the evaluation measures what run.py does
 
 
 @torch.inference_mode()
 def test_exact_match_is_that_of_greedy_decoding(demo):
-    """One joined batch that is fed the true answer, against a real run for every question and method."""
+    """One joined batch fed the true answer, against a real run for every question and method."""
     seen = set()
     for number, which in ((0, 0), (0, 3), (1, 1), (4, 0)):  # the last is about two pictures
         asked, targets, drawn, questions = asked_about(demo, number, which)
@@ -55,12 +55,12 @@ def test_exact_match_is_that_of_greedy_decoding(demo):
             assert ("".join(real) == questions[which].answer) == hit, (number, which, spec)
             assert sum(real.kept) / len(real.kept) / real.vision_tokens == pytest.approx(share), spec
             seen.add(hit)
-    assert seen == {True, False}  # else it could not fail
+    assert seen == {True, False}  # otherwise the test could not fail
 
 
 @torch.inference_mode()
 def test_a_second_question_meets_what_the_first_one_left(demo):
-    """Fed in one piece behind the pruned cache, against a cache that a generation pruned, decoded token by token."""
+    """Fed in one piece after the pruned cache, against a cache pruned by a generation and decoded token by token."""
     outcomes, language = set(), demo.model.language_model
     for spec in ("random:retention=0.1", "plphp:r=0.9,dr=0.1", "random:retention=0.8"):
         method = make_method(spec)
@@ -70,7 +70,7 @@ def test_a_second_question_meets_what_the_first_one_left(demo):
         hit = replay(asked, [method])[0][0, rows].argmax(-1).tolist() == answer
         pictures = [scenes.draw_scene(s) for s in drawn]
         first = Generation(demo, questions[3].question, pictures, Sampling(max_new_tokens=1), prune=method)
-        "".join(first)  # its cache holds the prompt and nothing else
+        "".join(first)  # its cache holds only the prompt
         _, fed, _ = conversation(demo, questions[3], questions[4], len(drawn))
         ids = [next_turn(demo, first.cache, fed[: len(fed) - len(answer) + 1]).argmax().item()]
         while ids[-1] not in demo.stop_ids and len(ids) < len(answer):
@@ -88,7 +88,7 @@ def test_controls_keep_what_they_say(demo):
     start = layout.spans[0][0]
     columns = [start + p for p in evidence[0]]
     shown, hidden = (Evidence(evidence, 0.5, 7, anti)(2, None, layout) for anti in (False, True))
-    assert not shown.equal(Evidence(evidence, 0.5, 8)(2, None, layout))  # other questions, other draws
+    assert not shown.equal(Evidence(evidence, 0.5, 8)(2, None, layout))  # other questions draw other numbers
     assert shown[:, columns].all() and not hidden[:, columns].any()
     assert shown[:, start : start + 256].sum(1).tolist() == hidden[:, start : start + 256].sum(1).tolist() == [128] * 4
     other = make_method("plphp-ada:r=0.3,dr=0.1").rule
@@ -123,7 +123,7 @@ def test_a_dropped_value_leaves_the_keys_where_they_are(demo):
 
 @torch.inference_mode()
 def test_more_rows_and_what_ranks_instead(demo):
-    """The model's own rows, given as a file, do what they do; all answer rows are hindsight; other prompts differ."""
+    """Rows from a file equal the model's own rows; all answer rows are hindsight; other prompts give other rankings."""
     rows = {"own": demo.lookahead}
     made = evaluate.conditions(((1, 0), (1, 0)), 6, (0.3,), rows=rows)
     same = [("rows own", "topk ahead"), ("rows own+grid", "topk ahead+grid"), ("topk answer rows 1 to 8", "hindsight")]
@@ -207,7 +207,7 @@ def test_fidelity_diverges_where_two_real_answers_do(demo):
     rows = along(full, [make_method(spec) for spec in specs], batch=2)
     for spec, row in zip(specs, rows, strict=True):
         method = make_method(spec)
-        assert row["steps"] == len(full.token_ids) + 1  # it ends by itself, and that counts
+        assert row["steps"] == len(full.token_ids) + 1  # it ends with the stop id, which counts
         real = Generation(*asked_of, prune=method)
         "".join(real)
         pairs = list(zip([*full.token_ids, 2], [*real.token_ids, 2], strict=False))
@@ -219,7 +219,7 @@ def test_fidelity_diverges_where_two_real_answers_do(demo):
 
 def test_nan_is_no_agreement():
     full = torch.randn(3, 7)
-    full[:, 2] = float("-inf")  # an id that is never said
+    full[:, 2] = float("-inf")  # an id that is never generated
     broken = full.clone()
     broken[1] = float("nan")
     ids = full.argmax(-1).tolist()
@@ -278,7 +278,7 @@ def test_intervals_draw_whole_groups():
 
 
 def test_tables_say_what_the_answers_say(tmp_path, capsys):
-    """Ten scenes of two questions: random loses one long answer in five, plphp none."""
+    """Ten scenes with two questions each: random loses one long answer in five, plphp none."""
     head = {"mode": "accuracy", "weights": "0", "thresholds": [[0.7, 0.5], None]}
     done = {}
     for scene in range(10):
@@ -294,7 +294,7 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
     text = (tmp_path / "t.md").read_text()
     assert "`my_file.py::keep`" in text and "| given: my_file.py::keep | 0.5 |" in text
     assert "| given: my_file.py::keep against random | 0.5 | -80.0 |" in text
-    assert "| given: topk:mass=0.9 against random | 0.5 | +20.0 |" in text  # at the retention next to what it kept
+    assert "| given: topk:mass=0.9 against random | 0.5 | +20.0 |" in text  # at the nearest retention
     assert "| none |  | 50.0 | 100.0 (100–100) | 50.0 |" in text and "| random | 0.5 | 50.0 | 80.0 (" in text
     assert "| unpruned | 100.0 (100–100) |" in text
     assert "| plphp against random like plphp | 0.5 | +100.0 | +100.0 to +100.0 | 10 | 0 | 0.002 |" in text
@@ -307,7 +307,7 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
-    """A torn last line is done again, whole lines are not; lines of other conditions are refused."""
+    """A partial last line is redone, whole lines are not; lines of other conditions are rejected."""
     answers = tmp_path / "a.jsonl"
     (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None\n")
     mine = f"{tmp_path / 'mine.py'}::all_of_it"
@@ -324,7 +324,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
     assert answers.read_text().splitlines() == whole and again.out == table and "1/1 scenes" in again.err
     assert json.loads(whole[0])["conditions"][0] == "none"
     (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None  # changed\n")
-    for other in ([*words, *only], [*words, *only, "uniform"]):  # fewer conditions; another file, so other answers
+    for other in ([*words, *only], [*words, *only, "uniform"]):  # fewer conditions; another file, hence other answers
         with pytest.raises(SystemExit) as left:
             evaluate.main(other)
         err = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Writing an answer: choice of tokens, where it ends, what it reports, and what the cache holds."""
+"""Generating an answer: sampling, stopping, reports, and the contents of the cache."""
 
 import copy
 import dataclasses
@@ -45,7 +45,7 @@ def finished(*args, **kwargs):
     ],
 )  # fmt: skip
 def test_tensors_are_made_where_the_model_is(demo, spec):
-    """Not on the device that somebody has made torch's default: here one without memory."""
+    """Not on torch's default device, here the meta device, which has no memory."""
     asked = QUESTION, [PICTURE], Sampling(max_new_tokens=8)
     wanted = finished(demo, *asked, prune=spec)
     with torch.device("meta"):
@@ -65,7 +65,7 @@ def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split, arrang
     whole = model.prefill(x)
     if arranged:
         model.arrange()
-    cache = RaggedCache(3, slack=2)  # forces several repacks on the way
+    cache = RaggedCache(3, slack=2)  # small, to force several repacks
     states = [model.prefill(x[:, :split], cache)] + [model.decode(x[:, t], cache)[:, None] for t in range(split, 12)]
     torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
     assert cache.pos.tolist() == [12, 12] and cache.kv_len.unique().tolist() == [12]
@@ -93,9 +93,9 @@ def test_a_weight_that_is_replaced_or_written_counts(name):
     model, x = small_llama(), torch.randn(1, 6, 32)
     model.arrange()
     layer = model.model.layers[1].get_submodule(name)
-    layer.weight.mul_(3)  # written into
+    layer.weight.mul_(3)  # in-place change
     written = model.prefill(x)
-    other = copy.deepcopy(model)  # whose weights lie apart again
+    other = copy.deepcopy(model)  # a copy, whose weights are separate again
     layer.weight = torch.nn.Parameter(layer.weight / 3, requires_grad=False)
     replaced, back = model.prefill(x), small_llama().prefill(x)
     torch.testing.assert_close(replaced, back, rtol=1e-5, atol=1e-5)
@@ -111,7 +111,7 @@ def test_a_weight_that_is_replaced_or_written_counts(name):
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_what_a_compiler_reads_is_the_same(bias, batch, monkeypatch):
-    """The step that is written for a compiler, run as it is; test_compile.py compiles it."""
+    """The decode step written for the compiler, run uncompiled; test_compile.py compiles it."""
     model, x = small_llama(bias=bias), torch.randn(batch, 12, 32)
     whole = model.prefill(x)
     model.arrange()
@@ -126,7 +126,7 @@ def test_what_a_compiler_reads_is_the_same(bias, batch, monkeypatch):
 
 
 def test_weights_by_rows_are_the_same_weights():
-    """And nothing of how `arrange` laid them stays, which would be memory."""
+    """No memory of the layout made by `arrange` remains."""
     model = small_llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.arrange()
@@ -148,7 +148,7 @@ def test_a_step_leaves_what_it_is_given():
 
 
 def test_mapped_weights_stay_mapped():
-    """A copy of them would be memory of its own; where they are cast they are copied in any case."""
+    """Copying them would take memory; casting copies them in any case."""
     assert load(DEMO, "bf16").model.language_model.model.layers[0].self_attn.qkv is None
     cast = load(DEMO, "fp32").model.language_model.model.layers
     for layer in cast:
@@ -160,7 +160,7 @@ def test_mapped_weights_stay_mapped():
 @pytest.mark.parametrize("shape", [(1, 96), (3, 96), (1, 1, 96), (1, 5, 96)])
 @torch.inference_mode()
 def test_products_side_by_side_are_those_of_the_layers(rows, shape):
-    """For one x of few rows by another way, the weighted sum of columns. Either may add up in any order."""
+    """For one x with few rows computed as a weighted sum of columns. Sums may be in any order."""
     layers = [torch.nn.Linear(96, n, bias=False) for n in rows]
     x = torch.randn(shape)
     plain = [layer(x) for layer in layers]
@@ -177,7 +177,7 @@ def test_products_side_by_side_are_those_of_the_layers(rows, shape):
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 @pytest.mark.parametrize("shape", [(1, 192), (3, 192), (1, 1, 5), (1, 4097), (22, 192)])
 def test_the_norm_of_a_few_rows_is_that_of_many(scale, shape):
-    """On a CPU in fp32 few rows go through a layer norm of (x, -x)."""
+    """On a CPU in fp32, few rows go through a layer norm of (x, -x)."""
     norm, x = RMSNorm(shape[-1], 1e-5), scale * (3 + torch.randn(shape))
     torch.nn.init.normal_(norm.weight)
     plain = norm(x)  # with a gradient
@@ -217,7 +217,7 @@ def test_the_model_is_differentiable_end_to_end(demo):
     ), unused
 
 
-# ---------------------------------------------------------------- choosing
+# ---------------------------------------------------------------- sampling
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0.05, 1), st.floats(0.2, 3))
@@ -276,7 +276,7 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(demo):
     state = torch.get_rng_state()
     texts = [text(1), text(1), text(2)]
     assert texts[0] == texts[1] != texts[2]
-    assert torch.equal(state, torch.get_rng_state())  # an own generator: the global one is not touched
+    assert torch.equal(state, torch.get_rng_state())  # own generator; the global one is untouched
 
 
 def test_padding_vocabulary_and_image_ids_are_never_said(demo):
@@ -287,7 +287,7 @@ def test_padding_vocabulary_and_image_ids_are_never_said(demo):
     assert len(set(hot.token_ids)) > 60 and not set(hot.token_ids) & set(never)
 
 
-# ---------------------------------------------------------------- ending
+# ---------------------------------------------------------------- stopping
 
 
 def test_length_and_stop_are_told_apart(demo):
@@ -431,7 +431,7 @@ def test_any_temperature_gives_probabilities(temperature):
 
 
 class Letters:
-    """A detokenizer whose tokens are texts."""
+    """A detokenizer whose tokens are strings."""
 
     def push(self, token):
         return token
@@ -452,7 +452,7 @@ def test_stop_strings_are_found_however_the_text_arrives(text, stop):
     ends = [text.find(s) + len(s) for s in stop if s in text]
     if not ends:
         assert out == text + "|"
-    else:  # the one that is complete first; of several, the one that begins first
+    else:  # the stop text completed first; of several, the one that starts first
         seen = text[: min(ends)]
         assert out == seen[: min(seen.find(s) for s in stop if s in seen)]
 

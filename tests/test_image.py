@@ -1,4 +1,4 @@
-"""Pictures: equal to the reference on odd sizes, and one clear line for everything that cannot be used."""
+"""Pictures: equal to the reference at odd sizes; one clear line for everything unusable."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def noise(width, height, mode="RGB", seed=0):
 
 
 def full_resize_then_crop(image, settings):
-    """The reference order of things: resize the whole picture, then cut out the middle."""
+    """The order of the reference: resize the whole picture, then crop the middle."""
     size, short = settings.size, min(image.size)
     wide, high = (int(size * side / short) for side in image.size)
     image = image.resize((wide, high), Image.Resampling.BICUBIC)
@@ -54,8 +54,8 @@ def full_resize_then_crop(image, settings):
     "size", [(1, 1), (56, 56), (57, 56), (55, 90), (300, 7), (7, 300), (1000, 61), (224, 448), (2, 900)]
 )
 def test_a_picture_is_resized_and_cropped_as_the_reference_does(size):
-    strip = max(size) > STRIP * min(size)  # cut before it is resized: there the passes come in another order, and the
-    image = noise(4, 4).resize(size) if strip else noise(*size)  # overshoots of noise are clipped at another time
+    strip = max(size) > STRIP * min(size)  # strips are cropped before resizing: the passes run in another order, and
+    image = noise(4, 4).resize(size) if strip else noise(*size)  # overshoots of noise would be clipped at another time
     got, want = preprocess(image, SETTINGS), full_resize_then_crop(image, SETTINGS)
     off = (got - want).abs() * torch.tensor(SETTINGS.std)[:, None, None] * 255  # in steps of 8 bits
     assert off.max() < (1.01 if strip else 1e-3)
@@ -103,7 +103,7 @@ def packed(image, kind="PNG", **options):
 
 def test_transparent_pixels_are_shown_on_white():
     image = Image.new("RGBA", (4, 4), (10, 200, 30, 0))
-    image.putpixel((1, 0), (0, 100, 255, 51))  # a fifth of it
+    image.putpixel((1, 0), (0, 100, 255, 51))  # 20 % opaque
     image.putpixel((2, 0), (10, 200, 30, 255))
     picture = read_image(packed(image))
     assert [picture.image.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (204, 224, 255), (10, 200, 30)]
@@ -136,7 +136,7 @@ def test_transparency_of_every_kind_is_that_of_transformers(what):
 
 
 def png_of(kind, bits, rows, transparent):
-    """PNG of packed rows (bytes each), as wide as they have pixels; Pillow writes no such files."""
+    """PNG of packed rows of bytes, as wide as their pixels; Pillow cannot write such files."""
     channels, tail = {0: 1, 2: 3}[kind], b"".join(struct.pack(">H", v) for v in transparent)
     head = struct.pack(">IIBBBBB", len(rows[0]) * 8 // bits // channels, len(rows), bits, kind, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
@@ -155,14 +155,14 @@ def png_of(kind, bits, rows, transparent):
 def test_a_transparent_level_of_few_bits_is_white(bits, row, clear, wanted):
     data = png_of(0, bits, [bytes([row])], [clear])
     image = Image.open(io.BytesIO(data))
-    for source in (data, image, image):  # the same when it is read again
+    for source in (data, image, image):  # reading again gives the same
         picture = read_image(source)
         assert list(picture.image.getchannel("R").tobytes()) == wanted and "white" in picture.note
 
 
 def test_colours_of_16_bits_are_noted_and_refused_with_a_transparent_one():
     row = struct.pack(">6H", 256, 512, 768, 257, 513, 769)
-    sgi = struct.pack(">hBBHHHH", 474, 0, 2, 3, 2, 1, 3).ljust(512, b"\0")  # by channel
+    sgi = struct.pack(">hBBHHHH", 474, 0, 2, 3, 2, 1, 3).ljust(512, b"\0")  # stored by channel
     files = {
         "PNG": png_of(2, 16, [row], []),
         "PPM": b"P6 2 1 65535\n" + row,
@@ -200,11 +200,11 @@ def test_opaque_alpha_is_not_worth_a_note(kind):
 # ---------------------------------------------------------------- more than 8 bits
 
 
-RAMP = bytes(range(256))  # what 8 bits would say, 16 x 16
+RAMP = bytes(range(256))  # the 8-bit values, 16 x 16
 
 
 def grey(values, mode="I"):
-    """16 x 16 picture of 256 numbers."""
+    """16 x 16 picture from 256 numbers."""
     order, kind = (">" if mode == "I;16B" else "<"), ("i" if mode == "I" else "H")
     return Image.frombytes(mode, (16, 16), struct.pack(f"{order}256{kind}", *values))
 
@@ -216,12 +216,12 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
 
 
 def with_tag(data, tag, value):
-    """TIFF file (little-endian) whose tag, one short number, is another."""
+    """TIFF file (little-endian) with one tag, a short number, replaced."""
     place = data.index(struct.pack("<HHI", tag, 3, 1)) + 8
     return data[:place] + struct.pack("<H", value) + data[place + 2 :]
 
 
-DEEP = {  # each shows the ramp
+DEEP = {  # each shows RAMP
     "16-bit png": lambda: packed(grey([257 * v for v in RAMP], "I;16")),
     "16-bit tiff": lambda: packed(grey([257 * v for v in RAMP], "I;16"), "TIFF"),
     "16-bit tiff, high byte first": lambda: packed(grey([257 * v for v in RAMP], "I;16B"), "TIFF"),
@@ -252,7 +252,7 @@ def test_deep_grey_is_what_8_bits_would_show(what):
 
 
 def test_12_bits_of_a_tiff_are_not_taken_for_16():
-    """Pillow reads such files and cannot write them: 4 numbers of 12 bits, 0 half full full."""
+    """Pillow reads such files but cannot write them: 4 numbers of 12 bits, 0 half full full."""
     tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 134), (277, 1), (278, 1), (279, 6)]
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
     data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
@@ -335,7 +335,7 @@ def test_the_previews_in_an_mpo_are_no_frames():
     assert read_image(data).note is None
 
 
-# ---------------------------------------------------------------- where a picture comes from
+# ---------------------------------------------------------------- sources of pictures
 
 
 DATA = packed(noise(5, 6))
@@ -360,7 +360,7 @@ def test_a_data_uri_is_a_picture(what):
 
 
 class Array:
-    """As much of NumPy's array as a picture needs."""
+    """The parts of NumPy's array that a picture needs."""
 
     def __init__(self, shape, data, dtype="uint8"):
         self.shape, self.data, self.dtype, self.__array_interface__ = shape, data, dtype, {}
@@ -498,30 +498,30 @@ def test_a_folder_is_no_picture(tmp_path):
         read_image(str(tmp_path))
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
 def test_devices_and_pipes_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="empty; "):
-        read_image(tmp_path / "pipe")  # nobody writes to it
+        read_image(tmp_path / "pipe")  # has no writer
     for device in ("/dev/zero", "/dev/null"):
         with pytest.raises(InputError, match="is a device; "):
             read_image(device)
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # so that the writer need not wait
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # so that opening for writing does not block
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(DATA))
     writer.start()
     writer.join()
-    assert read_image(f"/dev/fd/{reader}").image.size == (5, 6)  # as a shell's <(...)
+    assert read_image(f"/dev/fd/{reader}").image.size == (5, 6)  # like a shell's <(...)
     os.close(reader)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no such permissions here")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no Unix permissions on this system")
 def test_what_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "x.png").write_bytes(DATA)
 
     def refuse(path, flags):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("model.image._open_at_once", refuse)  # root may read everything
+    monkeypatch.setattr("model.image._open_at_once", refuse)  # because root can read everything
     with pytest.raises(InputError, match="x.png cannot be read .Permission denied.; "):
         read_image(tmp_path / "x.png")
 
@@ -544,7 +544,7 @@ def test_a_picture_may_come_through_stdin(monkeypatch):
         read_image("-")
 
 
-# ---------------------------------------------------------------- what Pillow must not do
+# ---------------------------------------------------------------- side effects of Pillow
 
 OTHER_FILES = {
     "a PostScript drawing": packed(noise(8, 8), "EPS"),
@@ -571,7 +571,7 @@ def test_other_files_are_named_and_start_no_program(tmp_path, monkeypatch, what)
     with pytest.raises(InputError, match=f"x.png is .*{what}.*; convert it"):
         read_image(tmp_path / "x.png")
     try:
-        image = Image.open(tmp_path / "x.png")  # a PIL image is no way round: its pixels are loaded here
+        image = Image.open(tmp_path / "x.png")  # a PIL image gets the same checks: its pixels are loaded here
     except UnidentifiedImageError:
         return
     with pytest.raises(InputError, match=f"is of the format {image.format}.*; convert it"):
@@ -579,14 +579,14 @@ def test_other_files_are_named_and_start_no_program(tmp_path, monkeypatch, what)
 
 
 def broken_tiff():
-    """libtiff prints a line about its codes."""
+    """A file for which libtiff prints a warning."""
     data = bytearray(packed(Image.new("RGB", (40, 40), "red"), "TIFF", compression="tiff_lzw"))
     data[8:20] = b"\xff" * 12
     return bytes(data)
 
 
 def test_what_pillow_and_libtiff_say_does_not_reach_stderr(capfd, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns of 1600 pixels, and refuses 2001
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns at 1600 pixels and fails at 2001
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert read_image(packed(noise(40, 40))).image.size == (40, 40)

@@ -1,4 +1,4 @@
-"""tools/inspect_kernels.py: what ships passes its gates on four architectures, and a spoilt kernel does not."""
+"""tools/inspect_kernels.py: the shipped kernels pass its gates on four architectures; a faulty kernel fails."""
 
 import importlib.util
 import json
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def tool(*arguments, root=ROOT):
-    """The tool of a copy of the repository, in a process that compiles: the tests may run in Triton's interpreter."""
+    """Run the tool of a copy of the repository in its own process, because it compiles and tests may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(root / "tools" / "inspect_kernels.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
 
 
 def test_what_ships_passes_its_gates_on_every_architecture(tmp_path, pytestconfig):
-    """On two of them without --all, one of each maker."""
+    """Without --all on two of them, one per vendor."""
     archs = list(ARCHS) if pytestconfig.option.all else ["sm_90", "gfx942"]
     done = tool("--arch", *archs, "--json", tmp_path / "facts.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,27 +34,27 @@ def test_what_ships_passes_its_gates_on_every_architecture(tmp_path, pytestconfi
 
 
 def test_the_step_in_one_launch_passes_on_its_own():
-    """Quick enough for tests/mutants.py."""
+    """Fast enough for tests/mutants.py."""
     done = tool("--arch", "sm_90", "--kernel", "append_kernel")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
 WARPS = "G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps="  # of append_kernel
-FAULTS = {  # gates that must fail: what is changed
+FAULTS = {  # gate that must fail: changes to the source
     ("barrier", "int64"): {
         "        tl.debug_barrier()": "        pass",
         WIDE: "at = slot[:, None] * D + col[None, :]",
     },
     ("stack", "int64"): {
         WARPS + "4": WARPS + "1",  # needs too many registers
-        WIDE: "at = (slot[:, None] * D).to(tl.int64) + col[None, :]",  # wide when it is too late
+        WIDE: "at = (slot[:, None] * D).to(tl.int64) + col[None, :]",  # widened too late
     },
 }
 
 
 def copy_tools(folder):
-    """What inspect_kernels.py and the kernels need, without the model."""
+    """The files that inspect_kernels.py and the kernels need, without the model."""
     for part in ("kernels", "tools"):
         shutil.copytree(ROOT / part, folder / part)
     shutil.copy(ROOT / "run.py", folder)
@@ -104,7 +104,7 @@ def test_a_kernel_that_it_does_not_know_is_noticed(tmp_path):
 
 
 def refused(done, naming):
-    """Exit 2, one line on stderr that says what and what to do, nothing on stdout."""
+    """Exit 2, one line on stderr with cause and remedy, nothing on stdout."""
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "; " in line and naming in line, line

@@ -1,4 +1,4 @@
-"""Checkpoint folders: every layout in use loads to the same bits, everything else is refused in one clear line."""
+"""Checkpoint folders: every layout in use loads to the same bits; everything else fails with one clear line."""
 
 import json
 import os
@@ -21,14 +21,14 @@ PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
 
 @pytest.fixture(scope="session")
 def original(make_checkpoint, tmp_path_factory):
-    """(folder, tensors) of a checkpoint in the published layout; not to be written to."""
+    """(folder, tensors) of a checkpoint in the published layout; read-only."""
     folder = tmp_path_factory.mktemp("original")
     return folder, make_checkpoint(folder)
 
 
 @pytest.fixture
 def folder(original, tmp_path):
-    """A copy of it, to spoil."""
+    """A copy of it that tests may change."""
     return Path(shutil.copytree(original[0], tmp_path / "checkpoint"))
 
 
@@ -47,7 +47,7 @@ def rewrite(folder, change):
 
 @torch.inference_mode()
 def logits(checkpoint):
-    """Logits of a picture and a few words."""
+    """Logits for a picture and a few words."""
     model = checkpoint.model
     pixels = torch.linspace(-2, 2, 3 * 28 * 28).view(1, 3, 28, 28).to(checkpoint.dtype)
     x, _ = model.splice(checkpoint.tokenizer.encode(PROMPT), model.encode_images(pixels))
@@ -63,7 +63,7 @@ def assert_same_weights(checkpoint, tensors):
 
 
 def swap(*pairs):
-    """Function that replaces the first prefix that fits."""
+    """Function that replaces the first matching prefix."""
 
     def rename(key):
         return next((new + key.removeprefix(old) for old, new in pairs if key.startswith(old)), key)
@@ -119,7 +119,7 @@ def test_constants_that_old_files_store_are_passed_over(original, folder):
 
 
 def split(tensors, folder, names):
-    """The tensors dealt out over files of those names; returns the weight map."""
+    """Distribute the tensors over files of these names; returns the weight map."""
     (folder / "model.safetensors").unlink()
     shards = {name: dict(list(tensors.items())[i :: len(names)]) for i, name in enumerate(names)}
     for name, shard in shards.items():
@@ -283,7 +283,7 @@ def test_weights_in_the_wanted_type_are_mapped_and_not_copied(original, folder, 
     assert all(inside) if mapped else not any(inside)
 
 
-# ---------------------------------------------------------------- what does not fit together
+# ---------------------------------------------------------------- inconsistent files
 
 
 def test_missing_and_unexpected_names_are_both_listed(folder):
@@ -313,7 +313,7 @@ def test_of_many_missing_names_some_are_listed_and_the_rest_counted(folder):
 def test_a_tensor_stored_twice_is_refused(original, folder):
     name = "language_model.model.norm.weight"
     split(original[1], folder, ["a.safetensors", "b.safetensors"])
-    save_file({"model.norm.weight": original[1][name]}, folder / "c.safetensors")  # the same one, in another layout
+    save_file({"model.norm.weight": original[1][name]}, folder / "c.safetensors")  # the same tensor in another layout
     assert name in refusal(load, folder)
 
 
@@ -327,14 +327,14 @@ HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_t
 
 
 def heads(case, tensors):
-    """Make the dict of tensors one of the cases; returns (embedding, head) that the model has to use."""
+    """Turn the dict of tensors into one of the cases; returns the (embedding, head) that the model must use."""
     embedding, head = tensors[EMBEDDING], tensors[HEAD]
     if case == "equal":
         tensors[HEAD] = embedding.clone()
     elif case == "one number differs":
         tensors[HEAD] = embedding.clone()
         tensors[HEAD][5, 7] += 1
-    elif case == "rounded":  # another dtype, so other numbers, until both are computed with in that dtype
+    elif case == "rounded":  # another dtype: values differ until both are cast to it
         tensors[HEAD] = embedding.bfloat16()
     elif case == "no head":
         del tensors[HEAD]
@@ -357,7 +357,7 @@ def test_a_head_that_is_said_to_be_tied_is_compared(original, folder, case, nest
     tensors = dict(original[1])
     embedding, head = heads(case, tensors)
     tensors = {LAYOUTS[layout](k): v for k, v in tensors.items()}
-    weight_map = split(tensors, folder, SHARDS)  # the two may lie in two files
+    weight_map = split(tensors, folder, SHARDS)  # the two may be in different files
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     checkpoint = load(folder, dtype="fp32")
     language = checkpoint.model.language_model
@@ -416,7 +416,7 @@ def test_quantised_weights_are_refused(folder):
 
 
 PROJECTION = "language_model.model.layers.0.self_attn.q_proj"
-PACKED = {  # tool: what it stores instead of, or beside, a weight
+PACKED = {  # tool: tensors it stores instead of a weight, or in addition
     "AWQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
     "GPTQ": {"qweight": torch.int32, "g_idx": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
     "NF4": {"weight": torch.uint8, "weight.absmax": torch.uint8, "weight.quant_state.bitsandbytes__nf4": torch.uint8},
@@ -453,7 +453,7 @@ def test_a_missing_shard_is_named(original, folder):
 def test_an_index_cannot_point_outside_the_folder(original, folder, evil):
     outside = folder.parent / "x.safetensors"
     weight_map = dict.fromkeys(original[1], evil.format(absolute=outside))
-    shutil.move(folder / "model.safetensors", outside)  # there to be found, and complete
+    shutil.move(folder / "model.safetensors", outside)  # complete, and reachable from there
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     assert "outside" in refusal(load, folder)
 
@@ -500,7 +500,7 @@ def test_a_broken_json_file_is_refused_and_named(folder, name, content):
 
 
 def needs_index(folder, name):
-    """An index beside a whole file is not read."""
+    """Remove the single file, because an index beside it is not read."""
     if "index" in name:
         (folder / "model.safetensors").rename(folder / SHARDS[0])
 
@@ -532,7 +532,7 @@ def test_a_null_means_the_same_as_nothing(folder):
     assert (after.image_settings, after.tokenizer.add_bos) == (before.image_settings, before.tokenizer.add_bos)
 
 
-# ---------------------------------------------------------------- configs that are not understood
+# ---------------------------------------------------------------- unsupported configs
 
 REFUSED = {
     "llava_onevision": {"model_type": "llava_onevision"},
@@ -591,7 +591,7 @@ def test_an_answer_that_nothing_ends_is_refused(folder, eos):
 
 
 def test_the_tokenizer_decides_which_id_the_image_has(folder):
-    edit(folder / "config.json", image_token_index=None)  # then 32000, by the class default
+    edit(folder / "config.json", image_token_index=None)  # then 32000, the class default
     checkpoint = load(folder, dtype="fp32")
     assert checkpoint.config.image_token_index == checkpoint.model.config.image_token_index == IMAGE_ID
     answer = Generation(checkpoint, "what?", [Image.new("RGB", (30, 30))], Sampling(max_new_tokens=2))
@@ -642,7 +642,7 @@ CACHES = {
 
 @pytest.fixture
 def no_cache(monkeypatch, tmp_path):
-    """No variable of the machine decides; the home folder is empty."""
+    """Unset the machine's cache variables and use an empty home folder."""
     for variable in CACHES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -650,7 +650,7 @@ def no_cache(monkeypatch, tmp_path):
 
 
 def put_in_cache(hub, folder, name="org--tiny", commit="0123abcd"):
-    """As the hub's own tools lay it out: files as links to blobs."""
+    """In the layout of the hub's own tools: files are links to blobs."""
     snapshot = hub / f"models--{name}" / "snapshots" / commit
     snapshot.mkdir(parents=True)
     for file in folder.iterdir():
@@ -701,4 +701,4 @@ def test_a_cache_entry_without_its_snapshot_is_refused(no_cache, original, monke
 
 
 def test_an_input_error_is_a_value_error():
-    assert issubclass(InputError, ValueError)  # callers of the library need not know the class
+    assert issubclass(InputError, ValueError)  # library users can catch ValueError

@@ -1,4 +1,4 @@
-"""Look-ahead rows: what they compute, that nothing else changes, and how they are trained."""
+"""Look-ahead rows: what they compute, that they change nothing else, and how they are trained."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ ROWS = 3
 
 
 def random_lookahead(language, rows=ROWS, rank=4, seed=0):
-    """Look-ahead rows whose adapters do something."""
+    """Look-ahead rows with adapters that are not zero."""
     torch.manual_seed(seed)
     lookahead = Lookahead(language, rows, rank).requires_grad_(False)
     for name, p in lookahead.named_parameters():
@@ -43,7 +43,7 @@ def looked(language, x, lookahead=None):
 
 
 def taken(cache):
-    """All rows of K and V that are taken, in one tensor."""
+    """All occupied rows of K and V in one tensor."""
     arenas = [(i, arena) for arenas in (cache.k, cache.v) for i, arena in enumerate(arenas)]
     places = [zip(cache.kv_start[i].tolist(), cache.kv_len[i].tolist(), strict=True) for i, _ in arenas]
     return torch.cat([a[s : s + n] for (_, a), place in zip(arenas, places, strict=True) for s, n in place])
@@ -112,7 +112,7 @@ def test_scores_are_those_of_a_second_transformers_model_with_the_adapters_merge
 
 
 def test_only_the_rows_are_adapted():
-    """Adapters of other rows would be merged weights: then the prompt itself would change."""
+    """Adapters on other rows would change the prompt itself."""
     language = small_llama()
     lookahead = random_lookahead(language)
     x, y = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
@@ -169,7 +169,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def own_answer(language, x, length):
-    """Greedy ids behind a prompt x (T, C)."""
+    """Greedy ids after a prompt x (T, C)."""
     ids, embed = [], language.model.embed_tokens.weight
     for _ in range(length):
         ids.append(language.logits(language.prefill(x[None])[0, -1]).argmax().item())
@@ -190,7 +190,7 @@ def examples(language, count=4, seed=0):
 
 
 def test_targets_are_the_answers_attention_whatever_the_padding():
-    """Against a prefill of each example by itself, with window_scores' own kernel reference."""
+    """Compared with a prefill of each example alone and the reference of window_scores."""
     language = small_llama()
     made = examples(language)
     frozen = freeze(language.requires_grad_(True), made)
@@ -232,7 +232,7 @@ def test_an_answer_that_is_not_the_models_own_teaches_nothing():
 
 
 def test_the_rest_bin_counts():
-    """Two predictions with the same vision part and different mass on the rest are not equally good."""
+    """Two predictions with equal vision parts but different rest mass have different losses."""
     target = torch.tensor([[[0.2, 0.2, 0.6]]])
     good, bad = torch.tensor([[[0.2, 0.2, 0.6]]]), torch.tensor([[[0.45, 0.45, 0.1]]])
     assert divergence(target, good).item() == pytest.approx(0, abs=1e-6)
@@ -283,7 +283,7 @@ def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
     language = {k: v for k, v in tensors.items() if k.startswith("language_model") and v.ndim == 2}
     assert f"{2 * sum(v.numel() for v in language.values()) / 1e9:.2f} GB  frozen weights" in shown
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["text_config"]["num_hidden_layers"] == 2 and "together" in shown
+    assert config["text_config"]["num_hidden_layers"] == 2 and "GB  total" in shown
 
 
 # ---------------------------------------------------------------- in an answer
@@ -294,7 +294,7 @@ RANKING = ("plphp", "plphp-ada", "topk", "shared", "snapkv", "adakv")
 
 @pytest.fixture
 def checkpoint(make_checkpoint, tmp_path):
-    """A small checkpoint whose folder has look-ahead rows."""
+    """A small checkpoint with look-ahead rows in its folder."""
     make_checkpoint(tmp_path / "model", TEXT | {"num_hidden_layers": 3})
     language = load(tmp_path / "model", "fp32").model.language_model
     saved(tmp_path / "model" / "lookahead.safetensors", language, random_lookahead(language))
@@ -317,7 +317,7 @@ def test_an_unpruned_answer_is_the_same_to_the_bit_without_the_file(checkpoint):
 
 @pytest.mark.parametrize("name", RANKING)
 def test_methods_rank_by_the_rows(checkpoint, name):
-    """Each head keeps what the scores of the rows, measured apart, say; the cache and its positions hold no rows."""
+    """Each head keeps the best by the rows' scores, measured separately; the cache and positions contain no rows."""
     generation = asking(checkpoint, f"{name}:query=lookahead", 0.5, pictures=2)
     with torch.inference_mode():
         logits = generation.prefill()
@@ -370,7 +370,7 @@ def test_look_ahead_without_a_file_is_refused(checkpoint, tmp_path):
             make_method(f"topk:{wrong}", 0.5)
 
 
-# ---------------------------------------------------------------- a share on the grid
+# ---------------------------------------------------------------- cover: a share on the grid
 
 
 @pytest.mark.parametrize("name", RANKING)
@@ -391,4 +391,4 @@ def test_cover_puts_a_share_on_the_grid_and_keeps_the_number(name, scope):
             assert first[: count // 2].all() and not first[: count + 1].all()
             assert kept[1][h, columns][order[h]][:count].all()
             plain, mixed = (kept[c][h, columns] for c in (0, 0.5))
-            assert (plain & mixed).sum() >= count - count // 2 - 1  # the best by score stay as far as there is room
+            assert (plain & mixed).sum() >= count - count // 2 - 1  # the best by score stay as far as the budget allows

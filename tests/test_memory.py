@@ -1,4 +1,4 @@
-"""What prefill needs of memory, counted by the allocator: activations, what is kept, one dense layer, nothing more."""
+"""Memory of prefill, counted by the allocator: activations, kept rows and one dense layer, nothing more."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ CONFIG = TextConfig(
 
 
 def most_bytes(work):
-    """The most bytes that were allocated at once while work() ran, beside those from before."""
+    """Peak bytes allocated during work(), minus those before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         work()
@@ -64,9 +64,9 @@ def test_prefill_of_ten_pictures_holds_what_is_kept_one_dense_layer_and_activati
 
 @pytest.mark.parametrize("wanted", ["bf16", "fp32"])
 def test_loading_holds_every_weight_once(make_checkpoint, tmp_path, wanted, monkeypatch):
-    """`arrange` copies a layer's weights side by side; those that it has copied are free at once."""
+    """`arrange` copies a layer's weights side by side and frees each original at once."""
     tensors, seen = make_checkpoint(tmp_path, text={"num_hidden_layers": 9}), []
-    stored = torch.float32 if wanted == "bf16" else torch.bfloat16  # so that all are cast, and not mapped
+    stored = torch.float32 if wanted == "bf16" else torch.bfloat16  # so that every weight is cast, not mapped
     save_file({name: t.to(stored) for name, t in tensors.items()}, tmp_path / "model.safetensors")
 
     class Watched(SideBySide):
@@ -80,7 +80,7 @@ def test_loading_holds_every_weight_once(make_checkpoint, tmp_path, wanted, monk
     assert len(seen) > 9 and max(seen) - min(seen) < copied // 9
 
 
-# ---------------------------------------------------------------- what --stats takes
+# ---------------------------------------------------------------- memory of --stats
 
 
 @pytest.mark.parametrize(("device", "most"), [("cuda", 2**28), ("cpu", 2**26)])
@@ -94,6 +94,6 @@ def test_the_bandwidth_is_measured_within_what_is_free(monkeypatch, device, most
     monkeypatch.setattr(torch, "ones", lambda size, **how: taken.append(size) or small)
     speed = measure_bandwidth(torch.device(device))
     assert (speed > 0) == bool(taken) == (free >= 2**25)
-    assert sum(2 * 4 * size for size in taken) <= free // 2  # x and its twin, fp32
+    assert sum(2 * 4 * size for size in taken) <= free // 2  # x and its copy, fp32
     assert free < 2**40 or taken == [most]
     assert free_memory(torch.device("cpu")) == free // 1024 * 1024

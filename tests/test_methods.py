@@ -1,4 +1,4 @@
-"""Every method: its pieces against loops, the whole against transformers with masks, what it may never do."""
+"""Every method: its parts against loops, the whole against masked transformers, and what it must never do."""
 
 import dataclasses
 import functools
@@ -32,14 +32,14 @@ NARROWING = {"fastv"}  # tokens leave the prompt
 
 
 def layout(spans, tokens, q_heads=4, kv_heads=2, num_layers=4):
-    contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]  # the later half shows something
+    contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]  # only the later half has contrast
     return Layout(num_layers, q_heads, kv_heads, tokens, spans, torch.device("cpu"), contrast=contrast)
 
 
 # ---------------------------------------------------------------- pieces
 
 FEW = settings(max_examples=50, deadline=None)
-# rows of small whole numbers: sums are exact, ties are the rule
+# rows of small integers: sums are exact and ties are common
 ROWS = st.tuples(st.integers(1, 4), st.integers(1, 12)).flatmap(
     lambda shape: st.lists(
         st.lists(st.integers(0, 4), min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0]
@@ -82,7 +82,7 @@ def test_shared_rows_keep_the_best_of_their_sum(rows, count):
 @FEW
 @given(ROWS, st.data(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 def test_a_pot_is_divided_by_rank_above_a_floor(rows, data, floor):
-    """First every row's own floor, then the best pairs of all that is left, ties by row and then by token."""
+    """First every row's floor, then the best remaining pairs; ties by row, then by token."""
     scores, count = torch.tensor(rows).float(), data.draw(st.integers(1, len(rows[0])))
     least = max(1, int(floor * count))
     chosen = [(h, j) for h, row in enumerate(rows) for j in ranked(row)[:least]]
@@ -103,13 +103,13 @@ def test_mass_is_the_fewest_tokens_that_hold_the_share(rows, eighths):
         count = next(
             c for c in range(1, len(row) + 1) if sum(row[j] for j in ranked(row)[:c]) * 8 >= eighths * sum(row)
         )
-        wanted |= {(h, j) for j in ranked(row)[:count]}  # of a row of zeros one: it holds all there is
+        wanted |= {(h, j) for j in ranked(row)[:count]}  # a row of zeros keeps one token, which holds all of its mass
     assert pairs(mass(torch.tensor(rows).float(), eighths / 8)) == wanted
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1 / 576])
 def test_mass_of_equal_tokens_is_that_share_of_them(value):
-    """The sums of these are not exact in fp32: a token too many would come from rounding."""
+    """The sums are inexact in fp32; rounding must not add a token."""
     for n in (4, 8, 36, 576):
         scores = torch.full((1, n), value)
         assert [mass(scores, q / 4).sum().item() for q in (1, 2, 3, 4)] == [n // 4, n // 2, 3 * n // 4, n]
@@ -121,8 +121,8 @@ def test_mass_of_everything_is_every_token_that_has_any():
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_a_picture_is_starved_only_where_all_are_ranked_together(kv_heads):
-    place = layout([(0, 4), (6, 8), (8, 12)], 12, kv_heads=kv_heads)  # two pictures touch
-    scores = torch.arange(12.0).expand(kv_heads, 12)  # the last picture has the best of all
+    place = layout([(0, 4), (6, 8), (8, 12)], 12, kv_heads=kv_heads)  # two pictures are adjacent
+    scores = torch.arange(12.0).expand(kv_heads, 12)  # the last picture has the best scores
     asked = []
 
     def choose(s):
@@ -140,7 +140,7 @@ def test_a_picture_is_starved_only_where_all_are_ranked_together(kv_heads):
 @FEW
 @given(st.data())
 def test_guards_and_text_wherever_the_pictures_are(data):
-    """Also a picture that begins or ends the prompt, and guards longer than the prompt."""
+    """Also for a picture at the start or end of the prompt, and for guards longer than the prompt."""
     kinds = data.draw(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=1, max_size=5))
     sink, recent = data.draw(st.tuples(st.integers(0, 22), st.integers(0, 22)))
     vision = [picture for picture, n in kinds for _ in range(n)]
@@ -163,11 +163,11 @@ def test_the_query_heads_of_a_kv_head_agree(q_heads, kv_heads):
 
 @torch.inference_mode()
 def test_value_norms_weigh_the_attention(small):
-    """A method that asks for values ranks by attention times the L1 norm of each token's own value row."""
+    """A method with `values` ranks by attention times the L1 norm of each token's value row."""
     seen = {}
 
     def look(layer, q, k, v):
-        """Its own softmax of the last row, in float64."""
+        """Softmax of the last row, in float64."""
         q, k = q[0, :, -1].double().view(2, 2, -1), k[0].double()
         weights = torch.einsum("hgd,htd->hgt", q, k).mul(q.shape[-1] ** -0.5).softmax(-1).mean(1)
         seen[layer] = weights * v[0].double().abs().sum(-1)
@@ -187,13 +187,13 @@ def test_value_norms_weigh_the_attention(small):
         differ += not keep.equal(plain.choose(layer, q, k, v))
 
     small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), choose=choose)
-    assert differ  # else it could not fail
+    assert differ  # otherwise the test could not fail
 
 
 @pytest.mark.parametrize("name", ["random", "topk", "fastv"])
 @torch.inference_mode()
 def test_the_key_that_attention_is_parked_on_stays(small, name):
-    """In each KV head the most attended keys of the last 32 rows, or of all text behind the picture if that is less."""
+    """In each KV head, the most attended keys of the last 32 rows, or of all rows after the picture if fewer."""
     generation = Generation(small, "what is left?", pictures(1), Sampling(1))
     x, (span,) = small.model.splice(generation.ids, small.model.encode_images(torch.stack(generation.pixels)))
     pruner = Pruner(make_method(f"{name}:sink_keys=3", keep_tokens=1), layout([span], len(x)), "torch")
@@ -224,14 +224,14 @@ def test_the_key_that_attention_is_parked_on_stays(small, name):
         return rows
 
     small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), choose=choose, narrow=narrow)
-    assert any(kept.values())  # else text alone would do
+    assert any(kept.values())  # otherwise the sinks are all text
 
 
 # ---------------------------------------------------------------- any method
 
 
 def answer(method, scores, place, layer=1):
-    """keep (Hkv, T); for a method that narrows the prompt the same in every head."""
+    """keep (Hkv, T); for a method that narrows the prompt, the same in every head."""
     if method.layer is None:
         return method.choose(layer, scores, place)
     return method.narrow(scores, place).expand(place.kv_heads, -1)
@@ -244,7 +244,7 @@ def attention(place):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rate", [0.01, 0.37, 0.5, 1.0])
 def test_every_picture_keeps_its_rounded_share(name, rate):
-    """Pictures of one token, of an even and of an odd number of them; an uneven method keeps the same in sum."""
+    """Pictures of one token, of an even and of an odd number; for an uneven method only the sum is checked."""
     place = layout([(3, 4), (6, 40), (40, 55)], 60, 8, 4)
     method = make_method(f"{name}:dr=0" if name.startswith("plphp") else name, rate)
     keep = answer(method, attention(place), place)
@@ -265,7 +265,7 @@ BUDGETS = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(NAMES), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
 def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
-    """Pictures of different shapes with and without text between, any number of heads: the same tokens every time."""
+    """Pictures of different shapes, with and without text between them, any number of heads; results repeat exactly."""
     spans, places, end = [], [], 2
     for rows, columns in grids:
         spans.append((end, end + rows * columns))
@@ -283,7 +283,7 @@ def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_may_share_a_budget(name):
-    """20 of all that they have; each of them would have kept so many by itself."""
+    """20 of all their tokens; separate budgets would keep 20 of each."""
     place = layout([(3, 40), (45, 70), (70, 100)], 110, 8, 4)
     keep = answer(make_method(f"{name}:scope=vision", keep_tokens=20), attention(place), place)
     assert keep[:, ~guarded(place)].sum() == 4 * 20 and keep[:, guarded(place)].all()
@@ -300,12 +300,12 @@ def test_protected_tokens_are_never_dropped(name, spans, guards):
     outside = {t for t in range(40) if not any(a <= t < b for a, b in spans)}
     safe = outside | set(range(min(sink, 40))) | set(range(40 - recent, 40))
     assert all(safe <= {t for h, t in pairs(keep) if h == head} for head in range(2))
-    assert safe == set(range(40)) or not keep.all()  # and the rest is not
+    assert safe == set(range(40)) or not keep.all()  # and the rest is pruned
 
 
 @pytest.fixture(scope="module")
 def small(make_checkpoint, tmp_path_factory):
-    """A checkpoint of random weights: 4 layers, 4 heads over 2, 36 tokens a picture."""
+    """A checkpoint of random weights: 4 layers, 4 heads over 2 KV heads, 36 tokens a picture."""
     folder = tmp_path_factory.mktemp("small")
     make_checkpoint(folder, {"num_hidden_layers": 4}, {"image_size": 84}, seed=3)
     return load(folder, "fp32")
@@ -313,7 +313,7 @@ def small(make_checkpoint, tmp_path_factory):
 
 @functools.cache
 def pictures(count):
-    """Different ones, the demo's first."""
+    """`count` different pictures, the demo's first."""
     with Image.open(DEMO_PICTURE) as picture:
         return [picture.convert("RGB").rotate(90 * i) for i in range(count)]
 
@@ -327,7 +327,7 @@ QUESTIONS = {  # name: (question, number of pictures, template)
 
 
 def answered(checkpoint, question, tokens, prune=None):
-    """The finished answer to one of the QUESTIONS, of so many tokens at most."""
+    """The finished answer to one of the QUESTIONS, with at most `tokens` tokens."""
     prompt, count, template = QUESTIONS[question]
     generation = Generation(
         checkpoint, prompt, pictures(count), Sampling(tokens), template, prune=prune, backend="torch"
@@ -348,7 +348,7 @@ def test_keeping_everything_is_no_pruning(small, spec, retention):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in NARROWING])
 def test_dropping_k_and_v_does_not_change_the_first_token(small, name):
-    """The hidden states of the prompt go on as they are, so its logits are the same to the bit."""
+    """The prompt's hidden states are unchanged, so its logits are equal bit for bit."""
     pruned, plain = (Generation(small, "what?", pictures(1), prune=p) for p in (make_method(name, keep_tokens=1), None))
     with torch.inference_mode():
         assert pruned.prefill().equal(plain.prefill())
@@ -364,14 +364,14 @@ def test_without_a_picture_nothing_is_dropped_and_a_note_says_so(small, name):
     (note,) = pruned.notes
     assert name in note and "no picture" in note
     "".join(pruned)
-    assert len(pruned.notes) == 1  # asking again says it no second time
+    assert len(pruned.notes) == 1  # asking again does not repeat it
 
 
 # ---------------------------------------------------------------- no T x T
 
 
 class Sizes(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns, and which operation that was."""
+    """Records the largest tensor that any operation returns: elements and operation."""
 
     largest, where = 0, None
 
@@ -383,7 +383,7 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-LONG = 700  # tokens, far more than the 32 channels
+LONG = 700  # tokens; many more than the 32 channels
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -397,7 +397,7 @@ def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):
     with Sizes() as sizes:
         model.prefill(torch.randn(1, LONG, 32), cache, **asked)
     assert sizes.where and sizes.largest < LONG**2, sizes.where
-    assert not method or cache.kv_len.min() < LONG  # something was chosen
+    assert not method or cache.kv_len.min() < LONG  # something was pruned
 
 
 def test_a_whole_matrix_of_attention_would_be_noticed():
@@ -405,7 +405,7 @@ def test_a_whole_matrix_of_attention_would_be_noticed():
     with Sizes() as sizes:
         (q @ k.transpose(1, 2)).softmax(-1)
     assert sizes.largest == LONG**2
-    with Sizes() as sizes:  # the mask makes SDPA no smaller
+    with Sizes() as sizes:  # with a mask SDPA needs as much memory
         F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(LONG, LONG).tril().bool())
     assert sizes.largest == LONG**2
 
@@ -415,7 +415,7 @@ def test_a_whole_matrix_of_attention_would_be_noticed():
 
 @pytest.fixture(scope="module")
 def oracle(make_hf_checkpoint, tmp_path_factory):
-    """Function (Hq, Hkv) -> folder, and its checkpoint: 4 layers, 36 tokens a picture, no stop id."""
+    """Function (Hq, Hkv) -> folder and its checkpoint: 4 layers, 36 tokens a picture, no stop id."""
 
     @functools.cache
     def make(heads, kv_heads):
@@ -429,7 +429,7 @@ def oracle(make_hf_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What the methods answer, in the order in which they are asked."""
+    """The masks that the methods return, in call order."""
     found = []
 
     def listening(ask):
@@ -444,24 +444,24 @@ def count_of(rate, n):
     return max(1, math.floor(rate * n + 0.5))
 
 
-# rules: worth (Hkv, n) of a picture in a layer -> {(head, token)}, in loops
+# rules in loops: worth (Hkv, n) of a picture in a layer -> {(head, token)}
 
 
 def own(rate):
-    """In each head its own best. rate (layer, head) -> fraction."""
+    """Each head keeps its own best. rate (layer, head) -> fraction."""
     return lambda layer, worth: {
         (h, j) for h, row in enumerate(worth) for j in ranked(row)[: count_of(rate(layer, h), len(row))]
     }
 
 
 def one_set(layer, worth):
-    """In all heads the best half of the sum."""
+    """All heads keep the best half by the sum."""
     total = [sum(column) for column in zip(*worth, strict=True)]
     return {(h, j) for h in range(len(worth)) for j in ranked(total)[: count_of(0.5, len(total))]}
 
 
 def one_pot(layer, worth):
-    """Half of all pairs, a fifth of an even share for every head."""
+    """Half of all pairs, with a floor of a fifth of an even share per head."""
     count = count_of(0.5, len(worth[0]))
     chosen = [(h, j) for h, row in enumerate(worth) for j in ranked(row)[: max(1, int(0.2 * count))]]
     rest = [(h, j) for h, row in enumerate(worth) for j in range(len(row)) if (h, j) not in chosen]
@@ -470,7 +470,7 @@ def one_pot(layer, worth):
 
 
 def portion(layer, worth):
-    """As many as hold 0.6 of a head's attention to the picture."""
+    """The tokens that hold 0.6 of a head's attention to the picture."""
     chosen = set()
     for h, row in enumerate(worth):
         held = 0.0
@@ -483,7 +483,7 @@ def portion(layer, worth):
 
 
 def around(row, j):
-    """The neighbours of a token, two on each side, those that the picture has."""
+    """A token and its neighbours within the picture, two on each side."""
     return row[max(0, j - 2) : j + 3]
 
 
@@ -505,7 +505,7 @@ RULES = {  # (spec, further settings): (window, smoothing (row, token) -> number
 
 
 def by_hand(rule, smooth, spans, group):
-    """choose(layer, attention) for `masked_ids`: rows are averaged, then heads, then neighbours."""
+    """choose(layer, attention) for `masked_ids`: average over rows, then heads, then neighbours."""
 
     def choose(layer, attention):
         rows = attention.double() if attention.ndim == 3 else attention.double()[:, None]  # (Hq, W, T)
@@ -526,7 +526,7 @@ def by_hand(rule, smooth, spans, group):
 @pytest.mark.parametrize("case", RULES, ids=" ".join)
 @pytest.mark.parametrize("question", ["one", "three", "last"])
 def test_kept_sets_and_ids_are_those_of_transformers_with_masks(oracle, answers, case, question):
-    """8 query heads over 2. The window does not reach into the last picture, and is 1 where that ends the prompt."""
+    """8 query heads over 2 KV heads. The window stops after the last picture, or has 1 row if that ends the prompt."""
     (spec, *more), (window, smooth, rule) = case, RULES[case]
     folder, checkpoint = oracle(8, 2)
     generation = answered(checkpoint, question, 24, make_method(spec, settings=more))
@@ -536,11 +536,11 @@ def test_kept_sets_and_ids_are_those_of_transformers_with_masks(oracle, answers,
     ids, kept = masked_ids(folder, generation, by_hand(rule, smooth, generation.spans, 4), 24, rows)
     assert [torch.equal(a, b) for a, b in zip(answers, kept, strict=True)] == [True] * 4
     assert generation.token_ids == ids
-    assert answered(checkpoint, question, 24).token_ids != ids  # else what was dropped would not matter here
+    assert answered(checkpoint, question, 24).token_ids != ids  # otherwise pruning would have no effect here
 
 
 def narrow_by_hand(spans, layer, count):
-    """narrow(layer, attention) for `masked_ids`: of each picture what the last row attends to, and that row itself."""
+    """narrow(layer, attention) for `masked_ids`: the best of each picture by the last row, plus the last row."""
 
     def narrow(at, attention):
         if at != layer - 1:
@@ -550,7 +550,7 @@ def narrow_by_hand(spans, layer, count):
         for a, b in spans:
             for j in ranked(mean[a:b])[count:]:
                 keep[a + j] = False
-        keep[-1] = True  # what it says is the next token
+        keep[-1] = True  # it predicts the next token
         return keep
 
     return narrow
@@ -559,16 +559,16 @@ def narrow_by_hand(spans, layer, count):
 @pytest.mark.parametrize("question", ["one", "three", "last"])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_fastv_is_hiding_columns_from_every_row_of_later_layers(oracle, answers, layer, question):
-    """The last token goes on even if it is of a picture: without it the answer would continue another place."""
+    """The last token stays even if it belongs to a picture, because the answer continues from it."""
     folder, checkpoint = oracle(8, 2)
     generation = answered(checkpoint, question, 24, make_method(f"fastv:layer={layer}", 0.25))
     everything = torch.ones(2, generation.prompt_tokens, dtype=torch.bool)
     narrow = narrow_by_hand(generation.spans, layer, 9)  # a quarter of 36
     ids, kept = masked_ids(folder, generation, lambda *_: everything, 24, narrow=narrow)
-    (stays,) = answers  # asked once
+    (stays,) = answers  # called once
     assert all(keep.equal(everything if i < layer else stays.expand(2, -1)) for i, keep in enumerate(kept))
     assert generation.token_ids == ids
-    assert answered(checkpoint, question, 24).token_ids != ids  # else hiding would not matter here
+    assert answered(checkpoint, question, 24).token_ids != ids  # otherwise hiding would have no effect here
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -577,9 +577,9 @@ def test_fastv_frees_the_later_layers(small, layer):
     lengths = [generation.prompt_tokens - (0 if i < layer else 3 * 27) for i in range(4)]
     assert generation.kept == [108.0] * layer + [27.0] * (4 - layer)
     assert generation.cache.kv_len.tolist() == [[n + 23] * 2 for n in lengths]
-    assert generation.bytes_held == sum(lengths) * 2 * 2 * 16 * 4  # K and V of two heads of 16 channels in fp32
+    assert generation.bytes_held == sum(lengths) * 2 * 2 * 16 * 4  # K and V of two heads with 16 channels in fp32
     starved = answered(small, "three", 3, make_method(f"fastv:scope=vision,layer={layer}", keep_tokens=1))
-    assert starved.kept == [108.0] * layer + [1.0] * (4 - layer)  # two pictures are gone
+    assert starved.kept == [108.0] * layer + [1.0] * (4 - layer)  # two pictures keep no token
 
 
 def test_fastv_needs_a_layer_that_the_model_has(small):
@@ -590,7 +590,7 @@ def test_fastv_needs_a_layer_that_the_model_has(small):
 
 @torch.inference_mode()
 def together(generations, count):
-    """Greedy ids of several answers, each begun by itself, decoded as one batch."""
+    """Greedy ids of several answers, prefilled separately and decoded as one batch."""
     language, never = generations[0].checkpoint.model.language_model, generations[0].never()
     cache, ids = RaggedCache.join([g.cache for g in generations]), [list(g.token_ids) for g in generations]
     for _ in range(count - 1):
@@ -605,18 +605,18 @@ def together(generations, count):
 @pytest.mark.parametrize("spec", ["plphp", "plphp-ada"])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 def test_a_joined_batch_is_that_of_transformers_padded_on_the_left(oracle, answers, spec, heads):
-    """One picture beside three: what a sequence keeps is told by its own last row, over its own columns."""
+    """Prompts with one and with three pictures: each sequence is pruned by its own last row over its own columns."""
     folder, checkpoint = oracle(*heads)
     generations = [answered(checkpoint, question, 1, make_method(spec)) for question in ("one", "three")]
     assert generations[0].prompt_tokens < generations[1].prompt_tokens
     chooses = [plphp_by_hand(g.spans, heads[0] // heads[1], spec == "plphp-ada")[0] for g in generations]
     (first, second), found = masked_batch(folder, generations, chooses, 24), together(generations, 24)
-    kept = [*first[1][1:], *second[1][1:]]  # the first layers are spared, and not asked about
+    kept = [*first[1][1:], *second[1][1:]]  # the first layers are never pruned
     assert [torch.equal(a, b) for a, b in zip(answers, kept, strict=True)] == [True] * 6
     assert found == [first[0], second[0]]
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- rejected settings
 
 BAD = {
     "topk:scope=all": "'all'",
@@ -651,7 +651,7 @@ BAD = {
 
 
 def refused(*arguments, **options):
-    """The message with which make_method refuses: one line, `what; what to do`."""
+    """The error message of make_method: one line, `what; what to do`."""
     with pytest.raises(ValueError) as caught:
         make_method(*arguments, **options)
     message = str(caught.value)
@@ -681,7 +681,7 @@ def test_rates_of_another_model_are_refused(small, rates, word):
     assert word in refusal(Generation, small, "what?", pictures(1), prune=method)
 
 
-# ---------------------------------------------------------------- a visitor's own file
+# ---------------------------------------------------------------- a user's own file
 
 OWN = """
 from dataclasses import dataclass
@@ -738,7 +738,7 @@ class Short:
 
 @pytest.fixture
 def mine(tmp_path):
-    """Function (name, settings) -> the method of a visitor's file."""
+    """Function (name, settings) -> the method of a user's file."""
     (tmp_path / "mine.py").write_text(OWN)
     return lambda name, *settings: make_method(f"{tmp_path}/mine.py::{name}", settings=settings)
 
@@ -749,7 +749,7 @@ def test_a_class_of_ones_own_may_narrow(small, mine):
         generation = answered(small, "three", 3, mine("Thin", *changed))
         assert generation.kept == [108.0] * before + [3.0 * each] * (4 - before)
         assert generation.bytes_held == (4 * text + 108 * before + 3 * each * (4 - before)) * 2 * 2 * 16 * 4
-    both = answered(small, "three", 3, mine("Both", "layer=2"))  # later layers are asked about what is left
+    both = answered(small, "three", 3, mine("Both", "layer=2"))  # later layers see the remaining tokens
     assert both.kept == [15.0] * 4
 
 
@@ -772,13 +772,13 @@ def test_a_function_of_ones_own_may_keep_all_refuse_or_forget(small, mine):
 
 
 def test_a_field_without_a_value_is_asked_for(mine):
-    """An ordinary frozen dataclass, whose fields are no keyword-only arguments."""
+    """An ordinary frozen dataclass, with fields that are not keyword-only."""
     with pytest.raises(ValueError, match="step"):
         mine("Short")
     assert mine("Short", "step=2").rule.step == 2
 
 
 def test_a_file_may_postpone_its_annotations(tmp_path):
-    """`from __future__ import annotations` makes dataclasses look their own module up."""
+    """With `from __future__ import annotations`, dataclasses look up their own module."""
     (tmp_path / "late.py").write_text("from __future__ import annotations\n" + OWN)
     assert make_method(f"{tmp_path}/late.py::Thin:step=3").rule.step == 3

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: tiles, their tokens, the model behind them, against transformers; the original code's order by hand."""
+"""LLaVA-NeXT: tiles, their tokens and the model against transformers; the original code's tile order by hand."""
 
 import math
 import types
@@ -22,7 +22,7 @@ from tests.seeds import python_random
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
-SIDE = 28  # of a tile in the small models, 2 x 2 patches of 14
+SIDE = 28  # of a tile in the small models: 2 x 2 patches of 14
 SMALL = tuple((a * SIDE // 336, b * SIDE // 336) for a, b in PINPOINTS)
 SETTINGS = ImageSettings(336, "anyres", pinpoints=PINPOINTS)
 EXTREMES = [
@@ -72,7 +72,7 @@ def test_token_counts_of_520_sizes_are_those_of_the_processor_and_of_the_model_o
 
 
 def by_the_original_rule(size, pinpoints):
-    """Pairs are (width, height) and the first of the best wins: written out as the steps of the published code."""
+    """The steps of the published code: pairs are (width, height), and the first of equally good ones wins."""
     best, most, least = None, 0, float("inf")
     for wide, high in pinpoints:
         scale = min(wide / size[0], high / size[1])
@@ -91,11 +91,11 @@ def test_the_two_dialects_differ_for_small_pictures_only():
         if own != choose_canvas(size, PINPOINTS, "hf"):
             differing.add(size)
     assert (300, 100) in differing and (counted((300, 100), "orig"), counted((300, 100), "hf")) == (776, 1360)
-    assert max(max(size) for size in differing if min(size) > 4) < 345  # and threads, of which nothing is seen
+    assert max(max(size) for size in differing if min(size) > 4) < 345  # except very thin ones
 
 
 def test_what_is_kept_of_the_tiles_is_rounded_by_one_dialect_only():
-    """int(h * W / w) of a float a hair below a whole number: HF rounds it first."""
+    """int(h * W / w) of a float slightly below an integer: HF rounds it first."""
     found = []
     for wide in range(1, 600):
         for high in range(1, 600):
@@ -109,7 +109,7 @@ def test_what_is_kept_of_the_tiles_is_rounded_by_one_dialect_only():
         assert abs(exact - round(exact)) < 1e-7, size
         rows, columns = kept_of_tiles((2, 2), 24, size, "hf")
         part = rows if wider else columns
-        assert 0 <= (part.stop - part.start) - round(exact) <= 1  # an odd border is split downwards
+        assert 0 <= (part.stop - part.start) - round(exact) <= 1  # an odd border is larger at the end
 
 
 # ---------------------------------------------------------------- pixels
@@ -244,14 +244,14 @@ def test_plphp_keeps_the_sets_and_says_the_ids_of_transformers_with_masks(make_h
 
 @pytest.mark.parametrize("name", ["grid", "objects"])
 def test_blind_methods_know_the_tiles(make_hf_checkpoint, tmp_path, name):
-    """Every picture has a place and a contrast for each of its tokens, and keeps its rounded share of them."""
+    """Every vision token has a place and a contrast, and each picture keeps its rounded share."""
     make_next(make_hf_checkpoint, tmp_path, {"num_hidden_layers": 2}, {"image_size": 56}, seed=3)
     sizes = [(150, 120), (40, 90), (300, 40)]
     asked = ask(load(tmp_path, "fp32"), "<image><image><image>", sizes, prune=name, sampling=Sampling(max_new_tokens=2))
     "".join(asked)
     tokens = [image["tokens"] for image in asked.images]
     assert [len(p) for p in asked.places] == [len(c) for c in asked.contrast] == tokens and len(set(tokens)) > 1
-    assert all(len({tuple(p) for p in places.tolist()}) == len(places) for places in asked.places)  # none twice
+    assert all(len({tuple(p) for p in places.tolist()}) == len(places) for places in asked.places)  # all places differ
     assert asked.kept == [sum(math.floor(0.5 * n + 0.5) for n in tokens)] * 2
 
 
@@ -266,12 +266,12 @@ def test_each_key_layout_gives_the_same_ids(pair, tmp_path, layout):
     checkpoint = load(tmp_path, "fp32")
     again = ask(checkpoint, CASES["gqa, two pictures"][2], CASES["gqa, two pictures"][3], anyres_order="hf")
     assert "".join(again) == "".join(asked) and again.token_ids == asked.token_ids
-    # names of the original code: its order of the tiles too
+    # names and tile order of the original code
     assert checkpoint.image_settings.order == ("orig" if layout.startswith("E") else "hf")
 
 
 def rename(layout, key):
-    """The layouts of test_load know no newline."""
+    """Add the newline, which the layouts of test_load lack."""
     if key != "image_newline":
         return layout(key)
     return "model.image_newline" if layout("multi_modal_projector.linear_1.bias").startswith("model.") else key
@@ -300,7 +300,7 @@ def test_without_tiles_a_picture_is_one_square_and_has_no_newline(pair, mode):
     assert square.images[0]["tiles"] == 1 and square.vision_tokens == 4 and len("".join(square)) > 0
 
 
-# ---------------------------------------------------------------- configs and what is refused
+# ---------------------------------------------------------------- configs and rejections
 
 
 def test_sparse_configs_resolve_to_the_published_shapes():
@@ -309,7 +309,7 @@ def test_sparse_configs_resolve_to_the_published_shapes():
     text = config.text_config
     assert (text.hidden_size, text.intermediate_size, text.num_key_value_heads, text.head_dim) == (4096, 14336, 8, 128)
     assert config.image_grid_pinpoints == PINPOINTS and config.vision_config.image_size == 336
-    assert text.sliding_window == text.context == 4096  # the class default, where the file does not say null
+    assert text.sliding_window == text.context == 4096  # the class default, unless the file says null
     open_window = parse_config(top | {"text_config": {"model_type": "mistral", "sliding_window": None}}).text_config
     assert open_window.context == 131072
     llama = parse_config({"model_type": "llava_next", "text_config": {"sliding_window": 7}}).text_config

@@ -1,7 +1,7 @@
-"""When memory runs out: each allocation of each thing that a cache does fails in turn, and the cache is whole after it.
+"""Out of memory: every allocation of every cache operation fails in turn, and the cache stays consistent.
 
-Whole: its tables, plans and arenas agree, the taken rows are what they were, and the same call does later what it would
-have done. An allocation is every operation whose result is new memory; those in place and views need none.
+Consistent: tables, plans and arenas agree, occupied rows are unchanged, and the same call later does what it would have
+done. An allocation is any operation whose result needs new memory; in-place operations and views need none.
 """
 
 import copy
@@ -21,7 +21,7 @@ LAYERS = 3  # of small_llama
 
 
 class MemoryFor(TorchDispatchMode):
-    """Memory for n more tensors; what asks for another fails."""
+    """Allows n more tensors; the next allocation fails."""
 
     def __init__(self, n):
         super().__init__()
@@ -37,7 +37,7 @@ class MemoryFor(TorchDispatchMode):
 
 
 def failures(make, act, every=1):
-    """Fresh things of make() on which act() ran out of memory at its first, second, ... (or every third) allocation."""
+    """Results of make() for which act() ran out of memory at its first, second, ... (or every third) allocation."""
     for n in range(0, 100_000, every):
         thing = make()
         try:
@@ -51,7 +51,7 @@ def failures(make, act, every=1):
 
 
 def rows_of(cache):
-    """The taken rows of each segment of each layer: K beside V."""
+    """The occupied rows of each segment of each layer, K beside V."""
     return [
         torch.cat((cache.k[i][a : a + n], cache.v[i][a : a + n]), 1)
         for i in range(len(cache.k))
@@ -60,7 +60,7 @@ def rows_of(cache):
 
 
 def check_whole(cache):
-    """Do all parts of a cache say the same?"""
+    """Check that all parts of a cache agree."""
     heads = cache.kv_len.shape[1] // len(cache.pos)
     assert torch.equal(cache.takes.bool(), cache.live.repeat_interleave(heads)) and len(cache.live) == len(cache.pos)
     assert (cache.rows is None) == bool(cache.live.all())
@@ -78,7 +78,7 @@ def check_whole(cache):
 
 
 def check_same(cache, other, room=False):
-    """Two caches that hold the same, wherever it lies."""
+    """Check that two caches hold the same rows, wherever they are stored."""
     check_whole(cache)
     for name in ("pos", "live", "kv_len"):
         assert torch.equal(getattr(cache, name), getattr(other, name)), name
@@ -87,7 +87,7 @@ def check_same(cache, other, room=False):
 
 
 def prompted(slack=2, finished=None, room=0):
-    """A model, and a cache of two sequences in which each head keeps its own: full but for `room` slots."""
+    """A model, and a cache of two sequences whose heads keep different tokens, with `room` free slots each."""
     model = small_llama()
     cache, keep = RaggedCache(LAYERS, slack, "torch"), torch.rand(LAYERS, 4, 7) < 0.6
     model.prefill(torch.randn(2, 7, 32), cache, choose=lambda layer, q, k, v: keep[layer])
@@ -99,7 +99,7 @@ def prompted(slack=2, finished=None, room=0):
 
 
 def decoded(model, cache, steps):
-    """Hidden states of some more steps, (steps, B, C)."""
+    """Hidden states of `steps` more steps, (steps, B, C)."""
     generator = torch_random(7)
     x = torch.randn(steps, len(cache.pos), 32, generator=generator)
     return torch.stack([model.decode(row, cache) for row in x])
@@ -123,8 +123,8 @@ def test_a_step_that_finds_no_memory_has_not_happened(name, finished):
     tried, every = 0, 1 if name in ("a step into larger arenas", "logits") and finished is None else 4
     for cache in failures(lambda: copy.deepcopy(before), lambda cache: step(model, cache), every):
         check_same(cache, before)
-        assert cache.room >= room  # more where the arenas had grown already
-        if tried % 6 == 0:  # on it goes
+        assert cache.room >= room  # more if the arenas had already grown
+        if tried % 6 == 0:  # continue with this cache
             got = torch.cat([step(model, cache).flatten(), decoded(model, cache, 3).flatten()])
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
             check_same(cache, after) if finished is None else check_whole(cache)
@@ -165,7 +165,7 @@ def test_those_who_stay_are_whole_and_the_others_are_there_or_not():
             check_same(cache, before, room=True)
             cache.keep([1])
         check_same(cache, after)
-        for i, k in enumerate(cache.k):  # a rectangle only where heads have the same number of slots and no gaps
+        for i, k in enumerate(cache.k):  # a rectangle needs heads with the same number of slots and no gaps
             even = cache.kv_cap[i].unique().tolist() == [len(k) / cache.kv_cap.shape[1]]
             assert (cache.rectangle(i) is not None) == even
         torch.testing.assert_close(decoded(model, cache, 4), wanted, rtol=1e-4, atol=1e-4)
@@ -209,7 +209,7 @@ def test_a_layer_is_packed_or_not():
 
 
 def test_a_batch_goes_on_where_it_was():
-    """Three answers; one ends with this step, and the rows of the others move."""
+    """Three answers; one ends in this step, and the rows of the others move."""
     demo = load(DEMO, "fp32")
     prepared = Batch()
     for limit in (4, 2, 5):

@@ -19,7 +19,7 @@ from tests.seeds import python_random, torch_random
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
-CASES = {  # what differs from the base of conftest: (text, vision, top)
+CASES = {  # differences from the base config of conftest: (text, vision, top)
     "mha, head_dim 16": ({"num_key_value_heads": 4}, {}, {}),
     "gqa, head_dim 20 is not hidden/heads": ({"head_dim": 20}, {}, {}),
     "gqa, head_dim 80, 3 layers": ({"head_dim": 80, "num_hidden_layers": 3}, {}, {}),
@@ -81,7 +81,7 @@ def hf_inputs(checkpoint, ids, pixels):
 
 
 def float64_twin(hf):
-    """The same model in float64 throughout: also where transformers computes in fp32 whatever the weights are."""
+    """The same model entirely in float64, even where transformers always computes in fp32."""
 
     def norm(self, x):
         return x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt() * self.weight
@@ -145,7 +145,7 @@ def test_32_greedy_ids_are_those_of_transformers(pair, case):
         eos_token_id=None,
     )
     assert ours.token_ids == theirs[0, -32:].tolist() and ours.finish_reason == "length"
-    assert len(set(ours.token_ids)) > 3  # no model that says one word for ever
+    assert len(set(ours.token_ids)) > 3  # the model does not repeat one word forever
 
 
 def test_an_answer_ends_where_transformers_ends_it(pair):
@@ -182,7 +182,7 @@ def test_cls_attention_is_that_of_the_layer_that_yields_the_features(pair, case)
     tower.set_attn_implementation("eager")
     theirs = tower(pixels, output_attentions=True, output_hidden_states=True)
     torch.testing.assert_close(rows, theirs.attentions[max(layers) - 1][:, :, 0, 1:], rtol=0, atol=2e-6)
-    assert rows.std() > 0.01  # not simply uniform
+    assert rows.std() > 0.01  # not close to uniform
     for state, layer in zip(states, layers, strict=True):
         torch.testing.assert_close(state, theirs.hidden_states[layer], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(checkpoint.model.vision_tower(pixels, layers), states, rtol=0, atol=0)
@@ -204,7 +204,7 @@ def test_vision_layers_behind_the_feature_layer_are_not_run(pair, case):
     assert torch.equal(poisoned.encode_images(pixels), clean)
     for weight in tower.encoder.layers[last - 1].parameters():
         weight.fill_(float("nan"))
-    assert poisoned.encode_images(pixels).isnan().all()  # the layer before is needed
+    assert poisoned.encode_images(pixels).isnan().all()  # the layer before is used
 
 
 # ---------------------------------------------------------------- pictures
@@ -261,7 +261,7 @@ def test_transparency_is_painted_white_as_by_transformers(kind):
 
 # ---------------------------------------------------------------- configs
 
-LLAVA_7B = {  # all that the published 1.5-7b file says about its language model
+LLAVA_7B = {  # all that the published 1.5-7b file sets for its language model
     "model_type": "llava",
     "text_config": {
         "vocab_size": 32064,
@@ -278,12 +278,12 @@ def hf_config(raw):
 
 
 def assert_same_config(ours, theirs):
-    """Each field of ours that transformers has too."""
+    """Compare each field that transformers also has."""
     text, vision = theirs.text_config, theirs.vision_config
     for field in fields(TextConfig):
         want = getattr(
             text, field.name, None if field.name == "sliding_window" else False
-        )  # what is Mistral's or Llama's
+        )  # specific to Mistral or Llama
         want = text.rope_parameters["rope_theta"] if field.name == "rope_theta" else want
         assert getattr(ours.text_config, field.name) == want, field.name
     for field in fields(VisionConfig):

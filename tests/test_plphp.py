@@ -1,4 +1,4 @@
-"""PLPHP: its rates, its choice, and the whole of it against transformers with masks made by code of its own."""
+"""PLPHP: its rates, its choice of tokens, and the whole against transformers with independently made masks."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ def layout(spans, tokens, q_heads=4, kv_heads=2, num_layers=6):
     ("gamma", "rate"), [(0.25, 0.7), (0.2499, 0.4), (0.1, 0.4), (0.0999, 0.1), (1.0, 0.7), (0.0, 0.1)]
 )
 def test_three_classes_with_their_borders(gamma, rate):
-    """At alpha a layer is attentive, at beta still balanced."""
+    """At alpha a layer is attentive, at beta balanced."""
     assert Plphp().rate(gamma) == pytest.approx(rate)
 
 
@@ -32,7 +32,7 @@ def test_rates_stay_between_nothing_and_everything():
         method = make_method("plphp", wanted).rule
         assert method.rate(1.0) == pytest.approx(wanted + dr) and method.rate(0.0) == pytest.approx(wanted - dr)
         assert method.rate(0.2) == wanted
-    same = Plphp(alpha=0.2, beta=0.2)  # no balanced layers
+    same = Plphp(alpha=0.2, beta=0.2)  # no layer is balanced
     assert same.rate(0.2) == pytest.approx(0.7) and same.rate(0.1999) == pytest.approx(0.1)
 
 
@@ -44,7 +44,7 @@ def test_the_first_layers_are_spared():
 
 
 def test_each_head_keeps_its_own_best_of_each_picture():
-    """Two pictures between text; the second has one token, which is kept at any rate."""
+    """Two pictures with text around them; the second has one token, which every rate keeps."""
     scores = torch.tensor([
         [9, 1, 5, 3, 4, 9, 0, 9],  # KV head 0
         [9, 3, 1, 3, 2, 9, 0, 9],
@@ -139,7 +139,7 @@ def plphp_by_hand(spans, group, ada):
 
 
 class Spy:
-    """A method's rule, and what it answered."""
+    """Wraps a method's rule and records its masks."""
 
     def __init__(self, rule, answers):
         self.rule, self.answers, self.wants = rule, answers, rule.wants
@@ -150,7 +150,7 @@ class Spy:
 
 
 def share(count, ada):
-    """What a head keeps before the rest is divided."""
+    """Tokens a head keeps before the rest is divided."""
     return max(1, int(0.2 * count)) if ada else count
 
 
@@ -172,17 +172,17 @@ def test_ids_and_kept_sets_are_those_of_transformers_with_masks(
     "".join(generation)
     choose, classes = plphp_by_hand(generation.spans, heads[0] // heads[1], spec == "plphp-ada")
     ids, kept = masked_ids(tmp_path, generation, choose, 24)
-    assert kept[0].all() and len(ours) == len(kept) - 1  # the first layer is spared
+    assert kept[0].all() and len(ours) == len(kept) - 1  # the first layer is not pruned
     for layer, (a, b) in enumerate(zip(ours, kept[1:], strict=True), 1):
         assert torch.equal(a.cpu(), b), f"layer {layer} ({classes[layer]})"
     assert generation.token_ids == ids
     unpruned = Generation(*asked)
     "".join(unpruned)
-    assert generation.token_ids[0] == unpruned.token_ids[0]  # the prompt is read unpruned
+    assert generation.token_ids[0] == unpruned.token_ids[0]  # prefill is not pruned
 
 
 def test_more_rows_rank_but_gamma_is_the_last_ones():
-    """The layer's class is that of the last row, whatever the window."""
+    """The layer's class follows the last row, whatever the window."""
     demo = load(DEMO, "fp32")
     kept = {}
     for settings in ("window=1", "window=32", "window=32,values=true"):

@@ -1,4 +1,4 @@
-"""Pruning methods, how they are named, and the whole of it against transformers with per-layer, per-head masks."""
+"""Pruning methods: their names and settings, and the whole against transformers with masks per layer and head."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ def demo():
     return load(DEMO, "fp32", torch.get_default_device())
 
 
-# ---------------------------------------------------------------- choosing
+# ---------------------------------------------------------------- choosing tokens
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_budget_rounds_half_up_within_its_bounds(tokens, retention, kept):
 def test_ties_go_to_the_lower_index():
     scores = torch.tensor([[1.0, 3.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     assert best(scores, 3).int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 0, 0]]
-    many = torch.zeros(5000)  # an unstable sort would not keep the order here
+    many = torch.zeros(5000)  # an unstable sort would reorder these
     assert best(many, 1700).nonzero()[:, 0].tolist() == list(range(1700))
 
 
@@ -73,7 +73,7 @@ def test_a_pooled_budget_is_spread_unevenly():
     assert (first.sum(1) == 12).all() and (first[:, 0] != first[:, 1]).any()
 
 
-# ---------------------------------------------------------------- naming
+# ---------------------------------------------------------------- names and settings
 
 
 def test_settings_come_from_the_spec_from_set_and_from_flags(tmp_path):
@@ -102,12 +102,12 @@ def test_the_former_name_of_a_method_is_as_good(tmp_path):
     assert make_method("uniform", folder=tmp_path).window == 5
 
 
-GIVEN = {  # setting: a value; any two that cannot both mean something are refused wherever they stand
+GIVEN = {  # setting: a value; two that cannot be combined are rejected wherever they are given
     "plphp": {"retention": 0.5, "keep_tokens": 9, "r": 0.9, "dr": 0.1, "alpha": 0.4, "beta": 0.2},
     "topk": {"retention": 0.5, "keep_tokens": 9, "mass": 0.8, "rates": [0.5]},
     "random": {"retention": 0.5, "keep_tokens": 9, "seed": 3},
 }
-TOGETHER = {  # what may stand together
+TOGETHER = {  # combinations that are allowed
     "plphp": {("retention", other) for other in ("dr", "alpha", "beta")}
     | {(a, b) for a in ("r", "dr", "alpha", "beta") for b in ("r", "dr", "alpha", "beta")},
     "topk": set(),
@@ -117,7 +117,7 @@ TOGETHER["plphp-ada"], GIVEN["plphp-ada"] = TOGETHER["plphp"], GIVEN["plphp"]
 
 
 def ways(setting, value, tmp_path):
-    """[(what goes into the SPEC, retention, keep_tokens, --set)] of one setting."""
+    """[(settings in the SPEC, retention, keep_tokens, --set)]: the ways to give one setting."""
     text, file = f"{setting}={json.dumps(value)}".replace(" ", ""), tmp_path / f"{setting}.json"
     file.write_text(json.dumps({setting: value}))
     found = [(text, None, None, []), ("", None, None, [text]), ("", None, None, [f"@{file}"])]
@@ -127,7 +127,7 @@ def ways(setting, value, tmp_path):
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_nothing_that_is_given_is_dropped(name, tmp_path):
-    """Every pair of settings that say how much is kept, each in the SPEC, by --set, in a file and by its flag."""
+    """Every pair of settings of the kept number, given in the SPEC, by --set, in a file and by flag."""
     tried = 0
     for a, b in itertools.product(GIVEN[name], repeat=2):
         fits = a != b and ((a, b) in TOGETHER[name] or (b, a) in TOGETHER[name])
@@ -251,7 +251,7 @@ def test_a_method_of_ones_own_sees_scores_and_decides(demo, own):
 
 @torch.inference_mode()
 def test_scores_are_the_attention_of_the_last_rows(backend):
-    """What a method is given, against the softmax of the queries and keys of a second prefill."""
+    """The scores that a method gets, against the softmax of queries and keys from a second prefill."""
     demo, seen, wanted = load(DEMO, "fp32", torch.get_default_device()), [], []
     method = Method(
         "look",
@@ -304,7 +304,7 @@ def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp
     assert generation.kept == [k.sum().item() / 4 - text_tokens for k in keeps]
     unpruned = Generation(*asked)
     "".join(unpruned)
-    assert generation.token_ids != unpruned.token_ids  # else this test could not fail
+    assert generation.token_ids != unpruned.token_ids  # otherwise the test could not fail
     ids, _ = masked_ids(tmp_path, generation, lambda layer, attention: keeps[layer].cpu(), count)
     assert generation.token_ids == ids
 

@@ -1,4 +1,4 @@
-"""Files of questions: LLaVA's format in and out, nothing lost or said twice whatever happens, POPE by its rule."""
+"""Files of questions: LLaVA's format in and out, no answer lost or repeated after interruptions, POPE by its rule."""
 
 import base64
 import errno
@@ -40,7 +40,7 @@ QUESTIONS = [
     {"question_id": 4, "image": "missing.png", "text": "What is this?"},
     {"question_id": 5, "image": "demo.png", "text": "One <image> and one <image>?"},
     {"question_id": 6, "image": "broken.png", "text": "What is this?"},
-    {"question_id": 7, "image": "demo.png", "text": "Spell the word on the sign."},  # an id may come again
+    {"question_id": 7, "image": "demo.png", "text": "Spell the word on the sign."},  # ids may repeat
     {"question_id": 8, "image": ["demo.png"] * 9, "text": "Too many?"},
 ]
 
@@ -68,7 +68,7 @@ def inside(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    """The one line with which run.py refuses."""
+    """The single error line of run.py."""
     code, out, err = inside(capsys, *argv)
     assert code == 2 and out == "" and err.count("error: ") == 1 and err.endswith("\n"), (code, out, err)
     line = err.splitlines()[-1]
@@ -94,7 +94,7 @@ def test_every_question_has_its_line_in_order_and_bad_ones_say_why(folder, capsy
     assert "2312 tokens" in errors[7].replace(",", "") or "context" in errors[7]
     assert [bool(error) for error in errors.values()] == [False, False, False, True, True, True, False, True]
     assert all((line["text"] == "") == bool(errors[i]) for i, line in enumerate(lines))
-    checkpoint = load(run.DEMO, "auto", "auto")  # as run.py does
+    checkpoint = load(run.DEMO, "auto", "auto")  # like run.py
     for i in (0, 1, 6):
         images = QUESTIONS[i]["image"]
         images = [images] if isinstance(images, str) else images
@@ -118,7 +118,7 @@ def test_the_flags_of_one_answer_hold_for_all(folder, capsys):
 def test_chunks_are_those_of_llava_and_cover_everything_once(folder, capsys, chunks):
     seen = []
     for i in range(chunks):
-        answers = folder / "out" / f"{i}.jsonl"  # the folder is made
+        answers = folder / "out" / f"{i}.jsonl"  # creates the folder
         extra = ["--answers", answers, "-n", 1, "--num-chunks", chunks, "--chunk-idx", i]
         code, _, err = inside(capsys, *flags(folder, *extra))
         assert code == 0, err
@@ -129,26 +129,26 @@ def test_chunks_are_those_of_llava_and_cover_everything_once(folder, capsys, chu
     assert len(seen) == len(QUESTIONS)
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
 def test_a_second_run_answers_only_what_is_missing(folder, capsys):
     inside(capsys, *flags(folder, "-n", 3))
     whole = (folder / "a.jsonl").read_bytes()
-    code, _, err = inside(capsys, *flags(folder, "-n", 3))  # the bad ones again, in vain
-    assert code == 0 and "4 questions in" in err and "4 had been answered before" in err and "4 could not be" in err
+    code, _, err = inside(capsys, *flags(folder, "-n", 3))  # retries the failed ones, which fail again
+    assert code == 0 and "4 questions in" in err and "4 already answered" in err and "4 could not be" in err
     assert (folder / "a.jsonl").read_bytes() == whole
     code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
-    assert code == 0 and "0 questions in" in err and "4 had been answered before" in err and "4 questions that" in err
+    assert code == 0 and "0 questions in" in err and "4 already answered" in err and "4 questions that" in err
     assert (folder / "a.jsonl").read_bytes() == whole
     lines = whole.splitlines(keepends=True)
     (folder / "a.jsonl").write_bytes(b"".join(lines[:3]))
     inside(capsys, *flags(folder, "-n", 3))
     assert (folder / "a.jsonl").read_bytes() == whole
-    (folder / "a.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:40])  # half a line
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:40])  # a partial line
     inside(capsys, *flags(folder, "-n", 3))
     assert (folder / "a.jsonl").read_bytes() == whole
-    (folder / "a.jsonl").write_bytes(lines[6])  # of the two questions with the id 7, the later one
+    (folder / "a.jsonl").write_bytes(lines[6])  # the later of the two questions with id 7
     inside(capsys, *flags(folder, "-n", 3))
     assert (folder / "a.jsonl").read_bytes() == whole
 
@@ -168,7 +168,7 @@ def test_what_could_not_be_answered_is_asked_again(folder, capsys):
 
 
 def test_a_retry_that_was_killed_leaves_one_line_for_each_question(folder, capsys):
-    """Until the end of a run an error and what made it good are both in the file."""
+    """Until the run ends, the file holds both an error and the answer that replaces it."""
     inside(capsys, *flags(folder, "-n", 3))
     whole = (folder / "a.jsonl").read_bytes()
     good = json.loads(whole.splitlines()[3])
@@ -201,7 +201,7 @@ def test_putting_the_lines_in_order_loses_nothing(folder, capsys, monkeypatch, m
     monkeypatch.undo()
     os.chmod(folder / "a.jsonl", 0o600)
     code, _, err = inside(capsys, *flags(folder, "-n", 3, "--keep-errors"))
-    assert code == 0 and "put in the order of the questions" in err
+    assert code == 0 and "in the order of the questions" in err
     assert (folder / "a.jsonl").read_bytes() == whole and (folder / "a.jsonl").stat().st_mode & 0o777 == 0o600
 
 
@@ -209,7 +209,7 @@ def test_a_question_inserted_in_front_is_answered_in_front(folder, capsys):
     write_lines(folder / "q.jsonl", QUESTIONS[1:3])
     inside(capsys, *flags(folder, "-n", 3))
     os.rename(folder / "a.jsonl", folder / "elsewhere.jsonl")
-    os.symlink(folder / "elsewhere.jsonl", folder / "a.jsonl")  # a link stays one
+    os.symlink(folder / "elsewhere.jsonl", folder / "a.jsonl")  # a link stays a link
     write_lines(folder / "q.jsonl", QUESTIONS[:3])
     code, _, err = inside(capsys, *flags(folder, "-n", 3))
     assert code == 0 and "1 questions in" in err and (folder / "a.jsonl").is_symlink()
@@ -231,7 +231,7 @@ def test_what_a_power_cut_leaves_behind_is_cut_off(folder, capsys, tail):
         (folder / "a.jsonl").write_bytes(b"".join(lines[:kept]) + tail)
         code, _, err = inside(capsys, *flags(folder, "-n", 3))
         assert code == 0 and (folder / "a.jsonl").read_bytes() == whole, err
-    # an editor's line ends and byte-order mark; NULs before a line that came later
+    # an editor's line ends and byte-order mark; NULs before a later line
     (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + whole.replace(b"\n", b"\r\n") + b"\0\0")
     assert inside(capsys, *flags(folder, "-n", 3))[0] == 0 and (folder / "a.jsonl").read_bytes() == whole
     (folder / "a.jsonl").write_bytes(lines[0] + b"\0\0" + lines[1] + lines[2])
@@ -261,9 +261,9 @@ def test_answers_go_to_a_regular_file(folder, capsys, target):
     if target == "fifo":
         target = folder / "fifo"
         os.mkfifo(target)
-        held = os.open(target, os.O_RDWR)  # so that opening it does not wait
+        held = os.open(target, os.O_RDWR)  # so that opening it does not block
     code, _, err = inside(capsys, *flags(folder, "--answers", target))
-    assert code == 2 and "no regular file" in err.splitlines()[-1]
+    assert code == 2 and "not a regular file" in err.splitlines()[-1]
     if target != "/dev/null":
         os.close(held)
 
@@ -276,7 +276,7 @@ def test_a_whole_line_of_something_else_is_never_cut_off(folder, capsys):
     (folder / "a.jsonl").unlink()
     inside(capsys, *flags(folder, "-n", 3))
     whole = (folder / "a.jsonl").read_bytes()
-    (folder / "a.jsonl").write_bytes(whole[:-1])  # ours, without its last line end
+    (folder / "a.jsonl").write_bytes(whole[:-1])  # an answer file without its last line end
     assert inside(capsys, *flags(folder, "-n", 3))[0] == 0
     assert (folder / "a.jsonl").read_bytes() == whole
 
@@ -289,12 +289,12 @@ def test_answers_to_other_pictures_do_not_count(folder, capsys):
     code, _, err = inside(capsys, *flags(folder, "-n", 3))
     assert code == 0 and "1 questions in" in err and "note: 1 answers" in err
     images = [line["metadata"]["images"] for line in read_lines(folder / "a.jsonl")]
-    assert images == [["other.png"], ["demo.png"]]  # what answers no question here stands behind the others
+    assert images == [["other.png"], ["demo.png"]]  # answers to other questions come last
     assert "image_folder" in refused(capsys, *flags(folder, "-n", 3, "--image-folder", ROOT / "assets"))
 
 
 def test_answers_of_one_token_are_written_as_they_come(folder, capsys, monkeypatch):
-    """They never take part in a step; no more than a batch of them waits."""
+    """They need no decode step; at most one batch of them waits to be written."""
     write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"question_id": i} for i in range(9)])
     seen, add = [], model.Batch.add
 
@@ -328,7 +328,7 @@ def test_broken_logits_of_one_question_are_recorded(folder, capsys, monkeypatch)
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_out_of_memory_in_one_prompt_is_its_error(folder, capsys, monkeypatch, batch):
-    """Alone it does not fit either; what was in the batch beside it is answered as ever."""
+    """It does not fit alone either; the other questions of its batch are answered normally."""
     inside(capsys, *flags(folder, "-n", 3, "--batch", batch))
     whole = read_lines(folder / "a.jsonl")
     os.unlink(folder / "a.jsonl")
@@ -365,7 +365,7 @@ def test_a_batch_that_does_not_fit_is_asked_one_by_one(folder, capsys, monkeypat
     monkeypatch.setattr(model.Batch, "advance", out_of_memory)
     code, _, err = inside(capsys, *flags(folder, "-n", 3, "--batch", 4))
     assert code == 0 and max(sizes) > 1 and (folder / "a.jsonl").read_bytes() == whole
-    assert err.count("lower --batch") == 1  # all four questions that can be answered, once
+    assert err.count("lower --batch") == 1  # once for each of the four questions that can be answered
 
 
 def test_another_failure_ends_the_run(folder, capsys, monkeypatch):
@@ -398,7 +398,7 @@ def test_pictures_may_be_named_in_other_ways(folder, capsys, monkeypatch):
     for error, word in zip(errors, words, strict=True):
         assert word in error and ";" in error
     _, _, err = inside(capsys, "--questions", "q.jsonl", "--answers", "a.jsonl", "-n", 3, "--keep-errors")
-    assert "0 questions in" in err and "7 had been answered before" in err
+    assert "0 questions in" in err and "7 already answered" in err
 
 
 def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monkeypatch):
@@ -410,7 +410,7 @@ def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monk
         words = f"--questions {name}/q.jsonl --answers {name}/a.jsonl --image-folder {name} --model {name}/model -n 3"
         code, _, err = inside(capsys, *words.split(), "--prune", f"{name}/mine.py::keep")
         assert code == 0 and f"{2 if name == '.' else 0} questions in" in err, err
-    # a relative path that an older version has written down
+    # a relative path written by an older version
     old = (folder / "a.jsonl").read_text().replace(json.dumps(str(folder)), '"."')
     (folder / "a.jsonl").write_text(old)
     monkeypatch.chdir(folder)
@@ -421,7 +421,7 @@ def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monk
 
 
 def test_two_runs_do_not_write_one_file(folder, capsys):
-    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
+    fcntl = pytest.importorskip("fcntl", reason="this system has no file locks")
     with open(folder / "a.jsonl", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another run" in refused(capsys, *flags(folder))
@@ -446,7 +446,7 @@ def test_ctrl_c_keeps_what_is_answered(folder, capsys, monkeypatch):
     assert len(read_lines(folder / "a.jsonl")) == 8
 
 
-# The same process image again and again, without importing torch anew each time: a child of it answers and is killed.
+# Fork children from one process that has imported torch; each child answers and is killed.
 KILLER = """
 import os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -473,7 +473,7 @@ print(kills)
 
 
 def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path, pytestconfig):
-    """Six without --all."""
+    """Six kills without --all."""
     kills = 20 if pytestconfig.option.all else 6
     if not hasattr(os, "fork"):
         pytest.skip("no fork on this system")
@@ -488,7 +488,7 @@ def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path, pyt
     assert done.stdout.strip() == str(kills), done.stderr[-2000:]
     before = (tmp_path / "a.jsonl").read_bytes()
     assert 0 < before.count(b"\n") < 3000
-    # cut the rest short: what matters is the seam
+    # shorten the rest: only the resumption matters
     left = write_lines(tmp_path / "q.jsonl", asked[: before.count(b"\n") + 40])
     done = subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -500,7 +500,7 @@ def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path, pyt
         assert lines[i]["text"] == "".join(alone)
 
 
-# ---------------------------------------------------------------- refusing
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -612,7 +612,7 @@ def test_a_line_may_say_that_it_has_no_picture(folder, capsys):
 
 
 def by_llavas_rule(text):
-    """LLaVA's reading of an answer, step by step."""
+    """LLaVA's rule for an answer, step by step."""
     if text.find(".") != -1:
         text = text.split(".")[0]
     words = text.replace(",", "").split(" ")
@@ -641,7 +641,7 @@ def test_scores_of_known_counts(tmp_path, capsys):
     ]
     write_lines(tmp_path / "q.jsonl", questions)
     answers = [{"question_id": i, "text": s} for i, s in enumerate(said)]
-    write_lines(tmp_path / "a.jsonl", answers[::-1])  # the order of the answers does not matter
+    write_lines(tmp_path / "a.jsonl", answers[::-1])  # the order of the answers is irrelevant
     argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
     assert score_pope.main([*argv, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
@@ -650,7 +650,7 @@ def test_scores_of_known_counts(tmp_path, capsys):
     assert scores["all"]["accuracy"] == 5 / 8 and scores["all"]["precision"] == 2 / 3 and scores["all"]["recall"] == 0.5
     assert scores["all"]["F1"] == pytest.approx(4 / 7) and scores["all"]["yes"] == 3 / 8
     assert scores["adversarial"]["recall"] == 1.0 and scores["random"]["precision"] == 1.0
-    for kind in ("adversarial", "random"):  # labels in files of their own, as POPE has them
+    for kind in ("adversarial", "random"):  # labels in separate files, as POPE has them
         rows = [{"label": q.pop("label"), "text": q["text"].split("\n")[0]} for q in questions if q["category"] == kind]
         write_lines(tmp_path / f"coco_pope_{kind}.json", rows)
     write_lines(tmp_path / "q.jsonl", questions)
@@ -674,7 +674,7 @@ def test_what_could_not_be_answered_is_no_yes(tmp_path, capsys):
         {"question_id": 3, "text": "no", "metadata": None},
         {"question_id": 3} | missing,
         {"question_id": 2} | missing,
-    ]  # fmt: skip  an error before or behind the answer that made it good does not count, nor one that came twice
+    ]  # fmt: skip  errors before or after an answer to the same question do not count
     write_lines(tmp_path / "q.jsonl", questions)
     write_lines(tmp_path / "a.jsonl", answers)
     argv = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
@@ -693,7 +693,7 @@ def test_what_could_not_be_answered_is_no_yes(tmp_path, capsys):
 
 
 def spoil(tmp_path, what):
-    """Files of one question with one thing wrong."""
+    """Files of one question with one fault."""
     question = {"question_id": 1, "text": "Is there a dog?", "category": "random", "label": "yes"}
     questions, answers = [question], [{"question_id": 1, "text": "yes"}]
     if what == "no answer":

@@ -1,4 +1,4 @@
-"""ragged_decode and merge_states: against dense attention with a mask in float64, with NaN wherever nothing is kept."""
+"""ragged_decode and merge_states against dense float64 attention with a mask, with NaN in every slot not kept."""
 
 import sys
 
@@ -27,9 +27,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 def arena(k, v, keep, caps, order=None, offset=0):
-    """Dense k, v (S, N, D) and keep (S, N) -> arenas full of NaN but for the kept rows, kv_start, kv_len, kv_cap.
+    """Dense k, v (S, N, D) and keep (S, N) -> arenas with NaN everywhere except kept rows, kv_start, kv_len, kv_cap.
 
-    order: in which the segments lie in the arena; offset: slots before the first.
+    order: of the segments in the arena; offset: slots before the first.
     """
     segments, _, d = k.shape
     shape = offset + sum(caps), d
@@ -43,7 +43,7 @@ def arena(k, v, keep, caps, order=None, offset=0):
 
 
 def case(seed, dtype):
-    """A random call and its dense twin. A fourth has equal lengths, a fourth equal capacities too. CPU tensors."""
+    """A random call and its dense twin, on the CPU. A quarter have equal lengths, a quarter also equal capacities."""
     with torch.device("cpu"):
         return _case(seed, dtype)
 
@@ -72,7 +72,7 @@ def _case(seed, dtype):
 
 
 def dense(q, k, v, keep, scale=None, dtype=None):
-    """masked_attention in the shape of q."""
+    """masked_attention for q in the layout of ragged_decode."""
     b = len(q)
     q4 = q if q.ndim == 4 else q[:, None]
     k, v = (t.unflatten(0, (b, -1)) for t in (k, v))
@@ -82,7 +82,7 @@ def dense(q, k, v, keep, scale=None, dtype=None):
 
 
 def in_orders(q, k, v, keep, scale=None):
-    """`dense` in q's dtype, its sums over keys and over channels taken in four orders: out and lse, stacked."""
+    """`dense` in q's dtype with its sums over keys and channels in four orders: out and lse, stacked."""
     found = []
     for keys in ([], [1]):
         for channels in ([], [-1]):
@@ -94,7 +94,7 @@ def in_orders(q, k, v, keep, scale=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [None, 4, 16])
 def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
-    """chunk: all that is no rectangle is read in chunks of that size; None: gathered."""
+    """chunk: chunk size for segments that form no rectangle; None: they are gathered."""
     if chunk:
         monkeypatch.setattr(torch_way, "CHUNK", chunk)
         monkeypatch.setattr(torch_way, "GATHER", 0)
@@ -118,7 +118,7 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rectangle_is_stepped_in_one_piece(dtype):
-    """`rectangle_step`, not compiled, against the reference of an append; segments may hold different numbers."""
+    """`rectangle_step`, not compiled, against the append reference; segments may hold different numbers."""
     for seed in range(40):
         rng, generator = python_random(seed), torch_random(seed)
         b, hkv, group, n, d = (rng.choice(c) for c in ((1, 1, 2, 3), (1, 2, 4), (1, 2, 3, 7), (2, 5, 64), (8, 20, 64)))
@@ -141,18 +141,18 @@ def test_a_rectangle_is_stepped_in_one_piece(dtype):
 
 
 def some_rope(b, d, dtype):
-    """cos and sin (B, 1, D) of random angles; which sines are negative is anybody's."""
+    """cos and sin (B, 1, D) of random angles, with random signs of the sines."""
     angles = torch.randn(b, 1, d // 2).repeat(1, 1, 2)
     return [angles.cos().to(dtype), (angles.sin() * torch.randn(d).sign()).to(dtype)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend, dtype):
-    """A third of the segments are full. Against the reference, which is dense attention one token longer. Every second
-    time q and the keys are still to be turned, every third time q, k and v lie side by side."""
+    """A third of the segments are full. The reference is dense attention with one more token. Every second case applies
+    RoPE to q and k in the step; in every third, q, k and v are parts of one tensor."""
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton's kernels compute in fp32; float64 is refused")
-    # Triton's interpreter cuts numbers off to bf16 where a GPU rounds them, which is an error of its own
+    # Triton's interpreter truncates to bf16 where a GPU rounds, which adds an error
     cut_off = backend == "triton" and dtype == torch.bfloat16 and interpreted()
     for seed in range(40 if backend == "torch" else 12):
         q, k, v, keep, k_arena, v_arena, start, length, cap = (on_device(t) for t in case(seed, dtype))
@@ -174,13 +174,13 @@ def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend,
         got = ragged_decode_append(q, k_new, v_new, *ours, *tail, **options, plan=plan, backend=backend)
         assert_as_exact(got[0], plain[0], exact[0], dtype, f"seed {seed}")
         assert_as_exact(got[1], plain[1], exact[1], got[1].dtype, f"lse, seed {seed}", floor=1.0)
-        for a, b in zip(wanted, ours, strict=True):  # a GPU multiplies and adds in one rounding
+        for a, b in zip(wanted, ours, strict=True):  # a GPU uses fused multiply-add
             off, ulp = (0, 0) if rope is None else (ULP[torch.promote_types(dtype, torch.float32)], ULP[dtype])
             torch.testing.assert_close(b, a, rtol=ulp, atol=8 * off, equal_nan=True, msg=f"seed {seed}: stored")
 
 
 def test_a_step_turns_what_a_model_turns(backend):
-    """q and keys turned by the model's `rotate`, or in the step: the same to rounding."""
+    """RoPE by the model's `rotate` and RoPE inside the step agree up to rounding."""
     config = TextConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     rope = rope_table(torch.tensor([7, 300]), config, torch.float32)
     q, k_new, v_new = torch.randn(2, 4, 16), torch.randn(2, 2, 16), torch.randn(2, 2, 16)
@@ -194,7 +194,7 @@ def test_a_step_turns_what_a_model_turns(backend):
 
 
 def on_device(thing):
-    """A tensor on the device of the test, the `backend` fixture's."""
+    """Move a tensor to the device of the `backend` fixture."""
     return thing.to(torch.get_default_device()) if isinstance(thing, torch.Tensor) else thing
 
 
@@ -214,14 +214,14 @@ def test_equal_lengths_are_read_where_they_lie(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [[5, 9, 9, 3], [30, 1], [7, 7, 7], [12, 2, 0]])
 def test_heads_of_one_length_in_each_sequence_are_read_where_they_lie(monkeypatch, dtype, lengths):
-    """As in a batch: runs of segments that are rectangles. Not where a sequence is empty."""
+    """As in a batch: runs of segments that form rectangles, except where a sequence is empty."""
     b, heads, tokens = len(lengths), 3, 30
     k, v = torch.randn(2, b * heads, tokens, 16).to(dtype)
     q = torch.randn(b, 6, 16).to(dtype)
     keep = torch.zeros(b * heads, tokens, dtype=torch.bool)
     for s, n in enumerate(n for n in lengths for _ in range(heads)):
         keep[s, torch.randperm(tokens)[:n]] = True
-    slack = [4 + 3 * (s // heads) for s in range(b * heads)]  # of each sequence its own: no even distances over all
+    slack = [4 + 3 * (s // heads) for s in range(b * heads)]  # differs per sequence, so that distances are uneven
     k_arena, v_arena, start, length, cap = arena(
         k, v, keep, [int(n) + m for n, m in zip(keep.sum(1), slack, strict=True)]
     )
@@ -244,18 +244,18 @@ def test_runs_are_segments_of_one_length_at_even_distances():
     assert runs([0, 9, 18, 30, 40], [5, 5, 5, 5, 5]) == [(0, 3, 9), (3, 5, 10)]
     assert runs([0, 9, 18], [5, 4, 4]) == [(0, 1, 0), (1, 3, 9)] and runs([0, 9, 18], [5, 5, 4])[0] == (0, 2, 9)
     assert runs([0], [5]) == [(0, 1, 0)]
-    assert runs([20, 10, 0], [2, 2, 2]) == [(0, 1, 0), (1, 2, 0), (2, 3, 0)]  # backwards is no rectangle
-    assert runs([4, 4, 4], [2, 2, 2]) == [(0, 3, 0)]  # the same rows for all
+    assert runs([20, 10, 0], [2, 2, 2]) == [(0, 1, 0), (1, 2, 0), (2, 3, 0)]  # decreasing starts are no rectangle
+    assert runs([4, 4, 4], [2, 2, 2]) == [(0, 3, 0)]  # all share the same rows
 
 
 def test_owners_are_segments_around_whole_chunks():
     start, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 100, 700, 1000], [100, 192, 64, 0]))
-    owner = torch_way.chunk_owners(start, cap)  # chunks of 64: 100 lies in the second, 292 in the fifth
+    owner = torch_way.chunk_owners(start, cap)  # chunks of 64: slot 100 is in the second, 292 in the fifth
     assert owner.tolist() == [0, -1, 1, 1, *[-1] * 11]
 
 
 def test_large_caches_are_read_in_chunks(monkeypatch):
-    """The real sizes: several whole chunks in a segment, and no gather of everything."""
+    """At real sizes a segment has several whole chunks, and nothing is gathered as a whole."""
     monkeypatch.setattr(torch_way, "_gathered", None)
     for seed in range(4):
         k, v, q = torch.randn(4, 3000, 32), torch.randn(4, 3000, 32), torch.randn(1, 8, 32)

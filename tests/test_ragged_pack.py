@@ -1,4 +1,4 @@
-"""ragged_pack: what is kept arrives, in order, and nothing else does."""
+"""ragged_pack: kept rows arrive in order, and nothing else is written."""
 
 import functools
 
@@ -22,7 +22,7 @@ def test_kept_rows_arrive_in_order(backend, reference, dtype):
             rng.choice([0, 1, 7]),
         )
         k, v = torch.randn(tokens, heads, d).to(dtype), torch.randn(heads, tokens, d).to(dtype)
-        k = k.transpose(0, 1)  # as a prefill leaves it
+        k = k.transpose(0, 1)  # the layout that a prefill produces
         keep = torch.rand(heads, tokens) < rng.choice([0.0, 0.3, 0.9, 1.0])
         kept = keep.sum().item()
         k_arena, v_arena, start, length, pos = op(k, v, keep, slack=slack, total=rng.choice([None, kept]))
@@ -41,16 +41,16 @@ def test_the_arenas_are_copies(backend):
     k_arena, v_arena, *_ = ragged_pack(k, v, torch.ones(2, 3, dtype=torch.bool), slack=0, backend=backend)
     k.zero_(), v.zero_()
     assert (k_arena == 1).all() and (v_arena == 1).all()
-    assert k_arena.untyped_storage().nbytes() == k_arena.nbytes  # no view of something larger
+    assert k_arena.untyped_storage().nbytes() == k_arena.nbytes  # not a view of a larger tensor
 
 
 def test_nothing_is_written_behind_the_arenas(monkeypatch):
-    """Not even by a total that is too small, which cannot be noticed on a GPU."""
+    """Not even with a `total` that is too small, which a GPU cannot detect."""
     way = pytest.importorskip("kernels.ragged_pack_triton", reason="triton has no wheel for this system")
     device, room, whole = "cuda" if torch.cuda.is_available() else "cpu", torch.Tensor.new_empty, []
 
     def larger(self, slots, *d, **how):
-        if not d:  # the interpreter's own
+        if not d:  # a call of the interpreter
             return room(self, slots, **how)
         whole.append(room(self, slots + 50, *d).fill_(float("nan")))
         return whole[-1][:slots]

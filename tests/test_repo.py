@@ -1,4 +1,4 @@
-"""What the repository promises about itself: who imports whom, and that the pages' commands and tables are real."""
+"""Promises of the repository: which folder imports which; that the pages' commands and tables are right."""
 
 import ast
 import csv
@@ -20,7 +20,7 @@ from tools import evaluate, tables
 README = ROOT / "README.md"
 COMMITTED = {"assets", "benchmarks", "kernels", "model", "tests", "tools", "README.md", "weights.md"}
 STDLIB = set(sys.stdlib_module_names)
-# folder -> what its files may import beside the standard library and their own folder
+# folder -> what its files may import besides the standard library and their own folder
 ALLOWED = {
     "model": {"torch", "safetensors", "sentencepiece", "PIL", "kernels"},
     "kernels": {"torch", "triton"},
@@ -29,7 +29,7 @@ ALLOWED = {
 
 
 def imported(path):
-    """Top-level names that a file imports; relative ones with their dot."""
+    """Top-level names that a file imports; relative ones with their leading dot."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -41,14 +41,14 @@ def imported(path):
 def test_folders_import_only_what_the_design_allows(folder):
     for path in (ROOT / folder).glob("*.py"):
         names = set(imported(path))
-        if path != ROOT / "model" / "api.py":  # methods are handed to the rest of the model
+        if path != ROOT / "model" / "api.py":  # all other files get methods as arguments
             assert not any(name.startswith(".pruning") for name in names), path
         foreign = {name for name in names if not name.startswith(".")} - STDLIB - ALLOWED[folder]
         assert not foreign, f"{path.name} imports {foreign}"
 
 
 def test_flags_are_written_out():
-    """An abbreviation that some later flag shares would change its meaning, so none is taken."""
+    """Abbreviations are disabled, because a later flag could change their meaning."""
     for path in (ROOT / "run.py", *(ROOT / "tools").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Parser", "argparse.ArgumentParser"):

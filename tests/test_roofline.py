@@ -1,4 +1,4 @@
-"""The arithmetic of tools/roofline.py against numbers that are worked out here in another way."""
+"""tools/roofline.py against numbers computed here in other ways."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def text_config(shape):
 
 @pytest.fixture(scope="module")
 def models():
-    """Shape -> a whole LLaVA of it, without memory."""
+    """Shape -> a whole LLaVA on the meta device."""
     seven = LlavaConfig(text_config=text_config(SEVEN))
     mistral = LlavaConfig(text_config=text_config(MISTRAL))
     return {SEVEN: empty_model(seven), MISTRAL: empty_model(mistral), DEMO_SHAPE: empty_model(read_config(DEMO))}
@@ -39,9 +39,9 @@ def test_weights_are_those_of_the_modules(models, shape):
     model = models[shape]
     language, tower = model.language_model, model.vision_tower.vision_model
     table = language.model.embed_tokens.weight
-    assert shape.weight_numbers == count(language) - table.numel() + table.shape[1]  # of the embedding one row
+    assert shape.weight_numbers == count(language) - table.numel() + table.shape[1]  # one row of the embedding
     assert shape.tower.projector_numbers(shape.hidden) == count(model.multi_modal_projector)
-    idle = [*tower.encoder.layers[shape.tower.layers :], tower.post_layernorm]  # behind the layer that LLaVA takes
+    idle = [*tower.encoder.layers[shape.tower.layers :], tower.post_layernorm]  # after the layer that LLaVA uses
     assert shape.tower.layers == model.config.feature_layers[0]
     assert shape.tower.tower_numbers == count(tower) - sum(map(count, idle))
 
@@ -69,7 +69,7 @@ def test_flops_are_those_that_pytorch_counts(models):
         counted = products(lambda m=language, x=x: m.logits(m.prefill(x)[:, -1]))
         square = (
             4 * tokens**2 * shape.layers * shape.q_heads * shape.head_dim
-        )  # PyTorch counts all of it, causal or not
+        )  # PyTorch counts the full square even if causal
         assert counted - square / 2 == shape.prefill_flops()
 
 
@@ -81,7 +81,7 @@ def test_a_decode_step_of_7b_by_hand():
     one, eight = stages["decode step, batch 1"], stages["decode step, batch 8, 0.5 kept"]
     assert (one.weights, one.kv) == (2 * weights, 640 * 524288)
     assert (eight.weights, eight.kv) == (2 * weights, 8 * (64 + 288) * 524288)
-    products = 2 * (weights - 65 * 4096 - 4096)  # norms and the embedding multiply no matrix
+    products = 2 * (weights - 65 * 4096 - 4096)  # norms and the embedding are not matrix products
     assert one.flops == products + 640 * 32 * 32 * 4 * 128  # q by k and weights by v: 2 * 128 each, per head and layer
     assert eight.flops == 8 * (products + 352 * 32 * 32 * 4 * 128)
     assert stages["prefill, 640 tokens"].kv == one.kv
@@ -94,7 +94,7 @@ def test_least_times_are_the_larger_of_two():
     decode, prefill = stages["decode step, batch 1"], stages["prefill, 640 tokens"]
     assert decode.seconds(h200) == ((decode.weights + decode.kv) / 4.8e12, "memory")
     assert prefill.seconds(h200) == (prefill.flops / 989e12, "products")
-    slow = roofline.Machine("", 1e9, None)  # only its bandwidth is known
+    slow = roofline.Machine("", 1e9, None)  # bandwidth known, flops unknown
     assert prefill.seconds(slow) == ((prefill.weights + prefill.kv) / 1e9, "memory")
 
 
@@ -144,7 +144,7 @@ def test_bandwidth_can_be_given_or_measured(capsys, monkeypatch):
     monkeypatch.setattr("tools.report.measure_bandwidth", lambda device: 3e9)
     roofline.main([*stages, "--measure"])
     measured = capsys.readouterr().out
-    assert "3 GB/s, flops not known" in measured and "by bytes alone" in measured
+    assert "3 GB/s, flops unknown" in measured and "by bytes alone" in measured
     assert f"| {1e3 * roofline.step_bytes(DEMO_SHAPE) / 3e9:.3g} |" in measured
     roofline.main(stages)
     assert "least ms" not in capsys.readouterr().out

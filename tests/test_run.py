@@ -1,4 +1,4 @@
-"""run.py as a user meets it: what goes where, exit codes, and one line for every mistake."""
+"""run.py as users see it: streams, exit codes, and one line for every mistake."""
 
 import io
 import json
@@ -20,14 +20,14 @@ ASK = ["--image", PICTURE, "--prompt", "Describe the picture."]
 
 
 def cli(*args, **kwargs):
-    """run.py in a process of its own."""
+    """run.py in its own process."""
     return subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *args], capture_output=True, text=True, timeout=120, **kwargs
     )
 
 
 def inside(capsys, *args):
-    """(exit code, stdout, stderr) of run.py in this process, which saves importing torch for every mistake."""
+    """(exit code, stdout, stderr) of run.py in this process, which avoids importing torch again."""
     try:
         code = run.main(list(args))
     except SystemExit as stopped:
@@ -38,7 +38,7 @@ def inside(capsys, *args):
 
 @pytest.fixture
 def refused(capsys):
-    """Check that the arguments are refused: exit 2, one line on stderr with a cause and a cure, nothing on stdout."""
+    """Check that the arguments fail: exit 2, one line on stderr with cause and remedy, nothing on stdout."""
 
     def check(*args, naming=""):
         code, out, err = inside(capsys, *args)
@@ -88,7 +88,7 @@ def test_json_is_one_object_with_every_field(capsys):
     prune = r["prune"]
     assert prune["method"] == "none" and prune["retention_actual"] == 1.0 and prune["kept_per_layer"] == [256.0] * 6
     assert prune["kv_bytes_full"] == prune["kv_bytes_held"] == row * r["prompt_tokens"]
-    slack = 64 * -(-(r["new_tokens"]) // 64)  # grows 64 slots at a time
+    slack = 64 * -(-(r["new_tokens"]) // 64)  # grows by 64 slots
     assert prune["kv_bytes_reserved"] == row * (r["prompt_tokens"] + slack)
     assert r["seed"] == 7 and r["ceiling_speedup"] == 1.0 and r["peak_memory_bytes"] > 5e7
     times = r["timing_ms"]
@@ -163,7 +163,7 @@ def test_prune_none_is_no_flag(capsys):
 
 
 def test_plphp_answers_a_long_question_right_with_half_of_the_bytes(capsys):
-    """The README's command, with the settings that the demo's folder has."""
+    """The README's command, with the settings from the demo's folder."""
     question = "--image", str(DEMO_PICTURE), "--prompt", "Spell the word on the sign."
     code, out, err = inside(capsys, *question, "--prune", "plphp", "--stats", "--json")
     r = json.loads(out)
@@ -181,7 +181,7 @@ def test_text_ids_and_stream_agree(capsys):
 
 
 def shown(encoding, *args):
-    """(exit code, stdout, stderr), bytes, of run.py as a command whose streams have the encoding."""
+    """(exit code, stdout, stderr) as bytes, from run.py as a command whose streams use this encoding."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", streams[0])
@@ -203,7 +203,7 @@ def test_an_answer_that_the_terminal_cannot_show_is_not_lost(monkeypatch, tmp_pa
 
     flush = model.generate._Writer.flush
     monkeypatch.setattr(model.generate._Writer, "flush", lambda writer: flush(writer) + "é→😀")
-    picture = os.fsencode(tmp_path) + b"/\xff.png"  # no UTF-8
+    picture = os.fsencode(tmp_path) + b"/\xff.png"  # not UTF-8
     try:
         shutil.copy(PICTURE, picture)
     except OSError:
@@ -258,7 +258,7 @@ def test_windows_text_is_the_same_prompt(capsys, tmp_path, monkeypatch, source):
 
 
 def test_windows_text_is_the_same_prompt_however_it_is_given():
-    """Line ends and byte-order marks that come by a shell variable, from Python or in a line of questions."""
+    """Line ends and byte-order marks from a shell variable, from Python or in a line of questions."""
     from model import Generation, InputError, load
     from model.generate import Sampling
 
@@ -269,7 +269,7 @@ def test_windows_text_is_the_same_prompt_however_it_is_given():
             assert Generation(checkpoint, form, template=template).ids == wanted, form
     for form in (text + "\n", text + "\r\n"):
         assert Generation(checkpoint, form).ids == Generation(checkpoint, text).ids
-        assert Generation(checkpoint, form, template="raw").ids != wanted  # verbatim, the end of its last line too
+        assert Generation(checkpoint, form, template="raw").ids != wanted  # verbatim, including its last line end
     wanted = Generation(checkpoint, text, system="Be\nbrief.", template="vicuna").ids
     assert Generation(checkpoint, text, system="\ufeffBe\r\nbrief.", template="vicuna").ids == wanted
     assert Sampling(stop="\ufeff#\r\n").stop == ("#\n",)
@@ -281,7 +281,7 @@ def test_windows_text_is_the_same_prompt_however_it_is_given():
 
 
 def test_windows_json_is_the_same_json(capsys, tmp_path):
-    """All JSON of a checkpoint, and that of --set."""
+    """All JSON files of a checkpoint, and that of --set."""
     folder = copy_of_demo(tmp_path / "demo")
     for path in folder.glob("*.json"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
@@ -310,7 +310,7 @@ def test_an_empty_question_is_refused_wherever_it_comes_from(refused, tmp_path, 
     for text in ("", " \n", "<image>"):
         with pytest.raises(InputError, match="empty"):
             Generation(checkpoint, text, [PICTURE])
-    Generation(checkpoint, "<image>", [PICTURE], template="raw")  # to be continued: that is what raw is for
+    Generation(checkpoint, "<image>", [PICTURE], template="raw")  # raw accepts a prompt without a question
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_threads_are_set_and_waiting_is_said_once(capsys, monkeypatch, tmp_path,
 
 
 def test_waiting_is_what_the_system_counts():
-    """Threads that compute on one core wait for each other; threads that sleep do not wait."""
+    """Threads that share one core wait for each other; sleeping threads do not."""
     if not os.path.exists("/proc/self/schedstat") or not hasattr(os, "sched_setaffinity"):
         pytest.skip("the system does not say how long threads wait")
     code = (
@@ -415,7 +415,7 @@ def test_bf16_runs_on_a_cpu(capsys):
     assert code == 0 and out.startswith("There are four objects.") and "bfloat16" in err
 
 
-# ---------------------------------------------------------------- behaving
+# ---------------------------------------------------------------- streams and interruptions
 
 
 def test_help_needs_no_torch():
@@ -428,14 +428,14 @@ def test_help_needs_no_torch():
 
 
 def test_ctrl_c_keeps_what_was_written():
-    """After the first letter of an answer that would go on for long."""
+    """After the first letter of a long answer."""
     command = [sys.executable, "-u", str(ROOT / "run.py"), *ASK, "-n", "1700", "--temperature", "30"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert first and "Traceback" not in err
-    # the answer may have ended by itself before the signal came
+    # the answer may end before the signal arrives
     assert process.returncode == 130 and "interrupted" in err or process.returncode in (0, -2)
     assert process.returncode == -2 or out.endswith("\n")
 
@@ -503,7 +503,7 @@ def test_every_command_may_lose_its_reader(monkeypatch):
     assert len(commands) > 15
     for path in commands:
         assert path.read_text().endswith('if __name__ == "__main__":\n    sys.exit(as_command(main))\n'), path
-    for size in (10, 10**6):  # noticed when the last of it is flushed; while it is written
+    for size in (10, 10**6):  # fails at the final flush; fails while writing
         for leave in (lambda: None, lambda: sys.exit(0)):
             reader, writer = os.pipe()
             os.close(reader)
@@ -511,7 +511,7 @@ def test_every_command_may_lose_its_reader(monkeypatch):
                 monkeypatch.setattr(sys, "stdout", stream)
                 assert run.as_command(lambda: (print("x" * size), leave())) == 0  # noqa: B023
             monkeypatch.undo()
-    monkeypatch.setattr(sys, "stdout", None)  # closed: nothing to flush
+    monkeypatch.setattr(sys, "stdout", None)  # closed, so nothing to flush
     assert run.as_command(lambda: 3) == 3
 
 
@@ -545,7 +545,7 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         run.main([*ASK, "--debug"])
 
 
-# ---------------------------------------------------------------- refusing
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -654,7 +654,7 @@ def test_triton_is_refused_without_cuda_before_anything_is_loaded(refused, monke
 
 
 def test_triton_answers_like_torch(capsys):
-    """In the interpreter on a CPU; what was used is reported."""
+    """In the interpreter on a CPU; the report names the backend used."""
     pytest.importorskip("triton", reason="triton has no wheel for this system")
     answers = []
     for backend, device in (("torch", "cpu"), ("triton", "cuda" if torch.cuda.is_available() else "cpu")):
@@ -735,11 +735,11 @@ def no_weights(folder):
 def missing_shard(folder):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "model.safetensors").unlink()  # it would be read instead
+    (folder / "model.safetensors").unlink()  # it takes precedence over the index
 
 
 def outside(folder):
-    (folder / "model.safetensors").rename(folder.parent / "whole.safetensors")  # beside it no index is used
+    (folder / "model.safetensors").rename(folder.parent / "whole.safetensors")  # an index beside it is ignored
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../demo/model.safetensors"}}))
 
 

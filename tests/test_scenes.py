@@ -1,4 +1,4 @@
-"""The demo world: the same seed is the same scene, the ground truth is true, and questions do not give answers away."""
+"""The demo world: seeds are reproducible, answers are true, and questions do not reveal them."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_things_are_drawn_where_the_truth_says_in_the_colour_it_says():
         (scene,), _ = scenes.sample(seed, ())
         image = scenes.draw_scene(scene)
         for t in scene.things:
-            # a ring is hollow: look at its band; every other shape covers its centre
+            # a ring is hollow, so check its band; every other shape covers its centre
             x, y = (t.x + t.radius * 0.8, t.y) if t.shape == "ring" else (t.x, t.y)
             pixel = image.getpixel((round(x), round(y)))
             nearest = min(scenes.COLOURS, key=lambda c: math.dist(scenes.COLOURS[c], pixel))
@@ -64,7 +64,7 @@ def test_evidence_lies_on_what_is_asked():
 
 
 def test_answers_are_true():
-    """Each short answer again from the scene, by other code."""
+    """Derive each short answer again from the scene, with other code."""
     for (scene,), q in all_questions():
         names = {f"{t.colour} {t.shape}": t for t in scene.things}
         words = q.question.rstrip("?.").split()
@@ -125,7 +125,7 @@ def test_no_answer_is_common(task, most):
 
 
 def test_patches_cover_what_is_drawn():
-    """Drawing the scene without a thing changes the picture only near the patches that are its evidence."""
+    """Drawing the scene without a thing changes pixels only near the patches of its evidence."""
     rng = python_random(0)
     for _ in range(20):
         scene = scenes.make_scene(rng, with_sign=False)

@@ -1,4 +1,4 @@
-"""The diagnostics of heads, on attention made by hand."""
+"""The head diagnostics, on constructed attention."""
 
 import csv
 
@@ -14,7 +14,7 @@ T, D, C = 40, 4, 6  # tokens, head channels, model channels
 
 
 def planted(sink=None):
-    """q (4, T, D), k and v (2, T, D), projection: all attention even, but query head 1's lies on the sink token.
+    """q (4, T, D), k and v (2, T, D), projection: uniform attention, except that query head 1 attends to the sink.
 
     The sink's value is zero in KV head 0, which query heads 0 and 1 read.
     """
@@ -33,11 +33,11 @@ def test_even_attention_has_the_mass_of_a_harmonic_mean():
 
 
 def test_a_parked_head_is_found():
-    """All attention on a drained token: it adds nothing, and nothing of it comes from the picture."""
+    """A head with all attention on a zero value: its output is zero, and so is the share from the picture."""
     q, k, v, out = planted(sink=1)
     heads = measure(q, k, v, out, spans=[(10, 20)])
     assert heads.where[1] == 1 and heads.drain[1] == 0
-    # only the first row cannot see it
+    # all rows but the first see it
     assert heads.most[1] > 0.99 and heads.out[1] < 0.3 * heads.out[0] and heads.vision[1] < 1e-6
     other = measure(q, k, v, out, spans=[])
     assert other.vision.tolist() == [0] * 4
@@ -47,12 +47,12 @@ def test_sizes_are_measured_through_the_heads_own_projection():
     q, k, v, out = planted()
     plain = measure(q, k, v, out, spans=[(0, 20)])
     out = out.clone()
-    out[:, 2 * D : 3 * D] *= 3  # of query head 2, which reads KV head 1
+    out[:, 2 * D : 3 * D] *= 3  # query head 2, which reads KV head 1
     scaled = measure(q, k, v, out, spans=[(0, 20)])
     ratio = scaled.out / plain.out
     assert (ratio / ratio[0]).tolist() == pytest.approx([1, 1, 3, 1], rel=1e-4)
     assert torch.allclose(scaled.vision, plain.vision, rtol=1e-4)
-    # the last rows behind the picture, by hand, in float64
+    # the last rows after the picture, by hand in float64
     behind = torch.arange(20, T)
     whole = torch.stack([v[1, : i + 1].double().mean(0) for i in behind]) @ out[:, 2 * D : 3 * D].double().T
     seen = torch.stack([v[1, :20].double().sum(0) / (i + 1) for i in behind]) @ out[:, 2 * D : 3 * D].double().T
@@ -62,7 +62,7 @@ def test_sizes_are_measured_through_the_heads_own_projection():
 
 
 def test_the_measured_attention_is_the_models(tmp_path, capsys):
-    """Picture and table of the demo; the last layer's state behind `diagnose` is that of an ordinary prefill."""
+    """Figure and table of the demo; the last layer's state equals that of an ordinary prefill."""
     show_heads.main(
         [
             "--image",

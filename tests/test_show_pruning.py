@@ -1,4 +1,4 @@
-"""The pictures of what heads kept: the right tokens under the veil, and a page that a real browser steps through."""
+"""Pictures of kept tokens: the right tokens are veiled, and the page works in a real browser."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ BROWSER = [
 
 
 def hand_made(prompt="What?", seed=0, pictures=2):
-    """2 layers, 3 heads, pictures of 4 x 4 tokens, each head keeping others."""
+    """2 layers, 3 heads, pictures of 4 x 4 tokens; heads keep different tokens."""
     keep = torch.rand(2, 3, pictures, 16, generator=torch_random(seed)) < 0.5
     squares = [Image.new("RGB", (40, 40), colour) for colour in ((200, 30, 30), (20, 60, 220))[:pictures]]
     return Shown(prompt, "plphp", squares, keep, [0.3, 0.05], (0.25, 0.1), 2_000_000, 1_000_000)
@@ -39,7 +39,7 @@ def test_the_veil_lies_on_dropped_tokens_and_on_no_other():
             part = pixels[token // 4 * 10 : token // 4 * 10 + 10, token % 4 * 10 : token % 4 * 10 + 10]
             if kept[token]:
                 assert torch.equal(part, clear.expand(10, 10, 3))
-            else:  # pale and without colour
+            else:  # pale and grey
                 assert (part > 0.8).all() and part.std(dim=2).max() < 1e-6
     odd = veiled(Image.new("RGB", (7, 7)), torch.tensor([True, False, False, True]))  # 2 x 2 tokens of 3.5 pixels
     assert (odd[..., 0] == 0).sum() == 4 * 4 + 3 * 3
@@ -85,7 +85,7 @@ def test_what_is_shown_is_what_run_py_keeps():
 
 
 def dom(tmp_path, html, fragment, script=""):
-    """The page's tree after its script ran, in a real browser; script runs behind it."""
+    """The page's DOM in a real browser after its own script and then `script`."""
     if CHROMIUM is None:
         pytest.skip("no chromium here: `apt-get install chromium`")
     path = tmp_path / "page.html"
@@ -98,7 +98,7 @@ def dom(tmp_path, html, fragment, script=""):
 
 
 def drawn(tree):
-    """Classes of the tokens of each picture, in order."""
+    """CSS classes of the tokens of each picture, in order."""
     pictures = re.findall(r"<svg.*?</svg>", tree, flags=re.S)
     return [re.findall(r'<rect[^>]*class="(\w+)"', svg) for svg in pictures]
 

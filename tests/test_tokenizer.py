@@ -1,4 +1,4 @@
-"""Text to ids and back: equal to transformers' tokenizers, streamed without half characters; the prompt templates."""
+"""Text to ids and back: equal to transformers' tokenizers, streamed without partial characters; prompt templates."""
 
 import json
 import random
@@ -77,10 +77,10 @@ def transformers_tokenizer(folder, legacy):
 
 
 def sentencepiece_ids(folder, text, legacy):
-    """What the Llama tokenizer of transformers 4 does with sentencepiece, on the base class that transformers 5 kept.
+    """The Llama tokenizer of transformers 4, built on the base class that transformers 5 still has.
 
-    legacy: each segment gets the dummy space. Otherwise one visible space goes before the whole text, and is taken
-    back where an added token follows.
+    legacy: each segment gets the dummy space. Otherwise one visible space precedes the whole text, and is removed if an
+    added token follows.
     """
     pytest.importorskip("transformers", reason="transformers is the oracle of this test")
     from transformers.tokenization_utils_base import AddedToken
@@ -119,7 +119,7 @@ def segments(text):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["always", "first"])
 def with_json(request, tiny_tokenizer_dir, tmp_path_factory):
-    """(folder, oracle) with the tokenizer.json that transformers writes; the flag in the other file contradicts it."""
+    """(folder, oracle) with the tokenizer.json of transformers; the flag in tokenizer_config.json contradicts it."""
     folder = tmp_path_factory.mktemp("json") / "tokenizer"
     shutil.copytree(tiny_tokenizer_dir, folder)
     oracle = transformers_tokenizer(tiny_tokenizer_dir, request.param)
@@ -138,7 +138,7 @@ def test_ids_with_tokenizer_json_are_those_of_llama_tokenizer(with_json, text):
 
 @pytest.mark.parametrize("text", [t for t in TEXTS if not any(s.startswith(" ") for s in segments(t))])
 def test_ids_without_tokenizer_json_are_those_of_llama_tokenizer_too(without_json, text):
-    """But for segments that start with a space, where transformers 4 and 5 differ."""
+    """Except segments that start with a space, where transformers 4 and 5 differ."""
     folder, legacy = without_json
     assert Tokenizer(folder).encode(text) == transformers_tokenizer(folder, legacy).encode(text)
 
@@ -152,10 +152,10 @@ PREPEND = {"normalizer": {"type": "Sequence", "normalizers": STEPS}, "pre_tokeni
 
 @pytest.fixture(scope="module", params=[PREPEND, PREPEND | {"normalizer": STEPS[0]}], ids=["sequence", "alone"])
 def prepend_folder(request, tiny_tokenizer_dir, tmp_path_factory):
-    """A hand-written tokenizer.json as older conversions have it: a `Prepend` normalizer, no pre-tokenizer."""
+    """A hand-written tokenizer.json as in older conversions: a `Prepend` normalizer, no pre-tokenizer."""
     folder = tmp_path_factory.mktemp("prepend") / "tokenizer"
     shutil.copytree(tiny_tokenizer_dir, folder)
-    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"legacy": False})  # the other file decides
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"legacy": False})  # tokenizer.json decides
     write_json(folder / "tokenizer.json", request.param)
     return folder
 
@@ -244,7 +244,7 @@ def put_random_tokens(folder, rng, scheme):
         fast["pre_tokenizer"]["prepend_scheme"] = scheme
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     where = rng.choice(["tokenizer.json", "tokenizer_config.json", "both", "both with other flags"])
-    if scheme == "prepend" and "other" in where:  # there transformers shows a leading space or not, by chance
+    if scheme == "prepend" and "other" in where:  # transformers is inconsistent about a leading space there
         where = "both"
     free, texts = PIECES + 2, rng.sample(CONTENTS, rng.randint(1, 4))
     for text in texts:
@@ -273,11 +273,11 @@ def put_random_tokens(folder, rng, scheme):
 def test_added_tokens_are_those_of_auto_tokenizer_whatever_their_flags(tiny_tokenizer_dir, tmp_path, seed, scheme):
     """Ids of texts, and text of ids: a token that is not special stays in the answer."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
-    rng = random  # seeded by the test's name, so by `seed` and `scheme` too
+    rng = random  # seeded by the test's id, which contains `seed` and `scheme`
     shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
     transformers_tokenizer(tiny_tokenizer_dir, True).save_pretrained(tmp_path)
     write_json(tmp_path / "tokenizer_config.json", TOKENIZER_CONFIG)
-    write_json(tmp_path / "config.json", {"model_type": "llava"})  # with it AutoTokenizer reads tokenizer.json as it is
+    write_json(tmp_path / "config.json", {"model_type": "llava"})  # makes AutoTokenizer use tokenizer.json unchanged
     texts = put_random_tokens(tmp_path, rng, scheme)
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for _ in range(40):
@@ -304,7 +304,7 @@ def test_without_tokenizer_json_white_space_is_taken_as_the_sentencepiece_tokeni
     monkeypatch.setitem(TOKENIZER_CONFIG, "added_tokens_decoder", config["added_tokens_decoder"])
     folder = tokenizer_folder(legacy=legacy)
     for text in SLOW_TEXTS:
-        if legacy or not text.strip().startswith("<x>"):  # how it shows the first space is not the matter here
+        if legacy or not text.strip().startswith("<x>"):  # the display of a first space is not tested here
             assert Tokenizer(folder).encode(text) == sentencepiece_ids(folder, text, legacy), text
 
 
@@ -319,7 +319,7 @@ def test_a_token_that_is_not_special_stays_in_the_answer(tokenizer_folder):
 @pytest.mark.parametrize(
     ("decoder", "word"),
     [
-        ({PAD_ID + 2: "<x>"}, "its place is"),  # a hole: a tokenizer.json counts without it
+        ({PAD_ID + 2: "<x>"}, "its place is"),  # a gap: a tokenizer.json numbers without it
         ({300: "<x>"}, "its place is"),  # the id of a piece
         ({PAD_ID + 1: "<image>"}, "the ids"),  # one text, two ids
     ],
@@ -328,7 +328,7 @@ def test_ids_that_transformers_would_not_give_are_refused(tokenizer_folder, deco
     added = TOKENIZER_CONFIG["added_tokens_decoder"] | {str(i): added_token(text) for i, text in decoder.items()}
     folder = tokenizer_folder(added_tokens_decoder=added)
     if PAD_ID + 2 in decoder:
-        assert Tokenizer(folder).encode("<x>", bos=False) == [PAD_ID + 2]  # as the sentencepiece tokenizer has it
+        assert Tokenizer(folder).encode("<x>", bos=False) == [PAD_ID + 2]  # like the sentencepiece tokenizer
     write_json(folder / "tokenizer.json", {"added_tokens": [{"id": IMAGE_ID, "content": "<image>", "special": True}]})
     assert word in refusal(Tokenizer, folder)
 
@@ -420,7 +420,7 @@ def test_decoding_is_that_of_llama_tokenizer(with_json, text):
 
 
 def plain_decode(sp, ids):
-    """Bytes of all pieces in a row, one leading space dropped, read as UTF-8."""
+    """Bytes of all pieces in a row, without one leading space, read as UTF-8."""
     data = b""
     for i in ids:
         if i < PIECES and not sp.is_control(i) and not sp.is_unknown(i):
@@ -435,7 +435,7 @@ def streamed(tokenizer, ids):
 
 
 ANY_IDS = st.lists(st.integers(0, VOCAB + 3), max_size=24)
-BYTE_IDS = st.lists(st.integers(3, 258), max_size=12)  # mostly no valid UTF-8
+BYTE_IDS = st.lists(st.integers(3, 258), max_size=12)  # mostly invalid UTF-8
 CHARACTERS = st.text(st.sampled_from("aé😀日 ½\u200d\n."), max_size=12)
 
 
@@ -455,7 +455,7 @@ def test_streaming_never_shows_half_a_character(tiny_tokenizer_dir, text):
     stream = Detokenizer(tokenizer)
     for i in ids:
         shown += stream.push(i)
-        assert text.startswith(shown)  # a prefix of the final text at any moment, so no U+FFFD either
+        assert text.startswith(shown)  # always a prefix of the final text, so never U+FFFD
     assert shown == text and stream.flush() == ""
 
 
@@ -463,7 +463,7 @@ def test_text_is_shown_as_soon_as_it_is_certain(tiny_tokenizer_dir):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     assert streamed(tokenizer, tokenizer.encode("a 😀", bos=False)) == ["a", " ", "", "", "", "😀", ""]
     byte = {value: tokenizer.sp.piece_to_id(f"<0x{value:02X}>") for value in range(256)}
-    assert streamed(tokenizer, [byte[0xE2], byte[0x82]]) == ["", "", "\ufffd"]  # cut off by the end
+    assert streamed(tokenizer, [byte[0xE2], byte[0x82]]) == ["", "", "\ufffd"]  # the end interrupts the character
     assert "".join(streamed(tokenizer, [byte[0xFF], byte[0x41]])) == "\ufffdA"
 
 
@@ -532,7 +532,7 @@ def test_a_system_text_replaces_the_templates_own():
 
 
 DEMO_TEMPLATE = (Path(__file__).parents[1] / "assets/demo/chat_template.jinja").read_text()
-CHAT_TEMPLATES = {  # published text: the family that renders the same prompt
+CHAT_TEMPLATES = {  # published text: the template family that renders the same prompt
     "llava": (chat_templates.LLAVA, "llava"),
     "llava, unmarked": (chat_templates.LLAVA_UNMARKED, "llava"),
     "mistral": (chat_templates.MISTRAL, "mistral"),
@@ -543,12 +543,12 @@ CHAT_TEMPLATES = {  # published text: the family that renders the same prompt
 
 
 def rendered(template, question, pictures):
-    """The prompt that transformers makes of a template, without the start token that the tokenizer adds anyway."""
+    """The prompt that transformers renders, without the start token that the tokenizer adds anyway."""
     pytest.importorskip("transformers", reason="transformers is the oracle of this test")
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
-    if "message['content'] +" in template:  # of a language model: content is a string
+    if "message['content'] +" in template:  # a language model's template: content is a string
         content = "<image>\n" * pictures + question
     messages = [{"role": "user", "content": content}]
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -563,7 +563,7 @@ def test_a_known_chat_template_renders_what_its_family_builds(name, pictures):
     assert rendered(text, "Why  so?\nSay it.", pictures) == build_prompt("Why  so?\nSay it.", pictures, family)
 
 
-SPELLINGS = {  # that change no output
+SPELLINGS = {  # rewordings that do not change the output
     "as published": lambda text: text,
     "line breaks escaped": lambda text: text.replace("\n' ", "\\n' ").replace("'\n", "'\\n"),
     "a line break at the end": lambda text: text + "\n",
@@ -584,7 +584,7 @@ def test_a_chat_template_is_recognised_in_other_spellings(tmp_path, name, spelli
     assert find_template(tmp_path, LLAVA) == (family, "from the chat template")
 
 
-LOST = {  # what changes the prompt: the old rules took them all for a known family
+LOST = {  # changes that alter the prompt; the old rules ignored all of them
     "a system sentence": lambda text: "Answer in French. " + text,
     "a sentence of vicuna's": lambda text: VICUNA + text,
     "a sentence behind": lambda text: text + " Be brief.",
@@ -619,7 +619,7 @@ def put_template(folder, place, text):
 
 @pytest.mark.parametrize("first", range(4))
 def test_of_several_chat_templates_the_one_of_transformers_counts(demo_files, first):
-    """In the order of PLACES; the last is that of a bare tokenizer, which transformers' processor does not look at."""
+    """In the order of PLACES; the last is that of a bare tokenizer, which transformers' processor does not read."""
     for place in PLACES[first:]:
         put_template(demo_files, place, chat_templates.MISTRAL if place == PLACES[first] else chat_templates.LLAVA)
     assert find_template(demo_files, LLAVA)[0] == "mistral"

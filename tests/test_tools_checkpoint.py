@@ -1,4 +1,4 @@
-"""The two checkpoint tools: what make_checkpoint writes verifies and runs; verify_checkpoint finds what is wrong."""
+"""The two checkpoint tools: output of make_checkpoint verifies and runs; verify_checkpoint finds faults."""
 
 import hashlib
 import json
@@ -47,13 +47,13 @@ def edit_json(path, **changes):
 
 
 def only_error(capsys):
-    """The single line on stderr, which says what is wrong and what to do."""
+    """The single line on stderr, with cause and remedy."""
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "; " in line
     return line
 
 
-# ---------------------------------------------------------------- what was made
+# ---------------------------------------------------------------- written checkpoints
 
 
 def test_verifies(made, capsys):
@@ -132,7 +132,7 @@ def test_values_and_dtype(tmp_path):
     ("shape", "parameters", "files"), [("llava-1.5-7b", 7_063_427_072, 3), ("llava-1.5-13b", 13_351_494_656, 6)]
 )
 def test_published_shapes(shape, parameters, files, tmp_path, monkeypatch):
-    """Everything but the 14 GB: names, sizes and the cut into files."""
+    """Everything except the 14 GB: names, sizes and the split into files."""
     seen = {}
     monkeypatch.setattr(make_checkpoint, "prepare", lambda folder, size: folder.mkdir())
     monkeypatch.setattr(make_checkpoint, "write_weights", lambda *args: seen.update(shards=args[1], shapes=args[2]))
@@ -170,7 +170,7 @@ def test_tokenizer_of_another_folder(copy, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "small").exists()
 
 
-# ---------------------------------------------------------------- what is not made
+# ---------------------------------------------------------------- refused output folders
 
 
 def test_refuses_a_folder_with_something_in_it(made, capsys):
@@ -183,7 +183,7 @@ def test_refuses_a_folder_with_something_in_it(made, capsys):
 def test_refuses_a_full_disk(tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(make_checkpoint.shutil, "disk_usage", lambda path: usage(10**12, 0, 14 * 10**9))
-    monkeypatch.setattr(make_checkpoint, "write_weights", None)  # 14 GB, should the refusal ever fail
+    monkeypatch.setattr(make_checkpoint, "write_weights", None)  # avoids 14 GB if the check fails
     assert make_checkpoint.main([str(tmp_path / "a" / "b"), "--shape", "llava-1.5-7b"]) == 2
     assert "needs 14.13 GB" in only_error(capsys)
     assert not (tmp_path / "a").exists()
@@ -197,7 +197,7 @@ def test_refuses_flags(flags, tmp_path, capsys):
     only_error(capsys)
 
 
-# ---------------------------------------------------------------- what is wrong with a checkpoint
+# ---------------------------------------------------------------- faulty checkpoints
 
 
 def remove_a_file(folder):
@@ -210,7 +210,7 @@ def truncate_a_file(folder):
 
 
 def change_first(folder, change):
-    """Write the first weight file again after change(its tensors)."""
+    """Apply change(tensors) to the first weight file."""
     path = sorted(folder.glob("*.safetensors"))[0]
     tensors = load_file(path)
     change(tensors)
@@ -332,7 +332,7 @@ def test_golden_ids_are_vicunas_only():
 
 
 def show_fake_tokenizer(added, ids):
-    """verify_checkpoint's lines about a tokenizer of Vicuna's size that gives these ids for everything."""
+    """verify_checkpoint's output for a tokenizer of Vicuna's size that returns these ids for every text."""
     tokenizer = namedtuple("tokenizer", "sp bos_id add_bos added prefix_every_segment prefix_spares_spaces encode")
     text = namedtuple("text", "vocab_size")(32064)
     config = namedtuple("config", "text_config image_token_index")(text, 32000)
@@ -340,7 +340,7 @@ def show_fake_tokenizer(added, ids):
 
 
 def test_image_token_may_have_another_id(capsys):
-    """The golden ids say 32000; a checkpoint whose `<image>` is 32001 is as good."""
+    """The golden ids use 32000 for `<image>`; 32001 is equally valid."""
     show_fake_tokenizer({"<image>": 32001}, [32001 if i == 32000 else i for i in EVERY])
     out = capsys.readouterr().out
     assert "<image> is 32001 (config.json says 32000" in out and "match: " in out

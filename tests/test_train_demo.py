@@ -1,4 +1,4 @@
-"""The training tool: packing is exact, runs resume, and its one-pass evaluation is what generation really does."""
+"""The training tool: packing is exact, runs resume, and its one-pass evaluation matches generation."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def test_packing_puts_every_conversation_where_it_would_be_alone(demo):
             text += f"USER: {conversation[1].question} ASSISTANT: {conversation[1].answer}</s>"
         alone = tokenizer.encode(text)
         rows = [i for i, b in enumerate(packed.block) if b == number]
-        ids = [packed.ids[i - 255] for i in rows]  # the one placeholder became 256 tokens
+        ids = [packed.ids[i - 255] for i in rows]  # the placeholder became 256 tokens
         start = alone.index(demo.config.image_token_index) + 1
         assert ids == alone[start:]
         assert [packed.position[i] for i in rows] == list(range(start + 255, len(alone) + 255))
@@ -67,7 +67,7 @@ def test_patch_labels_agree_with_the_scene():
 
 
 def test_one_pass_evaluation_is_greedy_generation(demo):
-    """The exact match of the table, question by question, against Generation on the same pictures."""
+    """Exact match in the table, per question, against Generation on the same pictures."""
     single, pair = (
         range(train_demo.HELD_OUT, train_demo.HELD_OUT + 6),
         range(train_demo.HELD_OUT, train_demo.HELD_OUT + 2),
@@ -101,12 +101,12 @@ def test_the_demo_folder_is_small_and_complete():
     config = json.loads((DEMO / "config.json").read_text())
     text = config["text_config"]
     assert text["num_hidden_layers"] >= 6 and (text["num_attention_heads"], text["num_key_value_heads"]) == (8, 4)
-    assert "hidden_act" not in text  # sparse, as published configs are
+    assert "hidden_act" not in text  # as sparse as published configs
 
 
 @pytest.mark.parametrize("stage", ["tower", pytest.param("decoder", marks=pytest.mark.thorough)])
 def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage, monkeypatch, capsys):
-    """Two steps in one go equal one step, what was saved of it, and another step."""
+    """Two steps in a row equal one step, a resume and another step."""
 
     def train(folder, steps, stage):
         flags = ["--run", str(folder), "--steps", str(steps), "--batch", "2", "--device", "cpu"]
@@ -140,4 +140,4 @@ def test_talks_keep_every_question():
 def test_a_flag_that_a_stage_has_no_use_for_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as left:
         train_demo.main(flags.split())
-    assert left.value.code == 2 and f"no use for {flags.split()[1]}" in capsys.readouterr().err
+    assert left.value.code == 2 and f"does not use {flags.split()[1]}" in capsys.readouterr().err

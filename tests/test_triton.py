@@ -1,7 +1,7 @@
 """Triton's ragged_decode where splits, tiles and tickets matter. On a CPU in the interpreter, else on the GPU.
 
-What other files ask of every backend is asked of Triton there. Here: lengths around the borders of tiles and splits,
-all head dims, NaN in whatever no result may depend on, results that are equal to the bit.
+Tests for all backends are in other files. Here: lengths around the borders of tiles and splits, all head dims, NaN in
+all memory that no result may depend on, bitwise equal results.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 
 def problem(lengths, hkv, group, d, dtype=torch.float32, rows=None, slack=3, seed=0, split=32):
-    """(q, k, v, kv_start, kv_len, kv_cap, plan) on the device: NaN in every free slot and in the room for parts."""
+    """(q, k, v, kv_start, kv_len, kv_cap, plan) on the device: NaN in every free slot and in the workspace."""
     generator = torch_random(seed)
     length = torch.tensor(lengths, dtype=torch.int32)
     cap = length + slack
@@ -52,7 +52,7 @@ def spoil(plan, rows, d):
 
 
 def check(got, reference, q, k, v, *integers):
-    """(out, lse) against the reference in float64, allowing twice the error of the reference in this dtype."""
+    """Compare (out, lse) with the reference in float64; allowed: twice the reference's own error in this dtype."""
     exact = reference(q.double(), k.double(), v.double(), *integers, return_lse=True)
     plain = reference(q, k, v, *integers, return_lse=True)
     assert_as_exact(got[0], plain[0], exact[0], q.dtype)
@@ -61,23 +61,23 @@ def check(got, reference, q, k, v, *integers):
 
 @pytest.fixture(autouse=True)
 def outputs_begin_as_nan(monkeypatch):
-    """So that a row which nobody writes shows."""
+    """So that rows that are never written show up."""
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(NAN))
     monkeypatch.setattr(torch, "empty_like", lambda like: empty_like(like).fill_(NAN))
 
 
-# ---------------------------------------------------------------- right
+# ---------------------------------------------------------------- correctness
 
 
-BN = triton_way.tiles(1, 128, 4)["BN"]  # 16 slots: the smallest tile, so the borders are near
+BN = triton_way.tiles(1, 128, 4)["BN"]  # 16 slots: the smallest tile, to test few slots per border
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_lengths_at_the_borders_of_tiles_and_splits(seed):
     rng, split = python_random(seed), 2 * BN
     borders = [0, 1, BN - 1, BN, BN + 1, split - 1, split, split + 1, rng.randint(2, 4 * split)]
-    lengths = rng.sample(borders, 5) + [rng.choice([7 * split + 5, 0])]  # one giant, or none
+    lengths = rng.sample(borders, 5) + [rng.choice([7 * split + 5, 0])]  # one very long, or none
     rng.shuffle(lengths)
     group = [1, 4, 2][seed % 3]
     slack = [3, 0][seed % 2]
@@ -94,7 +94,7 @@ DIMS = [32, 64, 72, 80, 96, 128, 256]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("d", DIMS)
 def test_head_dims_and_groups(d, dtype):
-    """Each dim with three of the groups 1 .. 16; the last time with rows that need several tiles."""
+    """Each dim with three group sizes of 1 .. 16; the last case has rows for several tiles."""
     for i, group in enumerate([1 + DIMS.index(d), 8 + DIMS.index(d), 16]):
         rows = [None, 2, 5][i]
         q, k, v, start, length, _, plan = problem([70, 0, 33, 5], 2, group, d, dtype, rows, seed=i, split=48)
@@ -110,7 +110,7 @@ def test_a_long_turn_has_many_tiles_of_rows():
 
 
 def test_many_parts_of_very_different_weight():
-    """More than the merge looks at in one round, the heaviest first: 2 to the difference would be infinite."""
+    """More parts than one round of the merge, the heaviest first: exp2 of the difference would overflow."""
     q, k, v, start, length, _, plan = problem([1100, 20], 2, 2, 32, split=16)
     assert len(plan.items.work) > triton_way.tiles(2, 32, 4)["BS"]
     k[:1100] *= torch.linspace(100, 1, 1100, device=DEVICE)[:, None]
@@ -133,8 +133,8 @@ def test_splits_depend_on_the_segment_alone():
 
 
 def test_an_arena_of_more_than_two_to_the_31_elements():
-    """Rows behind element 2^31 are read and written where they are, not 2^32 elements before that."""
-    d, rows = 64, 2**31 // 64  # the arenas begin in the middle of the memory: a wrapped offset stays inside
+    """Rows beyond element 2^31 are read and written in place, not 2^32 elements earlier."""
+    d, rows = 64, 2**31 // 64  # the arenas start in the middle of the memory, so a wrapped offset stays inside
     k, v = (untouched(2 * rows * d + 1000 * d)[rows * d :].view(-1, d) for _ in range(2))
     q, near, far, _, length, cap, _ = problem([50, 70], 2, 4, d, torch.float16)
     start = torch.tensor([0, rows + 100], dtype=torch.int32, device=DEVICE)
@@ -150,15 +150,15 @@ def test_an_arena_of_more_than_two_to_the_31_elements():
 
 
 def untouched(elements):
-    """fp16 memory of that size, which is only taken up where it is touched."""
+    """fp16 memory of this size; pages are allocated only when touched."""
     if CUDA:
         return torch.zeros(elements, dtype=torch.float16, device=DEVICE)
-    no_reserve = 0x4000  # Linux; Python names it from 3.13 on
+    no_reserve = 0x4000  # Linux; in Python's mmap from 3.13 on
     memory = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     return torch.frombuffer(memory, dtype=torch.float16)
 
 
-# ---------------------------------------------------------------- equal to the bit
+# ---------------------------------------------------------------- bitwise equality
 
 
 def decoded(q, k, v, start, length, plan):
@@ -166,7 +166,7 @@ def decoded(q, k, v, start, length, plan):
 
 
 def appended(q, k, v, start, length, cap, plan, seed=9):
-    """One step of ragged_decode_append with its own new tokens."""
+    """One step of ragged_decode_append with its own random new tokens."""
     generator = torch_random(seed)
     shape = len(q), len(start) // len(q), q.shape[-1]
     new = [torch.randn(shape, generator=generator).to(q) for _ in range(2)]
@@ -180,7 +180,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_order_of_the_work_does_not_matter(dtype):
-    """In the interpreter the last item in the list is the last to arrive: every order has another one merge."""
+    """In the interpreter, the last item in the list finishes last, so every order merges differently."""
     q, k, v, start, length, cap, plan = problem([130, 64, 3, 97], 2, 4, 64, dtype, split=32)
     wanted, wanted_step = decoded(q, k, v, start, length, plan), appended(q, k, v, start, length, cap, plan)
     for seed in range(4):
@@ -193,7 +193,7 @@ def test_the_order_of_the_work_does_not_matter(dtype):
 
 
 def test_the_neighbours_do_not_matter():
-    """One sequence alone, between others, with other lengths around it."""
+    """One sequence alone, between others, and with neighbours of other lengths."""
     alone = problem([90, 33], 2, 4, 64, split=32)
     wanted, wanted_step = decoded(*alone[:5], alone[6]), appended(*alone)
     q, k, v, start, length, cap, _ = alone
@@ -207,7 +207,7 @@ def test_the_neighbours_do_not_matter():
         plan = decode_plan(start2, cap2, split=32)
         got = decoded(q2, k2, v2, start2, length2, plan)
         assert same([t[1] for t in got], [t[0] for t in wanted])
-        # the new token of the middle sequence has to be the same too
+        # the middle sequence needs the same new token
         generator = torch_random(9)
         new = [torch.randn(1, 2, 64, generator=generator).expand(3, 2, 64).to(q) for _ in range(2)]
         options = {"return_lse": True, "plan": plan, "backend": "triton"}
@@ -224,14 +224,14 @@ def test_rows_of_a_segment_may_be_shuffled():
     torch.testing.assert_close(decoded(q, k, v, start, length, plan)[0], out, rtol=1e-5, atol=1e-6)
 
 
-# ---------------------------------------------------------------- step after step
+# ---------------------------------------------------------------- consecutive steps
 
 
 def test_steps_follow_each_other_over_one_plan():
-    """Segments grow over the border of a split, start empty, and run full: tickets and parts are as new each time."""
+    """Segments cross a split border, start empty and become full; each step resets tickets and partial results."""
     q, k, v, start, length, cap, plan = problem([30, 0, 64, 7], 2, 2, 64, slack=4, split=32)
     ours, wanted = (k, v), (k.clone(), v.clone())
-    for step in range(6):  # the last two find every segment full
+    for step in range(6):  # in the last two steps every segment is full
         generator = torch_random(step)
         q, *new = (torch.randn(2, h, 64, generator=generator).to(DEVICE) for h in (4, 2, 2))
         exact_arenas = [a.double() for a in wanted]
@@ -250,7 +250,7 @@ def test_steps_follow_each_other_over_one_plan():
 
 @pytest.mark.parametrize(("group", "d", "dtype"), [(17, 64, torch.float32), (20, 256, torch.float16)])
 def test_more_query_heads_than_a_tile_has_rows(group, d, dtype):
-    """Several programs per split: each merges its own rows, and one of them stores the new token."""
+    """Several programs per split: each merges its own rows, and one stores the new token."""
     q, k, v, start, length, cap, plan = problem([70, 5], 2, group, d, dtype, split=32)
     assert triton_way.tiles(group, d, q.element_size())["M"] < group
     new = [torch.randn(1, 2, d).to(q) for _ in range(2)]
@@ -258,7 +258,7 @@ def test_more_query_heads_than_a_tile_has_rows(group, d, dtype):
     exact_arenas = [a.double() for a in wanted]
     exact = ragged_decode_append_ref(q.double(), *(n.double() for n in new), *exact_arenas, start, length, cap)
     plain = ragged_decode_append_ref(q, *new, *wanted, start, length, cap)
-    for _ in range(2):  # the tickets are taken back
+    for _ in range(2):  # the tickets are reset
         got = ragged_decode_append(q, *new, *ours, start, length, cap, plan=plan, backend="triton")
         assert_as_exact(got, plain, exact, dtype)
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(ours, wanted, strict=True))
@@ -273,21 +273,21 @@ def test_with_a_plan_a_step_keeps_nothing():
 
 
 class Replayed:
-    """Stands in for CUDA's graph: what a capture records is undone, and a replay does it, but for the host's part."""
+    """Stands in for CUDA's graph: undoes what a capture records, and a replay runs it without the host's part."""
 
     def __init__(self, step):
         self.step = step
 
     def replay(self):
         cache, room = self.step.cache, self.step.cache.room
-        cache.room = room + 1  # `grow` takes it off again; a real replay does not come by here
+        cache.room = room + 1  # compensates `grow`, which a real replay does not run
         self.step.logits.copy_(self.step._step(self.step.ids))
         assert cache.room == room
 
 
 @pytest.mark.parametrize(("slack", "batch"), [(1, 1), (2, 1), (5, 2)])
 def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
-    """The host's side of `DecodeStep` with a stand-in for the graph: captures, replays, repacks, a turn in between."""
+    """The host side of `DecodeStep` with a stand-in graph: captures, replays, repacks, and a turn in between."""
     model, x = small_llama().to(DEVICE), torch.randn(batch, 9, 32, device=DEVICE)
     caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
     for cache in caches:
@@ -332,7 +332,7 @@ def test_with_a_plan_a_step_asks_nothing_and_leaves_nothing():
     appended(q, k, v, start, length, cap, plan)
     new = [torch.randn(1, 2, 64, device=DEVICE) for _ in range(2)]
     torch.cuda.synchronize()
-    gc.collect()  # what earlier tests have left
+    gc.collect()  # memory of earlier tests
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -357,7 +357,7 @@ def test_the_captured_decode_loop_says_what_eager_steps_say(temperature):
 @ONLY_CUDA
 @pytest.mark.parametrize("group", [1, 4])
 def test_ten_thousand_replays_are_equal(group):
-    """A race in the ticket would sooner or later merge a part that is not there."""
+    """A race in the ticket would eventually merge a missing part."""
     q, k, v, start, length, cap, plan = problem([3000, 17, 900, 2048] * 4, 4, group, 128, torch.bfloat16, split=128)
     wanted = appended(q, k, v, start, length, cap, plan)
     new = [torch.randn(4, 4, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What a method may know of the pictures: where each token sits, what shows anything, and the methods that look."""
+"""What a method can see of pictures: the place and contrast of each token, and the methods that use them."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ def demo():
 
 
 def board(rows, columns, **more):
-    """The layout of one picture, 4 layers of 4 heads."""
+    """The layout of one picture with 4 layers of 4 heads."""
     places = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns))]
     n = rows * columns
     return Layout(4, 4, 4, n + 5, [(3, n + 3)], torch.device("cpu"), places=places, **more)
@@ -43,7 +43,7 @@ def test_a_square_is_read_row_by_row_behind_its_cls():
 @pytest.mark.parametrize("size", [(200, 90), (90, 200), (111, 112), (300, 80), (50, 50)])
 @pytest.mark.parametrize("order", ["hf", "orig"])
 def test_tiles_say_where_in_the_picture_they_look(size, order):
-    """A dark part on a light ground, found again at the place of each token, in the whole picture and in its tiles."""
+    """A dark part on a light ground is found at the right places, in the whole picture and in its tiles."""
     settings = dataclasses.replace(ImageSettings(56, "anyres", pinpoints=PINPOINTS), order=order)
     wide, high = size
     picture = Image.new("RGB", size, (250, 240, 230))
@@ -64,8 +64,8 @@ def test_tiles_say_where_in_the_picture_they_look(size, order):
         y, x = (row % 8 if row < 8 else row - 8, column)
         y, x = (y + 0.5) / down, (x + 0.5) / right
         near = min(abs(x - 0.5) * right, abs(x - 0.9) * right, abs(y - 0.25) * down, abs(y - 0.5) * down)
-        rim = row >= 8 and (row in (8, 7 + rows) or column in (0, columns - 1))  # it may show some black canvas
-        if near > 1.1 and not rim:  # the patch lies on one side of every edge
+        rim = row >= 8 and (row in (8, 7 + rows) or column in (0, columns - 1))  # may show some black canvas
+        if near > 1.1 and not rim:  # the patch lies entirely on one side of every edge
             inside = 0.5 < x < 0.9 and 0.25 < y < 0.5
             assert (far > contrast.mean()) == inside, (row, column)
             dark += inside
@@ -73,7 +73,7 @@ def test_tiles_say_where_in_the_picture_they_look(size, order):
 
 
 def truth(scene):
-    """(256,) bool: the patches that show a thing or a sign."""
+    """(256,) bool: patches that show a thing or a sign."""
     shown = torch.zeros(256, dtype=torch.bool)
     for item in (*scene.things, *([scene.sign] if scene.sign else [])):
         shown[list(scenes.patches_of(item))] = True
@@ -81,7 +81,7 @@ def truth(scene):
 
 
 def test_what_stands_out_is_what_was_drawn(demo):
-    """Of 20 scenes nearly all patches of things are found; what else is found is a shadow or an edge of them."""
+    """In 20 scenes nearly all patches of things are found; the others found are shadows or edges of things."""
     found = drawn = right = 0
     for number in range(20):
         scene = evaluate.held_out_questions(evaluate.FIRST + number, False, False, 0)[0][0]
@@ -99,7 +99,7 @@ def test_an_answer_and_the_evaluation_look_at_the_same(demo):
 
 
 def test_places_follow_what_leaves_the_prompt():
-    """A method that first narrows the prompt and then prunes K and V sees the places of what is left."""
+    """A method that narrows the prompt and then prunes K and V sees the places of the remaining tokens."""
     seen = []
 
     class Both:
@@ -130,7 +130,7 @@ def test_places_follow_what_leaves_the_prompt():
 @pytest.mark.parametrize("rate", [0.5, 0.3, 0.15])
 @pytest.mark.parametrize("size", [(16, 16), (24, 24), (11, 31)])
 def test_a_grid_is_even_in_both_directions(rate, size):
-    """Every window of 5 x 5 holds its share but for 2 tokens, and every token is in its share of heads."""
+    """Every 5 x 5 window holds its share within 2 tokens, and every token is kept by its share of heads."""
     windows = {}
     for name in ("grid", "random"):
         place = board(*size)
@@ -138,14 +138,14 @@ def test_a_grid_is_even_in_both_directions(rate, size):
         keep = keep[:, slice(*place.spans[0])].view(16, *size).float()
         held = torch.nn.functional.avg_pool2d(keep[:, None], 5, 1) * 25
         windows[name] = (held - rate * 25).abs().max()
-        across = (keep.sum(0) - 16 * rate).abs().max()  # by how many of the 16 heads a token is kept
+        across = (keep.sum(0) - 16 * rate).abs().max()  # number of the 16 heads that keep a token
         assert (across < 2) == (name == "grid"), across
-        assert len({tuple(head.flatten().tolist()) for head in keep}) == 16  # no two heads are alike
+        assert len({tuple(head.flatten().tolist()) for head in keep}) == 16  # all heads differ
     assert windows["grid"] < 2.6 < windows["random"]
 
 
 def test_a_grid_needs_no_map():
-    """Tokens of unknown places are a row, and the gaps between kept ones differ by little."""
+    """Tokens of unknown place count as one row, with nearly even gaps between kept ones."""
     place = Layout(4, 4, 4, 105, [(3, 103)], torch.device("cpu"))
     keep = make_method("grid", 0.25).choose(2, None, place)
     for head in keep[:, 3:103]:
@@ -164,6 +164,6 @@ def test_objects_come_first_and_the_rest_is_drawn():
     few = make_method("objects", keep_tokens=10).choose(1, None, place)[:, 3:259]
     stand_out = contrast > contrast.mean()
     assert not few[:, ~stand_out].any() and few.sum(1).tolist() == [10] * 4
-    assert math.isclose(few.float().sum(), 40) and few.any(0).sum() > 20  # each head draws among them
+    assert math.isclose(few.float().sum(), 40) and few.any(0).sum() > 20  # each head draws its own
     with pytest.raises(ValueError, match="pixels"):
         make_method("objects").choose(1, None, board(4, 4))

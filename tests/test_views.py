@@ -1,8 +1,8 @@
-"""Views: what an operation makes of a tensor depends on its values alone, not on where and how they lie in memory.
+"""Views: the result of an operation depends on a tensor's values, not on its memory layout.
 
-Each argument of each operation is replaced by views with the same values: slices of something larger, with an offset,
-steps, another order of the dimensions, rows that are one row. Around them lies what would show. The result is that of
-plain copies, or a ValueError of one line says what is not accepted.
+Each argument of each operation is replaced by views with the same values: slices of a larger tensor, with offsets,
+steps, permuted dimensions or expanded rows. The surrounding memory holds values that would show in the result. The
+result must equal that for plain copies, or a one-line ValueError rejects the view.
 """
 
 import functools
@@ -24,14 +24,14 @@ from model.cache import RaggedCache
 
 
 def poison(shape, dtype):
-    """Memory full of what would show: NaN, numbers far too large, True."""
+    """Memory full of values that would show: NaN, very large numbers, True."""
     if dtype.is_floating_point:
         return torch.full(shape, float("nan"), dtype=dtype)
     return torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.full(shape, 2**30 + 7, dtype=dtype)
 
 
 def shifted(x, by):
-    """Dense, `by` elements behind where its storage begins, and with as many behind it."""
+    """Dense, starting `by` elements into its storage, with as many after it."""
     room = poison((x.numel() + 2 * by,), x.dtype)
     return room[by : by + x.numel()].view(x.shape).copy_(x)
 
@@ -43,14 +43,14 @@ def second(x):
 
 
 def inside(x, dim):
-    """A slice of something twice as large in a dimension, as q of a packed q, k, v."""
+    """A slice of a tensor twice as large in a dimension, like q in a packed q, k, v."""
     size = list(x.shape)
     size[dim] *= 3
     return poison(size, x.dtype).narrow(dim, x.shape[dim], x.shape[dim]).copy_(x)
 
 
 def stepping(x, dim):
-    """Every second of a dimension."""
+    """Every second element of a larger dimension."""
     size = list(x.shape)
     size[dim] *= 2
     room = poison(size, x.dtype)
@@ -58,12 +58,12 @@ def stepping(x, dim):
 
 
 def swapped(x, a, b):
-    """Stored with two dimensions in each other's place."""
+    """Stored with two dimensions swapped."""
     return shifted(x.transpose(a, b), 3).transpose(a, b)
 
 
 def views(x):
-    """{what: a view with the values of x}. The first three are dense."""
+    """{description: a view with the values of x}. The first three are dense."""
     found = {"pair": second(x), "offset": shifted(x, 16), "odd offset": shifted(x, 5)}
     for dim in range(x.ndim):
         found |= {f"inside {dim}": inside(x, dim), f"steps {dim}": stepping(x, dim)}
@@ -84,7 +84,7 @@ def decoded(rows, lengths, planned, q, k, v, start, length, cap, backend):
 
 
 def some_call(name):
-    """(function of tensors and a backend, its tensors by name, those that must be dense) of each operation."""
+    """(function of tensors and a backend, its tensors by name, those that must be dense) for each operation."""
     hkv, group, d = 2, 2, 16
     lengths = {"equal": (7, 7, 7, 7), "runs": (7, 7, 9, 9), "uneven": (7, 0, 9, 3)}
     of = lengths.get(name.split()[-1], lengths["uneven"])
@@ -125,7 +125,7 @@ def scored(group, q, k, q_pos, backend):
 
 
 def packed(k, v, keep, backend):
-    """What is in the taken slots, and where they are."""
+    """Contents of the occupied slots, and their places."""
     k_arena, v_arena, start, length, pos = ragged_pack(k, v, keep, slack=2, backend=backend)
     return k_arena[pos >= 0], v_arena[pos >= 0], start, length, pos
 
@@ -138,7 +138,7 @@ CALLS = [
 
 
 def said(function, tensors, backend):
-    """What comes out, or None where the call is refused with one line."""
+    """The result, or None if a one-line error rejects the call."""
     try:
         return function(**tensors, backend=backend)
     except ValueError as refused:
@@ -147,7 +147,7 @@ def said(function, tensors, backend):
 
 
 def around(view):
-    """A copy of the memory of a view, with what belongs to the view replaced by 0."""
+    """A copy of a view's storage with the view's own elements set to 0."""
     whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage()).clone()
     whole.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
     return whole
@@ -155,7 +155,7 @@ def around(view):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_view_is_its_values(backend, name):
-    """One argument after the other; in the interpreter, which is slow, all of them in the same way."""
+    """One argument at a time; in the slow interpreter, all of them together."""
     function, tensors = some_call(name)
     wanted = function(**{n: t.clone() for n, t in tensors.items()}, backend=backend)
     kinds = {n: list(views(t)) for n, t in tensors.items()}
@@ -181,7 +181,7 @@ def test_a_view_is_its_values(backend, name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_one_row_for_all_is_as_good_as_copies_of_it(backend, name):
-    """Stride 0. An arena cannot be one: it is written to, or read by its slots."""
+    """Stride 0. An arena cannot be expanded: it is written to, or read by slot."""
     function, tensors = some_call(name)
     for n in sorted({"q", "k_new", "v_new", "keep", "cos", "sin"} & tensors.keys()):
         one = tensors | {n: tensors[n][:1].expand_as(tensors[n])}
@@ -194,7 +194,7 @@ def test_one_row_for_all_is_as_good_as_copies_of_it(backend, name):
 
 
 def test_the_two_halves_of_one_tensor():
-    """The call of the README, with an arena that begins where another ends."""
+    """The README's call, with an arena that starts where another ends."""
     k, v = torch.randn(2, 12, 64)
     q, start, length = torch.randn(1, 6, 64), ints(0, 4, 8), ints(4, 4, 4)
     scores = torch.einsum("hgd,hnd->hgn", q.view(3, 2, 64), k.view(3, 4, 64)) / 8
@@ -204,7 +204,7 @@ def test_the_two_halves_of_one_tensor():
 
 
 def test_a_plan_keeps_its_own_tables():
-    """Whoever overwrites the tables that a plan was made from is told that they do not fit, or changes nothing."""
+    """After overwriting the tables that a plan was made from, a call raises an error or gives the same result."""
     table = torch.stack((ints(0, 4, 8), ints(4, 4, 4)))
     plan = decode_plan(*table)
     k, v, q = torch.randn(12, 8), torch.randn(12, 8), torch.randn(1, 3, 8)
@@ -216,7 +216,7 @@ def test_a_plan_keeps_its_own_tables():
 
 
 def test_a_new_token_may_lie_in_the_arena():
-    """In free slots that are about to be filled: each of two takes what lies in the other."""
+    """In free slots that are about to be filled; each of two tokens is stored in the slot that the other will fill."""
     q, k, v = torch.randn(1, 4, 16), *torch.randn(2, 8, 16)
     tables = ints(4, 0), ints(0, 3), ints(4, 4)
     for which in (0, 1):
@@ -256,7 +256,7 @@ def test_a_rectangles_step_takes_q_as_it_lies():
 
 
 def test_a_cache_takes_keys_as_a_product_leaves_them(backend):
-    """q, k and v side by side, with arenas that are then views of something larger themselves."""
+    """q, k and v side by side, with arenas that are views of a larger tensor."""
     side = torch.randn(2, 5, 8, 16)  # (B, T, Hq + 2 Hkv, D)
     k, v = (t.transpose(1, 2) for t in side.split((4, 2, 2), 2)[1:])
     keep = torch.rand(4, 5) < 0.7
@@ -282,11 +282,11 @@ def test_a_cache_takes_keys_as_a_product_leaves_them(backend):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_gradients_are_kept_or_refused(backend, name):
-    """Triton's kernels have none to give: they say so, unless nobody would record them."""
+    """Triton's kernels have no gradients: they raise an error unless gradients are off."""
     function, tensors = some_call(name)
     for n in [n for n, t in tensors.items() if t.dtype.is_floating_point]:
         given = {m: t.clone().requires_grad_(m == n) for m, t in tensors.items()}
-        if name.startswith("append"):  # an arena that is written to is no leaf
+        if name.startswith("append"):  # an arena that is written to is not a leaf
             given[n] = given[n] * 1
         if backend == "triton":
             with pytest.raises(ValueError, match="no backward pass") as refused:
@@ -303,17 +303,17 @@ def test_gradients_are_kept_or_refused(backend, name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_lazily_negated_views_are_values_or_refused(backend, name):
-    """`x.conj().imag` holds the opposite of its memory."""
+    """`x.conj().imag` holds the negated values in memory."""
     function, tensors = some_call(name)
     for n in [n for n, t in tensors.items() if t.dtype.is_floating_point]:
         given = {m: t.clone() for m, t in tensors.items()}
-        given[n] = torch._neg_view(-given[n])  # with rows that lie close, which .imag has not
+        given[n] = torch._neg_view(-given[n])  # with dense rows, unlike .imag
         assert given[n].is_neg()
         torch.testing.assert_close(given[n], tensors[n], rtol=0, atol=0, equal_nan=True)
         if backend == "triton":
             with pytest.raises(ValueError, match="resolve_neg"):
                 function(**given, backend=backend)
-        elif not name.startswith("append"):  # an arena that is written to has to be memory
+        elif not name.startswith("append"):  # an arena that is written to must be plain memory
             got, plain = (function(**x, backend=backend) for x in (given, {m: t.clone() for m, t in tensors.items()}))
             for a, b in zip(got, plain, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
         if dtype == torch.float64:
             pytest.skip("Triton's kernels compute in fp32; float64 is refused, see below")
         monkeypatch.setattr(importlib.import_module("kernels.window_scores_triton"), "PART", 64)
-        empty = torch.empty  # what nobody writes shows
+        empty = torch.empty  # rows that are never written show
         monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(float("nan")))
     ours = functools.partial(window_scores, backend=backend)
     rng, device = python_random(0), torch.get_default_device()
@@ -40,14 +40,14 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
             rng.choice([8, 20, 64]),
         )
         w = rng.randint(1, min(t, 6))
-        # rows as they come from a prefill: a slice with gaps between the heads
+        # the layout of a prefill: a slice with gaps between heads
         q, k = (
             torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
             for shape in ((hkv * size, t, d), (t, hkv, d))
         )
         q, k = q[:, t - w :], k.transpose(0, 1)
         positions = sorted(rng.sample(range(t), w)) if seed % 2 else list(range(t - w, t))
-        gapped = torch.tensor(positions).repeat_interleave(2)[::2]  # as a column of a table
+        gapped = torch.tensor(positions).repeat_interleave(2)[::2]  # like a column of a table
         q_pos, scale = gapped if seed % 2 else None, [None, 0.2][seed % 3 == 0]
         exact = exact_scores(q, k, positions, d**-0.5 if scale is None else scale, group)
         for op in (ours, window_scores_ref):

@@ -1,4 +1,4 @@
-"""tools/witness.py with a small random Llama and words as tokens: the package's weights are not needed here."""
+"""tools/witness.py with a small random Llama and words as tokens; needs no downloaded weights."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from tools.witness import KINDS, LEFT_OUT, RETENTIONS, UNSEEN, Words, conditions
 
 
 class Stub:
-    """A tokenizer of one token per word, all of 97."""
+    """A tokenizer with one token per word, 97 in all."""
 
     stop = 5
 
@@ -30,13 +30,13 @@ class Stub:
             ["user"],
             text.split()[::4],
             [*question.split(), "assistant"],
-        )  # short: it is only a test
+        )  # short, for speed
         ids = [6 + zlib.crc32(word.encode()) % 90 for word in (*before, *inside, *behind)]
         return ids, (1, 1 + len(inside))
 
 
 class Characters:
-    """Stands in for transformers' tokenizer: a token for every three characters, wherever the passage ends."""
+    """Stands in for transformers' tokenizer: a token per three characters, ignoring where the passage ends."""
 
     eos_token_id = 2
 
@@ -100,8 +100,8 @@ def test_the_whole_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     assert len(names) == 11 and len(rows) == 2 * 11 * 3
     lines = (tmp_path / "fidelity.jsonl").read_text().splitlines()
     assert len(lines) == 6
-    (tmp_path / "fidelity.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])  # killed while it wrote
-    for name in ("greedy", "train_lookahead"):  # all of that is done
+    (tmp_path / "fidelity.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])  # killed while writing
+    for name in ("greedy", "train_lookahead"):  # these stages are complete
         monkeypatch.setattr(witness, name, None)
     witness.witness(language, Stub(), args)
     assert (tmp_path / "witness.md").read_text() == table
@@ -111,17 +111,17 @@ def test_the_whole_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_with_other_settings_is_another_run(tmp_path):
-    """Rows that were trained otherwise must not be taken for these."""
+    """Rows trained with other settings must not be reused."""
     args = arguments(tmp_path)
     witness.same_settings(args)
-    witness.same_settings(arguments(tmp_path, "--passages", "9"))  # decides nothing about the rows
+    witness.same_settings(arguments(tmp_path, "--passages", "9"))  # does not affect the rows
     for more in (["--steps", "4"], ["--prompts", "21"], ["--rank", "3"], ["--seed", "1"]):
         assert "--prompts 20 --steps 3 --rows 2 --rank 2" in refusal(witness.same_settings, arguments(tmp_path, *more))
 
 
 @torch.inference_mode()
 def test_what_is_compared_is_pruned_as_said(tmp_path):
-    """Text outside of the passage stays; 'told' finds more of the answer's attention than anything else."""
+    """Text outside the passage stays; 'told' finds more of the answer's attention than any other method."""
     language = small_llama()
     prompt, span = witness.embedded(language, Stub(), 7, "colour")
     answer = greedy(language, [prompt], stop=-1, longest=6)[0]
@@ -168,7 +168,7 @@ def test_it_says_what_to_install(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("off", [0.0, 0.01])
 def test_logits_that_are_not_those_of_transformers_are_refused(tmp_path, off):
-    """With a stand-in for transformers whose logits are ours, or not quite."""
+    """With a stand-in for transformers whose logits equal ours, or almost."""
     fields = {
         "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
@@ -187,7 +187,7 @@ def test_logits_that_are_not_those_of_transformers_are_refused(tmp_path, off):
     files = tmp_path / "weights.safetensors", tmp_path / "config.json"
     convert = partial(witness.convert, SimpleNamespace(AutoModelForCausalLM=Theirs), tmp_path, Characters(), *files)
     if off:
-        assert "differ by 1.0e-02" in refusal(convert)
+        assert "differ from transformers by 1.0e-02" in refusal(convert)
         assert not any(path.exists() for path in files)
         return
     convert()

@@ -1,28 +1,28 @@
-"""Decoding end to end, pruned and not, beside transformers' generate(), in one run. A wrong result has no speed.
+"""Benchmark decoding end to end, pruned and unpruned, against transformers' generate(). Wrong results are not timed.
 
     python tools/bench_decode.py                             # the demo model, on this machine
     python tools/bench_decode.py --model DIR --image x.png   # any checkpoint
-    python tools/bench_decode.py --shape llava-1.5-7b        # random weights, made directly on the device
+    python tools/bench_decode.py --shape llava-1.5-7b        # random weights, created on the device
     python tools/bench_decode.py --shape llava-1.5-7b --workloads one-b32 4x576,576+64 --prune plphp:dr=0@0.3
     python tools/bench_decode.py --growth --plot growth.png  # decode time over kept tokens, prefill memory over T
-    python tools/bench_decode.py --smoke                     # everything, with next to nothing to do
+    python tools/bench_decode.py --smoke                     # run everything once on tiny prompts
 
-Every engine works in a process of its own. Where all fit into memory side by side (on a CPU) they answer in turns, so
-that a machine that slows down slows all of them; otherwise one after the other. A round is one answer. `TTFT` is the
-prefill of all sequences, pruning included, until their first ids are known; `ms/token` is a step of all of them until
-the ids are read: the median of all steps of all rounds, the 20th and the 80th percentile.
+Every engine runs in its own process. If all of them fit in memory (CPU only), their rounds alternate, so that a machine
+that slows down affects all equally; otherwise they run one after another. A round is one answer. `TTFT` is the prefill
+of all sequences, pruning included, until their first ids are known. `ms/token` is one step of all sequences until the
+ids are read: median, 20th and 80th percentile over all steps of all rounds.
 
-The workload `picture` is a real picture and question through model.Generation, vision tower included, beside
-transformers' class for the checkpoint. All others begin with an embedded prompt: random text around pictures of random
-numbers of the embeddings' size, straight into the language model, beside LlamaForCausalLM. BxP,P+T is one of your own:
-B sequences, each with pictures of P tokens and T of text. Prompts beyond the model's context are run and marked.
+The workload `picture` is a real picture and question through model.Generation, vision tower included, compared with
+transformers' class for the checkpoint. The others feed an embedded prompt directly to the language model, compared with
+LlamaForCausalLM: random text, and pictures of random numbers scaled like the embeddings. BxP,P+T is a workload of your
+own: B sequences, each with pictures of P tokens and T text tokens. Prompts beyond the model's context run, but marked.
 
-Checked before any speed: the greedy ids are those of transformers (fp32), or the first logits are close (bf16, fp16);
-the steps' logits are those of one long prefill of the same tokens; a pruned run begins with the same token, and its
-steps' logits are those of dense attention under a mask; the compiler changes no greedy id (fp32). `roofline` is the
-bytes of weights and held K and V over the measured bandwidth, `ceiling` what pruning can win by bytes. --prune SPEC@F
-is what run.py calls --prune SPEC --retention F; dr=0, the same rate in every layer, so that F is what is kept: random
-weights look at pictures in every layer alike.
+Checks before timing: greedy ids equal those of transformers (fp32), or the first logits are close (bf16, fp16); step
+logits match one long prefill of the same tokens; a pruned run starts with the same token, and its step logits match
+dense attention under a mask; compiling changes no greedy id (fp32). `roofline` is the time to read the weights and the
+held K and V at the measured bandwidth, `ceiling` the largest speed-up by bytes. --prune SPEC@F means --prune SPEC
+--retention F of run.py. dr=0 prunes every layer equally, so that exactly F is kept: with random weights, all layers
+attend to pictures alike.
 """
 
 import argparse
@@ -67,14 +67,14 @@ SHAPES = {  # decoder, context and rope_theta of random weights
     "next-mistral-7b": (roofline.SHAPES[4], 32768, 1e6),
     "demo": (roofline.SHAPES[5], 2048, 1e4),
 }
-USUAL = ("one", "one-b8", "one-b32", "tiles", "eight-images", "long")  # workloads; `long` is for GPUs
+USUAL = ("one", "one-b8", "one-b32", "tiles", "eight-images", "long")  # default workloads; `long` on GPUs only
 OURS = ("ours", "ours-compile")
 ENGINES = (*OURS, "hf-eager", "hf-sdpa", "hf-static")
-# Error of logits over their size, root mean squares, up to which two ways of computing them are the same. Measured over
-# 16 to 32 random layers: 1e-6, 0.002, 0.013; of the 7B shape in bf16 0.015 over 4 layers and 0.047 over 32. A position
-# that is off by one makes 0.17 at a width of 1024.
+# Largest RMS error of logits, relative to their RMS, at which two computations count as equal. Measured over 16 to 32
+# random layers: 1e-6, 0.002, 0.013; for the 7B shape in bf16: 0.015 over 4 layers, 0.047 over 32. A position off by one
+# gives 0.17 at width 1024.
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 8e-2}
-WATCHED = 8  # tokens that are compared
+WATCHED = 8  # number of tokens compared
 
 
 def parser():
@@ -82,36 +82,36 @@ def parser():
     # fmt: off
     p.add_argument("--model", metavar="DIR|ID", help="a checkpoint (default: the demo model)")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    p.add_argument("--image", metavar="PATH", help="picture of the workload `picture` (default with the demo: its own)")
-    p.add_argument("--prompt", default="Describe the picture.", help="its question")
+    p.add_argument("--image", metavar="PATH", help="picture of the workload `picture` (demo default: assets/demo.png)")
+    p.add_argument("--prompt", default="Describe the picture.", help="question of the workload `picture`")
     p.add_argument("--workloads", nargs="+", metavar="NAME|BxP,P+T",
-                   help=f"picture, {', '.join(USUAL)} or your own (default: all, but on a CPU without long)")
+                   help=f"picture, {', '.join(USUAL)} or your own (default: all; on a CPU all but long)")
     p.add_argument("--prune", nargs="+", default=["none", "plphp:dr=0@0.5", "plphp:dr=0@0.2"], metavar="SPEC[@F]")
     p.add_argument("--engines", nargs="+", choices=ENGINES, metavar="ENGINE",
-                   help=f"of {', '.join(ENGINES)} (default: all, but those that compile on CUDA only)")
-    p.add_argument("--new-tokens", type=number(int, 2), default=32, metavar="N", help="of each answer (default 32)")
-    p.add_argument("--rounds", type=number(int, 1), default=5, help="answers, after one that is checked (default 5)")
-    p.add_argument("--dtype", choices=DTYPES, help="default bf16 on CUDA; on a CPU fp32 if it fits in half of memory")
+                   help=f"from {', '.join(ENGINES)} (default: all on CUDA; ours, hf-eager and hf-sdpa on a CPU)")
+    p.add_argument("--new-tokens", type=number(int, 2), default=32, metavar="N", help="tokens per answer (default 32)")
+    p.add_argument("--rounds", type=number(int, 1), default=5, help="timed answers after a checked one (default 5)")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bf16; fp32 on a CPU if it fits in half of memory")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"))
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of weights and prompts")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of weights and prompts")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--csv", metavar="FILE")
-    p.add_argument("--smoke", action="store_true", help="does it run? tiny prompts, few tokens, one round")
-    p.add_argument("--growth", action="store_true", help="of a thin model: decode time and prefill memory over tokens")
-    p.add_argument("--tokens", nargs="+", type=number(int, 2), metavar="T", help="at which --growth measures")
-    p.add_argument("--plot", metavar="FILE.png", help="of --growth")
+    p.add_argument("--smoke", action="store_true", help="quick test: tiny prompts, few tokens, one round")
+    p.add_argument("--growth", action="store_true", help="decode time and prefill memory of a small model over tokens")
+    p.add_argument("--tokens", nargs="+", type=number(int, 2), metavar="T", help="token counts for --growth")
+    p.add_argument("--plot", metavar="FILE.png", help="plot of --growth")
     p.add_argument("--worker", help=argparse.SUPPRESS)  # the child processes
     # fmt: on
     return p
 
 
-# ---------------------------------------------------------------- what is to be done
+# ---------------------------------------------------------------- workloads and tasks
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`batch` sequences, each of `text` tokens with pictures of so many tokens between them."""
+    """`batch` sequences, each with `text` text tokens and pictures of the listed numbers of tokens."""
 
     name: str
     batch: int
@@ -124,14 +124,14 @@ class Workload:
 
     @property
     def spans(self):
-        """[(start, stop)] of the pictures: a quarter of the text is before them."""
+        """[(start, stop)] of the pictures; a quarter of the text precedes them."""
         ends = [self.text // 4 + sum(self.pictures[:i]) for i in range(len(self.pictures) + 1)]
         return list(zip(ends, ends[1:], strict=False))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is for. shape None: the checkpoint `model`; image: only for the workload `picture`."""
+    """The work of one process. shape None: use the checkpoint `model`; image: only for the workload `picture`."""
 
     engine: str
     prune: str
@@ -148,7 +148,7 @@ class Task:
 
 
 def workloads(names, picture, asked):
-    """The Workloads of --workloads. picture: tokens of one; asked: the workload `picture`, None without one."""
+    """The Workloads of --workloads. picture: tokens of one picture; asked: the workload `picture`, or None."""
     known = {
         "one": (1, (picture,), 64),
         "one-b8": (8, (picture,), 64),
@@ -167,11 +167,11 @@ def workloads(names, picture, asked):
             yield Workload(name, *known[name])
         else:
             need = "needs a checkpoint and --image" if name == "picture" else "is unknown"
-            raise InputError(f"workload {name!r} {need}; use one of {', '.join(known)} or for example 4x576,576+64")
+            raise InputError(f"workload {name!r} {need}; use {', '.join(known)} or your own such as 4x576,576+64")
 
 
 def method_of(spec, folder=None, config=None):
-    """The Method of SPEC[@F], None for "none"; InputError if there is none such, or not for a model of this config."""
+    """The Method of SPEC[@F], None for "none"; InputError if it does not exist or does not fit this config."""
     name, _, kept = spec.rpartition("@")
     try:
         method = make_method(name, float(kept), folder=folder) if name else make_method(spec, folder=folder)
@@ -192,7 +192,7 @@ def text_config(name):
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- one engine, in its process
+# ---------------------------------------------------------------- one engine in its process
 
 
 def language_of(task):
@@ -203,7 +203,7 @@ def language_of(task):
 
 
 def prompts(task, language):
-    """Embedded prompts x (B, T, C): random ids, and where pictures are random numbers of the embeddings' size."""
+    """Embedded prompts x (B, T, C): random ids as text, and random numbers scaled like the embeddings as pictures."""
     w, table = task.workload, language.model.embed_tokens.weight
     generator = torch.Generator(table.device).manual_seed(task.seed + 1)
     x = torch.randn(w.batch, w.tokens, table.shape[1], generator=generator, device=table.device, dtype=table.dtype)
@@ -216,15 +216,15 @@ def prompts(task, language):
 
 @dataclass
 class Answer:
-    """first, steps: seconds; ids: B of each token; logits: (V,) of the first sequence, for the tokens watched."""
+    """first, steps: seconds; ids: B per token; logits: (V,) of the first sequence for each watched token."""
 
     first: float
     steps: list
     ids: list
     logits: list
-    kept: float  # of the vision tokens, all heads and sequences
-    bytes_held: int  # of K and V after prefill
-    step: object  # function () that takes one more step
+    kept: float  # fraction of the vision tokens, over all heads and sequences
+    bytes_held: int  # K and V after prefill
+    step: object  # function () that runs one more step
     cache: RaggedCache
 
 
@@ -248,7 +248,7 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
     said = [ids.tolist()]  # waits for the device
     first, seen, steps = time.perf_counter() - start, [logits[0].clone()], []
     held, vision = cache.nbytes_held, sum(b - a for a, b in spans)
-    # now: the cache of a single sequence is the one that grows
+    # read now: a single sequence's cache is the one that decoding extends
     kept = [n / vision for p, c in zip(pruners, caches, strict=True) if p for n in p.kept(c)]
     step = DecodeStep(language, cache, compile)
     for i in range(1, new_tokens):
@@ -263,10 +263,10 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
 
 
 def prepare_ours(task):
-    """(facts for the gate, function that answers -> (seconds to the first token, seconds of each step))."""
+    """(facts for the checks, function that answers -> (seconds to the first token, seconds of each step))."""
     language = language_of(task)
     if task.shape:
-        language.arrange()  # as `load` does where weights are not mapped
+        language.arrange()  # as `load` does for weights that are not memory-mapped
     method, spans = method_of(task.prune, task.model), task.workload.spans
     x = prompts(task, language)
     compile = task.engine == "ours-compile"
@@ -295,7 +295,7 @@ def prepare_ours(task):
 
 @torch.inference_mode()
 def error_of_steps(language, x, checked):
-    """Largest error of the steps' logits against one prefill of prompt x (T, C) and the tokens said, in one go."""
+    """Largest error of the step logits against a single prefill of prompt x (T, C) and the generated tokens."""
     steps = len(checked.logits)
     said = torch.tensor([ids[0] for ids in checked.ids[: steps - 1]], dtype=torch.long, device=x.device)
     whole = torch.cat((x, language.model.embed_tokens(said)))[None]
@@ -304,9 +304,9 @@ def error_of_steps(language, x, checked):
 
 
 class MaskedCache:
-    """What a pruned cache has to agree with: every row stays, and a mask hides what a method dropped. One sequence."""
+    """Reference for a pruned cache of one sequence: keeps every row and masks the dropped ones."""
 
-    fused = False  # q and k come turned by their positions
+    fused = False  # q and k arrive with RoPE applied
 
     def __init__(self, num_layers):
         self.k, self.v, self.seen = [None] * num_layers, [None] * num_layers, [None] * num_layers
@@ -334,7 +334,7 @@ class MaskedCache:
 
 @torch.inference_mode()
 def error_of_pruned_steps(language, x, spans, method, checked):
-    """Largest error of the steps' logits against those of steps over a `MaskedCache` of prompt x (T, C)."""
+    """Largest error of the step logits against steps with a `MaskedCache` of prompt x (T, C)."""
     config = language.config
     layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
     pruner, cache = Pruner(method, Layout(layers, *heads, len(x), spans, x.device)), MaskedCache(layers)
@@ -347,7 +347,7 @@ def error_of_pruned_steps(language, x, spans, method, checked):
 
 
 def prepare_picture(task):
-    """The same for a picture and a question through model.Generation."""
+    """As `prepare_ours`, for a picture and a question through model.Generation."""
     checkpoint = load(task.model, task.dtype, task.device)
     method = method_of(task.prune, checkpoint.folder)
     sampling = Sampling(max_new_tokens=task.new_tokens)
@@ -366,7 +366,7 @@ def prepare_picture(task):
     step = partial(DecodeStep(checkpoint.model.language_model, generation.cache, generation.compile), ids)
     facts = {
         "ids": [generation.token_ids[:WATCHED]],
-        "finite": True,  # Generation would have stopped
+        "finite": True,  # Generation raises an error otherwise
         "kept": statistics.fmean(generation.kept) / generation.vision_tokens,
         "kv_bytes_held": generation.bytes_held,
         "step": step_cost(step, generation.cache),
@@ -375,7 +375,7 @@ def prepare_picture(task):
 
 
 def prepare_hf(task):
-    """The same for transformers: generate() with a dynamic cache, or a static one and torch.compile."""
+    """As `prepare_ours`, for transformers: generate() with a dynamic cache, or a static cache and torch.compile."""
     transformers = import_transformers()
 
     transformers.utils.logging.set_verbosity_error()
@@ -383,7 +383,7 @@ def prepare_hf(task):
     options = {"max_new_tokens": task.new_tokens, "do_sample": False}
     if task.engine == "hf-static":
         compile_config = transformers.CompileConfig()
-        compile_config._compile_all_devices = True  # left alone, generate() compiles on CUDA but not on a CPU
+        compile_config._compile_all_devices = True  # by default generate() does not compile on a CPU
         options |= {"cache_implementation": "static", "compile_config": compile_config}
     attention = "eager" if task.engine == "hf-eager" else "sdpa"
     model, inputs, stop_ids = (hf_llava if task.image else hf_llama)(task, attention)
@@ -392,7 +392,7 @@ def prepare_hf(task):
         clock, start = Clock(), time.perf_counter()
         ids = model.generate(**inputs, **options, streamer=clock)
         new = ids.shape[1] - (inputs["input_ids"].shape[1] if task.image else 0)
-        times = clock.times[-new:]  # before these, it is given the prompt
+        times = clock.times[-new:]  # the streamer gets the prompt first
         return times[0] - start, [b - a for a, b in zip(times, times[1:], strict=False)]
 
     checked = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
@@ -406,15 +406,15 @@ def prepare_hf(task):
 
 
 def hf_llama(task, attention):
-    """(transformers' LlamaForCausalLM with the weights of our Llama, what generate() is given, ids that end)."""
+    """(transformers' LlamaForCausalLM with our Llama's weights, arguments of generate(), stop ids)."""
     transformers = import_transformers()
 
     language = language_of(task)
     fields = asdict(language.config)
-    weights = {name: w.contiguous() for name, w in language.state_dict().items()}  # not as `arrange` lays them out
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # where it is tied
+    weights = {name: w.contiguous() for name, w in language.state_dict().items()}  # undo the layout of `arrange`
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # if tied
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    del fields["sliding_window"]  # of other models
+    del fields["sliding_window"]  # not a field of LlamaConfig
     config = transformers.LlamaConfig(
         **fields, rope_parameters=rope, tie_word_embeddings=language.lm_head is None,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
@@ -422,7 +422,7 @@ def hf_llama(task, attention):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     model.load_state_dict(weights, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(task.device)  # it is no weight
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(task.device)  # not in the state dict
     model.set_attn_implementation(attention)
     x = prompts(task, language)
     mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
@@ -430,7 +430,7 @@ def hf_llama(task, attention):
 
 
 def hf_llava(task, attention):
-    """The same of LLaVA's or LLaVA-NeXT's class, for a checkpoint's picture and question."""
+    """As `hf_llama`, for LLaVA's or LLaVA-NeXT's class with a picture and a question."""
     transformers = import_transformers()
 
     asked = Generation(open_checkpoint(task.model), task.prompt, [task.image])  # for ids and pixels only
@@ -441,7 +441,7 @@ def hf_llava(task, attention):
 
 
 class Clock:
-    """What generate() takes for a streamer: it is given ids as soon as they can be read, and notes when."""
+    """A streamer for generate() that records when each token's ids can be read."""
 
     def __init__(self):
         self.times = []
@@ -453,30 +453,30 @@ class Clock:
         pass
 
 
-# ---------------------------------------------------------------- what a step costs
+# ---------------------------------------------------------------- cost of a step
 
 
 @torch.inference_mode()
 def step_cost(step, cache, steps=4):
-    """Launches, syncs and allocations of a step, without what chooses and reads its ids; on CUDA also kernels.
+    """Launches, syncs and allocations of a step; on CUDA also kernels. Choosing and reading ids is not counted.
 
-    On a CPU a launch is a call of PyTorch that computes or writes (no views; what happens inside of it counts as one).
+    On a CPU, a launch is an outermost PyTorch call that computes or writes; views do not count.
     """
     if step.func.parts.whole:
-        return {}  # watching would take a compiled layer apart
-    cache.slack = 64  # the next repack makes room for all steps below
-    for _ in range(cache.room + 3):  # up to that repack, and until a graph is captured again
+        return {}  # counting would break up a compiled layer
+    cache.slack = 64  # the next repack leaves free slots for all steps below
+    for _ in range(cache.room + 3):  # run until that repack, and until a graph is captured again
         step()
     if not cache.pos.is_cuda:
         with Calls() as calls:
             step()
         return {"launches": calls.launches, "syncs": 0, "allocations": calls.new, "allocated_bytes": calls.bytes}
     more, fewer = device_work(step, 2 * steps), device_work(step, steps)
-    return {name: (more[name] - fewer[name]) / steps for name in more}  # without what the profiler does itself
+    return {name: (more[name] - fewer[name]) / steps for name in more}  # cancels the profiler's own work
 
 
 def device_work(step, times):
-    """What so many steps do on CUDA, by the profiler and the allocator."""
+    """Counts for this number of steps on CUDA, from the profiler and the allocator."""
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     with torch.profiler.profile() as profile:
         for _ in range(times):
@@ -494,7 +494,7 @@ def device_work(step, times):
 
 
 class Calls(TorchDispatchMode):
-    """Counts what PyTorch is asked to do: calls that compute or write, and the storages that they make."""
+    """Counts PyTorch calls that compute or write, and the storages they create."""
 
     def __init__(self):
         super().__init__()
@@ -514,44 +514,44 @@ class Calls(TorchDispatchMode):
         return {s.data_ptr(): s.nbytes() for s in found}
 
 
-# ---------------------------------------------------------------- processes that take turns
+# ---------------------------------------------------------------- alternating processes
 
 
 def worker(task):
-    """Of a child process: facts first, then an answer for each line of stdin; all as JSON on stdout."""
+    """Child process: write the facts, then a reply for each line of stdin, as JSON on stdout."""
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints must not get in between
+    os.dup2(2, 1)  # other prints must not mix with the JSON
     for reply in replies(task, sys.stdin):
         print(json.dumps(reply), file=channel, flush=True)
     return 0
 
 
 def replies(task, asked):
-    """{"facts"}, then {"first", "steps", "peak"} for each of `asked`, seconds and bytes; {"why"} where it ends."""
+    """{"facts"}, then {"first", "steps", "peak"} in seconds and bytes for each of `asked`; {"why"} after a failure."""
     device, memory = torch.device(task.device), AnonymousMemory()
     cuda, linux = device.type == "cuda", sys.platform == "linux"
     if device.index is not None:
-        torch.cuda.set_device(device)  # streams, graphs and statistics are the current device's
+        torch.cuda.set_device(device)  # streams, graphs and statistics use the current device
     if linux and not cuda:
         memory.start()
     try:
         facts, again = prepare(task)
         yield {"facts": facts}
-        memory.peak = 0  # from here on: what making and checking took is over
+        memory.peak = 0  # do not count preparation and checks
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in asked:
             first, steps = again()
-            time.sleep(0.03 if linux and not cuda else 0)  # it looks every 20 ms
+            time.sleep(0.03 if linux and not cuda else 0)  # it samples every 20 ms
             yield {"first": first, "steps": steps, "peak": torch.cuda.max_memory_allocated() if cuda else memory.peak}
     except ImportError as missing:
         yield {"why": f"{missing}; see requirements-test.txt"}
-    except Exception as broken:  # of transformers, of the device: told in the table
+    except Exception as broken:  # from transformers or the device; reported in the table
         yield {"why": f"{type(broken).__name__}: {one_line(broken)[:200]}"}
 
 
 def prepare(task):
-    """(facts, function that answers) of any task."""
+    """(facts, function that answers) for any task."""
     if task.engine not in OURS:
         return prepare_hf(task)
     return prepare_picture(task) if task.image else prepare_ours(task)
@@ -563,14 +563,14 @@ class Child:
     def __init__(self, task):
         words = [sys.executable, __file__, "--worker", json.dumps(asdict(task))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(words, start_new_session=True, **pipes)  # Ctrl-C is the parent's
+        self.process = subprocess.Popen(words, start_new_session=True, **pipes)  # only the parent gets Ctrl-C
 
     def reply(self):
         line = self.process.stdout.readline()
-        return json.loads(line) if line else {"why": f"its process ended with {self.process.wait()}"}
+        return json.loads(line) if line else {"why": f"its process exited with {self.process.wait()}"}
 
     def ask(self):
-        with contextlib.suppress(BrokenPipeError):  # it has ended: `reply` says how
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; `reply` reports its exit code
             print(file=self.process.stdin, flush=True)
         return self.reply()
 
@@ -580,7 +580,7 @@ class Child:
 
 
 def take_turns(tasks, rounds, start):
-    """{task: {"facts", "rounds", "why"}}, a round of all tasks after the other. start: function task -> Child."""
+    """Run all tasks, alternating rounds -> {task: {"facts", "rounds", "why"}}. start: function task -> Child."""
     found, running = {}, {}
     try:
         for task in tasks:
@@ -604,17 +604,17 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- what is right, and how fast
+# ---------------------------------------------------------------- checks and speeds
 
 
 def error(got, wanted):
-    """Root mean square of the difference of two rows of numbers, over that of what is wanted."""
+    """RMS of the difference of two rows of numbers, relative to the RMS of `wanted`."""
     size = math.fsum(b * b for b in wanted)
     return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(got, wanted, strict=True)) / size) if size else math.inf
 
 
 def is_wrong(task, facts, unpruned, reference, plain=None):
-    """What is wrong with a task's answers, None if nothing is.
+    """The first fault in a task's answers, or None.
 
     reference: (name, facts) of transformers, or None; plain: facts of the same task without the compiler, or None.
     """
@@ -623,21 +623,21 @@ def is_wrong(task, facts, unpruned, reference, plain=None):
         return "logits are not finite"
     if not facts.get("error", 0.0) <= allowed:
         of = "one long prefill" if task.prune == "none" else "dense attention with the kept tokens' mask"
-        return f"logits of the steps are off those of {of} by {facts['error']:.2g} of their size"
+        return f"step logits differ from {of} by {facts['error']:.2g} (relative RMS)"
     if plain and task.dtype == "fp32" and plain["ids"] != facts["ids"]:
-        return f"greedy ids {facts['ids']} are not those without the compiler, {plain['ids']}"
-    if task.prune != "none":  # prefill is the unpruned one, but for methods that drop tokens while it goes on
+        return f"greedy ids {facts['ids']} differ from those without the compiler, {plain['ids']}"
+    if task.prune != "none":  # prefill equals the unpruned one, except for methods that drop tokens during prefill
         same = not unpruned or [ids[:1] for ids in facts["ids"]] == [ids[:1] for ids in unpruned["ids"]]
-        return None if same or method_of(task.prune).layer else "the first token is not the unpruned one"
+        return None if same or method_of(task.prune).layer else "the first token differs from the unpruned run"
     if reference is None or reference[1] is facts:
         return None
     name, wanted = reference
-    exact = WATCHED if task.dtype == "fp32" else 0 if facts.get("logits") else 1  # 16 bits may swap two close ones
+    exact = WATCHED if task.dtype == "fp32" else 0 if facts.get("logits") else 1  # in 16 bits, two close ids may swap
     if any(a[:exact] != b[:exact] for a, b in zip(facts["ids"], wanted["ids"], strict=True)):
-        return f"greedy ids {facts['ids']} are not those of {name}, {wanted['ids']}"
-    alike = 2 if facts["ids"][0][:1] == wanted["ids"][0][:1] else 1  # the second logits follow the first id
+        return f"greedy ids {facts['ids']} differ from those of {name}, {wanted['ids']}"
+    alike = 2 if facts["ids"][0][:1] == wanted["ids"][0][:1] else 1  # the second logits depend on the first id
     off = [error(*pair) for pair in zip(facts.get("logits", [])[:alike], wanted.get("logits", []), strict=False)]
-    return next((f"logits are off those of {name} by {e:.2g} of their size" for e in off if not e <= allowed), None)
+    return next((f"logits differ from {name} by {e:.2g} (relative RMS)" for e in off if not e <= allowed), None)
 
 
 def make_rows(found, context, shape, itemsize, bandwidth):
@@ -659,10 +659,10 @@ def make_rows(found, context, shape, itemsize, bandwidth):
             if task.prune != "none" and same.get("right") is False:  # the same code, unpruned
                 row["why"] = row["why"] or "the unpruned run is wrong"
             row["right"] = row["why"] is None
-        elif task.engine in OURS and not re.search(r"[Oo]ut ?[Oo]f ?[Mm]emory|can't allocate|ended with -9", why):
-            row["right"] = False  # an error of ours
+        elif task.engine in OURS and not re.search(r"[Oo]ut ?[Oo]f ?[Mm]emory|can't allocate|exited with -9", why):
+            row["right"] = False  # a fault of this project
         if row["right"] and not any(r["steps"] for r in result["rounds"]):
-            row["right"], row["why"] = None, "the answer ends at once"
+            row["right"], row["why"] = None, "the answer has a single token"
         if row["right"]:
             row |= speeds(w.batch, facts, result["rounds"], shape, itemsize, bandwidth)
         rows.append(row)
@@ -671,7 +671,7 @@ def make_rows(found, context, shape, itemsize, bandwidth):
 
 
 def speeds(batch, facts, rounds, shape, itemsize, bandwidth):
-    """What a right row says beside its name. K and V are those of the prompt, at the end of prefill."""
+    """The measured columns of a correct row. K and V are those of the prompt after prefill."""
     steps = sorted(1e3 * s for r in rounds for s in r["steps"])
     full = itemsize * batch * (shape.vision + shape.text) * shape.kv_numbers
     held, weights = facts.get("kv_bytes_held", full), itemsize * shape.weight_numbers
@@ -686,7 +686,7 @@ def speeds(batch, facts, rounds, shape, itemsize, bandwidth):
 
 
 def compare(rows):
-    """Add to our rows how much faster they are than the unpruned one, and than transformers."""
+    """Add to our rows the speed-up over the unpruned run and over transformers."""
     timed = {(row["engine"], row["prune"]): row for row in rows if row["right"]}
     for (engine, _), row in timed.items():
         if engine not in OURS:
@@ -709,7 +709,7 @@ HEAD = (
 def show(rows):
     """Lines of a workload's table."""
     first = rows[0]
-    beyond = ", BEYOND THE MODEL'S CONTEXT" if first["beyond_context"] else ""
+    beyond = ", LONGER THAN THE MODEL'S CONTEXT" if first["beyond_context"] else ""
     prompt = f"{first['batch']} x ({first['vision_tokens']} vision + {first['text_tokens']} text) tokens"
     yield f"{first['workload']}: {prompt}{beyond}"
     yield HEAD
@@ -729,14 +729,14 @@ def show(rows):
         than = sorted({k.split("_x_")[1] for k in row if "_x_" in k})
         if than:
             said = (f"{e} {row[f'decode_x_{e}']:.2f} (first token {row[f'ttft_x_{e}']:.2f})" for e in than)
-            yield f"    times as fast as: {', '.join(said)}"
+            yield f"    speed-up over {', '.join(said)}"
 
 
 # ---------------------------------------------------------------- the whole run
 
 
 def bench(args):
-    """All workloads -> exit code."""
+    """Run all workloads -> exit code."""
     device, (text, picture, asked) = choose_device(args.device), chosen_model(args)
     check_backend(args.backend, device)
     cuda, wide = device.type == "cuda", 4 * roofline.shape_of(text, 0, 0).weight_numbers
@@ -764,21 +764,21 @@ def bench(args):
         shape = roofline.shape_of(text, sum(w.pictures), w.text)
         size = itemsize * (shape.weight_numbers + 2 * w.batch * w.tokens * shape.kv_numbers) + 2**29  # of one process
         found, known = {}, []
-        together = not cuda and fits(len(tasks) * size, "SC_AVPHYS_PAGES")  # the times of a GPU hardly vary
+        together = not cuda and fits(len(tasks) * size, "SC_AVPHYS_PAGES")  # on a GPU times hardly vary
         for group in [tasks] if together else [[task] for task in tasks]:
             found |= take_turns(group, args.rounds, Child)
             known = make_rows(found, text.max_position_embeddings, shape, itemsize, 1e9 * about["bandwidth_GBps"])
-            save(args, about, rows + known)  # a run that ends early has something to show
+            save(args, about, rows + known)  # keep partial results of an interrupted run
         rows += known
         print("", *show(known), sep="\n", flush=True)
     return 1 if any(row["right"] is False for row in rows) else 0
 
 
 def chosen_model(args):
-    """(TextConfig, tokens of a picture, the workload `picture` or None); InputError if there is no such model."""
+    """(TextConfig, tokens of a picture, the workload `picture` or None); InputError if the model does not exist."""
     if args.shape:
         if args.model or args.image:
-            raise InputError("--shape has random weights and no eyes; leave out --model and --image")
+            raise InputError("--shape uses random weights without a vision tower; leave out --model and --image")
         return text_config(args.shape), SHAPES[args.shape][0].tower.patches, None
     if args.model is None:
         args.model, args.image = ROOT / "assets" / "demo", args.image or str(ROOT / "assets" / "demo.png")
@@ -792,13 +792,13 @@ def chosen_model(args):
 
 
 def fits(size, pages, share=0.5):
-    """Are `size` bytes at most that share of memory? pages: SC_PHYS_PAGES for all, SC_AVPHYS_PAGES for what is free."""
-    known = pages in getattr(os, "sysconf_names", ())  # otherwise assume a laptop
+    """Are `size` bytes at most `share` of memory? pages: SC_PHYS_PAGES for all, SC_AVPHYS_PAGES for free memory."""
+    known = pages in getattr(os, "sysconf_names", ())  # otherwise assume 16 GB
     return size <= share * (os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) if known else 16e9)
 
 
 def touch(*paths):
-    """InputError, before anything is measured, if a file cannot be written."""
+    """Create the output files before measuring; InputError if that fails."""
     try:
         for path in filter(None, paths):
             open(path, "a").close()
@@ -807,10 +807,10 @@ def touch(*paths):
 
 
 def about_run(args, device, dtype, model):
-    """What was run where; the bandwidth is measured now."""
+    """Model, machine, versions and settings of this run. Measures the bandwidth."""
     bandwidth = memory_bandwidth(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the processes to come need it
+        torch.cuda.empty_cache()  # the child processes need the memory
     return {
         "model": model, "weights": "random" if args.shape or args.growth else "of the checkpoint",
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(), "device": str(device),
@@ -822,7 +822,7 @@ def about_run(args, device, dtype, model):
 
 
 def save(args, about, rows):
-    """The files of --json and --csv."""
+    """Write the files of --json and --csv."""
     if args.json:
         Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     if args.csv:
@@ -836,19 +836,19 @@ def save(args, about, rows):
 
 
 def growth(args):
-    """Of a thin model: time of a decode step over kept tokens, memory of a prefill over its tokens -> exit code."""
+    """Measure a small model: decode step time over kept tokens, prefill memory over prompt tokens -> exit code."""
     device = choose_device(args.device)
     if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        # large blocks straight from the system and back to it, so that a process is as large as what it holds
+        # allocate and free large blocks directly with the system, so that process size equals live memory
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         return subprocess.run([sys.executable, __file__, *args.words], env=environment).returncode
     if device.type == "cpu" and sys.platform != "linux":
-        raise InputError("--growth reads the memory of a CPU's process from Linux; give --device cuda, or run it there")
+        raise InputError("--growth on a CPU reads process memory from Linux; give --device cuda or run it on Linux")
     touch(args.json, args.plot)
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     tokens = args.tokens or ([64, 128, 192] if args.smoke else [1024, 2048, 4096, 8192, 16384])
     if len(set(tokens)) < 2:
-        raise InputError("--tokens needs two numbers for a line; give more")
+        raise InputError("--tokens needs at least two different numbers to fit a line; give more")
     thin = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     language = random_language(TextConfig(vocab_size=512, **thin), DTYPES[dtype], device, args.seed)
     measured = {
@@ -870,7 +870,7 @@ def growth(args):
 
 @torch.inference_mode()
 def decode_seconds(language, lengths, rounds):
-    """Median times of a step of one sequence whose heads keep so many tokens, each head its own; taken in turns."""
+    """Median seconds of a decode step of one sequence for each kept length; heads keep different tokens. Alternates."""
     config, table, steps = language.config, language.model.embed_tokens.weight, []
     heads, tokens = config.num_key_value_heads, 2 * max(lengths)  # before pruning
     for kept in lengths:
@@ -887,12 +887,12 @@ def decode_seconds(language, lengths, rounds):
             start = time.perf_counter()
             step(ids).argmax(-1).tolist()  # waits for the device
             seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[3:]) for seconds in times]  # the first ones warm up and capture
+    return [statistics.median(seconds[3:]) for seconds in times]  # the first three warm up and capture
 
 
 @torch.inference_mode()
 def prefill_peak(language, tokens):
-    """Most bytes that a pruned prefill of `tokens` tokens has at once, beside the model and its input."""
+    """Peak bytes of a pruned prefill of `tokens` tokens, excluding the model and its input."""
     config, table = language.config, language.model.embed_tokens.weight
     heads = config.num_attention_heads, config.num_key_value_heads
     layout = Layout(config.num_hidden_layers, *heads, tokens, [(1, tokens - tokens // 8)], table.device)
@@ -902,14 +902,14 @@ def prefill_peak(language, tokens):
         choose = Pruner(method_of("plphp:dr=0@0.5"), layout).choose
         return language.prefill(x, RaggedCache(config.num_hidden_layers), choose=choose)
 
-    prefill()  # what is made once
+    prefill()  # one-time allocations
     before = peak_from_now(x.device)
     prefill()
     return peak(x.device) - before
 
 
 def peak_from_now(device):
-    """Begin to look for the peak anew -> bytes at this moment."""
+    """Reset the peak -> bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -918,21 +918,21 @@ def peak_from_now(device):
 
 
 def peak(device):
-    """Most bytes so far: of the allocator on CUDA, of the process on a CPU (Linux)."""
+    """Peak bytes since the reset: of the allocator on CUDA, of the process on a CPU (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def fitted(x, y):
-    """The least-squares line through points, and how much of their variance it explains."""
+    """Least-squares line through the points, and its R^2."""
     slope, intercept = statistics.linear_regression(x, y)
     r2 = statistics.correlation(x, y) ** 2 if len(set(y)) > 1 else 1.0  # a constant lies on its line
     return {"values": y, "slope": slope, "intercept": intercept, "r2": r2}
 
 
 def plot(about, tokens, lines, path):
-    """Both curves with their lines, in colours of Okabe and Ito."""
+    """Plot both curves with their fitted lines, in Okabe and Ito's colours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -952,13 +952,13 @@ def plot(about, tokens, lines, path):
 
 
 def check_growth(args):
-    """InputError for a flag that what is asked for would not look at."""
+    """InputError for a flag that this mode would ignore."""
     own, both = {"tokens", "plot"}, {"growth", "smoke", "device", "dtype", "seed", "json", "worker", "words"}
     for name, value in vars(args).items():
         unused = name not in own | both if args.growth else name in own
         if unused and value != parser().get_default(name):
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} goes {'without' if args.growth else 'with'} --growth; see -h")
+            raise InputError(f"{flag} works only {'without' if args.growth else 'with'} --growth; see -h")
 
 
 def main(argv=None):
@@ -976,9 +976,7 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         kept = " and ".join(filter(None, (args.json, args.csv)))
-        say(
-            f"interrupted; {f'what was measured until then is in {kept}' if kept else '--json keeps what was measured'}"
-        )
+        say(f"interrupted; {f'the results so far are in {kept}' if kept else 'use --json to keep partial results'}")
         return 130
 
 

@@ -2,15 +2,15 @@
 
     python tools/calibrate.py --model DIR --image a.png b.png --prompt "Describe the picture." --out plphp.json
     python run.py --model DIR --image x.png --prompt "..." --prune plphp --set @plphp.json
-    python tools/calibrate.py --scenes 12 --retention 0.5 --out assets/demo/plphp.json    # the demo world's own
+    python tools/calibrate.py --scenes 40 --retention 0.5 --out assets/demo/plphp.json    # for the demo model
     python tools/calibrate.py --rates-only ...       # leave skip, window and values as they are
 
-How much attention a layer pays to pictures differs from model to model, so no fixed alpha and beta fit. Prints that
-distribution. Then tries some hundred settings (14 with --rates-only), those of look-ahead rows among them where the
-model has some (tools/train_lookahead.py). For each, r is solved for so that the wanted fraction is kept on average; the
-one whose pruned model stays closest to the unpruned one (KL along the unpruned answers) is written down, with the share
-of the budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15. A file plphp.json (or
-plphp-ada.json) in a model's folder is the default of that method for that model.
+The attention that each layer pays to pictures differs between models, so no fixed alpha and beta fit all of them. This
+prints its distribution, then tries about a hundred settings (14 with --rates-only), including look-ahead rows where the
+model has them (tools/train_lookahead.py). For each setting, r is solved so that the wanted fraction is kept on average.
+The setting closest to the unpruned model (KL along the unpruned answers) is written to --out, with the share of the
+budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15. A file plphp.json (or plphp-ada.json) in a
+model's folder sets that method's defaults for the model.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from tools import scenes  # noqa: E402
 from tools.replay import Asked, asked_by, compare, replay  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402
 
-QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma: where beta and alpha are tried
+QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma, tried as (beta, alpha)
 SPREADS = (0.1, 0.2, 0.3)  # dr
-RANKINGS = {  # by which settings tokens are ranked, for each query
+RANKINGS = {  # settings that rank tokens, for each query
     "last": [{"window": window, "values": values} for window in (1, 32) for values in (False, True)],
     "lookahead": [{"query": "lookahead", "cover": cover} for cover in (0.0, 0.5)],
 }
@@ -47,15 +47,15 @@ BUDGETS = (0.5, 0.3, 0.15)  # at these retentions
 
 @dataclasses.dataclass
 class Sample:
-    """One prompt: what it asked, the unpruned answer, and gamma of every layer by the rows that rank."""
+    """One prompt, its unpruned answer, and gamma of every layer for each kind of query."""
 
     asked: Asked
     ids: list
-    gammas: dict  # {"last": [...]}, and "lookahead" where the checkpoint has such rows
+    gammas: dict  # {"last": [...]}, and "lookahead" if the checkpoint has look-ahead rows
 
 
 def sample(checkpoint, prompt, images, longest):
-    """Answer a prompt without pruning and look at its layers. None if the answer has a single token."""
+    """Answer a prompt without pruning and measure gamma. None if the answer has a single token."""
     generation = Generation(checkpoint, prompt, images, Sampling(longest))
     "".join(generation)
     asked = asked_by(generation, generation.token_ids[:-1])
@@ -66,17 +66,17 @@ def sample(checkpoint, prompt, images, longest):
 
 
 def gammas_of(asked, lookahead=None):
-    """gamma of every layer: what the prompt's last row, or look-ahead rows, attend to pictures, mean over heads."""
+    """gamma of every layer: attention of the prompt's last row, or of look-ahead rows, to pictures; mean over heads."""
     if lookahead is not None:
         return [gamma(asked.attention_of_rows(lookahead, i), asked.layout) for i in range(len(asked.layers))]
     return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.layout) for q, k, _, _ in asked.layers]
 
 
 def candidates(samples, retention, wide=True):
-    """Settings of PLPHP that keep the wanted fraction of these samples, or as near to it as any r comes.
+    """Settings of PLPHP that keep the wanted fraction of these samples, or as close to it as any r gets.
 
-    alpha, beta, r and dr; if wide, also skip, and which rows rank: window and values, or query and cover. The first
-    has thresholds that are not fitted.
+    Each has alpha, beta, r and dr; if wide, also skip, and either window and values or query and cover. The thresholds
+    of the first are not fitted.
     """
     layers = len(samples[0].asked.layers)
     usual = 1 if layers < 12 else 2
@@ -84,7 +84,7 @@ def candidates(samples, retention, wide=True):
         gammas = [s.gammas[query][skip:] for s in samples]
         ordered = sorted(g for row in gammas for g in row)
         at = {p: round(ordered[int(p * (len(ordered) - 1))], 4) for pair in QUANTILES for p in pair}
-        tried = [(Plphp.alpha, Plphp.beta, Plphp.dr), (at[0.67], at[0.33], 0.0)]  # without dr thresholds say nothing
+        tried = [(Plphp.alpha, Plphp.beta, Plphp.dr), (at[0.67], at[0.33], 0.0)]  # dr 0: thresholds have no effect
         tried += [(at[high], at[low], dr) for low, high in QUANTILES for dr in SPREADS]
         for alpha, beta, dr in tried:
             r = solve(gammas, skip, layers, alpha, beta, dr, retention)
@@ -97,7 +97,7 @@ def candidates(samples, retention, wide=True):
 
 
 def solve(gammas, skip, layers, alpha, beta, dr, retention):
-    """r for which the mean of the clamped rates is `retention`, unpruned layers included; by bisection."""
+    """Find by bisection the r whose clamped rates, unpruned layers included, have the mean `retention`."""
 
     def kept(r):
         method = make_method(f"plphp:r={r},dr={dr},alpha={alpha},beta={beta}").rule
@@ -115,7 +115,7 @@ def solve(gammas, skip, layers, alpha, beta, dr, retention):
 def judge(samples, method_name, tried, batch=32):
     """For each of the settings: (KL to the unpruned model, mean over all steps but the first; fraction kept; error).
 
-    The error is the standard error of a mean over the samples: 0 where all keep the same.
+    error: standard error of the fraction kept, over the samples.
     """
     sums, kept, steps = [0.0] * len(tried), [[] for _ in tried], 0
     methods = [make_method(method_name, settings=[f"{k}={json.dumps(v)}" for k, v in t.items()]) for t in tried]
@@ -133,9 +133,9 @@ def judge(samples, method_name, tried, batch=32):
 
 
 def distribution(samples):
-    """Table: gamma of each layer over the samples, smallest, quartiles, largest."""
+    """Table: minimum, quartiles and maximum of each layer's gamma over the samples."""
     lines = [
-        "gamma, the attention of the prompt's last row to pictures",
+        "gamma: attention of the prompt's last row to pictures",
         "layer     min     25 %  median     75 %     max",
     ]
     for layer in range(len(samples[0].asked.layers)):
@@ -146,7 +146,7 @@ def distribution(samples):
 
 
 def samples_of(args, checkpoint):
-    """From pictures and prompts, or from scenes of the demo world that no table is made of."""
+    """Samples from the given pictures and prompts, or from scenes of the demo world that the tables do not use."""
     if args.scenes:
         asked = []
         for number in range(args.scenes):
@@ -161,15 +161,15 @@ def samples_of(args, checkpoint):
             print(f"\r{i}/{len(asked)} unpruned answers", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if not any(found):
-        raise InputError("every answer has one token, which pruning cannot change; give prompts with longer answers")
+        raise InputError("every answer has one token and pruning cannot change it; give prompts with longer answers")
     return [s for s in found if s]
 
 
 def rank(tried, results, retention):
-    """Indices of the settings that keep what is wanted, and not by the chance of a few prompts; the best first.
+    """Indices of the settings that reliably keep the wanted fraction, best first. results: of `judge`.
 
-    Of those that are equally close to the unpruned model the smallest dr comes first: layers that all keep the same
-    also keep what another --retention asks for. results: of `judge`.
+    Among settings equally close to the unpruned model, the smallest dr comes first: layers that keep equal fractions
+    follow another --retention exactly.
     """
     judged = enumerate(results[: len(tried)])
     near = [i for i, (_, kept, error) in judged if abs(kept - retention) < 0.02 and error < 0.01]
@@ -215,7 +215,7 @@ def calibrate(args):
         found = found | {"cover": choose_cover(samples, args.method, found)}
     print(f"\nchosen: {found}")
     Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {args.out}", file=sys.stderr)
+    print(f"wrote {args.out}", file=sys.stderr)
 
 
 def main(argv=None):
@@ -224,11 +224,11 @@ def main(argv=None):
     )
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
-    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="each is asked every prompt")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions (default Describe the picture.)")
-    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="instead: N scenes of the demo world")
-    parser.add_argument("--retention", type=float, default=0.5, metavar="F", help="wanted fraction kept (default 0.5)")
-    parser.add_argument("--rates-only", action="store_true", help="only alpha, beta, r and dr, nothing else")
+    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="pictures; each gets every prompt")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions (default: Describe the picture.)")
+    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="use N scenes of the demo world instead")
+    parser.add_argument("--retention", type=float, default=0.5, metavar="F", help="fraction to keep (default 0.5)")
+    parser.add_argument("--rates-only", action="store_true", help="fit only alpha, beta, r and dr")
     parser.add_argument("--method", default="plphp", choices=("plphp", "plphp-ada"))
     parser.add_argument("--out", default="plphp.json", metavar="FILE")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
@@ -240,7 +240,7 @@ def main(argv=None):
         if not 0 < args.retention <= 1:
             raise InputError(f"--retention is {args.retention}; give a fraction above 0 and up to 1")
         if args.scenes < 0 or args.max_new_tokens < 2:
-            raise InputError("--scenes counts from 1, --max-new-tokens from 2; give at least that")
+            raise InputError("--scenes must be at least 1 and --max-new-tokens at least 2; give larger numbers")
         if bool(args.image) == bool(args.scenes) or (args.scenes and args.prompt):
             raise InputError("give either --image with --prompt, or --scenes")
         args.prompt = args.prompt or ["Describe the picture."]

@@ -1,10 +1,10 @@
-"""The same checkpoint, picture and prompt through this project and through transformers, each in a process of its own.
+"""Run the same checkpoint, picture and prompt with this project and with transformers, each in its own process.
 
     python tools/compare_hf.py                                    # the demo model
     python tools/compare_hf.py --model DIR --dtype bf16 -n 4 --repeat 1    # 7B on a CPU
 
-Prints one table: load time, time to first token, decode speed, anonymous memory (what the process really had to be
-given; mapped weight files are not in it) and whether the greedy ids agree. It needs requirements-test.txt.
+Prints one table: load time, time to first token, decode speed, anonymous memory (allocated by the process; excludes
+mapped weight files), and whether the greedy ids agree. Needs the packages of requirements-test.txt.
 """
 
 import argparse
@@ -30,14 +30,14 @@ def parser():
     p.add_argument("--prompt", default="Describe the picture.")
     p.add_argument("-n", "--max-new-tokens", type=int, default=128)
     p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
-    p.add_argument("--repeat", type=int, default=3, help="runs after one that warms up; the best counts (default 3)")
-    p.add_argument("--process", action="store_true", help="also time whole run.py processes beside `import torch`")
+    p.add_argument("--repeat", type=int, default=3, help="timed runs after one warm-up; the best counts (default 3)")
+    p.add_argument("--process", action="store_true", help="also time a run.py process and a bare `import torch`")
     p.add_argument("--engine", choices=("ours", "transformers"), help=argparse.SUPPRESS)  # the child processes
     return p
 
 
 class AnonymousMemory(threading.Thread):
-    """Largest RssAnon of this process, looked at every 20 ms (Linux)."""
+    """Largest RssAnon of this process in bytes, sampled every 20 ms (Linux)."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -69,7 +69,7 @@ def run_ours(args):
 
 
 def run_transformers(args):
-    """generate() with its defaults. The ids that this project never says are suppressed there too."""
+    """generate() with its defaults; it suppresses the ids that this project never generates."""
     from model import Generation, open_checkpoint
     from model.load import DTYPES
     from tools.hf import import_transformers
@@ -95,7 +95,7 @@ def run_transformers(args):
 
 
 def hf_inputs(asked, dtype, device="cpu"):
-    """Arguments of transformers' generate() for a Generation about one picture."""
+    """Arguments of transformers' generate() for a Generation with one picture."""
     import torch
 
     image, (picture,) = asked.checkpoint.config.image_token_index, asked.images
@@ -136,7 +136,7 @@ def process_seconds(words, repeat=3):
 def main():
     args = parser().parse_args()
     if args.max_new_tokens < 2 or args.repeat < 1:
-        return "error: -n must be at least 2 (the first token comes from prefill) and --repeat 1; try -n 4"
+        return "error: -n must be at least 2 (prefill gives the first token) and --repeat at least 1; try -n 4"
     if args.engine:
         return child(args)
     rows = {}
@@ -146,7 +146,7 @@ def main():
             [sys.executable, __file__, *sys.argv[1:], "--engine", engine], stdout=subprocess.PIPE, text=True
         )
         if done.returncode:
-            return f"error: {engine} ended with {done.returncode}; see its message above"
+            return f"error: {engine} exited with {done.returncode}; see its message above"
         rows[engine] = json.loads(done.stdout.splitlines()[-1])
     print(f"{'':14}{'load s':>9}{'first token ms':>16}{'ms/token':>10}{'tokens/s':>10}{'anonymous MB':>14}")
     for engine, r in rows.items():
@@ -163,7 +163,7 @@ def main():
         bare = process_seconds(["-c", "import torch"])
         words = ["--model", args.model, "--image", args.image, "--prompt", args.prompt]
         whole = process_seconds([str(ROOT / "run.py"), *words])
-        print(f"a whole run.py process {whole:.2f} s, `import torch` alone {bare:.2f} s: {whole / bare:.2f}x")
+        print(f"run.py process {whole:.2f} s, `import torch` alone {bare:.2f} s: {whole / bare:.2f}x")
     return 0
 
 

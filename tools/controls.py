@@ -1,7 +1,7 @@
-"""Rules that know more than a pruning method may, or obey another one: what methods are compared with.
+"""Controls for pruning methods: rules that use what no method can see, or that copy the budget of another rule.
 
-Each is a rule of `model.pruning.Method`: rule(layer, scores, layout) -> keep (Hkv, T). Those that draw take a seed, so
-that every question has draws of its own.
+Each is a rule of `model.pruning.Method`: rule(layer, scores, layout) -> keep (Hkv, T). Random rules take a seed, so
+that every question has its own draws.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from model.pruning.budget import best, budget, by_kv_head, grid_phase, select
 
 
 def _draw(seed, layer, layout):
-    """(Hkv, T) of uniform noise: on the CPU, the same on every device."""
+    """(Hkv, T) uniform noise, drawn on the CPU so that it is the same on every device."""
     generator = torch.Generator("cpu").manual_seed(1000 * seed + layer + 500)
     return torch.rand(layout.kv_heads, layout.tokens, generator=generator, device="cpu").to(layout.device)
 
 
 @dataclasses.dataclass
 class Evidence:
-    """Keeps the patches that show what the answer needs, then others at random; anti: those last of all."""
+    """Keeps the patches that hold the answer's evidence first, then random ones; anti: keeps the evidence last."""
 
-    patches: tuple  # per picture, indices of its patches
+    patches: tuple  # per picture, indices of the evidence
     retention: float
     seed: int
     anti: bool = False
@@ -37,7 +37,7 @@ class Evidence:
 
 @dataclasses.dataclass
 class Ranked:
-    """Ranks by what `worth` says, a function (layer) -> (Hkv, T), each head by its own; cover: as in plphp."""
+    """Each head keeps the tokens with the largest `worth`, a function (layer) -> (Hkv, T); cover: as in plphp."""
 
     worth: Callable
     retention: float
@@ -53,8 +53,8 @@ class Ranked:
 
 
 def worth_of_rows(asked, lookahead, of=None):
-    """For `Ranked`: the attention of look-ahead rows behind the prompt `asked`, or behind another one, `of`, whose
-    pictures have as many tokens."""
+    """`worth` for `Ranked`: attention of look-ahead rows after the prompt `asked`, or after the prompt `of`, whose
+    pictures must have the same numbers of tokens."""
     of = of or asked
 
     def worth(layer):
@@ -70,7 +70,7 @@ def worth_of_rows(asked, lookahead, of=None):
 
 
 def neutral_rows(checkpoint, text=".", rows=8):
-    """Look-ahead rows that nobody trained: a token of the vocabulary, `rows` times, without adapters."""
+    """Untrained look-ahead rows: one token of the vocabulary, `rows` times, with adapters that change nothing."""
     language = checkpoint.model.language_model
     neutral = Lookahead(language, rows, rank=1).to(checkpoint.device, checkpoint.dtype)  # B of an adapter begins at 0
     token = checkpoint.tokenizer.encode(text)[-1]
@@ -79,7 +79,7 @@ def neutral_rows(checkpoint, text=".", rows=8):
 
 
 class Obeying:
-    """What a rule has in common that asks another one, `other`, first."""
+    """Base of rules that wrap another rule, `other`: they need the same inputs."""
 
     @property
     def wants_last_row(self):
@@ -91,7 +91,8 @@ class Obeying:
 
 @dataclasses.dataclass
 class Like(Obeying):
-    """In each layer, head and picture as many tokens as another rule keeps, but others: at random, or shared."""
+    """Keeps as many tokens per layer, head and picture as `other`, but chosen at random, or (shared) by the mean score
+    of all heads."""
 
     other: object
     shared: bool
@@ -111,11 +112,10 @@ class Like(Obeying):
 
 @dataclasses.dataclass
 class ValuesDropped(Obeying):
-    """No way to save anything, but to learn why: a dropped token keeps its key and loses its value.
+    """A diagnostic that saves no memory: a dropped token keeps its key, and its value becomes zero.
 
-    So every head still divides its attention as the unpruned model does, and what it gave to dropped tokens reads
-    nothing. If this answers right where dropping does not, not the lost values did the harm but the attention that went
-    to other tokens instead.
+    Every head keeps the attention weights of the unpruned model; the share of dropped tokens contributes zero. If this
+    answers correctly where dropping fails, the lost values did no harm: the attention that moved to other tokens did.
     """
 
     other: object

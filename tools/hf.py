@@ -1,17 +1,17 @@
-"""transformers beside a package of ours that is called `kernels`.
+"""Import transformers although this project has a package called `kernels`.
 
-transformers 5 uses Hugging Face's package `kernels` where a distribution of that name is installed. The import finds
-ours instead, which comes first on the path, and fails. No switch of transformers prevents that. So no package `kernels`
-can be imported while transformers looks for it, and it remembers the answer.
+transformers 5 uses Hugging Face's package `kernels` if a distribution of that name is installed. The import then finds
+ours, which is first on the path, and fails; transformers has no option against that. So `kernels` is made impossible
+to import while transformers checks for it; transformers caches the result of that check.
 """
 
 import sys
 
 
 def import_transformers():
-    """The module transformers, which takes Hugging Face's `kernels` for not installed. ImportError if it is missing."""
+    """The module transformers, set to work without Hugging Face's `kernels`. ImportError if it is not installed."""
     ours = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # Python's own way to say that there is no such module
+    sys.modules["kernels"] = None  # makes `import kernels` raise ImportError
     try:
         import transformers
         from transformers.utils import import_utils

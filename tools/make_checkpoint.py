@@ -3,9 +3,9 @@
     python tools/make_checkpoint.py /tmp/llava-7b --shape llava-1.5-7b --dtype bf16     # 14 GB
     python tools/make_checkpoint.py /tmp/llava-tiny --shape tiny                        # half a megabyte
 
-It answers nonsense, in the time and memory of the real one: for trying out loading, and for measuring speed. Its small
-tokenizer knows a few words and falls back to bytes; --tokenizer takes the files of a real one (transformers needs that:
-it numbers added tokens without the gap that a small vocabulary leaves). Memory: one shard.
+For testing loading and measuring speed: its answers are nonsense, its time and memory those of the real model. Its
+small tokenizer has a few words and falls back to bytes. --tokenizer copies the files of a real one; transformers needs
+that, because it numbers added tokens without the gap after a small vocabulary. Memory needed: one shard.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from run import as_command  # noqa: E402
 from tools.verify_checkpoint import Parser, exit_code, gigabytes  # noqa: E402
 
-# Only what differs from the class defaults, as in the published files. The 7B text model is the default of its class.
+# Only fields that differ from the class defaults, as in the published files; the defaults are the 7B text model.
 _TEXT = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
 _WIDE = {
     "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
@@ -66,17 +66,17 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp16", help="default fp16, as published")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="GB", help="size of a weight file at most (default 5)"
+        "--shard-gb", type=float, default=5.0, metavar="GB", help="largest size of a weight file (default 5)"
     )
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="copy the tokenizer files of this folder")
     args = parser.parse_args(argv)
     if not 0 < args.shard_gb < math.inf:
-        parser.error(f"--shard-gb {args.shard_gb:g} is out of range")
+        parser.error(f"--shard-gb {args.shard_gb:g} must be above 0")
     return exit_code(lambda: make(args.out, args.shape, args.dtype, args.seed, args.shard_gb, args.tokenizer))
 
 
 def make(folder, shape, dtype="fp16", seed=0, shard_gb=5.0, tokenizer=None):
-    """Write the whole folder. InputError, before anything is written, if it cannot be."""
+    """Write the whole folder. Raises InputError before writing anything if it cannot."""
     from model.config import parse_config
     from model.load import DTYPES, empty_model
 
@@ -92,7 +92,7 @@ def make(folder, shape, dtype="fp16", seed=0, shard_gb=5.0, tokenizer=None):
 
 
 def prepare(folder, size):
-    """Create the folder; InputError if it holds something already or if `size` bytes of weights do not fit."""
+    """Create the folder; InputError if it is not empty or has no space for `size` bytes of weights."""
     from model.config import InputError
 
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -101,7 +101,7 @@ def prepare(folder, size):
     free = shutil.disk_usage(there).free
     if free < size + 2**26:  # the rest of the folder is small
         raise InputError(
-            f"{folder} needs {gigabytes(size)} and its disk has {gigabytes(free)} left; give another place"
+            f"{folder} needs {gigabytes(size)} and its disk has {gigabytes(free)} free; give another place"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def prepare(folder, size):
 
 
 def config_json(shape, dtype, added):
-    """config.json: as sparse as the published ones."""
+    """config.json, with only the fields that the published ones have."""
     text, vision, _ = SHAPES[shape]
     kind = next_json(vision["image_size"]) if "next" in shape else LLAVA
     return {
@@ -135,7 +135,7 @@ LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llav
 
 
 def next_json(side):
-    """What tells LLaVA-NeXT from LLaVA-1.5: the class, and the canvases that tiles are cut from, (height, width)."""
+    """Fields that only LLaVA-NeXT has: the class, and the canvases that tiles are cut from, (height, width)."""
     return {
         "architectures": ["LlavaNextForConditionalGeneration"],
         "image_grid_pinpoints": [[a * side, b * side] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))],
@@ -166,7 +166,7 @@ def preprocessor_json(side):
 
 
 def write_small_files(folder, raw, tokenizer, added):
-    """All but the weights."""
+    """Write every file except the weights."""
     write_json(folder / "config.json", raw)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": added["<pad>"]}
     write_json(folder / "generation_config.json", generation)
@@ -197,11 +197,11 @@ WORDS = (
     "USER ASSISTANT a the what is are there in this that picture image of and or to red blue green yellow white black "
     "square circle triangle left right above below describe answer question how many one two three four yes no not it"
 )
-PIECES = 400  # of which 3 are control pieces and 256 are bytes; the ids from here up to <image> stand for nothing
+PIECES = 400  # 3 control pieces, 256 bytes, then words; ids from here up to <image> are unused
 
 
 def added_tokens(shape, tokenizer):
-    """{text: id} of `<image>` and `<pad>`: where the shape has them, or where the given tokenizer folder has them."""
+    """{text: id} of `<image>` and `<pad>`, from the shape or from the given tokenizer folder."""
     from model.config import InputError
     from model.tokenizer import Tokenizer
 
@@ -211,17 +211,17 @@ def added_tokens(shape, tokenizer):
         return added
     given = Tokenizer(tokenizer)
     if "<image>" not in given.added:
-        raise InputError(f"the tokenizer of {tokenizer} has no <image> token; take one of a llava-hf checkpoint")
+        raise InputError(f"the tokenizer of {tokenizer} has no <image> token; use one of a llava-hf checkpoint")
     if len(given.sp) > text["vocab_size"]:
         raise InputError(
             f"the tokenizer of {tokenizer} has {len(given.sp)} pieces for the {text['vocab_size']} rows of {shape}; "
-            "take another shape or tokenizer"
+            "use another shape or tokenizer"
         )
     return {name: given.added.get(name, default) for name, default in added.items()}
 
 
 def write_tokenizer(folder, added, length):
-    """A sentencepiece BPE of PIECES pieces with byte fallback, trained on WORDS, and its JSON files."""
+    """Write a sentencepiece BPE of PIECES pieces with byte fallback, trained on WORDS, and its JSON files."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -238,7 +238,7 @@ def write_tokenizer(folder, added, length):
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": {str(i): {"content": text, **flags} for text, i in tokens.items()},
-        "legacy": True,  # a dummy space before every segment, as the published llava-1.5 files have it
+        "legacy": True,  # a dummy space before every segment, as in the published llava-1.5 files
         "model_max_length": length,
         "processor_class": "LlavaProcessor",
         "tokenizer_class": "LlamaTokenizer",
@@ -253,7 +253,7 @@ def write_tokenizer(folder, added, length):
 
 
 def plan(sizes, limit):
-    """Names in order, cut into lists of at most `limit` bytes each (a larger tensor is alone): [[name, ...], ...]."""
+    """Split names, in order, into lists of at most `limit` bytes; a larger tensor gets its own: [[name, ...], ...]."""
     shards, room = [], 0
     for name, size in sizes.items():
         if not shards or size > room:
@@ -265,7 +265,7 @@ def plan(sizes, limit):
 
 
 def write_weights(folder, shards, shapes, dtype, seed):
-    """One file per shard, then the index: whatever is cut off in between leaves no folder that looks complete."""
+    """Write one file per shard, then the index, so that an interrupted run never looks complete."""
     import torch
     from safetensors.torch import save_file
 
@@ -278,13 +278,13 @@ def write_weights(folder, shards, shapes, dtype, seed):
         os.replace(folder / (file + ".tmp"), folder / file)
         weight_map.update(dict.fromkeys(names, file))
         total += sum(t.nbytes for t in weights.values())
-        del weights  # before the next shard is made
+        del weights  # free them before the next shard is made
         print(f"{file}: {gigabytes(total)} written, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def random_tensor(name, shape, dtype, generator):
-    """Norms that do nothing, biases of zero, the rest normal with standard deviation 0.02."""
+    """Identity norms, zero biases; other weights are normal with standard deviation 0.02."""
     import torch
 
     if name.endswith(".bias"):

@@ -1,4 +1,4 @@
-"""Statistics of paired answers: the same questions, asked under several conditions."""
+"""Statistics of paired answers: the same questions under several conditions."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def resamples(groups, times=2000, seed=0):
-    """Bootstrap weights (times, G) fp64: how often each of G groups is drawn in each resample of G with replacement."""
+    """Bootstrap weights (times, G) fp64: how often each group is drawn when G groups are drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.zeros(times, groups, dtype=torch.float64)
     for row in weights:
@@ -17,8 +17,8 @@ def resamples(groups, times=2000, seed=0):
 def interval(values, group, weights, level=0.95):
     """Mean of values (n,) and its percentile bootstrap interval: (mean, low, high).
 
-    group (n,): number of the group of each value; whole groups are drawn, because questions about one picture are not
-    independent. weights: of `resamples`.
+    group (n,): group index of each value. Whole groups are drawn, because questions about one picture are not
+    independent. weights: from `resamples`.
     """
     sums = torch.zeros(2, weights.shape[1], dtype=torch.float64)
     sums[0].index_add_(0, group, values.double())
@@ -35,7 +35,7 @@ def interval(values, group, weights, level=0.95):
 def mcnemar(a, b):
     """Exact two-sided McNemar test of paired outcomes a, b (n,) bool: (only a right, only b right, p).
 
-    p: how likely so uneven a split of the questions on which they differ is, if each were a coin's toss.
+    p: probability of a split at least this uneven of the questions where a and b differ, if each were a coin toss.
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n, fewer = only_a + only_b, min(only_a, only_b)

@@ -1,15 +1,15 @@
-"""Draw what tools/bench_kernels.py --json or tools/bench_decode.py --json has measured.
+"""Plot the results of tools/bench_kernels.py --json or tools/bench_decode.py --json.
 
     python tools/plot_bench.py gpu.json --out gpu.png
     python tools/plot_bench.py a.json b.json --op ragged_decode --shape 7b --layout equal --out b.png
     python tools/plot_bench.py decode.json --out decode.png
 
-Of bench_decode.py: decode speed relative to transformers, a panel per workload on the same scale. A black line is the
-bound of a pruned run: the speed of the unpruned run of that engine, times what the saved bytes allow.
+bench_decode.py: decode speed relative to transformers, one panel per workload on one scale. A black line marks the
+limit of a pruned run: the speed of the same engine unpruned times the reduction in bytes.
 
-Of bench_kernels.py, left: the part of the memory bandwidth that the useful bytes reach, over MB of K and V per layer
-(logarithmic). Right, if there is a --skew sweep: the time over that of equal lengths, at the same bytes. One line per
-provider, always in the same colour. Where the same was measured twice, the later row counts.
+bench_kernels.py, left: fraction of memory bandwidth reached by the useful bytes, over MB of K and V per layer (log
+scale). Right, with a --skew sweep: time relative to equal lengths at the same bytes. Each provider has one line and
+always the same colour. If a case was measured twice, the later row counts.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from run import as_command  # noqa: E402
 
-# colours of Okabe and Ito, which colour-blind people can tell apart; markers and dashes say the same once more
+# Okabe and Ito's colours, which colour-blind people can distinguish; markers and dashes differ too
 STYLES = {
     "ours, triton": ("#D55E00", "o", "-"),
     "ours, triton (interpreted)": ("#D55E00", "o", ":"),
@@ -32,13 +32,13 @@ STYLES = {
     "sdpa, padded + mask": ("#56B4E9", "v", "--"),
     "varlen, heads as batch": ("#009E73", "D", "-"),
     "adakv-style": ("#CC79A7", "P", "--"),
-    "flex attention": ("#999933", "<", "-."),  # these two from Tol's, for the same reason
+    "flex attention": ("#999933", "<", "-."),  # these two from Paul Tol's palette
     "flashinfer": ("#882255", ">", "-"),
 }
-BASES = {"triton": ("#D55E00", "1", ":"), "torch": ("#E69F00", "2", ":")}  # of another commit: ours, dotted
+BASES = {"triton": ("#D55E00", "1", ":"), "torch": ("#E69F00", "2", ":")}  # our kernels at another commit: dotted
 OTHERS = ("#777777", "*", "-.")
-ENGINES = {"ours": "#E69F00", "ours-compile": "#D55E00"}  # of bench_decode.py; others are grey
-NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # what tells two rows apart
+ENGINES = {"ours": "#E69F00", "ours-compile": "#D55E00"}  # engines of bench_decode.py; others are grey
+NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # fields that identify a row
 
 
 def parser():
@@ -46,15 +46,15 @@ def parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("files", nargs="+", metavar="FILE.json")
-    p.add_argument("--op", help="default: the first in the files")
-    p.add_argument("--shape", help="default: the one measured at most sizes")
-    p.add_argument("--layout", help="such as equal or zipf (default: the one with most rows, ragged rather than equal)")
+    p.add_argument("--op", help="kernel to plot (default: the first in the files)")
+    p.add_argument("--shape", help="model shape (default: the one with most sizes)")
+    p.add_argument("--layout", help="such as equal or zipf (default: that with most rows; ragged before equal)")
     p.add_argument("--out", default="bench.png", metavar="FILE.png")
     return p
 
 
 def read(paths):
-    """(about, timed rows) of all files. SystemExit where they are not of one machine."""
+    """(about, timed rows) of all files. SystemExit if they are not all from one machine, dtype and model."""
     abouts, rows = [], {}
     for path in paths:
         try:
@@ -62,18 +62,18 @@ def read(paths):
             abouts.append(data["about"])
             timed = [row for row in data["rows"] if "us" in row or "ms_per_token" in row]
         except (OSError, ValueError, KeyError, TypeError) as wrong:
-            raise SystemExit(f"error: {path} is no file of a benchmark's --json ({wrong}); give one") from None
+            raise SystemExit(f"error: {path} is not the --json file of a benchmark ({wrong}); give one") from None
         rows |= {tuple(row.get(part) for part in NAMES): row for row in timed}
     if len({"ms_per_token" in row for row in rows.values()}) > 1:
-        raise SystemExit("error: the files are of two benchmarks; draw one at a time")
+        raise SystemExit("error: the files come from both benchmarks; plot one at a time")
     for key in ("machine", "dtype", "model"):
         if len({about.get(key) for about in abouts}) > 1:
-            raise SystemExit(f"error: the files differ in {key}; draw one {key} at a time")
+            raise SystemExit(f"error: the files differ in {key}; plot one {key} at a time")
     return abouts[-1], list(rows.values())
 
 
 def chosen(rows, args):
-    """(op, shape, layout) to draw, by what was asked for and what there is."""
+    """(op, shape, layout) to plot, from the flags and the rows."""
     op = args.op or next((row["op"] for row in rows if row["shape"]), None)
     rows = [row for row in rows if row["op"] == op and row["layout"]]
     shape = args.shape or most((row["shape"], row["megabytes"]) for row in rows)
@@ -87,7 +87,7 @@ def chosen(rows, args):
 
 
 def most(pairs):
-    """The first of a pair that comes with most different seconds, the last of several; None without pairs."""
+    """The name with the most different values among (name, value) pairs; of several the last, None without pairs."""
     seen = {}
     for name, value in pairs:
         seen.setdefault(name, set()).add(value)
@@ -95,7 +95,7 @@ def most(pairs):
 
 
 def lines(rows, x, y):
-    """provider -> sorted points (x(row), y(row)), in the order of STYLES, others behind."""
+    """provider -> sorted points (x(row), y(row)), in the order of STYLES, then the others."""
     found = {}
     for row in rows:
         if y(row) is not None:
@@ -105,7 +105,7 @@ def lines(rows, x, y):
 
 
 def style(name):
-    """Colour, marker and dash of a provider; those of --base are called "base REV, backend"."""
+    """Colour, marker and dash of a provider. Providers of --base are named "base REV, backend"."""
     if name.startswith("base "):
         return BASES.get(name.split(", ")[-1].split(" (")[0], OTHERS)
     return STYLES.get(name, OTHERS)
@@ -119,13 +119,13 @@ def draw(axes, points):
 
 
 def ticks(axis, values):
-    """Exactly these, as plain numbers."""
+    """Set exactly these ticks, labelled with plain numbers."""
     axis.set_ticks(values, [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in values])
     axis.set_ticks([], minor=True)
 
 
 def apart(values):
-    """Those of the sorted values that are at least a fifth larger than the one before, so that labels do not touch."""
+    """Drop sorted values less than a fifth larger than the one kept before, so that labels do not overlap."""
     kept = []
     for value in values:
         if not kept or value > 1.2 * kept[-1]:
@@ -134,7 +134,7 @@ def apart(values):
 
 
 def figure(about, rows, op, shape, layout):
-    """One panel, or two where there is a skew sweep."""
+    """One panel, or two with a skew sweep."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,7 +152,7 @@ def figure(about, rows, op, shape, layout):
         lambda row: row.get("over_uniform"),
     )
     panels = [panel for panel, points in ((by_size, sizes), (by_skew, skews)) if points]
-    # 9 inches at 100 dots are the width of a README; text stays legible because the figure is not larger than that
+    # 9 inches at 100 dpi is the width of a README; a larger figure would be scaled down and its text with it
     page, grid = pyplot.subplots(1, len(panels), figsize=(9, 4.3), squeeze=False, layout="constrained")
     for axes, panel in zip(grid[0], panels, strict=True):
         panel(axes, sizes if panel is by_size else skews, layout)
@@ -191,7 +191,7 @@ def by_skew(axes, points, layout):
 
 
 def decode_figure(about, rows):
-    """A panel per workload: the speed of each engine and method over that of transformers (SDPA if it was asked)."""
+    """A panel per workload: speed of each engine and method relative to transformers (SDPA if it was measured)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,7 +227,7 @@ def decode_figure(about, rows):
 
 
 def base_of(names):
-    """The (engine, prune) of transformers that others are compared with; the first where it is not there."""
+    """The (engine, prune) of transformers used as the base; the first name if there is none."""
     return next((name for wanted in ("hf-sdpa", "hf-") for name in names if name[0].startswith(wanted)), names[0])
 
 
@@ -242,7 +242,7 @@ def main(argv=None):
     try:
         page.savefig(args.out, dpi=200)
     except (OSError, ValueError) as wrong:
-        raise SystemExit(f"error: {args.out} cannot be written ({wrong}); name another --out") from None
+        raise SystemExit(f"error: cannot write {args.out} ({wrong}); give another --out") from None
     print(f"{args.out}: {what}")
     return 0
 

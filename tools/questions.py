@@ -1,9 +1,9 @@
-"""A file of questions, answered many at a time: LLaVA's own JSONL in and out, resumable after anything.
+"""Answer a file of questions in batches. Reads and writes LLaVA's JSONL; a run can be killed and resumed at any time.
 
-`run.py --questions FILE --image-folder DIR --answers FILE` comes here. In: {"question_id", "image", "text"} per line,
-where "image" is a file name, a list of them, or absent. Out: {"question_id", "prompt", "text", "answer_id", "model_id",
-"metadata"} per line, in the order of the questions, because LLaVA's own scorers read both files side by side. Where a
-question cannot be answered, "text" is "" and metadata.error says why; the next run tries it again.
+Used by `run.py --questions FILE --image-folder DIR --answers FILE`. Input, per line: {"question_id", "image", "text"},
+where "image" is a file name, a list of them, or absent. Output, per line: {"question_id", "prompt", "text",
+"answer_id", "model_id", "metadata"}, in the order of the questions, because LLaVA's scorers read both files line by
+line. If a question cannot be answered, "text" is "" and metadata.error gives the reason; the next run retries it.
 """
 
 import codecs
@@ -27,32 +27,32 @@ from model.image import local_path
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs on one file are not noticed
+except ImportError:  # Windows: two runs on one file go undetected
     fcntl = None
 
-# a key and a value of what others call "image"
+# keys and values that other formats use for "image"
 PICTURE_KEY = re.compile(r"image|img|picture|photo|\bpics?\b", re.IGNORECASE)
 PICTURE_FILE = re.compile(
     r"^data:image/|\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?.*)?$", re.IGNORECASE
 )
-BLANK = b"\0\r\n\t "  # NULs are what a power cut leaves of the last lines
+BLANK = b"\0\r\n\t "  # a power cut can leave NULs in place of the last lines
 PLACES = ("model", "prune", "image_folder")  # settings that may be paths
 
 
 @dataclass(frozen=True)
 class Question:
-    id: object  # a number or a string, as the file has it
+    id: object  # a number or a string, as in the file
     text: str
     images: tuple  # names, relative to the image folder
 
     @property
     def key(self):
-        """What tells an answered question: LLaVA's own files (TextVQA) have several under one id."""
+        """Key that matches questions with answers. The id alone is not unique in some LLaVA files (TextVQA)."""
         return json.dumps(self.id), self.text, self.image_names
 
     @property
     def image_names(self):
-        """What the answer's line calls the pictures: of a data: URI, which may be long, the kind and a hash."""
+        """Names of the pictures in the answer's line; a data: URI is shortened to its type and a hash."""
         return tuple(_short(name) if _is_data(name) else name for name in self.images)
 
 
@@ -60,7 +60,7 @@ class Question:
 
 
 def read_questions(path, chunks=1, index=0):
-    """Questions of a JSONL file; of `chunks` equal parts the one of that index. InputError with the line's number."""
+    """Questions of a JSONL file, or part `index` of `chunks` equal parts. InputError with the line number."""
     questions, text = [], _read(path)
     if text.lstrip().startswith("["):
         raise InputError(f"{path} is a JSON array; give JSONL, one object on each line")
@@ -84,26 +84,26 @@ def _question(line, where):
     images = raw.get("image")
     images = [] if images in (None, "") else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise InputError(f"the image in {where} is neither a file name nor a list of them; mend it")
+        raise InputError(f"the image in {where} is neither a file name nor a list of them; fix it")
     other = [key for key, value in raw.items() if _is_picture(key, value)]
     if not images and other:
-        raise InputError(f'{where} has {other[0][:50]!r} and no "image"; call the name of its picture "image"')
+        raise InputError(f'{where} has {other[0][:50]!r} and no "image"; give the picture under the key "image"')
     if not isinstance(raw.get("text"), str) or not raw["text"].strip():
-        raise InputError(f"{where} has no text; mend it")
+        raise InputError(f"{where} has no text; add it")
     try:
         raw["text"].encode()
     except UnicodeEncodeError as broken:  # half of a surrogate pair
-        raise InputError(f"the text in {where} is no Unicode text ({broken}); mend it") from broken
+        raise InputError(f"the text in {where} is not valid Unicode ({broken}); fix it") from broken
     return Question(raw["question_id"], raw["text"], tuple(images))
 
 
 def _is_picture(key, value):
-    """Does an entry of a line, other than image and text, name a picture?"""
+    """Does an entry other than image and text name a picture?"""
     return key not in ("image", "text") and bool(value) and (bool(PICTURE_KEY.search(key)) or _holds_picture(value))
 
 
 def _holds_picture(value):
-    """Is a picture named anywhere in a JSON value, by its file or by a key?"""
+    """Does a JSON value contain a picture's file name, or a key that stands for one?"""
     if isinstance(value, dict):
         return any(inner and (PICTURE_KEY.search(key) or _holds_picture(inner)) for key, inner in value.items())
     if isinstance(value, list):
@@ -119,7 +119,7 @@ def _read(path):
 
 
 def in_folder(name, folder):
-    """A picture of a question, as `Generation` takes it: a data: URI, or a path, relative ones to the folder."""
+    """A question's picture in the form that `Generation` takes: a data: URI, or a path relative to the folder."""
     return name if _is_data(name) else folder / local_path(name)
 
 
@@ -136,21 +136,21 @@ def _short(uri):
 
 
 class Answers:
-    """The file of answers, which only grows by whole lines until `settle` puts them in order at the end of a run.
+    """The file of answers. It grows by whole lines; `settle` sorts them at the end of a run.
 
-    done    how often each question has an answer in it
-    failed  how often a line that says why it has none
+    done    number of answers to each question
+    failed  number of error lines of each question
     """
 
     def __init__(self, path, settings, keep_errors=False):
-        """Create the file, or go on with it: half a line, left by a kill, is cut off.
+        """Create the file or resume it; a partial last line, left by a kill, is removed.
 
-        settings: what the answers depend on; a dict. keep_errors: what could not be answered is not tried again.
-        InputError if the file is of other settings, is not one of answers, or is being written by another run.
+        settings: dict of the options that answers depend on. keep_errors: do not retry questions that failed.
+        InputError if the file has other settings, does not hold answers, or is being written by another run.
         """
         self.path, self.keep_errors = Path(path), keep_errors
         self.done, self.failed = Counter(), Counter()
-        self.settings = json.loads(json.dumps(settings))  # as a line will give them back
+        self.settings = json.loads(json.dumps(settings))  # as they are read back from a line
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
@@ -158,7 +158,7 @@ class Answers:
             raise InputError(f"cannot write answers to {path} ({broken}); give another file") from broken
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise InputError(f"{path} is no regular file; give another for the answers")
+                raise InputError(f"{path} is not a regular file; give another for the answers")
             self._lock()
             self._go_on()
         except BaseException:
@@ -176,20 +176,20 @@ class Answers:
                 raise InputError(f"another run is writing {self.path}; wait for it, or give another file")
 
     def _go_on(self):
-        """Count what is there, and stand at the end of the last whole line: what is behind it is cut off."""
+        """Count the answers in the file, and cut it off after the last whole line."""
         data = self._data()
         text = data.rstrip(BLANK)
         start = text.rfind(b"\n") + 1  # of the last line
         last, behind = text[start:], data[len(text) :]
-        # without a line end, too: an editor may have taken it, but a kill leaves half an object
+        # an editor may remove the last line end, but a kill leaves a partial object
         whole = bool(last) and (behind.startswith((b"\n", b"\r\n")) or _is_json(last))
         for number, line in enumerate(data[: len(text) if whole else start].split(b"\n"), 1):
             if line.strip(BLANK):
                 key, failed = self._about(line.strip(BLANK), f"line {number} of {self.path}")
                 (self.failed if failed else self.done)[key] += 1
-        # only now: a file that is not one of answers stays as it is
+        # nothing is written before this check, so a file of something else stays unchanged
         if not whole and last[:14] != b'{"question_id"'[: len(last)]:
-            raise InputError(f"{self.path} holds something else than answers; give another file")
+            raise InputError(f"{self.path} does not hold answers; give another file")
         if not whole:
             os.ftruncate(self._file, start)
         elif behind != b"\n":
@@ -207,7 +207,7 @@ class Answers:
         return bytes(data)
 
     def _about(self, line, where):
-        """(key of its question, could it not be answered?) of a line."""
+        """(key of its question, is it an error?) of a line."""
         try:
             answer = json.loads(line)
             about = answer["metadata"]
@@ -216,7 +216,7 @@ class Answers:
             hash(key)
             other = [name for name in {**self.settings, **settings} if not self._agrees(name, settings.get(name))]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
-            raise InputError(f"{where} is no answer of this program ({broken!r}); give another file") from broken
+            raise InputError(f"{where} is not an answer of this program ({broken!r}); give another file") from broken
         if other:
             theirs, ours = settings.get(other[0]), self.settings.get(other[0])
             raise InputError(
@@ -225,16 +225,16 @@ class Answers:
         return key, "error" in about
 
     def _agrees(self, name, value):
-        """Is a line's setting that of this run? Paths are compared by where they lead."""
+        """Does a line's setting equal that of this run? Paths are resolved first."""
         ours = self.settings.get(name)
         if value == ours or name not in PLACES or not (isinstance(value, str) and isinstance(ours, str)):
             return value == ours
         return os.path.realpath(value) == os.path.realpath(ours)
 
     def settle(self, questions):
-        """Put the lines in the order of the questions -> were they in another? Errors that were made good go.
+        """Put the lines in the order of the questions and drop errors that have an answer -> did the order change?
 
-        The file is replaced in one piece, so that a kill leaves the old one or the new one. OSError if it cannot be.
+        The file is replaced atomically: a kill leaves either the old or the new one. OSError if that fails.
         """
         data = self._data()
         lines = [line for line in (line.strip(BLANK) for line in data.split(b"\n")) if line]
@@ -244,7 +244,7 @@ class Answers:
             found.setdefault(about[number][0], deque()).append(number)
         order = [found[question.key].popleft() for question in questions if found.get(question.key)]
         asked = {question.key for question in questions}
-        # what answers no question here stays, behind the others
+        # answers to other questions stay, at the end
         order += sorted(i for left in found.values() for i in left if not about[i][1] or about[i][0] not in asked)
         ordered = b"".join(lines[i].removeprefix(codecs.BOM_UTF8) + b"\n" for i in order)
         if ordered != data:
@@ -252,7 +252,7 @@ class Answers:
         return order != sorted(order)
 
     def _replace(self, data):
-        path = self.path.resolve()  # where a link leads
+        path = self.path.resolve()  # replace the target of a link, not the link
         new = path.with_name(path.name + ".new")
         try:
             with open(new, "wb") as file:
@@ -276,7 +276,7 @@ class Answers:
             "metadata": {**metadata, "images": question.image_names, "settings": self.settings},
         }
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        while data:  # one call writes it all, unless the disk is full
+        while data:  # one call writes everything unless the disk is full
             data = data[os.write(self._file, data) :]
 
     def close(self):
@@ -287,19 +287,19 @@ class Answers:
 
 
 class Desk:
-    """Takes finished answers in any order, writes them in the order of the questions, says how far it is.
+    """Takes finished answers in any order, writes them in the order of the questions, and reports progress.
 
     totals: sums over this run: "failed" questions, "tokens" of answers
     """
 
     def __init__(self, answers, questions, done, say, wait):
         self.answers, self.questions, self.done, self.say, self.wait = answers, questions, done, say, wait
-        self.method = None  # that prunes, see count_kept
+        self.method = None  # of pruning; set by count_kept
         self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
         self.start = self.said = time.perf_counter()
 
     def hand_in(self, number, text, metadata):
-        """The answer to questions[number]. What was waiting for it is written too."""
+        """Take the answer to questions[number]; write it and the answers that wait for it once its turn comes."""
         self.waiting[number] = text, metadata
         while self.next in self.waiting:
             self.answers.write(self.questions[self.next], *self.waiting.pop(self.next))
@@ -318,21 +318,21 @@ class Desk:
             self.warn()
 
     def warn(self):
-        """Say it, once, if the threads wait for cores."""
+        """Warn once if the threads wait for cores."""
         note = self.wait and self.wait.note()
         if note:
             self.say(note)
             self.wait = None
 
     def count_kept(self, generation):
-        """Of how many vision tokens what part was kept, and what part was asked for."""
+        """Add to totals: vision tokens, tokens kept and tokens that should have been kept."""
         if generation.kept and generation.wanted is not None:
             self.method, weight = generation.prune, generation.vision_tokens
             parts = {"vision": weight, "kept": weight * generation.retention, "wanted": weight * generation.wanted}
             self.totals.update(parts)
 
     def off_budget(self):
-        """One line if the run as a whole kept clearly more or less than was asked for, else None."""
+        """One line if the whole run kept clearly more or less than requested, else None."""
         vision = self.totals["vision"]
         return off_budget(self.method, self.totals["kept"] / vision, self.totals["wanted"] / vision) if vision else None
 
@@ -342,21 +342,21 @@ class Desk:
         rate = self.next / seconds
         line = f"{self.next} questions in {seconds:.1f} s ({rate:.2f} per second, {totals['tokens']} tokens)"
         if self.done:
-            line += f", {self.done} had been answered before"
+            line += f", {self.done} already answered"
         if totals["failed"]:
-            line += f"; {totals['failed']} could not be answered, their lines say why (metadata.error)"
+            line += f"; {totals['failed']} could not be answered, see metadata.error in their lines"
         return line
 
 
 def answer_all(questions, answers, ask, size, say, wait):
-    """Answer what `answers` lacks, `size` questions at a time -> the Desk. Progress goes through say(text).
+    """Answer the questions missing from `answers`, `size` at a time -> the Desk. say(text) reports progress.
 
-    ask(question): its Generation, or an InputError, which becomes the question's answer: "" with metadata.error; so
-    does a lack of memory. wait: a `CoreWait`.
+    ask(question) returns its Generation. If it raises InputError, or memory runs out, the answer is "" with
+    metadata.error. wait: a `CoreWait`.
     """
     missing, done = _missing(questions, answers, say)
     desk = Desk(answers, missing, done, say, wait)
-    queue, alone = deque(range(len(missing))), set()  # alone: what did not fit into memory beside others
+    queue, alone = deque(range(len(missing))), set()  # alone: questions that did not fit in memory with others
     batch, running = Batch(), {}  # number of the question -> its generation
 
     def fits(number):
@@ -382,18 +382,18 @@ def answer_all(questions, answers, ask, size, say, wait):
         except Exception as broken:
             if not out_of_memory(broken):
                 raise
-            batch, tried, running = Batch(), sorted(running), {}  # the cache may be half moved
+            batch, tried, running = Batch(), sorted(running), {}  # the cache may be inconsistent
             if len(tried) == 1:
                 desk.hand_in(tried[0], "", _error(f"out of memory ({str(broken)[:200]}); try --dtype bf16"))
             else:
-                say(f"note: out of memory with {len(tried)} questions together, each is asked alone; lower --batch")
+                say(f"note: out of memory with {len(tried)} questions at once, retrying one by one; lower --batch")
                 queue.extendleft(reversed(tried))
                 alone.update(tried)
     return desk
 
 
 def _missing(questions, answers, say):
-    """(the questions that have to be asked, how many have an answer)."""
+    """(questions without an answer, number of questions with one)."""
     done, failed = answers.done.copy(), answers.failed.copy()
     missing, errors, before = [], 0, done.total()
     for question in questions:
@@ -407,10 +407,10 @@ def _missing(questions, answers, say):
                 continue
         missing.append(question)
     if errors:
-        fate = "stay so, as --keep-errors says" if answers.keep_errors else "are tried again; --keep-errors leaves them"
+        fate = "are kept (--keep-errors)" if answers.keep_errors else "are tried again; --keep-errors skips them"
         say(f"note: {errors} questions that could not be answered before {fate}")
     if done.total():
-        say(f"note: {done.total()} answers in {answers.path} are to no question here; they stay")
+        say(f"note: {done.total()} answers in {answers.path} belong to no question of this file; they stay")
     return missing, before - done.total()
 
 
@@ -419,7 +419,7 @@ def _error(broken):
 
 
 def about(generation):
-    """What the answer's line says of how it came about."""
+    """Metadata of an answer's line."""
     return {
         "finish_reason": generation.finish_reason,
         "new_tokens": len(generation.token_ids),
@@ -430,16 +430,16 @@ def about(generation):
 
 
 def run_file(questions, answers, ask, size, say, wait):
-    """All of it, with one line at the end -> exit code. What was written before an interruption stays written."""
+    """Answer all questions and print a summary -> exit code. Answers written before an interruption stay."""
     try:
         desk = answer_all(questions, answers, ask, size, say, wait)
         try:
             if answers.settle(questions):
-                say(f"note: the lines of {answers.path} were put in the order of the questions")
+                say(f"note: sorted the lines of {answers.path} in the order of the questions")
         except OSError as broken:
             say(f"note: the lines of {answers.path} are not in the order of the questions ({broken})")
     except KeyboardInterrupt:
-        say(f"interrupted; {answers.path} holds what was answered, the same command goes on from there")
+        say(f"interrupted; {answers.path} holds the answers so far, the same command resumes")
         return 130
     desk.warn()
     say(desk.summary())
@@ -449,7 +449,7 @@ def run_file(questions, answers, ask, size, say, wait):
 
 
 def _is_json(data):
-    """Is it one whole JSON value?"""
+    """Is it one complete JSON value?"""
     try:
         json.loads(data)
     except (ValueError, RecursionError):

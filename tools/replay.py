@@ -1,7 +1,7 @@
-"""One prompt, many caches: what several pruning methods make of the same prompt, and what follows from that.
+"""One prompt, many caches: apply several pruning methods to the same prompt and compare the logits that follow.
 
-The prompt is computed once. The caches that all methods make of it are joined into one ragged batch, in which every
-sequence has been pruned in another way, and the same tokens are fed to all of them at once.
+The prompt is computed once. Each method packs its own cache; all caches are joined into one ragged batch, in which each
+sequence is pruned differently, and the same tokens are fed to all of them at once.
 """
 
 import torch
@@ -13,18 +13,18 @@ from model.pruning.budget import by_kv_head
 
 
 class Asked:
-    """A prompt of T tokens and F more that are fed behind it, computed once without pruning.
+    """A prompt of T tokens followed by F fed tokens, computed once without pruning.
 
-    layers    per layer: q (1, Hq, W, D) of the prompt's last rows, down to the last picture, as far as any window
-              reaches; k and v (1, Hkv, T, D) of the prompt; q_fed (1, Hq, F, D)
+    layers    per layer: q (1, Hq, W, D) of the prompt's rows after the last picture, the most that any window covers;
+              k and v (1, Hkv, T, D) of the prompt; q_fed (1, Hq, F, D)
     logits    (F + 1, V) fp32, after the prompt and after each fed token
     layout    of the prompt
-    others    what some controls rank by instead: {name: function () -> Asked or look-ahead rows}
+    others    alternative rankings for some controls: {name: function () -> Asked or look-ahead rows}
     """
 
     def __init__(self, language, x, prompt, spans, lookahead=None, backend="auto", places=None, contrast=None):
-        """x (T + F, C): embedded tokens, of which `prompt` = T are the prompt's; spans: [(start, stop)] of the tokens
-        that may be pruned; lookahead: trained rows; places, contrast: of pictures, as `Generation` has them."""
+        """x (T + F, C): embedded tokens; prompt: T; spans: [(start, stop)] of the tokens that may be pruned; lookahead:
+        trained rows; places, contrast: of the pictures, as in `Generation`."""
         self.language, self.x, self.lookahead, self.backend = language, x, lookahead, backend
         self.tokens, self.fed, self.layers, self.others = prompt, x[prompt:], [], {}
         text = language.config
@@ -37,7 +37,7 @@ class Asked:
         self._ahead = {}
 
     def rows(self, lookahead):
-        """Per layer q (1, Hq, m, D) and k (1, Hkv, m, D) of look-ahead rows behind the prompt. Computed once."""
+        """Per layer q (1, Hq, m, D) and k (1, Hkv, m, D) of look-ahead rows after the prompt. Computed once."""
         if id(lookahead) not in self._ahead:
             t, found = self.tokens, []
 
@@ -45,19 +45,19 @@ class Asked:
                 found.append((q[:, :, t:], k[:, :, t:]))
 
             self.language.prefill(self.x[None, :t], self, choose=look, lookahead=lookahead)
-            self._ahead[id(lookahead)] = lookahead, found  # held, so that no other gets its id
+            self._ahead[id(lookahead)] = lookahead, found  # the reference keeps the id from being reused
         return self._ahead[id(lookahead)][1]
 
     def attention_of_rows(self, lookahead, layer):
-        """(Hq, T): the attention that look-ahead rows pay to the prompt in a layer, mean over them."""
+        """(Hq, T): attention of the look-ahead rows to the prompt in a layer, mean over the rows."""
         q, own = self.rows(lookahead)[layer]
         k = torch.cat((self.layers[layer][1], own), 2)
         return window_scores(q[0], k[0], group="none", backend=self.backend)[:, : self.tokens]
 
     def attention_of_fed(self, layer, first=None):
-        """(Hkv, T): the attention that the fed tokens pay to the prompt in a layer, mean over them and the group.
+        """(Hkv, T): attention of the fed tokens to the prompt in a layer, mean over these tokens and the group.
 
-        first: only that many of them.
+        first: number of fed tokens to use, from the start; None: all.
         """
         _, k, _, q = self.layers[layer]
         q = q[:, :, :first]
@@ -65,19 +65,19 @@ class Asked:
         return by_kv_head(window_scores(q[0], k[0], q_pos=end, group="none", backend=self.backend), self.layout)
 
     def _look(self, layer, q, k, v):
-        """Remember a layer, keep all."""
+        """Store a layer's tensors; prune nothing."""
         t, spans = self.tokens, self.layout.spans
         first = min(t - 1, spans[-1][1] if spans else 0)
         self.layers.append((q[:, :, first:t], k[:, :, :t], v[:, :, :t], q[:, :, t:]))
 
     def pack(self, layer, k, v, keep):
-        """In the place of a cache: nothing is packed."""
+        """Stands in for a cache; packs nothing."""
 
     def cache(self, method):
-        """What a method makes of the prompt.
+        """Prune the prompt with a method.
 
-        Returns its cache, what each layer kept as (Hkv, T) bool or None for all, and the logits (1, V) of the first new
-        token, which a method that narrows the prompt changes.
+        Returns the cache, each layer's keep mask as (Hkv, T) bool or None for all, and the logits (1, V) of the first
+        new token. Only methods that narrow the prompt change these logits.
         """
         cache = RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
         if method is not None and method.layer is not None:
@@ -97,9 +97,9 @@ class Asked:
         return cache, keeps, self.logits[:1]
 
     def _narrowed(self, method, cache):
-        """The prompt again, from the layer on at which tokens leave it."""
+        """As `cache`, for methods that drop hidden tokens during prefill: run the whole prompt again."""
         pruner, keeps = Pruner(method, self.layout, self.backend), []
-        rows = torch.arange(self.tokens, device=self.x.device)  # that are still there
+        rows = torch.arange(self.tokens, device=self.x.device)  # tokens still present
 
         def choose(layer, q, k, v):
             keep = pruner.choose(layer, q, k, v)
@@ -120,23 +120,23 @@ class Asked:
 
 
 def asked_with(checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):
-    """Asked of a prompt's token ids, the image tokens (P, C) of each picture in it, and token ids that are fed."""
+    """Asked from a prompt's token ids, the image tokens (P, C) of each of its pictures, and the token ids to feed."""
     x, spans = checkpoint.model.splice([*ids, *fed], image_tokens)
     language = checkpoint.model.language_model
     return Asked(language, x, len(x) - len(fed), spans, checkpoint.lookahead, backend, places, contrast)
 
 
 def asked_by(generation, fed):
-    """Asked of a Generation's prompt and pictures, with token ids that are fed behind it."""
+    """Asked from a Generation's prompt and pictures, and the token ids to feed after it."""
     pictures, views = generation.encode_images(), (generation.places, generation.contrast)
     return asked_with(generation.checkpoint, generation.ids, pictures, fed, generation.backend, *views)
 
 
 def replay(asked, methods):
-    """Feed the same tokens behind what each of B methods kept.
+    """Feed the same tokens to the caches of B methods.
 
-    Returns logits (B, F + 1, V) fp32, kept: the fraction of vision rows each cache holds, keeps: B lists of a layer's
-    (Hkv, T) bool or None.
+    Returns logits (B, F + 1, V) fp32; kept: the fraction of vision rows in each cache; keeps: for each method a list of
+    (Hkv, T) bool or None per layer.
     """
     caches, keeps, first = zip(*(asked.cache(method) for method in methods), strict=True)
     layout, segments = asked.layout, asked.layout.num_layers * asked.layout.kv_heads
@@ -153,11 +153,11 @@ def replay(asked, methods):
 
 @torch.inference_mode()
 def along(reference, methods, batch=8):
-    """How methods do along a finished, greedy, unpruned Generation: a `compare` for each, with `kept` and `steps`.
+    """Compare methods along a finished, greedy, unpruned Generation: per method `compare`, plus `kept` and `steps`.
 
-    batch: caches that are decoded together.
+    batch: number of caches decoded together.
     """
-    ended = not reference.unfed  # by the stop id: then that step counts too
+    ended = not reference.unfed  # by the stop id; that step counts too
     fed = reference.token_ids if ended else reference.token_ids[:-1]
     asked = asked_by(reference, fed)
     never = torch.tensor(reference.never(), dtype=torch.long, device=asked.x.device)
@@ -172,14 +172,14 @@ def along(reference, methods, batch=8):
 
 
 def compare(full, pruned, ids):
-    """How far pruned logits (F + 1, V) are from unpruned ones at the steps of the same greedy answer.
+    """Compare pruned with unpruned logits, (F + 1, V) each, at the steps of the same greedy answer.
 
-    ids: the answer, F + 1 long. Returns a dict: same, the share of its tokens that pruned logits would choose too;
-    diverges, the index of the first that they would not, or None; kl, (F + 1,) nats from unpruned to pruned.
+    ids: the answer, F + 1 long. Returns a dict: same, the share of tokens that pruned logits would also choose;
+    diverges, the index of the first token they would not choose, or None; kl, (F + 1,) nats, KL(unpruned || pruned).
     """
     same = pruned.argmax(-1) == torch.tensor(ids, device=full.device)
     ours, theirs = full.log_softmax(-1), pruned.log_softmax(-1)
-    gap = torch.where(ours == float("-inf"), 0, ours - theirs)  # ids that are never said count nothing
+    gap = torch.where(ours == float("-inf"), 0, ours - theirs)  # ids that are never generated do not count
     wrong = (~same).nonzero()
     return {
         "same": same.float().mean().item(),

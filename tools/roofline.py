@@ -1,10 +1,10 @@
-"""Bytes, flops and the ceilings they set, from shapes alone. Needs neither torch nor a GPU.
+"""Compute bytes, flops and the resulting speed limits from shapes alone. Needs neither torch nor a GPU.
 
     python tools/roofline.py                                     # what pruning can win, as in benchmarks/README.md
     python tools/roofline.py --retention 0.5 0.3 --batch 1 8     # other fractions kept, other batches
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
     python tools/roofline.py --stages --shape llava-1.5-7b --measure    # at the bandwidth of this machine
-    python tools/roofline.py --stages --bandwidth 4300 --tflops 700     # at GB/s and TFLOP/s that you know
+    python tools/roofline.py --stages --bandwidth 4300 --tflops 700     # at a given GB/s and TFLOP/s
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
 
 A decode step reads the decoder's weights once and, for each sequence, the K and V of all its tokens:
@@ -12,12 +12,12 @@ A decode step reads the decoder's weights once and, for each sequence, the K and
     bytes   = weights + batch * tokens * 2 * layers * kv_heads * head_dim * bytes per number
     ceiling = bytes with everything kept / bytes with what is kept
 
-It is reached only where memory bandwidth is all that counts. The time to the first token stays the same: PLPHP drops K
-and V after prefill has used them.
+A step reaches the ceiling only if memory bandwidth alone limits it. Time to the first token does not change: PLPHP
+drops K and V after prefill has used them.
 
---stages counts, for each stage, the weights once, K and V that are read or written, and the multiplications and
-additions of all products, attention's too (causal: half of the square). The least time is the larger of bytes over
-bandwidth and flops over peak. Activations, norms and softmax are not counted, so nothing is as fast as that.
+--stages counts, for each stage, the weights once, K and V read or written, and the multiplications and additions of all
+matrix products, attention included (causal: half of the square). The least time is the larger of bytes / bandwidth and
+flops / peak. Activations, norms and softmax are not counted, so real stages take longer.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from tools.verify_checkpoint import Parser  # noqa: E402
 
 @dataclass(frozen=True)
 class Tower:
-    """A CLIP vision tower with LLaVA's projector behind it."""
+    """A CLIP vision tower followed by LLaVA's projector."""
 
-    layers: int  # that run, up to the one whose output LLaVA takes
+    layers: int  # layers that run, up to the one whose output LLaVA uses
     hidden: int
     intermediate: int
-    patches: int  # of a picture, and so tokens of it; CLS comes on top inside of the tower
-    patch: int  # pixels along its side
+    patches: int  # per picture, equal to its tokens; inside the tower CLS is one more
+    patch: int  # side in pixels
 
     @property
     def tower_numbers(self):
-        """Weights and biases of what runs: patches, CLS, positions, the norm before the layers, the layers."""
+        """Weights and biases used: patch embedding, CLS, positions, the norm before the layers, the layers."""
         c, f = self.hidden, self.intermediate
         layer = 4 * (c * c + c) + (2 * c * f + f + c) + 4 * c  # attention, MLP, two norms
         return 3 * self.patch**2 * c + c + (self.patches + 1) * c + 2 * c + self.layers * layer
@@ -55,20 +55,20 @@ class Tower:
         return pictures * (2 * self.patches * 3 * self.patch**2 * c + self.layers * layer)
 
     def projector_numbers(self, wide):
-        """wide: channels of the decoder."""
+        """Weights and biases. wide: channels of the decoder."""
         return (self.hidden + 1) * wide + (wide + 1) * wide
 
     def projector_flops(self, pictures, wide):
         return pictures * 2 * self.patches * (self.hidden + wide) * wide
 
 
-CLIP_L_336 = Tower(23, 1024, 4096, 576, 14)  # the 24th layer is not run
+CLIP_L_336 = Tower(23, 1024, 4096, 576, 14)  # the 24th layer does not run
 DEMO_TOWER = Tower(4, 192, 768, 256, 14)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder and a usual prompt for it."""
+    """A decoder and a typical prompt."""
 
     name: str
     layers: int
@@ -84,13 +84,13 @@ class Shape:
 
     @property
     def layer_numbers(self):
-        """Weights of all layers' attention and MLP."""
+        """Attention and MLP weights of all layers."""
         attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def weight_numbers(self):
-        """Read in a step: attention and MLP of every layer, norms, the head; of the embedding only one row."""
+        """Weights read in a step: attention and MLP of every layer, norms, the head, and one row of the embedding."""
         norms = (2 * self.layers + 1) * self.hidden
         return self.layer_numbers + norms + (self.vocabulary + 1) * self.hidden
 
@@ -101,33 +101,33 @@ class Shape:
 
     @property
     def prefill_numbers(self):
-        """Of one token, what lives at once while a prompt is read, at most: when the MLP has its four wide products.
+        """Peak of live numbers per token during prefill, reached in the MLP.
 
-        The prompt and the layer's input, the normed rows, q, k and v of the layer, cos and sin, 4 rows of the MLP.
+        Prompt, layer input and normed rows; q, k and v of the layer; cos and sin; four intermediate rows of the MLP.
         """
         attention = (self.q_heads + 2 * self.kv_heads) * self.head_dim
         return 3 * self.hidden + attention + 2 * self.head_dim + 4 * self.intermediate
 
     @property
     def pictures(self):
-        """Pictures, or tiles of one, that the tower has to look at."""
+        """Pictures, or tiles of one, that the tower encodes."""
         return self.vision // self.tower.patches
 
     def prefill_flops(self):
-        """One sequence; the head is asked about the last token alone."""
+        """Flops of one sequence; the head runs on the last token only."""
         tokens = self.vision + self.text
         attention = 2 * tokens**2 * self.layers * self.q_heads * self.head_dim
         return 2 * tokens * self.layer_numbers + attention + 2 * self.vocabulary * self.hidden
 
     def decode_flops(self, batch, kept=1.0):
-        """One step of `batch` sequences that hold the fraction `kept` of their vision tokens."""
+        """Flops of one step of `batch` sequences that hold the fraction `kept` of their vision tokens."""
         tokens = self.text + kept * self.vision
         attention = 4 * tokens * self.layers * self.q_heads * self.head_dim
         return batch * (2 * (self.layer_numbers + self.vocabulary * self.hidden) + attention)
 
 
 def shape_of(config, vision, text, name=""):
-    """The Shape of a decoder's config, anything with the fields of a Llama's config.json (no biases are counted)."""
+    """The Shape of a config with the fields of a Llama's config.json. Biases are not counted."""
     return Shape(
         name, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
         config.num_key_value_heads, config.head_dim, config.vocab_size, vision, text,
@@ -147,15 +147,15 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What ceilings are computed from: bytes/s of the memory, flop/s of dense bf16 products (None: not known)."""
+    """Limits of a machine: memory bandwidth in bytes/s; flop/s of dense bf16 products, None if unknown."""
 
     name: str
     bandwidth: float
     flops: float | None
 
 
-# Vendors' figures: peaks of the data sheets, dense (not with 2:4 sparsity), products of bf16 that are summed in fp32. A
-# copy reaches some 90 % of such a bandwidth.
+# Peaks from the vendors' data sheets: dense (no 2:4 sparsity) bf16 products accumulated in fp32. A copy reaches about
+# 90 % of the bandwidth.
 GPUS = {
     "H200": Machine("H200 SXM, data sheet", 4.8e12, 989e12),
     "H100": Machine("H100 SXM 80 GB, data sheet", 3.35e12, 989e12),
@@ -176,7 +176,7 @@ def step_bytes(shape, batch=1, kept=1.0, bytes_per_number=2):
 
 
 def ceiling(shape, batch, kept):
-    """How many times faster decoding can get by keeping that fraction."""
+    """Largest speed-up of decoding with this fraction kept."""
     return step_bytes(shape, batch) / step_bytes(shape, batch, kept)
 
 
@@ -195,7 +195,7 @@ def table(batches, retentions, shapes=SHAPES):
 
 
 def markdown(head, rows):
-    """A table whose numbers stand on the right."""
+    """A table with its number columns right-aligned."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]])
 
@@ -205,7 +205,7 @@ def markdown(head, rows):
 
 @dataclass(frozen=True)
 class Stage:
-    """weights, kv: bytes that it has to read or write; flops: of its products."""
+    """weights, kv: bytes to read or write; flops: of its matrix products."""
 
     name: str
     weights: float
@@ -213,14 +213,14 @@ class Stage:
     flops: float
 
     def seconds(self, machine):
-        """(least time, what sets it)."""
+        """(least time, what limits it: "memory" or "products")."""
         memory = (self.weights + self.kv) / machine.bandwidth
         products = self.flops / machine.flops if machine.flops else 0.0
         return max((memory, "memory"), (products, "products"))
 
 
 def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
-    """The Stages of answering about the shape's prompt; those before decoding are one sequence's, as they run here."""
+    """The Stages of answering the shape's prompt. Stages before decoding run one sequence at a time."""
     size, tower, tokens = bytes_per_number, shape.tower, shape.vision + shape.text
     tower_bytes, projector_bytes = size * tower.tower_numbers, size * tower.projector_numbers(shape.hidden)
     weights, row = size * shape.weight_numbers, size * shape.kv_numbers
@@ -236,7 +236,7 @@ def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
 
 
 def stage_table(shape, machine, batches, retentions):
-    """Markdown; without a machine there are no times, without its flops they are those of the bytes alone."""
+    """Markdown. No times without a machine; without its flops, times follow from bytes alone."""
     head = [shape.name, "weights MB", "KV MB", "GFLOP", "flop/byte"]
     head += [] if machine is None else ["least ms", "set by"] if machine.flops else ["least ms, by bytes alone"]
     rows = []
@@ -251,13 +251,13 @@ def stage_table(shape, machine, batches, retentions):
 
 
 def prefill_memory(shape, retentions, bytes_per_number=2):
-    """One line: the most memory that reading the prompt needs beside the weights, K and V of all layers included."""
+    """One line: peak memory of prefill besides the weights, and the memory of K and V in all layers."""
     tokens = shape.vision + shape.text
     working = bytes_per_number * tokens * shape.prefill_numbers
     held = [bytes_per_number * (shape.text + r * shape.vision) * shape.kv_numbers for r in (1, *retentions)]
     parts = " / ".join(short(1e-6 * n) for n in held)
     kept = " / ".join(f"{r:g}" for r in (1, *retentions))
-    return f"Prefill needs at most {short(1e-6 * working)} MB beside the weights, and {parts} MB for what {kept} keeps."
+    return f"Prefill needs at most {short(1e-6 * working)} MB besides the weights, plus {parts} MB for {kept} kept."
 
 
 def short(x):
@@ -265,7 +265,7 @@ def short(x):
 
 
 def measured(name):
-    """The Machine of a torch device: the better of a copy and a read-only sum; products are not measured."""
+    """The Machine of a torch device. Bandwidth: the faster of a copy and a read-only sum; flops are not measured."""
     import torch
 
     from run import choose_device
@@ -277,7 +277,7 @@ def measured(name):
 
 
 def chosen_machine(args):
-    """The Machine that the flags say, None if they say nothing: --bandwidth and --tflops count more than the others."""
+    """The Machine from the flags, None without them. --bandwidth and --tflops override the others."""
     machine = GPUS[args.gpu] if args.gpu else measured("auto") if args.measure else Machine("", 0.0, None)
     if args.bandwidth:
         machine = replace(machine, name=f"{machine.name}, bandwidth given".strip(", "), bandwidth=1e9 * args.bandwidth)
@@ -292,13 +292,13 @@ def parser():
     p.add_argument("--batch", type=number(int, 1), nargs="+", default=[1, 8, 32], metavar="B")
     p.add_argument("--retention", type=number(float, 0, 1), nargs="+", default=[0.5, 0.2], metavar="F",
                    help="fractions kept")
-    p.add_argument("--shape", metavar="NAME", help="only the shapes with this in their name")
-    p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens, instead of the shape's own")
-    p.add_argument("--stages", action="store_true", help="vision tower, projector, prefill and decode step, one by one")
-    p.add_argument("--gpu", choices=GPUS, help="with --stages: least times by the data sheet of this one")
-    p.add_argument("--measure", action="store_true", help="or at this machine's bandwidth, measured now (needs torch)")
-    p.add_argument("--bandwidth", type=number(float, 0, open_low=True), metavar="GBps", help="or at this one")
-    p.add_argument("--tflops", type=number(float, 0, open_low=True), metavar="T", help="of dense products, with these")
+    p.add_argument("--shape", metavar="NAME", help="only shapes whose name contains NAME")
+    p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
+    p.add_argument("--stages", action="store_true", help="a row for each of tower, projector, prefill, decode step")
+    p.add_argument("--gpu", choices=GPUS, help="for --stages: least times by this GPU's data sheet")
+    p.add_argument("--measure", action="store_true", help="or at this machine's measured bandwidth (needs torch)")
+    p.add_argument("--bandwidth", type=number(float, 0, open_low=True), metavar="GBps", help="or at this bandwidth")
+    p.add_argument("--tflops", type=number(float, 0, open_low=True), metavar="T", help="peak of dense bf16 products")
     # fmt: on
     return p
 
@@ -312,9 +312,9 @@ def main(argv=None):
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
     timed = args.gpu or args.measure or args.bandwidth
     if not shapes:
-        p.error(f"--shape {args.shape} is in no name; use one of {'; '.join(shape.name for shape in SHAPES)}")
+        p.error(f"no shape's name contains {args.shape}; use one of {'; '.join(shape.name for shape in SHAPES)}")
     if (timed or args.tflops) and not args.stages:
-        p.error("--gpu, --measure, --bandwidth and --tflops give times of --stages; add it")
+        p.error("--gpu, --measure, --bandwidth and --tflops need --stages; add it")
     if args.gpu and args.measure:
         p.error("--gpu and --measure exclude each other; give one")
     if args.tflops and not timed:
@@ -324,7 +324,7 @@ def main(argv=None):
         return
     machine = chosen_machine(args)
     if machine:
-        flops = f"{short(1e-12 * machine.flops)} TFLOP/s" if machine.flops else "flops not known"
+        flops = f"{short(1e-12 * machine.flops)} TFLOP/s" if machine.flops else "flops unknown"
         print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {flops}\n")
     print("\n\n".join(stage_table(shape, machine, args.batch, args.retention) for shape in shapes))
 

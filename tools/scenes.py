@@ -1,8 +1,8 @@
-"""The demo world: Pillow-drawn scenes with exact ground truth, and questions whose evidence is known.
+"""The demo world: scenes drawn with Pillow, questions about them, exact answers and the patches that show them.
 
-A scene is 2 to 5 flat objects on a jittered 3x3 grid, sometimes with a sign that carries a 3-letter
-word. Every question comes with the sentence that answers it and with the patches that hold the evidence,
-so a pruning method can be asked not only "is the answer right?" but "did the heads keep what it needs?".
+A scene has 2 to 5 flat objects on a jittered 3x3 grid, and sometimes a sign with a 3-letter word. Every question has
+an answer sentence and the patches that hold its evidence, so a pruning method can be judged by its answers and by
+whether the heads kept the evidence.
 
     python tools/scenes.py --seed 3 --out scene.png     # draw one scene and print its questions
 """
@@ -40,7 +40,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five")
 CONSONANTS, VOWELS = "BDKLMNPRST", "AEIOU"
 LETTERS = "".join(sorted(CONSONANTS + VOWELS))
 
-# Never drawn in training: "has it learnt colours and shapes, or a table of pairs?"
+# Never drawn in training; they test whether the model learnt colours and shapes rather than pairs
 UNSEEN_PAIRS = (
     ("red", "star"),
     ("orange", "ring"),
@@ -50,7 +50,7 @@ UNSEEN_PAIRS = (
     ("purple", "square"),
 )
 
-LONG_TASKS = ("list", "describe", "spell", "compare")  # answers with 6 and more image-dependent words
+LONG_TASKS = ("list", "describe", "spell", "compare")  # answers with at least 6 image-dependent words
 ATTRIBUTE_WORDS = frozenset(
     (*COLOURS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS[1:], "yes", "no", "first", "second", "both")
 )
@@ -58,7 +58,7 @@ ATTRIBUTE_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, which cell it is in (row, column in 0..2), where its centre really is."""
+    """One object: its attributes, its cell (row, column in 0..2) and its centre x, y."""
 
     colour: str
     shape: str
@@ -86,7 +86,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A white plate over two neighbouring cells with a 3-letter word."""
+    """A white plate with a 3-letter word, two cells wide."""
 
     word: str
     row: int
@@ -105,9 +105,9 @@ class Scene:
 class Question:
     """One question about one or two pictures.
 
-    value is the part of the answer that depends on the picture (what a majority guess would name); kind is
-    the wording family the value competes in; evidence[i] holds the patch indices (row * 16 + column) of picture
-    i that show what the answer needs.
+    value: the part of the answer that depends on the picture; kind: group of questions with the same possible values,
+    for the majority baseline; evidence[i]: indices (row * 16 + column) of the patches of picture i that the answer
+    needs.
     """
 
     task: str
@@ -119,14 +119,14 @@ class Question:
 
     @property
     def dependent_words(self):
-        """How many words of the answer can only come from the picture."""
+        """Number of words of the answer that only the picture determines; each spelled letter counts."""
         words = self.answer.lower().replace(",", " ").replace(".", " ").replace(":", " ").split()
         letters = sum(
             len(w)
             for w in self.answer.replace(",", " ").replace(".", " ").replace(":", " ").split()
             if w.isupper() and len(w) in (1, 3)
         )
-        letters -= self.answer.split().count("A") if self.task != "spell" else 0  # the article is no letter
+        letters -= self.answer.split().count("A") if self.task != "spell" else 0  # the article is not a spelled letter
         given = set(self.question.lower().replace("?", " ").replace(",", " ").split())
         return letters + sum(w in ATTRIBUTE_WORDS and w not in given for w in words)
 
@@ -135,9 +135,9 @@ class Question:
 
 
 def make_scene(rng, unseen=False, count=None, with_sign=None, alike=False):
-    """A random scene. unseen=True puts at least one held-out colour x shape pair into it.
+    """A random scene. unseen=True adds a held-out colour x shape pair.
 
-    alike=True takes things of few colours and shapes, so that it needs both to tell one from another.
+    alike=True uses few colours and shapes, so that telling things apart needs both.
     """
     with_sign = rng.random() < 0.5 if with_sign is None else with_sign
     count = rng.randint(2, 5) if count is None else count
@@ -163,7 +163,7 @@ def make_scene(rng, unseen=False, count=None, with_sign=None, alike=False):
 def _make_thing(rng, colour, shape, row, column):
     size = rng.choice(SIZES)
     radius = rng.uniform(*RADIUS[size])
-    play = CELL / 2 - radius - 3  # the object stays in its cell, 3 px off the border
+    play = CELL / 2 - radius - 3  # stay in the cell, 3 px from its border
     x, y = ((i + 0.5) * CELL + rng.uniform(-play, play) for i in (column, row))
     rgb = tuple(min(255, max(0, v + rng.randint(-10, 10))) for v in COLOURS[colour])
     return Thing(colour, shape, size, row, column, x, y, radius, rng.uniform(-0.2, 0.2), rgb)
@@ -181,7 +181,7 @@ def _pastels(rng):
 
 
 def _outline(thing):
-    """Corners of a polygon shape around (0, 0), radius 1."""
+    """Corners of a polygon shape of radius 1 around (0, 0)."""
 
     def turn(degrees, r=1.0):
         return (r * math.sin(math.radians(degrees)), -r * math.cos(math.radians(degrees)))
@@ -197,7 +197,7 @@ def _outline(thing):
 
 
 def _paint(draw, thing, scale, fill, shift=0.0):
-    """Draw the silhouette of a thing, moved by shift pixels to the lower right."""
+    """Draw the silhouette of a thing, shifted by `shift` pixels to the lower right."""
     x, y, r = ((v + s) * scale for v, s in ((thing.x, shift), (thing.y, shift), (thing.radius, 0)))
     if thing.shape in ("circle", "ring"):
         box = (x - r, y - r, x + r, y + r)
@@ -212,7 +212,7 @@ def _paint(draw, thing, scale, fill, shift=0.0):
 
 
 def _letter_boxes(sign, scale=1.0):
-    """(letter, box in pixels) from left to right; a letter owns a third of the plate."""
+    """(letter, box in pixels) from left to right; each letter has a third of the plate."""
     return [
         (letter, tuple(v * scale for v in (sign.x - 48 + 32 * i, sign.y - 17, sign.x - 16 + 32 * i, sign.y + 17)))
         for i, letter in enumerate(sign.word)
@@ -228,7 +228,7 @@ def draw_scene(scene, size=SIZE):
     draw = ImageDraw.Draw(image)
     shade = tuple(int(v * 0.84) for v in scene.background[1])
     for thing in scene.things:
-        _paint(draw, thing, scale, shade, shift=2.5)  # a soft drop shadow
+        _paint(draw, thing, scale, shade, shift=2.5)  # drop shadow
         _paint(draw, thing, scale, thing.rgb)
     if scene.sign:
         s = scene.sign
@@ -249,14 +249,14 @@ def draw_scene(scene, size=SIZE):
 
 
 def coverage(thing):
-    """How much of each patch the thing covers: 256 numbers in 0..255, row by row."""
+    """Coverage of each patch by the thing: 256 numbers in 0..255, row by row."""
     mask = Image.new("L", (SIZE, SIZE))
     _paint(ImageDraw.Draw(mask), thing, 1.0, 255)
     return list(mask.reduce(PATCH).tobytes())
 
 
 def letter_coverage(sign):
-    """Three lists of 256 numbers in 0..255: how much of each patch belongs to each letter."""
+    """Coverage of each patch by each letter: three lists of 256 numbers in 0..255."""
     result = []
     for _, box in _letter_boxes(sign):
         mask = Image.new("L", (SIZE, SIZE))
@@ -266,7 +266,7 @@ def letter_coverage(sign):
 
 
 def patches_of(item):
-    """Indices of the patches that show a thing or a sign (at least an eighth covered)."""
+    """Indices of the patches of which a thing or a sign covers at least an eighth."""
     if isinstance(item, Thing):
         return tuple(i for i, c in enumerate(coverage(item)) if c >= 32)
     return tuple(i for i, cs in enumerate(zip(*letter_coverage(item), strict=True)) if max(cs) >= 32)
@@ -276,7 +276,7 @@ def patches_of(item):
 
 
 def _one_of(items, key):
-    """The items whose key no other item shares."""
+    """The items with a unique key."""
     keys = [key(i) for i in items]
     return [i for i in items if keys.count(key(i)) == 1]
 
@@ -349,10 +349,10 @@ def ask_relation(scene, rng):
 
 
 def ask_presence(scene, rng):
-    """Balanced yes and no, said behind the name, so that the first token gives nothing away.
+    """As many yes as no; the answer repeats the name first, so that its first token reveals nothing.
 
-    Most noes ask for a colour and a shape that are both there, on different objects; the rest for a colour or a shape
-    that is not.
+    Most "no" questions combine a colour and a shape that occur on different objects; in the others one of the two does
+    not occur.
     """
     present = {(t.colour, t.shape) for t in scene.things}
     allowed = {(c, s) for c in COLOURS for s in SHAPES} - set(UNSEEN_PAIRS) - present
@@ -446,7 +446,7 @@ def ask_compare(scenes, rng):
 
 
 def ask_pair(scenes, rng):
-    """A short question that needs the right picture, or both."""
+    """A short question about one of the two pictures, or about both."""
     if rng.random() < 0.4:
         first, second = (len(s.things) for s in scenes)
         which = "both" if first == second else ("first" if first > second else "second")
@@ -486,10 +486,10 @@ def make_pair(rng, unseen=False):
 
 
 def sample(seed, tasks=None, pair=False, unseen=False, alike=False):
-    """(scenes, questions) of one seed: the same seed gives the same pictures and words everywhere.
+    """(scenes, questions) of a seed. The same seed gives the same pictures and words on every machine.
 
-    tasks: names of ASKERS, or of PAIR_ASKERS with pair=True, which makes two scenes (default: each once; a name may
-    come twice). A question that the scene does not admit, such as reading a sign that is not there, is left out.
+    tasks: names of ASKERS, or of PAIR_ASKERS with pair=True, which makes two scenes; default: each once. A name may be
+    repeated. Questions that do not fit the scene, such as reading a missing sign, are left out.
     """
     rng = random.Random(f"scene {seed} {pair} {unseen}")
     askers = PAIR_ASKERS if pair else ASKERS

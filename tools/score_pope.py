@@ -2,11 +2,11 @@
 
     python tools/score_pope.py --questions llava_pope_test.jsonl --answers answers.jsonl --annotations coco/
 
-An answer is a "no" if the first sentence, without commas, has the word No, no or not in it; anything else is a "yes".
-Labels are "label" in the question file itself, or in --annotations: a folder of coco_pope_<category>.json, whose lines
-stand in the order of the questions of that category. One row per category: counts with "yes" as positive, accuracy,
-precision, recall, F1, share of answers that are yes, and errors: questions that could not be answered (metadata.error),
-which are in none of the other numbers.
+An answer is "no" if its first sentence, without commas, contains the word No, no or not; any other answer is "yes".
+Labels are the "label" field of the question file, or files coco_pope_<category>.json in the folder --annotations, whose
+lines are in the order of that category's questions. The table has a row per category: counts with "yes" as positive,
+accuracy, precision, recall, F1, share of yes answers, and errors. Errors are questions that could not be answered
+(metadata.error); all other columns exclude them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from run import as_command  # noqa: E402
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, as for every other error."""
+        """Exit with one line, like every other error."""
         self.exit(2, f"error: {message}; see {self.prog} -h\n")
 
 
@@ -31,7 +31,7 @@ def main(argv=None):
     p.add_argument("--questions", "--question-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--answers", "--result-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--annotations", "--annotation-dir", type=Path, metavar="DIR")
-    p.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = p.parse_args(argv)
     try:
         questions = read_lines(args.questions, question_id=(int, str), text=str, category=(str, type(None)))
@@ -41,9 +41,7 @@ def main(argv=None):
         p.error(str(wrong))
     errors = list(scores.values())[-1]["errors"]
     if errors:
-        print(
-            f"note: {errors} questions could not be answered (metadata.error); scores are without them", file=sys.stderr
-        )
+        print(f"note: {errors} questions could not be answered (metadata.error); scores exclude them", file=sys.stderr)
     if args.json:
         print(json.dumps(scores))
     else:
@@ -52,7 +50,7 @@ def main(argv=None):
 
 
 def show(scores):
-    """The table; its column of errors only if there are any."""
+    """Print the table, with a column of errors only if there are any."""
     names = [name for name in next(iter(scores.values())) if name != "errors" or any(r[name] for r in scores.values())]
     print(f"{'category':12}" + "".join(f"{name:>11}" for name in names))
     for category, row in scores.items():
@@ -61,8 +59,8 @@ def show(scores):
 
 
 def score(questions, answers, annotations=None):
-    """{category: row} of the counts and rates; "all" at the end where there are several categories."""
-    said = {}  # an error that was made good does not count
+    """{category: row of counts and rates}; several categories are followed by "all"."""
+    said = {}  # an answer replaces an earlier error
     for answer in sorted(answers, key=failed):
         before = said.setdefault(answer["question_id"], answer)
         if before is not answer and not failed(answer):
@@ -75,16 +73,16 @@ def score(questions, answers, annotations=None):
                 raise ValueError(f"question {question['question_id']} has no answer; finish the run first")
             pairs.setdefault(category, []).append(None if failed(answer) else (is_yes(answer["text"]), label))
     if len(pairs) > 1 and "all" in pairs:
-        raise ValueError('one category of several is called "all", as the total is; give it another name')
+        raise ValueError('a category is called "all", which names the total; rename it')
     if len(pairs) > 1:
         pairs["all"] = [pair for row in pairs.values() for pair in row]
     if not any(any(row) for row in pairs.values()):
-        raise ValueError("no question could be answered (metadata.error says why); mend that and run it again")
+        raise ValueError("no question could be answered; fix the cause given in metadata.error and run again")
     return {category: rates(found) for category, found in pairs.items()}
 
 
 def failed(answer):
-    """Does the line say why there is no answer?"""
+    """Does the line hold an error instead of an answer?"""
     about = answer.get("metadata")
     return isinstance(about, dict) and bool(about.get("error"))
 
@@ -98,7 +96,7 @@ def by_category(questions):
 
 
 def labels(category, asked, annotations):
-    """True for "yes", one per question of a category."""
+    """Labels of a category's questions, True for "yes"."""
     if annotations is None:
         rows = asked
     else:
@@ -108,7 +106,7 @@ def labels(category, asked, annotations):
         for question, row in zip(asked, rows, strict=True):
             if not question["text"].startswith(row.get("text") or ""):
                 raise ValueError(
-                    f"question {question['question_id']} is not that of its label; give files of one release"
+                    f"question {question['question_id']} does not match its label; give files of one release"
                 )
     for row in rows:
         if row.get("label") not in ("yes", "no"):
@@ -117,7 +115,7 @@ def labels(category, asked, annotations):
 
 
 def is_yes(text):
-    """LLaVA's reading of an answer."""
+    """Is the answer "yes" by LLaVA's rule?"""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
@@ -139,14 +137,14 @@ def rates(pairs):
 
 
 def read_lines(path, **wanted):
-    """Objects of a JSONL file; ValueError with the line's number. wanted: key=type or types of its value."""
+    """Objects of a JSONL file; ValueError with the line number. wanted: key=type, or types, of its value."""
     found = []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as broken:
         raise ValueError(f"cannot read {path} ({broken}); give a JSONL file") from broken
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip("\0\r\t "):  # NULs are what a power cut leaves of the last lines
+        if line.strip("\0\r\t "):  # a power cut can leave NULs in place of the last lines
             found.append(_object(line, f"line {number} of {path}", wanted))
     if not found:
         raise ValueError(f"{path} is empty; give a JSONL file")
@@ -158,12 +156,12 @@ def _object(line, where, wanted):
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as broken:
-        raise ValueError(f"{where} is not JSON ({broken}); mend it") from broken
+        raise ValueError(f"{where} is not JSON ({broken}); fix it") from broken
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is no JSON object; mend it")
+        raise ValueError(f"{where} is not a JSON object; fix it")
     for key, kind in wanted.items():
         if not isinstance(value.get(key), kind):
-            raise ValueError(f"the {key} in {where} is {value.get(key)!r}; mend it")
+            raise ValueError(f"the {key} in {where} is {value.get(key)!r}; fix it")
     return value
 
 

@@ -1,10 +1,10 @@
-"""Which heads work and which are parked: attention sinks, drained values and dormant heads of a model on a prompt.
+"""Show attention sinks, small sink values and dormant heads of a model on one prompt.
 
     python tools/show_heads.py --image assets/demo.png --prompt "Describe the picture." --out heads.png --csv heads.csv
 
-A head that has nothing to say on an input puts its attention on a token whose value is next to nothing (active-dormant
-heads, arXiv 2410.13835; other scores for them: 2504.03889). Such a head needs few vision tokens, but the key on which
-its attention is parked must stay: `--set sink_keys=1` of any pruning method guards it.
+A head that contributes nothing on an input attends to a token whose value is almost zero, an attention sink (active-
+dormant heads, arXiv 2410.13835; other scores for them: 2504.03889). Such a head needs few vision tokens, but the sink's
+key must stay; `--set sink_keys=1` of any pruning method keeps it.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from model import Generation, InputError, Sampling, load  # noqa: E402
 from model.llama import rope_table  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 
-SEEN = 16  # rows that have to see a column before its mass counts: the last ones are seen by next to none
+SEEN = 16  # columns seen by fewer rows are ignored, such as the last ones
 
 
 @dataclasses.dataclass
 class Heads:
-    """One layer, on a prompt of T tokens. All (Hq,), fp32, but for `where`.
+    """One layer on a prompt of T tokens. All (Hq,), fp32 except `where`. "Length" is the norm in the residual stream.
 
     first     attention on token 0, mean over the rows that see it
-    most      the same on the token that has most of it, and where that is (its index)
-    drain     length of what that token's value adds to the residual stream, over the median token's
-    out       length of what the head adds, mean over rows, over the mean of the layer's heads
-    vision    the part of that which comes from pictures, rows behind them: length over the head's whole
+    most      the same for the most attended token; where: index of that token
+    drain     length of the most attended token's value, relative to the median token's
+    out       length of the head's output, mean over rows, relative to the mean of the layer's heads
+    vision    length of the output from pictures relative to the whole output, over rows after the pictures
     """
 
     first: torch.Tensor
@@ -45,7 +45,7 @@ class Heads:
 
 
 def measure(q, k, v, out_weight, spans):
-    """Heads of a layer from q (Hq, T, D), k and v (Hkv, T, D), its output projection (C, Hq * D) and picture spans."""
+    """Heads of a layer. q (Hq, T, D), k and v (Hkv, T, D), out_weight (C, Hq * D); spans: of the pictures."""
     hq, tokens, d = q.shape
     group = hq // len(k)
     q, k, v, out_weight = (t.float() for t in (q, k, v, out_weight))
@@ -61,7 +61,7 @@ def measure(q, k, v, out_weight, spans):
         counted = mass.masked_fill(seen < min(SEEN, tokens), -1)
         where = counted.argmax()
         out = out_weight[:, h * d : (h + 1) * d]  # (C, D): this head's part of the projection
-        value = v[h // group] @ out.T  # (T, C): what a token adds if it has all the attention
+        value = v[h // group] @ out.T  # (T, C): the head's output if all attention is on one token
         size, added = value.norm(dim=-1), weights @ value
         behind = slice(spans[-1][1], None) if spans and spans[-1][1] < tokens else slice(-1, None)
         pictures = (weights[behind] * vision) @ value
@@ -74,7 +74,7 @@ def measure(q, k, v, out_weight, spans):
 
 @torch.inference_mode()
 def diagnose(checkpoint, prompt, images):
-    """(Heads of every layer, peaks (L,), tokens of the prompt, spans) of a question about pictures; see `look_at`."""
+    """(Heads of every layer, peaks (L,), number of prompt tokens, spans) for a question on pictures; see `look_at`."""
     generation = Generation(checkpoint, prompt, images, Sampling(1))
     x, spans = checkpoint.model.splice(generation.ids, generation.encode_images())
     return *look_at(checkpoint.model.language_model, x, spans), len(x), spans
@@ -84,7 +84,7 @@ def diagnose(checkpoint, prompt, images):
 def look_at(language, x, spans):
     """(Heads of every layer, peaks (L,)) of a `Llama` on embedded tokens x (T, C) with spans [(start, stop)].
 
-    peaks: length of token 0's residual state behind each layer, over the largest of the other tokens.
+    peaks: norm of token 0's residual state after each layer, relative to the largest of the other tokens.
     """
     x = x[None]
     rope = rope_table(torch.arange(x.shape[1], device=x.device), language.config, x.dtype)
@@ -98,7 +98,7 @@ def look_at(language, x, spans):
 
 
 def summary(heads, spans, dormant):
-    """One line: how many heads are dormant, and how many attend most to the first token, and to one of the spans."""
+    """One line: number of dormant heads, of heads that attend most to the first token, and to a token in the spans."""
     found = [(h.out[i], h.where[i]) for h in heads for i in range(len(h.out))]
     idle = sum(int(out < dormant) for out, _ in found)
     first = sum(int(where == 0) for _, where in found)
@@ -109,17 +109,17 @@ def summary(heads, spans, dormant):
     )
 
 
-MAPS = (  # field, title, how far the colours reach
-    ("first", "attention on the first token", None),  # None: as far as the largest of the next map
+MAPS = (  # field, title, top of the colour scale
+    ("first", "attention on the first token", None),  # None: maximum of the next map
     ("most", "attention on the most attended token", None),
-    ("drain", "its value, over the median token's", 2.0),
-    ("out", "what the head adds, over the layer's mean", 2.0),
-    ("vision", "part of that from pictures", 1.0),
+    ("drain", "length of its value / median token's", 2.0),
+    ("out", "length of the head's output / layer mean", 2.0),
+    ("vision", "fraction of the output from pictures", 1.0),
 )
 
 
 def draw(heads, peaks, spans, dormant, path):
-    """Five maps of layers by query heads, and the residual peaks."""
+    """Draw five maps of layers by query heads, and the residual peaks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,18 +150,18 @@ def draw(heads, peaks, spans, dormant, path):
     last = axes.flat[5]
     last.bar(range(len(peaks)), peaks, color="#0072B2")
     last.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
-    last.set_title("residual state of token 0, over the largest other", fontsize=9)
-    last.set(xlabel="behind layer")
+    last.set_title("residual norm of token 0 / largest other token", fontsize=9)
+    last.set(xlabel="after layer")
     last.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(
-        f"v: that token is a picture's    d: dormant, adds less than {dormant:g} of the layer's mean", fontsize=9
+        f"v: the most attended token is a vision token    d: dormant, output below {dormant:g} x layer mean", fontsize=9
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def save(heads, path):
-    """One row per layer and query head."""
+    """Write a CSV with one row per layer and query head."""
     with open(path, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["layer", "head", "first", "most", "where", "drain", "out", "vision"])
@@ -181,8 +181,8 @@ def main(argv=None):
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--dormant", type=float, default=0.3, metavar="F", help="a head adding less than this part of "
-                        "its layer's mean is marked (default 0.3, ours)")
+    parser.add_argument("--dormant", type=float, default=0.3, metavar="F", help="mark heads whose output is below F "
+                        "times the layer mean (default 0.3, our choice)")
     parser.add_argument("--out", default="heads.png", metavar="FILE.png")
     parser.add_argument("--csv", metavar="FILE.csv")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))

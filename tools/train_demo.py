@@ -1,13 +1,13 @@
-"""Train the small LLaVA in assets/demo from nothing, on the scenes of tools/scenes.py.
+"""Train the small LLaVA in assets/demo from scratch, on the scenes of tools/scenes.py.
 
     python tools/train_demo.py tower        # 1. the vision tower alone, from dense labels on every patch
     python tools/train_demo.py decoder      # 2. projector and Llama on questions and captions, the tower frozen
     python tools/train_demo.py export       # 3. write the llava-hf folder assets/demo and the curve
     python tools/train_demo.py evaluate     # 4. the accuracy table on held-out scenes, from that folder
 
-Stages 1 and 2 resume where they were cut off (checkpoints under --run) and run on CPU or CUDA. The modules are
-those of model/: nothing about the network is written twice. Recipe: first give the tower its skills with cheap
-dense supervision, then ask many independent questions per picture in one packed sequence (see `pack`).
+Stages 1 and 2 resume after an interruption (checkpoints in --run) and run on CPU or CUDA. They use the modules of
+model/. Recipe: first train the tower with cheap dense supervision, then train on many independent questions per
+picture, packed into one sequence (see `pack`).
 """
 
 import argparse
@@ -43,21 +43,21 @@ from run import as_command  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 
-HELD_OUT = 10**9  # samples below this index are for training, from it on for evaluation
+HELD_OUT = 10**9  # samples below this index are for training, the others for evaluation
 
 VISION = VisionConfig(
     hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6, image_size=224, patch_size=14
 )
-VOCABULARY = 638  # sentencepiece pieces; <image> and <pad> come after them, together a multiple of 64
+VOCABULARY = 638  # sentencepiece pieces; with <image> and <pad> a multiple of 64
 TEXT = TextConfig(
     vocab_size=VOCABULARY + 2, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
     num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, rms_norm_eps=1e-5,
 )  # fmt: skip
-FEATURE_LAYER = -2  # as LLaVA: the fifth layer exists in the file and is never run
+FEATURE_LAYER = -2  # as in LLaVA: the fifth layer is in the file and never runs
 MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)  # per channel
 
 
-# ---------------------------------------------------------------- runs that can be cut off at any moment
+# ---------------------------------------------------------------- resumable runs
 
 
 class Run:
@@ -69,21 +69,21 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / f"{stage}.pt"
         self.curve = self.folder / f"{stage}.csv"
-        self.step, self.seconds = 0, 0.0  # seconds: of training, over all the times it was resumed
+        self.step, self.seconds = 0, 0.0  # seconds: training time, summed over all resumptions
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True, map_location="cpu")
             self.step, self.seconds = saved["step"], saved["seconds"]
             modules.load_state_dict(saved["modules"])
             optimizer.load_state_dict(saved["optimizer"])
             print(f"{stage}: resumed at step {self.step}", file=sys.stderr)
-            if self.curve.exists():  # rows behind the checkpoint are of steps that will be done again
+            if self.curve.exists():  # drop rows after the checkpoint: those steps run again
                 lines = self.curve.read_text().splitlines(keepends=True)
                 kept = [line for line in lines[1:] if int(line.split(",")[0]) <= self.step]
                 self.curve.write_text("".join([lines[0], *kept]))
         self.started, self.first = time.time() - self.seconds, self.step
 
     def save(self):
-        """Write beside, then rename: a kill leaves the old checkpoint or the new one."""
+        """Write a temporary file, then rename it, so that a kill leaves the old checkpoint or the new one."""
         state = {
             "step": self.step,
             "seconds": time.time() - self.started,
@@ -94,11 +94,11 @@ class Run:
         os.replace(self.path.with_suffix(".tmp"), self.path)
 
     def due(self, every):
-        """Is it time for a row of the curve? Not right after resuming: that row is there already."""
+        """Is it time for a row of the curve? Not right after resuming, where that row already exists."""
         return self.step % every == 0 and (self.step == 0 or self.step > self.first)
 
     def log(self, numbers):
-        """One row of the curve and one line of progress with the time that is left."""
+        """Write a row of the curve, and print progress with the remaining time."""
         fresh = self.step == 0 or not self.curve.exists()
         with open(self.curve, "w" if fresh else "a", newline="") as f:
             writer = csv.writer(f)
@@ -122,13 +122,13 @@ class Run:
 
 
 def rate_at(step, steps, peak, warmup=100, decay=0.4):
-    """Learning rate: linear warm-up, constant, cosine to a hundredth over the last `decay` of the steps."""
+    """Learning rate: linear warm-up, constant, then cosine decay to 1 % of the peak over the last fraction `decay`."""
     down = max(0.0, (step - (1 - decay) * steps) / (decay * steps))
     return peak * min(1, (step + 1) / warmup) * (0.505 + 0.495 * math.cos(math.pi * down))
 
 
 def batches(dataset, batch, start, collate=None):
-    """Endless batches of consecutive samples from a worker process; sample i is the same whenever it is drawn."""
+    """Endless batches of consecutive samples from a worker process. Sample i depends on i alone."""
     sampler = range(start * batch, HELD_OUT)
     loader = torch.utils.data.DataLoader(
         dataset, batch, sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=collate
@@ -137,13 +137,13 @@ def batches(dataset, batch, start, collate=None):
 
 
 def precision(device):
-    """bf16 autocast where matrix products of bf16 are fast: on a GPU, and on CPUs with instructions for it."""
+    """bf16 autocast where bf16 matrix products are fast: on a GPU, and on CPUs with AVX-512 bf16."""
     fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def optimizer_for(modules):
-    """AdamW; decay on matrices only."""
+    """AdamW with weight decay on matrices only."""
     matrices = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
     return torch.optim.AdamW(
@@ -168,13 +168,13 @@ def to_bytes(image):
 
 
 def to_pixels(raw, device):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) fp32, CLIP-normalised: what model/image.py gives for a 224 px picture."""
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) fp32, CLIP-normalised, as model/image.py does for a 224 px picture."""
     return ((raw.to(device) / 255 - MEAN.to(device)) / STD.to(device)).permute(0, 3, 1, 2).contiguous()
 
 
 # ---------------------------------------------------------------- stage 1: the vision tower
 
-# What a linear head must be able to read off each patch, and how many classes that has (0 = nothing there)
+# Labels that linear heads predict for each patch, with their numbers of classes (class 0: background)
 LABELS = {
     "colour": 8, "shape": 7, "size": 3, "place": 10, "row rank": 6, "column rank": 6,
     "letter": len(scenes.LETTERS) + 1, "index": 4,
@@ -184,12 +184,12 @@ LABELS = {
 def patch_labels(scene):
     """(8, 256) uint8 in the order of LABELS: the thing or letter that covers most of each patch.
 
-    The ranks count the things row by row and column by column, index the letters of the word from the left.
+    Ranks number the things row by row and column by column; index numbers the letters of the word from the left.
     """
     labels = torch.zeros(len(LABELS), scenes.GRID**2, dtype=torch.uint8)
     colours = list(scenes.COLOURS)
     by_column = sorted(scene.things, key=lambda t: (t.column, t.row))
-    owners = []  # (its label column, how much of each patch it covers)
+    owners = []  # (label column, coverage of each patch)
     for rank, t in enumerate(scene.things, 1):
         column = (
             colours.index(t.colour) + 1,
@@ -206,7 +206,7 @@ def patch_labels(scene):
         for i, cover in enumerate(scenes.letter_coverage(scene.sign)):
             letter = scenes.LETTERS.index(scene.sign.word[i]) + 1
             owners.append(((0, 0, 0, scene.sign.row * 3 + 2, 0, 0, letter, i + 1), cover))
-    best = [31] * scenes.GRID**2  # less than an eighth covered: background
+    best = [31] * scenes.GRID**2  # covered by less than an eighth: background
     for column, cover in owners:
         for i, c in enumerate(cover):
             if c > best[i]:
@@ -260,10 +260,10 @@ def train_tower(args):
 
 
 def train_tokenizer(folder):
-    """A sentencepiece BPE with byte fallback, in the folder as tokenizer.model with its JSON files.
+    """Write a sentencepiece BPE with byte fallback into the folder: tokenizer.model and its JSON files.
 
-    Words of the world become one piece each. Signs are kept out of the corpus, so a word on a sign is spelled in
-    single letters (but for a tenth of the words, which hold a pair of letters like the ER of USER).
+    Words of the world become one piece each. The corpus omits the words on signs, so these are spelled in single
+    letters, except a tenth of them, which contain a known pair of letters such as the ER of USER.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -308,20 +308,20 @@ def write_json(path, value):
 class Packed:
     """One or two pictures and many questions about them in one sequence of T tokens.
 
-    The sequence is BOS, the pictures, then one block per conversation. Every block sees the pictures and itself, never
-    another block, and its positions go on from the pictures: to the network each conversation is alone. The pictures,
-    nine tenths of the cost, are computed once.
+    The sequence is BOS, the pictures, then one block per conversation. A block attends to the pictures and itself, not
+    to other blocks, and its positions continue from the pictures, so each conversation is independent. The pictures,
+    90 % of the cost, are computed once.
     """
 
     ids: list  # one placeholder per picture
     position: list  # T, placeholders expanded
     block: list  # T: 0 for the pictures, 1.. for the conversations
-    target: list  # T: the next token where an answer is being given, else -100
-    answers: list  # (question, first, stop): the rows that predict the answer and its end
+    target: list  # T: the next token in rows that predict an answer, else -100
+    answers: list  # (question, first, stop): rows that predict the answer and its stop token
 
 
 def pack(tokenizer, conversations, pictures, image_tokens):
-    """Packed from a list of conversations, each a list of Questions."""
+    """The Packed of a list of conversations, each a list of Questions."""
     image_id = tokenizer.added[IMAGE]
     opening = tokenizer.encode(build_prompt("", pictures, "llava").split("\n ")[0])  # BOS "USER: " and the pictures
     packed = Packed(opening, [], [], [], [])
@@ -335,7 +335,7 @@ def pack(tokenizer, conversations, pictures, image_tokens):
             text += f" {q.answer}</s>"
             ids = tokenizer.encode("USER: " + text)
             asked.append((q, first, len(ids)))
-        shift = len(opening)  # of the block's tokens in this conversation's own sequence
+        shift = len(opening)  # start of the block's tokens in the conversation's own ids
         assert ids[:shift] == opening, "the pictures open every conversation"
         target = [-100] * len(ids)
         for q, first, stop in asked:
@@ -352,19 +352,19 @@ def pack(tokenizer, conversations, pictures, image_tokens):
 
 
 def mask_of(block):
-    """block (B, T) -> (B, 1, T, T) bool, True where row i may look at column j. Padding (block -1) sees padding."""
+    """block (B, T) -> (B, 1, T, T) bool, True where row i attends to column j. Padding (-1) attends to padding."""
     t = block.shape[1]
     same = (block[:, :, None] == block[:, None, :]) | ((block[:, None, :] == 0) & (block[:, :, None] > 0))
     return (same & torch.ones(t, t, dtype=torch.bool, device=block.device).tril())[:, None]
 
 
 def padded(rows, length, value):
-    """Lists of different lengths -> (B, length)."""
+    """Lists of different lengths, padded with `value` -> (B, length)."""
     return torch.tensor([r + [value] * (length - len(r)) for r in rows])
 
 
 class PackedScenes(torch.utils.data.Dataset):
-    """Item i is the whole batch of step i: (pictures uint8, list of Packed). Every fifth step has pairs of pictures."""
+    """Item i is the batch of step i: (pictures uint8, list of Packed). Every fifth step has pairs of pictures."""
 
     def __init__(self, tokenizer, batch, image_tokens):
         self.tokenizer, self.batch, self.image_tokens = tokenizer, batch, image_tokens
@@ -388,12 +388,12 @@ class PackedScenes(torch.utils.data.Dataset):
 PAIR_TASKS = ("compare", "pair", "pair", "pair")
 TASKS = (*scenes.ASKERS, *scenes.PAIR_ASKERS)
 
-# (first step, questions per picture, does each answer count the same however short, peak learning rate). Captions are
-# learnt first, token by token. Finding an object by its name comes last: later phases ask for it more often, at a lower
-# rate. The phases were set while watching the curve. A tuple among the questions: one of these, at random.
+# (first step, tasks per picture, weight answers equally whatever their length, peak learning rate). The model learns
+# captions first, token by token, and finding an object by name last: later phases ask that more often, at a lower rate.
+# The phases were chosen by watching the curve. A tuple among the tasks: one of them at random.
 CAPTIONS = (*scenes.ASKERS,)
 FINDING = ("position", "relation", "presence") * 3 + ("colour", "shape", "size", "count")
-ALIKE_FROM = 4000  # from here on most scenes hold things that share colours and shapes
+ALIKE_FROM = 4000  # first step at which most scenes have things that share colours and shapes
 BINDING = ("position", "presence") * 3 + ("relation", "relation", "presence", "size", "shape")
 PHASES = (
     (0, CAPTIONS, False, 1.5e-3),
@@ -405,12 +405,12 @@ PHASES = (
 
 
 def phase_at(step):
-    """The last of PHASES that has begun."""
+    """The phase of a step."""
     return [phase for phase in PHASES if phase[0] <= step][-1]
 
 
 def talks(questions, rng):
-    """Questions as conversations: mostly one turn, a fifth of them two."""
+    """Group questions into conversations: a fifth have two turns, the others one."""
     order = rng.sample(questions, len(questions))
     result = []
     while order:
@@ -420,16 +420,16 @@ def talks(questions, rng):
 
 
 def hidden_states(model, pictures, rows, device, drop_vision=False):
-    """Final hidden states (B, T, C) of a batch of Packed, and its targets (B, T). No gradient reaches the vision tower.
+    """Final hidden states (B, T, C) of a batch of Packed, and its targets (B, T). The vision tower gets no gradient.
 
-    drop_vision: what is fed after the first answer token no longer sees the pictures, as if their KV had been dropped.
+    drop_vision: tokens fed from the first answer token on do not attend to the pictures, as if their KV were dropped.
     """
     with torch.no_grad():
         states = model.vision_tower(to_pixels(pictures, device), model.config.feature_layers)
     tokens = model.multi_modal_projector(states[0][:, 1:])
     tokens = iter(tokens.split(len(pictures) // len(rows)))
     x = [model.splice(row.ids, next(tokens))[0] for row in rows]
-    longest = -(-max(map(len, x)) // 64) * 64  # few different shapes: each new one costs the CPU library a second
+    longest = -(-max(map(len, x)) // 64) * 64  # few shapes: each new one costs a second on a CPU
     x = torch.stack([F.pad(r, (0, 0, 0, longest - len(r))) for r in x])
     block = padded([row.block for row in rows], longest, -1).to(device)
     position = padded([row.position for row in rows], longest, 0).to(device)
@@ -438,14 +438,14 @@ def hidden_states(model, pictures, rows, device, drop_vision=False):
         for i, row in enumerate(rows):
             vision = _vision_columns(row, model.config.image_tokens)
             for _, first, stop in row.answers:
-                mask[i, 0, first + 1 : stop, vision] = False  # row `first` gives the first token
+                mask[i, 0, first + 1 : stop, vision] = False  # row `first` predicts the first token
     mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))  # once, not in every layer
     target = padded([row.target for row in rows], longest, -100).to(device)
     return model.language_model.prefill(x, positions=position, mask=mask), target
 
 
 def _vision_columns(row, image_tokens):
-    """Columns of the mask that belong to pictures: a list of indices, one block of image_tokens per placeholder."""
+    """Mask columns of the pictures: a list of indices, `image_tokens` per placeholder."""
     columns, at = [], 0
     for token in row.ids:
         if token == VOCABULARY:
@@ -460,14 +460,14 @@ def new_model():
     )
     model = Llava(config)
     for name, p in model.language_model.named_parameters():
-        if p.ndim == 2:  # small, and smaller still where a layer adds to the residual stream
+        if p.ndim == 2:  # smaller in matrices that write to the residual stream
             deep = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * TEXT.num_hidden_layers) if deep else 0.02)
     return model
 
 
 def answer_loss(logits, target, rows, even):
-    """Cross entropy of logits (B, T, V) on the answers: a mean over tokens or, if even, over answers of such means."""
+    """Cross entropy of logits (B, T, V) on the answers: mean over tokens or, if even, over the answers' own means."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view_as(target)
     weight = torch.zeros(target.shape)
     for i, row in enumerate(rows):
@@ -499,7 +499,7 @@ def train_decoder(args):
             prefetch_factor=8,
         )
     )
-    seen = {task: [0, 0] for task in TASKS}  # answers right in every token, answers, since the last line of the log
+    seen = {task: [0, 0] for task in TASKS}  # answers correct in every token, all answers; since the last log line
     for pictures, rows in data:
         with precision(device):
             hidden, target = hidden_states(model, pictures, rows, device)
@@ -522,7 +522,7 @@ def train_decoder(args):
 
 
 def export(args):
-    """Write the llava-hf folder from the checkpoints of a run: sparse config, classic key names, bf16 weights."""
+    """Write the llava-hf folder from a run's checkpoints: sparse config, original key names, bf16 weights."""
     source, folder = Path(args.run), Path(args.out)
     model = new_model()
     model.load_state_dict(torch.load(source / "decoder.pt", weights_only=True, map_location="cpu")["modules"])
@@ -539,12 +539,12 @@ def export(args):
 
 
 def different(config):
-    """The fields that are not at their class default, as hub configs have it."""
+    """Fields that differ from the class default, the only ones in Hugging Face configs."""
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
 
 
 def write_config(folder):
-    """The JSON files of a llava-hf folder beside weights and tokenizer."""
+    """Write the JSON files of a llava-hf folder, except those of the tokenizer."""
     added = {"image": VOCABULARY, "pad": VOCABULARY + 1}
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
@@ -574,7 +574,7 @@ def write_config(folder):
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-# The llava template for those who load the folder with transformers: pictures first, one turn after the other
+# The llava template, for loading the folder with transformers: pictures first, then the turns
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if message.role == 'user' -%}
 USER: {% for part in message.content if part.type == 'image' %}{{ '<image>\\n' }}{% endfor -%}
@@ -587,13 +587,13 @@ USER: {% for part in message.content if part.type == 'image' %}{{ '<image>\\n' }
 
 
 def write_fast_tokenizer(folder):
-    """tokenizer.json, for those who load the folder with transformers (which made it from tokenizer.model)."""
-    tokenizer = import_transformers().LlamaTokenizer  # AutoTokenizer would leave out the dummy space
+    """Write tokenizer.json, for loading the folder with transformers, which converts it from tokenizer.model."""
+    tokenizer = import_transformers().LlamaTokenizer  # AutoTokenizer omits the dummy space
     tokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def draw_curve(folder, path):
-    """The curves of both stages as one picture."""
+    """Plot the curves of both stages in one figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -601,7 +601,7 @@ def draw_curve(folder, path):
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, stage, what in zip(
-        axes, ("tower", "decoder"), ("patches labelled right", "answers right in every token"), strict=True
+        axes, ("tower", "decoder"), ("patches labelled correctly", "answers correct in every token"), strict=True
     ):
         with open(folder / f"{stage}.csv", newline="") as f:
             rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(f)]
@@ -642,8 +642,8 @@ CONDITIONS = ("normal", "blind", "vision dropped")
 def evaluate(args):
     """Accuracy on held-out scenes -> assets/demo-accuracy.{csv,md}.
 
-    Greedy decoding repeats an answer if and only if each of its tokens is the most likely one after the true beginning,
-    so one pass over the packed answers gives the exact match of greedy decoding; a test compares real generations.
+    Greedy decoding gives an answer if and only if each token is the most likely one after the correct tokens before it.
+    So one pass over the packed answers gives the exact match of greedy decoding; a test compares real generations.
     """
     checkpoint = load(args.out, "fp32", args.device)
     rows = []
@@ -661,16 +661,16 @@ def evaluate(args):
 
 
 def held_out_questions(number, pair, unseen, seed):
-    """(scenes, questions) of one held-out sample: half of the questions have long answers."""
+    """(scenes, questions) of one held-out sample; half of the questions have long answers."""
     rng = random.Random(f"evaluate {number} {pair} {seed}")
     tasks = ("compare", "compare", "pair") if pair else EVALUATED[:3] + tuple(rng.sample(EVALUATED[3:], 3))
     drawn, questions = scenes.sample(number, tasks, pair, unseen)
-    return drawn, list({q.question: q for q in questions}.values())  # the same words only once per picture
+    return drawn, list({q.question: q for q in questions}.values())  # no question twice
 
 
 @torch.inference_mode()
 def evaluate_batch(checkpoint, seeds, pair, unseen, seed):
-    """One dict per question: its task, length and, for each of CONDITIONS, whether it was right."""
+    """One dict per question: task, length and, for each of CONDITIONS, whether the answer is correct."""
     model, device = checkpoint.model, checkpoint.device
     pictures, packed = [], []
     for number in seeds:
@@ -707,14 +707,14 @@ def evaluate_batch(checkpoint, seeds, pair, unseen, seed):
 
 
 def names_unseen(q):
-    """Is a held-out colour x shape pair named in the question or its answer?"""
+    """Does the question or its answer name a held-out colour x shape pair?"""
     words = set(q.answer.rstrip(".").split())
     apart = q.task in ("colour", "shape", "pair")  # "The star is red."
     return any(f"{c} {s}" in q.answer + q.question or (apart and {c, s} <= words) for c, s in scenes.UNSEEN_PAIRS)
 
 
 def majority(rows):
-    """Share of questions that the commonest answer of their kind gets right."""
+    """Accuracy of always giving the most common answer of each kind."""
     by_kind = {}
     for r in rows:
         by_kind.setdefault(r["kind"], []).append(r["value"])
@@ -722,7 +722,7 @@ def majority(rows):
 
 
 def write_table(rows, folder):
-    """Per task and over all: the numbers of the README."""
+    """Write the README's accuracy table: a row per task, then totals."""
     main_rows, unseen_rows = [r for r in rows if not r["unseen"]], [r for r in rows if r["names_unseen"]]
     groups = {task: [r for r in main_rows if r["task"] == task] for task in TASKS}
     groups["all"] = main_rows
@@ -766,7 +766,7 @@ def main(argv=None):
     )
     parser.add_argument("stage", choices=("tower", "decoder", "export", "evaluate"))
     parser.add_argument(
-        "--run", default=ROOT / "runs" / "demo", help="folder of the checkpoints and curves (default runs/demo)"
+        "--run", default=ROOT / "runs" / "demo", help="folder of checkpoints and curves (default runs/demo)"
     )
     parser.add_argument("--out", default=ROOT / "assets" / "demo", help="the llava-hf folder (default assets/demo)")
     parser.add_argument("--scenes", type=int, default=800, help="held-out scenes of the table (default 800)")
@@ -779,7 +779,7 @@ def main(argv=None):
     used = {"tower": training, "decoder": training, "export": {"run", "out"}, "evaluate": {"out", "scenes", "seed"}}
     for name, value in vars(args).items():
         if name not in used[args.stage] | {"stage", "device"} and value != parser.get_default(name):
-            parser.error(f"{args.stage} has no use for --{name}; leave it out")
+            parser.error(f"{args.stage} does not use --{name}; leave it out")
     {"tower": train_tower, "decoder": train_decoder, "export": export, "evaluate": evaluate}[args.stage](args)
 
 

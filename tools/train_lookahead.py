@@ -1,13 +1,13 @@
-"""Train look-ahead rows for a checkpoint: learn the query, not the model.
+"""Train look-ahead rows for a checkpoint: the query is learned, the model stays frozen.
 
     python tools/train_lookahead.py --model DIR --questions q.jsonl --image-folder pictures
     python tools/train_lookahead.py                     # the demo, on fresh scenes of its world
     python tools/train_lookahead.py --model DIR --plan  # memory and time on one GPU, from arithmetic
 
-The model stays frozen. For each prompt it is computed once without gradients, followed by the model's own greedy
-answer. Target: where the answer's rows attend, per layer and KV head, as a distribution over the vision tokens and one
-bin for everything else. The m look-ahead rows behind the prompt learn to attend there: loss KL(target || rows), means
-over layers, heads and prompts. Runs resume from --run; --out gets the file that `--prune plphp` then uses.
+The frozen model runs once over each prompt followed by its own greedy answer, without gradients. The target is the
+attention of the answer's rows, per layer and KV head: a distribution over the vision tokens plus one bin for everything
+else. The m look-ahead rows appended to the prompt learn the same attention. The loss is KL(target || rows), averaged
+over layers, heads and prompts. Runs resume from --run; --out is the file that `--prune plphp` uses.
 """
 
 import argparse
@@ -34,36 +34,36 @@ from tools.questions import read_questions  # noqa: E402
 from tools.train_demo import HELD_OUT, Run, precision, rate_at  # noqa: E402
 
 DEMO = ROOT / "assets" / "demo"
-SCENES = HELD_OUT // 2  # first scene: neither the demo's training nor any table has seen it or those after it
+SCENES = HELD_OUT // 2  # first scene; the demo's training and the tables use none from here on
 BUDGETS = (0.5, 0.15)  # at which recall is reported
 
 
 @dataclass
 class Example:
-    """A prompt of T embedded tokens with spans of vision tokens, and the model's own answer behind it."""
+    """A prompt of T embedded tokens with spans of vision tokens, followed by the model's own answer."""
 
     x: torch.Tensor  # (T + F, C): the prompt, and all answer tokens but the last
     prompt: int  # T
     spans: list  # [(start, stop)] of the vision tokens
     answer: list  # F + 1 ids
-    opening: int = 0  # tokens up to the end of the pictures, which are computed once for all questions about them
-    pictures: object = None  # what tells these pictures from others; None: nothing is shared
-    evidence: list | None = None  # rows of x that show what the answer is about, where that is known
+    opening: int = 0  # tokens up to the end of the pictures; computed once for all questions about them
+    pictures: object = None  # key of the pictures; None: the opening is not shared
+    evidence: list | None = None  # rows of x that show what the answer is about; None: unknown
 
 
 @dataclass
 class Frozen:
     """What the frozen model computed for B examples; no gradients.
 
-    Columns: the P of the longest opening, then the M of the longest rest; what an example does not have is masked.
+    Columns: P of the longest opening, then M of the longest rest; padding is masked.
 
     k, v       per layer (B, Hkv, N, D), N = P + M
-    target     per layer (B, Hkv, N + 1): the answer's attention to each vision token, and to all the rest (last bin)
+    target     per layer (B, Hkv, N + 1): the answer's attention to each vision token, and to everything else (last bin)
     seen       (B, N) bool: the prompt's tokens
-    vision     (B, N) bool: those of them that are vision tokens
-    evidence   (B, N) bool: those that show what the answer is about; all False where that is not known
+    vision     (B, N) bool: the prompt's vision tokens
+    evidence   (B, N) bool: the tokens that show what the answer is about; all False where unknown
     length     (B, 1): T
-    own        share of the given answers that are the model's own
+    own        share of the given answers that the model itself gives
     """
 
     k: list
@@ -78,11 +78,11 @@ class Frozen:
 
 @torch.no_grad()
 def freeze(language, examples):
-    """Run the frozen model over examples. Returns Frozen of those whose answer is the model's own greedy one."""
+    """Run the frozen model over examples. Returns Frozen of those whose answer equals the model's greedy answer."""
     device = examples[0].x.device
     openings = {_key(i, e): e.x[: e.opening] for i, e in enumerate(examples)}
     which = [list(openings).index(_key(i, e)) for i, e in enumerate(examples)]
-    first = padded(openings.values())  # (n, P, C); padded behind, where no row looks
+    first = padded(openings.values())  # (n, P, C); no row attends to the padding at the end
     past = []
     language.prefill(first, Listener(), choose=lambda layer, q, k, v: past.append((k[which], v[which])))
     rest = padded([e.x[e.opening :] for e in examples])  # (B, M, C)
@@ -102,7 +102,7 @@ def freeze(language, examples):
 
     layers = []
 
-    def look(q, k, v):  # q dies with the layer
+    def look(q, k, v):  # q is freed after each layer
         layers.append((k, v, answer_attention(q, k, fed, vision, allowed)))
 
     hidden = behind(language, rest, start + here, allowed, past, look)
@@ -112,10 +112,10 @@ def freeze(language, examples):
 
 
 def behind(language, x, positions, allowed, past, look, adapters=None):
-    """Rows x (B, M, C) behind keys and values that are there already -> final hidden states (B, M, C).
+    """Run rows x (B, M, C) after the keys and values in `past` -> final hidden states (B, M, C).
 
-    positions (B, M); allowed (B, M, N) bool over past columns and own ones; past: per layer k and v (B, Hkv, P, D);
-    look(q, k, v) is called after each layer, with all N rows of k and v; adapters: of each layer, for look-ahead rows.
+    positions (B, M); allowed (B, M, N) bool over the past columns and the new ones; past: per layer k and v
+    (B, Hkv, P, D); look(q, k, v) is called after each layer with all N rows of k and v; adapters: one per layer.
     """
     rope = rope_table(positions, language.config, x.dtype)
     for i, (layer, pair) in enumerate(zip(language.model.layers, past, strict=True)):
@@ -136,31 +136,31 @@ def sum_of_spans(position, spans):
 
 
 def _key(number, example):
-    """What an example's opening is called among those of a batch."""
+    """Key of an example's opening within a batch."""
     return number if example.pictures is None else (example.pictures, example.opening)
 
 
 class Listener:
-    """In the place of a cache: nothing is packed."""
+    """Stands in for a cache; packs nothing."""
 
     def pack(self, layer, k, v, keep):
         pass
 
 
 def _own(language, hidden, examples):
-    """(B,) bool: is each token of an answer the model's most likely one? Then greedy decoding would give the same."""
+    """(B,) bool: is each token of the answer the model's most likely one, so that greedy decoding gives this answer?"""
     rows = [hidden[i, e.prompt - 1 - e.opening : len(e.x) - e.opening] for i, e in enumerate(examples)]
     said = language.logits(torch.cat(rows)).argmax(-1).split([len(r) for r in rows])
     return torch.tensor([s.tolist() == e.answer for s, e in zip(said, examples, strict=True)], device=hidden.device)
 
 
 def answer_attention(q, k, fed, vision, allowed):
-    """Attention of answer rows, mean over rows and group: (B, Hkv, N + 1) fp32, the last bin for all but vision tokens.
+    """Attention of answer rows, mean over rows and group: (B, Hkv, N + 1) fp32; last bin: all but vision tokens.
 
     q (B, Hq, M, D), k (B, Hkv, N, D); fed (B, M) bool: the answer's rows; vision (B, N) bool; allowed (B, M, N) bool.
     """
     count = int(fed.sum(1).max())
-    rows = fed.float().topk(count, dim=1).indices  # (B, W): with rows of something else where the answer is shorter
+    rows = fed.float().topk(count, dim=1).indices  # (B, W); filled with other rows where the answer is shorter
     real = fed.gather(1, rows)  # (B, W)
     q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     allowed = allowed.gather(1, rows[..., None].expand(-1, -1, allowed.shape[2]))
@@ -169,16 +169,16 @@ def answer_attention(q, k, fed, vision, allowed):
 
 def attention(q, k, allowed):
     """Softmax over keys: q (B, Hq, W, D), k (B, Hkv, N, D), allowed (B, W, N) bool -> (B, Hkv, G, W, N) fp32."""
-    with torch.autocast(q.device.type, enabled=False):  # a target in bf16 would be noise
+    with torch.autocast(q.device.type, enabled=False):  # bf16 is too coarse for a target
         q = q.unflatten(1, (k.shape[1], -1)).float()
         scores = torch.einsum("bhgwd,bhnd->bhgwn", q, k.float()) * q.shape[-1] ** -0.5
         return scores.masked_fill(~allowed[:, None, None], float("-inf")).softmax(-1)
 
 
 def to_bins(p, real, vision):
-    """p (B, Hkv, G, W, N'), mean over the group and the W rows that are real (B, W) -> (B, Hkv, N + 1).
+    """p (B, Hkv, G, W, N'), mean over the group and the rows where `real` (B, W) is True -> (B, Hkv, N + 1).
 
-    N vision columns (0 where `vision` (B, N) is False), then the mass of all other keys.
+    The first N columns are 0 where `vision` (B, N) is False; the last is the mass of all other keys.
     """
     weight = real.float() / real.sum(1, keepdim=True)
     p = (p.mean(2) * weight[:, None, :, None]).sum(2)
@@ -187,7 +187,7 @@ def to_bins(p, real, vision):
 
 
 def predict(language, lookahead, frozen):
-    """What the look-ahead rows attend to: per layer (B, Hkv, N + 1), as the targets. With gradients."""
+    """Attention of the look-ahead rows: per layer (B, Hkv, N + 1), same layout as the targets. With gradients."""
     (b, m), device = (len(frozen.seen), lookahead.rows), frozen.seen.device
     own = torch.ones(m, m, dtype=torch.bool, device=device).tril().expand(b, -1, -1)
     allowed = torch.cat((frozen.seen[:, None].expand(-1, m, -1), own), 2)  # (B, m, N + m)
@@ -209,16 +209,17 @@ def divergence(target, predicted):
 
 
 def loss_of(language, lookahead, frozen):
-    """Mean KL over prompts, layers and heads, with gradients, and what was predicted (detached)."""
+    """Mean KL over prompts, layers and heads, with gradients, and the predictions, detached."""
     predicted = predict(language, lookahead, frozen)
     pairs = zip(frozen.target, predicted, strict=True)
     return sum(divergence(t, p).mean() for t, p in pairs) / len(predicted), [p.detach() for p in predicted]
 
 
 def recalls(frozen, predicted):
-    """What top-k by the prediction keeps, means over prompts, layers and heads: {name: fraction}.
+    """What top-k by the prediction keeps: {name: fraction}, means over prompts, layers and heads.
 
-    Of the answer's attention to vision tokens, beside the best possible, and of the evidence where it is known.
+    attention: of the answer's attention to vision tokens; best: the most any top-k can keep of it; evidence: of the
+    evidence, None where it is unknown.
     """
     found = {}
     for budget in BUDGETS:
@@ -242,7 +243,7 @@ def recalls(frozen, predicted):
     return found
 
 
-# ---------------------------------------------------------------- where prompts come from
+# ---------------------------------------------------------------- sources of prompts
 
 
 def example(checkpoint, ids, image_tokens, answer, pictures, evidence=None):
@@ -256,16 +257,16 @@ def example(checkpoint, ids, image_tokens, answer, pictures, evidence=None):
 
 
 class SceneSource:
-    """Fresh scenes of the demo world for every step; a fifth of the steps show pairs of pictures.
+    """New scenes of the demo world for every step; every fifth step has pairs of pictures.
 
-    Candidate answers are the world's; `freeze` drops those that are not the model's own.
+    The answers come from the world; `freeze` drops those that the model would not give.
     """
 
     def __init__(self, checkpoint, pictures, seed, leave_out=()):
         self.checkpoint, self.pictures, self.seed, self.leave_out = checkpoint, pictures, seed, leave_out
 
     def batch(self, step):
-        """The examples of a step. Steps below 0 are held out."""
+        """The examples of a step; negative steps are held out."""
         pair, examples = step % 5 == 4, []
         number = self.pictures // 2 if pair else self.pictures
         for i in range(number):
@@ -277,7 +278,7 @@ class SceneSource:
         return examples
 
     def _tasks(self, rng, pair):
-        """Kinds of questions about a picture: the long answers always, five of the others."""
+        """Tasks for one picture: every one with long answers, and five of the others."""
         if pair:
             return "compare", "pair", "pair"
         always = [t for t in ("describe", "list", "spell") if t not in self.leave_out]
@@ -292,7 +293,7 @@ class SceneSource:
 
 
 def in_passes(items, position, seed):
-    """The item at a position of endless passes over them, each in an order of its own."""
+    """The item at `position` in endless passes over the items; each pass has its own order."""
     order, place = divmod(position, len(items))
     shuffled = [*items]
     random.Random(f"{seed} {order}").shuffle(shuffled)
@@ -300,25 +301,25 @@ def in_passes(items, position, seed):
 
 
 class FileSource:
-    """The questions of a file, with the model's own greedy answers, which are computed first and kept in the run."""
+    """The questions of a file with the model's own greedy answers, computed first and stored in the run folder."""
 
     def __init__(self, checkpoint, questions, folder, run, batch, seed, longest):
         self.checkpoint, self.batch_size, self.seed = checkpoint, batch, seed
         self.asked = [(q, [folder / name for name in q.images]) for q in questions if q.images]
         if len(self.asked) < 10:
-            raise InputError(f"{len(self.asked)} questions have pictures; give at least 10, better hundreds")
+            raise InputError(f"{len(self.asked)} questions have pictures; give at least 10, preferably hundreds")
         self.answers = own_answers(checkpoint, self.asked, run / "answers.jsonl", longest)
         usable = [i for i, ids in enumerate(self.answers) if len(ids) > 1]
         pictures = sorted({str(self.asked[i][1]) for i in usable})
         random.Random(seed).shuffle(pictures)
-        held = set(pictures[: max(1, len(pictures) // 10)])  # by picture: no question about it is trained on
+        held = set(pictures[: max(1, len(pictures) // 10)])  # split by picture: all its questions are held out
         self.train = [i for i in usable if str(self.asked[i][1]) not in held]
         self.held = [i for i in usable if str(self.asked[i][1]) in held]
         if not self.train:
-            raise InputError("all questions are about one picture; give several, some are held out")
+            raise InputError("all questions are about one picture; give several, because some are held out")
 
     def batch(self, step):
-        """The examples of a step, in an order that is new for each pass over the file; steps below 0 are held out."""
+        """The examples of a step, reshuffled in each pass over the file; negative steps are held out."""
         if step < 0:
             numbers = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
         else:
@@ -330,14 +331,14 @@ class FileSource:
     def _example(self, number):
         question, images = self.asked[number]
         generation = Generation(self.checkpoint, question.text, images)
-        # what stands before the pictures may differ from question to question: then nothing is shared
+        # text before the pictures may differ between questions; then the opening is not shared
         place = generation.ids.index(self.checkpoint.config.image_token_index)
         same = *map(str, images), *generation.ids[:place]
         return example(self.checkpoint, generation.ids, generation.encode_images(), self.answers[number], same)
 
 
 def own_answers(checkpoint, asked, path, longest):
-    """The model's greedy answers as ids, the stop id included. A line per answer in `path`; goes on where it ended."""
+    """The model's greedy answers as ids, the stop id included. `path` gets a line per answer; a rerun resumes there."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines]
     with open(path, "w" if not found else "a", encoding="utf-8") as file:
@@ -360,7 +361,7 @@ def train(language, source, args):
     device = language.model.norm.weight.device
     torch.manual_seed(args.seed)
     lookahead = Lookahead(language, args.rows, args.rank).to(device)
-    lookahead.embeddings.data += language.model.embed_tokens.weight.float().mean(0)  # start as an average word
+    lookahead.embeddings.data += language.model.embed_tokens.weight.float().mean(0)  # start at the mean embedding
     groups = [
         {"params": [lookahead.embeddings], "peak": 3e-3},
         {"params": list(lookahead.layers.parameters()), "peak": 1e-3},
@@ -377,7 +378,7 @@ def train(language, source, args):
 
 
 def step(language, lookahead, examples, run):
-    """One step of the optimizer -> (loss, share of answers that were the model's own)."""
+    """One optimizer step -> (loss, share of answers that the model itself gives)."""
     with precision(examples[0].x.device):
         frozen = freeze(language, examples)
         loss, _ = loss_of(language, lookahead, frozen)
@@ -404,7 +405,7 @@ def measure(language, lookahead, held):
 
 
 def write(lookahead, language, args):
-    """The file that a checkpoint's folder takes: fp32 tensors, and what they were trained for."""
+    """Write the file for a checkpoint's folder: fp32 tensors, and metadata that names the model."""
     about = {"model": fingerprint(language), "steps": str(args.steps), "seed": str(args.seed)}
     tensors = {name: t.detach().cpu().contiguous() for name, t in lookahead.state_dict().items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -413,17 +414,14 @@ def write(lookahead, language, args):
 
 
 def plan(config, args, tokens):
-    """Memory and time of training on one GPU, computed from shapes: lines of text.
-
-    tokens: of one prompt with its answer.
-    """
+    """Memory and time of training on one GPU, computed from shapes, as text. tokens: of one prompt and its answer."""
     t, n, m = config.text_config, tokens, args.rows
     c, f, layers = t.hidden_size, t.intermediate_size, t.num_hidden_layers
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     per_layer = 2 * c * (q + kv) + 3 * c * f
     weights = layers * per_layer + 2 * c * t.vocab_size
     trained = m * c + layers * args.rank * (4 * c + 2 * q + 2 * kv + 3 * (c + f))
-    held = 2 * 2 * layers * kv * n  # K and V in bf16: frozen, and once more joined with the rows' for the backward pass
+    held = 2 * 2 * layers * kv * n  # K and V in bf16: frozen, and a copy joined with the rows' for the backward pass
     graph = layers * m * (8 * t.num_attention_heads * n + 2 * (10 * c + 4 * f))
     flop = 2 * weights * n + 6 * weights * m
     batch = args.batch
@@ -435,8 +433,8 @@ def plan(config, args, tokens):
         ("activations of the rows", graph * batch),
     ]
     lines = [f"{bytes_ / 1e9:9.2f} GB  {what}" for what, bytes_ in rows]
-    lines.append(f"{sum(b for _, b in rows) / 1e9:9.2f} GB  together")
-    lines.append(f"{hours:9.2f} h   {args.steps} steps at {args.tflops:g} TFLOP/s really reached")
+    lines.append(f"{sum(b for _, b in rows) / 1e9:9.2f} GB  total")
+    lines.append(f"{hours:9.2f} h   {args.steps} steps at a sustained {args.tflops:g} TFLOP/s")
     return "\n".join(lines)
 
 
@@ -447,23 +445,23 @@ def parser():
     # fmt: off
     parser.add_argument("--model", default=str(DEMO), metavar="DIR|ID")
     parser.add_argument("--questions", metavar="FILE.jsonl", help="question_id, image, text in each line")
-    parser.add_argument("--image-folder", type=Path, metavar="DIR", help="where their pictures are (default: beside)")
+    parser.add_argument("--image-folder", type=Path, metavar="DIR", help="of the pictures (default: that of FILE)")
     parser.add_argument("--rows", type=int, default=8, help="look-ahead rows m (default 8)")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default 16)")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8, help="pictures of a step, or prompts of a file (default 8)")
-    parser.add_argument("--held-out", type=int, default=4, metavar="N", help="batches that are measured (default 4)")
-    parser.add_argument("--report", type=int, default=50, metavar="N", help="steps between two rows of the curve")
-    parser.add_argument("--leave-out", nargs="+", default=[], choices=tuple(scenes.ASKERS), help="tasks not trained on")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer to a question of the file")
+    parser.add_argument("--batch", type=int, default=8, help="pictures, or prompts of a file, per step (default 8)")
+    parser.add_argument("--held-out", type=int, default=4, metavar="N", help="held-out batches to measure (default 4)")
+    parser.add_argument("--report", type=int, default=50, metavar="N", help="steps per row of the curve (default 50)")
+    parser.add_argument("--leave-out", nargs="+", default=[], choices=tuple(scenes.ASKERS), help="tasks to leave out")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer to a question in FILE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "lookahead", help="checkpoint and curve")
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "lookahead", help="folder of checkpoint and curve")
     parser.add_argument("--out", type=Path, help=f"(default: {FILE} in --run; copy it into the checkpoint's folder)")
-    parser.add_argument("--plan", action="store_true", help="print memory and time of a run on one GPU, and stop")
-    parser.add_argument("--tokens", type=int, default=700, help="--plan: tokens of a prompt and its answer")
-    parser.add_argument("--tflops", type=float, default=200.0, help="--plan: what the GPU reaches (default 200)")
+    parser.add_argument("--plan", action="store_true", help="print memory and time of a run on one GPU and exit")
+    parser.add_argument("--tokens", type=int, default=700, help="for --plan: tokens of a prompt and its answer")
+    parser.add_argument("--tflops", type=float, default=200.0, help="for --plan: sustained TFLOP/s (default 200)")
     # fmt: on
     return parser
 
@@ -474,7 +472,7 @@ def main(argv=None):
     try:
         if min(args.rows, args.rank, args.steps, args.batch, args.held_out, args.report) < 1:
             raise InputError(
-                "--rows, --rank, --steps, --batch, --held-out and --report count from 1; give at least that"
+                "--rows, --rank, --steps, --batch, --held-out and --report must be at least 1; give larger numbers"
             )
         if args.plan:
             print(plan(open_checkpoint(args.model).config, args, args.tokens))
@@ -486,18 +484,18 @@ def main(argv=None):
     except (InputError, OSError) as wrong:
         parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
-        parser().exit(130, f"interrupted; {args.run} holds the last checkpoint, the same command goes on\n")
+        parser().exit(130, f"interrupted; the last checkpoint is in {args.run}, the same command resumes\n")
 
 
 def source_of(checkpoint, args):
-    """Where the prompts come from."""
+    """The FileSource or SceneSource that the flags ask for."""
     if args.questions:
         folder = args.image_folder or Path(args.questions).parent
         args.run.mkdir(parents=True, exist_ok=True)
         questions = read_questions(args.questions, 1, 0)
         return FileSource(checkpoint, questions, folder, args.run, args.batch, args.seed, args.max_new_tokens)
     if checkpoint.folder.resolve() != DEMO.resolve():
-        raise InputError("a model other than the demo needs --questions FILE.jsonl; give pictures and prompts")
+        raise InputError("the built-in scenes fit only the demo model; give --questions FILE.jsonl")
     return SceneSource(checkpoint, args.batch, args.seed, args.leave_out)
 
 

@@ -3,8 +3,8 @@
     python tools/verify_checkpoint.py DIR
     python tools/verify_checkpoint.py llava-hf/llava-1.5-7b-hf --sha256     # an id in the local Hugging Face cache
 
-Takes seconds for any size, because only the headers of the weight files are read; --sha256 reads all of them. What
-passes here loads. Exit codes: 0 all fine; 2 something does not fit, in one line on stderr.
+Takes seconds for any size, because it reads only the headers of the weight files; --sha256 reads them whole. A
+checkpoint that passes also loads. Exit codes: 0 all fine; 2 a fault, named in one line on stderr.
 """
 
 import argparse
@@ -20,32 +20,32 @@ from run import as_command  # noqa: E402
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, as for every other error."""
+        """Exit with one line, like every other error."""
         self.exit(2, f"error: {message}; see {self.prog} -h\n")
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="DIR|ID", help="folder of a checkpoint, or an id in the local cache")
+    parser.add_argument("checkpoint", metavar="DIR|ID", help="folder, or id in the local Hugging Face cache")
     parser.add_argument("--sha256", action="store_true", help="also print the SHA-256 of each weight file")
     args = parser.parse_args(argv)
     return exit_code(lambda: verify(args.checkpoint, args.sha256))
 
 
 def exit_code(work):
-    """Run work(): 0, or 2 after one line on stderr if it raised an InputError."""
-    from model.config import InputError  # torch comes with it, hence not at the top: -h should not take seconds
+    """Run work() and return 0; on an InputError print one line on stderr and return 2."""
+    from model.config import InputError  # imports torch; -h must not wait for that
 
     try:
         work()
     except InputError as wrong:
-        print("error:", " ".join(str(wrong).split()), file=sys.stderr)  # messages of other libraries have line breaks
+        print("error:", " ".join(str(wrong).split()), file=sys.stderr)  # messages from libraries may have line breaks
         return 2
     return 0
 
 
 def verify(name, sha256=False):
-    """Print what a checkpoint is made of; InputError at the first thing that load() would refuse."""
+    """Print a checkpoint's contents; InputError at the first fault that load() would reject."""
     from model.load import find_folder, open_checkpoint, read_config, weight_files
     from model.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def verify(name, sha256=False):
     files = weight_files(folder)
     for path in files:
         row("file", f"{gigabytes(path.stat().st_size)}  {path.name}")
-    show_checked(open_checkpoint(folder))  # the same code as load(), up to the first byte of a weight
+    show_checked(open_checkpoint(folder))  # the same checks as load(), without reading weights
     if sha256:
         for path in files:
             row("sha256", f"{digest(path)}  {path.name}")
@@ -66,7 +66,7 @@ def verify(name, sha256=False):
 
 
 def row(label, *lines):
-    """Print lines, the label in front of the first."""
+    """Print lines, the first one after the label."""
     for line in lines:
         print(f"{label:<12}{line}", flush=True)
         label = ""
@@ -80,7 +80,7 @@ def gigabytes(size):
 
 
 def show_config(config):
-    """The dimensions, defaults filled in."""
+    """Print the dimensions, defaults filled in."""
     v, t = config.vision_config, config.text_config
     layers = ", ".join(map(str, config.feature_layers))
     canvases = ", ".join(f"{a} x {b}" for a, b in config.image_grid_pinpoints or ())
@@ -106,12 +106,12 @@ def show_config(config):
 # ---------------------------------------------------------------- tokenizer
 
 VICUNA_PIECES = 32000
-IMAGE_ID = 32000  # `<image>` in the golden ids; a checkpoint may have it elsewhere
+IMAGE_ID = 32000  # `<image>` in the golden ids; a checkpoint may use another id
 GOLDEN_PROMPT = "USER: <image>\nWhat's the content of the image?\nASSISTANT:"
 
-# What Vicuna's tokenizer makes of that prompt. 29871 is sentencepiece's dummy space standing alone: the published files
-# disagree whether the text behind `<image>` gets one. The longer list is what vLLM documents for llava-1.5-7b-hf; the
-# other is the same without that space, as vLLM's page of the v1.6 models begins.
+# Ids of that prompt by Vicuna's tokenizer. 29871 is sentencepiece's dummy space as a token of its own. Published files
+# disagree on whether the text after `<image>` gets one. The longer list is the one vLLM documents for llava-1.5-7b-hf;
+# the other omits that space, like the start of the prompt on vLLM's page of the v1.6 models.
 _UNTIL_IMAGE = (1, 3148, 1001, 29901, 29871, IMAGE_ID)
 _BEHIND_IMAGE = (13, 5618, 29915, 29879, 278, 2793, 310, 278, 1967, 29973, 13, 22933, 9047, 13566, 29901)
 GOLDEN_IDS = {
@@ -121,7 +121,7 @@ GOLDEN_IDS = {
 
 
 def show_tokenizer(tokenizer, config):
-    """Size, added tokens, the rule for dummy spaces, and what Vicuna's tokenizer is known to give."""
+    """Print size, added tokens and the dummy-space rule, and compare with the known ids of Vicuna's tokenizer."""
     from model.config import InputError
 
     pieces = len(tokenizer.sp)
@@ -141,7 +141,7 @@ def prefix_rule(tokenizer):
 
 
 def golden_note(encode, pieces):
-    """Which known behaviour encode (text -> ids) shows; InputError if Vicuna's tokenizer would give neither."""
+    """Which known behaviour encode (text -> ids) has; InputError if it has Vicuna's size but neither of its outputs."""
     from model.config import InputError
 
     if pieces != VICUNA_PIECES:
@@ -151,12 +151,12 @@ def golden_note(encode, pieces):
         if ids == golden:
             return f"match: {behaviour}"
     raise InputError(
-        f"the tokenizer has Vicuna's size but not its ids ({difference(ids)}); fetch the tokenizer files again"
+        f"the tokenizer has Vicuna's size but not its ids ({difference(ids)}); download the tokenizer files again"
     )
 
 
 def difference(ids):
-    """Where ids leave the nearer one of the golden sequences, in words."""
+    """Where ids first differ from the nearer golden sequence, in words."""
 
     def agreement(golden):
         pairs = enumerate(zip(ids, golden, strict=False))
@@ -172,7 +172,7 @@ def difference(ids):
 
 
 def show_checked(checkpoint):
-    """What opening the checkpoint found besides: names and shapes fit, or it would have raised."""
+    """Print what else `open_checkpoint` found. It has already checked names and shapes."""
     stored = sorted({dtype for _, _, dtype in checkpoint.keys.values()})
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
     row(
@@ -188,7 +188,7 @@ def show_checked(checkpoint):
 
 
 def digest(path, chunk=2**24):
-    """SHA-256 of a file in hex. A line on stderr for every 2 GB: the files of a 7B model take a minute."""
+    """SHA-256 of a file in hex. Prints a line on stderr every 2 GB, because the files of a 7B model take a minute."""
     hashed, done, size = hashlib.sha256(), 0, path.stat().st_size
     with open(path, "rb") as file:
         while block := file.read(chunk):

