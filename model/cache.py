@@ -1,17 +1,17 @@
 """The KV cache: every head of every layer keeps its own tokens and its own number of them.
 
-One K and one V arena of (N, D) rows per layer holds all B sequences. Segment b * Hkv + h (sequence b, KV head h) owns
-kv_cap slots from kv_start on; the first kv_len of them are taken, '.' is a free slot for a new token:
+Each layer has one K and one V arena, a tensor (N, D), for all B sequences. Segment b * Hkv + h (sequence b, KV head h)
+owns kv_cap slots from kv_start on. The first kv_len of them are taken; '.' is a free slot for a new token:
 
     head 0            head 1      head 2
     [k k k k k . . .][k k . . .][k k k k . . .]      kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
 
-A new token is written in place. Only when a segment is full do all move to larger arenas. A cache in which nothing was
-pruned is the case where all lengths are equal. Keys carry the position their token had in the prompt, so the position
-of the next token is `pos`, and no length says what it is.
+A new token is written in place. When a segment is full, all segments move to larger arenas. An unpruned cache is the
+case where all lengths are equal. Keys keep the rotary position that their token had in the prompt, so the position of
+the next token is `pos`, never a length.
 
-Memory may run out in any of its methods. Each makes all that it needs first and changes the cache afterwards, layer by
-layer where several layers move: what is raised leaves a cache that is whole, and the call can be repeated.
+Any method may run out of memory. Each allocates what it needs before it changes the cache, layer by layer if several
+layers move. After such an error the cache is consistent, and the call can be repeated.
 """
 
 import torch
@@ -24,10 +24,10 @@ class RaggedCache:
     """K and V of B sequences. S = B * Hkv segments, L layers.
 
     k, v               L arenas (N, D) each
-    kv_start, kv_len, kv_cap   (L, S) int32: first slot, taken slots, all slots of a segment
+    kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     pos (B,) int64     position of the next token of each sequence
-    live (B,) bool     False once `finish` was called: the sequence takes no more tokens
-    slack              free slots per segment after packing, and the least by which full arenas grow
+    live (B,) bool     False after `finish`: the sequence takes no more tokens
+    slack              free slots per segment after packing; a full segment grows by at least as many
     """
 
     def __init__(self, num_layers, slack=64, backend="auto"):
@@ -37,20 +37,20 @@ class RaggedCache:
         self.takes = None  # (S,) int32: 1 where a step adds a token, 0 in finished sequences
         self.rows = None  # segments that take tokens; None: all
         self.newest = None  # (L, S) int64: slot of each segment's last token
-        self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) of the layers that are there, until all are
-        self.lengths = self.newest_rows = ()  # rows of kv_len and of newest, one per layer
-        self.slots = ()  # per layer: the slots (S,) or (S, T) that were claimed for the tokens of this step
+        self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) per layer packed so far; [] after all
+        self.lengths = self.newest_rows = ()  # views of kv_len and newest, one per layer
+        self.slots = ()  # per layer: the slots (S,) or (S, T) claimed for this step's tokens
         self.room = 0  # tokens that fit before a live segment is full
-        self.fused = False  # does one kernel append and attend?
-        self.past = None  # then these, (L, S) int32, are the lengths before the step
-        self.version = 0  # counts what a captured graph cannot know of: moved arenas, finished sequences
+        self.fused = False  # True: one kernel appends and attends
+        self.past = None  # (L, S) int32: lengths before the step, for that kernel
+        self.version = 0  # increases when a captured graph becomes invalid: arenas move, sequences finish or leave
 
     # ------------------------------------------------------------ prefill
 
     def pack(self, layer, k, v, keep=None):
-        """Keep rows of a layer's prefill: k, v (B, Hkv, T, D); keep (B * Hkv, T) bool, or None for all of them."""
+        """Store a layer's prefill k, v (B, Hkv, T, D): the rows in keep (B * Hkv, T) bool, or all if it is None."""
         if self.k[layer] is not None:
-            raise ValueError(f"layer {layer} of the cache holds a prompt already; make a new cache")
+            raise ValueError(f"layer {layer} of the cache already holds a prompt; make a new cache")
         b, _, tokens, _ = k.shape
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         total = None
@@ -60,7 +60,7 @@ class RaggedCache:
         self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
         packed = [*self.packed]
         packed[layer] = tokens, start, length
-        if all(packed):  # the tables of all layers at once: on CUDA each small call counts
+        if all(packed):  # the tables of all layers at once: every CUDA call has a launch cost
             seen, *tables = zip(*packed, strict=True)
             start, length = map(torch.stack, tables)
             pos = torch.full((b,), seen[0], device=k.device)  # later layers may see fewer tokens
@@ -69,18 +69,18 @@ class RaggedCache:
         self.k[layer], self.v[layer], self.packed = k, v, packed
 
     def _set_tables(self, kv_start, kv_len, kv_cap, pos, live):
-        """Other segments, (L, S) of each table, and other sequences, (B,) of the rest. Their layers have no plans."""
+        """Replace the tables of all segments, (L, S) each, and of all sequences, (B,) each. Discards the plans."""
         newest, past = (kv_start + kv_len - 1).long(), kv_len.clone()
         of_live = self._of_live(live, kv_len.shape[1])
         self.kv_start, self.kv_len, self.kv_cap, self.pos = kv_start, kv_len, kv_cap, pos
         self.newest, self.past = newest, past
-        # views of single layers, made once: a step then only changes what they show
+        # views of single layers, made once; a step updates the tables in place
         self.lengths, self.newest_rows = kv_len.unbind(), newest.unbind()
         self.plans = [None] * len(self.plans)
         self._set_live(live, *of_live)
 
     def _settle(self, layer, k, v, start, length, slack):
-        """A layer lies in these arenas from now on, its segments (S,) where start and length say."""
+        """Replace a layer's arenas. start, length, slack (S,): first slot, taken and free slots of each segment."""
         cap, newest = length + slack, (start + length - 1).long()
         plan = decode_plan(start, cap)
         self.k[layer], self.v[layer], self.plans[layer] = k, v, plan
@@ -91,7 +91,7 @@ class RaggedCache:
         self.version += 1
 
     def plan(self, layer):
-        """The layer's plan. All that are missing, after a prefill or where sequences have left, are made together."""
+        """The layer's decode plan. Plans missing after a prefill, or after sequences left, are all made together."""
         if self.plans[layer] is None:
             missing = [i for i, plan in enumerate(self.plans) if plan is None and self.k[i] is not None]
             plans = decode_plans(self.kv_start[missing], self.kv_cap[missing])
@@ -101,8 +101,8 @@ class RaggedCache:
 
     @classmethod
     def join(cls, caches):
-        """One cache of all the sequences of several, which are empty afterwards. No second copy of the whole: what was
-        joined already is what the several show until the end."""
+        """Join the sequences of several caches into a new one, which leaves the several empty. Layers are joined one at
+        a time, and each cache then views its part of the joined layer, so memory never holds a second full copy."""
         if not caches:
             raise ValueError("no caches to join; give one for each sequence")
         first, layers = caches[0], range(len(caches[0].k))
@@ -122,7 +122,7 @@ class RaggedCache:
             joined.k[i], joined.v[i] = k, v
             for c, own_k, own_v in zip(caches, k.split(sizes), v.split(sizes), strict=True):
                 c.k[i], c.v[i], c.version = own_k, own_v, c.version + 1
-        joined.plan(0)  # of all layers
+        joined.plan(0)  # makes the plans of all layers
         for c in caches:
             c.k, c.v = [None] * len(layers), [None] * len(layers)
         return joined
@@ -132,14 +132,14 @@ class RaggedCache:
     def grow(self, tokens=1):
         """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer.
 
-        Where memory runs out, nothing is claimed.
+        If memory runs out, nothing is claimed.
         """
         self._make_room(tokens)
         slots = self.newest_rows
         if tokens > 1:
             ahead = torch.arange(1, tokens + 1, device=self.newest.device)
             slots = (self.newest[..., None] + ahead).unbind()
-        self.slots = slots  # from here on nothing is allocated
+        self.slots = slots  # nothing below allocates
         self.reserve(tokens)
         self.newest.add_(self.takes, alpha=tokens)
         if self.fused:
@@ -152,30 +152,30 @@ class RaggedCache:
         return self.rows is None or len(self.rows) > 0
 
     def _make_room(self, tokens):
-        """Larger arenas, if there is no room for so many tokens."""
+        """Repack into larger arenas if this many tokens do not fit."""
         if self._somebody_is_live and self.room < tokens:
             slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
             self.repack(max(slack, tokens))
             self.slack = slack
 
     def reserve(self, tokens=1):
-        """The part of `grow` that a captured graph does not repeat: count the room that there is."""
+        """Subtract from the room: the part of `grow` that runs on the host, so a replayed graph does not repeat it."""
         self.room -= tokens if self._somebody_is_live else 0
 
     def give_back(self, tokens=1):
-        """Undo `grow`, when a step was broken off before all layers had filled their slots."""
-        if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # then nothing has been done yet
+        """Undo `grow` if a step failed before all layers had filled their slots."""
+        if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # a capture executes nothing
             for table, step in ((self.newest, self.takes), (self.kv_len, self.takes), (self.pos, self.live)):
                 table.add_(step, alpha=-tokens)
         self.room += tokens if self._somebody_is_live else 0
 
     def append(self, layer, k, v):
-        """Write the claimed slots: k, v (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""
+        """Write k, v into the claimed slots: (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""
         slots = self.slots[layer]
         if k.ndim == 4:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         k, v = k.flatten(0, 1), v.flatten(0, 1)  # (S, [T,] D)
-        if self.rows is not None:  # a full segment of a finished sequence has no slot
+        if self.rows is not None:  # a full segment of a finished sequence has no free slot
             k, v, slots = k[self.rows], v[self.rows], slots[self.rows]
         if k.ndim == 3:
             k, v, slots = k.flatten(0, 1), v.flatten(0, 1), slots.flatten()
@@ -183,7 +183,7 @@ class RaggedCache:
         self.v[layer].index_copy_(0, slots, v)
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
-        """q (B, [T,] Hq, D) against everything kept, the claimed slots included; kv_len (S,) overrides the lengths."""
+        """Attention of q (B, [T,] Hq, D) over all taken and claimed slots; kv_len (S,) overrides the lengths."""
         plan, length = self.plan(layer), self.lengths[layer] if kv_len is None else kv_len
         return ragged_decode(
             q, self.k[layer], self.v[layer], plan.kv_start, length,
@@ -191,21 +191,21 @@ class RaggedCache:
         )  # fmt: skip
 
     def append_attend(self, layer, q, k, v, rope=None):
-        """A decode step: one token per sequence, k and v (B, Hkv, D), is appended; q (B, Hq, D) attends -> like q.
+        """A decode step: append k and v (B, Hkv, D) of one token per sequence; q (B, Hq, D) attends -> like q.
 
-        Where the cache is `fused` the kernel turns q and k by rope, cos and sin (B, 1, D); elsewhere they are turned.
+        If the cache is `fused`, the kernel rotates q and k by rope, cos and sin (B, 1, D); else pass them rotated.
         """
         if not self.fused:
             self.append(layer, k, v)
             return self.attend(layer, q.contiguous())
-        plan = self.plan(layer)  # a finished sequence writes into a slot that is never counted, if it has one
+        plan = self.plan(layer)  # a finished sequence writes to a free slot, if it has one, that is never counted
         return ragged_decode_append(
             q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.past[layer], plan.kv_cap,
             plan=plan, backend=self.backend, rope=rope,
         )  # fmt: skip
 
     def rectangle(self, layer):
-        """The layer's arenas as (S, n, D) views, where all segments have n slots and take tokens; None elsewhere."""
+        """The layer's arenas as (S, n, D) views if all segments have n slots and take tokens, else None."""
         plan, k, v = self.plan(layer), self.k[layer], self.v[layer]
         if self.rows is not None or plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:
             return None
@@ -213,25 +213,25 @@ class RaggedCache:
         return k.view(shape), v.view(shape)
 
     def finish(self, sequence):
-        """The sequence takes no more tokens: it stops growing, its `pos` stands still, what it is given is ignored."""
+        """Stop a sequence: it no longer grows, its `pos` stays, and tokens passed for it are ignored."""
         live = self.live.clone()
         live[sequence] = False
         self._set_live(live, *self._of_live(live, self.kv_len.shape[1]))
 
     def keep(self, sequences):
-        """Only these sequences (a list of indices, ascending) stay; the slots of the others are given back."""
+        """Keep only these sequences (a list of ascending indices) and free the memory of the others."""
         self.select(sequences)
         self.repack(max(1, self.room))
 
     def select(self, sequences):
-        """The first half of `keep`: the others leave, and their slots stay unused until the next `repack`."""
+        """The first half of `keep`: remove the others; their slots stay allocated until the next `repack`."""
         heads = self.kv_len.shape[1] // len(self.pos)
         rows = [b * heads + h for b in sequences for h in range(heads)]
         tables = [t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap)]
         self._set_tables(*tables, self.pos[sequences], self.live[sequences])
 
     def _of_live(self, live, segments):
-        """What follows from `live` for the segments: `takes` and `rows`."""
+        """`takes` and `rows` for a given `live`."""
         takes = live.repeat_interleave(segments // len(live)).int()
         return takes, None if live.all() else takes.nonzero()[:, 0]
 
@@ -241,7 +241,7 @@ class RaggedCache:
     def repack(self, slack):
         """Move every layer to arenas with `slack` free slots in each live segment, one layer after the other.
 
-        Where memory runs out, the layers before have moved and the others have not.
+        If memory runs out, the earlier layers have moved and the others have not.
         """
         free = self.takes * slack
         self.room = min(self.room, slack)  # until all have moved
@@ -261,7 +261,7 @@ class RaggedCache:
 
     @property
     def nbytes_held(self):
-        """Bytes of the K and V rows that are taken."""
+        """Bytes of the taken K and V rows."""
         rows = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
         return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=False) if k is not None)
 
@@ -273,5 +273,5 @@ class RaggedCache:
 
 def _taken(start, length):
     """Indices of the taken slots of all segments: start, length (S,) -> (sum of length,)."""
-    shift = start - (length.cumsum(0) - length)  # from the row's number among all rows to its slot
+    shift = start - (length.cumsum(0) - length)  # from a row's index among all taken rows to its slot
     return torch.repeat_interleave(shift, length) + torch.arange(int(length.sum()), device=start.device)

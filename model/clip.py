@@ -1,7 +1,7 @@
-"""The CLIP vision tower, up to the layer LLaVA reads (the last but one, before any final norm).
+"""The CLIP vision tower, up to the layer LLaVA reads (the second to last, before any final norm).
 
-B pictures, P patches, H heads, D channels per head, C = H * D. Module names are the checkpoint's keys, its
-`pre_layrnorm` (sic) included.
+B pictures, P patches, H heads, D channels per head, C = H * D. Module names are the checkpoint's keys, including
+`pre_layrnorm` (sic).
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def quick_gelu(x):
-    """OpenAI's sigmoid approximation of GELU, with which CLIP was trained."""
+    """OpenAI's sigmoid approximation of GELU, as used to train CLIP."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -18,7 +18,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Embeddings(nn.Module):
-    """Patches as a strided convolution, CLS in front, learnt positions added."""
+    """Patch embeddings by a strided convolution, with CLS in front, plus learnt positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -46,11 +46,11 @@ class Attention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D), no mask: every patch sees every patch
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D), no mask: attention is bidirectional
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def cls_row(self, x):
-        """Attention of CLS to the patches: (B, H, P) fp32, each row sums to 1 minus CLS's weight on itself."""
+        """Attention of CLS to the patches: (B, H, P) fp32; each row sums to 1 minus the attention of CLS to itself."""
         q = self.q_proj(x[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()  # (B, H, 1, D)
         k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()  # (B, H, 1 + P, D)
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -95,15 +95,15 @@ class VisionTransformer(nn.Module):
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = Encoder(config)
-        # in every checkpoint, used by none of LLaVA's feature layers
+        # in every checkpoint, but not used: LLaVA reads features before it
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values, feature_layers, cls_attention=False):
-        """Hidden states of the asked layers, CLS included: a list of (B, 1 + P, C) in the order asked.
+        """Hidden states of the requested layers, CLS included: a list of (B, 1 + P, C) in the order requested.
 
-        pixel_values (B, 3, S, S); feature_layers: indices, 0 = input of the first layer, i = output of the i-th.
-        Layers after the last one asked for are not run. cls_attention=True returns also the attention of CLS to the
-        patches in the last layer that ran, (B, H, P) fp32 (needs a feature layer of at least 1).
+        pixel_values (B, 3, S, S); feature_layers: indices, 0 = input of the first layer, i = output of the i-th. Layers
+        after the last requested one do not run. cls_attention=True also returns the attention of CLS to the patches in
+        the last layer that ran, (B, H, P) fp32 (needs a feature layer of at least 1).
         """
         states = [self.pre_layrnorm(self.embeddings(pixel_values))]
         for layer in self.encoder.layers[: max(feature_layers)]:
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Only there because checkpoint keys say `vision_tower.vision_model`."""
+    """A wrapper that exists only because checkpoint keys start with `vision_tower.vision_model`."""
 
     def __init__(self, config):
         super().__init__()

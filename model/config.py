@@ -1,6 +1,6 @@
-"""What a checkpoint's config.json says, with every key that hub configs leave out filled in.
+"""A checkpoint's config.json, with defaults for the keys that published configs omit.
 
-Field names are Hugging Face's. The published llava-1.5-7b config names four numbers of its language model
+Field names are Hugging Face's. The published llava-1.5-7b config gives four numbers of its language model
 and relies on class defaults for the rest, so the defaults below are part of the format.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: what is wrong; what to do."""
+    """The user's input cannot be used. The message is one line: what is wrong; what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ CLIP_L_336 = {
 }  # fmt: skip
 
 
-# Where the class defaults of `mistral` are not those of `llama`. A file can say that there is no window (null).
+# Class defaults of `mistral` that differ from `llama`. A file can switch the window off with null.
 MISTRAL = {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
 }  # fmt: skip
-# (height, width) of the canvases that LLaVA-NeXT cuts into tiles
+# Default (height, width) of the canvases that LLaVA-NeXT cuts into tiles
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama or Mistral decoder. Class defaults of `llama`: a 7B model (and 1e-6 where LLaVA files say 1e-5)."""
+    """Llama or Mistral decoder. Class defaults of `llama`: a 7B model (rms_norm_eps is 1e-5 in LLaVA's files)."""
 
     model_type: str = "llama"
     vocab_size: int = 32000
@@ -68,15 +68,15 @@ class TextConfig:
     rope_theta: float = 10000.0
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int = None  # Mistral: a token sees itself and the window - 1 tokens before it; None: all of them
+    sliding_window: int = None  # Mistral: tokens that a token attends to, itself included; None: all before it
 
     @property
     def context(self):
-        """Longest sequence in tokens. Up to the width of the window, a sliding window changes nothing."""
+        """Longest sequence in tokens, limited to the sliding window: up to that length the window has no effect."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     def __post_init__(self):
-        # The two fields whose default depends on another field; frozen, hence object.__setattr__.
+        # the two defaults that depend on other fields; object.__setattr__ because the class is frozen
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -93,11 +93,11 @@ class LlavaConfig:
     image_token_index: int = 32000
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
-    vision_feature_layer: int | tuple = -2  # a tuple: those layers side by side along the channels
+    vision_feature_layer: int | tuple = -2  # a tuple: those layers, concatenated along the channels
     vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
     tie_word_embeddings: bool = False
-    image_grid_pinpoints: tuple = None  # LLaVA-NeXT: sides ((a, b), ...) of the canvases that tiles are cut from
-    dtype: str = None  # what the file stores; None if it does not say
+    image_grid_pinpoints: tuple = None  # LLaVA-NeXT: sizes ((a, b), ...) of the canvases that tiles are cut from
+    dtype: str = None  # of the stored weights; None if the file does not say
 
     @property
     def feature_layers(self):
@@ -108,12 +108,12 @@ class LlavaConfig:
 
     @property
     def image_tokens(self):
-        """Tokens that one S x S square becomes: a whole picture of LLaVA-1.5, one tile of LLaVA-NeXT."""
+        """Tokens per S x S square: a whole picture of LLaVA-1.5, one tile of LLaVA-NeXT."""
         return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
 
 
 def read_config(folder):
-    """LlavaConfig of a checkpoint folder. InputError if there is none or it is of another kind."""
+    """LlavaConfig of a checkpoint folder. InputError if config.json is missing or of an unsupported model."""
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
         raise InputError(f"{folder} has no config.json; give the folder of a llava-hf checkpoint")
@@ -122,19 +122,19 @@ def read_config(folder):
 
 
 def parse_config(raw):
-    """LlavaConfig from the parsed config.json, old and new spellings."""
+    """LlavaConfig from a parsed config.json, in old or new spelling."""
     kind = raw.get("model_type")
     if kind == "llava_llama" or "mm_vision_tower" in raw or "mm_projector_type" in raw:
         raise InputError(
-            "config.json is that of the original LLaVA code; use the llava-hf conversion of the checkpoint"
+            "config.json is in the format of the original LLaVA code; use the llava-hf conversion of the checkpoint"
         )
     if kind not in ("llava", "llava_next"):
-        raise InputError(f"model_type is {kind!r}; only LLaVA-1.5 ('llava') and LLaVA-NeXT ('llava_next') are read")
+        raise InputError(f"model_type is {kind!r}; only LLaVA-1.5 ('llava') and LLaVA-NeXT ('llava_next') can be used")
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config")
     vision = dict(CLIP_L_336 if vision is None else vision)
     for part in (raw, text, vision):
         _refuse_unknown_settings(part)
-    # transformers 5 moved the RoPE settings into a dict of their own; of two dicts it takes the old one
+    # transformers 5 moved the RoPE settings into rope_parameters; if both dicts exist, it uses rope_scaling
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
     text = {**MISTRAL, **text} if text.get("model_type") == "mistral" else {**text, "sliding_window": None}
@@ -157,7 +157,7 @@ def parse_config(raw):
 
 
 def _pinpoints(raw):
-    """((a, b), ...) of a config of LLaVA-NeXT."""
+    """image_grid_pinpoints ((a, b), ...) of a LLaVA-NeXT config."""
     given = raw.get("image_grid_pinpoints")
     pairs = PINPOINTS if given is None else tuple(tuple(pair) for pair in given)
     if not pairs or not all(len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs):
@@ -166,19 +166,19 @@ def _pinpoints(raw):
 
 
 def decode_text(data):
-    """Text of bytes in UTF-8, without byte-order mark, with \\n as line end. ValueError if they are something else."""
+    """Decode UTF-8 bytes; drop a byte-order mark and make line ends \\n. ValueError for other encodings."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError("it is UTF-16, save it as UTF-8")
+        raise ValueError("it is UTF-16; save it as UTF-8")
     return plain_text(data.decode())
 
 
 def plain_text(text):
-    """The text without byte-order mark, with \\n as line end, whatever system it was written on."""
+    """The text without byte-order mark, with \\n as line end."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path):
-    """The parsed file, a dict, or None where there is none."""
+    """The parsed file, a dict; None if there is no file. InputError if it is not a JSON object."""
     try:
         value = json.loads(decode_text(Path(path).read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
@@ -186,13 +186,13 @@ def read_json(path):
     except (ValueError, OSError, RecursionError) as broken:
         raise InputError(f"{path} is not readable JSON ({broken}); fetch the file again") from broken
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; fetch the file again")
+        raise InputError(f"{path} is not a JSON object; fetch the file again")
     return value
 
 
 @contextmanager
 def making_sense_of(path):
-    """Turn what goes wrong with a file of unexpected content (a word where a number belongs) into an InputError."""
+    """Turn errors from unexpected content of a file (a word in place of a number) into an InputError."""
     try:
         yield
     except InputError:
@@ -203,7 +203,7 @@ def making_sense_of(path):
 
 
 def _fill(kind, raw):
-    """The dataclass from those keys of raw that it knows; what is missing or null takes the class default."""
+    """The dataclass from the matching keys of raw; missing and null keys take the class default."""
     known = {f.name: raw[f.name] for f in fields(kind) if raw.get(f.name) is not None}
     types = {f.name: f.type for f in fields(kind)}
     for name, value in known.items():
@@ -215,7 +215,7 @@ def _fill(kind, raw):
     return kind(**known)
 
 
-# Settings of other decoders that change the arithmetic, and the values with which they change nothing
+# Settings of other decoders that change the arithmetic, and their values that change nothing
 NOT_COMPUTED = {
     "partial_rotary_factor": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
     "query_pre_attn_scalar": None, "attention_multiplier": None, "embedding_multiplier": 1, "residual_multiplier": 1,
@@ -225,19 +225,19 @@ NOT_COMPUTED = {
 
 
 def _refuse_unknown_settings(part):
-    """InputError for what config.json, or one of its nested configs, asks for and is not computed here."""
+    """InputError for unsupported settings in config.json or one of its nested configs."""
     quantised = part.get("quantization_config") or part.get("compression_config")
     if quantised:
         how = isinstance(quantised, dict) and quantised.get("quant_method") or "quantization_config"
         raise InputError(
-            f"config.json says that the weights are quantised ({how}); use an unquantised copy in F32, BF16 or F16"
+            f"config.json describes quantised weights ({how}); use an unquantised copy in F32, BF16 or F16"
         )
     for name in ("rope_scaling", "rope_parameters"):
         rope = part.get(name) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
             what = f"rope type {kind!r}" if kind != "default" else "RoPE settings per layer"
-            raise InputError(f"config.json asks for {what} in {name}; only the rope type 'default' can be run here")
+            raise InputError(f"config.json asks for {what} in {name}; only the rope type 'default' is supported")
         _refuse_settings(rope)
     _refuse_settings(part)
 
@@ -245,16 +245,16 @@ def _refuse_unknown_settings(part):
 def _refuse_settings(part):
     for name, neutral in NOT_COMPUTED.items():
         if part.get(name) not in (None, neutral):
-            raise InputError(f"config.json asks for {name} {part[name]!r}; only models without it can be run here")
+            raise InputError(f"config.json asks for {name} {part[name]!r}; only models without it are supported")
 
 
 def _refuse_unknown(config):
-    """Everything that would change the arithmetic and is not implemented, by name."""
+    """InputError for the first setting that would change the arithmetic and is not implemented."""
     text, vision = config.text_config, config.vision_config
     strategy, heads, kv = config.vision_feature_select_strategy, text.num_attention_heads, text.num_key_value_heads
     side, canvases = vision.image_size, config.image_grid_pinpoints or ()
     layers_exist = all(0 <= i <= vision.num_hidden_layers for i in config.feature_layers)
-    known = [  # what has to hold, what the file says, what would be understood
+    known = [  # (condition that must hold, what the file says, what is supported)
         (text.model_type in ("llama", "mistral"), f"text model_type {text.model_type!r}", "llama and mistral"),
         (vision.model_type == "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
         (text.hidden_act == "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
@@ -292,4 +292,4 @@ def _refuse_unknown(config):
     ]
     for holds, what, understood in known:
         if not holds:
-            raise InputError(f"config.json asks for {what}; only {understood} can be run here")
+            raise InputError(f"config.json asks for {what}; only {understood} can be used")

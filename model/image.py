@@ -1,6 +1,6 @@
-"""Pictures to pixel values, as the preprocessing of the checkpoints does it: Pillow bicubic; crop, pad or tiles.
+"""Pictures to pixel values, as the checkpoints preprocess them: Pillow bicubic; crop, pad or tiles.
 
-S is the side, in pixels, of the squares that the vision tower takes.
+S is the side, in pixels, of the vision tower's input squares.
 """
 
 import base64
@@ -24,26 +24,26 @@ from .config import InputError, making_sense_of, read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-STRIP = 200  # pictures longer than this times their width are cut before they are resized
+STRIP = 200  # aspect ratio above which a picture is cropped before it is resized
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What preprocessor_config.json says, CLIP's values where it is silent."""
+    """The settings of preprocessor_config.json, with CLIP's values as defaults."""
 
     size: int  # pixels per side of the model's input
-    # "crop": centre square of the picture; "pad": the whole picture on a square canvas; "anyres": the whole picture
-    # squashed, then the tiles of one that kept its details (LLaVA-NeXT)
+    # "crop": centre square of the picture; "pad": the whole picture on a square canvas; "anyres" (LLaVA-NeXT): the
+    # whole picture resized to S x S, then tiles of it at a higher resolution
     mode: str = "crop"
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
     rescale: float = 1 / 255
-    pinpoints: tuple = None  # of "anyres": sides ((a, b), ...) of the canvases to choose from
-    order: str = "hf"  # what a and b are: "hf" height and width, "orig" width and height (the original code)
+    pinpoints: tuple = None  # for "anyres": sizes ((a, b), ...) of the canvases to choose from
+    order: str = "hf"  # of a and b: "hf" height and width, "orig" width and height (the original code)
 
 
 def read_image_settings(folder, image_size, pinpoints=None):
-    """ImageSettings of a checkpoint folder; image_size and pinpoints are the config's: the file must not differ."""
+    """ImageSettings of a checkpoint folder. image_size, pinpoints: from config.json; the file must agree with them."""
     path, raw = image_processor_file(folder)
     with making_sense_of(path):
         raw = {key: value for key, value in raw.items() if value is not None}
@@ -59,17 +59,17 @@ def read_image_settings(folder, image_size, pinpoints=None):
         sizes = {*_sides(raw.get("size", image_size)), *_sides(raw.get("crop_size", image_size))}
     known = ("CLIPImageProcessor", "LlavaImageProcessor") if not pinpoints else ("LlavaNextImageProcessor",)
     if kind not in known:
-        raise InputError(f"{path} is for a {kind}; only {' and '.join(known)} can be run for this model")
+        raise InputError(f"{path} is for a {kind}; only {' and '.join(known)} can be used for this model")
     if sizes != {image_size}:
         raise InputError(
             f"{path} resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
             "use the files of one checkpoint"
         )
     if pinpoints and canvases != pinpoints:
-        raise InputError(f"{path} and config.json have other image_grid_pinpoints; use the files of one checkpoint")
+        raise InputError(f"{path} and config.json have different image_grid_pinpoints; use the files of one checkpoint")
     if raw.get("resample", 3) != 3:
         raise InputError(f"{path} asks for resample {raw['resample']}; only 3 (bicubic) is implemented")
-    # a picture that was padded is a square, of which nothing is cut off
+    # do_center_crop has no effect on a padded picture, which is square
     steps = ("do_resize", *(("do_center_crop",) if mode == "crop" else ()), "do_rescale", "do_normalize")
     off = [k for k in steps if raw.get(k) is False]
     size = raw.get("size")
@@ -83,9 +83,9 @@ def read_image_settings(folder, image_size, pinpoints=None):
 
 
 def image_processor_file(folder):
-    """(path, settings) of the file that says how pictures are prepared; no settings if there is none.
+    """(path, settings) of the file with the preprocessing settings; {} if there is none.
 
-    transformers 5 writes them into processor_config.json, and takes those if both files have some.
+    transformers 5 writes them to processor_config.json, which wins if both files have settings.
     """
     old, new = Path(folder) / "preprocessor_config.json", Path(folder) / "processor_config.json"
     settings, nested = read_json(old), (read_json(new) or {}).get("image_processor")
@@ -93,14 +93,14 @@ def image_processor_file(folder):
 
 
 def _processor_kind(raw, pinpoints):
-    """Name of the image processor's class in transformers, without what tells its variants of the same arithmetic."""
+    """Name of the image processor's class in transformers, without the suffixes of equivalent variants."""
     default = "LlavaNextImageProcessor" if pinpoints else "LlavaImageProcessor"
     kind = raw.get("image_processor_type", raw.get("feature_extractor_type", default))
     return kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
 
 
 def _sides(size):
-    """The numbers of a size: n, {"shortest_edge": n} or {"height": n, "width": n}."""
+    """The side lengths in a size: n, {"shortest_edge": n} or {"height": n, "width": n}."""
     if isinstance(size, dict) and size.keys() not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError(f"size {size}")
     return size.values() if isinstance(size, dict) else (size,)
@@ -108,14 +108,14 @@ def _sides(size):
 
 # ---------------------------------------------------------------- reading a picture
 
-# What Pillow may read. Some of its other readers start a program (EPS: Ghostscript) or open further files.
+# Formats that Pillow may read. Some of its other readers start a program (EPS: Ghostscript) or open further files.
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "ICO", "PCX", "PSD", "QOI",
     "SGI", "TGA",
 )  # fmt: skip
 LARGEST = 2**30  # bytes of a file
 ACCEPTED = 'a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or a uint8 array or tensor'
-# What is given for a picture and is none: a pattern that its first bytes match
+# Files that are often given but cannot be read: a pattern for the first bytes, and what the error calls them
 OTHERS = (
     (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing"),
     (rb"%PDF", "a PDF document"),
@@ -127,18 +127,18 @@ OTHERS = (
     (rb"(?i)\s*(<!doctype html|<html)", "a web page"),
     (rb"(?is).*<svg", "an SVG drawing"),
 )
-# EXIF orientation -> what turns the picture upright
+# EXIF orientation -> the transpose that turns the picture upright
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 274, 258, 262, 339  # numbers of tags
+EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 274, 258, 262, 339  # tag numbers
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that has been read: where from, its RGB pixels, what the conversion changed (one line, or None)."""
+    """A picture that has been read: its source, its RGB pixels, and one line on what was changed, or None."""
 
     path: str
     image: Image.Image
@@ -146,17 +146,17 @@ class Picture:
 
 
 def as_list(images):
-    """The pictures of a question as a list: one picture is a list of one, None is none."""
+    """The pictures of a question as a list: [] for None, a list of one for a single picture."""
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def read_image(source):
-    """Picture from a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or an array or tensor.
+    """Read a Picture from a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or an array or tensor.
 
-    Arrays and tensors: uint8, (H, W) or (H, W, C) with C 1, 3 or 4; tensors also (C, H, W). Every picture is turned as
-    its EXIF orientation says, and shown on white where it is transparent. InputError if it cannot be used.
+    Arrays and tensors: uint8, (H, W) or (H, W, C) with C 1, 3 or 4; tensors also (C, H, W). The EXIF orientation is
+    applied, and transparent pixels are shown on white. InputError if the picture cannot be used.
     """
     if isinstance(source, Picture):
         return source
@@ -170,7 +170,7 @@ def read_image(source):
 
 
 def _shown(source):
-    """What notes and errors call a picture: something short, on one line."""
+    """A short name for a picture, on one line, for notes and errors."""
     if not isinstance(source, str | os.PathLike):
         return "(in memory)"
     name = " ".join(str(source).split())
@@ -182,14 +182,14 @@ def _is_uri(source):
 
 
 def _read(source, shown):
-    """The bytes of a picture file, wherever they are."""
+    """The bytes of a picture from any kind of source."""
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if hasattr(source, "read"):
         return _read_open(source)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     if not isinstance(path, str):
-        raise InputError(f"{type(source).__name__} is no picture; give {ACCEPTED}, or a list of these")
+        raise InputError(f"{type(source).__name__} is not a picture; give {ACCEPTED}, or a list of these")
     if path == "-":
         return _read_stdin()
     if _is_uri(path):
@@ -200,7 +200,7 @@ def _read(source, shown):
 def _read_stdin():
     """All bytes on stdin."""
     stdin = getattr(sys.stdin, "buffer", None)
-    if stdin is None:  # closed, or a notebook's
+    if stdin is None:  # closed, or in a notebook
         raise InputError("there is no stdin to read a picture from; give the path of a picture")
     try:
         return _bounded(stdin, "the picture on stdin")
@@ -209,14 +209,14 @@ def _read_stdin():
 
 
 def local_path(source):
-    """The path, as text, that a picture's address means: file:// is taken off and ~ expanded; the rest as it is.
+    """The local path of a picture's address: file:// is removed and ~ expanded; anything else is returned unchanged.
 
-    InputError for an address of another machine, and for what can be no path.
+    InputError for an address on another machine, and for text that cannot be a path.
     """
     source = str(source)
     if "\0" in source:
-        raise InputError(f"no picture at {source[:100]!r}, which has a NUL character in it; check the path")
-    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", source, re.IGNORECASE)  # two letters at least: C:/ is a drive
+        raise InputError(f"no picture at {source[:100]!r}: the path contains a NUL character; check the path")
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", source, re.IGNORECASE)  # at least two letters, because C:/ is a drive
     if scheme and scheme[1].lower() == "file":
         path = source[5:]
         if path.startswith("//"):
@@ -227,7 +227,7 @@ def local_path(source):
         return unquote(path, errors="surrogateescape")
     if scheme:
         raise InputError(
-            f"{source[:100]} is a web address; nothing is downloaded here: save the picture and give its path"
+            f"{source[:100]} is a web address, and nothing is downloaded; save the picture and give its path"
         )
     if source.startswith("~") and not os.path.exists(source):
         return os.path.expanduser(source)
@@ -235,7 +235,7 @@ def local_path(source):
 
 
 def _read_open(file):
-    """The bytes of a binary file that the caller has opened, from its start."""
+    """The bytes of an open binary file, from its start."""
     try:
         if file.seekable():
             file.seek(0)
@@ -250,7 +250,7 @@ def _read_open(file):
 
 
 def _read_file(path, shown):
-    """The bytes of a regular file, or of a pipe that somebody writes to."""
+    """The bytes of a regular file or a named pipe."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -265,21 +265,21 @@ def _read_file(path, shown):
         raise InputError(f"no picture at {shown}; check the path") from missing
     except IsADirectoryError as folder:
         raise InputError(f"{shown} is a folder; give a picture file") from folder
-    except (OSError, ValueError) as refused:  # ValueError: letters that no path has
+    except (OSError, ValueError) as refused:  # ValueError: characters that no path can have
         why = getattr(refused, "strerror", None) or refused
         raise InputError(f"{shown} cannot be read ({why}); check the path and its permissions") from refused
 
 
 def _open_at_once(path, flags):
-    """os.open, but a pipe that nobody writes to is empty instead of waiting for a writer."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has none
+    """os.open, but a pipe without a writer is empty instead of blocking."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # not on Windows
 
 
 def _bounded(file, shown):
-    """What the file holds, up to the size of a large picture."""
+    """The file's contents. InputError if it is larger than `LARGEST`."""
     data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise InputError(f"{shown} has more than {LARGEST >> 20} MiB; give a smaller picture")
+        raise InputError(f"{shown} is larger than {LARGEST >> 20} MiB; give a smaller picture")
     return data
 
 
@@ -288,7 +288,7 @@ def _from_uri(uri):
     header, comma, data = uri.partition(",")
     data = unquote_to_bytes(data)
     packed = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
-    # some leave ";base64" out; no picture consists of these characters alone
+    # some URIs omit ";base64"; no picture file consists of base64 characters alone
     if not header.lower().rstrip().endswith(";base64") and re.search(rb"[^A-Za-z0-9+/]", packed):
         return data
     try:
@@ -302,20 +302,20 @@ def _from_uri(uri):
 
 
 def _from_pixels(source):
-    """PIL image of an array or a tensor; None for anything else. Floats have no known range and are refused."""
+    """PIL image of an array or a tensor; None for anything else. InputError for floats: their range is unknown."""
     tensor = isinstance(source, torch.Tensor)
-    text = isinstance(source, str | bytes)  # also NumPy's own, which are arrays as well
+    text = isinstance(source, str | bytes)  # includes NumPy's strings, which have an array interface too
     if text or not tensor and not hasattr(source, "__array_interface__"):
         return None
     shape, kind = tuple(source.shape), str(source.dtype).removeprefix("torch.")
     wanted = "give uint8 of shape (height, width, 3), or a list of such pictures"
     if kind != "uint8":
-        raise InputError(f"what is black and white in a picture of {kind} is not known; {wanted}")
-    last, first = (len(shape) == 3 and shape[i] in (1, 3, 4) for i in (2, 0))  # where the channels may be
+        raise InputError(f"a picture of {kind} has no known range of values; {wanted}")
+    last, first = (len(shape) == 3 and shape[i] in (1, 3, 4) for i in (2, 0))  # are they channels?
     if len(shape) != 2 and not last and not (first and tensor):
         raise InputError(f"a picture cannot have the shape {shape}; {wanted}")
     if tensor and first and last:
-        raise InputError(f"a picture of shape {shape} can be read in two ways; give a numpy array or a PIL image")
+        raise InputError(f"a picture of shape {shape} is ambiguous; give a numpy array or a PIL image")
     if tensor and first:
         source, shape = source.permute(1, 2, 0), (*shape[1:], shape[0])
     if min(shape) < 1:
@@ -325,7 +325,7 @@ def _from_pixels(source):
 
 
 def _to_bytes(values):
-    """Numbers 0..255 of a tensor, row by row."""
+    """A tensor of values 0..255 as bytes, row by row."""
     data = bytearray(values.numel())
     torch.frombuffer(data, dtype=torch.uint8).copy_(values.flatten())
     return bytes(data)
@@ -346,23 +346,23 @@ def _decode(data, shown):
 
 @contextmanager
 def _said_in_one_line(shown):
-    """What goes wrong with a picture, as an InputError."""
+    """Turn any error about a picture into a one-line InputError."""
     try:
         yield
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as bomb:
         raise InputError(
-            f"{shown} unpacks to far more pixels than a photograph has ({bomb}); scale it down first"
+            f"{shown} decodes to far more pixels than a photograph has ({bomb}); scale it down first"
         ) from bomb
-    except Exception as broken:  # Pillow's readers raise a dozen kinds for broken files
+    except Exception as broken:  # Pillow's readers raise a dozen different exceptions for broken files
         why = " ".join(str(broken).split())
         raise InputError(f"{shown} is truncated or broken ({why}); save it again") from broken
 
 
 @contextmanager
 def _quiet():
-    """Without the warnings and log lines of Pillow: what matters in them is said here, in a note or an error."""
+    """Suppress Pillow's warnings and log lines; our notes and errors report what matters."""
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -370,10 +370,10 @@ def _quiet():
 
 @contextmanager
 def _quiet_libtiff():
-    """Without what libtiff, a C library, writes to stderr by itself."""
+    """Suppress what libtiff, a C library, writes directly to file descriptor 2."""
     try:
         stderr = os.dup(2)
-    except OSError:  # there is none
+    except OSError:  # stderr is closed
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -390,13 +390,14 @@ def _quiet_libtiff():
 
 
 def to_rgb(image, path):
-    """(RGB image, note or None): upright, transparent pixels on white, grey of more than 8 bits reduced."""
+    """(RGB image, note or None): upright, transparent pixels on white, deep grey reduced to 8 bits."""
     if image.format is not None and image.format not in FORMATS:  # None: made in memory
-        raise InputError(f"{path} is of the format {image.format}, which is not read here; convert it to PNG or JPEG")
+        raise InputError(f"{path} has the format {image.format}, which is not supported; convert it to PNG or JPEG")
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     notes, tiff = [], image.format == "TIFF"
-    turned = tiff and _orientation(image) in UPRIGHT  # by `load`; of others this would hide what `load` raises
+    # `load` itself rotates a TIFF; in other formats, reading EXIF before `load` would hide its errors
+    turned = tiff and _orientation(image) in UPRIGHT
     clear = image.info.get("transparency")
     if isinstance(clear, tuple) and (_has_deep_colours(image) or max(clear) > 255):
         raise InputError(f"{path} has a transparent colour of 16 bits per channel; save it with 8 bits per channel")
@@ -407,9 +408,9 @@ def to_rgb(image, path):
         image.load()
     turn = UPRIGHT.get(_orientation(image))
     if turned or turn is not None:
-        notes.append("turned upright, as its EXIF orientation says")
+        notes.append("turned upright by its EXIF orientation")
     rgb = _without_alpha(_in_8_bits(image, path, notes), notes).convert("RGB")
-    frames = _frames(image)  # last: it may read on in the file
+    frames = _frames(image)  # last, because it may read further into the file
     if frames > 1:
         notes.append(f"frame {image.tell() + 1} of {frames} is used")
     rgb = rgb if turn is None else rgb.transpose(turn)
@@ -417,19 +418,19 @@ def to_rgb(image, path):
 
 
 def _first_tile(image):
-    """(decoder, its arguments, a tuple) of a file that is not loaded yet; ("", ()) once it is, or without a file."""
+    """(decoder, tuple of its arguments) of a file not loaded yet; ("", ()) after loading, or without a file."""
     for decoder, _, _, given in getattr(image, "tile", ()):
         return decoder, given if isinstance(given, tuple) else (given,)
     return "", ()
 
 
 def _stored(image):
-    """How the file holds a pixel, in Pillow's words ("RGB;16B"); "" where nothing is said."""
+    """Pillow's name for the file's pixel format ("RGB;16B"); "" if it has none."""
     return next((word for word in _first_tile(image)[1] if isinstance(word, str)), "")
 
 
 def _has_deep_colours(image):
-    """Has the file colours of more than 8 bits, of which Pillow keeps 8? Of JPEG 2000 and AVIF it does not say."""
+    """Does the file have colours of more than 8 bits, of which Pillow keeps 8? Unknown for JPEG 2000 and AVIF."""
     decoder, given = _first_tile(image)
     deep = ";16" in _stored(image) or decoder == "SGI16"
     deep |= decoder.startswith("ppm") and isinstance(given[-1], int) and given[-1] > 255
@@ -437,22 +438,22 @@ def _has_deep_colours(image):
 
 
 def _scale_transparent_level(image):
-    """Give the transparent grey level of a PNG of 2 or 4 bits the scale of its pixels, which Pillow makes 8 bits."""
+    """Scale the transparent grey level of a 2- or 4-bit PNG to 8 bits, as Pillow scales its pixels."""
     scale = {"L;2": 255 // 3, "L;4": 255 // 15}.get(_stored(image))
     if image.format == "PNG" and scale and isinstance(image.info.get("transparency"), int):
         image.info["transparency"] *= scale
 
 
 def _orientation(image):
-    """EXIF orientation, 1 to 8; 1 where the EXIF data cannot be read: the pixels may still be good."""
+    """EXIF orientation, 1 to 8; 1 if the EXIF data cannot be read, since the pixels may still be good."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # as many kinds as there are ways to break it
+    except Exception:  # broken EXIF data raises many different exceptions
         return 1
 
 
 def _frames(image):
-    """Frames of an animation or pages of a file. An MPO's further pictures are depth maps and previews."""
+    """Number of frames or pages. 1 for MPO, whose other pictures are depth maps and previews."""
     if image.format not in ("GIF", "PNG", "WEBP", "TIFF", "AVIF"):
         return 1
     try:
@@ -462,10 +463,10 @@ def _frames(image):
 
 
 def _in_8_bits(image, path, notes):
-    """The picture with 8 bits per channel, and what was done for that in notes. InputError for unknown ranges.
+    """The picture with 8 bits per channel; adds a line per change to notes. InputError for an unknown range.
 
-    Grey of 16 bits is shown as it is, 65535 as white. What 32 bits stand for is not said in a file: white is the end
-    of the narrowest of the usual ranges that holds all of it, or else the brightest pixel.
+    16-bit grey maps 65535 to white. A file with 32-bit grey does not give its range: white is the top of the narrowest
+    usual range (8, 10, 12, 14 or 16 bits) that holds all values, or else the brightest pixel.
     """
     if image.mode == "F":
         raise InputError(f"{path} holds floating point numbers of unknown range; save it with 8 bits per channel")
@@ -478,7 +479,7 @@ def _in_8_bits(image, path, notes):
         return image
     values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32).float()
     if tags.get(TIFF_BITS) == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (1,)) == (1,):
-        values += 2.0**32 * (values < 0)  # unsigned, but Pillow knows signed ones only
+        values += 2.0**32 * (values < 0)  # unsigned values, which Pillow reads as signed
     low, high = (int(v) for v in values.aminmax())
     if low < 0:
         raise InputError(f"{path} holds negative numbers of unknown range; save it with 8 bits per channel")
@@ -490,47 +491,45 @@ def _in_8_bits(image, path, notes):
         white = 2**bits - 1
         notes.append(f"{bits}-bit grey reduced to 8 bits")
     shade = values * (255 / white)
-    if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds with up to 8 bits only
+    if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white; Pillow handles that for up to 8 bits only
         shade = 255 - shade
-    if 0 < shade.max() < 16:  # 12 bits in a file of 16, for example
+    if 0 < shade.max() < 16:  # for example 12-bit data in a 16-bit file
         notes.append(
-            f"nearly black, its brightest pixel is {shade.max():.0f} of 255: stretch its range if that is wrong"
+            f"nearly black: the brightest pixel is {shade.max():.0f} of 255, stretch the range if that is wrong"
         )
     grey = Image.frombytes("L", image.size, _to_bytes(shade.round()))
     clear = image.info.get("transparency")
-    if isinstance(clear, int):  # the grey level that is transparent
+    if isinstance(clear, int):  # the transparent grey level
         grey.putalpha(Image.frombytes("L", image.size, _to_bytes(255 * (values != clear))))
     return grey
 
 
 def _without_alpha(image, notes):
-    """The picture on white where it is transparent, as transformers 5 paints it."""
-    if image.mode in ("La", "RGBa"):  # colours times alpha, which only their own kind can undo
+    """The picture composed on white, as in transformers 5."""
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha converts only to LA and RGBA
         image = image.convert(image.mode.upper())
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
     least, most = image.getchannel("A").getextrema()
     if least < 255:
-        notes.append(
-            "transparent pixels are shown on white" if most else "it is transparent everywhere, shown as white"
-        )
+        notes.append("transparent pixels are shown on white" if most else "transparent everywhere, shown as white")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def crop_note(picture, settings):
-    """One line about a picture that loses more than a tenth to the centre crop; None for others."""
+    """One line if the centre crop removes more than 10 % of the picture, else None."""
     lost = 1 - min(picture.image.size) / max(picture.image.size)
     if settings.mode != "crop" or lost <= 0.1:
         return None
-    return f"{picture.path}: the centre crop drops {100 * lost:.0f} % of it; --image-mode pad keeps all of it"
+    return f"{picture.path}: the centre crop removes {100 * lost:.0f} % of it; --image-mode pad keeps all of it"
 
 
 # ---------------------------------------------------------------- pixel values
 
 
 def preprocess(image, settings):
-    """RGB picture -> pixel values (3, S, S) fp32; of "anyres" (1 + tiles, 3, S, S)."""
+    """RGB picture -> pixel values (3, S, S) fp32; (1 + tiles, 3, S, S) for "anyres"."""
     if settings.mode == "anyres":
         return torch.stack([normalise(square, settings) for square in to_tiles(image, settings)[0]])
     return normalise(to_square(image, settings), settings)
@@ -540,9 +539,9 @@ def preprocess(image, settings):
 
 
 def to_tiles(image, settings):
-    """RGB picture -> (squares, grid): the whole picture squashed to S x S, then its tiles row by row; (rows, columns).
+    """RGB picture -> (squares, grid): the whole picture resized to S x S, then its tiles row by row; (rows, columns).
 
-    The tiles are those of the picture in the middle of a black canvas, as large as fits.
+    The tiles are cut from a black canvas with the picture centred on it, as large as fits.
     """
     size, (wide, high) = settings.size, image.size
     canvas_wide, canvas_high = choose_canvas(image.size, settings.pinpoints, settings.order)
@@ -560,10 +559,10 @@ def to_tiles(image, settings):
 
 
 def choose_canvas(size, pinpoints, order):
-    """(width, height) of the canvas that shows most of a picture's pixels, among equals with the least left empty.
+    """(width, height) of the canvas that shows most of a picture's pixels; among equals, the one with least border.
 
-    size: (width, height) of the picture. The two dialects differ where the list has both (a, b) and (b, a) and a
-    picture is smaller than either: the first in the list is taken, which is the wide one here and the tall one there.
+    size: (width, height) of the picture. A tie goes to the first canvas in the list. So the orders "hf" and "orig"
+    differ if the list has both (a, b) and (b, a) and the picture is smaller than either.
     """
     wide, high = size
 
@@ -572,11 +571,11 @@ def choose_canvas(size, pinpoints, order):
         shown = min(int(wide * scale) * int(high * scale), wide * high)
         return shown, -(canvas[0] * canvas[1] - shown)
 
-    return max((pair[::-1] if order == "hf" else pair for pair in pinpoints), key=merit)  # the first of the best
+    return max((pair[::-1] if order == "hf" else pair for pair in pinpoints), key=merit)  # first of equals
 
 
 def kept_of_tiles(grid, patches, size, order):
-    """(rows, columns), two slices: what of a canvas' (grid * patches) tokens is picture and not black border.
+    """(rows, columns), two slices: the part of a canvas' token map that shows the picture, without the black border.
 
     grid: (rows, columns) of tiles; patches: per side of a tile; size: (width, height) of the picture.
     """
@@ -592,7 +591,7 @@ def kept_of_tiles(grid, patches, size, order):
 
 
 def tile_tokens(grid, patches, size, order):
-    """Tokens of a picture in tiles: the whole one's, the kept ones of the tiles, one more behind each row of those."""
+    """Tokens of a picture in tiles: of the whole picture, of the tiles without border, a newline per row of tiles."""
     rows, columns = (part.stop - part.start for part in kept_of_tiles(grid, patches, size, order))
     return patches**2 + rows * (columns + 1)
 
@@ -601,9 +600,9 @@ def tile_tokens(grid, patches, size, order):
 
 
 def to_square(image, settings):
-    """RGB picture -> the S x S pixels that the model looks at.
+    """RGB picture -> the S x S picture that the model gets.
 
-    Shortest edge to S (the longest to int(S * long / short)), centre crop S x S with offsets rounded down.
+    Resize the shortest edge to S (the longest to int(S * long / short)), then crop the centre, offsets rounded down.
     """
     if settings.mode == "pad":
         image = pad_to_square(image, settings.mean)
@@ -612,22 +611,22 @@ def to_square(image, settings):
     left, top = (wide - size) // 2, (high - size) // 2
     if max(wide, high) <= STRIP * size:
         return image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    # only the part that survives the crop, so that 10000 x 3 does not become a million pixels wide on the way; the
-    # order of Pillow's two passes may change with it, and with the order the clipping of overshoots
+    # resize only the part that survives the crop, so that 10000 x 3 does not become a million pixels wide; this may
+    # change the order of Pillow's two passes, and with it how overshoots are clipped
     fx, fy = image.width / wide, image.height / high  # source pixels per resized pixel
     box = (left * fx, top * fy, min((left + size) * fx, image.width), min((top + size) * fy, image.height))
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def normalise(square, settings):
-    """S x S picture -> (3, S, S) fp32: times rescale, minus mean, over std."""
+    """S x S picture -> (3, S, S) fp32: (pixels * rescale - mean) / std."""
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(settings.size, settings.size, 3)
     mean, std = (torch.tensor(t, device="cpu") for t in (settings.mean, settings.std))
     return ((pixels * settings.rescale - mean) / std).permute(2, 0, 1).contiguous()
 
 
 def pad_to_square(image, mean):
-    """The picture in the middle of a square canvas of the mean colour, as LLaVA-1.5 was trained."""
+    """The picture centred on a square canvas of the mean colour, as in LLaVA-1.5's training."""
     side = max(image.size)
     if side * side > 2 * Image.MAX_IMAGE_PIXELS:
         raise InputError(
@@ -640,10 +639,10 @@ def pad_to_square(image, mean):
 
 
 def with_mode(settings, mode, order="auto"):
-    """settings with another mode and order of the tiles; "auto" leaves the checkpoint's own."""
+    """settings with another mode and order; "auto" leaves the checkpoint's own."""
     mode = settings.mode if mode == "auto" else mode
     if mode == "anyres" and not settings.pinpoints:
-        raise InputError("the checkpoint knows no tiles (it is no LLaVA-NeXT); use --image-mode pad or crop")
+        raise InputError("the checkpoint has no tiles (it is not LLaVA-NeXT); use --image-mode pad or crop")
     if order != "auto" and mode != "anyres":
-        raise InputError(f"--anyres-order is about tiles, and the image mode is {mode}; leave it out")
+        raise InputError(f"--anyres-order applies to tiles, but the image mode is {mode}; leave it out")
     return replace(settings, mode=mode, order=settings.order if order == "auto" else order)

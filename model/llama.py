@@ -1,8 +1,8 @@
 """The Llama decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. Three ways through
-the same weights: `prefill` (many tokens, attention among themselves), `decode` (one token per sequence against a cache)
-and `extend` (many tokens among themselves and against a cache). Module names are the checkpoint's keys.
+B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. There are three forward
+passes: `prefill` (many tokens attend to each other), `decode` (one token per sequence attends to a cache) and `extend`
+(many tokens attend to a cache and to each other). Module names are the checkpoint's keys.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,18 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         small = x.is_cpu and x.dtype == torch.float32 and x.numel() <= 4096
         if small and not torch.is_grad_enabled() and not in_loops(x):
-            # F.rms_norm is six small calls on a CPU. (x, -x) has the mean 0 and the mean square of x: its layer norm
-            # begins with x / rms(x), in one call
+            # On a CPU F.rms_norm is six small calls. (x, -x) has mean 0 and the mean square of x, so the first half of
+            # its layer norm is x / rms(x), in one call
             pair = torch.cat((x, -x), -1)
             return F.layer_norm(pair, pair.shape[-1:], eps=self.eps)[..., : x.shape[-1]] * self.weight
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_turns(config, device):
-    """(2, D) fp32: the angle by which each channel turns per position, in radians, and the sign of its sine.
+    """(2, D) fp32: each channel's rotation per position, in radians, and the sign of its sine.
 
-    Channel i turns together with channel i + D/2 (the "half" layout of the checkpoints). The minus of the rotation
-    sits in the sign, so that `rotate` needs no negation.
+    Channel i is paired with channel i + D/2 (the "half" layout of the checkpoints). The sign holds the minus of the
+    rotation matrix, so `rotate` needs no negation.
     """
     half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     speed = config.rope_theta ** (-half / config.head_dim)  # (D/2,)
@@ -49,7 +49,7 @@ def rope_turns(config, device):
 def rope_table(positions, config, dtype, turns=None):
     """cos and signed sin of RoPE (arXiv 2104.09864): two tensors positions.shape + (1, D), to broadcast over heads.
 
-    Angles are computed in fp32. turns: `rope_turns`, where somebody has them already.
+    Angles are computed in fp32. turns: `rope_turns`, if already computed.
     """
     speed, sign = rope_turns(config, positions.device) if turns is None else turns
     angles = positions[..., None, None] * speed  # (..., 1, D)
@@ -57,7 +57,7 @@ def rope_table(positions, config, dtype, turns=None):
 
 
 def rotate(x, rope):
-    """x (..., H, D) turned by its position."""
+    """Rotate x (..., H, D) by rope = (cos, signed sin) of its positions."""
     cos, sin = rope
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -65,20 +65,20 @@ def rotate(x, rope):
 
 
 def in_loops(x):
-    """Is this read by a compiler that will write loops for a CPU?"""
+    """True while torch.compile generates CPU loops for x."""
     return torch.compiler.is_compiling() and x.is_cpu
 
 
 def linear(x, weight, bias=None):
     """x (..., C) times a weight (N, C), plus a bias (N,) -> (..., N).
 
-    For a compiler the product of a single row is written as a loop: multiply and sum. It then reads the weights at 50
-    to 85 % of the speed of memory, where PyTorch's products of a row on a CPU come to 20 to 45 % (kernels/NOTES.md).
+    When compiled for a CPU, a matvec is written as multiply and sum. The generated loop reads the weights at 50 to 85 %
+    of memory bandwidth; PyTorch's own CPU matvec reaches 20 to 45 % (kernels/NOTES.md).
     """
     if not in_loops(x) or x.shape[:-1].numel() > 1:
         return F.linear(x, weight, bias)
     compute = torch.promote_types(x.dtype, torch.float32)
-    # of memory: so x is written down, not computed anew for each of the N
+    # as_strided reads memory, so the compiler stores x once instead of recomputing it for each of the N outputs
     row = x.contiguous().as_strided(x.shape[-1:], (1,))
     y = (weight.to(compute) * row.to(compute)).sum(-1)
     y = y if bias is None else y + bias.to(compute)
@@ -86,7 +86,7 @@ def linear(x, weight, bias=None):
 
 
 def adapted(x, layer, lora=None):
-    """A linear layer of x (B, T, C); lora adds to the rows of look-ahead tokens (`model.lookahead.LoRA`)."""
+    """Apply a linear layer to x (B, T, C); lora, a `model.lookahead.LoRA`, adds to the look-ahead rows."""
     y = linear(x, layer.weight, layer.bias)
     return y if lora is None else lora.add(x, y)
 
@@ -94,15 +94,15 @@ def adapted(x, layer, lora=None):
 class SideBySide:
     """Linear layers (without biases) of the same input as one product: their weights become views of one matrix.
 
-    For inference: it copies the weights once; what they are called and their values stay. Whoever replaces one of them
-    later, instead of writing into it, is noticed by `current`.
+    For inference. The weights are copied once; their names and values do not change. `current` returns False if a
+    weight was later replaced instead of updated in place.
 
-    In fp32 on a CPU the matrix lies in memory column by column, and where it has few rows, its product with a single x
-    is computed as the sum of its columns weighted by x, which is what `embedding_bag` does: both are faster than what
-    BLAS makes of a single row, together two to four times (kernels/NOTES.md).
+    In fp32 on a CPU the matrix is stored column by column. If it has at most `FEW` rows, its product with a single x is
+    the sum of its columns weighted by x, computed by `embedding_bag`. Together this is two to four times as fast as
+    the BLAS matvec (kernels/NOTES.md).
     """
 
-    FEW = 512  # rows of the matrix up to which the weighted sum is the faster way
+    FEW = 512  # up to this many rows the weighted sum is faster
 
     def __init__(self, *layers):
         weights = [layer.weight for layer in layers]  # (N, C) each
@@ -118,28 +118,28 @@ class SideBySide:
             self.bag = torch.arange(c, device="cpu"), torch.zeros(1, dtype=torch.long, device="cpu")
 
     def __call__(self, x):
-        """x (..., C) -> (..., all their channels)."""
+        """x (..., C) -> (..., N): the outputs of all layers, concatenated."""
         if self.bag is None or x.ndim > 2 or len(x) > 1:
             return F.linear(x, self.weight)
         columns, which, start = self.weight.t(), *self.bag
-        return torch.embedding_bag(columns, which, start, False, 0, False, x[0])[0]  # 0: the sum
+        return torch.embedding_bag(columns, which, start, False, 0, False, x[0])[0]  # mode 0: sum
 
     def each(self, x):
-        """x (..., C) -> the channels of each layer, a view of (..., N) per layer."""
+        """x (..., C) -> the output of each layer, views of (..., N)."""
         return self(x).split(self.sizes, -1)
 
     def current(self):
-        """Are the layers' weights still the parts of this matrix?"""
+        """Are the layers' weights still views of this matrix?"""
         return all(a.weight.data_ptr() == b.data_ptr() for a, b in zip(self.layers, self.parts, strict=True))
 
 
 def in_columns(weight):
-    """Is a matrix laid out column by column for decoding?"""
+    """Is a weight like this stored column by column for decoding?"""
     return weight.dtype == torch.float32 and weight.is_cpu
 
 
 def add_linear(x, layer, y, side=None):
-    """x += layer(y), (B, C), in one call where the layer has no bias -> x. side: the layer's own SideBySide."""
+    """x (B, C) += layer(y) -> x; a single call if the layer has no bias. side: the layer's own SideBySide."""
     if side is not None and len(y) == 1:
         return x.add_(side(y))
     if layer.bias is not None or in_loops(x):
@@ -156,10 +156,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.attention_bias)
-        self.qkv = self.out = None  # of `Llama.arrange`
+        self.qkv = self.out = None  # set by `Llama.arrange`
 
     def project(self, x, rope, adapter=None):
-        """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); q and k carry their positions, if there is a rope."""
+        """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); rope, if not None, rotates q and k."""
         if self.qkv is None or adapter or torch.is_grad_enabled() or in_loops(x):
             q, k, v = (
                 adapted(x, getattr(self, name), adapter and getattr(adapter, name)).unflatten(-1, (-1, self.head_dim))
@@ -175,7 +175,7 @@ class Attention(nn.Module):
     def prefill(self, x, rope, mask=None, adapter=None, past=()):
         """x (B, T, C) -> y (B, T, C) and this layer's q (B, Hq, T, D) and k, v (B, Hkv, T, D).
 
-        past: k and v (B, Hkv, T', D) that stand before x's own, for a mask that says who sees them.
+        past: k and v (B, Hkv, T', D) to put before x's own; mask must then cover all T' + T columns.
         """
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, adapter))  # (B, H, T, D)
         if past:
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         return adapted(y.transpose(1, 2).flatten(2), self.o_proj, adapter and adapter.o_proj), q, k, v
 
     def extend(self, x, rope, cache, layer, past):
-        """x (B, T, C), T tokens per sequence behind `past` (S,) cached ones -> y (B, T, C); k and v are appended."""
+        """x (B, T, C): T new tokens per sequence, after `past` (S,) cached ones -> y (B, T, C). Appends k and v."""
         q, k, v = self.project(x, rope)  # (B, T, H, D)
         cache.append(layer, k, v)
         y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)  # every row sees all of the past
@@ -195,9 +195,9 @@ class Attention(nn.Module):
 
 
 def causal_attention(q, k, v):
-    """Attention of T tokens among themselves, with its log-sum-exp, in fp32 (float64 stays float64).
+    """Causal attention among T tokens, with its log-sum-exp, in fp32 (float64 stays float64).
 
-    Written out, because SDPA does not give the log-sum-exp: it holds B * Hq * T * T scores.
+    Written out because SDPA does not return the log-sum-exp. Materialises B * Hq * T * T scores.
 
     q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D), (B, T, Hq).
     """
@@ -220,10 +220,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c, f, bias=config.mlp_bias)
         self.up_proj = nn.Linear(c, f, bias=config.mlp_bias)
         self.down_proj = nn.Linear(f, c, bias=config.mlp_bias)
-        self.gate_up = self.down = None  # of `Llama.arrange`
+        self.gate_up = self.down = None  # set by `Llama.arrange`
 
     def gated(self, x, adapter=None):
-        """x (..., C) -> (..., F), what `down_proj` takes."""
+        """x (..., C) -> (..., F), the input of `down_proj`."""
         if self.gate_up is None or adapter or torch.is_grad_enabled() or in_loops(x):
             gate, up = (adapter.gate_proj, adapter.up_proj) if adapter else (None, None)
             return F.silu(adapted(x, self.gate_proj, gate)) * adapted(x, self.up_proj, up)
@@ -248,21 +248,21 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), adapter), q, k, v
 
     def before_attention(self, x, rope):
-        """A decode step's first half: x (B, C), one token per sequence -> q (B, Hq, D), k and v (B, Hkv, D).
+        """First half of a decode step: x (B, C), one token per sequence -> q (B, Hq, D), k and v (B, Hkv, D).
 
-        rope None: who attends will turn q and k.
+        rope None: q and k are left for the attention kernel to rotate.
         """
         return self.self_attn.project(self.input_layernorm(x), rope)
 
     def after_attention(self, x, y):
-        """Its second half: x (B, C) and what attention gave, y (B, Hq, D) -> x (B, C), changed in place."""
+        """Second half of a decode step: x (B, C), attention output y (B, Hq, D) -> x (B, C), updated in place."""
         attn, mlp = self.self_attn, self.mlp
         x = add_linear(x, attn.o_proj, y.flatten(1), attn.out)
         return add_linear(x, mlp.down_proj, mlp.gated(self.post_attention_layernorm(x)), mlp.down)
 
     def whole(self, x, rope, k, v, kv_len):
-        """Both halves and, between them, attention over a rectangle of the cache, k and v (S, n, D), in which the new
-        tokens are counted already, kv_len (S,): a decode step in one piece for a compiler, on a CPU."""
+        """A whole decode step in one function, to be compiled for a CPU. k, v (S, n, D): the layer's `rectangle` of the
+        cache; kv_len (S,) already counts the new tokens."""
         q, k_new, v_new = self.before_attention(x, rope)
         return self.after_attention(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
 
@@ -273,8 +273,8 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What a decode step asks of a layer: two halves with attention between them, or, where given and its cache is a
-    rectangle, the whole. Each may be compiled."""
+    """A layer's functions for a decode step, compiled or not: `whole` if it is given and the layer's cache is a
+    rectangle, else the two halves around attention."""
 
     before_attention: Callable = DecoderLayer.before_attention
     after_attention: Callable = DecoderLayer.after_attention
@@ -292,7 +292,7 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """Decoder with its output head. tied=True: the head is the embedding matrix, as the config says."""
+    """Decoder with its output head. tied=True: the head is the embedding matrix."""
 
     def __init__(self, config, tied=False):
         super().__init__()
@@ -301,7 +301,7 @@ class Llama(nn.Module):
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def arrange(self):
-        """Lay the weights out for decoding: q, k and v in one product, gate and up in one. They are copied once."""
+        """Rearrange the weights for decoding: q, k and v in one product, gate and up in one. Copies them once."""
         columns = in_columns(self.model.norm.weight)
         for layer in self.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
@@ -313,16 +313,16 @@ class Llama(nn.Module):
                 mlp.gate_up = [SideBySide(part) for part in pair] if columns else [SideBySide(*pair)]
                 mlp.down = SideBySide(mlp.down_proj) if columns else None
         if self.lm_head is not None and self.lm_head.weight.device.type == "cpu":
-            SideBySide(self.lm_head)  # for the order of its memory
+            SideBySide(self.lm_head)  # only for its memory layout
 
     def lay_by_rows(self):
-        """Take back what `arrange` did for products of PyTorch's in fp32: compiled ones read rows. Copies them once.
+        """Undo `arrange` in fp32 on a CPU, because compiled steps read weights row by row. Copies the weights once.
 
-        It stays so: the model's steps without a compiler are slower from then on, until `arrange` is called again.
+        Steps that are not compiled are slower afterwards, until `arrange` is called again.
         """
         if not in_columns(self.model.norm.weight):
             return
-        with torch.inference_mode(False), torch.no_grad():  # parameters that somebody may still train
+        with torch.inference_mode(False), torch.no_grad():  # the parameters stay trainable
             for layer in self.model.layers:
                 attn, mlp = layer.self_attn, layer.mlp
                 attn.qkv = attn.out = mlp.gate_up = mlp.down = None
@@ -330,7 +330,7 @@ class Llama(nn.Module):
                 weight.data = weight.data.contiguous()
 
     def _part_changed(self):
-        """Take apart what `arrange` joined where somebody has replaced a weight since."""
+        """Undo `arrange` in layers where a weight has been replaced since."""
         for layer in self.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
             if attn.qkv and not all(side.current() for side in (attn.qkv, attn.out) if side):
@@ -339,22 +339,21 @@ class Llama(nn.Module):
                 mlp.gate_up = mlp.down = None
 
     def prefill(self, x, cache=None, positions=None, mask=None, choose=None, narrow=None, lookahead=None):
-        """Embedded tokens x (B, T, C) -> their final hidden states (B, T, C), normed.
+        """Embedded tokens x (B, T, C) -> final hidden states (B, T, C), after the final norm.
 
-        Causal over everything present. With a cache, each layer's K and V are packed into it as soon as the layer is
-        done, and die here. Behind each layer two functions may be asked, with its q (B, Hq, T, D) and its k and v
-        (B, Hkv, T, D):
+        Attention is causal. With a cache, each layer's K and V are packed into it when the layer is done, and the dense
+        K and V are freed. After each layer, two optional functions get its q (B, Hq, T, D), k and v (B, Hkv, T, D):
 
-            choose(layer, q, k, v)   which K and V rows every head keeps, (B * Hkv, T) bool or None for all; the hidden
-                                     states go on unchanged, so what a layer forgets changes decoding only
-            narrow(layer, q, k, v)   which tokens the layers after it still see, indices (T',) or None for all; then
-                                     what is returned is (B, T', C)
+            choose(layer, q, k, v)   returns the K and V rows that every head keeps, (B * Hkv, T) bool, or None for all.
+                                     Hidden states do not change, so dropped rows affect decoding only
+            narrow(layer, q, k, v)   returns the tokens that go on to later layers, indices (T',), or None for all; the
+                                     result is then (B, T', C)
 
-        positions (B, T) or (T,) default to 0..T-1; mask (broadcast to (B, Hq, T, T); bool, True = may look, or added to
-        the scores) replaces the causal rule: both are for training on packed sequences, without `narrow`.
+        positions (B, T) or (T,) default to 0..T-1. mask replaces the causal rule: bool (True = may attend) or added to
+        the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences, without `narrow`.
 
-        lookahead: a `model.lookahead.Lookahead`, whose m rows are computed behind the prompt. `choose` then sees T + m
-        rows of q, k and v; the cache and the caller get the prompt's T only.
+        lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt: `choose` gets T + m rows of q, k and v,
+        the cache and the result have the prompt's T only.
         """
         self._part_changed()
         tokens = x.shape[1]
@@ -368,15 +367,15 @@ class Llama(nn.Module):
                 keep = None if choose is None else choose(i, q, k, v)
                 cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
             rows = None if narrow is None else narrow(i, q, k, v)
-            if rows is not None:  # they keep their positions
+            if rows is not None:  # tokens keep their positions
                 x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)
-            del q, k, v  # not kept until the next layer has made its own
+            del q, k, v  # free them before the next layer allocates its own
         return self.model.norm(x[:, :tokens])
 
     def decode(self, x, cache, turns=None, parts=LayerParts()):
-        """One embedded token per sequence, x (B, C) -> final hidden states (B, C), normed. The cache grows by one.
+        """One embedded token per sequence, x (B, C) -> final hidden states (B, C). The cache grows by one token.
 
-        turns: `rope_turns`, for who takes many steps; parts: of a layer, which may be compiled.
+        turns: `rope_turns`, to compute them once for many steps; parts: a layer's functions, compiled or not.
         """
         rope = rope_table(cache.pos, self.config, x.dtype, turns)  # (B, 1, D)
         x = x.clone()  # the layers add to it in place
@@ -390,14 +389,14 @@ class Llama(nn.Module):
                 q, k, v = parts.before_attention(layer, x, None if cache.fused else rope)
                 x = parts.after_attention(layer, x, cache.append_attend(i, q, k, v, rope))
             return self.model.norm(x)
-        except BaseException:  # Ctrl-C too: the cache stays as it was
+        except BaseException:  # also on Ctrl-C
             cache.give_back()
             raise
 
     def extend(self, x, cache):
-        """A new turn: T embedded tokens per sequence, x (B, T, C), behind a cache -> final hidden states (B, T, C).
+        """A new turn: T embedded tokens per sequence, x (B, T, C), after a cache -> final hidden states (B, T, C).
 
-        Each sees all that the cache kept and the new ones before it. The cache grows by T.
+        Each attends to all of the cache and to the new tokens up to itself. The cache grows by T tokens.
         """
         positions = cache.pos[:, None] + torch.arange(x.shape[1], device=x.device)
         rope = rope_table(positions, self.config, x.dtype)  # (B, T, 1, D)

@@ -1,6 +1,6 @@
-"""LLaVA (arXiv 2304.08485, 2310.03744): pictures through CLIP and a two-layer projector into a Llama's embeddings.
+"""LLaVA (arXiv 2304.08485, 2310.03744): CLIP and a two-layer projector turn pictures into embeddings for a Llama.
 
-LLaVA-NeXT (1.6, "anyres") is the same with more squares per picture, laid out again behind the projector.
+LLaVA-NeXT (1.6, "anyres") cuts a picture into several squares and joins their tokens after the projector.
 """
 
 import torch
@@ -45,8 +45,8 @@ class Llava(nn.Module):
     def join_tiles(self, tokens, grid, size, order="hf"):
         """Tokens of one picture's squares (1 + rows * columns, P, C) -> (P', C): the whole picture, then its tiles.
 
-        The tiles become one map of tokens, lose what shows the canvas beside the picture, and each row of the map gets
-        `image_newline` behind it. grid: (rows, columns); size: (width, height) of the picture.
+        The tiles' tokens form one map. Tokens of the canvas border are dropped, and `image_newline` is added at the end
+        of each row. grid: (rows, columns) of tiles; size: (width, height) of the picture.
         """
         side = round(tokens.shape[1] ** 0.5)
         tiles = tokens[1:].unflatten(1, (side, side)).unflatten(0, grid)  # (rows, columns, side, side, C)
@@ -56,10 +56,10 @@ class Llava(nn.Module):
         return torch.cat((tokens[0], torch.cat((seen, newline), 1).flatten(0, 1)))
 
     def splice(self, ids, image_tokens):
-        """Replace each image placeholder by the tokens of its picture.
+        """Replace each image placeholder by its picture's tokens.
 
-        ids: list of token ids with one `image_token_index` per picture; image_tokens: (P, C) of each.
-        Returns x (T, C) and the spans [(start, stop), ...] of the pictures in it, in order.
+        ids: list of token ids with one `image_token_index` per picture; image_tokens: (P, C) per picture.
+        Returns x (T, C) and each picture's span in it, [(start, stop), ...] in order.
         """
         places = [i for i, token in enumerate(ids) if token == self.config.image_token_index]
         if len(places) != len(image_tokens):

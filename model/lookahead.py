@@ -1,12 +1,12 @@
-"""Look-ahead rows: learned tokens behind the prompt that attend where the answer will.
+"""Look-ahead rows: learned tokens after the prompt whose attention predicts that of the answer.
 
 m learned embeddings follow the prompt in prefill, and low-rank adapters (LoRA, arXiv 2106.09685) change the linear
-layers for those m rows only. The rows see the prompt and each other. The prompt does not see them, and they never enter
-the cache, so the frozen model computes what it always did. A pruning method may rank tokens by the attention of these
-rows instead of the last prompt row's (`query=lookahead`).
+layers for those m rows only. The rows attend to the prompt and causally to each other. The prompt does not attend to
+them, and they never enter the cache, so the frozen model's output does not change. A pruning method may rank tokens by
+the attention of these rows instead of the last prompt row's (`query=lookahead`).
 
-This is LookaheadKV (arXiv 2603.10899), there for text, brought to vision tokens. tools/train_lookahead.py trains them
-for any checkpoint.
+This applies LookaheadKV (arXiv 2603.10899), a method for text, to vision tokens. tools/train_lookahead.py trains the
+rows for any checkpoint.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ FILE = "lookahead.safetensors"  # in the checkpoint's folder
 
 
 class LoRA(nn.Module):
-    """What the last m rows of x (B, T, C_in) get beside the frozen layer's output: B A x."""
+    """The term B A x that the last m rows of x (B, T, C_in) add to the frozen layer's output."""
 
     def __init__(self, layer, rows, rank):
         super().__init__()
@@ -31,7 +31,7 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
 
     def add(self, x, y):
-        """y (B, T, C_out), changed in place in its last m rows -> y."""
+        """Add to the last m rows of y (B, T, C_out), in place -> y."""
         y[:, -self.rows :] += F.linear(F.linear(x[:, -self.rows :], self.lora_A), self.lora_B)
         return y
 
@@ -63,17 +63,17 @@ class Lookahead(nn.Module):
         return len(self.embeddings)
 
 
-ADVICE = "train the rows anew with tools/train_lookahead.py, or remove the file"
+ADVICE = "train the rows again with tools/train_lookahead.py, or remove the file"
 
 
 def open_lookahead(path, language):
-    """The look-ahead rows of a file without their memory. InputError unless it fits the shapes of a `Llama`."""
+    """The look-ahead rows of a file, on the meta device. InputError unless their shapes fit the `Llama`."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         rows, rank = shapes["embeddings"][0], shapes["layers.0.q_proj.lora_A"][0]
     except (SafetensorError, OSError, ValueError, KeyError, IndexError) as broken:
-        raise InputError(f"{path} holds no look-ahead rows ({broken}); {ADVICE}") from broken
+        raise InputError(f"{path} has no readable look-ahead rows ({broken}); {ADVICE}") from broken
     with torch.device("meta"):
         lookahead = Lookahead(language, rows, rank)
     wanted = {name: tuple(p.shape) for name, p in lookahead.state_dict().items()}
@@ -84,9 +84,9 @@ def open_lookahead(path, language):
 
 
 def fill_lookahead(lookahead, path, language):
-    """Give the rows their numbers, in the dtype and on the device of a loaded `Llama`.
+    """Load the rows' weights, in the dtype and on the device of a loaded `Llama`.
 
-    InputError if they were trained for other weights.
+    InputError if they were trained for a model with other weights.
     """
     with safe_open(path, framework="pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -99,7 +99,7 @@ def fill_lookahead(lookahead, path, language):
 
 
 def fingerprint(language):
-    """16 hex digits that tell a model's weights from another's, whatever the dtype: a hash of its norms in bf16."""
+    """16 hex digits that identify a model's weights in any dtype: a hash of its norm weights in bf16."""
     norms = [p for name, p in language.named_parameters() if name.endswith("norm.weight")]
     whole = torch.cat([p.detach().float().cpu() for p in norms]).to(torch.bfloat16)
     return hashlib.sha256(bytes(whole.view(torch.uint8).tolist())).hexdigest()[:16]

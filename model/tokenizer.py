@@ -1,4 +1,4 @@
-"""Text to ids and back: a sentencepiece model plus added tokens, and the prompt templates of the LLaVA families."""
+"""Text to ids and back: a sentencepiece model with added tokens, and the prompt templates of the LLaVA families."""
 
 import codecs
 import hashlib
@@ -16,30 +16,30 @@ SPACE = "\u2581"  # sentencepiece's visible space
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before sentencepiece sees it, with the flags of the checkpoint's files."""
+    """A token that is cut out of the text before sentencepiece encodes the rest, with the flags of the checkpoint."""
 
     content: str
     id: int
-    special: bool = False  # leaves no trace in the text of an answer
-    lstrip: bool = False  # takes the white space before it along
-    rstrip: bool = False  # and the white space behind it
-    single_word: bool = False  # is not found inside a word
-    normalized: bool = False  # is looked for after the others, in the text as the normalizer leaves it
+    special: bool = False  # decodes to no text
+    lstrip: bool = False  # includes the white space before it
+    rstrip: bool = False  # includes the white space after it
+    single_word: bool = False  # does not match inside a word
+    normalized: bool = False  # is matched after the others, in the normalised text
 
 
 class Tokenizer:
-    """Llama tokenizer of a checkpoint folder (tokenizer.model and whichever JSON files lie beside it).
+    """Llama tokenizer of a checkpoint folder (tokenizer.model and any of the usual JSON files).
 
-    Added tokens such as `<image>` are cut out of the text first; sentencepiece sees the segments between them. Whether
-    each segment or only the first gets sentencepiece's dummy space is decided from the files, because published LLaVA
-    checkpoints differ in exactly that. Where the files disagree, transformers' AutoProcessor is followed.
+    Added tokens such as `<image>` are cut out of the text first; sentencepiece encodes the segments between them. The
+    files decide whether each segment or only the first gets sentencepiece's dummy space, because published LLaVA
+    checkpoints differ in that. If the files disagree, we do as transformers' AutoProcessor does.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
         path = folder / "tokenizer.model"
         if not path.is_file():
-            raise InputError(f"{folder} has no tokenizer.model; only sentencepiece tokenizers can be read")
+            raise InputError(f"{folder} has no tokenizer.model; only sentencepiece tokenizers are supported")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as broken:
@@ -69,7 +69,7 @@ class Tokenizer:
             self.bos_id, self.add_bos = _bos_rule(config, fast, self.bos_id)
         self._first = _Finder({text: token for text, token in found.items() if not token.normalized})
         self._second = _Finder({self._normal(text): token for text, token in found.items() if token.normalized})
-        # behind a `Prepend` normalizer a normalised token has another name, which transformers shows, and shows always
+        # with a `Prepend` normalizer, transformers decodes normalised tokens (special ones too) to their normalised text
         shown = [
             t for t in found.values() if t.id not in control and (not t.special or self._prepends and t.normalized)
         ]
@@ -78,31 +78,31 @@ class Tokenizer:
         self._newline = self.sp.encode("\n")
 
     def _named_id(self, names, name, default):
-        """Id of the token that a file calls name ("bos_token"), -1 if it says that there is none."""
+        """Id of a named token such as "bos_token": default if the files do not name it, -1 if they set it to null."""
         text = _text_of(names.get(name))
         return default if name not in names else self.added.get(text, self.sp.piece_to_id(text) if text else -1)
 
     def encode(self, text, bos=True):
-        """Token ids of text; BOS in front if asked for and if the checkpoint uses one."""
+        """Token ids of text; BOS first if bos is True and the checkpoint uses one."""
         ids = [self.bos_id] if bos and self.add_bos else []
         for start, part in self._first.cut(text):
             ids += [part.id] if isinstance(part, AddedToken) else self._segment(part, start)
         return ids
 
     def _segment(self, text, start):
-        """Ids of the text between two tokens; start: its first character, counted in the whole text."""
+        """Ids of the text between two added tokens; start: its offset in the whole text."""
         ids = []
         for begin, part in self._second.cut(self._normal(text)):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
-            elif self._prepends:  # the dummy space is in the text already
+            elif self._prepends:  # the text already has the dummy space
                 ids += self._bare(part)
             else:
                 ids += self._prefixed(part, start + begin)
         return ids
 
     def _normal(self, text):
-        """What a `Prepend` normalizer makes of a text; without one the text itself."""
+        """The text after the `Prepend` normalizer, if there is one."""
         return SPACE + text.replace(" ", SPACE) if self._prepends else text
 
     def _prefixed(self, text, start):
@@ -112,35 +112,35 @@ class Tokenizer:
         return self._bare(text)
 
     def _bare(self, text):
-        """Ids without a dummy space: encode the text behind a newline, then drop what the newline became."""
+        """Ids without a dummy space: encode a newline and the text, then drop the newline's ids."""
         return self.sp.encode("\n" + text)[len(self._newline) :]
 
     def decode(self, ids):
-        """Text of ids; special and control tokens leave no trace, one leading space is dropped."""
+        """Text of ids, without special and control tokens and without one leading space."""
         stream = Detokenizer(self)
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def unreachable_ids(self, vocab_size):
-        """Ids below vocab_size that a model must never say: padding rows of the embedding that stand for nothing."""
+        """Ids below vocab_size that must never be sampled: padding rows of the embedding that are no token."""
         known = set(self.added.values())
         return [i for i in range(len(self.sp), vocab_size) if i not in known]
 
 
-WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # as Unicode has it
+WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # Unicode's
 
 
 class _Finder:
     """Finds added tokens in a text as the `tokenizers` library does."""
 
     def __init__(self, tokens):
-        """tokens: {text to look for: AddedToken}."""
+        """tokens: {text to match: AddedToken}."""
         self.tokens = tokens
         # longest first, so that no token hides a longer one that starts with it
         longest = sorted(tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
     def cut(self, text):
-        """(start, str or AddedToken) of each part of the text, in order."""
+        """Yield (start, str or AddedToken) for each part of the text, in order."""
         done = 0
         for match in self.pattern.finditer(text):
             token, (start, stop) = self.tokens[match.group()], match.span()
@@ -152,7 +152,7 @@ class _Finder:
                 stop = len(text) - len(text[stop:].lstrip(WHITE))
             if done < start:
                 yield done, text[done:start]
-            if start < stop:  # not so where the token before has taken white space that this one consists of
+            if start < stop:  # False if the token before included the white space that is this token
                 yield start, token
             done = stop
         if done < len(text):
@@ -160,7 +160,7 @@ class _Finder:
 
 
 def _in_word(character):
-    """Is it one that Unicode counts to words: a letter, mark, digit or connector?"""
+    """Is it a word character in Unicode: a letter, mark, digit or connector?"""
     return bool(character) and (
         unicodedata.category(character) in ("Nd", "Nl", "Pc")
         or unicodedata.category(character)[0] in "LM"
@@ -169,9 +169,9 @@ def _in_word(character):
 
 
 class Detokenizer:
-    """Ids one at a time -> text as soon as it is certain.
+    """Streaming decoder: ids one at a time -> text as soon as it is certain.
 
-    Byte pieces are held back until they are whole UTF-8 characters; what can never become one turns into U+FFFD.
+    Byte pieces are held back until they form whole UTF-8 characters; invalid bytes become U+FFFD.
     """
 
     def __init__(self, tokenizer):
@@ -180,7 +180,7 @@ class Detokenizer:
         self._at_start = True
 
     def push(self, token):
-        """Text that one more id makes certain; empty for special and control tokens."""
+        """The text that becomes certain with one more id; empty for special and control tokens."""
         sp, spoken = self.tokenizer.sp, self.tokenizer._spoken
         if token in self.tokenizer._silent or not (0 <= token < len(sp) or token in spoken):
             return ""
@@ -192,37 +192,37 @@ class Detokenizer:
         return self._utf8.decode(data)
 
     def flush(self):
-        """What is left of an incomplete character."""
+        """The replacement for an incomplete character at the end, if any."""
         return self._utf8.decode(b"", final=True)
 
 
-# ---------------------------------------------------------------- what the files say
+# ---------------------------------------------------------------- the checkpoint's files
 
 
 def _text_of(entry):
-    """The text of a token that a file gives as a string or as a dict; None if it gives none."""
+    """The text of a token given as a string or as a dict; None if there is none."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
 def _named_texts(names):
-    """Texts of the tokens that have a name of their own: "bos_token", "image_token", ..."""
+    """Texts of the named tokens: "bos_token", "image_token", ..."""
     named = {key: value for key, value in names.items() if key.endswith("_token") and not isinstance(value, bool)}
     extra = names.get("extra_special_tokens")
     return {_text_of(v) for v in (*named.values(), *(extra.values() if isinstance(extra, dict) else ()))} - {None}
 
 
 def _added_tokens(config, fast, plain, named):
-    """The added tokens, one AddedToken per text.
+    """The added tokens, one AddedToken per (text, id).
 
-    tokenizer.json is the tokenizer; transformers then adds the tokens of tokenizer_config.json again, so those flags
-    win, but what either calls special stays special. added_tokens.json has texts and ids alone.
+    As in transformers: tokenizer.json comes first, then tokenizer_config.json adds its tokens again, so its flags win;
+    a token is special if either file says so. added_tokens.json has texts and ids only.
     """
     flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
     again = config.get("added_tokens_decoder") or {}
     entries = {}  # (text, id) -> flags
 
     def put(text, i, given, special):
-        normalized = not given.get("special")  # the default of transformers' own class
+        normalized = not given.get("special")  # the default in transformers
         chosen = {"normalized": normalized, **{flag: bool(given[flag]) for flag in flags if flag in given}}
         entries[text, int(i)] = chosen | {"special": special}
 
@@ -239,9 +239,9 @@ def _added_tokens(config, fast, plain, named):
 
 
 def _check_normalized(config, fast, pieces):
-    """InputError if two files disagree on whether an added token that may be said is normalised.
+    """InputError if the files disagree on `normalized` of an added token that can occur in an answer.
 
-    Behind a `Prepend` normalizer transformers then shows another text than either file means.
+    With a `Prepend` normalizer, transformers would then decode it to a text that neither file gives.
     """
     again = {entry["content"]: entry for entry in (config.get("added_tokens_decoder") or {}).values()}
     for entry in fast.get("added_tokens") or []:
@@ -255,9 +255,10 @@ def _check_normalized(config, fast, pieces):
 
 
 def _check_ids(tokens, fast, sp):
-    """InputError unless each token has one id: a piece's own or, behind the pieces, the one transformers gives.
+    """InputError unless each token has one id, the one that transformers gives it.
 
-    A tokenizer.json counts on from the pieces; without one the ids are taken as they are said.
+    A piece keeps its own id. With a tokenizer.json, other tokens are numbered from the last piece on; without one, any
+    id after the pieces is accepted.
     """
     ids, new = {}, 0
     for token in sorted(tokens, key=lambda t: t.id):
@@ -272,61 +273,61 @@ def _check_ids(tokens, fast, sp):
         new += not is_piece
         if token.id != expected and (fast or is_piece or token.id < len(sp)):
             raise InputError(
-                f"the added token {token.content!r} has the id {token.id} where its place is {expected}; use the "
-                "tokenizer files of one checkpoint"
+                f"the added token {token.content!r} has the id {token.id} instead of {expected}; use the tokenizer "
+                "files of one checkpoint"
             )
     vocabulary = (fast.get("model") or {}).get("vocab")
     if isinstance(vocabulary, dict) and any(vocabulary.get(sp.id_to_piece(i)) != i for i in range(len(sp))):
-        raise InputError("tokenizer.json has other pieces than tokenizer.model; use the files of one checkpoint")
+        raise InputError("tokenizer.json and tokenizer.model have different pieces; use the files of one checkpoint")
 
 
 def _steps(part, inner):
-    """The steps of a part of tokenizer.json, which may be a sequence of them."""
+    """The steps of a part of tokenizer.json, which is a single step or a Sequence."""
     part = part or {}
     return part.get(inner) or [] if part.get("type") == "Sequence" else [part] if part else []
 
 
 def _prefix_rule(config, fast):
-    """(prepends, every, spares): how sentencepiece's dummy space is put before a segment.
+    """(prepends, every, spares): where sentencepiece's dummy space is added.
 
-    prepends: by a normalizer, before each segment. every: before each segment, not only at the start of the text.
-    spares: not where the segment has a space already. The fast tokenizer's file decides if there is one (a `Prepend`
-    normalizer, or a `Metaspace` pre-tokenizer with its scheme), else the `legacy` flag, whose absence means true.
+    prepends: a normalizer adds it to each segment. every: to each segment, not only at the start of the text. spares:
+    not to a segment that starts with a space. tokenizer.json decides if it exists (a `Prepend` normalizer, or a
+    `Metaspace` pre-tokenizer with its scheme), else the `legacy` flag, which defaults to true.
     """
     normalizers, pre = _steps(fast.get("normalizer"), "normalizers"), _steps(fast.get("pre_tokenizer"), "pretokenizers")
     for part, known in ((normalizers, ("Prepend", "Replace")), (pre, ("Metaspace",))):
         for step in part:
             if step.get("type") not in known:
                 raise InputError(
-                    f"tokenizer.json has a step of type {step.get('type')!r}; only tokenizers with "
-                    f"{' and '.join(known)} there can be read"
+                    f"tokenizer.json has a step of type {step.get('type')!r}; here only "
+                    f"{' and '.join(known)} can be used"
                 )
     if any(step["type"] == "Prepend" for step in normalizers):
         return True, True, False
     for part in pre:
         scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
         if scheme not in ("always", "first"):
-            raise InputError(f"tokenizer.json asks for prepend_scheme {scheme!r}; only always and first are known")
+            raise InputError(f"tokenizer.json has prepend_scheme {scheme!r}; only always and first are supported")
         if part.get("split") is not False:
-            raise InputError("tokenizer.json splits at every space; only tokenizers with split false can be read")
+            raise InputError("tokenizer.json splits at every space; only tokenizers with split false are supported")
         return False, scheme == "always", True
     return False, config.get("legacy") is not False, False
 
 
 def _strips_first_space(fast):
-    """Does decoding drop a space at the start? Only a tokenizer.json can say no, by a decoder without that step."""
+    """Does decoding drop a leading space? Yes, unless tokenizer.json has a decoder without that step."""
     decoder = _steps(fast.get("decoder"), "decoders")
     for step in decoder:
         if step.get("type") not in ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"):
-            raise InputError(f"tokenizer.json decodes with {step.get('type')!r}; only Llama's decoders can be read")
+            raise InputError(f"tokenizer.json decodes with {step.get('type')!r}; only Llama's decoders are supported")
     return not decoder or any(step["type"] in ("Strip", "Metaspace") for step in decoder)
 
 
 def _bos_rule(config, fast, bos):
-    """(id, whether it is put before a prompt): as tokenizer.json's post-processor says, else by `add_bos_token`."""
+    """(BOS id, whether a prompt starts with it), from tokenizer.json's post-processor, else from `add_bos_token`."""
     if "post_processor" not in fast:
         if config.get("add_eos_token"):
-            raise InputError("tokenizer_config.json puts an end token behind the prompt; set add_eos_token to false")
+            raise InputError("tokenizer_config.json appends an end token to the prompt; set add_eos_token to false")
         return bos, config.get("add_bos_token") is not False and bos >= 0
     rule = fast["post_processor"]
     if rule is None:
@@ -334,7 +335,7 @@ def _bos_rule(config, fast, bos):
     single = [next(iter(step.items())) for step in rule["single"]] if rule["type"] == "TemplateProcessing" else []
     kinds = [kind for kind, _ in single]
     if kinds not in (["SpecialToken", "Sequence"], ["Sequence"]):
-        raise InputError("tokenizer.json puts more around a prompt than a start token; use another copy's tokenizer")
+        raise InputError("tokenizer.json adds more to a prompt than a start token; use the tokenizer of another copy")
     if kinds == ["Sequence"]:
         return bos, False
     (first,) = rule["special_tokens"][single[0][1]["id"]]["ids"]
@@ -349,8 +350,8 @@ _ASSISTANT_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the {whose} questions."
 )
 
-# What stands before the first turn; these three go on with the same words. The space before ASSISTANT and none
-# behind the colon change greedy output.
+# The text before the first turn; the rest is the same for these three families. The space before ASSISTANT and the
+# missing one after the colon matter: they change greedy output.
 SYSTEM_TEXT = {
     "llava": "",  # the llava-hf 1.5 conversions
     "vicuna": _ASSISTANT_TEXT.format(who="user", whose="user's"),  # LLaVA's evaluation scripts (vicuna_v1)
@@ -360,14 +361,14 @@ TEMPLATES = (*SYSTEM_TEXT, "mistral", "raw")
 
 
 def build_prompt(question, images, template, system=None):
-    """The text to encode: question in its template, one `<image>` for each of `images` pictures.
+    """The text to encode: the question in its template, with one `<image>` for each of `images` pictures.
 
-    Without `<image>` in the question all pictures come first, one `<image>` and newline each; with it the number must
-    match. template "raw" takes the question verbatim.
+    If the question has no `<image>`, all pictures come first, one `<image>` and newline each; otherwise the counts must
+    match. template "raw" leaves the question verbatim.
     """
     found = question.count(IMAGE)
     if IMAGE in (system or ""):
-        raise InputError(f"the system text has {IMAGE} in it; place pictures in the prompt")
+        raise InputError(f"the system text contains {IMAGE}; place pictures in the prompt")
     if found and found != images:
         raise InputError(
             f"the prompt has {found} {IMAGE} for {images} --image; "
@@ -377,18 +378,18 @@ def build_prompt(question, images, template, system=None):
         question = (IMAGE + "\n") * images + question
     if template == "raw":
         return question
-    if template == "mistral":  # it has no place of its own for a system text
+    if template == "mistral":  # it has no slot for a system text
         return f"[INST] {system + ' ' if system else ''}{question} [/INST]"
     system = SYSTEM_TEXT[template] if system is None else system
     return f"{system + ' ' if system else ''}USER: {question} ASSISTANT:"
 
 
-# SHA-256 of known chat templates as `_fingerprint` reads them, and what they render a question with a picture to
+# `_fingerprint` of known chat templates -> family. The comments show a question with a picture as they render it
 KNOWN_TEMPLATES = {
-    # "USER: <image>\nQ ASSISTANT:", llava-1.5-*-hf and llava-v1.6-vicuna-*-hf, with and without `generation` marks
+    # "USER: <image>\nQ ASSISTANT:", llava-1.5-*-hf and llava-v1.6-vicuna-*-hf, with and without `generation` tags
     "19a8f55284b8d7469ebbf822a120f01b83e82ab5220ca90dc0423e6318e734e1": "llava",
     "f743677a293acc6d51108c4825e1ea26ca73621be042bdd55703678bec21b1b0": "llava",
-    # "[INST] <image>\nQ [/INST]", llava-v1.6-mistral-7b-hf; two spellings of </s> behind an answer
+    # "[INST] <image>\nQ [/INST]", llava-v1.6-mistral-7b-hf; two spellings of </s> after an answer
     "ef350bbf817df2e8ceeff130e369858185b382ec436fef5a693c7612de7c3794": "mistral",
     "937ee8700b6ef6cef87ac884dee13d2de9f5cbe2fdaea851b47b2226f6da49fe": "mistral",
     # "[INST] Q [/INST]", Mistral-7B-Instruct-v0.2, in the tokenizer_config.json of copies with that language model
@@ -399,10 +400,10 @@ KNOWN_TEMPLATES = {
 
 
 def find_template(folder, config):
-    """(template, note): the family of the checkpoint's own chat template; the note says how it was found.
+    """(template, note): the family of the checkpoint's chat template, and how it was found.
 
-    Chat templates are programs from files one need not trust: the known ones are recognised by their text, none is
-    run. With no or another one, config (a LlavaConfig) tells the family.
+    Chat templates are programs from untrusted files, so none is run: the known ones are recognised by their text.
+    Without a known template, config (a LlavaConfig) decides the family.
     """
     text = _chat_template(Path(folder))
     family = "llava"  # LLaVA-1.5
@@ -419,7 +420,7 @@ def find_template(folder, config):
 
 
 def _chat_template(folder):
-    """The text of the chat template that transformers would take, None if there is none."""
+    """The text of the chat template that transformers would use; None if there is none."""
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         if name.endswith(".json"):
             text = (read_json(folder / name) or {}).get("chat_template")
@@ -435,14 +436,14 @@ def _chat_template(folder):
 
 
 def _fingerprint(template):
-    """SHA-256 of a Jinja template without what does not change its output: comments, and white space as below."""
-    # a tag comes first, so that what looks like a comment inside one, in a string, stays
+    """SHA-256 of a Jinja template without the parts that do not change its output: comments and some white space."""
+    # tags match first, so that a string in a tag keeps what looks like a comment
     text = template.replace("\r\n", "\n").removesuffix("\n")
     text = re.sub(r"(\{[%{].*?[%}]\})|\{#.*?#\}", lambda found: found[1] or "", text, flags=re.S)
-    text = re.sub(r"(?<=-[%}]\})\s+|\s+(?=\{[%{]-)", "", text)  # a minus at a tag takes the white space beside it
-    text = re.sub(r"(?<=%\})\n(?:[ \t]*(?=\{%))?", "", text)  # a line that is nothing but a tag
+    text = re.sub(r"(?<=-[%}]\})\s+|\s+(?=\{[%{]-)", "", text)  # a minus at a tag strips white space
+    text = re.sub(r"(?<=%\})\n(?:[ \t]*(?=\{%))?", "", text)  # the newline after a block tag
 
-    def inside(tag):  # white space between the words of a tag; in a string, \n is a line break
+    def inside(tag):  # drop white space outside strings; in a string, \n is a line break
         parts = re.split(r"('[^']*'|\"[^\"]*\")", tag[0])
         return "".join(p.replace("\\n", "\n") if i % 2 else re.sub(r"\s", "", p) for i, p in enumerate(parts))
 

@@ -1,14 +1,14 @@
-"""What a pruning method may know of the pictures themselves: where each token sits, and whether anything is there."""
+"""What a pruning method sees of the pictures: each token's position, and how much its pixels stand out."""
 
 import torch
 
 
 def places_of(side, tokens, cut=None):
-    """(n, 2) integers: row and column of each of a picture's n tokens, in the order that the model sees them.
+    """(n, 2) integers: row and column of each of a picture's n tokens, in the model's order.
 
-    side: tokens per side of a square; tokens: n; cut: of LLaVA-NeXT, what `kept_of_tiles` leaves of the joined tiles.
-    They lie below the square of the whole picture, a newline behind the last column of each row; a CLS token lies above
-    the square.
+    side: tokens per side of a square; tokens: n; cut: for LLaVA-NeXT, the part of the joined tiles (`kept_of_tiles`),
+    which is placed below the square of the whole picture and has a newline after each row's last column. A CLS token is
+    placed above the square.
     """
     square = _cells(side, side)
     if cut is not None:
@@ -18,16 +18,16 @@ def places_of(side, tokens, cut=None):
 
 
 def _cells(rows, columns):
-    """(rows * columns, 2) integers: row and column of each cell of a table, row by row; on the CPU, like the pixels."""
+    """(rows * columns, 2) integers on the CPU: row and column of each cell of a table, row by row."""
     return torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
 
 
 def contrast_of(squares, side, tokens, cut=None, grid=None):
-    """(n,) fp32: how far the pixels behind each of a picture's n tokens are from its usual colour.
+    """(n,) fp32: how far the pixels of each of a picture's n tokens are from the picture's usual colour.
 
     squares (1 + tiles, 3, S, S): its pixel values; side, tokens, cut: as in `places_of`; grid: (rows, columns) of
-    tiles. The usual colour is the median over the patches' means, the distance the root of the mean
-    square over a patch's pixels. What stands for no pixels, a newline or CLS, has 0.
+    tiles. The usual colour is the median over the patches' means. The distance is the root mean square over a patch's
+    pixels; it is 0 for tokens without pixels (newlines and CLS).
     """
     patch = squares.shape[-1] // side
     pixels = squares[..., : side * patch, : side * patch].unflatten(-1, (side, patch)).unflatten(-3, (side, patch))

@@ -287,7 +287,7 @@ def test_misuse_is_refused():
     model, cache = small_llama(), RaggedCache(LAYERS)
     assert cache.nbytes_held == cache.nbytes_reserved == 0
     model.prefill(torch.randn(1, 3, 32), cache)
-    with pytest.raises(ValueError, match="holds a prompt already"):
+    with pytest.raises(ValueError, match="already holds a prompt"):
         model.prefill(torch.randn(1, 3, 32), cache)
     with pytest.raises(ValueError, match="no caches"):
         RaggedCache.join([])

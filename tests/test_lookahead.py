@@ -162,7 +162,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         save_file(changed, path, {"model": fingerprint(language)})
         refusal(read_lookahead, path, language)
     path.write_bytes(b"no safetensors")
-    assert "holds no look-ahead rows" in refusal(read_lookahead, path, language)
+    assert "has no readable look-ahead rows" in refusal(read_lookahead, path, language)
 
 
 # ---------------------------------------------------------------- training

@@ -319,8 +319,8 @@ def test_a_token_that_is_not_special_stays_in_the_answer(tokenizer_folder):
 @pytest.mark.parametrize(
     ("decoder", "word"),
     [
-        ({PAD_ID + 2: "<x>"}, "its place is"),  # a gap: a tokenizer.json numbers without it
-        ({300: "<x>"}, "its place is"),  # the id of a piece
+        ({PAD_ID + 2: "<x>"}, "instead of"),  # a hole: a tokenizer.json counts without it
+        ({300: "<x>"}, "instead of"),  # the id of a piece
         ({PAD_ID + 1: "<image>"}, "the ids"),  # one text, two ids
     ],
 )
@@ -347,7 +347,7 @@ def test_a_tokenizer_json_of_other_pieces_is_refused(with_json, tmp_path):
     a, b = list(pieces)[300:302]
     pieces[a], pieces[b] = pieces[b], pieces[a]
     write_json(tmp_path / "tokenizer.json", fast)
-    assert "other pieces" in refusal(Tokenizer, tmp_path)
+    assert "different pieces" in refusal(Tokenizer, tmp_path)
 
 
 STEPS_NOT_KNOWN = {
