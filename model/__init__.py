@@ -7,6 +7,8 @@ from .config import InputError
 from .generate import Batch, Generation, Sampling, ask, out_of_memory
 from .load import Checkpoint, load, open_checkpoint
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batch", "Checkpoint", "Generation", "InputError", "Sampling", "ask", "load", "open_checkpoint", "out_of_memory",
 ]  # fmt: skip

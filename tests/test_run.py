@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -427,6 +428,26 @@ def test_help_needs_no_torch():
     assert done.returncode == 0 and "--max-new-tokens" in done.stdout, done.stderr
 
 
+def test_help_fits_on_a_screen_and_shows_each_flag_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run.parser().format_help()
+    flags = re.findall(r"^  (?:(-\w), )?(--[\w-]+)", text, flags=re.M)
+    assert len(text.splitlines()) <= 60 and len(flags) == len(set(flags)) >= 37
+    assert {("-m", "--model"), ("-n", "--max-new-tokens"), ("", "--top-p"), ("-h", "--help")} <= set(flags)
+    for hidden in ("--model-path", "--image_path", "--query", "--top_p", "--conv-mode", "--profile"):
+        assert hidden not in text
+    assert text.count(" to 1024") == text.count("above 0 and up to 1\n") - 1 == 1 and "%" not in text
+
+
+def test_versions_are_printed_without_a_model(capsys, monkeypatch):
+    code, out, err = inside(capsys, "--version", "--model", "/nowhere")
+    lines = dict(line.split(" ", 1) for line in out.splitlines())
+    assert (code, err, set(lines)) == (0, "", {"plphp", "python", "torch", "triton"})
+    assert lines["torch"] == torch.__version__ and re.fullmatch(r"\d+\.\d+\.\d+", lines["plphp"])
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "triton not installed\n" in inside(capsys, "--version")[1]
+
+
 def test_ctrl_c_keeps_what_was_written():
     """After the first letter of an answer that would go on for long."""
     command = [sys.executable, "-u", str(ROOT / "run.py"), *ASK, "-n", "1700", "--temperature", "30"]
@@ -552,7 +573,14 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
     ("extra", "naming"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--max-new-tokens", "x"], "not a number"),
+        (["--max-new-tokens", "x"], "--max-new-tokens is 'x'; give a whole number of 1 or more\n"),
+        (["-n", "1.5"], "--max-new-tokens is '1.5'; give a whole number"),
+        (["--retention"], "--retention needs a value; write --retention=VALUE if the value begins with a dash\n"),
+        (["--retntion", "0.5"], "there is no flag --retntion; did you mean --retention?\n"),
+        (["--conv-modes=llava"], "there is no flag --conv-modes; did you mean --template?\n"),  # of a hidden name
+        (["--xyz"], "there is no flag --xyz; see run.py -h\n"),
+        (["stray"], "'stray' belongs to no flag; put a text with spaces into quotes\n"),
+        (["--json=yes"], "--json"),
         (["--temperature", "-1"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "--temperature"),
@@ -579,8 +607,8 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--image", "file:///nowhere/x.png"], "no picture at file:///nowhere/x.png"),
         (["--image", "~/nowhere/x.png"], "nowhere/x.png"),
         (["--threads", "0"], "--threads"),
-        (["--threads", "9999"], "--threads"),
-        (["--threads", "two"], "not a number"),
+        (["--threads", "9999"], "--threads is 9999; give a whole number from 1 to 1024\n"),
+        (["--threads", "two"], "whole number"),
         (["--keep-errors"], "--questions"),
         (["--temperature", "1", "--top-p", "nan"], "--top-p"),
         (["--temperature", "1e9"], "--temperature"),
@@ -590,7 +618,7 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--top-p", "0.5"], "--temperature above 0"),
         (["--top-k", "5"], "--temperature above 0"),
         (["--temperature", "1", "--top-p", "0"], "--top-p"),
-        (["--temperature", "1", "--top-p", "1.5"], "--top-p"),
+        (["--temperature", "1", "--top_p", "1.5"], "--top-p is 1.5; give a number above 0 and up to 1\n"),
         (["--stop", ""], "--stop"),
         (["--retention", "0.5"], "--prune"),
         (["--keep-tokens", "5"], "--prune"),
@@ -613,7 +641,10 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--prune", "random", "--set", "@/nowhere.json"], "/nowhere.json"),
         (["--prune", "/nowhere.py::f"], "/nowhere.py"),
         (["--backend", "cuda"], "--backend"),
-        (["--template", "chatml"], "--template"),
+        (["--template", "chatml"], "--template is 'chatml'; use auto, llava, vicuna, llava_v1, mistral, raw\n"),
+        (["--list-methods", "fastx"], "no method 'fastx'"),
+        (["--list-methods", "/nowhere.py::f"], "/nowhere.py"),
+        (["--list-methods", "plphp", "--model", "/nowhere"], "/nowhere"),
         (["--image-mode", "anyres"], "--image-mode"),
         (["--dtype", "int8"], "--dtype"),
         (["--device", "tpu"], "--device"),
