@@ -6,7 +6,6 @@ python tools/method_table.py --write    # put it into README.md, between its two
 
 import argparse
 import inspect
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.pruning import GUARDS, METHODS, settings_of  # noqa: E402
+from model.pruning.describe import shown, summary  # noqa: E402
 from run import as_command  # noqa: E402
 
 BEGIN, END = "<!-- methods: python tools/method_table.py --write -->", "<!-- end of methods -->"
@@ -28,19 +28,13 @@ def table():
             lines.append(f"| `{name}` | Everything. | |")
             continue
         file = Path(inspect.getsourcefile(method)).relative_to(ROOT)
-        what = " ".join(inspect.getdoc(method).split("\n\n")[0].split())
-        what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", what)
-        settings = ", ".join(f"`{k}={_shown(v)}`" for k, v in settings_of(method).items())
+        what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", summary(method))
+        settings = ", ".join(f"`{k}={shown(v)}`" for k, v in settings_of(method).items())
         lines.append(f"| [`{name}`]({file.as_posix()}) | {what} | {settings} |")
     guards = ", ".join(f"`{k}={v}`" for k, v in GUARDS.items())
     lines += ["", f"Every method also has {guards}: how many tokens no head may drop, of the first of the prompt,"]
     lines += ["of the last, and of those that the head's last 32 rows attend to most."]
     return "\n".join(lines)
-
-
-def _shown(value):
-    """A default as --set takes it: JSON, but for the quotes of a text."""
-    return json.dumps(value).strip('"')
 
 
 def main():

@@ -1,8 +1,9 @@
 """The pruning methods, and how to name one.
 
 A method is one small file here and one row of METHODS: a function whose further keyword arguments are its settings,
-or a frozen dataclass whose fields are (its `__post_init__` may refuse them with a ValueError). It works at one of two
-places:
+or a frozen dataclass whose fields are (its `__post_init__` may refuse them with a ValueError). Its docstring begins
+with one sentence and has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods`
+prints them. A method works at one of two places:
 
     method(layer, scores, layout) -> keep (Hkv, T) bool
         after a layer's attention: which K and V rows each head keeps; or None for all. Hidden states go on unchanged.
@@ -73,23 +74,23 @@ def _among(names):
 # Values that a setting may have: in words, and as a check
 COUNT = "a whole number of 0 or more", lambda v: type(v) is int and v >= 0
 FRACTION = "a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1
-SOME = "a number above 0 and up to 1", lambda v: v is None or (FRACTION[1](v) and v > 0)
-AT_LEAST_ONE = "a whole number of 1 or more", lambda v: v is None or (COUNT[1](v) and v > 0)
+SOME = "a number above 0 and up to 1", lambda v: FRACTION[1](v) and v > 0
+ONE = "a whole number of 1 or more", lambda v: COUNT[1](v) and v > 0
 SWITCH = "true or false", lambda v: type(v) is bool
 
 # Settings that mean the same in every method that has them: what they mean, and their values
 COMMON = {
     "retention": ("fraction of the vision tokens to keep", *SOME),
-    "keep_tokens": ("vision tokens that each KV head keeps of each picture; replaces retention", *AT_LEAST_ONE),
-    "window": ("number of last prompt rows whose mean attention ranks the tokens", *COUNT),
-    "query": ("rank by the attention of the last prompt rows or of the model's look-ahead rows", *_among(QUERIES)),
-    "values": ("rank by attention times the L1 norm of the value row (VATP, 2406.12335)", *SWITCH),
-    "group": ("how the scores of query heads that share a KV head are combined", *_among(GROUPS)),
-    "scope": ("give each picture a budget of its own (image) or all of them one (vision)", *_among(SCOPES)),
-    "cover": ("share of each head's tokens that is taken from an even grid, whatever their scores", *FRACTION),
+    "keep_tokens": ("tokens that each head keeps of each picture; replaces retention", *ONE),
+    "window": ("last prompt rows whose mean attention ranks the tokens", *ONE),
+    "query": ("rank by the attention of the last prompt rows or of look-ahead rows", *_among(QUERIES)),
+    "values": ("rank by attention times the L1 norm of the value row, as in 2406.12335", *SWITCH),
+    "group": ("how query heads that share a KV head are combined", *_among(GROUPS)),
+    "scope": ("budget for each picture by itself or for all pictures together", *_among(SCOPES)),
+    "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
     "sink": ("first tokens of the prompt that no head may drop", *COUNT),
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
-    "sink_keys": ("tokens that a head may not drop: those its last 32 prompt rows attend to most", *COUNT),
+    "sink_keys": ("tokens most attended by the last 32 prompt rows, which a head may not drop", *COUNT),
 }
 
 
@@ -360,5 +361,6 @@ def _like(name, key, value, default):
 def _check_common(name, settings):
     """ValueError for values of the settings that mean the same in every method."""
     for key, (_, values, fits) in COMMON.items():
-        if key in settings and not fits(settings[key]):
+        unset = key not in settings or (settings[key] is None and key in AMOUNTS)
+        if not unset and not fits(settings[key]):
             raise ValueError(f"{key} of method {name} is {settings[key]!r}; give {values}")

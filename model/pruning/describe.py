@@ -43,7 +43,9 @@ def summary(method):
 
 def meanings(method):
     """{setting: its meaning}, from lines `name: meaning` of the docstring or of a parent's, else from COMMON."""
-    found = {key: f"{what} ({values})" for key, (what, values, _) in COMMON.items()}
+    found = {}
+    for key, (what, values, _) in COMMON.items():
+        found[key] = f"{what} ({re.sub('^a (whole )?number (from |of )?', '', values)})"
     for owner in reversed(method.__mro__) if isinstance(method, type) else [method]:
         lines = inspect.cleandoc(owner.__doc__ or "")
         found |= re.findall(r"^(\w+): (.+(?:\n(?!\w+: ).+)*)", lines, flags=re.M)
@@ -61,5 +63,5 @@ def _setting(key, value, what):
 
 def _row(left, right, indent=0):
     """Two columns, wrapped to the terminal."""
-    width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.fill(f"{left.ljust(indent - 1)} {' '.join(right.split())}", width, subsequent_indent=" " * indent)
+    width, text = min(shutil.get_terminal_size().columns, 120), f"{left.ljust(indent - 1)} {' '.join(right.split())}"
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
