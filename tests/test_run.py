@@ -1,5 +1,6 @@
 """run.py as a user meets it: what goes where, exit codes, and one line for every mistake."""
 
+import contextlib
 import io
 import json
 import os
@@ -96,8 +97,16 @@ def test_json_is_one_object_with_every_field(capsys):
     assert 0 < times["decode_p50"] <= times["decode_p95"] and times["decode_total"] >= times["decode_p50"] * (
         r["new_tokens"] // 2
     )
-    for word in ("time to first token", "p95", "tokens/s", "GB/s (measured)", "MB held", "MB peak"):
+    for word in ("time to first token", "95th percentile", "1 picture, 256 image", "GB/s (measured)", "MB  peak"):
         assert word in err
+    steps, speed, total = re.search(r"decode +([\d.]+) ms  (\d+) steps of one token, ([\d.]+) tokens/s", err).group(
+        2, 3, 1
+    )
+    assert float(speed) == pytest.approx(1e3 * int(steps) / times["decode_total"], abs=0.06)
+    assert float(total) == pytest.approx(times["decode_total"], abs=0.06) and int(steps) == r["new_tokens"]
+    assert re.search(r"per token +([\d.]+) ms  median", err)[1] == f"{times['decode_p50']:.2f}"
+    assert re.search(r"KV cache +([\d.]+) MB  for the prompt; ", err)[1] == f"{1e-6 * prune['kv_bytes_held']:.2f}"
+    assert "pruning" not in err and "unpruned" not in err
 
 
 @pytest.mark.parametrize(
@@ -118,7 +127,9 @@ def test_pruning_is_reported(capsys, flags, requested, kept):
     assert prune["kv_bytes_full"] == row * r["prompt_tokens"] and prune["kv_bytes_held"] == held
     assert prune["kv_bytes_reserved"] == held + row * 64 * -(-r["new_tokens"] // 64)
     assert 1 < r["ceiling_speedup"] < 1.2 and 0 < r["timing_ms"]["prune"] < r["timing_ms"]["prefill"]
-    assert f"random: {100 * kept / 256:.1f} % of the vision tokens kept, {kept:.1f} per KV head" in err
+    assert f"random kept {100 * kept / 256:.1f} % of the image tokens, {kept:.1f} per KV head" in err
+    assert f"{1e-6 * held:.2f} MB  for the prompt ({1e-6 * prune['kv_bytes_full']:.2f} MB unpruned); " in err
+    assert f"become {r['ceiling_speedup']:.2f} times as fast at most" in err
 
 
 @pytest.mark.parametrize("spec", ["random:retention=0.02", "random:retention=0.9", "fastv:layer=1,retention=0.05"])
@@ -169,7 +180,22 @@ def test_plphp_answers_a_long_question_right_with_half_of_the_bytes(capsys):
     code, out, err = inside(capsys, *question, "--prune", "plphp", "--stats", "--json")
     r = json.loads(out)
     assert code == 0 and r["text"] == "The sign says NET: N, E, T."
-    assert r["prune"]["retention_actual"] < 0.51 and "decode at most" in err
+    assert r["prune"]["retention_actual"] < 0.51 and "times as fast at most" in err
+
+
+def test_stats_leave_out_what_there_is_nothing_to_say_about(capsys):
+    """No pictures, a single token, a pruning that has nothing to prune; then several pictures."""
+    _, _, err = inside(capsys, "--prompt", "What?", "-n", "1", "--prune", "topk", "--stats")
+    assert not re.search(r"^(vision|pruning|decode)", err, flags=re.M) and "prefill" in err and "KV cache" in err
+    _, _, err = inside(capsys, "--image", PICTURE, PICTURE, "-p", "Compare the two pictures.", "-n", "2", "--stats")
+    assert "2 pictures, 512 image tokens" in err and err.count("demo.png: 448 x 448 pixels, 256 tokens") == 2
+
+
+def test_only_the_demo_says_what_it_knows(capsys, tmp_path):
+    for model, said in (("assets/demo", 1), (str(DEMO), 1), (str(copy_of_demo(tmp_path / "demo")), 0)):
+        with contextlib.chdir(ROOT):
+            code, _, err = inside(capsys, *ASK, "-n", "1", "--model", model)
+        assert code == 0 and err.count("knows only drawn shapes") == said
 
 
 def test_text_ids_and_stream_agree(capsys):
