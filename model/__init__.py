@@ -1,5 +1,7 @@
 """A LLaVA that can be read in an hour: load a checkpoint, ask it about a picture.
 
+    load("assets/demo").ask("How many objects are there?", "x.png", prune="plphp", retention=0.5)
+
 Reading order: config, load, tokenizer, image, clip, llama, llava, cache, generate.
 """
 

@@ -174,19 +174,25 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     """The Method of a SPEC, or None for "none".
 
     spec: NAME or FILE.py::NAME, then optionally ":" and key=value pairs with commas between them; or what such a name
-    stands for, a function or class; or a Method; or None. settings: more such pairs, or "@file.json" with an object of
-    them. retention, keep_tokens: the budget, for methods that have a setting of that name. folder: of a checkpoint,
-    whose NAME.json, if there is one (see `calibrated`), takes the place of the method's defaults. Nothing may be given
-    twice, or beside what makes it say nothing. ValueError says what is wrong.
+    stands for, a function or class; or a Method; or None. settings: a dict of them, or a list of "key=value" and
+    "@file.json" with an object of them. retention, keep_tokens: the budget, for methods that have a setting of that
+    name. folder: of a checkpoint, whose NAME.json, if there is one (see `calibrated`), takes the place of the method's
+    defaults. Nothing may be given twice, or beside what makes it say nothing. ValueError says what is wrong.
     """
     name, function, pairs = named(spec)
+    if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
     given = {}
-    for text in (*pairs, *settings):
+    for text in (*pairs, *(() if isinstance(settings, dict) else settings)):
         _add(given, _read(text[1:]) if text.startswith("@") else dict([_pair(text)]))
+    if isinstance(settings, dict):
+        _add(given, settings)
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
     if function is None or isinstance(spec, Method):
         if given:
-            raise ValueError(f"{', '.join(given)} was given, but method {name} takes no settings; give it to another")
+            raise ValueError(
+                f"{', '.join(given)} was given, but method {name} takes no settings; give a method by name"
+            )
         return function and spec
     _check_budget(name, given)
     file = calibrated(folder, name)
