@@ -22,87 +22,166 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "assets" / "demo"
 TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
+SUMMARY = """Ask a LLaVA about pictures, offline. The answer goes to stdout, all else to stderr.
+
+  run.py --image assets/demo.png --prompt "Describe the picture."
+  run.py --image assets/demo.png --prompt "Describe the picture." --prune plphp"""
 
 
 class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line: what is wrong, and what to do."""
+
+    def parse_args(self, args=None, namespace=None):
+        args, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self._unknown(rest[0]))
+        return args
+
     def error(self, message):
-        """One line, as for every other error."""
-        self.exit(2, f"error: {one_line(message)}; see run.py -h\n")
+        # argparse begins with all names of the flag: "argument --top-p/--top_p: "
+        message = re.sub(r"^argument ([^:/\s]+)\S*: ", r"\1 ", one_line(message))
+        missing = re.fullmatch(r"(\S+) expected (at least )?one argument", message)
+        if missing:
+            message = f"{missing[1]} needs a value; write {missing[1]}=VALUE if the value begins with a dash"
+        cure = "" if "; " in message else f"; see {self.prog} -h"
+        self.exit(2, f"error: {message}{cure}\n")
+
+    def _unknown(self, word):
+        """The message for a word that is no flag and no flag's value."""
+        from difflib import get_close_matches
+
+        name = one_line(word.partition("=")[0])
+        if not name.startswith("-"):
+            return f"{word[:80]!r} belongs to no flag; put a text with spaces into quotes"
+        near = get_close_matches(name, self._option_string_actions, 1, 0.65)
+        if not near:
+            return f"there is no flag {name}"
+        return f"there is no flag {name}; did you mean {self._option_string_actions[near[0]].option_strings[0]}?"
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Lists a flag by its first name and its letter. Further names, as other projects have them, are not shown."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=27)
+
+    def _format_action_invocation(self, action):
+        first, *others = action.option_strings
+        letters = [name for name in others if len(name) == 2]
+        return ", ".join([*letters, first]) + (f" {action.metavar}" if action.metavar else "")
 
 
 def number(kind, low, high=None, open_low=False):
-    """An argparse type: a number within bounds, said in one line."""
+    """An argparse type: an int or a float within bounds. In a help text %(type)s stands for the bounds."""
+    bounds = f"above {low}" if open_low else f"from {low}" if high is not None else f"of {low} or more"
+    if high is not None:
+        bounds += f" and up to {high}" if open_low else f" to {high}"
+    wanted = f"a {'whole ' if kind is int else ''}number {bounds}"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            raise argparse.ArgumentTypeError(f"is {text[:80]!r}; give {wanted}") from None
         if not (value > low if open_low else value >= low) or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
+            raise argparse.ArgumentTypeError(f"is {text}; give {wanted}")
         return value
 
+    parse.__name__ = bounds
+    return parse
+
+
+def one_of(*names):
+    """An argparse type: one of the names. In a help text %(type)s lists them."""
+
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"is {text[:80]!r}; use {', '.join(names)}")
+        return text
+
+    parse.__name__ = ", ".join(names)
     return parse
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(
+        prog="run.py", usage="run.py --image PATH ... --prompt TEXT [flags]", description=SUMMARY,
+        formatter_class=Help, allow_abbrev=False, add_help=False,
+    )  # fmt: skip
+    # The first name of a flag is its own. Letters are shown in -h too; the other names are those of other projects.
     # fmt: off
-    p.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
-                   default=str(DEMO), metavar="DIR|ID",
-                   help="folder of a llava-hf checkpoint, or an id in the local Hugging Face cache (default: the demo)")
-    p.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[], metavar="PATH",
-                   help='picture file, "-" for stdin, or a data: URI; several are allowed')
-    p.add_argument("--prompt", "-p", "--query", "--question", metavar="TEXT",
-                   help='the question; <image> in it places the pictures; "@FILE" or "-" reads it from a file or stdin')
-    p.add_argument("--max-new-tokens", "--max_new_tokens", "--max-tokens", "-n", type=number(int, 1), default=256,
-                   metavar="N", help="longest answer in tokens (default 256)")
-    p.add_argument("--temperature", "--temp", type=number(float, 0, 1e4), default=0.0, metavar="F",
-                   help="default 0: greedy")
-    p.add_argument("--top-p", "--top_p", type=number(float, 0, 1, open_low=True), metavar="F", help="nucleus sampling")
-    p.add_argument("--top-k", type=number(int, 1), metavar="N", help="sample among the N best tokens")
-    p.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N", help="of the sampling (default 0)")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
-    p.add_argument("--system", metavar="TEXT", help="system text of the prompt (default: the template's)")
-    p.add_argument("--template", "--conv-mode", "--chat-template", default="auto", choices=TEMPLATES,
-                   help="prompt template; raw takes the prompt verbatim (default: the checkpoint's)")
-    p.add_argument("--image-mode", default="auto", choices=("auto", "pad", "crop", "anyres"),
-                   help="whole picture on a square canvas, its centre square, or LLaVA-NeXT's tiles (default: the "
-                        "checkpoint's)")
-    p.add_argument("--anyres-order", default="auto", choices=("auto", "hf", "orig"),
-                   help="which of two equal grids a small picture is cut by: transformers' or the original code's")
-    p.add_argument("--dtype", "--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
-                   help="default: the file's own on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16")
-    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
-    p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"),
-                   help="kernels of the cache: triton needs CUDA, or TRITON_INTERPRET=1 (default: triton on CUDA)")
-    p.add_argument("--compile", action="store_true",
-                   help="decode with torch.compile, on a CPU up to twice as fast; the second token waits for it")
-    p.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
-                   help="CPU threads of a product (default: one per core); 1 is faster where others use the cores")
-    p.add_argument("--prune", "--method", default="none", metavar="SPEC",
-                   help="which vision tokens each head keeps in its cache: none, plphp, plphp-ada, random, grid, "
-                        "objects, topk, shared, snapkv, adakv, fastv or FILE.py::NAME, then optionally :key=value,... "
-                        "(default none)")
-    p.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
-                   help="fraction of the vision tokens that is kept")
-    p.add_argument("--keep-tokens", type=number(int, 1), metavar="N", help="vision tokens kept per KV head and picture")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE|@FILE.json", help="settings of the method")
-    p.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
-                   help="answer a file of questions, LLaVA's format: question_id, image, text in each line")
-    p.add_argument("--image-folder", metavar="DIR", help="where their pictures are (default: beside the file)")
-    p.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
-                   help="where the answers go, a line each; if it exists, what it lacks or could not be answered is "
-                        "answered")
-    p.add_argument("--keep-errors", action="store_true", help="do not try again what could not be answered before")
-    p.add_argument("--batch", type=number(int, 1), metavar="N", help="questions answered together (default 1)")
-    p.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="parts that the questions are cut into")
-    p.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="which of them to answer, from 0")
-    p.add_argument("--compare", action="store_true", help="ask again without pruning, and say on stderr what differs")
-    p.add_argument("--stats", "--profile", action="store_true", help="times, bytes and the decode ceiling, on stderr")
-    p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
-    p.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    ask = p.add_argument_group("ask")
+    ask.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
+                     default=str(DEMO), metavar="DIR|ID",
+                     help="llava-hf folder or id in the local cache (default: demo)")
+    ask.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[],
+                     metavar="PATH ...", help='pictures; "-" is stdin, data: URIs work too')
+    ask.add_argument("--prompt", "-p", "--query", "--question", metavar="TEXT",
+                     help='the question; "-" reads it from stdin, @FILE from a file')
+
+    answer = p.add_argument_group("the answer")
+    answer.add_argument("--max-new-tokens", "-n", "--max_new_tokens", "--max-tokens", type=number(int, 1), default=256,
+                        metavar="N", help="longest answer in tokens (default %(default)s)")
+    answer.add_argument("--temperature", "--temp", type=number(float, 0, 10000), default=0.0, metavar="F",
+                        help="%(type)s; 0, the default, is greedy")
+    answer.add_argument("--top-p", "--top_p", type=number(float, 0, 1, open_low=True), metavar="F",
+                        help="nucleus sampling, %(type)s")
+    answer.add_argument("--top-k", type=number(int, 1), metavar="N", help="sample among the N most likely tokens")
+    answer.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N",
+                        help="seed of the sampling (default %(default)s)")
+    answer.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end the answer before this text; may be repeated")
+
+    prune = p.add_argument_group("pruning")
+    prune.add_argument("--prune", "--method", default="none", metavar="SPEC",
+                       help="METHOD or FILE.py::NAME, then :KEY=VALUE,...")
+    prune.add_argument("--list-methods", nargs="?", const="", metavar="[NAME]",
+                       help="list the methods, or one with its settings")
+    prune.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
+                       help="fraction of image tokens kept, %(type)s")
+    prune.add_argument("--keep-tokens", type=number(int, 1), metavar="N",
+                       help="or: image tokens kept per KV head and picture")
+    prune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="a setting of the method, or @FILE.json with several")
+    prune.add_argument("--compare", action="store_true", help="answer without pruning too; differences on stderr")
+
+    look = p.add_argument_group("pictures and prompt")
+    look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
+                      help="%(type)s; anyres cuts the picture into tiles")
+    look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
+                      help="order of tile grids in case of a tie: %(type)s")
+    look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
+                      metavar="NAME", help="%(type)s")
+    look.add_argument("--system", metavar="TEXT", help="system text of the prompt (default: template's)")
+
+    many = p.add_argument_group("many questions")
+    many.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
+                      help="answer a file; a line has question_id, image, text")
+    many.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
+                      help="where answers go; a second run adds missing ones")
+    many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: that of the file)")
+    many.add_argument("--batch", type=number(int, 1), metavar="N", help="questions answered together (default 1)")
+    many.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="split the file into N parts ...")
+    many.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="... and answer part I, counted from 0")
+    many.add_argument("--keep-errors", action="store_true", help="do not retry questions that failed before")
+
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto",
+                         metavar="TYPE", help="%(type)s")
+    machine.add_argument("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
+                         help="kernels: %(type)s (auto: triton on CUDA)")
+    machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
+    machine.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
+                         help="CPU threads, %(type)s (default: one per core)")
+
+    output = p.add_argument_group("output")
+    output.add_argument("--stats", "--profile", action="store_true", help="times, memory and speed limit on stderr")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+    output.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+    output.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    output.add_argument("--version", action="store_true", help="print versions: plphp, python, torch, triton")
+    output.add_argument("--help", "-h", action="help", help="print this list")
     # fmt: on
     return p
 
@@ -134,6 +213,9 @@ def main(argv=None):
             parser().error(f"{word[:200]!r} has a NUL character in it, which no path has")
     args = parser().parse_args(argv)
     try:
+        if args.version or args.list_methods is not None:
+            print(versions() if args.version else methods(args))
+            return 0
         check_flags(args)
         return answer(args) if args.questions is None else answer_file(args)
     except KeyboardInterrupt:  # while loading; during the answer it is caught further in
@@ -144,6 +226,31 @@ def main(argv=None):
         if args.debug:
             raise
         return fail(*explain(broken))
+
+
+def versions():
+    """A line each for this project, Python, torch and Triton."""
+    import torch
+
+    from model import __version__
+
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "not installed"
+    return f"plphp {__version__}\npython {sys.version.split()[0]}\ntorch {torch.__version__}\ntriton {triton}"
+
+
+def methods(args):
+    """The text of --list-methods."""
+    from model import InputError
+    from model.load import find_folder
+    from model.pruning.describe import describe, listing
+
+    try:
+        return describe(args.list_methods, find_folder(args.model)) if args.list_methods else listing()
+    except ValueError as wrong:
+        raise InputError(str(wrong)) from wrong
 
 
 def check_flags(args):
@@ -314,14 +421,17 @@ def options(args, checkpoint):
 
 
 def introduce(args, checkpoint, generation):
-    """On stderr: one line with the model and what was chosen for it, then a line for each note on its files."""
+    """On stderr: one line with the model and what was chosen for it, then its limits and notes on its files."""
     dtype = str(checkpoint.dtype).removeprefix("torch.")
-    what = "the demo model" if Path(args.model) == DEMO else args.model
+    demo = checkpoint.folder.resolve() == DEMO
+    what = "the demo model" if demo else args.model
     found = checkpoint.template_note if args.template == "auto" else "asked for"
     settings = generation.image_settings
     order = f" (order {settings.order})" if settings.mode == "anyres" else ""
     say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
         f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
+    if demo:
+        say("note: the demo model knows only drawn shapes and signs as in assets/demo.png; --model takes a real one")
     for note in checkpoint.notes:
         say(f"note: {note}")
 

@@ -727,6 +727,31 @@ class Batch:
             self.cache = self._step = self._ids = None
 
 
+def answer_together(begin, questions, size):
+    """The answers to the questions in their order, or the exception in place of an answer; `size` at a time.
+
+    begin(question): its Generation, or an InputError.
+    """
+    batch, answers, places = Batch(), [None] * len(questions), {}
+
+    def collect():
+        for generation in batch.advance():
+            answers[places.pop(generation)] = generation.failure or generation.text
+
+    for place, question in enumerate(questions):
+        try:
+            generation = begin(question)
+            batch.add(generation)
+            places[generation] = place
+        except InputError as wrong:
+            answers[place] = wrong
+        while len(batch) >= size:
+            collect()
+    while batch:
+        collect()
+    return answers
+
+
 def probabilities(logits, temperature, top_k=None, top_p=None):
     """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set holding top_p of the rest.
 

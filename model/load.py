@@ -5,6 +5,7 @@ the wanted dtype costs no copy at all. Names are checked both ways before the fi
 """
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,121 @@ class Checkpoint:
     stop_ids: tuple
     notes: tuple = ()  # one line each: what the folder holds and is not used, or was decided between two files
     lookahead: Lookahead | None = None  # look-ahead rows, where the folder has some
+
+    def ask(
+        self,
+        prompt: str,
+        images=(),
+        *,
+        prune=None,
+        retention: float | None = None,
+        keep_tokens: int | None = None,
+        settings: dict | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        system: str | None = None,
+        template: str = "auto",
+        image_mode: str = "auto",
+    ) -> str:
+        """The whole answer.
+
+        prompt: the question; `<image>` in it places the pictures, otherwise they come first.
+        images: one picture or a list of them: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or
+            a uint8 array or tensor (H, W, 3).
+        prune: a method of `run.py --list-methods`, a SPEC such as "topk:window=4", "FILE.py::NAME", a function or
+            class as in `model.pruning`, or None to keep all tokens.
+        retention: fraction of the vision tokens to keep, above 0 and up to 1; or keep_tokens: vision tokens that each
+            KV head keeps of each picture. settings: further settings of the method, {name: value}.
+        max_new_tokens, temperature, top_p, top_k, seed, stop: see `model.Sampling`; the default is greedy.
+        system: system text, None for the template's; template: "auto", "llava", "vicuna", "llava_v1", "mistral" or
+            "raw"; image_mode: "auto", "pad", "crop" or "anyres".
+
+        InputError, a ValueError of one line, for anything that cannot be used, before computing starts. RuntimeError
+        if the model produces NaN or memory runs out.
+        """
+        pieces = self.stream(
+            prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
+            system=system, template=template, image_mode=image_mode,
+        )  # fmt: skip
+        return "".join(pieces)
+
+    def stream(
+        self,
+        prompt: str,
+        images=(),
+        *,
+        prune=None,
+        retention: float | None = None,
+        keep_tokens: int | None = None,
+        settings: dict | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        system: str | None = None,
+        template: str = "auto",
+        image_mode: str = "auto",
+    ) -> Iterator[str]:
+        """The answer piece by piece, as it is written. Arguments and errors as in `ask`; the call itself refuses."""
+        from .api import choose_method
+        from .generate import Generation, Sampling  # which need this module
+
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
+        method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
+        return iter(Generation(self, prompt, images, sampling, template, image_mode, system, method))
+
+    def ask_many(
+        self,
+        questions: Sequence[str | tuple],
+        *,
+        batch: int = 8,
+        prune=None,
+        retention: float | None = None,
+        keep_tokens: int | None = None,
+        settings: dict | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        system: str | None = None,
+        template: str = "auto",
+        image_mode: str = "auto",
+    ) -> list[str | Exception]:
+        """The answers to several questions, in their order; `batch` of them (1 or more) are decoded together.
+
+        questions: prompts, or pairs (prompt, images). The other arguments are those of `ask` and hold for all.
+
+        A question that cannot be answered does not stop the others: its place in the list holds the InputError, or the
+        RuntimeError if the model produced NaN. Errors in the other arguments are raised, and so is a lack of memory.
+        """
+        from .api import choose_method
+        from .generate import Generation, Sampling, answer_together
+
+        if not isinstance(questions, list | tuple):
+            raise InputError(f"questions is {str(questions)[:80]!r}; give a list of texts or of pairs (text, pictures)")
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise InputError(f"batch is {batch!r}; give a whole number of 1 or more")
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
+        method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
+        how = sampling, template, image_mode, system, method
+        Generation(self, "?", (), *how)  # refuses what would be wrong with every question
+
+        def begin(question):
+            pair = (question, ()) if isinstance(question, str) else question
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InputError(f"a question is {str(question)[:80]!r}; give a text or a pair (text, pictures)")
+            return Generation(self, *pair, *how)
+
+        return answer_together(begin, questions, batch)
 
     @property
     def device(self):

@@ -81,6 +81,103 @@ def test_what_is_no_method_is_refused_in_one_line(demo, prune):
         choose_method(Method("mine", needs, {}), retention=0.5)
 
 
+# ---------------------------------------------------------------- the methods of a loaded checkpoint
+
+
+def test_ask_and_stream_mean_what_the_flags_mean(demo, capsys):
+    flags = ["--prune", "topk", "--retention", "0.25", "--set", "window=4", "--set", "group=max", "--temperature", "9"]
+    flags += ["--top-p", "0.9", "--top-k", "30", "--seed", "5", "-n", "9", "--template", "vicuna", "--stop", "qq"]
+    flags += ["--system", "Be brief.", "--image-mode", "pad", "--dtype", "fp32", "--no-stream"]
+    assert run.main(["--image", str(DEMO_PICTURE), "--prompt", QUESTION, *flags]) == 0
+    given = {
+        "prune": "topk", "retention": 0.25, "settings": {"window": 4, "group": "max"}, "temperature": 9, "top_p": 0.9,
+        "top_k": 30, "seed": 5, "max_new_tokens": 9, "template": "vicuna", "stop": "qq", "system": "Be brief.",
+        "image_mode": "pad",
+    }  # fmt: skip
+    wanted = capsys.readouterr().out.removesuffix("\n")
+    assert demo.ask(QUESTION, DEMO_PICTURE, **given) == "".join(demo.stream(QUESTION, DEMO_PICTURE, **given)) == wanted
+    assert demo.ask_many([(QUESTION, DEMO_PICTURE)], **given) == [wanted]
+    for name, other in {"retention": 0.02, "settings": {}, "seed": 6, "max_new_tokens": 3, "top_k": 1}.items():
+        assert demo.ask(QUESTION, DEMO_PICTURE, **given | {name: other}) != wanted, name
+    plain = ask(demo, QUESTION, [DEMO_PICTURE], max_new_tokens=6)
+    assert demo.ask(QUESTION, [DEMO_PICTURE], max_new_tokens=6) == plain
+    pruned = ask(demo, QUESTION, [DEMO_PICTURE], "random:keep_tokens=2", max_new_tokens=6)
+    assert demo.ask(QUESTION, DEMO_PICTURE, prune="random", keep_tokens=2, max_new_tokens=6) == pruned != plain
+
+
+def test_stream_gives_pieces_and_refuses_when_it_is_called(demo):
+    pieces = demo.stream("How many objects are there?", DEMO_PICTURE)
+    assert next(pieces) == "The" and "".join(pieces) == " picture has four objects."
+    with pytest.raises(InputError, match="no picture at nowhere.png"):
+        demo.stream(QUESTION, "nowhere.png")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_many_questions_are_answered_in_order_whatever_befalls_one(demo, monkeypatch, batch):
+    wrong = {"nowhere.png": "no picture at nowhere.png", 3: "give a text or a pair", "": "empty"}
+    asked = [
+        (QUESTION, DEMO_PICTURE),
+        ("Q", "nowhere.png"),
+        "What is a star?",
+        3,
+        "",
+        ("Spell the word on the sign.", [DEMO_PICTURE]),
+    ]
+    alone = [demo.ask(*q, max_new_tokens=12) for q in (asked[0], (asked[2],), asked[5])]
+    answers = demo.ask_many(asked, batch=batch, max_new_tokens=12)
+    assert [answers[i] for i in (0, 2, 5)] == alone and len(set(alone)) == 3
+    for i, said in zip((1, 3, 4), wrong.values(), strict=True):
+        assert isinstance(answers[i], InputError) and said in str(answers[i])
+    take = Generation.take
+
+    def broken(self, token):
+        return take(self, -1 if "star" in demo.tokenizer.decode(self.ids) and len(self.token_ids) == 3 else token)
+
+    monkeypatch.setattr(Generation, "take", broken)
+    answers = demo.ask_many(asked, batch=batch, max_new_tokens=12)
+    assert isinstance(answers[2], RuntimeError) and [answers[0], answers[5]] == [alone[0], alone[2]]
+    assert demo.ask_many([]) == []
+
+
+BAD_CALLS = {
+    "prune": ({"prune": "nope"}, "no method 'nope'"),
+    "no prune": ({"retention": 0.5}, "retention was given"),
+    "retention": ({"prune": "topk", "retention": 1.5}, "give a number above 0 and up to 1"),
+    "two budgets": ({"prune": "topk", "retention": 0.5, "keep_tokens": 3}, "give one of them"),
+    "setting": ({"prune": "topk", "settings": {"depth": 1}}, "no setting 'depth'"),
+    "value": ({"prune": "topk", "settings": {"window": 0}}, "window of method topk is 0; give a whole number"),
+    "settings": ({"prune": "topk", "settings": "window=3"}, "give a dict"),
+    "no names": ({"prune": "topk", "settings": {1: 2}}, "give a dict"),
+    "twice": ({"prune": "topk:window=3", "settings": {"window": 3}}, "window is given twice"),
+    "template": ({"template": "chatml"}, "template 'chatml'"),
+    "mode": ({"image_mode": "anyres"}, "tiles"),
+    "tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    "system": ({"system": 3}, "system is 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_arguments_that_cannot_be_used_are_refused_in_one_line(demo, name):
+    given, said = BAD_CALLS[name]
+    for call in (demo.ask, demo.stream, demo.ask_many):
+        with pytest.raises(InputError) as refused:
+            call([QUESTION] if call == demo.ask_many else QUESTION, **given)
+        assert said in str(refused.value) and "; " in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_ask_many_refuses_what_is_no_list_of_questions(demo):
+    for questions, batch in (
+        (QUESTION, 1),
+        ({"a"}, 1),
+        (None, 1),
+        ([QUESTION], 0),
+        ([QUESTION], True),
+        ([QUESTION], 1.5),
+    ):
+        with pytest.raises(InputError, match="; give a"):
+            demo.ask_many(questions, batch=batch)
+
+
 # ---------------------------------------------------------------- kept against requested
 
 

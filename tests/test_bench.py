@@ -643,7 +643,7 @@ def test_what_cannot_be_timed_is_said(flags, word, capsys):
 def test_numbers_out_of_range_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_kernels.main(flags.split())
-    assert stopped.value.code == 2 and "out of range" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "; give a " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the plot

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from model import Generation, InputError, Sampling, load
 from model.cache import RaggedCache
 from model.generate import Layout, Pruner
-from model.pruning import METHODS, Method, guarded, make_method
+from model.pruning import GUARDS, METHODS, Method, guarded, make_method, settings_of
 from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
+from model.pruning.describe import describe, meanings, shown
 from tests.oracle import masked_batch, masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
 from tests.seeds import torch_random
@@ -776,6 +778,79 @@ def test_a_field_without_a_value_is_asked_for(mine):
     with pytest.raises(ValueError, match="step"):
         mine("Short")
     assert mine("Short", "step=2").rule.step == 2
+
+
+# ---------------------------------------------------------------- what --list-methods says
+
+# a range as it is written: values that must be refused, and one that may not
+RANGES = {
+    "0 to 1": ((-0.1, 1.1, "x"), 0.5), "above 0 and up to 1": ((0, 1.1, "x"), 0.5), "0 or more": ((-1, 0.5), 1),
+    "1 or more": ((0, 1.5), 2), "1 or more, odd": ((0, 2), 3), "true or false": ((1, "yes"), True),
+    "mean or max": (("sum",), "max"), "avg or max": (("sum",), "max"), "image or vision": (("all",), "vision"),
+    "last or lookahead": (("first",), "lookahead"), "any whole number": ((0.5,), 3), "beta or more": ((0.05,), 0.3),
+    "up to alpha": ((0.3,), 0.2), "1 or more, below the number of layers": ((0, 1.5), 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_setting_is_listed_with_its_meaning_and_the_range_that_is_checked(name):
+    listed, known = " ".join(describe(name).split()), GUARDS | settings_of(METHODS[name])
+    for key in known:
+        meaning = meanings(METHODS[name])[key]
+        assert f"{key}={shown(known[key])} {' '.join(meaning.split())}" in listed
+        refused, fine = RANGES[re.search(r"\(([^()]*)\)$", meaning)[1]]
+        for value in refused:
+            with pytest.raises(ValueError, match=rf"\b{key}\b.*; \w"):
+                make_method(f"{name}:{key}={json.dumps([value] * 4 if key == 'rates' else value)}")
+        make_method(f"{name}:{key}={json.dumps([fine] * 4 if key == 'rates' else fine)}")
+
+
+def test_a_range_is_named_where_it_is_left():
+    for spec, said in (
+        ("random:retention=1.5", "retention of method random is 1.5; give a number above 0 and up to 1"),
+        ("topk:keep_tokens=0", "keep_tokens of method topk is 0; give a whole number of 1 or more"),
+        ("random:seed=0.5", "seed of method random is 0.5; give a whole number"),
+        ("random:pooled=1", "pooled of method random is 1; give true or false"),
+        ("snapkv:pool=3", "pool of method snapkv is 3; give a text"),
+        ("plphp:r=big", "r of method plphp is 'big'; give a number"),
+        ("shared:window=0", "window of method shared is 0; give a whole number of 1 or more"),
+        ("topk:group=1", "group of method topk is 1; give mean or max"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            make_method(spec)
+        assert str(refused.value) == said
+
+
+def test_a_method_of_ones_own_is_listed(mine, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import dataclass\n\n"
+        "def keep(layer, scores, layout, *, part=7, window=2, other=None):\n"
+        '    """Keep a part.\n\n    More words: of no setting.\n\n'
+        '    part: how many tokens stay, which takes more than a line\n        to say\n    window: rows\n    """\n\n'
+        "@dataclass(frozen=True)\nclass Old:\n"
+        '    """Older.\n\n    step: how far\n    other: not this\n    """\n    step: int\n    other: str = "a"\n\n'
+        '@dataclass(frozen=True)\nclass New(Old):\n    """Newer.\n\n    other: but this\n    """\n'
+    )
+    assert describe(f"{tmp_path}/own.py::keep").splitlines()[4:9] == [
+        "  part=7            how many tokens stay, which takes more",
+        "                    than a line to say",
+        "  window=2          rows",
+        "  other=null",
+        "",
+    ]
+    lines = describe(f"{tmp_path}/own.py::New").splitlines()
+    assert "  step=(none)       how far" in lines and "  other=a           but this" in lines
+    assert describe("none") == "none: Keeps all tokens."
+    with pytest.raises(ValueError, match="no function 'nope'"):
+        describe(f"{tmp_path}/own.py::nope")
+
+
+def test_the_models_own_settings_are_listed(tmp_path):
+    (tmp_path / "plphp.json").write_text('{"r": 0.5, "query": "lookahead"}')
+    for name in ("plphp", "plphp-ada"):
+        assert f"are: r=0.5 query=lookahead ({tmp_path}/plphp.json)" in " ".join(describe(name, tmp_path).split())
+    assert "For this model" not in describe("topk", tmp_path)
 
 
 def test_a_file_may_postpone_its_annotations(tmp_path):

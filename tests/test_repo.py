@@ -14,6 +14,7 @@ import torch
 
 import run
 from model.pruning import METHODS
+from model.pruning.describe import listing
 from tests.paths import PAGES, ROOT
 from tools import evaluate, tables
 
@@ -202,6 +203,10 @@ def test_links_and_pictures_of_a_page_exist(page):
             place = page.parent / path if path else page
             assert place.exists(), target
             assert not anchor or anchor in anchors(place), target
+
+
+def test_the_listed_methods_are_those_that_exist():
+    assert [line.split()[0] for line in listing().split("\n\n")[0].splitlines() if line[0] != " "] == list(METHODS)
 
 
 def test_the_readme_is_read_in_five_minutes():

@@ -157,10 +157,10 @@ def test_bandwidth_can_be_given_or_measured(capsys, monkeypatch):
         ("--gpu H100", "--stages"),
         ("--stages --tflops 3", "--bandwidth"),
         ("--stages --gpu H100 --measure", "exclude"),
-        ("--stages --bandwidth 0", "out of range"),
+        ("--stages --bandwidth 0", "--bandwidth is 0; give a number above 0"),
         ("--shape 70b", "70b"),
-        ("--batch 0", "out of range"),
-        ("--retention 1.5", "out of range"),
+        ("--batch 0", "--batch is 0; give a whole number of 1 or more"),
+        ("--retention 1.5", "--retention is 1.5; give a number from 0 to 1"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(flags, word, capsys):

@@ -1,8 +1,10 @@
 """run.py as users see it: streams, exit codes, and one line for every mistake."""
 
+import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,8 +97,16 @@ def test_json_is_one_object_with_every_field(capsys):
     assert 0 < times["decode_p50"] <= times["decode_p95"] and times["decode_total"] >= times["decode_p50"] * (
         r["new_tokens"] // 2
     )
-    for word in ("time to first token", "p95", "tokens/s", "GB/s (measured)", "MB held", "MB peak"):
+    for word in ("time to first token", "95th percentile", "1 picture, 256 image", "GB/s (measured)", "MB  peak"):
         assert word in err
+    steps, speed, total = re.search(r"decode +([\d.]+) ms  (\d+) steps of one token, ([\d.]+) tokens/s", err).group(
+        2, 3, 1
+    )
+    assert float(speed) == pytest.approx(1e3 * int(steps) / times["decode_total"], abs=0.06)
+    assert float(total) == pytest.approx(times["decode_total"], abs=0.06) and int(steps) == r["new_tokens"]
+    assert re.search(r"per token +([\d.]+) ms  median", err)[1] == f"{times['decode_p50']:.2f}"
+    assert re.search(r"KV cache +([\d.]+) MB  for the prompt; ", err)[1] == f"{1e-6 * prune['kv_bytes_held']:.2f}"
+    assert "pruning" not in err and "unpruned" not in err
 
 
 @pytest.mark.parametrize(
@@ -117,7 +127,9 @@ def test_pruning_is_reported(capsys, flags, requested, kept):
     assert prune["kv_bytes_full"] == row * r["prompt_tokens"] and prune["kv_bytes_held"] == held
     assert prune["kv_bytes_reserved"] == held + row * 64 * -(-r["new_tokens"] // 64)
     assert 1 < r["ceiling_speedup"] < 1.2 and 0 < r["timing_ms"]["prune"] < r["timing_ms"]["prefill"]
-    assert f"random: {100 * kept / 256:.1f} % of the vision tokens kept, {kept:.1f} per KV head" in err
+    assert f"random kept {100 * kept / 256:.1f} % of the image tokens, {kept:.1f} per KV head" in err
+    assert f"{1e-6 * held:.2f} MB  for the prompt ({1e-6 * prune['kv_bytes_full']:.2f} MB unpruned); " in err
+    assert f"become {r['ceiling_speedup']:.2f} times as fast at most" in err
 
 
 @pytest.mark.parametrize("spec", ["random:retention=0.02", "random:retention=0.9", "fastv:layer=1,retention=0.05"])
@@ -168,7 +180,22 @@ def test_plphp_answers_a_long_question_right_with_half_of_the_bytes(capsys):
     code, out, err = inside(capsys, *question, "--prune", "plphp", "--stats", "--json")
     r = json.loads(out)
     assert code == 0 and r["text"] == "The sign says NET: N, E, T."
-    assert r["prune"]["retention_actual"] < 0.51 and "decode at most" in err
+    assert r["prune"]["retention_actual"] < 0.51 and "times as fast at most" in err
+
+
+def test_stats_leave_out_what_there_is_nothing_to_say_about(capsys):
+    """No pictures, a single token, a pruning that has nothing to prune; then several pictures."""
+    _, _, err = inside(capsys, "--prompt", "What?", "-n", "1", "--prune", "topk", "--stats")
+    assert not re.search(r"^(vision|pruning|decode)", err, flags=re.M) and "prefill" in err and "KV cache" in err
+    _, _, err = inside(capsys, "--image", PICTURE, PICTURE, "-p", "Compare the two pictures.", "-n", "2", "--stats")
+    assert "2 pictures, 512 image tokens" in err and err.count("demo.png: 448 x 448 pixels, 256 tokens") == 2
+
+
+def test_only_the_demo_says_what_it_knows(capsys, tmp_path):
+    for model, said in (("assets/demo", 1), (str(DEMO), 1), (str(copy_of_demo(tmp_path / "demo")), 0)):
+        with contextlib.chdir(ROOT):
+            code, _, err = inside(capsys, *ASK, "-n", "1", "--model", model)
+        assert code == 0 and err.count("knows only drawn shapes") == said
 
 
 def test_text_ids_and_stream_agree(capsys):
@@ -427,6 +454,26 @@ def test_help_needs_no_torch():
     assert done.returncode == 0 and "--max-new-tokens" in done.stdout, done.stderr
 
 
+def test_help_fits_on_a_screen_and_shows_each_flag_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run.parser().format_help()
+    flags = re.findall(r"^  (?:(-\w), )?(--[\w-]+)", text, flags=re.M)
+    assert len(text.splitlines()) <= 60 and len(flags) == len(set(flags)) >= 37
+    assert {("-m", "--model"), ("-n", "--max-new-tokens"), ("", "--top-p"), ("-h", "--help")} <= set(flags)
+    for hidden in ("--model-path", "--image_path", "--query", "--top_p", "--conv-mode", "--profile"):
+        assert hidden not in text
+    assert text.count(" to 1024") == text.count("above 0 and up to 1\n") - 1 == 1 and "%" not in text
+
+
+def test_versions_are_printed_without_a_model(capsys, monkeypatch):
+    code, out, err = inside(capsys, "--version", "--model", "/nowhere")
+    lines = dict(line.split(" ", 1) for line in out.splitlines())
+    assert (code, err, set(lines)) == (0, "", {"plphp", "python", "torch", "triton"})
+    assert lines["torch"] == torch.__version__ and re.fullmatch(r"\d+\.\d+\.\d+", lines["plphp"])
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "triton not installed\n" in inside(capsys, "--version")[1]
+
+
 def test_ctrl_c_keeps_what_was_written():
     """After the first letter of a long answer."""
     command = [sys.executable, "-u", str(ROOT / "run.py"), *ASK, "-n", "1700", "--temperature", "30"]
@@ -552,7 +599,14 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
     ("extra", "naming"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--max-new-tokens", "x"], "not a number"),
+        (["--max-new-tokens", "x"], "--max-new-tokens is 'x'; give a whole number of 1 or more\n"),
+        (["-n", "1.5"], "--max-new-tokens is '1.5'; give a whole number"),
+        (["--retention"], "--retention needs a value; write --retention=VALUE if the value begins with a dash\n"),
+        (["--retntion", "0.5"], "there is no flag --retntion; did you mean --retention?\n"),
+        (["--conv-modes=llava"], "there is no flag --conv-modes; did you mean --template?\n"),  # of a hidden name
+        (["--xyz"], "there is no flag --xyz; see run.py -h\n"),
+        (["stray"], "'stray' belongs to no flag; put a text with spaces into quotes\n"),
+        (["--json=yes"], "--json"),
         (["--temperature", "-1"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "--temperature"),
@@ -579,8 +633,8 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--image", "file:///nowhere/x.png"], "no picture at file:///nowhere/x.png"),
         (["--image", "~/nowhere/x.png"], "nowhere/x.png"),
         (["--threads", "0"], "--threads"),
-        (["--threads", "9999"], "--threads"),
-        (["--threads", "two"], "not a number"),
+        (["--threads", "9999"], "--threads is 9999; give a whole number from 1 to 1024\n"),
+        (["--threads", "two"], "whole number"),
         (["--keep-errors"], "--questions"),
         (["--temperature", "1", "--top-p", "nan"], "--top-p"),
         (["--temperature", "1e9"], "--temperature"),
@@ -590,7 +644,7 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--top-p", "0.5"], "--temperature above 0"),
         (["--top-k", "5"], "--temperature above 0"),
         (["--temperature", "1", "--top-p", "0"], "--top-p"),
-        (["--temperature", "1", "--top-p", "1.5"], "--top-p"),
+        (["--temperature", "1", "--top_p", "1.5"], "--top-p is 1.5; give a number above 0 and up to 1\n"),
         (["--stop", ""], "--stop"),
         (["--retention", "0.5"], "--prune"),
         (["--keep-tokens", "5"], "--prune"),
@@ -613,7 +667,10 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--prune", "random", "--set", "@/nowhere.json"], "/nowhere.json"),
         (["--prune", "/nowhere.py::f"], "/nowhere.py"),
         (["--backend", "cuda"], "--backend"),
-        (["--template", "chatml"], "--template"),
+        (["--template", "chatml"], "--template is 'chatml'; use auto, llava, vicuna, llava_v1, mistral, raw\n"),
+        (["--list-methods", "fastx"], "no method 'fastx'"),
+        (["--list-methods", "/nowhere.py::f"], "/nowhere.py"),
+        (["--list-methods", "plphp", "--model", "/nowhere"], "/nowhere"),
         (["--image-mode", "anyres"], "--image-mode"),
         (["--dtype", "int8"], "--dtype"),
         (["--device", "tpu"], "--device"),

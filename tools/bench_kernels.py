@@ -64,7 +64,7 @@ from model.llama import Llama  # noqa: E402
 from model.lookahead import Lookahead  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import PlphpAda  # noqa: E402
-from run import as_command, choose_device, number  # noqa: E402
+from run import Parser, as_command, choose_device, number  # noqa: E402
 from tools.report import measure_bandwidth  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,12 +114,6 @@ PRESETS = {
         f"prefill --tokens 40 {QUICK}",
     ),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """Exit 2 with one line on stderr."""
-        self.exit(2, f"error: {' '.join(message.split())}; see tools/bench_kernels.py -h\n")
 
 
 def parser():

@@ -196,44 +196,70 @@ def step_bytes(checkpoint, kv_bytes):
 
 def stats(r, bandwidth, generation):
     """The table of --stats, from the --json object."""
-    t, kv = r["timing_ms"], r["prune"]
-    steps = len(generation.timing["steps"])
-    lines = [
-        f"load     {t['load']:8.1f} ms",
-        f"vision   {t['vision']:8.1f} ms        {r['vision_tokens']} image tokens of {len(r['images'])} pictures",
-        f"prefill  {t['prefill']:8.1f} ms        {r['prompt_tokens']} prompt tokens; time to first token "
-        f"{t['vision'] + t['prefill']:.1f} ms",
-    ]
-    for image in r["images"] if len(r["images"]) > 1 or r["image_mode"] == "anyres" else ():
-        cost = 1e-6 * kv["kv_bytes_full"] * image["tokens"] / r["prompt_tokens"]
-        name = image["path"] if len(image["path"]) < 40 else "..." + image["path"][-37:]
-        lines.append(
-            f"         {name}: {image['size'][0]} x {image['size'][1]} pixels, {image['tiles']} squares, "
-            f"{image['tokens']} tokens, {cost:.2f} MB of KV cache"
-        )
-    if steps:
-        speed = 1e3 * steps / t["decode_total"]
-        held = generation.cache.nbytes_held
-        needed = step_bytes(generation.checkpoint, held)
-        lines.append(
-            f"decode   {t['decode_p50']:8.2f} ms/token  p95 {t['decode_p95']:.2f}; {speed:.0f} tokens/s over "
-            f"{steps} steps, {r['new_tokens']} tokens, ended by {r['finish_reason']}"
-        )
-        floor = 1e3 * needed / bandwidth if bandwidth else 0.0
-        lines.append(
-            f"ceiling  {floor:8.2f} ms/token  {needed / 1e6:.1f} MB per token at {bandwidth / 1e9:.1f} GB/s "
-            f"(measured); {100 * floor / t['decode_p50']:.0f} % of it reached"
-            if bandwidth
-            else "ceiling  not measured: no memory is free for it"
-        )
+    t = r["timing_ms"]
+    pictures = "1 picture" if len(r["images"]) == 1 else f"{len(r['images'])} pictures"
+    lines = [_line("load", t["load"], "")]
+    if r["images"]:
+        lines.append(_line("vision", t["vision"], f"{pictures}, {r['vision_tokens']} image tokens"))
+    if len(r["images"]) > 1 or r["image_mode"] == "anyres":
+        lines += [_of_picture(image, r) for image in r["images"]]
+    first = t["vision"] + t["prefill"]
     lines.append(
-        f"memory   {r['peak_memory_bytes'] / 1e6:8.0f} MB peak    KV cache: {kv['kv_bytes_full'] / 1e6:.2f} MB "
-        f"full, {kv['kv_bytes_held'] / 1e6:.2f} MB held, "
-        f"{kv['kv_bytes_reserved'] / 1e6:.2f} MB reserved"
+        _line("prefill", t["prefill"], f"{r['prompt_tokens']} prompt tokens; time to first token {first:.1f} ms")
     )
-    kept = sum(kv["kept_per_layer"]) / max(1, len(kv["kept_per_layer"]))
-    lines.append(
-        f"pruning  {t['prune']:8.1f} ms        {kv['method']}: {100 * kv['retention_actual']:.1f} % of the vision "
-        f"tokens kept, {kept:.1f} per KV head; decode at most {r['ceiling_speedup']:.2f}x faster"
-    )
+    lines += _pruned(r) + _decoded(r, bandwidth, generation) + _memory(r)
     return "\n".join(lines)
+
+
+def _line(name, milliseconds, text):
+    return f"{name:<11}{milliseconds:9.1f} ms  {text}".rstrip()
+
+
+def _of_picture(image, r):
+    """A picture's line: how it was cut, and what its tokens cost before pruning."""
+    cost = 1e-6 * r["prune"]["kv_bytes_full"] * image["tokens"] / r["prompt_tokens"]
+    name = image["path"] if len(image["path"]) < 40 else "..." + image["path"][-37:]
+    width, height = image["size"]
+    tiles = "" if image["tiles"] == 1 else f", {image['tiles']} tiles"
+    return f"{'':25}{name}: {width} x {height} pixels{tiles}, {image['tokens']} tokens, {cost:.2f} MB of KV cache"
+
+
+def _pruned(r):
+    """What pruning did, if there was any."""
+    prune, kept = r["prune"], r["prune"]["kept_per_layer"]
+    if prune["method"] == "none" or not r["vision_tokens"] or not kept:
+        return []
+    share, per_head = 100 * prune["retention_actual"], sum(kept) / len(kept)
+    text = f"of the prefill; {prune['method']} kept {share:.1f} % of the image tokens, {per_head:.1f} per KV head"
+    return [
+        _line("pruning", r["timing_ms"]["prune"], text),
+        f"{'':25}decoding can become {r['ceiling_speedup']:.2f} times as fast at most, by the bytes that a step reads",
+    ]
+
+
+def _decoded(r, bandwidth, generation):
+    """The decode steps, and the time that reading the bytes of a step takes."""
+    t, steps = r["timing_ms"], len(generation.timing["steps"])
+    if not steps:
+        return []
+    speed, ended = 1e3 * steps / t["decode_total"], r["finish_reason"]
+    lines = [
+        _line("decode", t["decode_total"], f"{steps} steps of one token, {speed:.1f} tokens/s; finish reason: {ended}"),
+        f"  per token{t['decode_p50']:9.2f} ms  median; 95th percentile {t['decode_p95']:.2f} ms",
+    ]
+    if not bandwidth:
+        return [*lines, "  limit                  not measured: too little memory is free"]
+    size = step_bytes(generation.checkpoint, generation.cache.nbytes_held)
+    read = f"to read {1e-6 * size:.1f} MB of weights and KV cache at {1e-9 * bandwidth:.1f} GB/s (measured)"
+    return [*lines, f"  limit    {1e3 * size / bandwidth:9.2f} ms  {read}"]
+
+
+def _memory(r):
+    """Peak, and the KV cache where there is one."""
+    held, full, reserved = (1e-6 * r["prune"][f"kv_bytes_{which}"] for which in ("held", "full", "reserved"))
+    lines = [f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak"]
+    if held:
+        unpruned = f" ({full:.2f} MB unpruned)" if held < full else ""
+        text = f"for the prompt{unpruned}; {reserved:.2f} MB with the slots for new tokens"
+        lines.append(f"KV cache   {held:9.2f} MB  {text}")
+    return lines

@@ -28,8 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command, number  # noqa: E402
-from tools.verify_checkpoint import Parser  # noqa: E402
+from run import Parser, as_command, number  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command  # noqa: E402
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """Exit with one line, like every other error."""
-        self.exit(2, f"error: {message}; see {self.prog} -h\n")
+from run import Parser, as_command  # noqa: E402
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model.pruning import GUARDS, METHODS, settings_of  # noqa: E402
+from model.pruning import GUARDS, METHODS, describe, settings_of  # noqa: E402
 from run import as_command  # noqa: E402
 from tools import evaluate, roofline  # noqa: E402
 
@@ -41,20 +41,14 @@ def methods():
             rows.append([f"`{name}`", "Everything.", ""])
             continue
         file = Path(inspect.getsourcefile(method)).name
-        what = " ".join(inspect.getdoc(method).split("\n\n")[0].split())
-        what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", what)
-        settings = ", ".join(f"`{key}={_shown(value)}`" for key, value in settings_of(method).items())
+        what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", describe.summary(method))
+        settings = ", ".join(f"`{key}={describe.shown(value)}`" for key, value in settings_of(method).items())
         rows.append([f"[`{name}`]({file})", what, settings])
     guards = ", ".join(f"`{key}={value}`" for key, value in GUARDS.items())
     return _markdown(["`--prune`", "what is kept", "settings"], rows, "---") + (
         f"\n\nEvery method also has {guards}: numbers of tokens that no head may drop. They are\n"
         "the first tokens of the prompt, the last ones, and those that the head's last 32 rows attend to most."
     )
-
-
-def _shown(value):
-    """A default as --set takes it: JSON, but for the quotes of a text."""
-    return json.dumps(value).strip('"')
 
 
 def summary():

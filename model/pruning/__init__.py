@@ -1,8 +1,9 @@
 """The pruning methods, and how to name one.
 
 A method is one small file here and one row of METHODS: a function whose further keyword arguments are its settings,
-or a frozen dataclass whose fields are (its `__post_init__` may refuse them with a ValueError). It works at one of two
-places:
+or a frozen dataclass whose fields are (its `__post_init__` may refuse them with a ValueError). Its docstring begins
+with one sentence and has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods`
+prints them. A method works at one of two places:
 
     method(layer, scores, layout) -> keep (Hkv, T) bool
         after a layer's attention: which K and V rows each head keeps; or None for all. Hidden states go on unchanged.
@@ -63,9 +64,34 @@ SILENCED = {  # a setting: those that say nothing beside it
     "mass": ("rates",),
 }
 
-# settings of every method: how many tokens no head may drop, of the first and of the last ones of the prompt, and of
-# those that the head's last rows attend to most
-GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}
+GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method, with their defaults
+
+
+def _among(names):
+    return " or ".join(names), lambda v: v in names
+
+
+# Values that a setting may have: in words, and as a check
+COUNT = "a whole number of 0 or more", lambda v: type(v) is int and v >= 0
+FRACTION = "a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1
+SOME = "a number above 0 and up to 1", lambda v: FRACTION[1](v) and v > 0
+ONE = "a whole number of 1 or more", lambda v: COUNT[1](v) and v > 0
+SWITCH = "true or false", lambda v: type(v) is bool
+
+# Settings that mean the same in every method that has them: what they mean, and their values
+COMMON = {
+    "retention": ("fraction of the vision tokens to keep", *SOME),
+    "keep_tokens": ("tokens that each head keeps of each picture; replaces retention", *ONE),
+    "window": ("last prompt rows whose mean attention ranks the tokens", *ONE),
+    "query": ("rank by the attention of the last prompt rows or of look-ahead rows", *_among(QUERIES)),
+    "values": ("rank by attention times the L1 norm of the value row, as in 2406.12335", *SWITCH),
+    "group": ("how query heads that share a KV head are combined", *_among(GROUPS)),
+    "scope": ("budget for each picture by itself or for all pictures together", *_among(SCOPES)),
+    "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
+    "sink": ("first tokens of the prompt that no head may drop", *COUNT),
+    "recent": ("last tokens of the prompt that no head may drop", *COUNT),
+    "sink_keys": ("tokens most attended by the last 32 prompt rows, which a head may not drop", *COUNT),
+}
 
 
 @dataclass(frozen=True)
@@ -148,19 +174,25 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     """The Method of a SPEC, or None for "none".
 
     spec: NAME or FILE.py::NAME, then optionally ":" and key=value pairs with commas between them; or what such a name
-    stands for, a function or class; or a Method; or None. settings: more such pairs, or "@file.json" with an object of
-    them. retention, keep_tokens: the budget, for methods that have a setting of that name. folder: of a checkpoint,
-    whose NAME.json, if there is one (see `calibrated`), takes the place of the method's defaults. Nothing may be given
-    twice, or beside what makes it say nothing. ValueError says what is wrong.
+    stands for, a function or class; or a Method; or None. settings: a dict of them, or a list of "key=value" and
+    "@file.json" with an object of them. retention, keep_tokens: the budget, for methods that have a setting of that
+    name. folder: of a checkpoint, whose NAME.json, if there is one (see `calibrated`), takes the place of the method's
+    defaults. Nothing may be given twice, or beside what makes it say nothing. ValueError says what is wrong.
     """
-    name, function, pairs = _named(spec)
+    name, function, pairs = named(spec)
+    if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
     given = {}
-    for text in (*pairs, *settings):
+    for text in (*pairs, *(() if isinstance(settings, dict) else settings)):
         _add(given, _read(text[1:]) if text.startswith("@") else dict([_pair(text)]))
+    if isinstance(settings, dict):
+        _add(given, settings)
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
     if function is None or isinstance(spec, Method):
         if given:
-            raise ValueError(f"{', '.join(given)} was given, but method {name} takes no settings; give it to another")
+            raise ValueError(
+                f"{', '.join(given)} was given, but method {name} takes no settings; give a method by name"
+            )
         return function and spec
     _check_budget(name, given)
     file = calibrated(folder, name)
@@ -188,7 +220,7 @@ def calibrated(folder, name):
     return next((path for path in paths if path.is_file()), None)
 
 
-def _named(spec):
+def named(spec):
     """What is given for a method -> (its name, its function or class or Method or None, ["key=value", ...])."""
     if spec is None:
         return "none", None, []
@@ -234,7 +266,7 @@ def _instead(own, given):
 
 def sets_budget(spec):
     """Does a SPEC say itself how much it keeps, or is its method one that cannot be told by `retention`?"""
-    _, function, pairs = _named(spec)
+    _, function, pairs = named(spec)
     return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
 
 
@@ -327,22 +359,14 @@ def _like(name, key, value, default):
         return value
     if isinstance(default, float) and type(value) is int:
         return float(value)
-    raise ValueError(f"setting {key} of method {name} is {value!r}; give {type(default).__name__}")
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    wanted = COMMON[key][1] if key in COMMON else kinds.get(type(default), f"a {type(default).__name__}")
+    raise ValueError(f"{key} of method {name} is {value!r}; give {wanted}")
 
 
 def _check_common(name, settings):
     """ValueError for values of the settings that mean the same in every method."""
-    retention, keep_tokens = settings.get("retention"), settings.get("keep_tokens")
-    if retention is not None and not (type(retention) in (int, float) and 0 < retention <= 1):
-        raise ValueError(f"retention of method {name} is {retention!r}; give a fraction above 0 and up to 1")
-    if keep_tokens is not None and (type(keep_tokens) is not int or keep_tokens < 1):
-        raise ValueError(f"keep_tokens of method {name} is {keep_tokens!r}; give a whole number from 1 on")
-    for key in ("window", *GUARDS):
-        if key in settings and (type(settings[key]) is not int or settings[key] < 0):
-            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give a number of tokens from 0 on")
-    cover = settings.get("cover", 0)
-    if not (type(cover) in (int, float) and 0 <= cover <= 1):
-        raise ValueError(f"cover of method {name} is {cover!r}; give a share from 0 to 1")
-    for key, allowed in (("scope", SCOPES), ("group", GROUPS), ("query", QUERIES)):
-        if key in settings and settings[key] not in allowed:
-            raise ValueError(f"{key} of method {name} is {settings[key]!r}; use {' or '.join(allowed)}")
+    for key, (_, values, fits) in COMMON.items():
+        unset = key not in settings or (settings[key] is None and key in AMOUNTS)
+        if not unset and not fits(settings[key]):
+            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give {values}")

@@ -74,7 +74,7 @@ def pooled(scores, count, floor):
 def check_floor(floor):
     """ValueError for a floor that `pooled` cannot keep."""
     if not 0 <= floor <= 1:
-        raise ValueError(f"floor is {floor}; give a fraction from 0 to 1")
+        raise ValueError(f"floor is {floor}; give a number from 0 to 1")
 
 
 def mass(scores, share):

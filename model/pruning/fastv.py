@@ -7,12 +7,15 @@ from .budget import budget, select, shared
 
 @dataclass(frozen=True, kw_only=True)
 class FastV:
-    """From layer `layer` on, for all heads, what the last prompt row attended to most in the layer before (2403.06764).
+    """Tokens leave the prompt before one layer, for all later layers (2403.06764).
 
-    Hidden states are dropped, not only K and V: prefill gets cheaper too, and the first new token may already differ.
-    Layers before it keep all. Positions stay those of the prompt. layer: the K of the paper, 2 there; retention:
-    fraction kept (the paper's R is the fraction dropped); keep_tokens: that many per picture instead; scope: as in
-    plphp.
+    Those stay that the last prompt row attended to most in the layer before, averaged over heads. Hidden states are
+    dropped, not only K and V: prefill gets cheaper too, and the first new token may already differ. Positions stay
+    those of the prompt.
+
+    layer: first layer without the dropped tokens, the paper's K (1 or more, below the number of layers)
+    retention: fraction of the vision tokens to keep, 1 minus the paper's R (above 0 and up to 1)
+    keep_tokens: tokens to keep of each picture; replaces retention (1 or more)
     """
 
     layer: int = 2
@@ -22,7 +25,7 @@ class FastV:
 
     def __post_init__(self):
         if self.layer < 1:
-            raise ValueError(f"layer is {self.layer}; give 1 or more, the layer before it has to look first")
+            raise ValueError(f"layer is {self.layer}; give a whole number of 1 or more")
 
     def narrow(self, scores, layout):
         """Attention (Hq, T) of layer `layer` - 1 -> (T,) bool: the tokens that go on. Called once."""

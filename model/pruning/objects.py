@@ -8,12 +8,13 @@ from .random_tokens import draw
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """All tokens whose patch shows anything, then others at random, drawn anew in each KV head; blind to the question.
+    """A baseline: tokens on objects first, then random ones, whatever the question is.
 
-    A patch shows something if its pixels are further from the picture's usual colour than those of the picture's
-    average patch (`model.view.contrast_of`): objects on a plain ground, and in a photograph what stands out. If they
-    are more than the budget, each head draws among them. retention: fraction kept; keep_tokens: that many per head and
-    picture instead; scope: as in plphp.
+    A token shows an object if its pixels are further from the picture's usual colour than those of the picture's
+    average patch (`model.view.contrast_of`): objects on a plain ground, and in a photograph what stands out. If these
+    tokens exceed the budget, each head draws among them.
+
+    seed: of the random choice (any whole number)
     """
 
     retention: float = 0.5

@@ -20,15 +20,18 @@ from .budget import best, budget, by_kv_head, check_floor, grid_phase, pooled, s
 
 @dataclass(frozen=True, kw_only=True)
 class Plphp:
-    """Each head its own most attended, as many as the layer's share of attention to the pictures earns (2502.14504).
+    """Each head keeps its most attended tokens, at a rate chosen per layer (2502.14504).
 
-    r, dr, alpha, beta: as above; skip: first layers left unpruned, None for 2, or 1 of fewer than 12 layers;
-    group: how the query heads of a KV head agree; window: rows at the prompt's end whose attention, averaged, ranks;
-    values: rank by attention times the L1 norm of the value row (VATP, 2406.12335); scope: rank and count in each
-    picture (image), or in all together (vision). query: whose attention ranks and gives gamma, that of the prompt's
-    last rows (last) or of the look-ahead rows (lookahead, `model.lookahead`); cover: this share of what a head keeps
-    lies on an even grid instead. retention: if given, r is that and dr at most 0.75 of it and its distance to 1;
-    keep_tokens: if given, every layer keeps that many of each picture, whatever gamma says.
+    gamma is the share of the last prompt row's attention that goes to the pictures (of the look-ahead rows' attention
+    with query=lookahead).
+
+    r: fraction that a layer keeps if its gamma is from beta to alpha (0 to 1)
+    dr: added to r if gamma is at least alpha, subtracted if it is below beta (0 to 1)
+    alpha: layers whose attention to the pictures (gamma) is at least this keep more (beta or more)
+    beta: layers whose attention to the pictures (gamma) is below this keep less (up to alpha)
+    skip: first layers left unpruned; null: 2, or 1 of fewer than 12 layers (0 or more)
+    retention: replaces r, and limits dr to 0.75 * r and to 1 - r (above 0 and up to 1)
+    keep_tokens: tokens that each head keeps of each picture, whatever gamma is (1 or more)
     """
 
     r: float = 0.4
@@ -47,13 +50,11 @@ class Plphp:
 
     def __post_init__(self):
         if not (0 <= self.r <= 1 and 0 <= self.dr <= 1):
-            raise ValueError(f"r is {self.r} and dr {self.dr}; give fractions from 0 to 1")
+            raise ValueError(f"r is {self.r} and dr {self.dr}; give numbers from 0 to 1")
         if not self.alpha >= self.beta:
             raise ValueError(f"alpha {self.alpha} is below beta {self.beta}; give alpha >= beta")
         if self.skip is not None and (type(self.skip) is not int or self.skip < 0):
-            raise ValueError(f"skip is {self.skip!r}; give a number of layers from 0 on")
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}; give at least 1 row")
+            raise ValueError(f"skip is {self.skip!r}; give a whole number of 0 or more")
 
     @property
     def wants_last_row(self):
@@ -89,10 +90,11 @@ class Plphp:
 
 @dataclass(frozen=True, kw_only=True)
 class PlphpAda(Plphp):
-    """Ours: PLPHP's budget of a layer, divided among its heads by what they attend to, so that their lengths differ.
+    """PLPHP with one budget for all heads of a layer: some keep more than others (ours).
 
-    The most attended (head, token) pairs of a picture are kept; floor: fraction of an even share that every head keeps
-    in any case.
+    The most attended (head, token) pairs of a picture are kept.
+
+    floor: fraction of an even share that every head keeps in any case (0 to 1)
     """
 
     floor: float = 0.2

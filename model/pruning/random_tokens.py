@@ -9,10 +9,11 @@ from .budget import best, budget, select
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """Every KV head of every layer draws its own tokens: the floor that others have to beat.
+    """A baseline: each head of each layer keeps tokens that it draws at random.
 
-    retention: fraction kept; keep_tokens: that many per head and picture instead; pooled: the heads of a layer share
-    one budget, so that their numbers of tokens differ too; shared: all of them keep the same; scope: as in plphp.
+    pooled: the heads of a layer share one budget, so they keep different numbers of tokens (true or false)
+    shared: the heads of a layer keep the same tokens (true or false)
+    seed: of the random choice (any whole number)
     """
 
     retention: float = 0.5

@@ -7,10 +7,9 @@ def shared_tokens(
     layer, scores, layout, *, retention=0.5, keep_tokens=None, window=1, values=False, scope="image", query="last",
     cover=0.0,
 ):  # fmt: skip
-    """All heads of a layer keep the same tokens, those that they attend to most on average.
+    """All heads of a layer keep the same tokens, those with the highest mean attention.
 
-    retention: fraction kept; keep_tokens: that many per picture instead; window: rows at the prompt's end whose
-    attention is averaged; values, scope, query, cover: as in plphp. Returns keep (Hkv, T) bool.
+    Returns keep (Hkv, T) bool.
     """
     heads = by_kv_head(scores, layout, values=values)
     heads = heads.mean(0, keepdim=True).expand_as(heads)

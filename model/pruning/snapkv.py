@@ -16,11 +16,11 @@ POOLS = ("avg", "max")
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV:
-    """Each head its own most attended by the last 32 text rows, smoothed over 5 neighbours (2404.14469).
+    """Each head keeps what the last 32 text rows attend to most, smoothed (2404.14469).
 
-    retention: fraction kept; keep_tokens: that many per head and picture instead; window: rows at the prompt's end,
-    not reaching into a picture; kernel, pool: width and kind (avg|max) of the smoothing; group, values, scope, query,
-    cover: as in plphp.
+    window: last prompt rows, all behind the pictures, whose mean attention ranks (1 or more)
+    kernel: neighbouring tokens that scores are smoothed over (1 or more, odd)
+    pool: smoothing by the mean or the maximum (avg or max)
     """
 
     retention: float = 0.5
@@ -35,10 +35,8 @@ class SnapKV:
     cover: float = 0.0
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}; give at least 1 row")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}; give an odd number of tokens")
+            raise ValueError(f"kernel is {self.kernel}; give an odd whole number of 1 or more")
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; use {' or '.join(POOLS)}")
 
@@ -64,9 +62,9 @@ class SnapKV:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
-    """SnapKV's scores, a layer's budget divided among its heads by them, so that their lengths differ (2407.11550).
+    """SnapKV with one budget for all heads of a layer: some keep more than others (2407.11550).
 
-    floor: fraction of an even share that every head keeps in any case, the original's safeguard.
+    floor: fraction of an even share that every head keeps in any case, the original's safeguard (0 to 1)
     """
 
     floor: float = 0.2

@@ -11,11 +11,12 @@ from .budget import best, budget, by_head, by_kv_head, grid_phase, mass, select
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Each head its own most attended by the last prompt row, the same fraction in every layer.
+    """Each head keeps its most attended tokens, the same number in every layer.
 
-    One budget of four, 0.5 without any: retention: the fraction; keep_tokens: the number; mass: in each head the fewest
-    tokens that hold this share of its attention to the picture; rates: a list with a fraction for each layer, or a list
-    of fractions for its KV heads. group, values, window, scope, query, cover: as in plphp.
+    The budget is one of retention, keep_tokens, mass and rates; without any it is a retention of 0.5.
+
+    mass: keep the fewest tokens with this share of a head's attention to the picture (above 0 and up to 1)
+    rates: list with a fraction for each layer, or with a list for the layer's KV heads (0 to 1)
     """
 
     retention: float | None = None
@@ -34,14 +35,12 @@ class TopK:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one of them")
         if self.mass is not None and not (type(self.mass) in (int, float) and 0 < self.mass <= 1):
-            raise ValueError(f"mass is {self.mass!r}; give a share above 0 and up to 1")
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}; give at least 1 row")
+            raise ValueError(f"mass is {self.mass!r}; give a number above 0 and up to 1")
         if self.rates is not None and not isinstance(self.rates, list):
-            raise ValueError(f"rates is {self.rates!r}; give a list")
+            raise ValueError(f"rates is {self.rates!r}; give a list with an entry for each layer")
         for rate in [r for row in self.rates or () for r in (row if isinstance(row, list) else [row])]:
             if not (type(rate) in (int, float) and 0 <= rate <= 1):
-                raise ValueError(f"rates holds {rate!r}; give fractions from 0 to 1")
+                raise ValueError(f"rates holds {rate!r}; give numbers from 0 to 1")
 
     def check(self, num_layers, kv_heads):
         """ValueError if the table is not of this model."""

@@ -1,0 +1,67 @@
+"""What `run.py --list-methods` prints: the methods, or one of them with its settings."""
+
+import inspect
+import json
+import re
+import shutil
+import textwrap
+
+from . import COMMON, GUARDS, METHODS, calibrated, named, settings_of
+
+
+def listing():
+    """The methods, one line each where the terminal is wide enough."""
+    lines = [_row(name, summary(method), 11) for name, method in METHODS.items()]
+    return "\n".join([*lines, "", "run.py --list-methods NAME shows the settings of one; FILE.py::NAME is your own."])
+
+
+def describe(name, folder=None):
+    """A method of METHODS or FILE.py::NAME with its settings: defaults, meaning, range. ValueError if there is none.
+
+    folder: of a checkpoint; the settings that it has for the method are shown too.
+    """
+    name, method, _ = named(name)
+    lines = [_row(f"{name}:", summary(method))]
+    if method is None:
+        return lines[0]
+    defaults, what = settings_of(method), meanings(method)
+    lines += ["", f"Settings, for --set KEY=VALUE or --prune {name}:KEY=VALUE,... and their defaults:"]
+    lines += [_setting(key, value, what) for key, value in defaults.items()]
+    lines += ["", "Settings of every method:"]
+    lines += [_setting(key, value, what) for key, value in GUARDS.items() if key not in defaults]
+    own = calibrated(folder, name)
+    if own:
+        pairs = " ".join(f"{key}={shown(value)}" for key, value in json.loads(own.read_bytes()).items())
+        lines += ["", _row("For this model the defaults are:", f"{pairs} ({own})")]
+    return "\n".join(lines)
+
+
+def summary(method):
+    """One sentence: the first paragraph of the docstring."""
+    return "Keeps all tokens." if method is None else " ".join((inspect.getdoc(method) or "").split("\n\n")[0].split())
+
+
+def meanings(method):
+    """{setting: its meaning}, from lines `name: meaning` of the docstring or of a parent's, else from COMMON."""
+    found = {}
+    for key, (what, values, _) in COMMON.items():
+        found[key] = f"{what} ({re.sub('^a (whole )?number (from |of )?', '', values)})"
+    for owner in reversed(method.__mro__) if isinstance(method, type) else [method]:
+        lines = inspect.cleandoc(owner.__doc__ or "")
+        found |= re.findall(r"^(\w+): (.+(?:\n(?!\w+: ).+)*)", lines, flags=re.M)
+    return found
+
+
+def shown(value):
+    """A default as --set takes it: JSON, but for the quotes of a text."""
+    return "(none)" if value is inspect.Parameter.empty else json.dumps(value).strip('"')
+
+
+def _setting(key, value, what):
+    return _row(f"  {key}={shown(value)}", what.get(key, ""), 20)
+
+
+def _row(left, right, indent=0):
+    """Two columns, wrapped to the terminal."""
+    width, text = min(shutil.get_terminal_size().columns, 120), f"{left.ljust(indent - 1)} {' '.join(right.split())}"
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
