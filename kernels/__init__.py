@@ -1,6 +1,6 @@
 """Operations on KV caches in which every head keeps its own tokens. They take tensors and offsets only, no models.
 
-Each operation has one module with its specification, a plain PyTorch reference and the public function; the Triton
+Each operation has a module with a plain PyTorch reference (the specification) and the public function; the Triton
 kernels are in `*_triton.py`. Reading order: ragged_decode, ragged_pack, window_scores.
 """
 

@@ -13,8 +13,8 @@ Each segment is cut into splits; the split size depends only on the segment's ca
 The item list is built once, from capacities. A program whose split begins at or after kv_len returns at once, so no
 step needs a new plan. Results do not depend on other segments, on the order of the list or on which program is first.
 
-Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result of a segment that has several. 2 * G FLOP
-per element of K and V. Memory-bound from some 30 MB on; below that, bound by launches and three dependent loads.
+Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result if a segment has several. 2 * G FLOP per
+element of K and V. Memory-bound from some 30 MB on; below that bound by launches and latency (three dependent loads).
 Exponentials are to base 2 (one instruction); scale includes log2(e). The specification is `ragged_decode_ref`.
 """
 

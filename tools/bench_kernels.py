@@ -20,7 +20,7 @@ Each row is one provider on one case: median time of a call, 20th and 80th perce
     max error  largest absolute difference from a float64 reference
 
 The command below a case's name reproduces that case alone. A round calls every copy of the problem once. Each copy has
-its own buffers, so that caches hold little of them (decode and prefill read the weights of one model again and again).
+its own buffers, so that caches hold little of them (but a decode step reads the same model in every call).
 On CUDA a round is one captured graph of at least 16 calls. All copies are checked before timing, two of them again
 afterwards; a wrong provider gets no numbers. tools/plot_bench.py draws the output of --json.
 """
@@ -119,7 +119,7 @@ PRESETS = {
 def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
-    p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: gpu, or a quick smoke test of every op")
+    p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: gpu (minutes) or smoke (quick test)")
     p.add_argument(
         "--shapes",
         nargs="+",
