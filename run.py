@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "assets" / "demo"
 TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
-SUMMARY = """Ask a LLaVA about pictures, offline. The answer goes to stdout, all else to stderr.
+SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest to stderr.
 
   run.py --image assets/demo.png --prompt "Describe the picture."
   run.py --image assets/demo.png --prompt "Describe the picture." --prune plphp"""
@@ -113,11 +113,11 @@ def parser():
     ask = p.add_argument_group("ask")
     ask.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
                      default=str(DEMO), metavar="DIR|ID",
-                     help="llava-hf folder or id in the local cache (default: demo)")
+                     help="llava-hf folder or cached id (default: the demo)")
     ask.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[],
                      metavar="PATH ...", help='pictures; "-" is stdin, data: URIs work too')
     ask.add_argument("--prompt", "-p", "--query", "--question", metavar="TEXT",
-                     help='the question; "-" reads it from stdin, @FILE from a file')
+                     help='the question; "-" reads stdin, @FILE reads a file')
 
     answer = p.add_argument_group("the answer")
     answer.add_argument("--max-new-tokens", "-n", "--max_new_tokens", "--max-tokens", type=number(int, 1), default=256,
@@ -147,7 +147,7 @@ def parser():
 
     look = p.add_argument_group("pictures and prompt")
     look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
-                      help="%(type)s; anyres cuts the picture into tiles")
+                      help="%(type)s (anyres: in tiles)")
     look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
                       help="order of tile grids in case of a tie: %(type)s")
     look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
@@ -158,7 +158,7 @@ def parser():
     many.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
                       help="answer a file; a line has question_id, image, text")
     many.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
-                      help="where answers go; a second run adds missing ones")
+                      help="output; a second run adds missing answers")
     many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: that of the file)")
     many.add_argument("--batch", type=number(int, 1), metavar="N", help="questions answered together (default 1)")
     many.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="split the file into N parts ...")
