@@ -15,7 +15,7 @@ ids are read: median, 20th and 80th percentile over all steps of all rounds.
 The workload `picture` is a real picture and question through model.Generation, vision tower included, compared with
 transformers' class for the checkpoint. The others feed an embedded prompt directly to the language model, compared with
 LlamaForCausalLM: random text, and pictures of random numbers scaled like the embeddings. BxP,P+T is a workload of your
-own: B sequences, each with pictures of P tokens and T text tokens. Prompts beyond the model's context run, but marked.
+own: B sequences, each with pictures of P tokens and T text tokens. Prompts beyond the context run and are marked.
 
 Checks before timing: greedy ids equal those of transformers (fp32), or the first logits are close (bf16, fp16); step
 logits match one long prefill of the same tokens; a pruned run starts with the same token, and its step logits match
@@ -869,7 +869,7 @@ def growth(args):
 
 @torch.inference_mode()
 def decode_seconds(language, lengths, rounds):
-    """Median seconds of a decode step of one sequence for each kept length; heads keep different tokens. Alternates."""
+    """Median seconds of a decode step of one sequence for each kept length; heads keep different tokens."""
     config, table, steps = language.config, language.model.embed_tokens.weight, []
     heads, tokens = config.num_key_value_heads, 2 * max(lengths)  # before pruning
     for kept in lengths:

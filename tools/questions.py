@@ -299,7 +299,7 @@ class Desk:
         self.start = self.said = time.perf_counter()
 
     def hand_in(self, number, text, metadata):
-        """Take the answer to questions[number]; write it and the answers that wait for it once its turn comes."""
+        """Take the answer to questions[number], and write all waiting answers that are next in order."""
         self.waiting[number] = text, metadata
         while self.next in self.waiting:
             self.answers.write(self.questions[self.next], *self.waiting.pop(self.next))

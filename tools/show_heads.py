@@ -2,9 +2,9 @@
 
     python tools/show_heads.py --image assets/demo.png --prompt "Describe the picture." --out heads.png --csv heads.csv
 
-A head that contributes nothing on an input attends to a token whose value is almost zero, an attention sink (active-
-dormant heads, arXiv 2410.13835; other scores for them: 2504.03889). Such a head needs few vision tokens, but the sink's
-key must stay; `--set sink_keys=1` of any pruning method keeps it.
+A head that contributes nothing on an input attends to an attention sink: a token whose value is almost zero
+(active-dormant heads, arXiv 2410.13835; other scores for them: 2504.03889). Such a head needs few vision tokens, but
+the sink's key must stay; `--set sink_keys=1` of any pruning method keeps it.
 """
 
 import argparse

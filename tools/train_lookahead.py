@@ -35,7 +35,7 @@ from tools.train_demo import HELD_OUT, Run, precision, rate_at  # noqa: E402
 
 DEMO = ROOT / "assets" / "demo"
 SCENES = HELD_OUT // 2  # first scene; the demo's training and the tables use none from here on
-BUDGETS = (0.5, 0.15)  # at which recall is reported
+BUDGETS = (0.5, 0.15)  # fractions kept for which recall is reported
 
 
 @dataclass

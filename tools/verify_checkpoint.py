@@ -103,7 +103,7 @@ VICUNA_PIECES = 32000
 IMAGE_ID = 32000  # `<image>` in the golden ids; a checkpoint may use another id
 GOLDEN_PROMPT = "USER: <image>\nWhat's the content of the image?\nASSISTANT:"
 
-# Ids of that prompt by Vicuna's tokenizer. 29871 is sentencepiece's dummy space as a token of its own. Published files
+# Ids of GOLDEN_PROMPT in Vicuna's tokenizer. 29871 is sentencepiece's dummy space as a separate token. Published files
 # disagree on whether the text after `<image>` gets one. The longer list is the one vLLM documents for llava-1.5-7b-hf;
 # the other omits that space, like the start of the prompt on vLLM's page of the v1.6 models.
 _UNTIL_IMAGE = (1, 3148, 1001, 29901, 29871, IMAGE_ID)
