@@ -97,14 +97,17 @@ def look_at(language, x, spans):
     return heads, peaks
 
 
-def summary(heads, spans, dormant):
-    """One line: number of dormant heads, of heads that attend most to the first token, and to a token in the spans."""
+def summary(heads, spans, dormant, what="a picture"):
+    """One line: number of dormant heads, of heads that attend most to the first token, and to a token in the spans.
+
+    what: the spans are.
+    """
     found = [(h.out[i], h.where[i]) for h in heads for i in range(len(h.out))]
     idle = sum(int(out < dormant) for out, _ in found)
     first = sum(int(where == 0) for _, where in found)
     inside = sum(any(a <= where < b for a, b in spans) for _, where in found)
     return (
-        f"{idle} of {len(found)} heads dormant; the most attended token is the first in {first} and one of a picture "
+        f"{idle} of {len(found)} heads dormant; the most attended token is the first in {first} and one of {what} "
         f"in {inside}"
     )
 
@@ -114,12 +117,12 @@ MAPS = (  # field, title, top of the colour scale
     ("most", "attention on the most attended token", None),
     ("drain", "length of its value / median token's", 2.0),
     ("out", "length of the head's output / layer mean", 2.0),
-    ("vision", "fraction of the output from pictures", 1.0),
+    ("vision", "fraction of the output from {what}", 1.0),
 )
 
 
-def draw(heads, peaks, spans, dormant, path):
-    """Draw five maps of layers by query heads, and the residual peaks."""
+def draw(heads, peaks, spans, dormant, path, what="a picture"):
+    """Draw five maps of layers by query heads, and the residual peaks. what: the spans are."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,7 +137,7 @@ def draw(heads, peaks, spans, dormant, path):
         top = top or max(h.most.max().item() for h in heads)
         shown = axis.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         figure.colorbar(shown, ax=axis, extend="max" if values.max() > top else "neither")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title.format(what=what), fontsize=9)
         axis.set(xlabel="query head", ylabel="layer")
         for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
             locator.set_params(integer=True)
@@ -150,11 +153,12 @@ def draw(heads, peaks, spans, dormant, path):
     last = axes.flat[5]
     last.bar(range(len(peaks)), peaks, color="#0072B2")
     last.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
+    last.annotate("1: as large", (0, 1), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.4")
     last.set_title("residual norm of token 0 / largest other token", fontsize=9)
     last.set(xlabel="after layer")
     last.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(
-        f"v: the most attended token is a vision token    d: dormant, output below {dormant:g} x layer mean", fontsize=9
+        f"v: the most attended token is one of {what}    d: dormant, output below {dormant:g} x layer mean", fontsize=9
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -328,7 +328,8 @@ def fidelity(language, words, answers, rows, path):
 def summarise(lines, rows, about, out):
     """Write out/witness.md, .csv and .png. about: sentence on how the rows were trained."""
     names = list(conditions(rows))
-    kinds = {"all kinds": list(KINDS), f"only {LEFT_OUT}, left out when training the last rows": [LEFT_OUT]}
+    left_out = f"kind {LEFT_OUT}, on which `look-ahead rows without {LEFT_OUT}` were not trained"
+    kinds = {"all kinds": list(KINDS), left_out: [LEFT_OUT]}
     text, table = [about, ""], []
     for title, chosen in kinds.items():
         mine = [line for line in lines if line["kind"] in chosen]
@@ -337,6 +338,8 @@ def summarise(lines, rows, about, out):
         found = [_row(name, f, mine) for name in names for f in RETENTIONS]
         table += [{"questions": title, **row} for row in found]
         text += [f"{len(mine)} passages, {title}:", "", *_markdown(names, found), ""]
+        ours = list(rows)[title == left_out]
+        text += [f"KL of `{ours}` minus KL of others on the same passages:", "", *_differences(ours, names, mine), ""]
     out.mkdir(parents=True, exist_ok=True)
     (out / "witness.md").write_text("\n".join(text), encoding="utf-8")
     with open(out / "witness.csv", "w", newline="", encoding="utf-8") as file:
@@ -372,6 +375,22 @@ def _markdown(names, rows):
     return lines
 
 
+def _differences(ours, names, lines):
+    """Markdown: difference in KL between two rankings, mean over passages, with 95 % intervals."""
+    found = ["| minus | " + " | ".join(f"at {f}" for f in RETENTIONS) + " |", "|---|" + "---:|" * len(RETENTIONS)]
+    weights = resamples(len(lines))
+    for name in names:
+        if name == ours:
+            continue
+        cells = []
+        for f in RETENTIONS:
+            gaps = [line["results"][f"{ours}@{f}"][1] - line["results"][f"{name}@{f}"][1] for line in lines]
+            mean, low, high = interval(torch.tensor(gaps), torch.arange(len(lines)), weights)
+            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        found.append(f"| {name} | " + " | ".join(cells) + " |")
+    return found
+
+
 def draw(rows, path):
     """Plot KL from unpruned over the kept fraction, with intervals."""
     import matplotlib
@@ -379,7 +398,7 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     names = list(dict.fromkeys(row["ranked by"] for row in rows))
     for i, name in enumerate(names):
         mine = sorted((r for r in rows if r["ranked by"] == name), key=lambda r: r["retention"])
@@ -391,7 +410,7 @@ def draw(rows, path):
     axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None), xlim=(0, None),
              title="SmolLM2-135M: what pruning a passage costs")  # fmt: skip
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
@@ -448,8 +467,8 @@ def witness(language, words, args):
     summarise(lines, rows, f"Look-ahead rows trained in {about}.", out)
     prompt, span = embedded(language, words, UNSEEN, "list")
     heads, peaks = show_heads.look_at(language, prompt, [span])
-    show_heads.draw(heads, peaks, [span], 0.3, out / "witness-heads.png")
-    line = show_heads.summary(heads, [span], 0.3).replace("of a picture", "of the passage")
+    show_heads.draw(heads, peaks, [span], 0.3, out / "witness-heads.png", what="the passage")
+    line = show_heads.summary(heads, [span], 0.3, what="the passage")
     print(f"{line}; the first token has {100 * torch.stack([h.first for h in heads]).mean():.0f} % of all attention")
 
 
