@@ -29,7 +29,7 @@ FIRST, SECOND = "#d55e00", "#0072b2"  # frames of what only one of two questions
 # pixels; the figure is as wide as a README shows, times two
 WIDTH, MARGIN, GAP, COLUMNS = 1640, 32, 24, 4
 CELL = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
-HUGE, LARGE, SMALL = 40, 28, 22  # font sizes
+HUGE, LARGE, SMALL = 40, 30, 24  # font sizes
 GREY = "#555555"
 FONTS = (None, "DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc")  # None: Pillow's
 
@@ -273,7 +273,7 @@ def _counts(shown):
     """Kept tokens of each layer and head, and gamma of each layer beside them if it is known: two cells wide."""
     counts, most = shown.keep.sum(2), shown.keep.shape[2]
     font = ImageFont.load_default(SMALL)
-    left, below = 40, 30  # for the numbers of layers and of heads
+    left, below = 40, 36  # for the numbers of layers and of heads
     width = (CELL if shown.gammas else 2 * CELL + GAP) - left
     table = heat(counts, most, width, CELL - below, written=True)
     block = Image.new("RGB", (2 * CELL + GAP, CELL), "white")
