@@ -323,7 +323,10 @@ def answer(args):
     if args.stats:
         say(stats(took, measure_bandwidth(device), generation))
     if generation.masks is not None:  # not where Ctrl-C came before the end of the prompt
-        show.save(generation, args.show)
+        try:
+            show.save(generation, args.show)
+        except OSError as broken:
+            return fail(f"{args.show} cannot be written ({broken.strerror}); give another name", 1)
         say(f"{args.show}: which vision tokens each head kept")
     return code
 

@@ -347,6 +347,14 @@ def test_the_flag_draws_beside_the_answer(tmp_path, capsys):
     assert data["questions"][0]["title"].startswith("unpruned") and "0" not in data["questions"][0]["keep"][0][0][0]
 
 
+def test_a_disk_that_is_full_ends_in_one_line_after_the_answer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert run.main(asked("--show", tmp_path / "a.png")) == 1
+    told = capsys.readouterr()
+    assert told.out == "The picture has four objects.\n"
+    assert told.err.splitlines()[-1].startswith(f"error: {tmp_path}/a.png cannot be written (No space left")
+
+
 REFUSED = [
     (["--show", "kept.jpg"], ".png or .html"),
     (["--show", "kept"], ".png or .html"),
