@@ -177,6 +177,7 @@ def parser():
 
     output = p.add_argument_group("output")
     output.add_argument("--stats", "--profile", action="store_true", help="times, memory and speed limit on stderr")
+    output.add_argument("--show", metavar="FILE", help="draw what each head kept: .png, or .html for a browser")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     output.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -259,6 +260,7 @@ def check_flags(args):
     if (args.prompt is None) == (args.questions is None):
         p.error("give either --prompt or --questions")
     check_questions(p, args)
+    check_show(p, args)
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         p.error("--top-p and --top-k need --temperature above 0")
     if [args.prompt, *args.image].count("-") > 1:
@@ -320,6 +322,23 @@ def check_questions(p, args):
         p.error("--questions and --answers are the same file")
 
 
+def check_show(p, args):
+    """Can the drawing be written? `model.show` refuses what is only known with the checkpoint open."""
+    if args.show is None:
+        return
+    path = Path(args.show)
+    if args.questions is not None or not args.image:
+        p.error("--show draws on the pictures of one answer; give --image and no --questions")
+    if path.suffix.lower() not in (".png", ".html"):
+        p.error(f"cannot draw --show {args.show[:200]!r}; give a name that ends in .png or .html")
+    if not path.parent.is_dir():
+        p.error(f"--show: there is no folder {str(path.parent)[:200]}; make it or give another")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        p.error(f"--show: {args.show[:200]} cannot be written; give another name")
+    if any(os.path.exists(image) and path.exists() and path.samefile(image) for image in args.image):
+        p.error(f"--show would replace the picture {args.show[:200]}; give another name")
+
+
 def explain(broken):
     """(message, exit code) of an exception."""
     text = one_line(broken)
@@ -366,7 +385,7 @@ def answer(args):
     start = time.perf_counter()
     import torch
 
-    from model import Generation, open_checkpoint
+    from model import Generation, open_checkpoint, show
     from model.generate import off_budget
     from model.image import read_image
     from tools.report import CoreWait, measure_bandwidth, report, stats
@@ -377,8 +396,11 @@ def answer(args):
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
     how = {"compile": args.compile, "timed": args.stats or args.json or args.compare}  # those that report times
+    how["remember"] = args.show is not None
     generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), **how)
     sampling = generation.sampling
+    if args.show is not None:
+        show.check_path(args.show, generation)
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
     introduce(args, checkpoint, generation)
@@ -406,6 +428,12 @@ def answer(args):
         print(generation.text, flush=True)
     if args.stats:
         say(stats(took, measure_bandwidth(device), generation))
+    if generation.masks is not None:  # not where Ctrl-C came before the end of the prompt
+        try:
+            show.save(generation, args.show)
+        except OSError as broken:
+            return fail(f"{args.show} cannot be written ({broken.strerror}); give another name", 1)
+        say(f"{args.show}: which vision tokens each head kept")
     return code
 
 

@@ -90,12 +90,16 @@ class Pruner:
     text      tokens of no picture in the prompt as each layer saw it, which stay
     layout    of the prompt as the current layer sees it
     seconds   spent on scoring and choosing; see `timed` of Generation
+    masks     if `remember`: (Hkv, T) bool of each layer, the tokens of the whole prompt that each head keeps
     """
 
-    def __init__(self, method, layout, backend="auto", timed=False, ahead=0):
+    def __init__(self, method, layout, backend="auto", timed=False, ahead=0, remember=False):
         """ahead: how many of the rows of q, k and v, the last ones, are look-ahead rows and no part of the prompt."""
         self.method, self.layout, self.backend, self.timed, self.ahead = method, layout, backend, timed, ahead
         self.text, self.seconds = [], 0.0
+        self.masks = [] if remember else None
+        self.tokens = layout.tokens  # of the whole prompt
+        self.rows = torch.arange(layout.tokens, device=layout.device)  # those of them that the current layer sees
 
     def choose(self, layer, q, k, v):
         """Which rows of k and v (1, Hkv, T, D) each head keeps, after q (1, Hq, T, D): (Hkv, T) bool, None for all."""
@@ -111,7 +115,15 @@ class Pruner:
             keep = self._heed(self.method.choose, layer, ranking, layout)
             self.seconds += clock(k.device, self.timed) - start
         self.text.append(self.layout.tokens - sum(b - a for a, b in self.layout.spans))
+        if self.masks is not None:
+            self.masks.append(self._of_the_prompt(keep))
         return keep
+
+    def _of_the_prompt(self, keep):
+        """What a layer keeps of the rows that it sees, or None for all -> (Hkv, T) bool of the whole prompt."""
+        mask = torch.zeros(self.layout.kv_heads, self.tokens, dtype=torch.bool, device=self.rows.device)
+        mask[:, self.rows] = True if keep is None else keep
+        return mask
 
     def kept(self, cache):
         """Vision tokens that a KV head of each layer keeps in the prompt's cache, averaged over the layer's heads."""
@@ -124,6 +136,7 @@ class Pruner:
         start = clock(k.device, self.timed)
         keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
+        self.rows = self.rows[rows]
         before = [0, *keep.cumsum(0).tolist()]
         spans, left = self.layout.spans, keep.cpu()
 
@@ -176,10 +189,12 @@ class Generation:
     text           the answer
     token_ids      its ids, the stop id excluded
     finish_reason  "stop" | "length" | "interrupted"
+    prompt         the question
     prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    what was asked, pictures expanded
     spans          [(start, stop)] of the pictures among the prompt's tokens
     notes          lines about what was done to the pictures
     cache          the RaggedCache
+    masks          with `remember`, once the prompt is computed: (L, Hkv, T) bool, the tokens that each head keeps
     kept           vision tokens that a KV head keeps, one number per layer, averaged over the layer's heads
     bytes_held     K and V bytes of the prompt rows that were kept
     timing         seconds: vision, prefill, prune (a part of prefill), and steps, one entry per decode step (the first
@@ -188,7 +203,7 @@ class Generation:
 
     def __init__(
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
-        prune=None, backend="auto", compile=False, anyres_order="auto", timed=False,
+        prune=None, backend="auto", compile=False, anyres_order="auto", timed=False, remember=False,
     ):  # fmt: skip
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
@@ -199,7 +214,7 @@ class Generation:
         with the checkpoint's own settings, a function, class or Method of `model.pruning`, None to keep all; backend:
         of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
         timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
-        long the host took to launch them.
+        long the host took to launch them. remember: keep `masks`, for `model.show`.
         """
         images = as_list(images)
         for what, given, kinds, wanted in (
@@ -212,7 +227,7 @@ class Generation:
                 raise InputError(f"{what} is {_brief(given)}; give {wanted}")
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.prune = choose_method(prune, checkpoint.folder)
-        self.backend, self.compile, self.timed = backend, compile, timed
+        self.backend, self.compile, self.timed, self.remember = backend, compile, timed, remember
         self.template = checkpoint.template if template == "auto" else template
         for what, given, known in (
             ("template", self.template, TEMPLATES),
@@ -225,7 +240,7 @@ class Generation:
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
         config = checkpoint.config
         prompt, system = plain_text(prompt), system and plain_text(system)
-        prompt = prompt if self.template == "raw" else prompt.rstrip("\n")
+        self.prompt = prompt = prompt if self.template == "raw" else prompt.rstrip("\n")
         text = build_prompt(prompt, len(images), self.template, system)
         if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
             raise InputError("the question is empty; say what to ask")
@@ -364,7 +379,7 @@ class Generation:
         """Nothing said yet."""
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
-        self.spans, self.cache, self.kept, self.bytes_held = [], None, [], 0
+        self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
         self.failure = None  # in a Batch: the error that ended this one
         self.limit = min(self.sampling.max_new_tokens, self.room)
         self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
@@ -441,12 +456,16 @@ class Generation:
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
         pruner = None
         if self.prune:
-            pruner = Pruner(self.prune, layout, self.backend, self.timed, lookahead.rows if lookahead else 0)
+            ahead = lookahead.rows if lookahead else 0
+            pruner = Pruner(self.prune, layout, self.backend, self.timed, ahead, self.remember)
         asked = {"choose": pruner.choose, "narrow": pruner.narrow, "lookahead": lookahead} if pruner else {}
         hidden = model.language_model.prefill(x[None], self.cache, **asked)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held
         self.kept = pruner.kept(self.cache) if pruner else [float(self.vision_tokens)] * layers
+        if self.remember:
+            everything = torch.ones(layers, layout.kv_heads, len(x), dtype=torch.bool)
+            self.masks = torch.stack(pruner.masks).cpu() if pruner else everything
         self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         self.timing["prune"] = pruner.seconds if pruner else 0.0
         return logits

@@ -702,7 +702,10 @@ def test_decoding_can_be_drawn(tmp_path, capsys):
     )
     about, rows = plot_bench.read([path])
     page = plot_bench.decode_figure(about, rows)
-    assert len(page.axes) == 2
+    assert len(page.axes) == 2 and page.axes[0].get_xlim() == page.axes[1].get_xlim()
+    labels = [label.get_text() for label in page.axes[0].get_yticklabels()]
+    assert labels == ["ours", "ours\n--prune plphp --retention 0.5", "hf-eager", "hf-sdpa"]
+    assert "black line" in page.get_supxlabel()
     for axes in page.axes:
         assert [bar.get_width() for bar in axes.patches] == [2, 4, 8 / 9, 1]  # relative to hf-sdpa
         assert [line.get_xdata()[0] for line in axes.lines] == [3]  # 1.5 times the unpruned speed

@@ -24,7 +24,7 @@ from model.pruning import GUARDS, METHODS, Method, guarded, make_method, setting
 from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
 from model.pruning.describe import describe, meanings, shown
 from tests.oracle import masked_batch, masked_ids, small_llama
-from tests.paths import DEMO_PICTURE
+from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import torch_random
 from tests.test_plphp import plphp_by_hand
 
@@ -857,3 +857,19 @@ def test_a_file_may_postpone_its_annotations(tmp_path):
     """With `from __future__ import annotations`, dataclasses look up their own module."""
     (tmp_path / "late.py").write_text("from __future__ import annotations\n" + OWN)
     assert make_method(f"{tmp_path}/late.py::Thin:step=3").rule.step == 3
+
+
+@pytest.mark.parametrize("folder", [None, DEMO])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+def test_the_spec_of_a_method_gives_it_again(name, folder):
+    budgets = [{}, {"retention": 0.3}, {"keep_tokens": 9}, {"settings": ["sink=2"]}, {"settings": ["scope=vision"]}]
+    budgets += [{"retention": 0.3, "settings": [pair]} for pair in ("query=last", "window=32", "cover=0.25")]
+    made = 0
+    for asked in [*budgets, {"settings": ["mass=0.9"]}, {"settings": ["rates=[0.5,0.3]"]}, {"settings": ["r=0.3"]}]:
+        try:
+            method = make_method(name, folder=folder, **asked)
+        except ValueError:  # no setting of this method
+            continue
+        assert make_method(method.spec, folder=folder).settings == method.settings
+        made += 1
+    assert made >= 4

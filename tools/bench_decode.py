@@ -938,12 +938,16 @@ def plot(about, tokens, lines, path):
     from matplotlib import pyplot
 
     page, panels = pyplot.subplots(1, 2, figsize=(9, 4.3), layout="constrained")
-    labels = ("decode ms", "tokens that each head keeps", "#D55E00"), ("prefill MB", "tokens of the prompt", "#0072B2")
-    for axes, (what, label, colour) in zip(panels, labels, strict=True):
+    labels = (
+        ("decode ms", "time of a decode step, ms", "tokens that each head keeps", "#D55E00"),
+        ("prefill MB", "peak memory of a prefill, MB", "tokens of the prompt", "#0072B2"),
+    )
+    for axes, (what, value, label, colour) in zip(panels, labels, strict=True):
         fit = lines[what]
         axes.plot(tokens, [fit["intercept"] + fit["slope"] * n for n in tokens], color="#000000", linestyle=":")
         axes.plot(tokens, fit["values"], color=colour, marker="o", linestyle="")
-        axes.set(xlabel=label, ylabel=what, title=f"R² {fit['r2']:.4f}", ylim=(0, None))
+        axes.set(xlabel=label, ylabel=value, ylim=(0, None))
+        axes.set_title(f"dotted: least-squares line, R² {fit['r2']:.4f}", fontsize=10)
         axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3)
     page.suptitle(f"{about['model']}, {about['dtype']}, {about['machine']}", fontsize=11)

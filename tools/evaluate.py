@@ -665,8 +665,9 @@ def draw(rows, path, second=False):
     axis.set(
         xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
         xlim=(0, None),
-        title="Pruned for one question, asked another" if second else "What pruning costs on the demo world",
     )  # fmt: skip
+    title = "Pruned for one question, asked another" if second else "What pruning costs on the demo world"
+    axis.set_title(f"{title} (bars: 95 % intervals)", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)

@@ -199,10 +199,9 @@ def decode_figure(about, rows):
 
     work = list(dict.fromkeys(row["workload"] for row in rows))
     names = list(dict.fromkeys((row["engine"], row["prune"]) for row in rows))
-    size = 9, 1.5 + 0.28 * len(names)
-    page, grid = pyplot.subplots(
-        1, len(work), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
+    size = 9, 1.7 + 0.32 * len(names)
+    shared = {"sharex": True, "sharey": True}
+    page, grid = pyplot.subplots(1, len(work), figsize=size, squeeze=False, layout="constrained", **shared)
     base = base_of(names)
     for axes, workload in zip(grid[0], work, strict=True):
         found = {(row["engine"], row["prune"]): row for row in rows if row["workload"] == workload}
@@ -219,11 +218,19 @@ def decode_figure(about, rows):
         one = next(iter(found.values()))
         axes.set_title(f"{one['batch']} x {one['vision_tokens']} + {one['text_tokens']} tokens", fontsize=9)
         axes.grid(alpha=0.3, axis="x")
-    grid[0][0].set_yticks(range(len(names)), [engine if p == "none" else f"{engine}, {p}" for engine, p in names])
+    labels = [engine if prune == "none" else f"{engine}\n{flags_of(prune)}" for engine, prune in names]
+    grid[0][0].set_yticks(range(len(names)), labels, fontsize=8)
     grid[0][0].invert_yaxis()
-    page.supxlabel(f"decode speed, {base[0]} = 1; black line: the bound that the saved bytes set", fontsize=10)
+    about_lines = "; black line: the bound that the saved bytes set" if any(p != "none" for _, p in names) else ""
+    page.supxlabel(f"decode speed, {base[0]} = 1{about_lines}", fontsize=10)
     page.suptitle(f"{about['model']}, {about['dtype']}, {about['machine']}", fontsize=11)
     return page
+
+
+def flags_of(prune):
+    """SPEC or SPEC@RETENTION, as bench_decode.py has it -> flags of run.py."""
+    spec, at, retention = prune.rpartition("@")
+    return f"--prune {spec} --retention {retention}" if at else f"--prune {prune}"
 
 
 def base_of(names):

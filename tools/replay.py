@@ -98,25 +98,10 @@ class Asked:
 
     def _narrowed(self, method, cache):
         """As `cache`, for methods that drop hidden tokens during prefill: run the whole prompt again."""
-        pruner, keeps = Pruner(method, self.layout, self.backend), []
-        rows = torch.arange(self.tokens, device=self.x.device)  # tokens still present
-
-        def choose(layer, q, k, v):
-            keep = pruner.choose(layer, q, k, v)
-            everything = torch.zeros(self.layout.kv_heads, self.tokens, dtype=torch.bool, device=rows.device)
-            everything[:, rows] = True if keep is None else keep
-            keeps.append(everything)
-            return keep
-
-        def narrow(layer, q, k, v):
-            nonlocal rows
-            left = pruner.narrow(layer, q, k, v)
-            rows = rows if left is None else left
-            return left
-
+        pruner = Pruner(method, self.layout, self.backend, remember=True)
         language = self.language
-        hidden = language.prefill(self.x[None, : self.tokens], cache, choose=choose, narrow=narrow)
-        return cache, keeps, language.logits(hidden[0, -1:]).float()
+        hidden = language.prefill(self.x[None, : self.tokens], cache, choose=pruner.choose, narrow=pruner.narrow)
+        return cache, pruner.masks, language.logits(hidden[0, -1:]).float()
 
 
 def asked_with(checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):

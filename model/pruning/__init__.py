@@ -108,6 +108,16 @@ class Method:
         return self.settings.get("window", 1 if self.layer else 0)
 
     @property
+    def spec(self):
+        """SPEC with every setting that has an effect: `--prune` with it gives this method again, for any checkpoint."""
+        given = {k: v for k, v in self.settings.items() if v is not None and (k not in GUARDS or v)}
+        if "keep_tokens" in given:
+            given.pop("retention", None)  # its default
+        silent = {b for a, b in _silenced(self.name, given)} | ({"window"} if self.looks_ahead else set())
+        pairs = [f"{k}={v if type(v) is str else json.dumps(v)}" for k, v in given.items() if k not in silent]
+        return self.name + (":" if pairs else "") + ",".join(pairs)
+
+    @property
     def looks_ahead(self):
         """Does it rank by the attention of the look-ahead rows?"""
         return self.settings.get("query") == "lookahead"
@@ -247,13 +257,17 @@ def _add(given, more):
 
 def _check_budget(name, values):
     """ValueError if a given setting makes another one say nothing."""
-    given = [key for key, value in values.items() if value is not None]
-    pairs = [(a, b) for a, silent in SILENCED.items() for b in silent if name in METHODS or b == "keep_tokens"]
-    for a, b in pairs:
-        if a in given and b in given:
-            raise ValueError(f"{a} and {b} are both given, and {b} says nothing beside {a}; give one of them")
-    if values.get("query") == "lookahead" and "window" in given:
+    for a, b in _silenced(name, values):
+        raise ValueError(f"{a} and {b} are both given, and {b} says nothing beside {a}; give one of them")
+    if values.get("query") == "lookahead" and values.get("window") is not None:
         raise ValueError("window counts the prompt's rows, and query is lookahead; give one of them")
+
+
+def _silenced(name, values):
+    """Pairs (a, b) of given settings of which b has no effect beside a."""
+    given = {key for key, value in values.items() if value is not None}
+    pairs = [(a, b) for a, silent in SILENCED.items() for b in silent if name in METHODS or b == "keep_tokens"]
+    return [(a, b) for a, b in pairs if a in given and b in given]
 
 
 def _instead(own, given):

@@ -1,0 +1,441 @@
+"""What each head of each layer kept of the pictures, drawn with Pillow or as one page for a browser.
+
+    generation = Generation(llava, "What is this?", ["x.png"], prune="plphp", remember=True)
+    "".join(generation)
+    save(generation, "kept.png")     # or kept.html
+
+Panels show the picture as the model sees it. What a head dropped is grey and hatched, whatever colour it had.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .config import InputError
+from .image import kept_of_tiles, local_path
+
+FORMATS = (".png", ".html")
+CLASSES = {"attentive": "#0072b2", "balanced": "#777777", "indifferent": "#d55e00"}  # Okabe and Ito
+FIRST, SECOND = "#d55e00", "#0072b2"  # frames of what only one of two questions keeps
+
+# pixels; the figure is as wide as a README shows, times two
+WIDTH, MARGIN, GAP, COLUMNS = 1640, 32, 24, 4
+CELL = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
+HUGE, LARGE, SMALL = 40, 30, 24  # font sizes
+GREY = "#555555"
+FONTS = (None, "DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc")  # None: Pillow's
+
+
+@dataclass
+class View:
+    """A part of a picture with the tokens that show it: all of it, or LLaVA-NeXT's tiles joined."""
+
+    name: str  # "" for the only one
+    image: Image.Image  # as the model sees it
+    tokens: torch.Tensor  # (rows, columns) int64, numbers among the vision tokens of the prompt
+
+
+@dataclass
+class Shown:
+    """What one run kept, V vision tokens in all.
+
+    keep         (L, Hkv, V) bool: does a head of a layer keep a token?
+    flags        of run.py, that prune in this way; wanted: the fraction that was asked for, or None
+    bytes_full, bytes_held     K and V of the prompt
+    gammas       of each layer, the attention that `rows` of the prompt pay to pictures; tools/show_pruning.py adds it
+    thresholds   (alpha, beta) of PLPHP, with gammas
+    """
+
+    prompt: str
+    method: str
+    flags: str
+    wanted: float
+    views: list
+    keep: torch.Tensor
+    bytes_full: float
+    bytes_held: float
+    gammas: list = None
+    thresholds: tuple = None
+    rows: str = "the last prompt row"
+
+    @classmethod
+    def of(cls, generation):
+        """From a Generation with `remember`, once its prompt is computed. InputError if there is nothing to show."""
+        if not generation.images:
+            raise InputError("there is no picture to draw on; give --image")
+        if generation.masks is None:
+            raise InputError("nothing is known of what heads kept; make the Generation with remember=True and run it")
+        masks, prune = generation.masks, generation.prune
+        full = generation.bytes_held * masks.numel() / masks.sum().item()
+        keep = torch.cat([masks[..., start:stop] for start, stop in generation.spans], 2)
+        name, spec = (prune.name, prune.spec) if prune else ("none", "none")
+        flags, views = f"--prune {shlex.quote(spec)}", list(_views(generation))
+        return cls(generation.prompt, name, flags, generation.wanted, views, keep, full, generation.bytes_held)
+
+    def of_view(self, view):
+        """(L, Hkv, rows, columns) bool."""
+        return self.keep[:, :, view.tokens]
+
+    @property
+    def title(self):
+        """One line: the method, and how much it kept of what."""
+        layers, heads, tokens = self.keep.shape
+        if self.keep.all():
+            unpruned = "unpruned" if self.method == "none" else self.method
+            return f"{unpruned}: all {layers * heads} heads keep all {tokens} vision tokens"
+        asked = "" if self.wanted is None else f", {100 * self.wanted:.1f} % asked for"
+        return f"{self.method}: {100 * self.keep.double().mean():.1f} % of the vision tokens kept{asked}"
+
+    @property
+    def memory(self):
+        """One line: bytes of the prompt's cache."""
+        full, held = self.bytes_full / 1e6, self.bytes_held / 1e6
+        return f"K and V of the prompt: {full:.2f} MB, {held:.2f} MB held ({100 * held / full:.0f} %)"
+
+    @property
+    def classes(self):
+        """PLPHP's class of each layer, "" for other methods."""
+        return [layer_class(g, self.thresholds) if self.thresholds else "" for g in self.gammas or ()]
+
+
+def save(generation, path):
+    """Draw what an answer's heads kept, as its path ends: .png or .html. An existing file is replaced.
+
+    generation: made with `remember`, its prompt computed. InputError if there is nothing to draw, if the path ends
+    otherwise, or if a file that the run reads is there; OSError if it cannot be written.
+    """
+    check_path(path, generation)
+    write(path, Shown.of(generation))
+
+
+def check_path(path, generation):
+    """InputError if `save` would refuse the path: another ending, a picture that is asked about, the checkpoint."""
+    _ending(path)
+    pictures = [image["path"] for image in generation.images]
+    pictures = [local_path(name) for name in pictures if name[:5].lower() != "data:"]
+    for file in (*pictures, *generation.checkpoint.folder.iterdir()):
+        if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
+            raise InputError(f"{path} is {file}, which this run reads; give another name")
+
+
+def write(path, shown, second=None, layers=None, heads=None):
+    """The figure or the page of one or two Shown; see `draw` and `page`."""
+    if _ending(path) == ".html":
+        data = page(shown, second).encode()
+    else:
+        file = io.BytesIO()
+        draw(shown, second, layers, heads).save(file, "PNG")
+        data = file.getvalue()
+    Path(path).write_bytes(data)
+
+
+def _ending(path):
+    """Of the path, in small letters; InputError if it is none of FORMATS."""
+    ending = Path(path).suffix.lower()
+    if ending not in FORMATS:
+        raise InputError(f"cannot draw {path}; give a name that ends in {' or '.join(FORMATS)}")
+    return ending
+
+
+def _views(generation):
+    """The View of each picture; of one in tiles two."""
+    tower, first = generation.checkpoint.config.vision_config, 0
+    patch, side = tower.patch_size, tower.image_size // tower.patch_size
+    for number, ((squares, grid), picture) in enumerate(zip(generation.looks, generation.images, strict=True), 1):
+        name = f"picture {number}" if len(generation.images) > 1 else ""
+        last = first + picture["tokens"]
+        seen = [square.crop((0, 0, side * patch, side * patch)) for square in squares]
+        if grid is None:  # a CLS token, where the model has one, is the first
+            yield View(name, seen[0], torch.arange(last - side**2, last).view(side, side))
+        else:
+            name = name and name + ", "
+            split = first + side**2
+            yield View(name + "whole", seen[0], torch.arange(first, split).view(side, side))
+            rows, columns = kept_of_tiles(grid, side, picture["size"], generation.image_settings.order)
+            joined = Image.new("RGB", (grid[1] * side * patch, grid[0] * side * patch))
+            for i, tile in enumerate(seen[1:]):
+                joined.paste(tile, (i % grid[1] * side * patch, i // grid[1] * side * patch))
+            box = [patch * n for n in (columns.start, rows.start, columns.stop, rows.stop)]
+            tokens = torch.arange(split, last).view(rows.stop - rows.start, -1)[:, :-1]  # without newlines
+            yield View(name + "tiles", joined.crop(box), tokens)
+        first = last
+
+
+def layer_class(gamma, thresholds):
+    """The name of a layer's class in PLPHP."""
+    alpha, beta = thresholds
+    return "attentive" if gamma >= alpha else "indifferent" if gamma < beta else "balanced"
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def draw(shown, second=None, layers=None, heads=None):
+    """PIL image of what was kept. layers, heads: of the panels; a few are chosen if None.
+
+    second: what another question about the same pictures keeps; panels then frame the tokens that only one keeps.
+    """
+    number, width, tokens = shown.keep.shape
+    total, cells = number * width, []
+    for view in shown.views:
+        count = shown.of_view(view).sum((0, 1))
+        cells += [
+            _titled(view.name or "as the model sees it", _framed(panel(view, count >= 0))),
+            _titled("how many heads keep each token", _framed(heat(count, total, CELL, CELL)), _scale(total, CELL)),
+        ]
+    rows = [_lines(shown.title, HUGE), _lines(shown.flags, SMALL, GREY), _lines(f"“{shown.prompt}”", LARGE)]
+    if second is not None:
+        rows.append(
+            _lines(f"Framed in orange: kept only for this question. In blue: only for “{second.prompt}”", LARGE)
+        )
+    if shown.keep.all() and (second is None or second.keep.all()):
+        rows += _in_rows(cells[::2])
+        return _page(rows)
+    rows += [_lines(f"Hatched: dropped. {shown.memory}.", SMALL, GREY)]
+    rows += _in_rows(cells, [_counts(shown)])
+    layers = sorted({min(1, number - 1), number // 2, number - 1}) if layers is None else layers
+    some = max(1, COLUMNS // len(shown.views))
+    heads = sorted({i * (width - 1) // max(1, some - 1) for i in range(min(some, width))}) if heads is None else heads
+    for layer in layers:
+        cells = []
+        for head in heads:
+            for view in shown.views:
+                kept = shown.of_view(view)[layer, head]
+                other = None if second is None else second.of_view(view)[layer, head]
+                title = f"layer {layer}, head {head}" + (view.name and f"\n{view.name}")
+                title += f": {int(kept.sum())} of {kept.numel()}"
+                cells.append(_titled(title, _framed(panel(view, kept, other))))
+        rows += _in_rows(cells)
+    return _page(rows)
+
+
+def panel(view, kept, other=None):
+    """A view in a cell of the figure, its dropped tokens, ~kept (rows, columns), under a veil.
+
+    other: kept for a second question. Tokens that only one of the two keeps are framed.
+    """
+    rows, columns = kept.shape
+    step = max(1, CELL // max(rows, columns))  # pixels per token
+    picture = view.image.resize((columns * step, rows * step), Image.Resampling.BICUBIC)
+    clear = Image.frombytes("L", (columns, rows), bytes((255 * kept.byte()).flatten().tolist()))
+    picture = Image.composite(picture, veiled(picture), clear.resize(picture.size, Image.Resampling.NEAREST))
+    pen = ImageDraw.Draw(picture)
+    for row, column in [] if other is None else (kept ^ other).nonzero().tolist():
+        x, y, ink = column * step, row * step, FIRST if kept[row, column] else SECOND
+        pen.rectangle((x + 1, y + 1, x + step - 2, y + step - 2), outline=ink, width=2)
+    return picture
+
+
+def veiled(picture):
+    """An RGB picture without colours, light grey and hatched: to be told from what it was, white and black included."""
+    grey = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (185, 185, 185)), 0.75)
+    pen = ImageDraw.Draw(grey)
+    for x in range(-picture.height, picture.width, 8):
+        pen.line((x, picture.height, x + picture.height, 0), fill=(135, 135, 135))
+    return grey
+
+
+def heat(counts, most, width, height, written=False):
+    """A table of counts (rows, columns), 0 to most, as colours. written: also as numbers, where they fit."""
+    rows, columns = counts.shape
+    if width == height:
+        width = height = max(1, width // max(rows, columns))  # pixels per token
+        width, height = columns * width, rows * height
+    image = Image.new("RGB", (width, height))
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(SMALL)
+    for row, line in enumerate(counts.tolist()):
+        for column, count in enumerate(line):
+            x, y = column * width // columns, row * height // rows
+            right, below = (column + 1) * width // columns, (row + 1) * height // rows
+            pen.rectangle((x, y, right - 1, below - 1), fill=colour(count / most))
+            if written and right - x > font.getlength(str(most)) + 8 and below - y > SMALL:
+                ink = "black" if count > 0.6 * most else "white"
+                pen.text(((x + right) / 2, (y + below) / 2), str(count), ink, font, anchor="mm")
+    return image
+
+
+def colour(share):
+    """0 to 1 -> RGB from dark blue over grey to yellow, which everyone can tell apart."""
+    low, middle, high = (0, 34, 78), (125, 124, 120), (254, 232, 56)
+    a, b, t = (low, middle, 2 * share) if share < 0.5 else (middle, high, 2 * share - 1)
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
+
+
+def _counts(shown):
+    """Kept tokens of each layer and head, and gamma of each layer beside them if it is known: two cells wide."""
+    counts, most = shown.keep.sum(2), shown.keep.shape[2]
+    font = ImageFont.load_default(SMALL)
+    left, below = 40, 36  # for the numbers of layers and of heads
+    width = (CELL if shown.gammas else 2 * CELL + GAP) - left
+    table = heat(counts, most, width, CELL - below, written=True)
+    block = Image.new("RGB", (2 * CELL + GAP, CELL), "white")
+    block.paste(table, (left, 0))
+    pen = ImageDraw.Draw(block)
+    layers, heads = counts.shape
+    high, wide = table.height / layers, table.width / heads
+    for layer in range(0, layers, 1 + int(24 / high)):
+        pen.text((left - 8, (layer + 0.5) * high), str(layer), "black", font, anchor="rm")
+    for head in range(0, heads, 1 + int(32 / wide)):
+        pen.text((left + (head + 0.5) * wide, table.height + 4), str(head), "black", font, anchor="ma")
+    title = "tokens kept, by layer (down) and KV head (across)"
+    if shown.gammas:
+        _bars(pen, shown, CELL + GAP, high, table.height)
+        title = f"tokens kept, by layer and KV head; gamma: attention\nof {shown.rows} to pictures, from 0 to 1"
+    return _titled(title, block, _scale(most, CELL))
+
+
+def _bars(pen, shown, left, high, bottom):
+    """gamma of each layer, 0 to 1, as a bar coloured by its class, and lines at PLPHP's thresholds."""
+    font = ImageFont.load_default(SMALL)
+    pen.rectangle((left, 0, left + CELL - 1, bottom - 1), outline="#999999")
+    for layer, gamma in enumerate(shown.gammas):
+        fill = CLASSES[shown.classes[layer] or "balanced"]
+        pen.rectangle((left, layer * high + 0.2 * high, left + gamma * CELL, layer * high + 0.8 * high), fill=fill)
+        if high > SMALL:
+            x, ink = (left + 6, "white") if gamma > 0.5 else (left + gamma * CELL + 6, "black")
+            pen.text((x, (layer + 0.5) * high), f"{gamma:.2f} {shown.classes[layer]}", ink, font, anchor="lm")
+    for value in shown.thresholds or ():
+        pen.line((left + value * CELL, 0, left + value * CELL, bottom), fill="black", width=2)
+    if shown.thresholds:
+        lines = "lines: beta {1:g} and alpha {0:g}".format(*shown.thresholds)
+        pen.text((left + CELL, bottom + 4), lines, "black", font, anchor="ra")
+
+
+def _scale(most, width):
+    """A bar of the colours from 0 to most."""
+    font = ImageFont.load_default(SMALL)
+    bar = Image.new("RGB", (width, 34), "white")
+    pen = ImageDraw.Draw(bar)
+    right = width - font.getlength(str(most)) - 10
+    for x in range(24, int(right)):
+        pen.line((x, 8, x, 28), fill=colour((x - 24) / (right - 25)))
+    pen.text((0, 18), "0", "black", font, anchor="lm")
+    pen.text((width, 18), str(most), "black", font, anchor="rm")
+    return bar
+
+
+def _lines(text, size, fill="black", width=WIDTH - 2 * MARGIN, most=4):
+    """Text, in lines of at most this many pixels, as an image; what does not fit into `most` lines is cut off."""
+    font = _font(text, size)
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in re.findall(r"[^\s,]+,?\s?|\s|,", paragraph):
+            for piece in [word] if font.getlength(word) <= width else word:
+                if font.getlength((line + piece).rstrip()) > width:
+                    lines, line = [*lines, line], ""
+                line += piece
+        lines.append(line)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1].rstrip()[:-2] + " …"]
+    image = Image.new("RGB", (width, round(1.25 * size * len(lines))), "white")
+    pen = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        pen.text((0, round(1.25 * size * i)), line, fill, font)
+    return image
+
+
+def _font(text, size):
+    """The first font that has all letters of the text: Pillow's own or one of the system's; else the best of them."""
+    found, letters = [], {letter for letter in text if not letter.isspace()}
+    for name in FONTS:
+        try:
+            font = ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+        except OSError:  # this system has no such font
+            continue
+        absent = bytes(font.getmask("\uffff"))
+        found.append((sum(bytes(font.getmask(letter)) == absent for letter in letters), len(found), font))
+        if found[-1][0] == 0:
+            break
+    return min(found)[2]
+
+
+def _titled(title, *images):
+    """Images below each other, with a title above."""
+    width = max(CELL, *(image.width for image in images))
+    return _stack([_lines(title, SMALL, width=width), *images], 4)
+
+
+def _framed(image):
+    """A line around an image, so that a white one has an edge."""
+    ImageDraw.Draw(image).rectangle((0, 0, image.width - 1, image.height - 1), outline="#999999")
+    return image
+
+
+def _in_rows(cells, last=()):
+    """Cells beside each other, COLUMNS in a row; one more that is two cells wide stands last, where it has room."""
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    if len(rows[-1]) <= COLUMNS - 2:
+        rows[-1] = [*rows[-1], *last]
+    elif last:
+        rows.append(list(last))
+    return [_beside(row) for row in rows]
+
+
+def _beside(images):
+    sheet = Image.new("RGB", (WIDTH - 2 * MARGIN, max(image.height for image in images)), "white")
+    x = 0
+    for image in images:
+        sheet.paste(image, (x, 0))
+        x += max(CELL, image.width) + GAP
+    return sheet
+
+
+def _stack(images, gap):
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height + gap for i in images) - gap), "white")
+    y = 0
+    for image in images:
+        sheet.paste(image, (0, y))
+        y += image.height + gap
+    return sheet
+
+
+def _page(rows):
+    body = _stack(rows, GAP)
+    sheet = Image.new("RGB", (WIDTH, body.height + 2 * MARGIN), "white")
+    sheet.paste(body, (MARGIN, MARGIN))
+    return sheet
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(shown, second=None):
+    """The HTML of one page that needs nothing else: no network, no framework. second: as in `draw`."""
+    data = {
+        "tokens": shown.keep.shape[2],
+        "views": [{"name": v.name, "url": _data_url(v.image), "shape": list(v.tokens.shape)} for v in shown.views],
+        "questions": [_question(s) for s in (shown, second) if s is not None],
+    }
+    html = (Path(__file__).parent / "show.html").read_text(encoding="utf-8")
+    return html.replace("@@DATA@@", json.dumps(data).replace("<", "\\u003c"))
+
+
+def _question(shown):
+    layers, heads, _ = shown.keep.shape
+    of_views = [shown.of_view(view).flatten(2).int().tolist() for view in shown.views]
+    return {
+        "prompt": shown.prompt,
+        "title": shown.title,
+        "flags": shown.flags,
+        "memory": shown.memory,
+        "keep": [[["".join(map(str, bits[i][j])) for bits in of_views] for j in range(heads)] for i in range(layers)],
+        "counts": shown.keep.sum(2).tolist(),
+        "gammas": [round(g, 4) for g in shown.gammas or ()],
+        "rows": shown.rows,
+        "classes": shown.classes,
+    }
+
+
+def _data_url(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
