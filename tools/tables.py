@@ -80,6 +80,21 @@ def pruning():
     return evaluate.short(_results("pruning-accuracy"))
 
 
+def witness():
+    """KL on a real text decoder: mean over all kinds of questions, and over the kind left out of the training."""
+    results, kinds = _results("witness"), []
+    for row in results:
+        kinds += [row["questions"]] * (row["questions"] not in kinds)
+    at = {(row["questions"], row["ranked by"], row["retention"]): row["kl"] for row in results}
+    retentions = list(dict.fromkeys(row["retention"] for row in results))
+    rows = []
+    for name in dict.fromkeys(row["ranked by"] for row in results):
+        values = [float(at[kind, name, r]) for kind in kinds for r in retentions]
+        rows.append([name, *(f"{value:.3f}" for value in values)])
+    heads = [f"{what} {r} kept" for what in ("", "left-out kind,") for r in retentions]
+    return _markdown(["KL from unpruned, nats", *(head.strip() for head in heads)], rows)
+
+
 def demo():
     """What the demo model knows, by task."""
     return (ROOT / "assets" / "demo-accuracy.md").read_text(encoding="utf-8").strip()
@@ -277,7 +292,7 @@ def _markdown(head, rows, others="---:"):
 
 
 TABLES = {
-    "summary": summary, "methods": methods, "pruning": pruning, "demo": demo, "roofline": ceilings,
+    "summary": summary, "methods": methods, "pruning": pruning, "witness": witness, "demo": demo, "roofline": ceilings,
     "decode-7b-h100": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
     "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
     "kernels": kernels, "kernels-summary": kernels_summary,
