@@ -4,6 +4,9 @@
     python run.py --model llava-hf/llava-1.5-7b-hf --image x.png --prompt "What is this?" --stats
     python run.py --questions questions.jsonl --image-folder pictures --answers answers.jsonl --batch 8
 
+Without --prompt it is a conversation on a terminal. Elsewhere each line of stdin is a question of its own about the
+pictures of --image, and each answer is a line of stdout: white space in it becomes single spaces, --json keeps it.
+
 The answer goes to stdout and nothing else does. Exit codes: 0 answered; 1 failed while running; 2 something given
 cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what was written until then is kept).
 """
@@ -12,6 +15,7 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -149,17 +153,20 @@ def main(argv=None):
 def check_flags(args):
     """What argparse cannot say: flags that exclude or need each other."""
     p = parser()
-    if (args.prompt is None) == (args.questions is None):
+    if args.prompt is not None and args.questions is not None:
         p.error("give either --prompt or --questions")
+    talk = args.prompt is None and args.questions is None
     check_questions(p, args)
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         p.error("--top-p and --top-k need --temperature above 0")
-    if [args.prompt, *args.image].count("-") > 1:
+    if [args.prompt, *args.image].count("-") + talk > 1:
         p.error("only one thing can be read from stdin")
     if args.retention is not None and args.keep_tokens is not None:
         p.error("--retention and --keep-tokens exclude each other")
     if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
         p.error("--retention, --keep-tokens and --set need --prune METHOD")
+    if args.compare and talk:
+        p.error("--compare needs --prompt")
     if args.compare and (args.prune == "none" or args.temperature > 0):
         p.error("--compare needs --prune METHOD and --temperature 0")
     if "" in args.stop:
@@ -176,11 +183,23 @@ def check_flags(args):
         "".join([args.prompt, args.system or "", *args.stop]).encode()
     except (OSError, ValueError) as broken:
         p.error(f"cannot read the prompt as UTF-8 text ({broken})")
-    if args.questions is None and not args.prompt.strip():
+    if args.questions is None and not talk and not args.prompt.strip():
         p.error("the prompt is empty, say what to ask")
     for path in args.image:  # before torch is imported; `local_path` knows what the others mean
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
             p.error(f"no picture at {path[:200]}, check the path")
+    args.lines = questions_on_stdin(p) if talk and not (sys.stdin and sys.stdin.isatty()) else None
+
+
+def questions_on_stdin(p):
+    """(number, bytes) of each line of stdin that has something in it, as they come. An error if there is none."""
+    with contextlib.suppress(OSError):
+        lines = enumerate(sys.stdin.buffer if sys.stdin else (), 1)
+        lines = ((number, line) for number, line in lines if line.strip())
+        first = next(lines, None)
+        if first is not None:
+            return itertools.chain([first], lines)
+    p.error("stdin is empty; give --prompt, --questions, or a question in each line of stdin")
 
 
 def read_text(file):
@@ -260,46 +279,107 @@ def answer(args):
     import torch
 
     from model import Generation, open_checkpoint
-    from model.generate import off_budget
     from model.image import read_image
-    from tools.report import CoreWait, measure_bandwidth, report, stats
+    from tools.report import CoreWait
 
     device = choose_device(args.device)
     use_threads(args.threads)
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
-    how = {"compile": args.compile, "timed": args.stats or args.json or args.compare}  # those that report times
-    generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), **how)
-    sampling = generation.sampling
+    # --prompt has one answer. Elsewhere "?" stands for the questions: what is wrong with the flags is said at once
+    given = options(args, checkpoint) | {
+        "compile": args.compile,
+        "timed": args.stats or args.json or args.compare or not args.prompt,  # /stats may follow
+    }
+    generation = Generation(checkpoint, args.prompt or "?", pictures, **given)
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
     introduce(args, checkpoint, generation)
-    for note in generation.notes:
-        say(f"note: {note}")
-    if sampling.max_new_tokens > generation.room:
-        say(f"note: the context leaves room for {generation.room} of {sampling.max_new_tokens} new tokens")
     if args.compile:
         say("note: the second token waits for the compiler, up to a minute the first time, some seconds later on")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wait = CoreWait(device)
-    code = write(generation, stream=not (args.json or args.no_stream))
+    if args.prompt or args.lines:
+        for note in generation.notes:
+            say(f"note: {note}")
+    if args.prompt:
+        if args.max_new_tokens > generation.room:
+            say(f"note: the context leaves room for {generation.room} of {args.max_new_tokens} new tokens")
+        code = deliver(args, generation, load_seconds)
+    elif args.lines:
+        code = answer_lines(args, lambda question: Generation(checkpoint, question, pictures, **given), load_seconds)
+    else:
+        code = converse(args, checkpoint, given, pictures, load_seconds)
     note = wait.note()
     if note:
         say(note)
-    if generation.kept and off_budget(generation.prune, generation.retention, generation.wanted):
-        say(f"note: {off_budget(generation.prune, generation.retention, generation.wanted)}")
+    return code
+
+
+def deliver(args, generation, load_seconds):
+    """Print an answer while it is written, and what the flags want to know about it. Returns the exit code."""
+    from model.generate import off_budget
+    from tools.report import measure_bandwidth, report, stats
+
+    device = generation.checkpoint.device
+    stream = not (args.json or args.no_stream or args.lines)
+    code = write(generation, stream)
+    off = off_budget(generation.prune, generation.retention, generation.wanted)
+    if off and generation.timing["prune"]:  # not where a conversation goes on with what was kept before
+        say(f"note: {off}")
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.compare and code == 0:
         code = compare(generation, took)
     if args.json:
         print(as_json(took), flush=True)
-    elif args.no_stream:
-        print(generation.text, flush=True)
+    elif not stream:
+        print(one_line(generation.text) if args.lines else generation.text, flush=True)
     if args.stats:
         say(stats(took, measure_bandwidth(device), generation))
     return code
+
+
+def answer_lines(args, ask, load_seconds):
+    """Answer each line of stdin by itself -> exit code. ask: question -> Generation. The first failure ends it."""
+    from model import InputError
+    from model.config import decode_text
+
+    for number, line in args.lines:
+        try:
+            code = deliver(args, ask(decode_text(line)), load_seconds)
+        except ValueError as wrong:  # InputError and what is no UTF-8
+            what = wrong if isinstance(wrong, InputError) else f"not UTF-8 text ({wrong}); mend it"
+            raise InputError(f"line {number} of stdin: {what}") from wrong
+        if code:
+            return code
+    return 0
+
+
+def converse(args, checkpoint, given, pictures, load_seconds):
+    """A conversation on the terminal. Returns the exit code."""
+    from model.chat import Chat
+    from tools.report import measure_bandwidth, report, stats
+
+    def choose(spec, retention):
+        """The method of /prune, or that of the flags, at another retention."""
+        changed = {"retention": retention, "keep_tokens": None} | ({"prune": spec, "set": []} if spec else {})
+        return choose_method(argparse.Namespace(**vars(args) | changed), checkpoint.folder)
+
+    def numbers(generation):
+        took = report(generation, args.model, args.seed, load_seconds, checkpoint.device)
+        return stats(took, measure_bandwidth(checkpoint.device), generation)
+
+    def failed(broken):
+        if args.debug:
+            raise broken
+        fail(*explain(broken))
+
+    return Chat(
+        checkpoint, given, pictures, choose=choose, stats=numbers, fail=failed,
+        deliver=lambda generation: deliver(args, generation, load_seconds),
+    ).run()  # fmt: skip
 
 
 def options(args, checkpoint):

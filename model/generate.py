@@ -184,11 +184,12 @@ class Generation:
     bytes_held     K and V bytes of the prompt rows that were kept
     timing         seconds: vision, prefill, prune (a part of prefill), and steps, one entry per decode step (the first
                    token comes from prefill)
+    cancelled      set it to True, from a signal handler or another thread, to end the iteration after its next token
     """
 
     def __init__(
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
-        prune=None, backend="auto", compile=False, anyres_order="auto", timed=False,
+        prune=None, backend="auto", compile=False, anyres_order="auto", timed=False, before=None,
     ):  # fmt: skip
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
@@ -200,6 +201,11 @@ class Generation:
         of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
         timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
         long the host took to launch them.
+
+        before: the Generation whose answer this question follows, in a conversation. Prompt, pictures and counts are
+        then those of the whole conversation, in the template and image mode of `before`. Its cache is taken over and
+        only the new tokens are fed, all of which are kept. Where it has none, the whole conversation is prefilled, and
+        pruned: set `before.cache` to None for that.
         """
         images = as_list(images)
         for what, given, kinds, wanted in (
@@ -207,6 +213,7 @@ class Generation:
             ("prompt", prompt, str, "the question as a text"),
             ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
             ("system", system, str | None, "a text or None"),
+            ("before", before, Generation | None, "the Generation that this question follows"),
         ):
             if not isinstance(given, kinds):
                 raise InputError(f"{what} is {_brief(given)}; give {wanted}")
@@ -223,27 +230,34 @@ class Generation:
             if given not in known:
                 raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
+        self.before, earlier, images_before, looks_before = before, [], [], []
+        if before is not None:
+            if before.checkpoint is not checkpoint:
+                raise InputError("a conversation is of one checkpoint; start another for this one")
+            self.template, self.image_settings = before.template, before.image_settings
+            earlier, images_before, looks_before = before.ids + before.token_ids, before.images, before.looks
         config = checkpoint.config
         prompt, system = plain_text(prompt), system and plain_text(system)
         prompt = prompt if self.template == "raw" else prompt.rstrip("\n")
-        text = build_prompt(prompt, len(images), self.template, system)
+        text = build_prompt(prompt, len(images), self.template, system, before is not None)
         if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
             raise InputError("the question is empty; say what to ask")
         try:
             text.encode()
         except UnicodeEncodeError as broken:  # half of a surrogate pair
             raise InputError(f"the prompt is no Unicode text ({broken}); mend it") from broken
-        self.ids = checkpoint.tokenizer.encode(text)
+        self.ids = earlier + checkpoint.tokenizer.encode(text, follows=before is not None)
         pictures = [read_image(i) for i in images]
         notes = [note for p in pictures for note in (p.note, crop_note(p, self.image_settings))]
         self.notes = [note for note in notes if note]
-        self.looks = [self._look(p.image) for p in pictures]
-        self.images = [
+        looks = [self._look(p.image) for p in pictures]
+        self.looks = looks_before + looks
+        self.images = images_before + [
             {"path": p.path, "size": list(p.image.size), "tiles": len(squares), "tokens": self._count(p.image, grid)}
-            for p, (squares, grid) in zip(pictures, self.looks, strict=True)
+            for p, (squares, grid) in zip(pictures, looks, strict=True)
         ]
         self.vision_tokens = sum(image["tokens"] for image in self.images)
-        self.prompt_tokens = len(self.ids) - len(images) + self.vision_tokens
+        self.prompt_tokens = len(self.ids) - len(self.images) + self.vision_tokens
         self.room = config.text_config.context - self.prompt_tokens  # for new tokens
         if self.room < 1:
             raise InputError(self._too_long())
@@ -267,6 +281,12 @@ class Generation:
     def _too_long(self):
         """One line: what the prompt needs and what there is."""
         text = self.checkpoint.config.text_config
+        if self.before is not None:
+            past = self.before.prompt_tokens + len(self.before.token_ids)
+            return (
+                f"this question needs {self.prompt_tokens - past} tokens, and the context has room for "
+                f"{max(0, text.context - past)} of its {text.context}; start a new conversation (in a chat: /clear)"
+            )
         window = f" (its sliding window; beyond it is {text.max_position_embeddings})"
         return (
             f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
@@ -327,20 +347,21 @@ class Generation:
             cut = grid and kept_of_tiles(grid, side, image["size"], self.image_settings.order)
             yield squares, side, image["tokens"], cut
 
-    def encode_images(self):
-        """The pictures' tokens, (P, C) each."""
+    def encode_images(self, first=0):
+        """The tokens of the pictures from number `first` on, (P, C) each."""
         model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
-        squares, parts = self.squares, []
+        looks, images = self.looks[first:], self.images[first:]
+        squares, parts = [square for squares, _ in looks for square in squares], []
         for i in range(0, len(squares), 8):  # so that many pictures need the memory of a few
             pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
             parts.append(model.encode_images(pixels.to(device, dtype)))
         if not parts:
             return []
-        tokens = torch.cat(parts).split([len(squares) for squares, _ in self.looks])
+        tokens = torch.cat(parts).split([len(squares) for squares, _ in looks])
         order = self.image_settings.order
         return [
             part[0] if grid is None else model.join_tiles(part, grid, tuple(image["size"]), order)
-            for part, (_, grid), image in zip(tokens, self.looks, self.images, strict=True)
+            for part, (_, grid), image in zip(tokens, looks, images, strict=True)
         ]
 
     @property
@@ -366,6 +387,7 @@ class Generation:
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held = [], None, [], 0
         self.failure = None  # in a Batch: the error that ended this one
+        self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.room)
         self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
 
@@ -383,7 +405,7 @@ class Generation:
             piece = self.take(ids.item())
             if piece:
                 yield piece
-            if self.over:
+            if self.over or self.cancelled:
                 return
             start = time.perf_counter()
             ids = choose(step(ids)[0])
@@ -428,6 +450,9 @@ class Generation:
 
     def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
+        before, self.before = self.before, None
+        if before is not None and before.goes_on:
+            return self._extend(before)
         model, device = self.checkpoint.model, self.checkpoint.device
         start = clock(device, self.timed)
         x, self.spans = model.splice(self.ids, self.encode_images())
@@ -449,6 +474,28 @@ class Generation:
         self.kept = pruner.kept(self.cache) if pruner else [float(self.vision_tokens)] * layers
         self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         self.timing["prune"] = pruner.seconds if pruner else 0.0
+        return logits
+
+    @property
+    def goes_on(self):
+        """Does the cache hold this prompt and answer, and nothing behind them? Then a next question can be fed."""
+        if self.cache is None or self.cache.pos is None:
+            return False
+        return 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
+
+    def _extend(self, before):
+        """`prefill` of what the cache of `before` has not seen, behind all that it kept."""
+        model, device, cache = self.checkpoint.model, self.checkpoint.device, before.cache
+        start, past = clock(device, self.timed), int(cache.pos[0])
+        tokens = self.encode_images(len(before.images))
+        x, spans = model.splice(self.ids[len(before.ids) + len(before.token_ids) - len(before.unfed) :], tokens)
+        seen = clock(device, self.timed)
+        logits = model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
+        self.cache, before.cache = cache, None
+        self.spans = before.spans + [(past + a, past + b) for a, b in spans]
+        self.bytes_held = cache.nbytes_held
+        self.kept = [kept + self.vision_tokens - before.vision_tokens for kept in before.kept]
+        self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         return logits
 
     def never(self):

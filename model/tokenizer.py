@@ -82,20 +82,23 @@ class Tokenizer:
         text = _text_of(names.get(name))
         return default if name not in names else self.added.get(text, self.sp.piece_to_id(text) if text else -1)
 
-    def encode(self, text, bos=True):
-        """Token ids of text; BOS in front if asked for and if the checkpoint uses one."""
-        ids = [self.bos_id] if bos and self.add_bos else []
+    def encode(self, text, bos=True, follows=False):
+        """Token ids of text; BOS in front if asked for and if the checkpoint uses one.
+
+        follows: the text goes on where other text has ended, so neither BOS nor a dummy space stands before it.
+        """
+        ids = [self.bos_id] if bos and self.add_bos and not follows else []
         for start, part in self._first.cut(text):
-            ids += [part.id] if isinstance(part, AddedToken) else self._segment(part, start)
+            ids += [part.id] if isinstance(part, AddedToken) else self._segment(part, start, follows and start == 0)
         return ids
 
-    def _segment(self, text, start):
+    def _segment(self, text, start, follows):
         """Ids of the text between two tokens; start: its first character, counted in the whole text."""
-        ids = []
-        for begin, part in self._second.cut(self._normal(text)):
+        ids, normal = [], self._normal(text)
+        for begin, part in self._second.cut(normal.removeprefix(SPACE) if follows and self._prepends else normal):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
-            elif self._prepends:  # the dummy space is in the text already
+            elif self._prepends or follows and begin == 0:  # the dummy space is in the text already, or has no place
                 ids += self._bare(part)
             else:
                 ids += self._prefixed(part, start + begin)
@@ -357,13 +360,16 @@ SYSTEM_TEXT = {
     "llava_v1": _ASSISTANT_TEXT.format(who="human", whose="human's"),  # LLaVA's command line
 }
 TEMPLATES = (*SYSTEM_TEXT, "mistral", "raw")
+# What stands between an answer and the question after it
+BETWEEN = {"llava": " ", "vicuna": "</s>", "llava_v1": "</s>", "mistral": "</s> ", "raw": ""}
 
 
-def build_prompt(question, images, template, system=None):
+def build_prompt(question, images, template, system=None, follows=False):
     """The text to encode: question in its template, one `<image>` for each of `images` pictures.
 
     Without `<image>` in the question all pictures come first, one `<image>` and newline each; with it the number must
-    match. template "raw" takes the question verbatim.
+    match. template "raw" takes the question verbatim. follows: the text goes on behind an answer, a later turn of a
+    conversation, where a system text has no place.
     """
     found = question.count(IMAGE)
     if IMAGE in (system or ""):
@@ -377,10 +383,12 @@ def build_prompt(question, images, template, system=None):
         question = (IMAGE + "\n") * images + question
     if template == "raw":
         return question
+    between = BETWEEN[template] if follows else ""
+    system = "" if follows else SYSTEM_TEXT.get(template) if system is None else system
+    system = system + " " if system else ""
     if template == "mistral":  # it has no place of its own for a system text
-        return f"[INST] {system + ' ' if system else ''}{question} [/INST]"
-    system = SYSTEM_TEXT[template] if system is None else system
-    return f"{system + ' ' if system else ''}USER: {question} ASSISTANT:"
+        return f"{between}[INST] {system}{question} [/INST]"
+    return f"{between}{system}USER: {question} ASSISTANT:"
 
 
 # SHA-256 of known chat templates as `_fingerprint` reads them, and what they render a question with a picture to

@@ -1,0 +1,246 @@
+"""A conversation on a terminal: what `run.py` without --prompt is. Answers go to stdout, everything else to stderr."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from .config import InputError
+from .generate import Generation
+from .image import read_image
+from .load import Checkpoint
+
+HELP = """\
+/image PATH ...  add pictures to the next question
+/prune SPEC      prune with another method, as --prune; none keeps every token
+/retention F     keep this fraction of the picture tokens
+/fresh           read the pictures anew for each question; again to switch it off
+/show [FILE]     how many picture tokens each layer kept; as a picture into FILE
+/stats           times and bytes of the last answer
+/clear           forget the conversation and its pictures
+/help            this list
+/quit            leave, like Ctrl-D; Ctrl-C stops an answer, and leaves at the prompt"""
+
+
+@dataclass
+class Chat:
+    """The state of a conversation, and its commands.
+
+    Each question goes on in the cache of the answer before it. The whole conversation is prefilled again where that
+    would be wrong: /fresh asks for it, the pruning has changed, or pictures came in that are to be pruned, which only a
+    prefill does.
+    """
+
+    checkpoint: Checkpoint
+    options: dict  # keyword arguments of every `Generation`
+    pictures: list  # pictures for the next question
+    deliver: Callable  # (generation) -> exit code: prints the answer while it is written; 130 where Ctrl-C broke it off
+    choose: Callable  # (SPEC or None for the one of the command line, retention or None) -> Method or None
+    stats: Callable  # (generation) -> text
+    fail: Callable  # (exception) -> None: says in one line why there is no answer
+    show: Callable = None  # (generation, path or None) -> one line that says where the picture of what was kept is
+    last: Generation = field(default=None, init=False)  # the answer that the next question follows
+    turn: int = field(default=0, init=False)
+    spec: str = field(default=None, init=False)  # of the last /prune
+    fresh: bool = field(default=False, init=False)
+    changed: bool = field(default=False, init=False)  # was the pruning changed since the last prefill of everything?
+    noted: bool = field(default=False, init=False)  # was it said what that prefill dropped?
+
+    # ------------------------------------------------------------ questions
+
+    def ask(self, question):
+        """Answer one question. InputError where it cannot be asked; the conversation is then as before."""
+        sampling = self.options["sampling"]
+        sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # not the same noise in each turn
+        options = self.options | {"sampling": sampling, "before": self.last}
+        generation = Generation(self.checkpoint, question, self.pictures, **options)
+        for note in generation.notes:
+            say(f"note: {note}")
+        if self.last:
+            self.choose_way()
+        with stopped_by_ctrl_c(generation):
+            code = self.deliver(generation)
+        if generation.finish_reason == "interrupted" and not generation.token_ids:
+            say("the question is taken back")
+            return
+        if code == 130:  # in the middle of a step
+            generation.cache = None
+        self.end_turn(generation)
+
+    def choose_way(self):
+        """Go on in the cache, or free it so that everything is read anew; one line says what that means."""
+        why = self.why_anew()
+        if why is not None:
+            self.last.cache, self.changed, self.noted = None, False, False
+            say(f"note: the conversation is read anew, {why}")
+        elif self.last.retention < 0.995 and not self.noted:
+            self.noted, dropped = True, 1 - self.last.retention
+            say(f"note: {100 * dropped:.0f} % of the picture tokens were dropped for an earlier question; "
+                "/fresh reads the pictures anew for each question")  # fmt: skip
+
+    def why_anew(self):
+        """Why the whole conversation has to be prefilled again; None where its cache goes on."""
+        if self.fresh:
+            return "as /fresh asks"
+        if self.changed:
+            return "because the pruning has changed"
+        if self.pictures and self.options["prune"]:
+            return f"so that {self.options['prune'].name} can prune the new pictures"
+        return None if self.last.goes_on else "because the last answer was broken off"
+
+    def end_turn(self, generation):
+        """The answer is part of the conversation."""
+        self.last, self.pictures, self.turn = generation, [], self.turn + 1
+        if generation.finish_reason == "interrupted":
+            say("stopped; the conversation goes on from what was said")
+        elif generation.finish_reason == "length":
+            context = self.checkpoint.config.text_config.context
+            full = f"the context of {context} tokens is full; /clear starts a new conversation"
+            cut = f"the answer was cut after {generation.limit} tokens; --max-new-tokens allows more"
+            say(f"note: {full if generation.limit == generation.room else cut}")
+
+    # ------------------------------------------------------------ commands
+
+    def command(self, line):
+        """Run one line that starts with a slash -> is that the end?"""
+        name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
+        commands = {
+            "image": self.add_pictures, "prune": self.set_prune, "retention": self.set_retention,
+            "fresh": self.toggle_fresh, "show": self.show_kept, "clear": self.clear,
+            "stats": lambda _: say(self.stats(self.answered())), "help": lambda _: say(HELP),
+        }  # fmt: skip
+        if name in ("quit", "exit"):
+            return True
+        if name not in commands:
+            raise InputError(f"there is no command /{name[:40]}; /help lists them")
+        commands[name](rest.strip())
+        return False
+
+    def add_pictures(self, text):
+        paths = [text] if os.path.exists(text) else split(text)
+        if not paths:
+            raise InputError("/image needs a path; give /image PATH")
+        if "-" in paths:
+            raise InputError("a picture cannot be read from the terminal; give the path of a picture")
+        self.pictures = self.pictures + [read_image(path) for path in paths]
+        say(f"the next question goes with {', '.join(picture.path for picture in self.pictures)}")
+
+    def set_prune(self, spec):
+        if not spec:
+            raise InputError("/prune needs a method; give /prune SPEC, as in --prune")
+        self.use(self.choose(spec, None))
+        self.spec = spec
+
+    def set_retention(self, text):
+        if not self.options["prune"]:
+            raise InputError("no method prunes here; give /prune METHOD first")
+        try:
+            share = float(text)
+        except ValueError:
+            raise InputError("/retention needs a fraction above 0, up to 1; give for example /retention 0.5") from None
+        self.use(self.choose(self.spec, share))
+
+    def use(self, prune):
+        """Prune with another method from the next question on. InputError if the model is not one for it."""
+        Generation(self.checkpoint, "?", **self.options | {"prune": prune})
+        self.options, self.changed = self.options | {"prune": prune}, self.last is not None
+        share = prune and prune.settings.get("retention")
+        say(f"from the next question on: {prune.name if prune else 'no pruning'}"
+            + (f", retention {share:g}" if share else ""))  # fmt: skip
+
+    def toggle_fresh(self, _):
+        self.fresh = not self.fresh
+        say("each question has the whole conversation read anew" if self.fresh
+            else "each question goes on in the cache of the answer before it")  # fmt: skip
+
+    def show_kept(self, path):
+        last = self.answered()
+        if not last.vision_tokens:
+            raise InputError("the conversation has no picture; add one with /image PATH")
+        kept = " ".join(f"{round(n, 1):g}" for n in last.kept)
+        say(f"picture tokens that a KV head keeps, of {last.vision_tokens}, layer by layer: {kept}")
+        say(self.show(last, path or None) if self.show else "they cannot be drawn here")
+
+    def answered(self):
+        """The last answer. InputError if there is none, or no more than its text."""
+        if self.last is None or self.last.cache is None:
+            raise InputError("there is no answer to report on; ask a question first")
+        return self.last
+
+    def clear(self, _):
+        self.last, self.pictures, self.turn, self.changed, self.noted = None, [], 0, False, False
+        say("the conversation and its pictures are forgotten; /image PATH adds a picture")
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self):
+        """Read lines until the user leaves -> exit code: 0, or 130 for Ctrl-C at the prompt."""
+        with contextlib.suppress(ImportError):  # not on every system: it gives `input` a history and editing keys
+            import readline  # noqa: F401
+        say("Ask a question, or /image PATH to add a picture. /help lists the commands, Ctrl-D leaves.")
+        while True:
+            try:
+                line = read_line()
+            except (EOFError, KeyboardInterrupt) as left:
+                say("")
+                return 0 if isinstance(left, EOFError) else 130
+            except UnicodeDecodeError:
+                say("error: the line is not UTF-8 text; type it again")
+                continue
+            try:
+                if line.startswith("/"):
+                    if self.command(line):
+                        return 0
+                elif line.strip():
+                    self.ask(line)
+            except KeyboardInterrupt:
+                say("stopped")
+            except BrokenPipeError:
+                raise
+            except Exception as broken:  # what cannot be done does not end the conversation
+                self.fail(broken)
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c(generation):
+    """Ctrl-C ends the answer behind its next token, so that the cache is whole.
+
+    Before the first token, or a second time, it raises KeyboardInterrupt at once.
+    """
+
+    def stop(*_):
+        if generation.cancelled or not generation.token_ids:
+            raise KeyboardInterrupt
+        generation.cancelled = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def read_line():
+    """The next line that is typed. EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
+    if sys.stdout and sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)  # stdout goes to a file: answers only
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def split(text):
+    """The paths of a line, quoted as in a shell."""
+    try:
+        return shlex.split(text, posix=os.name != "nt")
+    except ValueError as wrong:
+        raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
