@@ -177,6 +177,18 @@ def test_a_turn_without_the_cache_reads_everything_anew(tiny):
     assert int(twins[0].cache.pos[0]) == int(twins[1].cache.pos[0])
 
 
+def test_a_cache_that_has_moved_on_is_not_fed_again(tiny):
+    """It was broken off between the question and the first token of the answer: the question is in the cache."""
+    first = answered(tiny, "what?", noise(40, 30))
+    cache = first.cache
+    lost = Generation(tiny, "how many?", before=first)
+    lost.prefill()
+    first.cache = cache
+    assert not first.goes_on
+    second = answered(tiny, "red?", limit=8, before=first)
+    assert second.token_ids == of_one_prompt(second, 8) and second.cache is not cache
+
+
 def test_tiles_may_come_in_a_later_turn(make_checkpoint, tmp_path):
     make_checkpoint(
         tmp_path,
