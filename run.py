@@ -4,8 +4,9 @@
     python run.py --model llava-hf/llava-1.5-7b-hf --image x.png --prompt "What is this?" --stats
     python run.py --questions questions.jsonl --image-folder pictures --answers answers.jsonl --batch 8
 
-Without --prompt it is a conversation on a terminal. Elsewhere each line of stdin is a question of its own about the
-pictures of --image, and each answer is a line of stdout: white space in it becomes single spaces, --json keeps it.
+Without --prompt, run.py starts a conversation on a terminal. If stdin is not a terminal, each line of stdin is an
+independent question about the pictures of --image, and each answer is printed as one line (its line breaks become
+spaces; use --json for the exact text).
 
 The answer goes to stdout and nothing else does. Exit codes: 0 answered; 1 failed while running; 2 something given
 cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what was written until then is kept).
@@ -192,7 +193,7 @@ def check_flags(args):
 
 
 def questions_on_stdin(p):
-    """(number, bytes) of each line of stdin that has something in it, as they come. An error if there is none."""
+    """Iterate over (number, bytes) of the lines of stdin that are not blank. Exits with an error if there are none."""
     with contextlib.suppress(OSError):
         lines = enumerate(sys.stdin.buffer if sys.stdin else (), 1)
         lines = ((number, line) for number, line in lines if line.strip())
@@ -287,7 +288,7 @@ def answer(args):
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
-    # --prompt has one answer. Elsewhere "?" stands for the questions: what is wrong with the flags is said at once
+    # without --prompt, "?" stands for the questions to come, so that wrong flags are refused at once
     given = options(args, checkpoint) | {
         "compile": args.compile,
         "timed": args.stats or args.json or args.compare or not args.prompt,  # /stats may follow
@@ -319,15 +320,17 @@ def answer(args):
 
 
 def deliver(args, generation, load_seconds):
-    """Print an answer while it is written, and what the flags want to know about it. Returns the exit code."""
+    """Print the answer as it is generated, then what --json, --compare and --stats ask for. Returns the exit code."""
     from model.generate import off_budget
     from tools.report import measure_bandwidth, report, stats
 
     device = generation.checkpoint.device
     stream = not (args.json or args.no_stream or args.lines)
     code = write(generation, stream)
+    if code == 130 and (args.prompt or args.lines):  # a conversation has its own words for it
+        say("interrupted; the text until here is kept")
     off = off_budget(generation.prune, generation.retention, generation.wanted)
-    if off and generation.timing["prune"]:  # not where a conversation goes on with what was kept before
+    if off and generation.timing["prune"]:  # not in a later turn, which keeps everything
         say(f"note: {off}")
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.compare and code == 0:
@@ -342,7 +345,7 @@ def deliver(args, generation, load_seconds):
 
 
 def answer_lines(args, ask, load_seconds):
-    """Answer each line of stdin by itself -> exit code. ask: question -> Generation. The first failure ends it."""
+    """Answer each line of stdin independently, until one fails. ask: text -> Generation. Returns the exit code."""
     from model import InputError
     from model.config import decode_text
 
@@ -363,7 +366,7 @@ def converse(args, checkpoint, given, pictures, load_seconds):
     from tools.report import measure_bandwidth, report, stats
 
     def choose(spec, retention):
-        """The method of /prune, or that of the flags, at another retention."""
+        """The method of /prune or, without a SPEC, that of the flags, with this retention."""
         changed = {"retention": retention, "keep_tokens": None} | ({"prune": spec, "set": []} if spec else {})
         return choose_method(argparse.Namespace(**vars(args) | changed), checkpoint.folder)
 
@@ -529,7 +532,6 @@ def write(generation, stream):
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         code = 130
-        say("interrupted; the text until here is kept")
     if stream:
         print(flush=True)
     return code

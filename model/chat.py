@@ -1,4 +1,4 @@
-"""A conversation on a terminal: what `run.py` without --prompt is. Answers go to stdout, everything else to stderr."""
+"""A conversation on a terminal: `run.py` without --prompt. Answers go to stdout, everything else to stderr."""
 
 import contextlib
 import os
@@ -20,41 +20,40 @@ HELP = """\
 /fresh           read the pictures anew for each question; again to switch it off
 /show [FILE]     how many picture tokens each layer kept; as a picture into FILE
 /stats           times and bytes of the last answer
-/clear           forget the conversation and its pictures
+/clear           start a new conversation, without pictures
 /help            this list
-/quit            leave, like Ctrl-D; Ctrl-C stops an answer, and leaves at the prompt"""
+/quit            leave, like Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves"""
 
 
 @dataclass
 class Chat:
     """The state of a conversation, and its commands.
 
-    Each question goes on in the cache of the answer before it. The whole conversation is prefilled again where that
-    would be wrong: /fresh asks for it, the pruning has changed, or pictures came in that are to be pruned, which only a
-    prefill does.
+    Each question continues in the cache of the previous answer. The whole conversation is prefilled again only if
+    /fresh asks for it, if the pruning has changed, or if new pictures are to be pruned: pruning happens in a prefill.
     """
 
     checkpoint: Checkpoint
     options: dict  # keyword arguments of every `Generation`
     pictures: list  # pictures for the next question
     deliver: Callable  # (generation) -> exit code: prints the answer while it is written; 130 where Ctrl-C broke it off
-    choose: Callable  # (SPEC or None for the one of the command line, retention or None) -> Method or None
+    choose: Callable  # (SPEC, or None for that of the command line; retention or None) -> Method or None
     stats: Callable  # (generation) -> text
-    fail: Callable  # (exception) -> None: says in one line why there is no answer
-    show: Callable = None  # (generation, path or None) -> one line that says where the picture of what was kept is
+    fail: Callable  # (exception) -> None: prints the error in one line
+    show: Callable = None  # (generation, path or None) -> one line: where the picture of the kept tokens was written
     last: Generation = field(default=None, init=False)  # the answer that the next question follows
     turn: int = field(default=0, init=False)
     spec: str = field(default=None, init=False)  # of the last /prune
     fresh: bool = field(default=False, init=False)
-    changed: bool = field(default=False, init=False)  # was the pruning changed since the last prefill of everything?
-    noted: bool = field(default=False, init=False)  # was it said what that prefill dropped?
+    changed: bool = field(default=False, init=False)  # has the pruning changed since the last full prefill?
+    noted: bool = field(default=False, init=False)  # was the user told what that prefill dropped?
 
     # ------------------------------------------------------------ questions
 
     def ask(self, question):
-        """Answer one question. InputError where it cannot be asked; the conversation is then as before."""
+        """Answer one question. InputError leaves the conversation as it was."""
         sampling = self.options["sampling"]
-        sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # not the same noise in each turn
+        sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # other random numbers in each turn
         options = self.options | {"sampling": sampling, "before": self.last}
         generation = Generation(self.checkpoint, question, self.pictures, **options)
         for note in generation.notes:
@@ -64,14 +63,14 @@ class Chat:
         with stopped_by_ctrl_c(generation):
             code = self.deliver(generation)
         if generation.finish_reason == "interrupted" and not generation.token_ids:
-            say("the question is taken back")
+            say("stopped; the question is dropped")
             return
         if code == 130:  # in the middle of a step
             generation.cache = None
         self.end_turn(generation)
 
     def choose_way(self):
-        """Go on in the cache, or free it so that everything is read anew; one line says what that means."""
+        """Continue in the cache, or free it so that everything is prefilled again. Prints what the user should know."""
         why = self.why_anew()
         if why is not None:
             self.last.cache, self.changed, self.noted = None, False, False
@@ -82,7 +81,7 @@ class Chat:
                 "/fresh reads the pictures anew for each question")  # fmt: skip
 
     def why_anew(self):
-        """Why the whole conversation has to be prefilled again; None where its cache goes on."""
+        """Why the whole conversation has to be prefilled again; None if the cache continues."""
         if self.fresh:
             return "as /fresh asks"
         if self.changed:
@@ -92,7 +91,7 @@ class Chat:
         return None if self.last.goes_on else "because the last answer was broken off"
 
     def end_turn(self, generation):
-        """The answer is part of the conversation."""
+        """Make the answer part of the conversation."""
         self.last, self.pictures, self.turn = generation, [], self.turn + 1
         if generation.finish_reason == "interrupted":
             say("stopped; the conversation goes on from what was said")
@@ -105,7 +104,7 @@ class Chat:
     # ------------------------------------------------------------ commands
 
     def command(self, line):
-        """Run one line that starts with a slash -> is that the end?"""
+        """Run a line that starts with a slash -> True to leave."""
         name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
         commands = {
             "image": self.add_pictures, "prune": self.set_prune, "retention": self.set_retention,
@@ -126,7 +125,7 @@ class Chat:
         if "-" in paths:
             raise InputError("a picture cannot be read from the terminal; give the path of a picture")
         self.pictures = self.pictures + [read_image(path) for path in paths]
-        say(f"the next question goes with {', '.join(picture.path for picture in self.pictures)}")
+        say(f"pictures for the next question: {', '.join(picture.path for picture in self.pictures)}")
 
     def set_prune(self, spec):
         if not spec:
@@ -144,7 +143,7 @@ class Chat:
         self.use(self.choose(self.spec, share))
 
     def use(self, prune):
-        """Prune with another method from the next question on. InputError if the model is not one for it."""
+        """Prune with this method from the next question on. InputError if it does not fit the model."""
         Generation(self.checkpoint, "?", **self.options | {"prune": prune})
         self.options, self.changed = self.options | {"prune": prune}, self.last is not None
         share = prune and prune.settings.get("retention")
@@ -153,8 +152,8 @@ class Chat:
 
     def toggle_fresh(self, _):
         self.fresh = not self.fresh
-        say("each question has the whole conversation read anew" if self.fresh
-            else "each question goes on in the cache of the answer before it")  # fmt: skip
+        say("each question reads the whole conversation anew" if self.fresh
+            else "each question continues in the cache of the previous answer")  # fmt: skip
 
     def show_kept(self, path):
         last = self.answered()
@@ -162,23 +161,23 @@ class Chat:
             raise InputError("the conversation has no picture; add one with /image PATH")
         kept = " ".join(f"{round(n, 1):g}" for n in last.kept)
         say(f"picture tokens that a KV head keeps, of {last.vision_tokens}, layer by layer: {kept}")
-        say(self.show(last, path or None) if self.show else "they cannot be drawn here")
+        say(self.show(last, path or None) if self.show else "drawing them is not available")
 
     def answered(self):
-        """The last answer. InputError if there is none, or no more than its text."""
+        """The last answer. InputError if there is none, or if its cache is gone."""
         if self.last is None or self.last.cache is None:
             raise InputError("there is no answer to report on; ask a question first")
         return self.last
 
     def clear(self, _):
         self.last, self.pictures, self.turn, self.changed, self.noted = None, [], 0, False, False
-        say("the conversation and its pictures are forgotten; /image PATH adds a picture")
+        say("new conversation, without pictures; /image PATH adds one")
 
     # ------------------------------------------------------------ the loop
 
     def run(self):
         """Read lines until the user leaves -> exit code: 0, or 130 for Ctrl-C at the prompt."""
-        with contextlib.suppress(ImportError):  # not on every system: it gives `input` a history and editing keys
+        with contextlib.suppress(ImportError):  # gives `input` a history; not on every system
             import readline  # noqa: F401
         say("Ask a question, or /image PATH to add a picture. /help lists the commands, Ctrl-D leaves.")
         while True:
@@ -200,15 +199,15 @@ class Chat:
                 say("stopped")
             except BrokenPipeError:
                 raise
-            except Exception as broken:  # what cannot be done does not end the conversation
+            except Exception as broken:  # an error does not end the conversation
                 self.fail(broken)
 
 
 @contextlib.contextmanager
 def stopped_by_ctrl_c(generation):
-    """Ctrl-C ends the answer behind its next token, so that the cache is whole.
+    """Ctrl-C ends the answer after the current token, so that the cache stays consistent.
 
-    Before the first token, or a second time, it raises KeyboardInterrupt at once.
+    Before the first token, and the second time, it raises KeyboardInterrupt at once.
     """
 
     def stop(*_):
@@ -224,10 +223,10 @@ def stopped_by_ctrl_c(generation):
 
 
 def read_line():
-    """The next line that is typed. EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
+    """One line from the user. EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
     if sys.stdout and sys.stdout.isatty():
         return input("> ")
-    print("> ", end="", file=sys.stderr, flush=True)  # stdout goes to a file: answers only
+    print("> ", end="", file=sys.stderr, flush=True)  # stdout is a file, for answers only
     line = sys.stdin.readline()
     if not line:
         raise EOFError

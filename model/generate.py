@@ -202,10 +202,10 @@ class Generation:
         timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
         long the host took to launch them.
 
-        before: the Generation whose answer this question follows, in a conversation. Prompt, pictures and counts are
-        then those of the whole conversation, in the template and image mode of `before`. Its cache is taken over and
-        only the new tokens are fed, all of which are kept. Where it has none, the whole conversation is prefilled, and
-        pruned: set `before.cache` to None for that.
+        before: the Generation whose answer this question follows in a conversation; template and image mode are taken
+        from it. Prompt, pictures and counts then mean the whole conversation. Its cache is taken over: only the new
+        tokens are fed, and all of them are kept. If it has no cache, the whole conversation is prefilled and pruned;
+        set `before.cache = None` to ask for that.
         """
         images = as_list(images)
         for what, given, kinds, wanted in (
@@ -478,13 +478,13 @@ class Generation:
 
     @property
     def goes_on(self):
-        """Does the cache hold this prompt and answer, and nothing behind them? Then a next question can be fed."""
+        """Does the cache hold this prompt and answer and nothing more? Then the next question can be fed to it."""
         if self.cache is None or self.cache.pos is None:
             return False
         return 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
 
     def _extend(self, before):
-        """`prefill` of what the cache of `before` has not seen, behind all that it kept."""
+        """`prefill` of only what the cache of `before` has not seen; it attends to everything that the cache kept."""
         model, device, cache = self.checkpoint.model, self.checkpoint.device, before.cache
         start, past = clock(device, self.timed), int(cache.pos[0])
         tokens = self.encode_images(len(before.images))

@@ -85,7 +85,7 @@ class Tokenizer:
     def encode(self, text, bos=True, follows=False):
         """Token ids of text; BOS in front if asked for and if the checkpoint uses one.
 
-        follows: the text goes on where other text has ended, so neither BOS nor a dummy space stands before it.
+        follows: the text continues other text, so it gets neither BOS nor a dummy space.
         """
         ids = [self.bos_id] if bos and self.add_bos and not follows else []
         for start, part in self._first.cut(text):
@@ -360,7 +360,8 @@ SYSTEM_TEXT = {
     "llava_v1": _ASSISTANT_TEXT.format(who="human", whose="human's"),  # LLaVA's command line
 }
 TEMPLATES = (*SYSTEM_TEXT, "mistral", "raw")
-# What stands between an answer and the question after it
+# What stands between an answer and the next question: as the published chat templates have it (llava, mistral), as
+# LLaVA was trained (vicuna, llava_v1)
 BETWEEN = {"llava": " ", "vicuna": "</s>", "llava_v1": "</s>", "mistral": "</s> ", "raw": ""}
 
 
@@ -368,8 +369,8 @@ def build_prompt(question, images, template, system=None, follows=False):
     """The text to encode: question in its template, one `<image>` for each of `images` pictures.
 
     Without `<image>` in the question all pictures come first, one `<image>` and newline each; with it the number must
-    match. template "raw" takes the question verbatim. follows: the text goes on behind an answer, a later turn of a
-    conversation, where a system text has no place.
+    match. template "raw" takes the question verbatim. follows: a later turn of a conversation, to be appended to an
+    answer; the system text is ignored.
     """
     found = question.count(IMAGE)
     if IMAGE in (system or ""):

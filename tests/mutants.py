@@ -1843,12 +1843,6 @@ MUTANTS = {
         "return 0",
         "test_chat.py::test_terminal_ctrl_c_at_the_prompt_leaves",
     ),
-    "chat: the prompt among the answers": (
-        "model/chat.py",
-        'print("> ", end="", file=sys.stderr, flush=True)',
-        'print("> ", end="", flush=True)',
-        "test_chat.py::test_terminal_with_stdout_in_a_file_has_the_answers_only",
-    ),
     "chat: a picture from the terminal": (
         "model/chat.py",
         'if "-" in paths:',
