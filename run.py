@@ -4,6 +4,10 @@
     python run.py --model llava-hf/llava-1.5-7b-hf --image x.png --prompt "What is this?" --stats
     python run.py --questions questions.jsonl --image-folder pictures --answers answers.jsonl --batch 8
 
+Without --prompt, run.py starts a conversation on a terminal. If stdin is not a terminal, each line of stdin is an
+independent question about the pictures of --image, and each answer is printed as one line (its line breaks become
+spaces; use --json for the exact text).
+
 The answer goes to stdout and nothing else does. Exit codes: 0 answered; 1 failed while running; 2 something given
 cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what was written until then is kept).
 """
@@ -12,6 +16,7 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -257,18 +262,21 @@ def methods(args):
 def check_flags(args):
     """What argparse cannot say: flags that exclude or need each other."""
     p = parser()
-    if (args.prompt is None) == (args.questions is None):
+    if args.prompt is not None and args.questions is not None:
         p.error("give either --prompt or --questions")
+    talk = args.prompt is None and args.questions is None
     check_questions(p, args)
     check_show(p, args)
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         p.error("--top-p and --top-k need --temperature above 0")
-    if [args.prompt, *args.image].count("-") > 1:
+    if [args.prompt, *args.image].count("-") + talk > 1:
         p.error("only one thing can be read from stdin")
     if args.retention is not None and args.keep_tokens is not None:
         p.error("--retention and --keep-tokens exclude each other")
     if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
         p.error("--retention, --keep-tokens and --set need --prune METHOD")
+    if args.compare and talk:
+        p.error("--compare needs --prompt")
     if args.compare and (args.prune == "none" or args.temperature > 0):
         p.error("--compare needs --prune METHOD and --temperature 0")
     if "" in args.stop:
@@ -285,11 +293,23 @@ def check_flags(args):
         "".join([args.prompt, args.system or "", *args.stop]).encode()
     except (OSError, ValueError) as broken:
         p.error(f"cannot read the prompt as UTF-8 text ({broken})")
-    if args.questions is None and not args.prompt.strip():
+    if args.questions is None and not talk and not args.prompt.strip():
         p.error("the prompt is empty, say what to ask")
     for path in args.image:  # before torch is imported; `local_path` knows what the others mean
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
             p.error(f"no picture at {path[:200]}, check the path")
+    args.lines = questions_on_stdin(p) if talk and not (sys.stdin and sys.stdin.isatty()) else None
+
+
+def questions_on_stdin(p):
+    """Iterate over (number, bytes) of the lines of stdin that are not blank. Exits with an error if there are none."""
+    with contextlib.suppress(OSError):
+        lines = enumerate(sys.stdin.buffer if sys.stdin else (), 1)
+        lines = ((number, line) for number, line in lines if line.strip())
+        first = next(lines, None)
+        if first is not None:
+            return itertools.chain([first], lines)
+    p.error("stdin is empty; give --prompt, --questions, or a question in each line of stdin")
 
 
 def read_text(file):
@@ -327,8 +347,8 @@ def check_show(p, args):
     if args.show is None:
         return
     path = Path(args.show)
-    if args.questions is not None or not args.image:
-        p.error("--show draws on the pictures of one answer; give --image and no --questions")
+    if args.prompt is None or not args.image:
+        p.error("--show draws on the pictures of one answer; give --image and --prompt (in a conversation: /show FILE)")
     if path.suffix.lower() not in (".png", ".html"):
         p.error(f"cannot draw --show {args.show[:200]!r}; give a name that ends in .png or .html")
     if not path.parent.is_dir():
@@ -386,55 +406,129 @@ def answer(args):
     import torch
 
     from model import Generation, open_checkpoint, show
-    from model.generate import off_budget
     from model.image import read_image
-    from tools.report import CoreWait, measure_bandwidth, report, stats
+    from tools.report import CoreWait
 
     device = choose_device(args.device)
     use_threads(args.threads)
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
-    how = {"compile": args.compile, "timed": args.stats or args.json or args.compare}  # those that report times
-    how["remember"] = args.show is not None
-    generation = Generation(checkpoint, args.prompt, pictures, **options(args, checkpoint), **how)
-    sampling = generation.sampling
+    # without --prompt, "?" stands for the questions to come, so that wrong flags are refused at once
+    given = options(args, checkpoint) | {
+        "compile": args.compile,
+        "timed": args.stats or args.json or args.compare or not args.prompt,  # /stats may follow
+        "remember": args.show is not None or not (args.prompt or args.lines),  # /show may follow
+    }
+    generation = Generation(checkpoint, args.prompt or "?", pictures, **given)
     if args.show is not None:
         show.check_path(args.show, generation)
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
     introduce(args, checkpoint, generation)
-    for note in generation.notes:
-        say(f"note: {note}")
-    if sampling.max_new_tokens > generation.room:
-        say(f"note: the context leaves room for {generation.room} of {sampling.max_new_tokens} new tokens")
     if args.compile:
         say("note: the second token waits for the compiler, up to a minute the first time, some seconds later on")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wait = CoreWait(device)
-    code = write(generation, stream=not (args.json or args.no_stream))
+    if args.prompt or args.lines:
+        for note in generation.notes:
+            say(f"note: {note}")
+    if args.prompt:
+        if args.max_new_tokens > generation.room:
+            say(f"note: the context leaves room for {generation.room} of {args.max_new_tokens} new tokens")
+        code = deliver(args, generation, load_seconds)
+    elif args.lines:
+        code = answer_lines(args, lambda question: Generation(checkpoint, question, pictures, **given), load_seconds)
+    else:
+        code = converse(args, checkpoint, given, pictures, load_seconds)
     note = wait.note()
     if note:
         say(note)
-    if generation.kept and off_budget(generation.prune, generation.retention, generation.wanted):
-        say(f"note: {off_budget(generation.prune, generation.retention, generation.wanted)}")
+    return code
+
+
+def deliver(args, generation, load_seconds):
+    """Print the answer as it is generated, then what --json, --compare and --stats ask for. Returns the exit code."""
+    from model.generate import off_budget
+    from tools.report import measure_bandwidth, report, stats
+
+    device = generation.checkpoint.device
+    stream = not (args.json or args.no_stream or args.lines)
+    code = write(generation, stream)
+    if code == 130 and (args.prompt or args.lines):  # a conversation has its own words for it
+        say("interrupted; the text until here is kept")
+    off = off_budget(generation.prune, generation.retention, generation.wanted)
+    if off and generation.timing["prune"]:  # not in a later turn, which keeps everything
+        say(f"note: {off}")
     took = report(generation, args.model, args.seed, load_seconds, device)
     if args.compare and code == 0:
         code = compare(generation, took)
     if args.json:
         print(as_json(took), flush=True)
-    elif args.no_stream:
-        print(generation.text, flush=True)
+    elif not stream:
+        print(one_line(generation.text) if args.lines else generation.text, flush=True)
     if args.stats:
         say(stats(took, measure_bandwidth(device), generation))
-    if generation.masks is not None:  # not where Ctrl-C came before the end of the prompt
+    if args.show is not None and generation.masks is not None:  # None after Ctrl-C during the prefill
         try:
-            show.save(generation, args.show)
+            say(draw(generation, args.show))
         except OSError as broken:
-            return fail(f"{args.show} cannot be written ({broken.strerror}); give another name", 1)
-        say(f"{args.show}: which vision tokens each head kept")
+            return fail(broken, 1)
     return code
+
+
+def draw(generation, path):
+    """Write what each head kept to path -> one line. OSError, of one line too, if it cannot be written."""
+    from model import show
+
+    try:
+        show.save(generation, path)
+    except OSError as broken:
+        raise OSError(f"{path} cannot be written ({broken.strerror}); give another name") from broken
+    return f"{path}: which vision tokens each head kept"
+
+
+def answer_lines(args, ask, load_seconds):
+    """Answer each line of stdin independently, until one fails. ask: text -> Generation. Returns the exit code."""
+    from model import InputError
+    from model.config import decode_text
+
+    for number, line in args.lines:
+        try:
+            code = deliver(args, ask(decode_text(line)), load_seconds)
+        except ValueError as wrong:  # InputError and what is no UTF-8
+            what = wrong if isinstance(wrong, InputError) else f"not UTF-8 text ({wrong}); mend it"
+            raise InputError(f"line {number} of stdin: {what}") from wrong
+        if code:
+            return code
+    return 0
+
+
+def converse(args, checkpoint, given, pictures, load_seconds):
+    """A conversation on the terminal. Returns the exit code."""
+    from model.chat import Chat
+    from tools.report import measure_bandwidth, report, stats
+
+    def choose(spec, retention):
+        """The method of /prune or, without a SPEC, that of the flags, with this retention."""
+        changed = {"retention": retention, "keep_tokens": None} | ({"prune": spec, "set": []} if spec else {})
+        return choose_method(argparse.Namespace(**vars(args) | changed), checkpoint.folder)
+
+    def numbers(generation):
+        took = report(generation, args.model, args.seed, load_seconds, checkpoint.device)
+        return stats(took, measure_bandwidth(checkpoint.device), generation)
+
+    def failed(broken):
+        if args.debug:
+            raise broken
+        fail(*explain(broken))
+
+    return Chat(
+        checkpoint, given, pictures, choose=choose, stats=numbers, fail=failed,
+        deliver=lambda generation: deliver(args, generation, load_seconds),
+        show=draw,
+    ).run()  # fmt: skip
 
 
 def options(args, checkpoint):
@@ -587,7 +681,6 @@ def write(generation, stream):
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         code = 130
-        say("interrupted; the text until here is kept")
     if stream:
         print(flush=True)
     return code

@@ -199,11 +199,13 @@ class Generation:
     bytes_held     K and V bytes of the prompt rows that were kept
     timing         seconds: vision, prefill, prune (a part of prefill), and steps, one entry per decode step (the first
                    token comes from prefill)
+    cancelled      set it to True, from a signal handler or another thread, to end the iteration after its next token
     """
 
     def __init__(
         self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
         prune=None, backend="auto", compile=False, anyres_order="auto", timed=False, remember=False,
+        before=None,
     ):  # fmt: skip
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
@@ -215,6 +217,11 @@ class Generation:
         of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
         timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
         long the host took to launch them. remember: keep `masks`, for `model.show`.
+
+        before: the Generation whose answer this question follows in a conversation; template and image mode are taken
+        from it. Prompt, pictures and counts then mean the whole conversation. Its cache is taken over: only the new
+        tokens are fed, and all of them are kept. If it has no cache, the whole conversation is prefilled and pruned;
+        set `before.cache = None` to ask for that.
         """
         images = as_list(images)
         for what, given, kinds, wanted in (
@@ -222,6 +229,7 @@ class Generation:
             ("prompt", prompt, str, "the question as a text"),
             ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
             ("system", system, str | None, "a text or None"),
+            ("before", before, Generation | None, "the Generation that this question follows"),
         ):
             if not isinstance(given, kinds):
                 raise InputError(f"{what} is {_brief(given)}; give {wanted}")
@@ -238,27 +246,34 @@ class Generation:
             if given not in known:
                 raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
+        self.before, earlier, images_before, looks_before = before, [], [], []
+        if before is not None:
+            if before.checkpoint is not checkpoint:
+                raise InputError("a conversation is of one checkpoint; start another for this one")
+            self.template, self.image_settings = before.template, before.image_settings
+            earlier, images_before, looks_before = before.ids + before.token_ids, before.images, before.looks
         config = checkpoint.config
         prompt, system = plain_text(prompt), system and plain_text(system)
         self.prompt = prompt = prompt if self.template == "raw" else prompt.rstrip("\n")
-        text = build_prompt(prompt, len(images), self.template, system)
+        text = build_prompt(prompt, len(images), self.template, system, before is not None)
         if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
             raise InputError("the question is empty; say what to ask")
         try:
             text.encode()
         except UnicodeEncodeError as broken:  # half of a surrogate pair
             raise InputError(f"the prompt is no Unicode text ({broken}); mend it") from broken
-        self.ids = checkpoint.tokenizer.encode(text)
+        self.ids = earlier + checkpoint.tokenizer.encode(text, follows=before is not None)
         pictures = [read_image(i) for i in images]
         notes = [note for p in pictures for note in (p.note, crop_note(p, self.image_settings))]
         self.notes = [note for note in notes if note]
-        self.looks = [self._look(p.image) for p in pictures]
-        self.images = [
+        looks = [self._look(p.image) for p in pictures]
+        self.looks = looks_before + looks
+        self.images = images_before + [
             {"path": p.path, "size": list(p.image.size), "tiles": len(squares), "tokens": self._count(p.image, grid)}
-            for p, (squares, grid) in zip(pictures, self.looks, strict=True)
+            for p, (squares, grid) in zip(pictures, looks, strict=True)
         ]
         self.vision_tokens = sum(image["tokens"] for image in self.images)
-        self.prompt_tokens = len(self.ids) - len(images) + self.vision_tokens
+        self.prompt_tokens = len(self.ids) - len(self.images) + self.vision_tokens
         self.room = config.text_config.context - self.prompt_tokens  # for new tokens
         if self.room < 1:
             raise InputError(self._too_long())
@@ -282,6 +297,12 @@ class Generation:
     def _too_long(self):
         """One line: what the prompt needs and what there is."""
         text = self.checkpoint.config.text_config
+        if self.before is not None:
+            past = self.before.prompt_tokens + len(self.before.token_ids)
+            return (
+                f"this question needs {self.prompt_tokens - past} tokens, and the context has room for "
+                f"{max(0, text.context - past)} of its {text.context}; start a new conversation (in a chat: /clear)"
+            )
         window = f" (its sliding window; beyond it is {text.max_position_embeddings})"
         return (
             f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
@@ -342,20 +363,21 @@ class Generation:
             cut = grid and kept_of_tiles(grid, side, image["size"], self.image_settings.order)
             yield squares, side, image["tokens"], cut
 
-    def encode_images(self):
-        """The pictures' tokens, (P, C) each."""
+    def encode_images(self, first=0):
+        """The tokens of the pictures from number `first` on, (P, C) each."""
         model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
-        squares, parts = self.squares, []
+        looks, images = self.looks[first:], self.images[first:]
+        squares, parts = [square for squares, _ in looks for square in squares], []
         for i in range(0, len(squares), 8):  # so that many pictures need the memory of a few
             pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
             parts.append(model.encode_images(pixels.to(device, dtype)))
         if not parts:
             return []
-        tokens = torch.cat(parts).split([len(squares) for squares, _ in self.looks])
+        tokens = torch.cat(parts).split([len(squares) for squares, _ in looks])
         order = self.image_settings.order
         return [
             part[0] if grid is None else model.join_tiles(part, grid, tuple(image["size"]), order)
-            for part, (_, grid), image in zip(tokens, self.looks, self.images, strict=True)
+            for part, (_, grid), image in zip(tokens, looks, images, strict=True)
         ]
 
     @property
@@ -381,6 +403,7 @@ class Generation:
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
         self.failure = None  # in a Batch: the error that ended this one
+        self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.room)
         self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
 
@@ -398,7 +421,7 @@ class Generation:
             piece = self.take(ids.item())
             if piece:
                 yield piece
-            if self.over:
+            if self.over or self.cancelled:
                 return
             start = time.perf_counter()
             ids = choose(step(ids)[0])
@@ -443,6 +466,9 @@ class Generation:
 
     def prefill(self):
         """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
+        before, self.before = self.before, None
+        if before is not None and before.goes_on:
+            return self._extend(before)
         model, device = self.checkpoint.model, self.checkpoint.device
         start = clock(device, self.timed)
         x, self.spans = model.splice(self.ids, self.encode_images())
@@ -468,6 +494,32 @@ class Generation:
             self.masks = torch.stack(pruner.masks).cpu() if pruner else everything
         self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         self.timing["prune"] = pruner.seconds if pruner else 0.0
+        return logits
+
+    @property
+    def goes_on(self):
+        """Does the cache hold this prompt and answer and nothing more? Then the next question can be fed to it."""
+        if self.cache is None or self.cache.pos is None:
+            return False
+        return 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
+
+    def _extend(self, before):
+        """`prefill` of only what the cache of `before` has not seen; it attends to everything that the cache kept."""
+        model, device, cache = self.checkpoint.model, self.checkpoint.device, before.cache
+        start, past = clock(device, self.timed), int(cache.pos[0])
+        tokens = self.encode_images(len(before.images))
+        x, spans = model.splice(self.ids[len(before.ids) + len(before.token_ids) - len(before.unfed) :], tokens)
+        seen = clock(device, self.timed)
+        logits = model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
+        self.cache, before.cache = cache, None
+        self.spans = before.spans + [(past + a, past + b) for a, b in spans]
+        self.bytes_held = cache.nbytes_held
+        self.kept = [kept + self.vision_tokens - before.vision_tokens for kept in before.kept]
+        if before.masks is not None:
+            layers, heads, known = before.masks.shape
+            new = torch.ones(layers, heads, self.prompt_tokens - known, dtype=torch.bool)
+            self.masks = torch.cat((before.masks, new), 2)
+        self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         return logits
 
     def never(self):

@@ -82,20 +82,23 @@ class Tokenizer:
         text = _text_of(names.get(name))
         return default if name not in names else self.added.get(text, self.sp.piece_to_id(text) if text else -1)
 
-    def encode(self, text, bos=True):
-        """Token ids of text; BOS first if bos is True and the checkpoint uses one."""
-        ids = [self.bos_id] if bos and self.add_bos else []
+    def encode(self, text, bos=True, follows=False):
+        """Token ids of text; BOS first if bos is True and the checkpoint uses one.
+
+        follows: the text continues other text, so it gets neither BOS nor a dummy space.
+        """
+        ids = [self.bos_id] if bos and self.add_bos and not follows else []
         for start, part in self._first.cut(text):
-            ids += [part.id] if isinstance(part, AddedToken) else self._segment(part, start)
+            ids += [part.id] if isinstance(part, AddedToken) else self._segment(part, start, follows and start == 0)
         return ids
 
-    def _segment(self, text, start):
+    def _segment(self, text, start, follows):
         """Ids of the text between two added tokens; start: its offset in the whole text."""
-        ids = []
-        for begin, part in self._second.cut(self._normal(text)):
+        ids, normal = [], self._normal(text)
+        for begin, part in self._second.cut(normal.removeprefix(SPACE) if follows and self._prepends else normal):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
-            elif self._prepends:  # the text already has the dummy space
+            elif self._prepends or follows and begin == 0:  # the text has its dummy space or gets none
                 ids += self._bare(part)
             else:
                 ids += self._prefixed(part, start + begin)
@@ -358,13 +361,17 @@ SYSTEM_TEXT = {
     "llava_v1": _ASSISTANT_TEXT.format(who="human", whose="human's"),  # LLaVA's command line
 }
 TEMPLATES = (*SYSTEM_TEXT, "mistral", "raw")
+# Text between an answer and the next question. For llava and mistral it is that of the published chat templates, for
+# vicuna and llava_v1 that of LLaVA's training.
+BETWEEN = {"llava": " ", "vicuna": "</s>", "llava_v1": "</s>", "mistral": "</s> ", "raw": ""}
 
 
-def build_prompt(question, images, template, system=None):
+def build_prompt(question, images, template, system=None, follows=False):
     """The text to encode: the question in its template, with one `<image>` for each of `images` pictures.
 
     If the question has no `<image>`, all pictures come first, one `<image>` and newline each; otherwise the counts must
-    match. template "raw" leaves the question verbatim.
+    match. template "raw" leaves the question verbatim. follows: a later turn of a conversation, to be appended to an
+    answer; the system text is ignored.
     """
     found = question.count(IMAGE)
     if IMAGE in (system or ""):
@@ -378,10 +385,12 @@ def build_prompt(question, images, template, system=None):
         question = (IMAGE + "\n") * images + question
     if template == "raw":
         return question
+    between = BETWEEN[template] if follows else ""
+    system = "" if follows else SYSTEM_TEXT.get(template) if system is None else system
+    system = system + " " if system else ""
     if template == "mistral":  # it has no slot for a system text
-        return f"[INST] {system + ' ' if system else ''}{question} [/INST]"
-    system = SYSTEM_TEXT[template] if system is None else system
-    return f"{system + ' ' if system else ''}USER: {question} ASSISTANT:"
+        return f"{between}[INST] {system}{question} [/INST]"
+    return f"{between}{system}USER: {question} ASSISTANT:"
 
 
 # `_fingerprint` of known chat templates -> family. The comments show a question with a picture as they render it

@@ -727,7 +727,8 @@ def test_without_torch_it_says_what_to_do():
     assert done.returncode == 2 and done.stdout == "" and "make run" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_prompt_is_needed(refused):
+def test_a_prompt_is_needed(refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     refused("--image", PICTURE, naming="--prompt")
     refused("--prompt", " ", naming="empty")
     refused("--questions", "", "--answers", "x", naming="no file")

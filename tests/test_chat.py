@@ -1,0 +1,675 @@
+"""Conversations: later turns in the cache of the earlier ones, and run.py without --prompt as a person meets it."""
+
+import io
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import chat_templates
+import pytest
+import torch
+from conftest import TOKENIZER_CONFIG, refusal, write_json
+from PIL import Image
+from safetensors.torch import save_file
+from test_tokenizer import CHAT_TEMPLATES, PREPEND
+
+import run
+from model import Generation, Sampling, chat, load
+from model.llama import DecoderLayer
+from model.tokenizer import BETWEEN, TEMPLATES, Tokenizer, build_prompt
+from tests.paths import DEMO, DEMO_PICTURE, ROOT
+from tests.seeds import torch_random
+from tests.terminal import Terminal
+
+COUNT, SIGN = "How many objects are there?", "What does the sign say?"
+FOUR, NET = "The picture has four objects.\n", "The sign says NET.\n"
+DROPPED = "70 % of the picture tokens were dropped for an earlier question; /fresh"
+
+
+def noise(*size, seed=0):
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch_random(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+# ---------------------------------------------------------------- prompts of later turns
+
+
+@pytest.mark.parametrize(
+    ("template", "want"),
+    [
+        ("llava", " USER: <image>\nWhy? ASSISTANT:"),
+        ("vicuna", "</s>USER: <image>\nWhy? ASSISTANT:"),
+        ("llava_v1", "</s>USER: <image>\nWhy? ASSISTANT:"),
+        ("mistral", "</s> [INST] <image>\nWhy? [/INST]"),
+        ("raw", "<image>\nWhy?"),
+    ],
+)
+def test_a_later_turn_of_each_template_is_this_string(template, want):
+    assert build_prompt("Why?", 1, template, system="Never again.", follows=True) == want
+    assert set(BETWEEN) == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava, unmarked", "mistral", "demo"])
+def test_three_turns_are_what_the_published_chat_template_renders(name):
+    pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    def message(role, text, pictures=0):
+        return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
+
+    text, family = CHAT_TEMPLATES[name]
+    messages = [message("user", "Why?", 1), message("assistant", "So."), message("user", "And this?", 2)]
+    messages += [message("assistant", "Like that."), message("user", "Thanks?")]
+    rendered = _compile_jinja_template(text).render(messages=messages, add_generation_prompt=True)
+    if name == "demo":  # its own puts the end token behind an answer, where the family's has a space
+        rendered = rendered.replace("</s>", " ")
+    ours = build_prompt("Why?", 1, family) + " So." + build_prompt("And this?", 2, family, follows=True)
+    assert ours + " Like that." + build_prompt("Thanks?", 0, family, follows=True) == rendered
+    assert CHAT_TEMPLATES["llava"][0] == chat_templates.LLAVA
+
+
+@pytest.mark.parametrize("settings", [{"legacy": True}, {"legacy": False}, "prepend"], ids=str)
+def test_text_that_follows_has_the_ids_that_it_has_inside_the_whole(tokenizer_folder, settings):
+    folder = tokenizer_folder(**({"legacy": False} if settings == "prepend" else settings))
+    if settings == "prepend":
+        write_json(folder / "tokenizer.json", PREPEND)
+    tokenizer = Tokenizer(folder)
+    first = tokenizer.encode("USER: <image>\nhow many circles? ASSISTANT: four.")
+    for between in (
+        "</s>USER: two?",
+        " USER: two <image>\n circles?",
+        "</s> [INST] <image>\n<image>\nq [/INST]",
+        "\nx",
+    ):
+        whole = tokenizer.encode("USER: <image>\nhow many circles? ASSISTANT: four." + between)
+        assert first + tokenizer.encode(between, follows=True) == whole
+    assert tokenizer.encode("", follows=True) == [] and TOKENIZER_CONFIG["add_bos_token"]
+
+
+# ---------------------------------------------------------------- turns in one cache
+
+
+@pytest.fixture(scope="module")
+def without_end(make_checkpoint, tmp_path_factory):
+    """Function (context in tokens) -> a checkpoint of random weights that never ends an answer by itself."""
+
+    def make(context):
+        folder = tmp_path_factory.mktemp("tiny")
+        tensors = make_checkpoint(folder, text={"max_position_embeddings": context}, seed=3)
+        tensors["language_model.lm_head.weight"][2] = 0  # of 448 random logits the best is above this one's
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(without_end):
+    """4 tokens per picture."""
+    return without_end(512)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return load(tiny_folder, "fp32")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, "fp32")
+
+
+@torch.inference_mode()
+def of_one_prompt(asked, count):
+    """Greedy ids behind asked.ids as one prompt: no cache, a whole pass for each."""
+    model, device = asked.checkpoint.model, asked.checkpoint.device
+    tokens, ids, new = asked.encode_images(), asked.ids, []
+    never = torch.tensor(asked.never(), dtype=torch.long, device=device)
+    while len(new) < count:
+        x, _ = model.splice(ids + new, tokens)
+        logits = model.language_model.logits(model.language_model.prefill(x[None])[0, -1])
+        new.append(logits.index_fill(0, never, float("-inf")).argmax().item())
+    return new
+
+
+def answered(checkpoint, *question, limit=5, cancel=None, **options):
+    """An answer of at most so many tokens, or one that is stopped after `cancel` of them."""
+    asked = Generation(checkpoint, *question, sampling=Sampling(limit if cancel is None else 50), **options)
+    for _ in asked:
+        asked.cancelled = cancel is not None and len(asked.token_ids) >= cancel
+    return asked
+
+
+@pytest.mark.parametrize("way", ["length", "stop id", "cancelled"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_turns_give_the_ids_of_one_prompt_of_the_same_ids(tiny, template, way):
+    """Three turns, pictures in the first and the last, however the answers before ended; arenas move at each turn."""
+    question = "what <image> is this?", noise(40, 30)
+    if way == "stop id":
+        tiny = replace(tiny, stop_ids=(answered(tiny, *question, template=template).token_ids[3],))
+    cancel = 3 if way == "cancelled" else None
+    first = answered(tiny, *question, template=template, cancel=cancel)
+    reason, unfed = {"length": ("length", 1), "stop id": ("stop", 0), "cancelled": ("interrupted", 1)}[way]
+    assert first.finish_reason == reason and len(first.unfed) == unfed and 0 < len(first.token_ids) < 10
+    second = answered(tiny, "how many?", before=first, cancel=cancel)
+    between = tiny.tokenizer.encode(build_prompt("how many?", 0, template, follows=True), follows=True)
+    assert second.ids == first.ids + first.token_ids + between and second.template == template
+    cache, past = second.cache, int(second.cache.pos[0])
+    third = answered(tiny, "red?", [noise(30, 50, seed=1), noise(28, 28, seed=2)], limit=12, before=second)
+    assert third.cache is cache and second.cache is None
+    said = third.token_ids + [*tiny.stop_ids] * (third.finish_reason == "stop")
+    assert said == of_one_prompt(third, len(said)) and third.ids[: len(second.ids)] == second.ids
+    assert int(cache.pos[0]) == third.prompt_tokens + len(said) - 1 > past
+    assert cache.kv_len.unique().tolist() == [int(cache.pos[0])]
+    assert third.vision_tokens == 12 and len(third.images) == 3 and third.kept == [12.0] * 2
+    places = [i for i, token in enumerate(third.ids) if token == tiny.config.image_token_index]
+    assert third.spans == [(i + 3 * n, i + 3 * n + 4) for n, i in enumerate(places)]
+
+
+def test_a_turn_without_the_cache_reads_everything_anew(tiny):
+    first = answered(tiny, "what?", noise(40, 30))
+    twins = [Generation(tiny, "how many?", before=first, sampling=Sampling(8)) for _ in range(2)]
+    texts = ["".join(twin) for twin in twins]  # the first takes the cache
+    assert texts[0] == texts[1] == "".join(twins[0]) and twins[0].token_ids == twins[1].token_ids
+    assert twins[0].spans == twins[1].spans and twins[0].kept == twins[1].kept
+    assert int(twins[0].cache.pos[0]) == int(twins[1].cache.pos[0])
+
+
+def test_a_cache_that_has_moved_on_is_not_fed_again(tiny):
+    """It was broken off between the question and the first token of the answer: the question is in the cache."""
+    first = answered(tiny, "what?", noise(40, 30))
+    cache = first.cache
+    lost = Generation(tiny, "how many?", before=first)
+    with torch.inference_mode():
+        lost.prefill()
+    first.cache = cache
+    assert not first.goes_on
+    second = answered(tiny, "red?", limit=8, before=first)
+    assert second.token_ids == of_one_prompt(second, 8) and second.cache is not cache
+
+
+def test_tiles_may_come_in_a_later_turn(make_checkpoint, tmp_path):
+    make_checkpoint(
+        tmp_path,
+        top={"model_type": "llava_next", "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]},
+    )
+    checkpoint = replace(load(tmp_path, "fp32"), stop_ids=())
+    first = answered(checkpoint, "what?", noise(60, 20))
+    second = Generation(checkpoint, "and <image>?", noise(20, 70, seed=1), Sampling(8), before=first)
+    "".join(second)
+    assert second.token_ids == of_one_prompt(second, 8) and second.images[1]["tiles"] > 1
+    assert [stop - start for start, stop in second.spans] == [image["tokens"] for image in second.images]
+
+
+def test_what_was_dropped_stays_dropped_and_is_counted(demo):
+    first = Generation(demo, COUNT, DEMO_PICTURE, prune="random:retention=0.3")
+    "".join(first)
+    second = Generation(demo, SIGN, [ROOT / "assets/pair-a.png"], before=first, prune="random:retention=0.3")
+    "".join(second)
+    assert second.kept == [77 + 256.0] * 6 and abs(second.retention - 333 / 512) < 1e-9
+    assert second.timing["prune"] == 0
+    lengths = second.cache.kv_len.unique().tolist()
+    assert lengths == [int(second.cache.pos[0]) - (256 - 77)]
+    again = second.unpruned()
+    "".join(again)
+    assert again.retention == 1 and again.ids == second.ids
+
+
+def test_the_demo_answers_a_second_question_about_the_same_picture(demo):
+    first = Generation(demo, COUNT, DEMO_PICTURE)
+    assert "".join(first) + "\n" == FOUR
+    second = Generation(demo, SIGN, before=first)
+    assert "".join(second) + "\n" == NET and second.token_ids == of_one_prompt(second, 7)
+
+
+def test_what_cannot_follow_is_refused(tiny, demo):
+    first = answered(tiny, "what?")
+    assert "one checkpoint" in refusal(Generation, demo, "a?", before=first)
+    assert "before is 'x'" in refusal(Generation, tiny, "a?", before="x")
+    message, needed = refusal(Generation, tiny, "a " * 600, before=first), turn_tokens(tiny, "a " * 600)
+    room = 512 - first.prompt_tokens - 5
+    assert f"needs {needed} tokens, " in message and f"room for {room} of its 512; " in message and "/clear" in message
+    assert first.goes_on  # and it can still be followed
+
+
+def turn_tokens(checkpoint, question):
+    """Tokens of a later turn in the template of the tiny checkpoint."""
+    return len(checkpoint.tokenizer.encode(f" USER: {question} ASSISTANT:", follows=True))
+
+
+def test_the_context_is_filled_to_its_last_token(tiny):
+    first = answered(tiny, "what?")
+    one, two = turn_tokens(tiny, "a"), turn_tokens(tiny, "a a")
+    left = 512 - first.prompt_tokens - 5 - 3  # three for the answer
+    question = " ".join(["a"] * (1 + (left - one) // (two - one)))
+    second = answered(tiny, question, limit=50, before=first)
+    assert second.finish_reason == "length" and 3 <= len(second.token_ids) == second.room < 6
+    assert second.prompt_tokens + len(second.token_ids) == 512
+    assert "room for 0 of its 512" in refusal(Generation, tiny, "b", before=second)
+
+
+# ---------------------------------------------------------------- commands, in this process
+
+
+@pytest.fixture
+def talk(capsys, monkeypatch):
+    """Function (lines, flags): a conversation in this process -> (exit code, stdout, stderr).
+
+    An exception among the lines is raised where it would be typed; after the last line comes Ctrl-D.
+    """
+
+    def talk(lines, *flags):
+        typed = iter([*lines, EOFError()])
+
+        def read():
+            line = next(typed)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(chat, "read_line", read)
+        monkeypatch.setattr("tools.report.measure_bandwidth", lambda device: 1e9)  # which takes a second
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+        code = run.main([*map(str, flags), "--device", "cpu"])
+        return code, *capsys.readouterr()
+
+    return talk
+
+
+def test_questions_follow_each_other_and_pruning_is_said(talk):
+    lines = [COUNT, SIGN, "/prune random", "/retention 0.3", COUNT, COUNT, COUNT, "/fresh", COUNT, "/fresh", "/show"]
+    code, out, err = talk(lines, "--image", DEMO_PICTURE)
+    assert code == 0 and out.splitlines()[:3] == [FOUR.strip(), NET.strip(), FOUR.strip()] and out.count("\n") == 6
+    assert "from the next question on: random, retention 0.3" in err
+    assert err.count("read anew, because the pruning has changed") == 1 and err.count(DROPPED) == 1
+    assert err.count("read anew, as /fresh asks") == 1
+    assert err.index("pruning has changed") < err.index(DROPPED) < err.index("as /fresh asks")
+    assert "of 256, layer by layer: 77 77 77 77 77 77\n" in err and "draws them" in err
+
+
+def test_the_method_of_the_flags_holds_and_new_pictures_are_pruned(talk):
+    flags = "--image", DEMO_PICTURE, "--prune", "random:seed=5", "--retention", "0.5"
+    lines = [COUNT, "/retention 0.25", COUNT, f"/image {ROOT}/assets/pair-a.png", SIGN, "/show", "/prune none", SIGN]
+    code, out, err = talk([*lines, "/show", "/retention 0.5"], *flags)
+    assert code == 0 and out.count("\n") == 4
+    assert "of 512, layer by layer: 128 128" in err and "so that random can prune the new pictures" in err
+    assert "of 512, layer by layer: 512 512" in err and "no pruning" in err
+    assert err.rstrip().endswith("no method prunes here; give /prune METHOD first")
+
+
+def test_pruning_that_is_set_before_the_first_question_is_no_change(talk):
+    _, _, err = talk(["/prune random", COUNT, COUNT], "--image", DEMO_PICTURE)
+    assert "read anew" not in err and "50 % of the picture tokens" in err
+
+
+def test_mistakes_are_one_line_each_and_the_conversation_goes_on(talk, tiny_folder, tmp_path):
+    (tmp_path / "no picture.png").write_bytes(b"text")
+    utf8 = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    wrong = [
+        "/", "/nope x", "/image", "/image /nowhere/x.png", f"/image '{tmp_path}/no picture.png'", "/image 'a",
+        "/image -", f"/image {tmp_path}/no picture.png", "/image a\0b", "/prune", "/prune plphp:alpha=x",
+        "/prune fastv:layer=99", "/retention 0.5", "/show", "/stats", "a" * 3000, "<image>?", "\udcff", utf8, "  ", "",
+    ]  # fmt: skip
+    code, out, err = talk([*wrong, "what?", "/show", "/prune random", "/retention x", "/retention 1.5", "/retention"],
+                          "--model", tiny_folder, "-n", "3")  # fmt: skip
+    assert code == 0 and out.count("\n") == 1
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(wrong) - 2 + 4 and "Traceback" not in err
+    assert all(";" in line or "," in line for line in errors), errors
+    for words in (
+        "no command /nope",
+        "no picture at /nowhere",
+        "UTF-8",
+        "quotes",
+        "from the terminal",
+        "no picture; add",
+    ):
+        assert words in err
+
+
+def test_a_path_with_spaces_needs_no_quotes(talk, tmp_path, tiny_folder):
+    for name in ("a b.png", "c.png"):
+        noise(9, 9).save(tmp_path / name)
+    lines = [
+        f"/image {tmp_path}/a b.png",
+        f"/image '{tmp_path}/a b.png' {tmp_path}/c.png",
+        "what <image><image><image>?",
+    ]
+    code, out, err = talk([*lines, "/show"], "--model", tiny_folder, "-n", "3")
+    assert code == 0 and out and f"next question: {tmp_path}/a b.png, {tmp_path}/a b.png, {tmp_path}/c.png\n" in err
+    assert "of 12, layer by layer: 12 12" in err
+
+
+def test_clear_forgets_everything(talk):
+    lines = [COUNT, "/clear", "/stats", f"/image {DEMO_PICTURE}", SIGN, "/stats"]
+    code, out, err = talk(lines, "--image", DEMO_PICTURE)
+    assert (
+        (code, out) == (0, FOUR + NET)
+        and "new conversation, without pictures" in err
+        and "no answer to report on" in err
+    )
+    assert "1 picture, 256 image tokens" in err
+
+
+def test_a_full_context_says_what_is_needed_and_what_there_is(talk, tiny_folder):
+    code, out, err = talk(["what?", "is " * 600, "/clear", "what?"], "--model", tiny_folder, "-n", "5")
+    assert code == 0 and len(set(out.splitlines())) == 1 and out.count("\n") == 2
+    assert "error: this question needs " in err and "of its 512; start a new conversation (in a chat: /clear)" in err
+    _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "2000")
+    assert "the context of 512 tokens is full; /clear starts a new conversation" in err
+    _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "3")
+    assert "cut after 3 tokens; --max-new-tokens" in err
+
+
+def test_each_turn_draws_its_own_numbers_and_the_seed_repeats_them(talk, tiny_folder):
+    flags = "--model", tiny_folder, "--temperature", "5", "--seed", "9", "-n", "12", "--template", "raw"
+    first, again, other = (talk(["what?", "what?"], *flags, *more)[1] for more in ([], [], ["--seed", "8"]))
+    assert first == again != other
+    chosen = []
+    draw = torch.Tensor.exponential_
+
+    def noted(tensor, *, generator):
+        chosen.append(generator.initial_seed())
+        return draw(tensor, generator=generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "exponential_", noted)
+        talk(["what?", "what?", "/clear", "what?"], *flags, "--seed", 2**64 - 1)
+    assert list(dict.fromkeys(chosen)) == [2**64 - 1, 0] and chosen[-1] == 2**64 - 1
+
+
+def test_json_stop_system_and_no_stream_work_in_a_conversation(talk):
+    code, out, err = talk([COUNT, SIGN], "--image", DEMO_PICTURE, "--json", "--stop", " objects")
+    first, second = map(run.json.loads, out.splitlines())
+    assert code == 0 and first["text"] == "The picture has four" and second["text"] == "The sign says NET."
+    assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"] and second["vision_tokens"] == 256
+    _, out, err = talk([COUNT], "--image", DEMO_PICTURE, "--no-stream", "--system", "Be brief.", "--stats")
+    assert out == FOUR and "decode" in err
+
+
+def interrupting(monkeypatch, owner, name, at, times=1):
+    """The at-th call of a function is where Ctrl-C is pressed, so many times."""
+    function, calls = getattr(owner, name), []
+
+    def pressed(*args, **options):
+        calls.append(1)
+        if len(calls) == at:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, pressed)
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_ctrl_c_while_a_question_is_read_takes_it_back(talk, monkeypatch, turn):
+    name, lines = ("prefill", [COUNT, COUNT, SIGN]) if turn == 1 else ("extend", [COUNT, SIGN, SIGN])
+    interrupting(monkeypatch, DecoderLayer, name, 3)
+    code, out, err = talk(lines, "--image", DEMO_PICTURE)
+    assert (code, out) == (0, "\n" + FOUR + NET if turn == 1 else FOUR + "\n" + NET)
+    assert err.count("stopped; the question is dropped") == 1 and "read anew" not in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_stops_an_answer_between_two_tokens(talk, monkeypatch):
+    import model.generate
+
+    interrupting(monkeypatch, model.generate.DecodeStep, "__call__", 3)
+    code, out, err = talk([COUNT, SIGN], "--image", DEMO_PICTURE)
+    assert (code, out) == (0, "The picture has four\n" + NET)
+    assert "stopped; the conversation goes on from what was said" in err and "read anew" not in err
+
+
+def test_a_second_ctrl_c_breaks_off_the_step_and_the_cache_is_not_trusted(talk, monkeypatch):
+    import model.generate
+
+    interrupting(monkeypatch, model.generate.DecodeStep, "__call__", 3, times=2)
+    code, out, err = talk([COUNT, "/stats", SIGN, COUNT], "--image", DEMO_PICTURE)
+    assert (code, out) == (0, "The picture has\n" + NET + FOUR)
+    assert err.count("read anew, because the last answer was broken off") == 1 and "no answer to report on" in err
+
+
+def test_what_fails_while_running_does_not_end_the_conversation(talk, monkeypatch):
+    grow, calls = chat.Generation._extend, []
+
+    def out_of_memory(self, before):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return grow(self, before)
+
+    monkeypatch.setattr(chat.Generation, "_extend", out_of_memory)
+    code, out, err = talk([COUNT, SIGN, SIGN], "--image", DEMO_PICTURE)
+    assert (code, out) == (0, FOUR + NET) and err.count("error: out of memory") == 1
+    calls.clear()
+    with pytest.raises(RuntimeError):
+        talk([COUNT, SIGN], "--image", DEMO_PICTURE, "--debug")
+
+
+def test_show_hands_the_last_answer_and_the_path_on(capsys):
+    shown = []
+    talked = chat.Chat(None, {}, [], None, None, None, None, lambda *given: shown.append(given) or "drawn")
+    talked.last = SimpleNamespace(kept=[3.25, 4.0], vision_tokens=8, cache=1)
+    talked.command("/show"), talked.command("/show a b.png ")
+    assert [path for _, path in shown] == ["a b.png"]
+    err = capsys.readouterr().err
+    assert err.count("of 8, layer by layer: 3.2 4\n") == 2 and err.endswith("4\ndrawn\n") and "/show FILE.png" in err
+
+
+def test_a_later_turn_is_drawn_with_what_the_first_one_kept(talk, tmp_path):
+    kept, page = tmp_path / "kept.png", tmp_path / "kept.html"
+    lines = [
+        COUNT,
+        f"/show {kept}",
+        SIGN,
+        f"/show {page}",
+        "/show nowhere/a.png",
+        "/show a.txt",
+        f"/show {DEMO_PICTURE}",
+    ]
+    code, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "topk", "--retention", "0.25")
+    assert code == 0 and kept.stat().st_size > 10_000 and "25.0 %" in page.read_text()
+    assert err.count("which vision tokens each head kept") == 2 and err.count("error: ") == 3
+    assert "nowhere/a.png cannot be written" in err and DEMO_PICTURE.stat().st_size > 1000
+
+
+def test_masks_of_a_later_turn_cover_the_whole_conversation(demo):
+    first = chat.Generation(demo, COUNT, [DEMO_PICTURE], prune="topk:retention=0.25", remember=True)
+    "".join(first)
+    masks = first.masks
+    second = chat.Generation(demo, SIGN, prune="topk:retention=0.25", remember=True, before=first)
+    "".join(second)
+    assert second.masks.shape[2] == second.prompt_tokens and second.masks[..., masks.shape[2] :].all()
+    assert torch.equal(second.masks[..., : masks.shape[2]], masks)
+
+
+# ---------------------------------------------------------------- lines of stdin
+
+
+@pytest.fixture
+def lines(capsys, monkeypatch):
+    """Function (bytes on stdin, flags) -> (exit code, stdout, stderr)."""
+
+    def lines(data, *flags):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        try:
+            code = run.main(list(map(str, flags)))
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return lines
+
+
+def test_each_line_of_stdin_is_a_question_of_its_own(lines):
+    data = f"\ufeff{SIGN}\r\n\n  \n{COUNT}\n{SIGN}".encode()
+    code, out, err = lines(data, "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.9")
+    assert (code, out) == (0, NET + FOUR + NET) and err.count("note: ") == 1
+    code, out, _ = lines(data, "--image", DEMO_PICTURE, "--json")
+    objects = list(map(run.json.loads, out.splitlines()))
+    assert code == 0 and [o["text"] + "\n" for o in objects] == [NET, FOUR, NET]
+    assert objects[0]["token_ids"] == objects[2]["token_ids"]
+
+
+def test_an_answer_is_one_line_whatever_is_in_it(lines, monkeypatch):
+    monkeypatch.setattr("model.generate.Detokenizer.push", lambda *_: " a\nb\r\u2028  c")
+    code, out, _ = lines(b"what?\nwhat?\n", "--image", DEMO_PICTURE, "-n", "1")
+    assert (code, out) == (0, "a b c\na b c\n")
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \n\t\r\n"])
+def test_without_a_line_there_is_one_error(lines, data):
+    code, out, err = lines(data, "--image", DEMO_PICTURE)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "--prompt, --questions" in err
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"), [(b"a\xff\n", "UTF-8"), (b"a " * 3000 + b"\n", "2048"), (b"<image><image>\n", "2 <image>")]
+)
+def test_a_bad_line_is_named_and_ends_it(lines, bad, words):
+    code, out, err = lines(SIGN.encode() + b"\n\n" + bad + SIGN.encode(), "--image", DEMO_PICTURE)
+    assert (code, out) == (2, NET) and "error: line 3 of stdin: " in err and words in err and ";" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [("--image -", "only one thing"), ("--compare --prune random", "needs --prompt"), ("--batch 2", "--questions")],
+)
+def test_flags_that_have_no_place_without_a_prompt(lines, flags, words):
+    code, out, err = lines(SIGN.encode(), *flags.split())
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_no_stdin_at_all_is_one_error(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as ended:
+        run.main([])
+    assert ended.value.code == 2 and "stdin is empty" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- on a terminal
+
+
+@pytest.fixture(scope="module")
+def endless(without_end):
+    """Flags of answers that are over only when they are stopped."""
+    return ["--model", without_end(10**7), "--max-new-tokens", 10**6]
+
+
+def test_terminal_start_answer_quit():
+    with Terminal("--image", DEMO_PICTURE) as t:
+        assert "/help lists the commands" in t.wait_for("> ")
+        assert t.enter(COUNT) == FOUR
+        t.type("/quit\n")
+        assert t.leave() == 0
+
+
+def test_terminal_picture_by_image_wrong_path_unknown_command_clear():
+    with Terminal() as t:
+        t.wait_for("> ")
+        assert t.enter("/image /nowhere/x.png") == "error: no picture at /nowhere/x.png; check the path\n"
+        assert t.enter("/picture x.png") == "error: there is no command /picture; /help lists them\n"
+        assert str(DEMO_PICTURE) in t.enter(f"/image {DEMO_PICTURE}")
+        assert t.enter(SIGN) == NET
+        assert "new conversation" in t.enter("/clear")
+        assert t.enter("/stats").startswith("error: ")
+        t.type("\x04")
+        assert t.leave() == 0
+
+
+def test_terminal_pruning_and_what_it_dropped():
+    with Terminal("--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.3") as t:
+        t.wait_for("> ")
+        t.enter(COUNT)
+        assert DROPPED in t.enter(SIGN)
+        assert DROPPED not in t.enter(SIGN)
+        assert "anew" in t.enter("/fresh") and "as /fresh asks" in t.enter(COUNT)
+        t.type("/quit\n")
+        assert t.leave() == 0
+
+
+def begin(terminal, question):
+    """Ask a question and wait for the beginning of its answer."""
+    terminal.type(question + "\n")
+    terminal.wait_for("\n")  # the echo
+    terminal.wait_more(10)
+
+
+def test_terminal_ctrl_c_stops_an_answer_and_a_second_one_leaves(endless):
+    with Terminal(*endless) as t:
+        t.wait_for("> ")
+        begin(t, "what is this?")
+        t.type("\x03")
+        t.wait_for("stopped; the conversation goes on from what was said\n> ")
+        t.type("\x03")
+        assert t.leave() == 130 and "Traceback" not in t.everything
+
+
+def test_terminal_other_questions_after_ctrl_c(endless):
+    with Terminal(*endless) as t:
+        t.wait_for("> ")
+        for question in ("what is this?", "and this?", "how many?"):
+            begin(t, question)
+            t.type("\x03")
+            t.wait_for("stopped; ")
+            t.wait_for("> ")
+        assert "read anew" not in t.everything and "error" not in t.everything
+        t.type("/quit\n")
+        assert t.leave() == 0
+
+
+def test_terminal_resized_at_the_prompt_and_during_an_answer(endless):
+    with Terminal(*endless) as t:
+        t.wait_for("> ")
+        t.resize(10, 33)
+        t.type("what is ")
+        t.resize(50, 200)
+        begin(t, "this?")
+        t.resize(24, 80)
+        t.wait_more(50)
+        t.type("\x03")
+        t.wait_for("stopped; ")
+        t.wait_for("> ")
+        t.type("\x04")
+        assert t.leave() == 0 and "Traceback" not in t.everything and "error" not in t.everything
+
+
+def test_terminal_ctrl_c_at_the_prompt_leaves():
+    with Terminal() as t:
+        t.wait_for("> ")
+        t.type("half a line\x03")
+        assert t.leave() == 130 and "Traceback" not in t.everything
+
+
+def test_terminal_full_context(tiny_folder):
+    with Terminal("--model", tiny_folder, "-n", "600") as t:
+        t.wait_for("> ")
+        assert "the context of 512 tokens is full; /clear starts a new conversation" in t.enter("what?")
+        refused = t.enter("and?")
+        assert refused.startswith("error: this question needs ") and "room for 0 of its 512; start a new" in refused
+        t.enter("/clear")
+        assert "error" not in t.enter("what?")
+        t.type("\x04")
+        assert t.leave() == 0
+
+
+def test_terminal_with_stdout_in_a_file_has_the_answers_only(tmp_path):
+    with open(tmp_path / "answers", "w") as file, Terminal("--image", DEMO_PICTURE, stdout=file) as t:
+        t.wait_for("> ")
+        t.enter(COUNT), t.enter(SIGN)
+        t.type("\x04")
+        assert t.leave() == 0
+    assert (tmp_path / "answers").read_text() == FOUR + NET
+
+
+def test_terminal_wrong_flags_end_at_once():
+    with Terminal("--compare", "--prune", "random") as t:
+        assert t.leave() == 2 and "--compare needs --prompt" in t.everything
+
+
+def test_lines_into_head():
+    command = f"printf '{COUNT}\\n{SIGN}\\n' | {sys.executable} {ROOT}/run.py --image {DEMO_PICTURE} | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, FOUR) and "Traceback" not in done.stderr
