@@ -63,14 +63,26 @@ class Terminal:
         while len(self.everything) < wanted:
             assert self._read(end), f"nothing more is shown:\n{self.everything}"
 
-    def leave(self):
-        """Wait until the program ends -> its exit code."""
+    def leave(self, again=""):
+        """Wait until the program ends -> its exit code.
+
+        again: keys to repeat once a second. Python's readline misses a Ctrl-C between showing the prompt and waiting
+        for input, and a person presses it once more.
+        """
         end = time.monotonic() + self.PATIENCE
-        while self._read(end):
-            pass
-        assert time.monotonic() < end, f"it does not end:\n{self.everything}"
+        while not self._ended(time.monotonic() + 1 if again else end):
+            assert time.monotonic() < end, f"it does not end:\n{self.everything}"
+            self.type(again)
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.code
+
+    def _ended(self, end):
+        """Read until the program ends (True) or until a time."""
+        while time.monotonic() < end:
+            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
+            if ready and not self._read(end):
+                return True
+        return False
 
     def resize(self, rows, columns):
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

@@ -604,7 +604,7 @@ def test_terminal_ctrl_c_stops_an_answer_and_a_second_one_leaves(endless):
         t.type("\x03")
         t.wait_for("stopped; the conversation goes on from what was said\n> ")
         t.type("\x03")
-        assert t.leave() == 130 and "Traceback" not in t.everything
+        assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
 
 
 def test_terminal_other_questions_after_ctrl_c(endless):
@@ -640,7 +640,7 @@ def test_terminal_ctrl_c_at_the_prompt_leaves():
     with Terminal() as t:
         t.wait_for("> ")
         t.type("half a line\x03")
-        assert t.leave() == 130 and "Traceback" not in t.everything
+        assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
 
 
 def test_terminal_full_context(tiny_folder):
