@@ -407,10 +407,11 @@ def interrupting(monkeypatch, owner, name, at, times=1):
 def test_ctrl_c_while_a_question_is_read_takes_it_back(talk, monkeypatch, turn):
     name, lines = ("prefill", [COUNT, COUNT, SIGN]) if turn == 1 else ("extend", [COUNT, SIGN, SIGN])
     interrupting(monkeypatch, DecoderLayer, name, 3)
+    handler = signal.getsignal(signal.SIGINT)
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
     assert (code, out) == (0, "\n" + FOUR + NET if turn == 1 else FOUR + "\n" + NET)
     assert err.count("stopped; the question is dropped") == 1 and "read anew" not in err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_stops_an_answer_between_two_tokens(talk, monkeypatch):

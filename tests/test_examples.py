@@ -27,7 +27,11 @@ LONG = [page for page, shown in SHOWN.items() if not all(c.startswith("python ru
 
 
 def test_examples_are_found():
-    assert len(SHOWN["README.md"]) >= 2 and len(SHOWN["tools/README.md"]) >= 8 and set(LONG) == {"README.md", "tools/README.md"}
+    assert (
+        len(SHOWN["README.md"]) >= 2
+        and len(SHOWN["tools/README.md"]) >= 8
+        and set(LONG) == {"README.md", "tools/README.md"}
+    )
 
 
 @pytest.mark.thorough

@@ -717,12 +717,12 @@ def spoil(tmp_path, what):
     write_lines(tmp_path / "a.jsonl", answers)
     if what == "JSON":
         (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "yes"}\n{\n')
-    if what in ("labels", "that of its label"):
+    if what in ("labels", "match its label"):
         rows = [{"label": "yes", "text": "Is there a cat?"}] * (2 if what == "labels" else 1)
         write_lines(tmp_path / "coco_pope_random.json", rows)
 
 
-WRONG = ["no answer", "two answers", "label", "JSON", "labels", "that of its label", "question_id", "text", "category"]
+WRONG = ["no answer", "two answers", "label", "JSON", "labels", "match its label", "question_id", "text", "category"]
 
 
 @pytest.mark.parametrize("what", [*WRONG, "total", "is empty"])

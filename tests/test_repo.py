@@ -247,8 +247,3 @@ def test_a_page_is_filled_between_its_comments(monkeypatch):
     text = f"a\n<!-- table one -->\nold\n{end}\nb <!-- table two-b -->\n{end}"
     filled = f"a\n<!-- table one -->\n| 1 |\n{end}\nb <!-- table two-b -->\n| 2 |\n| 3 |\n{end}"
     assert tables.filled(text) == filled == tables.filled(filled)
-
-
-def test_the_methods_of_the_help_are_those_that_exist():
-    listed = re.search(r"keeps in its cache: (.*?) or FILE", re.sub(r"\s+", " ", run.parser().format_help()))
-    assert listed[1].split(", ") == list(METHODS)

@@ -64,4 +64,4 @@ def _setting(key, value, what):
 def _row(left, right, indent=0):
     """Two columns, wrapped to the terminal."""
     width, text = min(shutil.get_terminal_size().columns, 120), f"{left.ljust(indent - 1)} {' '.join(right.split())}"
-    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
