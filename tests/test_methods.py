@@ -143,6 +143,7 @@ def test_a_picture_is_starved_only_where_all_are_ranked_together(kv_heads):
 @given(st.data())
 def test_guards_and_text_wherever_the_pictures_are(data):
     """Also for a picture at the start or end of the prompt, and for guards longer than the prompt."""
+    assert guarded(layout([(0, 6)], 6), 1, 2).tolist() == [True, False, False, False, True, True]
     kinds = data.draw(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=1, max_size=5))
     sink, recent = data.draw(st.tuples(st.integers(0, 22), st.integers(0, 22)))
     vision = [picture for picture, n in kinds for _ in range(n)]
