@@ -405,7 +405,7 @@ def answer(args):
     start = time.perf_counter()
     import torch
 
-    from model import Generation, open_checkpoint, show
+    from model import Generation, open_checkpoint
     from model.image import read_image
     from tools.report import CoreWait
 
@@ -422,6 +422,8 @@ def answer(args):
     }
     generation = Generation(checkpoint, args.prompt or "?", pictures, **given)
     if args.show is not None:
+        from model import show
+
         show.check_path(args.show, generation)
     checkpoint.read_weights(args.dtype, device)
     load_seconds = time.perf_counter() - start
