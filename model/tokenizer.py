@@ -69,7 +69,7 @@ class Tokenizer:
             self.bos_id, self.add_bos = _bos_rule(config, fast, self.bos_id)
         self._first = _Finder({text: token for text, token in found.items() if not token.normalized})
         self._second = _Finder({self._normal(text): token for text, token in found.items() if token.normalized})
-        # with a `Prepend` normalizer, transformers decodes normalised tokens (special ones too) to their normalised text
+        # with a `Prepend` normalizer, transformers decodes normalised tokens (special ones too) to normalised text
         shown = [
             t for t in found.values() if t.id not in control and (not t.special or self._prepends and t.normalized)
         ]

@@ -351,7 +351,7 @@ def test_one_picture_needs_no_list(demo, what):
 
 def test_what_was_done_to_a_picture_is_noted(demo):
     wide = Image.new("RGBA", (300, 100), (255, 0, 0, 0))
-    loss, white = "drops 67 %", "on white"
+    loss, white = "removes 67 %", "on white"
     wide.putpixel((0, 0), (255, 0, 0, 255))
     for mode, lines in (("crop", [white, loss]), ("pad", [white])):
         notes = Generation(demo, QUESTION, [PICTURE, wide], image_mode=mode).notes
@@ -419,7 +419,7 @@ def test_one_answer_cannot_be_written_twice_at_once(demo):
     generation = Generation(demo, QUESTION, PICTURE, Sampling(20))
     first, second = iter(generation), iter(generation)
     next(first), next(second)
-    with pytest.raises(RuntimeError, match="begun again"):
+    with pytest.raises(RuntimeError, match="restarted this answer"):
         list(first)
     assert "".join(list(second)) and generation.text == ask(demo, QUESTION, PICTURE, max_new_tokens=20)
 
