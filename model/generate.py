@@ -1,4 +1,4 @@
-"""Ask a loaded checkpoint something: prompt and pictures in, pieces of text out as they are written."""
+"""Ask a loaded checkpoint a question: prompt and pictures in, a stream of text out."""
 
 import copy
 import math
@@ -26,42 +26,42 @@ from .view import contrast_of, places_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when the answer ends. InputError for values that mean nothing."""
+    """How the next token is chosen and when the answer ends. InputError for invalid values."""
 
     max_new_tokens: int = 256  # at least 1
     temperature: float = 0.0  # 0: greedy
     top_k: int = None  # at least 1; None: all tokens
-    top_p: float = None  # above 0, up to 1; None: all of the probability
+    top_p: float = None  # above 0, up to 1; None: no limit
     seed: int = 0  # 0 to 2**64 - 1
-    stop: tuple = ()  # strings that end the answer; they are not part of it. One string is a tuple of one
+    stop: tuple = ()  # strings that end the answer, themselves excluded; or one such string
 
     def __post_init__(self):
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple | set | frozenset) or not all(
             isinstance(s, str) and plain_text(s) for s in stop
         ):
-            raise InputError(f"stop is {_brief(self.stop)}; give a text that is not empty, or a list of such texts")
+            raise InputError(f"stop is {_brief(self.stop)}; give a non-empty text or a list of such texts")
         object.__setattr__(self, "stop", tuple(map(plain_text, stop)))  # the class is frozen
         for name, kind, low, high, wanted in (
             ("max_new_tokens", Integral, 1, math.inf, "an integer of at least 1"),
             ("temperature", Real, 0, 1e4, "a number from 0 (greedy) to 10000"),
             ("top_k", Integral, 1, math.inf, "an integer of at least 1, or None for all tokens"),
-            ("top_p", Real, 5e-324, 1, "a number above 0 and up to 1, or None for all of the probability"),
+            ("top_p", Real, 5e-324, 1, "a number above 0 and up to 1, or None for no limit"),
             ("seed", Integral, 0, 2**64 - 1, "an integer from 0 to 2**64 - 1"),
         ):
             value = getattr(self, name)
             if value is None and name in ("top_k", "top_p"):
                 continue
-            # a comparison with NaN is false
+            # NaN fails the comparison
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 raise InputError(f"{name} is {_brief(value)}; give {wanted}")
-            if kind is Integral:  # NumPy has its own
+            if kind is Integral:  # NumPy's integers too
                 object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a pruning method may know of a prompt beside its scores."""
+    """What a pruning method gets besides the scores: facts about the prompt and, on request, about the layer."""
 
     num_layers: int  # L
     q_heads: int  # Hq
@@ -69,15 +69,15 @@ class Layout:
     tokens: int  # T, pictures expanded
     spans: list  # [(start, stop)] of the pictures among the T
     device: torch.device
-    attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, where `sink_keys` are guarded
+    attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, with the setting `sink_keys`
     last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
-    norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norm of the layer's value rows, for methods that ask for values
-    places: list = None  # of each picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
-    contrast: list = None  # of each picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
+    norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norms of the layer's value rows, with the setting `values`
+    places: list = None  # per picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
+    contrast: list = None  # per picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
 
     @cached_property
     def text(self):
-        """(T,) bool: what is not a picture's."""
+        """(T,) bool: True for tokens outside pictures."""
         mask = torch.ones(self.tokens, dtype=torch.bool, device=self.device)
         for start, stop in self.spans:
             mask[start:stop] = False
@@ -85,24 +85,24 @@ class Layout:
 
 
 class Pruner:
-    """Asks a method about the layers of one prefill: what a layer's attention says goes in, what is kept comes out.
+    """Applies a method to the layers of one prefill: computes scores from a layer's q and k, returns what is kept.
 
-    text      tokens of no picture in the prompt as each layer saw it, which stay
-    layout    of the prompt as the current layer sees it
-    seconds   spent on scoring and choosing; see `timed` of Generation
-    masks     if `remember`: (Hkv, T) bool of each layer, the tokens of the whole prompt that each head keeps
+    text      number of text tokens in the prompt that each layer saw; they are always kept
+    layout    the prompt as the current layer sees it
+    seconds   time spent on scoring and choosing; see `timed` of Generation
+    masks     with `remember`: (Hkv, T) bool per layer, the tokens of the whole prompt that each head keeps
     """
 
     def __init__(self, method, layout, backend="auto", timed=False, ahead=0, remember=False):
-        """ahead: how many of the rows of q, k and v, the last ones, are look-ahead rows and no part of the prompt."""
+        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v."""
         self.method, self.layout, self.backend, self.timed, self.ahead = method, layout, backend, timed, ahead
         self.text, self.seconds = [], 0.0
         self.masks = [] if remember else None
         self.tokens = layout.tokens  # of the whole prompt
-        self.rows = torch.arange(layout.tokens, device=layout.device)  # those of them that the current layer sees
+        self.rows = torch.arange(layout.tokens, device=layout.device)  # indices of those that the current layer sees
 
     def choose(self, layer, q, k, v):
-        """Which rows of k and v (1, Hkv, T, D) each head keeps, after q (1, Hq, T, D): (Hkv, T) bool, None for all."""
+        """The rows of k, v (1, Hkv, T, D) that each head keeps, given q (1, Hq, T, D): (Hkv, T) bool, None for all."""
         keep = None
         if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
             start = clock(k.device, self.timed)
@@ -120,17 +120,17 @@ class Pruner:
         return keep
 
     def _of_the_prompt(self, keep):
-        """What a layer keeps of the rows that it sees, or None for all -> (Hkv, T) bool of the whole prompt."""
+        """keep of the tokens that a layer sees, or None for all -> (Hkv, T) bool over the whole prompt."""
         mask = torch.zeros(self.layout.kv_heads, self.tokens, dtype=torch.bool, device=self.rows.device)
         mask[:, self.rows] = True if keep is None else keep
         return mask
 
     def kept(self, cache):
-        """Vision tokens that a KV head of each layer keeps in the prompt's cache, averaged over the layer's heads."""
+        """Vision tokens kept per KV head in the prompt's cache: one number per layer, averaged over its heads."""
         return [n - text for n, text in zip(cache.kv_len.double().mean(1).tolist(), self.text, strict=True)]
 
     def narrow(self, layer, q, k, v):
-        """Which tokens go on to the layers after this one: indices (T',), ascending, or None for all."""
+        """The tokens that go on to later layers: ascending indices (T',), or None for all."""
         if not self.layout.spans or self.method.layer != layer + 1:
             return None
         start = clock(k.device, self.timed)
@@ -151,14 +151,14 @@ class Pruner:
         return rows
 
     def _guarded(self, q, k):
-        """The layout, with what the method needs to know the keys that attention is parked on."""
+        """The layout, with `attended` if the method guards `sink_keys`."""
         if not self.method.settings.get("sink_keys"):
             return self.layout
         attended = self._scores(q, k, 32).view(self.layout.kv_heads, -1, self.layout.tokens).mean(1)
         return replace(self.layout, attended=attended)
 
     def _scores(self, q, k, window):
-        """(Hq, T) fp32, averaged over the last rows, down to where the last picture ends. None for a window of 0."""
+        """(Hq, T) fp32: mean attention of the last `window` rows that follow the last picture. None if window is 0."""
         behind = self.layout.tokens - self.layout.spans[-1][1]
         rows = min(window, max(1, behind))
         if not rows:
@@ -173,7 +173,7 @@ class Pruner:
         return scores[:, : self.layout.tokens]
 
     def _heed(self, ask, *arguments):
-        """What a method answers; what it refuses is wrong input."""
+        """Call a method; its ValueError becomes an InputError."""
         try:
             return ask(*arguments)
         except ValueError as wrong:
@@ -181,23 +181,23 @@ class Pruner:
 
 
 class Generation:
-    """One answer, while it is written and after.
+    """One answer, while it is generated and afterwards.
 
-    Iterate over it for pieces of text. Everything that can be refused is refused by the constructor (InputError),
-    before any computing. When the iteration is over, or was broken off, the fields say what happened:
+    Iterate over it for pieces of text. The constructor checks all input (InputError) before anything is computed. After
+    the iteration, complete or not, these fields describe the answer:
 
     text           the answer
     token_ids      its ids, the stop id excluded
     finish_reason  "stop" | "length" | "interrupted"
     prompt         the question
-    prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    what was asked, pictures expanded
-    spans          [(start, stop)] of the pictures among the prompt's tokens
-    notes          lines about what was done to the pictures
+    prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    the question, pictures expanded
+    spans          [(start, stop)] of the pictures in the prompt's tokens
+    notes          lines about changes to the pictures
     cache          the RaggedCache
     masks          with `remember`, once the prompt is computed: (L, Hkv, T) bool, the tokens that each head keeps
-    kept           vision tokens that a KV head keeps, one number per layer, averaged over the layer's heads
-    bytes_held     K and V bytes of the prompt rows that were kept
-    timing         seconds: vision, prefill, prune (a part of prefill), and steps, one entry per decode step (the first
+    kept           vision tokens kept per KV head: one number per layer, averaged over its heads
+    bytes_held     K and V bytes of the kept prompt rows
+    timing         seconds: vision, prefill, prune (part of prefill), and steps, one entry per decode step (the first
                    token comes from prefill)
     cancelled      set it to True, from a signal handler or another thread, to end the iteration after its next token
     """
@@ -209,14 +209,14 @@ class Generation:
     ):  # fmt: skip
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
-        A picture is what `read_image` takes: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or a
-        uint8 array or tensor.
+        A picture is anything that `read_image` accepts: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL
+        image, or a uint8 array or tensor.
 
-        prune: what chooses the tokens that each head keeps (`model.api.choose_method`): a name or SPEC as of `--prune`,
-        with the checkpoint's own settings, a function, class or Method of `model.pruning`, None to keep all; backend:
-        of the kernels; compile: the decode step, see `DecodeStep`; anyres_order: "hf" or "orig", see `choose_canvas`;
-        timed: let a CUDA device finish before a clock is read. Otherwise the parts of `timing` but `steps` only say how
-        long the host took to launch them. remember: keep `masks`, for `model.show`.
+        prune: the pruning method (`model.api.choose_method`): a name or SPEC as in `--prune`, with the checkpoint's own
+        settings; or a function, class or Method of `model.pruning`; None keeps all tokens. backend: of the kernels.
+        compile: compile the decode step, see `DecodeStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed:
+        synchronise a CUDA device before each clock reading; without it, all of `timing` but `steps` is launch time.
+        remember: keep `masks`, for `model.show`.
 
         before: the Generation whose answer this question follows in a conversation; template and image mode are taken
         from it. Prompt, pictures and counts then mean the whole conversation. Its cache is taken over: only the new
@@ -226,7 +226,7 @@ class Generation:
         images = as_list(images)
         for what, given, kinds, wanted in (
             ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
-            ("prompt", prompt, str, "the question as a text"),
+            ("prompt", prompt, str, "the question as text"),
             ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
             ("system", system, str | None, "a text or None"),
             ("before", before, Generation | None, "the Generation that this question follows"),
@@ -257,11 +257,11 @@ class Generation:
         self.prompt = prompt = prompt if self.template == "raw" else prompt.rstrip("\n")
         text = build_prompt(prompt, len(images), self.template, system, before is not None)
         if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
-            raise InputError("the question is empty; say what to ask")
+            raise InputError("the question is empty; give a question")
         try:
             text.encode()
         except UnicodeEncodeError as broken:  # half of a surrogate pair
-            raise InputError(f"the prompt is no Unicode text ({broken}); mend it") from broken
+            raise InputError(f"the prompt is not valid Unicode ({broken}); correct it") from broken
         self.ids = earlier + checkpoint.tokenizer.encode(text, follows=before is not None)
         pictures = [read_image(i) for i in images]
         notes = [note for p in pictures for note in (p.note, crop_note(p, self.image_settings))]
@@ -282,20 +282,20 @@ class Generation:
         self._begin()
 
     def _look(self, picture):
-        """A PIL image -> (squares, grid): the S x S pictures the model looks at; (rows, columns) of tiles or None."""
+        """A PIL image -> (squares, grid): the model's S x S input pictures; (rows, columns) of tiles, or None."""
         if self.image_settings.mode == "anyres":
             return to_tiles(picture, self.image_settings)
         return [to_square(picture, self.image_settings)], None
 
     def _count(self, picture, grid):
-        """Tokens that the picture becomes."""
+        """Number of tokens for the picture."""
         tower = self.checkpoint.config.vision_config
         if grid is None:
             return self.checkpoint.config.image_tokens
         return tile_tokens(grid, tower.image_size // tower.patch_size, picture.size, self.image_settings.order)
 
     def _too_long(self):
-        """One line: what the prompt needs and what there is."""
+        """The error if prompt and pictures exceed the context."""
         text = self.checkpoint.config.text_config
         if self.before is not None:
             past = self.before.prompt_tokens + len(self.before.token_ids)
@@ -303,7 +303,7 @@ class Generation:
                 f"this question needs {self.prompt_tokens - past} tokens, and the context has room for "
                 f"{max(0, text.context - past)} of its {text.context}; start a new conversation (in a chat: /clear)"
             )
-        window = f" (its sliding window; beyond it is {text.max_position_embeddings})"
+        window = f" (its sliding window, less than its {text.max_position_embeddings} positions)"
         return (
             f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
             f"images, and the model's context is {text.context}"
@@ -311,14 +311,14 @@ class Generation:
         )
 
     def unpruned(self):
-        """The same question, still to be asked, with a cache that keeps everything."""
+        """A new Generation of the same question without pruning."""
         twin = copy.copy(self)
         twin.prune = None
         twin._begin()
         return twin
 
     def check_method(self, prune):
-        """InputError if the model is not one for the method; a note if there is nothing to drop."""
+        """InputError if the method does not fit the model; adds a note if there is nothing to drop."""
         text = self.checkpoint.config.text_config
         try:
             prune.check(text.num_hidden_layers, text.num_key_value_heads)
@@ -334,17 +334,17 @@ class Generation:
 
     @property
     def pixels(self):
-        """Pixel values of the pictures, (3, S, S) fp32 each; made anew, so that no tensor outlives its use."""
+        """Pixel values of the pictures, (3, S, S) fp32 each; recomputed per call, so that no tensor is kept alive."""
         return [normalise(square, self.image_settings) for square in self.squares]
 
     @property
     def squares(self):
-        """What the vision tower looks at: one PIL image per picture, or the picture's tiles behind it."""
+        """The vision tower's input: one PIL image per picture, followed by the picture's tiles if it has any."""
         return [square for squares, _ in self.looks for square in squares]
 
     @property
     def places(self):
-        """Where in its picture each token sits, (n, 2) per picture: `places_of`."""
+        """Each token's row and column in its picture, (n, 2) per picture: `places_of`."""
         return [places_of(*of_picture[1:]) for of_picture in self._views()]
 
     @property
@@ -356,7 +356,7 @@ class Generation:
         ]
 
     def _views(self):
-        """Of each picture: its squares, tokens per side of one, tokens in all, which part of its tiles is seen."""
+        """Per picture: squares, tokens per side of a square, number of tokens, the part of its joined tiles in use."""
         tower = self.checkpoint.config.vision_config
         side = tower.image_size // tower.patch_size
         for (squares, grid), image in zip(self.looks, self.images, strict=True):
@@ -368,7 +368,7 @@ class Generation:
         model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
         looks, images = self.looks[first:], self.images[first:]
         squares, parts = [square for squares, _ in looks for square in squares], []
-        for i in range(0, len(squares), 8):  # so that many pictures need the memory of a few
+        for i in range(0, len(squares), 8):  # limits the memory for many pictures
             pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
             parts.append(model.encode_images(pixels.to(device, dtype)))
         if not parts:
@@ -382,7 +382,7 @@ class Generation:
 
     @property
     def way(self):
-        """What the backend comes to where the checkpoint is: "triton" or "torch". InputError if it cannot work."""
+        """The backend that is used on the checkpoint's device: "triton" or "torch". InputError if it is unavailable."""
         if self.checkpoint.device.type == "meta":
             raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
         try:
@@ -392,13 +392,13 @@ class Generation:
 
     @property
     def unfed(self):
-        """Ids of the answer that the cache has not seen: a last token was chosen, but nothing came after it."""
-        if self.cache is None or self.cache.pos is None:  # nothing was computed, or not to the end of the prompt
+        """Ids of the answer that are not in the cache yet: the last token was chosen but never fed to the model."""
+        if self.cache is None or self.cache.pos is None:  # the prefill did not run, or did not complete
             return []
         return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :]
 
     def _begin(self):
-        """Nothing said yet."""
+        """Reset to the state before the prefill."""
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
@@ -409,7 +409,7 @@ class Generation:
 
     @torch.inference_mode()
     def __iter__(self):
-        self._begin()  # iterating again gives the answer again
+        self._begin()  # a second iteration generates the answer again
         writer = self._writer
         logits = self.prefill()
         choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
@@ -417,7 +417,7 @@ class Generation:
         step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
         while True:
             if self._writer is not writer:
-                raise RuntimeError("this answer was begun again elsewhere; make another Generation for that")
+                raise RuntimeError("another iteration restarted this answer; make one Generation for each")
             piece = self.take(ids.item())
             if piece:
                 yield piece
@@ -425,18 +425,18 @@ class Generation:
                 return
             start = time.perf_counter()
             ids = choose(step(ids)[0])
-            ids.tolist()  # reading them is what waits for the device
+            ids.tolist()  # waits for the device
             self.timing["steps"].append(time.perf_counter() - start)
 
     @property
     def over(self):
-        """Is the answer complete, or will it never be?"""
+        """Has the answer ended, complete or failed?"""
         return self.finish_reason != "interrupted" or self.failure is not None
 
     def take(self, token):
-        """One more id of the answer -> the text that it makes certain. `finish_reason` says whether it was the last.
+        """Add one id to the answer -> the text that becomes certain with it. Sets `finish_reason` if it was the last.
 
-        RuntimeError for an id below 0, which stands for broken logits.
+        RuntimeError for an id below 0, which means that the logits were not finite.
         """
         if token < 0:
             raise RuntimeError("the model produced NaN or infinity; try --dtype fp32 or bf16")
@@ -455,17 +455,17 @@ class Generation:
 
     @property
     def retention(self):
-        """Kept over all (head, vision token) pairs; 1.0 before the prefill and without pictures."""
+        """Fraction kept of all (head, vision token) pairs; 1.0 before the prefill or without pictures."""
         total = len(self.kept) * self.vision_tokens
         return sum(self.kept) / total if total else 1.0
 
     @property
     def wanted(self):
-        """The fraction of the vision tokens that was asked for, or None; see `Method.wanted`."""
+        """The requested fraction of vision tokens, or None; see `Method.wanted`."""
         return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
 
     def prefill(self):
-        """Pictures and prompt through the model, the cache filled -> logits (V,) of the first new token."""
+        """Run the model on pictures and prompt and fill the cache -> logits (V,) of the first new token."""
         before, self.before = self.before, None
         if before is not None and before.goes_on:
             return self._extend(before)
@@ -523,7 +523,7 @@ class Generation:
         return logits
 
     def never(self):
-        """Ids that must not be said: rows of the embedding that stand for no token, `<image>` and `<pad>`."""
+        """Ids that must not be generated: embedding rows that are no token, `<image>` and `<pad>`."""
         tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
         ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
@@ -531,22 +531,23 @@ class Generation:
 
 
 def off_budget(method, kept, wanted):
-    """One line if a method kept more than 3 points more or less than what was wanted (fractions or None), else None."""
+    """One line if kept and wanted (fractions; wanted may be None) differ by more than 0.03, else None."""
     if wanted is None or abs(kept - wanted) <= 0.03:
         return None
     hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
-    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens, {100 * wanted:.1f} % were asked for{hint}"
+    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens, {100 * wanted:.1f} % were requested{hint}"
 
 
 class DecodeStep:
-    """One more token of each of B sequences into their cache: ids (B,) on its device -> logits (B, V) of the next.
+    """A decode step: append one token per sequence to the cache, ids (B,) on its device -> next logits (B, V).
 
-    With Triton's kernels on CUDA a step is a captured graph: hundreds of launches become one. It is captured again when
-    the arenas have moved. The first step after that runs as it is, which also compiles the kernels.
+    With the Triton kernels on CUDA, a step is replayed from a captured graph, which replaces hundreds of launches by
+    one. When the cache's `version` changes, the next step runs uncaptured (the first also compiles the kernels), and
+    the one after it is captured again.
     """
 
     def __init__(self, language, cache, compile=False):
-        """compile: let torch.compile write a layer's loops; the first step takes long, see `_compile`."""
+        """compile: use torch.compile for the layers, which makes the first step slow; see `_compile`."""
         self.language, self.cache = language, cache
         self.turns = rope_turns(language.config, cache.pos.device)
         self.parts, self.logits_of = LayerParts(), Llama.logits
@@ -566,24 +567,24 @@ class DecodeStep:
 
     @property
     def captures(self):
-        """Are steps captured? The kernels of the torch backend cannot be: they look at lengths."""
+        """Can steps be captured? Not with the torch backend, which reads lengths on the host."""
         return self.cache.fused and self.cache.pos.is_cuda
 
     def _step(self, ids):
-        """Allocates from the device only; reads nothing back."""
+        """One step. Copies nothing between host and device, so that it can be captured."""
         x = F.embedding(ids, self.language.model.embed_tokens.weight)
         hidden = self.language.decode(x, self.cache, self.turns, self.parts)
         try:
             return self.logits_of(self.language, hidden)
-        except BaseException:  # no next token: the step has not happened
+        except BaseException:  # no logits: undo the step
             self.cache.give_back()
             raise
 
     def _compile(self):
-        """Parts of a layer, the same for all layers; nothing is compiled before it is used.
+        """Wrap a layer's functions in torch.compile, once for all layers; compilation happens at the first call.
 
-        On a CPU a whole layer where its cache is a rectangle, whose number of slots may change (dynamic); elsewhere
-        the two halves around the attention.
+        On a CPU, a layer whose cache is a rectangle is compiled as a whole, with a dynamic number of slots. Otherwise
+        the two halves around attention are compiled.
         """
         halves = DecoderLayer.before_attention, DecoderLayer.after_attention
         before, after = (torch.compile(half, dynamic=False) for half in halves)
@@ -599,7 +600,7 @@ class DecodeStep:
         if self.graph is None:
             self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-                self.logits = self._step(self.ids)  # records the step, and claims the host's part of its slots
+                self.logits = self._step(self.ids)  # records the step; also counts its slots on the host
             self.graph = graph
         else:
             self.ids.copy_(ids)
@@ -609,41 +610,39 @@ class DecodeStep:
 
 
 def _brief(value):
-    """A value in an error message: its type says enough of most."""
+    """A value for an error message: simple values in full, of others only the type."""
     simple = value is None or isinstance(value, str | bool | int | float)
     return repr(value)[:60] if simple else f"a {type(value).__name__}"
 
 
 def ask(checkpoint, prompt, images=(), prune=None, **options):
-    """The whole answer as a string. images, prune: see `Generation`; options: fields of Sampling."""
+    """Return the whole answer as a string. images, prune: see `Generation`; options: fields of Sampling."""
     generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
     return "".join(generation)
 
 
 @torch.inference_mode()
 def next_turn(checkpoint, cache, ids, pixels=()):
-    """Feed a new turn behind what a cache has kept, without computing the past again -> logits (V,) of the next token.
+    """Append a new turn to a cache without recomputing the past -> logits (V,) of the next token.
 
-    ids: token ids that the cache has not seen, one image placeholder per picture: `unfed` of the answer before, what
-    the template puts between the turns, the question. pixels: what `preprocess` makes of each picture, (3, S, S). The
-    cache, of one sequence, takes all of the new tokens; `Llama.decode` goes on from there, in inference_mode as here.
+    ids: token ids that are not in the cache yet, with one image placeholder per picture: `unfed` of the previous
+    answer, the template's text between the turns, and the question. pixels: `preprocess` of each picture, (3, S, S).
+    The cache must hold one sequence and keeps all new tokens. Continue with `Llama.decode`, in inference_mode as here.
     """
     model, tokens = checkpoint.model, ()
     ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
     known = range(len(model.language_model.model.embed_tokens.weight)), (checkpoint.config.image_token_index,)
     if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and any(i in k for k in known) for i in ids):
-        raise InputError("the turn is no list of the checkpoint's token ids; encode its text")
+        raise InputError("the turn is not a list of the checkpoint's token ids; encode its text")
     if not ids:
         raise InputError("the turn has no tokens; give the ids of a question")
     if not isinstance(cache, RaggedCache) or cache.pos is None or len(cache.pos) != 1:
-        raise InputError("the cache holds no prompt, or several; give the `cache` of one Generation that was iterated")
+        raise InputError("the cache holds no prompt or several; give the `cache` of one Generation that was iterated")
     pixels = list(pixels) if isinstance(pixels, tuple | torch.Tensor) else as_list(pixels)
     if pixels:
         size = checkpoint.config.vision_config.image_size
         if not all(isinstance(p, torch.Tensor) and p.shape == (3, size, size) for p in pixels):
-            raise InputError(
-                f"the pictures of a turn are tensors (3, {size}, {size}) here; make them with `preprocess`"
-            )
+            raise InputError(f"the pictures of a turn must be tensors (3, {size}, {size}); make them with `preprocess`")
         tokens = model.encode_images(torch.stack(pixels).to(checkpoint.device, checkpoint.dtype))
     x, _ = model.splice(ids, tokens)
     room = checkpoint.config.text_config.context - int(cache.pos[0])
@@ -653,14 +652,14 @@ def next_turn(checkpoint, cache, ids, pixels=()):
 
 
 def clock(device, wait):
-    """Seconds. wait: read the clock when a CUDA device has finished what it was given, so that it means something."""
+    """The time in seconds. wait: first synchronise a CUDA device, so that the time includes its work."""
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Chooser:
-    """How one answer goes on: logits -> next id, on their device; -1 where they are not finite."""
+    """Chooses the next token of one answer: logits -> id, on their device; -1 if they are not finite."""
 
     def __init__(self, sampling, never, device):
         """never: ids that must not be chosen."""
@@ -670,33 +669,33 @@ class Chooser:
     def __call__(self, logits):
         """logits (V,) -> id (1,)."""
         sampling, (token, logits) = self.sampling, self.greedy(logits[None])
-        if sampling.temperature > torch.finfo(logits.dtype).tiny:  # below, nothing but the best has a chance
+        if sampling.temperature > torch.finfo(logits.dtype).tiny:  # below that, sampling is greedy
             weights = probabilities(logits[0], sampling.temperature, sampling.top_k, sampling.top_p)
             noise = torch.empty_like(weights).exponential_(generator=self.generator)
-            # what multinomial does, without waiting to check its weights
+            # the same as multinomial, without the synchronisation of its checks
             token = torch.where(token < 0, token, (weights / noise).argmax(-1))
         return token
 
     def greedy(self, logits):
-        """logits (B, V) -> the best ids (B,) and the logits (B, V) in fp32 without those of `never`."""
+        """logits (B, V) -> the best ids (B,), and the logits (B, V) in fp32 with -inf for `never`."""
         logits = logits.float().index_fill(-1, self.never, float("-inf"))
         best, token = logits.max(-1)
-        return torch.where(best.isfinite(), token, -1), logits  # the maximum of anything with a NaN is NaN
+        return torch.where(best.isfinite(), token, -1), logits  # a NaN makes the maximum NaN
 
 
 def out_of_memory(error):
-    """Does the exception say that memory, of the host or of a device, was not enough?"""
+    """Is the exception an out-of-memory error, of the host or of a device?"""
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory")
     )
 
 
 class Batch:
-    """Generations that take their decode steps together, so that one pass over the weights serves all of them.
+    """Generations that decode together, so that each step reads the weights once for all of them.
 
-    Each is prefilled by itself when it comes in, at any time, and leaves when its answer is over, with its K and V: no
-    padding anywhere, no waiting for the longest. What it says does not depend on who else is there, but for the
-    rounding of products of another size. All must be of one checkpoint, backend included.
+    Each one is prefilled separately when it is added, at any time. When its answer ends, it leaves and its K and V are
+    freed: there is no padding and no waiting for the longest. Its answer does not depend on the others, except for the
+    rounding of matrix products of another size. All must use the same checkpoint and backend.
 
         batch = Batch()
         batch.add(Generation(...))
@@ -704,7 +703,7 @@ class Batch:
             for generation in batch.advance():
                 print(generation.text)
 
-    One whose logits are broken leaves too, with what went wrong in its `failure`.
+    A generation with non-finite logits also leaves; its `failure` is the error.
     """
 
     def __init__(self):
@@ -713,26 +712,26 @@ class Batch:
         self.cache = self._step = self._ids = None
 
     def __len__(self):
-        """How many were added and not handed out so far."""
+        """Number of generations that were added and not yet returned by `advance`."""
         return len(self.running) + len(self._over)
 
     @torch.inference_mode()
     def add(self, generation):
-        """Prefill one more and take it in. The next `advance` hands it out if its first token was its last."""
+        """Prefill a generation and add it. If its first token was its last, the next `advance` returns it."""
         if not isinstance(generation, Generation):
-            raise InputError(f"a batch takes one Generation at a time, not {_brief(generation)}; give it one")
+            raise InputError(f"a batch takes one Generation at a time, not {_brief(generation)}; add one")
         if self.running and generation.checkpoint is not self.running[0].checkpoint:
-            raise InputError("a batch is of one checkpoint; start another for this one")
+            raise InputError("a batch has one checkpoint; start another batch for this one")
         if self.running and generation.way != self.running[0].way:
-            raise InputError("a batch is of one backend; start another for this one")
+            raise InputError("a batch has one backend; start another batch for this one")
         if any(generation is other for other in (*self.running, *self._over)):
-            raise ValueError("this generation is in the batch already; add another")
+            raise ValueError("this generation is already in the batch; add another")
         generation._begin()
         logits = generation.prefill()
         chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
         ids = chooser(logits)
         self._take(generation, ids.item())
-        own, generation.cache = generation.cache, None  # its K and V live in the batch's from here on
+        own, generation.cache = generation.cache, None  # its K and V move to the batch's cache
         if generation.over:
             self._over.append(generation)
             return
@@ -745,31 +744,31 @@ class Batch:
 
     @torch.inference_mode()
     def advance(self):
-        """One more token for each -> the generations that are over now, in no particular order.
+        """Decode one more token for each -> the generations that have ended, in no particular order.
 
-        Where memory runs out, the batch is as before or has made its step: go on by calling it again.
+        If memory runs out, the step is either undone or complete; in both cases call `advance` again to continue.
         """
-        self._dismiss()  # those that could not leave when memory ran out
+        self._dismiss()  # generations that could not leave when memory ran out
         if self.running:
             start = time.perf_counter()
             logits = self._step(self._ids)
             try:
                 ids = self._next(logits)
                 tokens = ids.tolist()
-            except BaseException:  # out of memory: the same step can be tried again
+            except BaseException:  # out of memory: undo the step, so that it can be repeated
                 self.cache.give_back()
                 raise
             self._ids = ids
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
                 self._take(generation, token)
-                generation.timing["steps"].append(seconds)  # which it shared with the others
+                generation.timing["steps"].append(seconds)  # shared with the others
             self._dismiss()
         over, self._over = self._over, []
         return over
 
     def _take(self, generation, token):
-        """generation.take, but what is wrong with one does not end the others."""
+        """generation.take, but an error ends only this generation."""
         try:
             generation.take(token)
         except RuntimeError as broken:
@@ -782,13 +781,13 @@ class Batch:
         return torch.cat([chooser(row) for chooser, row in zip(self._choosers, logits, strict=True)])
 
     def _dismiss(self):
-        """Those that are over leave, and their memory is given back."""
+        """Remove the generations that have ended and free their memory."""
         stay = [i for i, generation in enumerate(self.running) if not generation.over]
         if len(stay) == len(self.running):
             return
         ids = self._ids[stay]
         if stay:
-            self.cache.select(stay)  # from here on nothing can fail until all agree
+            self.cache.select(stay)  # nothing below can fail before all fields are updated
         self._over += [generation for generation in self.running if generation.over]
         self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
         self._ids = ids
@@ -824,34 +823,34 @@ def answer_together(begin, questions, size):
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
-    """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set holding top_p of the rest.
+    """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set of these with mass top_p.
 
-    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, also when it alone exceeds top_p. Of equal
-    logits the one with the lower index is the better one, as in greedy decoding.
+    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, even if it alone exceeds top_p. Ties go to
+    the lower index, as in greedy decoding.
     """
-    limits = torch.finfo(logits.dtype)  # the temperature is cast to it: neither to 0 nor to infinity
-    logits = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)  # the shift keeps 0 at the best
+    limits = torch.finfo(logits.dtype)  # the temperature must not round to 0 or infinity
+    logits = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)  # the best is 0
     if top_k is not None or top_p is not None:
         logits, order = logits.sort(descending=True, stable=True)
         if top_k is not None:
             logits[top_k:] = float("-inf")
         if top_p is not None and top_p < 1:
             weights = logits.softmax(-1)
-            before = weights.cumsum(-1) - weights  # mass of everything better
-            before[0] = -1.0  # fp32 takes a tiny top_p for 0
+            before = weights.cumsum(-1) - weights  # mass of all better tokens
+            before[0] = -1.0  # a tiny top_p rounds to 0 in fp32
             logits = logits.masked_fill(before >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter_(0, order, logits)
     return logits.softmax(-1)
 
 
 class _Writer:
-    """Text from ids, withholding what might be the beginning of a stop string."""
+    """Text from ids; holds back text that might be the start of a stop string."""
 
     def __init__(self, detokenizer, stop):
         self.detokenizer, self.stop, self.held, self.stopped = detokenizer, tuple(stop), "", False
 
     def push(self, token):
-        """Text that is safe to show after one more id; sets `stopped` when a stop string is complete."""
+        """The text that can be shown after one more id; sets `stopped` when a stop string is complete."""
         self.held += self.detokenizer.push(token)
         found = [self.held.find(s) for s in self.stop if s in self.held]
         if found:
@@ -862,6 +861,6 @@ class _Writer:
         return ready
 
     def flush(self):
-        """What was withheld, at the end of the answer."""
+        """The text still held back, at the end of the answer."""
         rest, self.held = self.held + ("" if self.stopped else self.detokenizer.flush()), ""
         return rest

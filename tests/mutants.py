@@ -860,7 +860,7 @@ MUTANTS = {
     ),
     "a step without logits stays in the cache": (
         "model/generate.py",
-        "except BaseException:  # no next token: the step has not happened",
+        "except BaseException:  # no logits: undo the step",
         "except BaseException and ():",
         "test_out_of_memory.py::test_a_step_that_finds_no_memory_has_not_happened",
     ),
@@ -1388,7 +1388,7 @@ MUTANTS = {
     ),
     "an empty question is accepted": (
         "model/generate.py",
-        'raise InputError("the question is empty; say what to ask")',
+        'raise InputError("the question is empty; give a question")',
         "pass",
         "test_run.py::test_an_empty_question_is_refused_wherever_it_comes_from",
     ),

@@ -191,11 +191,11 @@ def bare(tmp_path):
     ("spec", "flags", "note"),
     [
         ("plphp-ada", ["--retention", "0.5"], "plphp-ada kept 83."),
-        ("plphp", ["--retention", "0.3"], "30.0 % were asked for; tools/calibrate.py"),
+        ("plphp", ["--retention", "0.3"], "30.0 % were requested; tools/calibrate.py"),
         ("plphp:dr=0,skip=0", ["--retention", "0.3"], None),
         ("plphp:skip=0", ["--keep-tokens", "64"], None),
         ("plphp", ["--keep-tokens", "64"], "plphp kept 37.5 % of the vision tokens, 25.0 %"),  # one layer is not pruned
-        ("fastv:layer=3", ["--retention", "0.5"], "fastv kept 75.0 % of the vision tokens, 50.0 % were asked for"),
+        ("fastv:layer=3", ["--retention", "0.5"], "fastv kept 75.0 % of the vision tokens, 50.0 % were requested"),
         ("fastv:layer=3,keep_tokens=32", [], "fastv kept 56.2 % of the vision tokens, 12.5 %"),
         ("grid:sink=60", ["--retention", "0.5"], "grid kept"),
         ("topk", ["--retention", "0.29"], None),
@@ -205,7 +205,7 @@ def bare(tmp_path):
 def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, capsys, spec, flags, note):
     asked = ["--model", str(bare), "--image", str(DEMO_PICTURE), "--prompt", QUESTION, "--prune", spec, *flags]
     assert run.main([*asked, "--max-new-tokens", "1"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "asked for" in line and "kept" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "requested" in line and "kept" in line]
     assert len(said) == (note is not None) and all(line.startswith("note: ") and note in line for line in said)
 
 

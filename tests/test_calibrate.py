@@ -93,7 +93,7 @@ def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
     assert found["kept_per_layer"] == [64] * 6 and "plphp.json" in err
     assert settings("--prune", "plphp", "--retention", "0.5")[0]["kept_per_layer"] == [128] * 6
     ada, err = settings("--prune", "plphp-ada", "--retention", "0.5")  # one file serves the family
-    assert ada["retention_actual"] == 0.5 and "plphp.json" in err and "asked for" not in err
+    assert ada["retention_actual"] == 0.5 and "plphp.json" in err and "requested" not in err
     assert settings("--prune", "plphp:r=0.75", "--set", "skip=2")[0]["kept_per_layer"] == [256] * 2 + [192] * 4
     found, err = settings("--prune", "random")
     assert found["settings"]["retention"] == 0.5 and "plphp.json" not in err

@@ -419,7 +419,7 @@ def test_one_answer_cannot_be_written_twice_at_once(demo):
     generation = Generation(demo, QUESTION, PICTURE, Sampling(20))
     first, second = iter(generation), iter(generation)
     next(first), next(second)
-    with pytest.raises(RuntimeError, match="begun again"):
+    with pytest.raises(RuntimeError, match="restarted this answer"):
         list(first)
     assert "".join(list(second)) and generation.text == ask(demo, QUESTION, PICTURE, max_new_tokens=20)
 

@@ -303,7 +303,7 @@ def test_windows_text_is_the_same_prompt_however_it_is_given():
     for empty in ("\ufeff", "\ufeff\r\n"):
         with pytest.raises(InputError, match="empty"):
             Generation(checkpoint, empty)
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="non-empty"):
         Sampling(stop="\ufeff")
 
 

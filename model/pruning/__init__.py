@@ -1,23 +1,22 @@
 """The pruning methods, and how to name one.
 
-A method is one small file here and one row of METHODS: a function whose further keyword arguments are its settings,
-or a frozen dataclass whose fields are (its `__post_init__` may refuse them with a ValueError). Its docstring begins
-with one sentence and has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods`
-prints them. A method works at one of two places:
+A method is one small file here and one row of METHODS: a function whose keyword-only arguments are its settings, or a
+frozen dataclass whose fields are (`__post_init__` may raise a ValueError). Its docstring begins with one sentence and
+has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods` prints them. It
+implements one of two stages:
 
-    method(layer, scores, layout) -> keep (Hkv, T) bool
-        after a layer's attention: which K and V rows each head keeps; or None for all. Hidden states go on unchanged.
+    method(layer, scores, layout) -> keep (Hkv, T) bool, or None to keep all
+        after a layer's attention: the K and V rows that each head keeps. Hidden states do not change.
     method.narrow(scores, layout) -> keep (T,) bool
-        once, before layer `method.layer`: which tokens that layer and all later ones get to see.
+        once, before layer `method.layer`: the tokens that this layer and all later ones see.
 
-scores, fp32 (Hq, T), is the attention of each query head averaged over the last `window` rows of the prompt, which end
-where the last picture does; `window` is a setting (without one scores is None, and that of the last row for `narrow`).
-With the setting `query` at "lookahead" it is that of the look-ahead rows (`model.lookahead`) instead.
-layout (`model.generate.Layout`) says where the pictures are, and where in its picture each token; for the call also,
-with a true setting `values`, the norms of each head's value rows, and with a true member `wants_last_row` the attention
-of that row alone; with a true member `wants_contrast`, how far each token's pixels are from the usual. Two more members
-are optional: wants(layer, num_layers) is False where a layer keeps all and need not be scored, check(num_layers,
-kv_heads) refuses a model with a ValueError. Text is kept whatever a method says.
+scores (Hq, T) fp32: attention of each query head, averaged over the last `window` rows of the prompt that follow the
+last picture. Without a setting `window`, scores is None, or the last row's for `narrow`. With query="lookahead" it is
+the attention of the look-ahead rows (`model.lookahead`) instead.
+layout (`model.generate.Layout`): the pictures' spans and each token's place in its picture. For the call it also has
+`norms` if the setting `values` is true, and `last` if the member `wants_last_row` is; for both stages `contrast` if
+`wants_contrast` is. Optional methods: wants(layer, num_layers) returns False for a layer that keeps all and needs no
+scores; check(num_layers, kv_heads) raises ValueError for an unsuitable model. Text is always kept.
 """
 
 import importlib.util
@@ -54,11 +53,11 @@ METHODS = {
     "fastv": FastV,
 }
 
-ALIASES = {"uniform": "topk"}  # what a method was called before
+ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
-FAMILY = {"plphp-ada": ("plphp",)}  # whose settings hold for a method too, where the checkpoint has none for it
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that say how much is kept
-SILENCED = {  # a setting: those that say nothing beside it
+FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
+SILENCED = {  # setting -> settings that have no effect with it
     "retention": ("keep_tokens", "r", "mass", "rates"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates"),
     "mass": ("rates",),
@@ -78,7 +77,7 @@ SOME = "a number above 0 and up to 1", lambda v: FRACTION[1](v) and v > 0
 ONE = "a whole number of 1 or more", lambda v: COUNT[1](v) and v > 0
 SWITCH = "true or false", lambda v: type(v) is bool
 
-# Settings that mean the same in every method that has them: what they mean, and their values
+# Settings with the same meaning in every method that has them: meaning, values
 COMMON = {
     "retention": ("fraction of the vision tokens to keep", *SOME),
     "keep_tokens": ("tokens that each head keeps of each picture; replaces retention", *ONE),
@@ -96,7 +95,7 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its settings, and around it what holds for all of them. rule: what its file defines."""
+    """A method with its settings, and what all methods share. rule: the function or object that its file defines."""
 
     name: str
     rule: object
@@ -104,7 +103,7 @@ class Method:
 
     @property
     def window(self):
-        """Rows of the prompt's end whose attention the method wants to see."""
+        """Number of rows at the prompt's end whose attention is the method's scores."""
         return self.settings.get("window", 1 if self.layer else 0)
 
     @property
@@ -119,23 +118,23 @@ class Method:
 
     @property
     def looks_ahead(self):
-        """Does it rank by the attention of the look-ahead rows?"""
+        """Are the scores the attention of the look-ahead rows?"""
         return self.settings.get("query") == "lookahead"
 
     @property
     def layer(self):
-        """The layer before which tokens leave the prompt, or None if the method only drops K and V."""
+        """The layer before which tokens are dropped from the prompt, or None if the method only drops K and V."""
         return self.rule.layer if hasattr(self.rule, "narrow") else None
 
     def check(self, num_layers, kv_heads):
-        """ValueError if the model is not one for this method."""
+        """ValueError if the method does not fit the model."""
         if self.layer is not None and not 1 <= self.layer < num_layers:
             raise ValueError(f"layer is {self.layer}, the model has {num_layers}; give one from 1 to {num_layers - 1}")
         if hasattr(self.rule, "check"):
             self.rule.check(num_layers, kv_heads)
 
     def wanted(self, tokens):
-        """Fraction of the vision tokens that was asked for, None if no setting says. tokens: of each picture."""
+        """The requested fraction of the vision tokens, None if no setting gives it. tokens: the count per picture."""
         count, retention = self.settings.get("keep_tokens"), self.settings.get("retention")
         if count is None or not sum(tokens):
             return retention
@@ -143,35 +142,35 @@ class Method:
         return sum(min(count, n) for n in pots) / sum(tokens)
 
     def wants(self, layer, num_layers):
-        """Is the method to be asked about a layer's K and V?"""
+        """Does the method choose K and V rows in this layer?"""
         return callable(self.rule) and (not hasattr(self.rule, "wants") or self.rule.wants(layer, num_layers))
 
     def choose(self, layer, scores, layout):
-        """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, or None for all. ValueError if it is anything else."""
+        """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, or None for all. ValueError if the rule returns else."""
         keep = self.rule(layer, scores, layout)
         return None if keep is None else self._guarded(keep, layout, (layout.kv_heads, layout.tokens))
 
     def narrow(self, scores, layout):
-        """scores (Hq, T) fp32 -> keep (T,) bool; the last token goes on in any case, the answer begins at it."""
+        """scores (Hq, T) fp32 -> keep (T,) bool; the last token always stays, because it predicts the answer."""
         keep = self._guarded(self.rule.narrow(scores, layout), layout, (layout.tokens,))
         keep[-1] = True
         return keep
 
     def _guarded(self, keep, layout, shape):
-        """keep with text and guards in it; ValueError if it is no bool of the shape."""
+        """keep with text and guards added; ValueError unless it is bool of this shape."""
         if not isinstance(keep, torch.Tensor) or keep.shape != shape or keep.dtype != torch.bool:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
             raise ValueError(f"method {self.name} returned {found}; return bool {shape}")
         keep = keep.to(layout.device) | guarded(layout, self.settings.get("sink", 0), self.settings.get("recent", 0))
         if layout.attended is None:
             return keep
-        # a head that has nothing to say parks its attention on such a key: without it, it would read something else
+        # a head with nothing to read puts its attention on such keys; without them it would read other tokens
         sinks = best(layout.attended, self.settings["sink_keys"])
         return keep | (sinks if keep.ndim == 2 else sinks.any(0))
 
 
 def guarded(layout, sink=0, recent=0):
-    """(T,) bool: the tokens that are never dropped: text, the first `sink` and the last `recent` of the prompt."""
+    """(T,) bool: True for tokens that are never dropped: text, the prompt's first `sink` and last `recent` tokens."""
     if not sink and not recent:
         return layout.text
     mask = layout.text.clone()
@@ -183,11 +182,11 @@ def guarded(layout, sink=0, recent=0):
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
     """The Method of a SPEC, or None for "none".
 
-    spec: NAME or FILE.py::NAME, then optionally ":" and key=value pairs with commas between them; or what such a name
-    stands for, a function or class; or a Method; or None. settings: a dict of them, or a list of "key=value" and
-    "@file.json" with an object of them. retention, keep_tokens: the budget, for methods that have a setting of that
-    name. folder: of a checkpoint, whose NAME.json, if there is one (see `calibrated`), takes the place of the method's
-    defaults. Nothing may be given twice, or beside what makes it say nothing. ValueError says what is wrong.
+    spec: NAME or FILE.py::NAME, then optionally ":" and comma-separated key=value pairs; or a function or class; or a
+    Method; or None. settings: a dict, or a list of "key=value" and "@file.json" with a JSON object. retention,
+    keep_tokens: the budget, for methods with a setting of that name. folder: of a checkpoint; its NAME.json, if there
+    is one (see `calibrated`), replaces the method's defaults. ValueError for invalid input, including a setting that is
+    given twice or together with one that makes it ineffective.
     """
     name, function, pairs = named(spec)
     if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
@@ -212,16 +211,16 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     try:
         rule = function(**own) if isinstance(function, type) else partial(function, **own)
     except ValueError as wrong:
-        raise ValueError(f"{wrong} (what is not given is that of {file})" if file else str(wrong)) from wrong
+        raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
     if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
-        raise ValueError(f"method {name} can neither be called nor has it `layer` and `narrow`; see model/pruning")
+        raise ValueError(f"method {name} is not callable and lacks `layer` and `narrow`; see model/pruning")
     return Method(name, rule, settings)
 
 
 def calibrated(folder, name):
-    """Path of the settings that a checkpoint's folder has for a method of METHODS, or None (tools/calibrate.py).
+    """Path of the calibrated settings in a checkpoint's folder for a method of METHODS, or None (tools/calibrate.py).
 
-    NAME.json, or that of its former name, or of the method whose settings it shares.
+    It is the first of NAME.json, the same for a former name, and the same for the methods of its FAMILY.
     """
     if folder is None or name not in METHODS:
         return None
@@ -231,7 +230,7 @@ def calibrated(folder, name):
 
 
 def named(spec):
-    """What is given for a method -> (its name, its function or class or Method or None, ["key=value", ...])."""
+    """A spec -> (method name, its function, class, Method or None, ["key=value", ...])."""
     if spec is None:
         return "none", None, []
     if isinstance(spec, Method):
@@ -239,16 +238,16 @@ def named(spec):
     if inspect.isfunction(spec) or (isinstance(spec, type) and spec.__module__ != "builtins"):
         return next((name for name, known in METHODS.items() if known is spec), spec.__name__), spec, []
     if not isinstance(spec, str):
-        raise ValueError(f"a {type(spec).__name__} is no pruning method; give a name, a SPEC, a function or a Method")
+        raise ValueError(f"a {type(spec).__name__} is not a pruning method; give a name, SPEC, function or Method")
     name, pairs = _split(spec)
     name = ALIASES.get(name, name)
     if "+" in name and "::" not in name:
-        raise ValueError(f"{name!r} combines methods, which none of them is made for; give one")
+        raise ValueError(f"{name!r} combines methods, which is not supported; give one")
     return name, _find(name), pairs
 
 
 def _add(given, more):
-    """More settings into a dict of them; ValueError if one is there already."""
+    """Add settings to a dict; ValueError if one is already in it."""
     for key, value in more.items():
         if key in given:
             raise ValueError(f"{key} is given twice, as {given[key]!r} and {value!r}; give it once")
@@ -256,11 +255,11 @@ def _add(given, more):
 
 
 def _check_budget(name, values):
-    """ValueError if a given setting makes another one say nothing."""
+    """ValueError if a given setting makes another given one ineffective."""
     for a, b in _silenced(name, values):
-        raise ValueError(f"{a} and {b} are both given, and {b} says nothing beside {a}; give one of them")
+        raise ValueError(f"{a} and {b} are both given, but {b} has no effect with {a}; give one of them")
     if values.get("query") == "lookahead" and values.get("window") is not None:
-        raise ValueError("window counts the prompt's rows, and query is lookahead; give one of them")
+        raise ValueError("window counts the prompt's rows, but query is lookahead; give one of them")
 
 
 def _silenced(name, values):
@@ -271,21 +270,21 @@ def _silenced(name, values):
 
 
 def _instead(own, given):
-    """A checkpoint's own settings with those that are given in their place, another budget or query included."""
+    """A checkpoint's own settings, overridden by given ones; a given budget or window also removes conflicting ones."""
     budgets = [key for key in AMOUNTS if given.get(key) is not None]
-    if "window" in given:  # of the prompt's rows: so they are what ranks
+    if "window" in given:  # so the prompt's rows rank, not the look-ahead rows
         own = {key: value for key, value in own.items() if key != "query"}
     return {key: value for key, value in own.items() if key not in AMOUNTS or key == "r" or not budgets} | given
 
 
 def sets_budget(spec):
-    """Does a SPEC say itself how much it keeps, or is its method one that cannot be told by `retention`?"""
+    """Does a SPEC set its own budget, or have a method without a setting `retention`?"""
     _, function, pairs = named(spec)
     return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
 
 
 def _split(spec):
-    """SPEC -> (METHOD, ["key=value", ...]). The "::" of FILE.py::NAME is no separator, nor a comma within brackets."""
+    """SPEC -> (METHOD, ["key=value", ...]). Does not split at the "::" of FILE.py::NAME or at commas in brackets."""
     file, twice, rest = spec.rpartition("::")
     method, colon, text = rest.partition(":")
     pairs, depth = [""], 0
@@ -299,7 +298,7 @@ def _split(spec):
 
 
 def _pair(text):
-    """ "key=value" -> (key, value); numbers, true, false and null as JSON has them, all else is text."""
+    """ "key=value" -> (key, value). The value is parsed as JSON; if it is not valid JSON, it is text."""
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise ValueError(f"setting {text!r} is not KEY=VALUE; give for example retention=0.5")
@@ -315,12 +314,12 @@ def _read(path):
     except (OSError, ValueError, RecursionError) as broken:
         raise ValueError(f"cannot read settings from {path} ({broken}); give a JSON object") from None
     if not isinstance(settings, dict):
-        raise ValueError(f'{path} holds no JSON object; write {{"key": value}} into it')
+        raise ValueError(f'{path} is not a JSON object; write {{"key": value}} into it')
     return settings
 
 
 def _find(name):
-    """The function of a METHOD."""
+    """The function or class of a METHOD, None for "none"."""
     if "::" not in name:
         if name not in METHODS:
             raise ValueError(f"there is no method {name!r}; use {', '.join(METHODS)} or FILE.py::NAME")
@@ -330,13 +329,13 @@ def _find(name):
         raise ValueError(f"there is no file {path!r}; give FILE.py::NAME")
     found = importlib.util.spec_from_file_location("pruning_method", path)
     if found is None:
-        raise ValueError(f"{path!r} is no Python file; give FILE.py::NAME")
+        raise ValueError(f"{path!r} is not a Python file; give FILE.py::NAME")
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # where dataclasses look up postponed annotations
     try:
         found.loader.exec_module(module)
     except (Exception, SystemExit) as broken:
-        raise ValueError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); mend it") from broken
+        raise ValueError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); fix it") from broken
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{path} has no function {attribute!r}; give FILE.py::NAME")
@@ -344,15 +343,15 @@ def _find(name):
 
 
 def settings_of(function):
-    """{setting: default} of what METHODS holds for a name, without GUARDS."""
+    """{setting: default} of a method's function or class, without GUARDS."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
-    # the first arguments of a function are what it is asked, the fields of a dataclass are all settings
+    # a function's settings are keyword-only; every field of a dataclass is a setting
     return {p.name: p.default for p in parameters if p.kind in (kinds if isinstance(function, type) else kinds[:1])}
 
 
 def _complete(name, function, given):
-    """All settings of a function: its defaults, and what was given in their place."""
+    """All settings of a method: the given ones, and defaults for the others."""
     defaults = GUARDS | settings_of(function)
     unknown = [key for key in given if key not in defaults]
     if unknown:
@@ -368,7 +367,7 @@ def _complete(name, function, given):
 
 
 def _like(name, key, value, default):
-    """value as the type of the default; ValueError if it is none such. A default of None takes anything."""
+    """value in the type of the default; ValueError if it has another type. A default of None accepts any type."""
     if default is None or default is inspect.Parameter.empty or type(value) is type(default):
         return value
     if isinstance(default, float) and type(value) is int:
@@ -379,7 +378,7 @@ def _like(name, key, value, default):
 
 
 def _check_common(name, settings):
-    """ValueError for values of the settings that mean the same in every method."""
+    """ValueError for bad values of settings that mean the same in every method."""
     for key, (_, values, fits) in COMMON.items():
         unset = key not in settings or (settings[key] is None and key in AMOUNTS)
         if not unset and not fits(settings[key]):
