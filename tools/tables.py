@@ -71,7 +71,7 @@ def summary():
     return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
         f"\n\n{int(questions):,} questions about {scenes} drawn scenes, {int(long):,} of them with long answers: six "
         "or more words that only the\npicture tells. An answer is right if every token is "
-        "(`python tools/evaluate.py accuracy`, 2 CPU cores)."
+        f"(`python tools/evaluate.py accuracy --questions {int(questions) // 1000 * 1000}`, 2 CPU cores)."
     )
 
 
