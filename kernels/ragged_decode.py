@@ -130,12 +130,14 @@ def work_items(caps, split, device):
 
 
 def split_size(cap):
-    """Slots per work item of a segment with `cap` slots: 64 (one tile) per 768 slots, from 64 to 1024.
+    """Slots per work item of a segment with `cap` slots: 64 (one tile) per 768 slots up to 512, then 64 per 4,096.
 
-    That is at most 12 items up to 12,288 slots: enough to fill the device, few enough to merge cheaply (NOTES.md). The
-    size depends on this segment alone, so the rest of the batch cannot change the order of a sum.
+    At most 1,024. That is up to 12 items in short segments and 64 in long ones: enough to fill the device, few enough
+    to merge cheaply (NOTES.md). The size depends on this segment alone, so the rest of the batch cannot change the
+    order of a sum.
     """
-    return 64 * min(16, max(1, -(-cap // 768)))
+    short, long = -(-cap // 768), -(-cap // 4096)
+    return 64 * min(16, max(1, min(8, short), long))
 
 
 def decode_plan(kv_start, kv_cap, *, split=None):

@@ -123,10 +123,10 @@ def test_many_parts_of_very_different_weight():
 
 
 def test_splits_depend_on_the_segment_alone():
-    start = torch.tensor([0, 5000, 5100, 5100], dtype=torch.int32)
-    cap = torch.tensor([5000, 100, 0, 60000], dtype=torch.int32)
+    start = torch.tensor([0, 5000, 5100, 5100, 65100, 85100], dtype=torch.int32)
+    cap = torch.tensor([5000, 100, 0, 60000, 20000, 200000], dtype=torch.int32)
     work = decode_plan(start, cap).items.work
-    for s, size, count in ((0, 448, 12), (1, 64, 2), (2, 64, 1), (3, 1024, 59)):
+    for s, size, count in ((0, 448, 12), (1, 64, 2), (2, 64, 1), (3, 960, 63), (4, 512, 40), (5, 1024, 196)):
         rows = work[work[:, 0] == s]
         assert rows[:, 1].tolist() == list(range(count)) and (rows[:, 3] == size).all()
         assert (rows[:, 2] == (work[:, 0] == s).nonzero()[0]).all()

@@ -182,6 +182,11 @@ class Setting:
     base: Commit | None = None
     flex: bool = True  # False: skip FlexAttention
 
+    @property
+    def matrix_units(self):
+        """Whether the device multiplies this dtype on matrix units."""
+        return self.device.type == "cuda" and self.dtype.itemsize == 2
+
 
 @dataclass
 class Case:
@@ -730,17 +735,24 @@ def scores_case(shape, tokens, setting, rows=1):
         random = randoms(setting, i)
         q, k = random(hkv * group, rows, d), random(hkv, tokens, d)
 
-        def plain(q=q, k=k, compute=torch.float32):
-            scores = q.to(compute) @ k.to(compute).repeat_interleave(group, 0).transpose(1, 2) * d**-0.5
+        def plain(q=q, k=k, compute=torch.float32, product=torch.matmul):
+            scores = product(q.to(compute), k.to(compute).repeat_interleave(group, 0).transpose(1, 2)) * d**-0.5
             column = torch.arange(tokens, device=q.device)
             return scores.masked_fill(column > column[-rows:, None], float("-inf")).softmax(-1).mean(1)
 
         def check(call, plain=plain):
-            return call(), plain(), plain(compute=torch.float64)
+            allowed = plain(compute=setting.dtype, product=on_matrix_units) if setting.matrix_units else plain()
+            return call(), allowed, plain(compute=torch.float64)
 
         case.add("plain softmax", plain, check)
         case.add_ours("window_scores", setting, (q, k), lambda package: {"group": "none"}, check)
     return case
+
+
+def on_matrix_units(q, k):
+    """q (H, W, D) times k (H, D, T) in 16 bits with fp32 sums: PyTorch's own product on CUDA. Its matrix units round
+    these sums less carefully than fp32 arithmetic."""
+    return torch.bmm(q, k, out_dtype=torch.float32)
 
 
 def pack_case(shape, tokens, retention, setting):

@@ -69,8 +69,8 @@ def summary():
     about = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text(encoding="utf-8")
     questions, scenes, long = re.match(r"(\d+) questions about (\d+) scenes, (\d+) of them", about).groups()
     return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
-        f"\n\n{int(questions):,} questions about {scenes} drawn scenes, {int(long):,} of them with long answers: six "
-        "or more words that only the\npicture tells. An answer is right if every token is "
+        f"\n\n{int(questions):,} questions about {int(scenes):,} drawn scenes, {int(long):,} of them with long answers: "
+        "six or more words that only the\npicture tells. An answer is right if every token is "
         f"(`python tools/evaluate.py accuracy --questions {int(questions) // 1000 * 1000}`, 2 CPU cores)."
     )
 
@@ -111,9 +111,9 @@ ENGINES = {"ours": "ours", "ours-compile": "ours `--compile`", "hf-sdpa": "trans
 
 
 def decode_gpu():
-    """The 7B shape on an H100."""
+    """The 7B shape on an H200."""
     rows = []
-    for row in _engines("decode-7b-h100"):
+    for row in _engines("decode-7b-h200"):
         pruned = row["prune"] != "none"
         wins = f"{float(row['speedup']):.2f} ({float(row['ceiling_speedup']):.2f})" if pruned else ""
         count = f"{row['batch']} sequence" + "s" * (row["batch"] != "1")
@@ -229,7 +229,7 @@ RIVALS = {
 
 
 def kernels():
-    """Attention of one layer on an H100, by size."""
+    """Attention of one layer on an H200, by size."""
     rows = [
         [f"{_heads(row)}, {float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in _layers_on_gpu()
     ]
@@ -247,7 +247,7 @@ def kernels_summary():
 def _layers_on_gpu():
     """Rows of ours in order of size: a fifth kept, heads of different lengths, 32 heads and then 8."""
     rows = [
-        row for row in _results("kernels-h100")
+        row for row in _results("kernels-h200")
         if (row["op"], row["layout"], row["provider"]) == ("ragged_decode_append", "plphp", "ours, triton")
         and row["shape"] in ("7b", "gqa8")
     ]  # fmt: skip
@@ -293,7 +293,7 @@ def _markdown(head, rows, others="---:"):
 
 TABLES = {
     "summary": summary, "methods": methods, "pruning": pruning, "witness": witness, "demo": demo, "roofline": ceilings,
-    "decode-7b-h100": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
+    "decode-7b-h200": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
     "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
     "kernels": kernels, "kernels-summary": kernels_summary,
 }  # fmt: skip
