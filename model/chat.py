@@ -119,6 +119,7 @@ class Chat:
         return False
 
     def add_pictures(self, text):
+        """/image: read the pictures of the next question. text: one path, or several quoted as in a shell."""
         paths = [text] if os.path.exists(text) else split(text)
         if not paths:
             raise InputError("/image needs a path; give /image PATH")
@@ -128,12 +129,14 @@ class Chat:
         say(f"pictures for the next question: {', '.join(picture.path for picture in self.pictures)}")
 
     def set_prune(self, spec):
+        """/prune: another method, with its own or the command line's retention."""
         if not spec:
             raise InputError("/prune needs a method; give /prune SPEC, as in --prune")
         self.use(self.choose(spec, None))
         self.spec = spec
 
     def set_retention(self, text):
+        """/retention: another fraction for the method in use."""
         if not self.options["prune"]:
             raise InputError("no method prunes here; give /prune METHOD first")
         try:
@@ -151,11 +154,13 @@ class Chat:
             + (f", retention {share:g}" if share else ""))  # fmt: skip
 
     def toggle_fresh(self, _):
+        """/fresh: prefill the whole conversation for each question, or stop doing so."""
         self.fresh = not self.fresh
         say("each question reads the whole conversation anew" if self.fresh
             else "each question continues in the cache of the previous answer")  # fmt: skip
 
     def show_kept(self, path):
+        """/show: print how many picture tokens each layer kept, and draw them into a file if a path is given."""
         last = self.answered()
         if not last.vision_tokens:
             raise InputError("the conversation has no picture; add one with /image PATH")
@@ -176,6 +181,7 @@ class Chat:
         return self.last
 
     def clear(self, _):
+        """/clear: forget the conversation and its pictures."""
         self.last, self.pictures, self.turn, self.changed, self.noted = None, [], 0, False, False
         say("new conversation, without pictures; /image PATH adds one")
 

@@ -193,6 +193,7 @@ class Generation:
     prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    the question, pictures expanded
     spans          [(start, stop)] of the pictures in the prompt's tokens
     notes          lines about changes to the pictures
+    prefilled      tokens that the prefill computed: the prompt, or in a later turn only those not in the cache yet
     cache          the RaggedCache
     masks          with `remember`, once the prompt is computed: (L, Hkv, T) bool, the tokens that each head keeps
     kept           vision tokens kept per KV head: one number per layer, averaged over its heads
@@ -402,6 +403,7 @@ class Generation:
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
+        self.prefilled = 0
         self.failure = None  # in a Batch: the error that ended this one
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.room)
@@ -472,7 +474,7 @@ class Generation:
         model, device = self.checkpoint.model, self.checkpoint.device
         start = clock(device, self.timed)
         x, self.spans = model.splice(self.ids, self.encode_images())
-        seen = clock(device, self.timed)
+        seen, self.prefilled = clock(device, self.timed), len(x)
         config = self.checkpoint.config.text_config
         self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.way)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -509,7 +511,7 @@ class Generation:
         start, past = clock(device, self.timed), int(cache.pos[0])
         tokens = self.encode_images(len(before.images))
         x, spans = model.splice(self.ids[len(before.ids) + len(before.token_ids) - len(before.unfed) :], tokens)
-        seen = clock(device, self.timed)
+        seen, self.prefilled = clock(device, self.timed), len(x)
         logits = model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
         self.cache, before.cache = cache, None
         self.spans = before.spans + [(past + a, past + b) for a, b in spans]

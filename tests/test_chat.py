@@ -1,6 +1,7 @@
 """Conversations: later turns in the cache of the earlier ones, and run.py without --prompt as a person meets it."""
 
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -351,6 +352,13 @@ def test_clear_forgets_everything(talk):
         and "no answer to report on" in err
     )
     assert "1 picture, 256 image tokens" in err
+
+
+def test_stats_of_a_later_turn_count_only_what_it_read(talk):
+    _, _, err = talk([COUNT, "/stats", SIGN, "/stats"], "--image", DEMO_PICTURE)
+    first, second = re.findall(r"^prefill .* ms  (.*) prompt tokens", err, re.MULTILINE)
+    new, whole = map(int, second.split(" new of "))
+    assert int(first) > 256 and whole > int(first) and 0 < new < 40
 
 
 def test_a_full_context_says_what_is_needed_and_what_there_is(talk, tiny_folder):

@@ -203,10 +203,10 @@ def stats(r, bandwidth, generation):
         lines.append(_line("vision", t["vision"], f"{pictures}, {r['vision_tokens']} image tokens"))
     if len(r["images"]) > 1 or r["image_mode"] == "anyres":
         lines += [_of_picture(image, r) for image in r["images"]]
-    first = t["vision"] + t["prefill"]
-    lines.append(
-        _line("prefill", t["prefill"], f"{r['prompt_tokens']} prompt tokens; time to first token {first:.1f} ms")
-    )
+    first, new = t["vision"] + t["prefill"], generation.prefilled
+    whole = f"{r['prompt_tokens']} prompt tokens"
+    of = whole if new == r["prompt_tokens"] else f"{new} new of {whole}"  # in a later turn of a conversation
+    lines.append(_line("prefill", t["prefill"], f"{of}; time to first token {first:.1f} ms"))
     lines += _pruned(r) + _decoded(r, bandwidth, generation) + _memory(r)
     return "\n".join(lines)
 
