@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -274,7 +275,7 @@ def check_flags(args):
     if args.retention is not None and args.keep_tokens is not None:
         p.error("--retention and --keep-tokens exclude each other")
     if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
-        p.error("--retention, --keep-tokens and --set need --prune METHOD")
+        p.error("--retention, --keep-tokens and --set need --prune METHOD; for example --prune plphp")
     if args.compare and talk:
         p.error("--compare needs --prompt")
     if args.compare and (args.prune == "none" or args.temperature > 0):
@@ -297,8 +298,15 @@ def check_flags(args):
         p.error("the prompt is empty, say what to ask")
     for path in args.image:  # before torch is imported; `local_path` knows what the others mean
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
-            p.error(f"no picture at {path[:200]}, check the path")
+            p.error(f"no picture at {path[:200]}; {path_advice(args, path)}")
     args.lines = questions_on_stdin(p) if talk and not (sys.stdin and sys.stdin.isatty()) else None
+
+
+def path_advice(args, path):
+    """What to do about a picture that is not there."""
+    if args.prompt == "" and path == args.image[-1] and (len(args.image) > 1 or " " in path):
+        return "if this is the question, put --prompt before it, else check the path"
+    return "check the path" + (", and put it in quotes if it has spaces" if len(args.image) > 1 else "")
 
 
 def questions_on_stdin(p):
@@ -362,6 +370,8 @@ def check_show(p, args):
 def explain(broken):
     """(message, exit code) of an exception."""
     text = one_line(broken)
+    if "cannot load module more than once" in text:  # an import, broken off by Ctrl-C, was tried again
+        return "interrupted; nothing was written", 130
     if isinstance(broken, ImportError):
         return f"{text}; run `make run` once and then use .venv/bin/python", 2
     from model import InputError, out_of_memory
@@ -407,7 +417,7 @@ def answer(args):
 
     from model import Generation, open_checkpoint
     from model.image import read_image
-    from tools.report import CoreWait
+    from tools.report import CoreWait, Memory
 
     device = choose_device(args.device)
     use_threads(args.threads)
@@ -432,30 +442,30 @@ def answer(args):
         say("note: the second token waits for the compiler, up to a minute the first time, some seconds later on")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    wait = CoreWait(device)
+    wait, memory = CoreWait(device), Memory(device)
     if args.prompt or args.lines:
         for note in generation.notes:
             say(f"note: {note}")
     if args.prompt:
         if args.max_new_tokens > generation.room:
             say(f"note: the context leaves room for {generation.room} of {args.max_new_tokens} new tokens")
-        code = deliver(args, generation, load_seconds)
+        code = deliver(args, generation, load_seconds, memory)
     elif args.lines:
-        code = answer_lines(args, lambda question: Generation(checkpoint, question, pictures, **given), load_seconds)
+        ask = partial(Generation, checkpoint, images=pictures, **given)
+        code = answer_lines(args, ask, load_seconds, memory)
     else:
-        code = converse(args, checkpoint, given, pictures, load_seconds)
+        code = converse(args, checkpoint, given, pictures, load_seconds, memory)
     note = wait.note()
     if note:
         say(note)
     return code
 
 
-def deliver(args, generation, load_seconds):
+def deliver(args, generation, load_seconds, memory):
     """Print the answer as it is generated, then what --json, --compare and --stats ask for. Returns the exit code."""
     from model.generate import off_budget
-    from tools.report import measure_bandwidth, report, stats
+    from tools.report import report, stats
 
-    device = generation.checkpoint.device
     stream = not (args.json or args.no_stream or args.lines)
     code = write(generation, stream)
     if code == 130 and (args.prompt or args.lines):  # a conversation has its own words for it
@@ -463,7 +473,9 @@ def deliver(args, generation, load_seconds):
     off = off_budget(generation.prune, generation.retention, generation.wanted)
     if off and generation.timing["prune"]:  # not in a later turn, which keeps everything
         say(f"note: {off}")
-    took = report(generation, args.model, args.seed, load_seconds, device)
+    took = report(generation, args.model, args.seed, load_seconds, memory.peak())
+    if code == 0 and not args.lines:
+        say_outcome(args, generation, took["prune"])
     if args.compare and code == 0:
         code = compare(generation, took)
     if args.json:
@@ -471,13 +483,24 @@ def deliver(args, generation, load_seconds):
     elif not stream:
         print(one_line(generation.text) if args.lines else generation.text, flush=True)
     if args.stats:
-        say(stats(took, measure_bandwidth(device), generation))
+        say(stats(took, memory.bandwidth(), generation))
     if args.show is not None and generation.masks is not None:  # None after Ctrl-C during the prefill
         try:
             say(draw(generation, args.show))
         except OSError as broken:
             return fail(broken, 1)
     return code
+
+
+def say_outcome(args, generation, pruned):
+    """Notes after an answer: what pruning did in its prefill, and whether the answer was cut."""
+    if generation.images and generation.timing["prune"]:  # not in a later turn, which keeps everything
+        held, full = 1e-6 * pruned["kv_bytes_held"], 1e-6 * pruned["kv_bytes_full"]
+        say(f"{pruned['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
+            f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
+    if args.prompt and generation.finish_reason == "length":  # a conversation says it in its own words
+        why = "; --max-new-tokens allows more" if generation.limit < generation.room else "; the context is full"
+        say(f"note: the answer was cut after {generation.limit} tokens{why}")
 
 
 def draw(generation, path):
@@ -491,14 +514,14 @@ def draw(generation, path):
     return f"{path}: which vision tokens each head kept"
 
 
-def answer_lines(args, ask, load_seconds):
+def answer_lines(args, ask, load_seconds, memory):
     """Answer each line of stdin independently, until one fails. ask: text -> Generation. Returns the exit code."""
     from model import InputError
     from model.config import decode_text
 
     for number, line in args.lines:
         try:
-            code = deliver(args, ask(decode_text(line)), load_seconds)
+            code = deliver(args, ask(decode_text(line)), load_seconds, memory)
         except ValueError as wrong:  # InputError and what is no UTF-8
             what = wrong if isinstance(wrong, InputError) else f"not UTF-8 text ({wrong}); mend it"
             raise InputError(f"line {number} of stdin: {what}") from wrong
@@ -507,10 +530,10 @@ def answer_lines(args, ask, load_seconds):
     return 0
 
 
-def converse(args, checkpoint, given, pictures, load_seconds):
+def converse(args, checkpoint, given, pictures, load_seconds, memory):
     """A conversation on the terminal. Returns the exit code."""
     from model.chat import Chat
-    from tools.report import measure_bandwidth, report, stats
+    from tools.report import report, stats
 
     def choose(spec, retention):
         """The method of /prune or, without a SPEC, that of the flags, with this retention."""
@@ -518,8 +541,8 @@ def converse(args, checkpoint, given, pictures, load_seconds):
         return choose_method(argparse.Namespace(**vars(args) | changed), checkpoint.folder)
 
     def numbers(generation):
-        took = report(generation, args.model, args.seed, load_seconds, checkpoint.device)
-        return stats(took, measure_bandwidth(checkpoint.device), generation)
+        took = report(generation, args.model, args.seed, load_seconds, memory.peak())
+        return stats(took, memory.bandwidth(), generation)
 
     def failed(broken):
         if args.debug:
@@ -528,7 +551,7 @@ def converse(args, checkpoint, given, pictures, load_seconds):
 
     return Chat(
         checkpoint, given, pictures, choose=choose, stats=numbers, fail=failed,
-        deliver=lambda generation: deliver(args, generation, load_seconds),
+        deliver=lambda generation: deliver(args, generation, load_seconds, memory),
         show=draw,
     ).run()  # fmt: skip
 
@@ -555,7 +578,10 @@ def introduce(args, checkpoint, generation):
     say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
         f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
     if demo:
-        say("note: the demo model knows only drawn shapes and signs as in assets/demo.png; --model takes a real one")
+        say("note: the demo model knows only drawn shapes and signs, and single questions as in assets/README.md; "
+            "--model takes a real one")  # fmt: skip
+        if not generation.images:
+            say("note: there is no picture, and the demo model can answer only about pictures")
     for note in checkpoint.notes:
         say(f"note: {note}")
 
@@ -638,7 +664,7 @@ def choose_method(args, folder):
     method = api.choose_method(args.prune, folder, args.retention, args.keep_tokens, args.set)
     own = calibrated(folder, method.name) if method else None
     if own:
-        say(f"{method.name}: settings of {own}, changed by what is given here")
+        say(f"{method.name}: defaults of {own}, which flags override")
     return method
 
 

@@ -17,10 +17,10 @@ HELP = """\
 /image PATH ...  add pictures to the next question
 /prune SPEC      prune with another method, as --prune; none keeps every token
 /retention F     keep this fraction of the picture tokens
-/fresh           read the pictures anew for each question; again to switch it off
+/fresh           read the conversation and its pictures anew for each question; again to switch it off
 /show [FILE]     how many picture tokens each layer kept; draws them into FILE.png or FILE.html
 /stats           times and bytes of the last answer
-/clear           start a new conversation, without pictures
+/clear [all]     start a new conversation about the same pictures; all: without pictures
 /help            this list
 /quit            leave, like Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves"""
 
@@ -41,6 +41,7 @@ class Chat:
     stats: Callable  # (generation) -> text
     fail: Callable  # (exception) -> None: prints the error in one line
     show: Callable  # (generation, path) -> one line: draws the kept tokens into a file
+    seen: list = field(default_factory=list, init=False)  # pictures of the conversation so far
     last: Generation = field(default=None, init=False)  # the answer that the next question follows
     turn: int = field(default=0, init=False)
     spec: str = field(default=None, init=False)  # of the last /prune
@@ -78,7 +79,7 @@ class Chat:
         elif self.last.retention < 0.995 and not self.noted:
             self.noted, dropped = True, 1 - self.last.retention
             say(f"note: {100 * dropped:.0f} % of the picture tokens were dropped for an earlier question; "
-                "/fresh reads the pictures anew for each question")  # fmt: skip
+                "/fresh reads them anew for each question")  # fmt: skip
 
     def why_anew(self):
         """Why the whole conversation has to be prefilled again; None if the cache continues."""
@@ -92,7 +93,8 @@ class Chat:
 
     def end_turn(self, generation):
         """Make the answer part of the conversation."""
-        self.last, self.pictures, self.turn = generation, [], self.turn + 1
+        self.last, self.turn = generation, self.turn + 1
+        self.seen, self.pictures = self.seen + self.pictures, []
         if generation.finish_reason == "interrupted":
             say("stopped; the conversation goes on from what was said")
         elif generation.finish_reason == "length":
@@ -106,6 +108,7 @@ class Chat:
     def command(self, line):
         """Run a line that starts with a slash -> True to leave."""
         name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
+        name = name.lower()
         commands = {
             "image": self.add_pictures, "prune": self.set_prune, "retention": self.set_retention,
             "fresh": self.toggle_fresh, "show": self.show_kept, "clear": self.clear,
@@ -156,7 +159,7 @@ class Chat:
     def toggle_fresh(self, _):
         """/fresh: prefill the whole conversation for each question, or stop doing so."""
         self.fresh = not self.fresh
-        say("each question reads the whole conversation anew" if self.fresh
+        say("each question reads the conversation and its pictures anew" if self.fresh
             else "each question continues in the cache of the previous answer")  # fmt: skip
 
     def show_kept(self, path):
@@ -164,15 +167,13 @@ class Chat:
         last = self.answered()
         if not last.vision_tokens:
             raise InputError("the conversation has no picture; add one with /image PATH")
-        kept = " ".join(f"{round(n, 1):g}" for n in last.kept)
-        say(f"picture tokens that a KV head keeps, of {last.vision_tokens}, layer by layer: {kept}")
-        if not path:
-            say("/show FILE.png or FILE.html draws them")
-            return
         try:
-            say(self.show(last, path))
+            drawn = self.show(last, path) if path else "/show FILE.png or FILE.html draws them"
         except OSError as broken:
             raise InputError(str(broken)) from broken
+        kept = " ".join(f"{round(n, 1):g}" for n in last.kept)
+        say(f"picture tokens that a KV head keeps, of {last.vision_tokens}, layer by layer: {kept}")
+        say(drawn)
 
     def answered(self):
         """The last answer. InputError if there is none, or if its cache is gone."""
@@ -180,10 +181,15 @@ class Chat:
             raise InputError("there is no answer to report on; ask a question first")
         return self.last
 
-    def clear(self, _):
-        """/clear: forget the conversation and its pictures."""
-        self.last, self.pictures, self.turn, self.changed, self.noted = None, [], 0, False, False
-        say("new conversation, without pictures; /image PATH adds one")
+    def clear(self, which):
+        """/clear: forget the conversation; its pictures go with the next question, unless `which` is "all"."""
+        if which not in ("", "all"):
+            raise InputError(f"/clear {which[:40]} is unknown; give /clear, or /clear all to forget the pictures too")
+        kept = [] if which else self.seen + self.pictures
+        self.pictures, self.seen = kept, []
+        self.last, self.turn, self.changed, self.noted = None, 0, False, False
+        say(f"new conversation about {', '.join(picture.path for picture in kept)}" if kept
+            else "new conversation, without pictures; /image PATH adds one")  # fmt: skip
 
     # ------------------------------------------------------------ the loop
 
@@ -191,7 +197,8 @@ class Chat:
         """Read lines until the user leaves -> exit code: 0, or 130 for Ctrl-C at the prompt."""
         with contextlib.suppress(ImportError):  # gives `input` a history; not on every system
             import readline  # noqa: F401
-        say("Ask a question, or /image PATH to add a picture. /help lists the commands, Ctrl-D leaves.")
+        given = f" about {', '.join(picture.path for picture in self.pictures)}" if self.pictures else ""
+        say(f"Ask a question{given}; /image PATH adds a picture. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:
                 line = read_line()
@@ -205,6 +212,8 @@ class Chat:
                 if line.startswith("/"):
                     if self.command(line):
                         return 0
+                elif line.strip() in ("help", "quit", "exit"):
+                    say(f"commands begin with a slash: /{line.strip()}")
                 elif line.strip():
                     self.ask(line)
             except KeyboardInterrupt:

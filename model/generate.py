@@ -195,6 +195,7 @@ class Generation:
     notes          lines about changes to the pictures
     prefilled      tokens that the prefill computed: the prompt, or in a later turn only those not in the cache yet
     cache          the RaggedCache
+    pruned_for     the question for which tokens were dropped: `prompt`, or that of an earlier turn
     masks          with `remember`, once the prompt is computed: (L, Hkv, T) bool, the tokens that each head keeps
     kept           vision tokens kept per KV head: one number per layer, averaged over its heads
     bytes_held     K and V bytes of the kept prompt rows
@@ -403,7 +404,7 @@ class Generation:
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
-        self.prefilled = 0
+        self.prefilled, self.pruned_for = 0, self.prompt
         self.failure = None  # in a Batch: the error that ended this one
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.room)
@@ -514,6 +515,7 @@ class Generation:
         seen, self.prefilled = clock(device, self.timed), len(x)
         logits = model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
         self.cache, before.cache = cache, None
+        self.pruned_for = before.pruned_for
         self.spans = before.spans + [(past + a, past + b) for a, b in spans]
         self.bytes_held = cache.nbytes_held
         self.kept = [kept + self.vision_tokens - before.vision_tokens for kept in before.kept]
@@ -537,7 +539,7 @@ def off_budget(method, kept, wanted):
     if wanted is None or abs(kept - wanted) <= 0.03:
         return None
     hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
-    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens, {100 * wanted:.1f} % were requested{hint}"
+    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"
 
 
 class DecodeStep:

@@ -5,6 +5,7 @@ the wanted dtype costs no copy at all. Names are checked both ways before the fi
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,11 @@ class Checkpoint:
     stop_ids: tuple
     notes: tuple = ()  # one line each: what the folder holds and is not used, or was decided between two files
     lookahead: Lookahead | None = None  # look-ahead rows, where the folder has some
+
+    def __repr__(self):
+        """One line; the fields have thousands of names."""
+        count = sum(p.numel() for p in self.model.parameters())
+        return f"<Checkpoint {self.folder}: {count:,} parameters in {self.dtype} on {self.device}>"
 
     def ask(
         self,
@@ -109,7 +115,10 @@ class Checkpoint:
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
-        return iter(Generation(self, prompt, images, sampling, template, image_mode, system, method))
+        generation = Generation(self, prompt, images, sampling, template, image_mode, system, method)
+        for note in generation.notes:
+            warnings.warn(note, stacklevel=2)
+        return iter(generation)
 
     def ask_many(
         self,
@@ -151,6 +160,8 @@ class Checkpoint:
 
         def begin(question):
             pair = (question, ()) if isinstance(question, str) else question
+            if isinstance(question, str) and os.path.isfile(question):
+                raise InputError(f"the question {question[:80]!r} is a file; give a list of pairs (text, pictures)")
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise InputError(f"a question is {str(question)[:80]!r}; give a text or a pair (text, pictures)")
             return Generation(self, *pair, *how)

@@ -47,6 +47,7 @@ class View:
 class Shown:
     """What one run kept, V vision tokens in all.
 
+    prompt       the question for which tokens were chosen
     keep         (L, Hkv, V) bool: does a head of a layer keep a token?
     flags        of run.py, that prune in this way; wanted: the fraction that was asked for, or None
     bytes_full, bytes_held     K and V of the prompt
@@ -78,7 +79,10 @@ class Shown:
         keep = torch.cat([masks[..., start:stop] for start, stop in generation.spans], 2)
         name, spec = (prune.name, prune.spec) if prune else ("none", "none")
         flags, views = f"--prune {shlex.quote(spec)}", list(_views(generation))
-        return cls(generation.prompt, name, flags, generation.wanted, views, keep, full, generation.bytes_held)
+        question = generation.prompt
+        if generation.pruned_for != question and not keep.all():
+            question = f"{generation.pruned_for} (asked later: {question})"
+        return cls(question, name, flags, generation.wanted, views, keep, full, generation.bytes_held)
 
     def of_view(self, view):
         """(L, Hkv, rows, columns) bool."""

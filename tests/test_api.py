@@ -1,10 +1,12 @@
 """Methods from Python: the forms that `prune` accepts, and that each means the same as --prune."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import run
 from model import Generation, InputError, Sampling, ask, load
@@ -178,6 +180,22 @@ def test_ask_many_refuses_what_is_no_list_of_questions(demo):
             demo.ask_many(questions, batch=batch)
 
 
+def test_the_path_of_a_picture_is_no_question(demo):
+    """A forgotten list turns a pair into two questions, the second of them a path."""
+    answer, refused = demo.ask_many((QUESTION, str(DEMO_PICTURE)), max_new_tokens=1)
+    assert isinstance(answer, str) and isinstance(refused, InputError) and "is a file; give a list" in str(refused)
+
+
+def test_what_is_cropped_is_a_warning(demo):
+    wide = Image.new("RGB", (400, 100))
+    with pytest.warns(UserWarning, match="the centre crop removes 75 %"):
+        demo.ask(QUESTION, wide, max_new_tokens=1)
+
+
+def test_a_checkpoint_is_shown_in_one_line(demo):
+    assert repr(demo) == f"<Checkpoint {DEMO}: 5,364,096 parameters in torch.float32 on cpu>"
+
+
 # ---------------------------------------------------------------- kept against requested
 
 
@@ -191,12 +209,16 @@ def bare(tmp_path):
     ("spec", "flags", "note"),
     [
         ("plphp-ada", ["--retention", "0.5"], "plphp-ada kept 83."),
-        ("plphp", ["--retention", "0.3"], "30.0 % were requested; tools/calibrate.py"),
+        ("plphp", ["--retention", "0.3"], "instead of 30.0 %; tools/calibrate.py"),
         ("plphp:dr=0,skip=0", ["--retention", "0.3"], None),
         ("plphp:skip=0", ["--keep-tokens", "64"], None),
-        ("plphp", ["--keep-tokens", "64"], "plphp kept 37.5 % of the vision tokens, 25.0 %"),  # one layer is not pruned
-        ("fastv:layer=3", ["--retention", "0.5"], "fastv kept 75.0 % of the vision tokens, 50.0 % were requested"),
-        ("fastv:layer=3,keep_tokens=32", [], "fastv kept 56.2 % of the vision tokens, 12.5 %"),
+        (
+            "plphp",
+            ["--keep-tokens", "64"],
+            "plphp kept 37.5 % of the vision tokens instead of 25.0 %",
+        ),  # one layer is not pruned
+        ("fastv:layer=3", ["--retention", "0.5"], "fastv kept 75.0 % of the vision tokens instead of 50.0 %"),
+        ("fastv:layer=3,keep_tokens=32", [], "fastv kept 56.2 % of the vision tokens instead of 12.5 %"),
         ("grid:sink=60", ["--retention", "0.5"], "grid kept"),
         ("topk", ["--retention", "0.29"], None),
         ("plphp:r=0.9", [], None),  # r is not the fraction of the whole
@@ -205,8 +227,8 @@ def bare(tmp_path):
 def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, capsys, spec, flags, note):
     asked = ["--model", str(bare), "--image", str(DEMO_PICTURE), "--prompt", QUESTION, "--prune", spec, *flags]
     assert run.main([*asked, "--max-new-tokens", "1"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "requested" in line and "kept" in line]
-    assert len(said) == (note is not None) and all(line.startswith("note: ") and note in line for line in said)
+    said = [line for line in capsys.readouterr().err.splitlines() if re.match("note: .* kept .* instead of", line)]
+    assert len(said) == (note is not None) and all(note in line for line in said)
 
 
 def test_a_file_of_questions_says_it_once(bare, tmp_path, capsys):

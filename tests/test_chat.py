@@ -344,7 +344,7 @@ def test_a_path_with_spaces_needs_no_quotes(talk, tmp_path, tiny_folder):
 
 
 def test_clear_forgets_everything(talk):
-    lines = [COUNT, "/clear", "/stats", f"/image {DEMO_PICTURE}", SIGN, "/stats"]
+    lines = [COUNT, "/clear all", "/stats", f"/image {DEMO_PICTURE}", SIGN, "/stats"]
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
     assert (
         (code, out) == (0, FOUR + NET)
@@ -352,6 +352,30 @@ def test_clear_forgets_everything(talk):
         and "no answer to report on" in err
     )
     assert "1 picture, 256 image tokens" in err
+
+
+def test_clear_keeps_the_pictures(talk):
+    """Two conversations about the same two pictures: one that was asked about, one still to be asked about."""
+    lines = [COUNT, f"/image {ROOT}/assets/pair-a.png", "/CLEAR", COUNT, "/show", "/clear nothing"]
+    code, out, err = talk(lines, "--image", DEMO_PICTURE)
+    assert code == 0 and out.startswith(FOUR) and out.count("\n") == 2
+    assert f"new conversation about {DEMO_PICTURE}, {ROOT}/assets/pair-a.png\n" in err
+    assert "a KV head keeps, of 512" in err and "error: /clear nothing is unknown; give /clear" in err
+    assert f"Ask a question about {DEMO_PICTURE}; /image PATH" in err
+
+
+def test_words_of_commands_are_no_questions(talk):
+    code, out, err = talk(["quit", " help ", "exit"])
+    assert (code, out) == (0, "") and err.count("commands begin with a slash: /") == 3
+
+
+def test_a_drawing_names_the_question_that_tokens_were_kept_for(talk, tmp_path):
+    flags = "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.3"
+    lines = [COUNT, SIGN, f"/show {tmp_path}/later.html", "/prune none", SIGN, COUNT, f"/show {tmp_path}/all.html"]
+    _, _, err = talk([*lines, f"/show {tmp_path}/x.gif"], *flags)
+    assert err.rstrip().endswith("give a name that ends in .png or .html") and err.count("layer by layer") == 2
+    later, everything = ((tmp_path / name).read_text() for name in ("later.html", "all.html"))
+    assert f"{COUNT} (asked later: {SIGN})" in later and "asked later" not in everything and COUNT in everything
 
 
 def test_stats_of_a_later_turn_count_only_what_it_read(talk):

@@ -191,6 +191,44 @@ def test_stats_leave_out_what_there_is_nothing_to_say_about(capsys):
     assert "2 pictures, 512 image tokens" in err and err.count("demo.png: 448 x 448 pixels, 256 tokens") == 2
 
 
+def test_peak_memory_leaves_out_the_measurement_of_the_bandwidth():
+    """It takes up to 512 MB, after the first answer."""
+    asked = "How many objects are there?\nWhat does the sign say?\nHow many objects are there?\n"
+    done = cli("--image", PICTURE, "--stats", "--device", "cpu", input=asked)
+    first, *later = map(int, re.findall(r"^memory +(\d+) MB  peak", done.stderr, re.MULTILINE))
+    assert len(later) == 2 and max(later) < first + 100
+
+
+def test_what_pruning_did_and_a_cut_answer_are_said(capsys):
+    _, _, err = inside(capsys, *ASK, "--prune", "topk", "--retention", "0.25", "-n", "3")
+    assert "topk kept 25.0 % of the vision tokens: KV cache 0.47 MB instead of 1.6" in err
+    assert "note: the answer was cut after 3 tokens; --max-new-tokens allows more" in err
+    _, _, err = inside(capsys, *ASK)
+    assert " kept " not in err and "cut" not in err
+
+
+def test_without_a_picture_the_demo_says_so(capsys):
+    for flags, said in (([], True), (["--image", PICTURE], False)):
+        _, _, err = inside(capsys, "--prompt", "Describe the picture.", "-n", "1", *flags)
+        assert ("there is no picture, and the demo model" in err) == said
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (["--image", "no.png", "-p", "a"], "check the path"),
+        (["--image", "my", "picture.png", "-p", "a"], "check the path, and put it in quotes if it has spaces"),
+        (["--image", PICTURE, "What is this?"], "if this is the question, put --prompt before it, else check the path"),
+    ],
+)
+def test_a_missing_picture_comes_with_advice(refused, flags, advice):
+    refused(*flags, naming=advice)
+
+
+def test_an_import_that_ctrl_c_broke_off_is_an_interruption():
+    assert run.explain(ImportError("cannot load module more than once per process"))[1] == 130
+
+
 def test_only_the_demo_says_what_it_knows(capsys, tmp_path):
     for model, said in (("assets/demo", 1), (str(DEMO), 1), (str(copy_of_demo(tmp_path / "demo")), 0)):
         with contextlib.chdir(ROOT):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 
-def report(generation, model, seed, load_seconds, device):
+def report(generation, model, seed, load_seconds, peak_bytes):
     """The object of --json: what was asked, what was said, bytes and milliseconds. generation must be over."""
     checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
     config, cache, prune = checkpoint.config.text_config, generation.cache, generation.prune
@@ -47,12 +47,12 @@ def report(generation, model, seed, load_seconds, device):
             "decode_p50": 1e3 * percentile(steps, 0.5),
             "decode_p95": 1e3 * percentile(steps, 0.95),
         },
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": peak_bytes,
         # unpruned bytes per decode step over the bytes it really reads
         "ceiling_speedup": step_bytes(checkpoint, kv_bytes) / step_bytes(checkpoint, held) if held else 1.0,
         "seed": seed,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "device": str(device),
+        "device": str(checkpoint.device),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "backend": generation.way,
     }
@@ -126,6 +126,27 @@ def free_memory(device):
     table = Path("/proc/meminfo")
     lines = table.read_text().splitlines() if table.exists() else ()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 2 * 10**9)
+
+
+class Memory:
+    """Peak memory in bytes, and the memory bandwidth in bytes per second, whose measurement the peak leaves out."""
+
+    def __init__(self, device):
+        self.device, self.before, self.rate = device, 0, None
+
+    def peak(self):
+        """So far; see `peak_memory`."""
+        return max(self.before, peak_memory(self.device))
+
+    def bandwidth(self):
+        """Measured at the first call."""
+        if self.rate is None:
+            self.before, self.rate = self.peak(), measure_bandwidth(self.device)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # Linux: resets the peak
+        return self.rate
 
 
 class CoreWait:
@@ -230,7 +251,8 @@ def _pruned(r):
     if prune["method"] == "none" or not r["vision_tokens"] or not kept:
         return []
     share, per_head = 100 * prune["retention_actual"], sum(kept) / len(kept)
-    text = f"of the prefill; {prune['method']} kept {share:.1f} % of the image tokens, {per_head:.1f} per KV head"
+    when = "of the prefill; " if r["timing_ms"]["prune"] else "in this turn; earlier "
+    text = f"{when}{prune['method']} kept {share:.1f} % of the image tokens, {per_head:.1f} per KV head"
     return [
         _line("pruning", r["timing_ms"]["prune"], text),
         f"{'':25}decoding can become {r['ceiling_speedup']:.2f} times as fast at most, by the bytes that a step reads",
