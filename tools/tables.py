@@ -69,10 +69,10 @@ def summary():
     about = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text(encoding="utf-8")
     questions, scenes, long = re.match(r"(\d+) questions about (\d+) scenes, (\d+) of them", about).groups()
     return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
-        f"\n\n*Rate*: the fraction of the vision tokens that a layer keeps. {int(questions):,} questions about "
-        f"{int(scenes):,} drawn scenes, {int(long):,} with long answers:\nsix or more words that can be known only from "
-        "the picture, all tokens right "
-        f"(`python tools/evaluate.py accuracy --questions {int(questions) // 1000 * 1000}`, 2 cores)."
+        f"\n\n*Rate*: the fraction of the vision tokens that a layer keeps. Of {int(questions):,} questions about "
+        f"{int(scenes):,} drawn scenes, {int(long):,} have long answers:\nsix or more words that can be known only "
+        "from the picture. All tokens must be right "
+        f"(`python tools/evaluate.py accuracy --questions {int(questions) // 1000 * 1000}`)."
     )
 
 
