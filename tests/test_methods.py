@@ -812,7 +812,7 @@ def test_a_range_is_named_where_it_is_left():
         ("topk:keep_tokens=0", "keep_tokens of method topk is 0; give a whole number of 1 or more"),
         ("random:seed=0.5", "seed of method random is 0.5; give a whole number"),
         ("random:pooled=1", "pooled of method random is 1; give true or false"),
-        ("snapkv:pool=3", "pool of method snapkv is 3; give a text"),
+        ("snapkv:pool=3", "pool of method snapkv is 3; give text"),
         ("plphp:r=big", "r of method plphp is 'big'; give a number"),
         ("shared:window=0", "window of method shared is 0; give a whole number of 1 or more"),
         ("topk:group=1", "group of method topk is 1; give mean or max"),

@@ -1,9 +1,9 @@
-"""The tables of the READMEs, from what is committed: docstrings of the methods, files of results, arithmetic.
+"""Generate the tables of the READMEs from committed sources: docstrings of the methods, files of results, arithmetic.
 
     python tools/tables.py            # print them
-    python tools/tables.py --write    # put them into the READMEs
+    python tools/tables.py --write    # write them into the READMEs
 
-A table stands between `<!-- table NAME -->` and `<!-- end of table -->`, where NAME is a key of TABLES.
+A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`, where NAME is a key of TABLES.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of table -->)", re
 
 
 def filled(text):
-    """The text of a page with every table in it made anew."""
+    """The text of a page with every table in it generated again."""
     return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
@@ -46,22 +46,22 @@ def methods():
         rows.append([f"[`{name}`]({file})", what, settings])
     guards = ", ".join(f"`{key}={value}`" for key, value in GUARDS.items())
     return _markdown(["`--prune`", "what is kept", "settings"], rows, "---") + (
-        f"\n\nEvery method also has {guards}: numbers of tokens that no head may drop. They are\n"
-        "the first tokens of the prompt, the last ones, and those that the head's last 32 rows attend to most."
+        f"\n\nEvery method also has {guards}: numbers of tokens that no head may drop. `sink` protects the first\n"
+        "tokens of the prompt, `recent` the last, and `sink_keys` those most attended by the last 32 rows of each head."
     )
 
 
 def summary():
-    """The first table: PLPHP as published and as shipped, and what must be beaten, with the questions below it."""
+    """The first table: PLPHP as published and as shipped, and the baselines; below it, about the questions."""
     results = _results("pruning-accuracy")
     retentions = list(dict.fromkeys(row["retention"] for row in results if row["retention"]))
     right = {(row["method"], row["retention"]): float(row["long"]) for row in results}
     kept = [f"{float(row['kept']):.0f}" for row in results if row["method"] == "plphp ahead"]
     rows = [["unpruned", *(3 * [f"{right['none', '']:.1f}"])]]
     for method, label in (
-        ("plphp", "PLPHP as published: ranked by the prompt's last token"),
-        ("plphp as shipped", "PLPHP as shipped: look-ahead rows, one rate for all layers, half of it on an even grid"),
-        ("plphp ahead", f"look-ahead rows, a rate per layer as in the paper, no grid ({', '.join(kept)} % kept)"),
+        ("plphp", "PLPHP as we read the paper: ranked by the prompt's last token"),
+        ("plphp as shipped", "PLPHP with the demo's settings: look-ahead rows, one rate, half on an even grid"),
+        ("plphp ahead", f"look-ahead rows, a rate per layer as in the paper ({', '.join(kept)} % kept), no grid"),
     ):
         rows.append([label, *(f"{right[method, r]:.1f}" for r in retentions)])
     chance = [max(right["random", r], right["grid", r]) for r in retentions]
@@ -69,9 +69,10 @@ def summary():
     about = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text(encoding="utf-8")
     questions, scenes, long = re.match(r"(\d+) questions about (\d+) scenes, (\d+) of them", about).groups()
     return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
-        f"\n\n{int(questions):,} questions about {int(scenes):,} drawn scenes, {int(long):,} of them with long "
-        "answers: six or more words that only the\npicture tells. An answer is right if every token is "
-        f"(`python tools/evaluate.py accuracy --questions {int(questions) // 1000 * 1000}`, 2 CPU cores)."
+        f"\n\n*Rate*: the fraction of the vision tokens that a layer keeps. Of {int(questions):,} questions about "
+        f"{int(scenes):,} drawn scenes, {int(long):,} have long answers:\nsix or more words that can be known only "
+        "from the picture. All tokens must be right "
+        f"(`python tools/evaluate.py accuracy --questions {int(questions) // 1000 * 1000}`)."
     )
 
 
@@ -81,7 +82,7 @@ def pruning():
 
 
 def witness():
-    """KL on a real text decoder: mean over all kinds of questions, and over the kind left out of the training."""
+    """KL on a pretrained text decoder: mean over all kinds of questions, and over the kind left out of training."""
     results, kinds = _results("witness"), []
     for row in results:
         kinds += [row["questions"]] * (row["questions"] not in kinds)
@@ -96,12 +97,12 @@ def witness():
 
 
 def demo():
-    """What the demo model knows, by task."""
+    """Accuracy of the demo model by task."""
     return (ROOT / "assets" / "demo-accuracy.md").read_text(encoding="utf-8").strip()
 
 
 def ceilings():
-    """What pruning can win, by bytes."""
+    """Upper bounds of the speed-up by pruning, from bytes."""
     return roofline.table([1, 8, 32], [0.5, 0.2])
 
 
@@ -123,12 +124,12 @@ def decode_gpu():
             _bytes(row["kv_bytes_held"], 1e9, 2 if row["batch"] == "1" else 1, "GB"),
             _bytes(row["peak_bytes"], 1e9, 1, "GB"),
         ])  # fmt: skip
-    return _markdown(["", "ms per token", "decode: times as fast as sdpa", "by pruning (by bytes)",
-                      "first token: times as fast as sdpa", "K and V", "peak memory"], rows)  # fmt: skip
+    return _markdown(["", "ms per token", "decode: speed-up over sdpa", "speed-up by pruning (by bytes)",
+                      "first token: speed-up over sdpa", "K and V", "peak memory"], rows)  # fmt: skip
 
 
 def decode_demo():
-    """The demo model beside transformers, on a CPU."""
+    """The demo model compared with transformers, on a CPU."""
     rows = []
     for row in _results("decode-demo-cpu"):
         ours = row["engine"] in ("ours", "ours-compile")
@@ -137,8 +138,9 @@ def decode_demo():
         speeds = ("decode_x_hf-sdpa", "decode_x_hf-eager", "decode_x_hf-static", "ttft_x_hf-sdpa")
         rows.append([name, *(f"{float(row[s]):.2f}" if ours else "" for s in speeds),
                      _bytes(row["peak_bytes"], 1e6, 0), _percent(row["roofline_reached"])])  # fmt: skip
-    return _markdown(["times as fast as", "decode: sdpa", "eager", "static cache, compiled", "first token: sdpa",
-                      "peak MB", "of the roofline"], rows)  # fmt: skip
+    return _markdown(["speed-up over `transformers`", "decode: over sdpa", "decode: over eager",
+                      "decode: over static cache, compiled", "first token: over sdpa", "peak MB",
+                      "share of the roofline"], rows)  # fmt: skip
 
 
 def decode_7b_cpu():
@@ -149,7 +151,7 @@ def decode_7b_cpu():
         rows.append([ENGINES[row["engine"]], *speeds, _bytes(row["peak_bytes"], 1e6, 0),
                      _percent(row["roofline_reached"])])  # fmt: skip
     return _markdown(
-        ["times as fast as transformers sdpa", "decode", "first token", "peak MB", "of the roofline"], rows
+        ["speed-up over transformers sdpa", "decode", "first token", "peak MB", "share of the roofline"], rows
     )
 
 
@@ -162,7 +164,7 @@ WORKLOADS = {
 
 
 def pruning_speed():
-    """What pruning wins on a CPU, by number of tokens."""
+    """Speed-up by pruning on a CPU, by number of tokens."""
     found = {(r["engine"], r["workload"], r["prune"]): r for r in _engines("decode-demo-long-cpu")}
     rows = []
     for workload, label in WORKLOADS.items():
@@ -170,22 +172,22 @@ def pruning_speed():
             found[engine, workload, f"plphp:dr=0@{kept}"] for engine in ("ours", "ours-compile") for kept in (0.5, 0.2)
         ]
         rows.append([label, *(f"{float(c['speedup']):.2f} ({float(c['ceiling_speedup']):.2f})" for c in cells)])
-    return _markdown(["speed-up by pruning, measured (by bytes)", "0.5 kept", "0.2 kept", "`--compile`, 0.5 kept",
-                      "0.2 kept"], rows)  # fmt: skip
+    return _markdown(["speed-up by pruning, measured (by bytes)", "0.5 kept", "0.2 kept",
+                      "`--compile`, 0.5 kept", "`--compile`, 0.2 kept"], rows)  # fmt: skip
 
 
 def first_token():
-    """The unpruned first token on a CPU, beside transformers."""
+    """The unpruned first token on a CPU, compared with transformers."""
     found = {(r["engine"], r["workload"]): r for r in _engines("decode-demo-long-cpu") if r["prune"] == "none"}
     rows = [
         [label, *(f"{float(found[engine, workload]['ttft_x_hf-sdpa']):.2f}" for workload in WORKLOADS)]
         for engine, label in ENGINES.items() if engine != "hf-sdpa"
     ]  # fmt: skip
-    return _markdown(["first token, times as fast as transformers sdpa", *WORKLOADS.values()], rows)
+    return _markdown(["first token: speed-up over transformers sdpa", *WORKLOADS.values()], rows)
 
 
 def _engines(name):
-    """Rows of our engines in a file of bench_decode.py."""
+    """Rows of this repository's engines (not transformers) in a CSV file of bench_decode.py."""
     return [row for row in _results(name) if not row["engine"].startswith("hf-")]
 
 
@@ -193,14 +195,14 @@ def _engines(name):
 
 
 def steps():
-    """Whole decode steps with the ragged cache, a dense one being 1."""
+    """Speed of whole decode steps with the ragged cache, relative to a dense one."""
     found = {row["case"]: float(row["speed"]) for row in _results("steps-cpu") if row["provider"] == "ours, torch"}
     rows = [
         [f"{tokens:,} tokens", *(f"{found[f'demo model, 1 x {tokens} tokens, {kept}']:.2f}"
                                  for kept in ("1 kept, equal", "0.3 kept, equal", "0.3 kept, ragged"))]
         for tokens in (300, 2048, 8192)
     ]  # fmt: skip
-    return _markdown(["whole decode steps, dense cache 1", "all kept", "0.3 kept, heads of equal length",
+    return _markdown(["speed of whole decode steps (dense cache: 1)", "all kept", "0.3 kept, heads of equal length",
                       "0.3 kept, lengths differ"], rows)  # fmt: skip
 
 
@@ -233,19 +235,19 @@ def kernels():
     rows = [
         [f"{_heads(row)}, {float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in _layers_on_gpu()
     ]
-    return _markdown(["K and V kept, per layer", "time", "of the bandwidth", *RIVALS.values()], rows)
+    return _markdown(["K and V kept, per layer", "time", "share of the bandwidth", *RIVALS.values()], rows)
 
 
 def kernels_summary():
     """Three sizes of the shape with grouped heads."""
     rows = [row for row in _layers_on_gpu() if row["shape"] == "gqa8"]
     rows = [[f"{float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in (rows[0], rows[2], rows[4])]
-    names = [f"times as fast as {next(iter(RIVALS.values()))}", *list(RIVALS.values())[1:]]
-    return _markdown(["K and V kept (8 KV heads)", "time", "of the bandwidth", *names], rows)
+    names = [f"speed-up over {next(iter(RIVALS.values()))}", *list(RIVALS.values())[1:]]
+    return _markdown(["K and V kept (8 KV heads)", "time", "share of the bandwidth", *names], rows)
 
 
 def _layers_on_gpu():
-    """Rows of ours in order of size: a fifth kept, heads of different lengths, 32 heads and then 8."""
+    """Rows of our kernel by size, 32 heads before 8: a fifth of the tokens kept, heads of different lengths."""
     rows = [
         row for row in _results("kernels-h200")
         if (row["op"], row["layout"], row["provider"]) == ("ragged_decode_append", "plphp", "ours, triton")
@@ -268,11 +270,11 @@ def _speeds(row):
     return [f"{speeds[name]:.1f}" for name in RIVALS]
 
 
-# ---------------------------------------------------------------- what they share
+# ---------------------------------------------------------------- shared helpers
 
 
 def _results(name):
-    """Rows of a file in benchmarks/, cells as text."""
+    """Rows of a CSV file in benchmarks/, a list of {column: text}."""
     with open(ROOT / "benchmarks" / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -286,7 +288,7 @@ def _bytes(number, unit, digits, name=""):
 
 
 def _markdown(head, rows, others="---:"):
-    """A table; the cells of the first column on the left, those of the others as `others` says."""
+    """A table in Markdown; the first column is aligned left, the others as `others` specifies."""
     lines = [head, ["---"] + [others] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -303,7 +305,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--write", action="store_true", help="into the READMEs")
+    parser.add_argument("--write", action="store_true", help="write them into the READMEs")
     args = parser.parse_args()
     if not args.write:
         return print("\n\n".join(make() for make in TABLES.values()))

@@ -1,22 +1,22 @@
 """The pruning methods, and how to name one.
 
 A method is one small file here and one row of METHODS: a function whose keyword-only arguments are its settings, or a
-frozen dataclass whose fields are (`__post_init__` may raise a ValueError). Its docstring begins with one sentence and
-has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods` prints them. It
-implements one of two stages:
+frozen dataclass whose fields are its settings (`__post_init__` may raise a ValueError). Its docstring begins with one
+sentence and has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods` prints
+them. It implements one of two stages:
 
     method(layer, scores, layout) -> keep (Hkv, T) bool, or None to keep all
-        after a layer's attention: the K and V rows that each head keeps. Hidden states do not change.
+        after a layer's attention: whose K and V each KV head keeps. Hidden states do not change.
     method.narrow(scores, layout) -> keep (T,) bool
-        once, before layer `method.layer`: the tokens that this layer and all later ones see.
+        once, before layer `method.layer`: the tokens that remain in this layer and all later ones.
 
 scores (Hq, T) fp32: attention of each query head, averaged over the last `window` rows of the prompt that follow the
-last picture. Without a setting `window`, scores is None, or the last row's for `narrow`. With query="lookahead" it is
-the attention of the look-ahead rows (`model.lookahead`) instead.
-layout (`model.generate.Layout`): the pictures' spans and each token's place in its picture. For the call it also has
-`norms` if the setting `values` is true, and `last` if the member `wants_last_row` is; for both stages `contrast` if
-`wants_contrast` is. Optional methods: wants(layer, num_layers) returns False for a layer that keeps all and needs no
-scores; check(num_layers, kv_heads) raises ValueError for an unsuitable model. Text is always kept.
+last picture. Without a setting `window`, it is None in the first stage and the last row's attention in `narrow`. With
+query="lookahead" it is the attention of the look-ahead rows (`model.lookahead`) instead.
+layout (`model.generate.Layout`): the pictures' spans and each token's place in its picture. The first stage also gets
+`norms` if the setting `values` is true, and `last` if the attribute `wants_last_row` is true; both stages get
+`contrast` if `wants_contrast` is true. Optional: wants(layer, num_layers) returns False for a layer that keeps all and
+needs no scores; check(num_layers, kv_heads) raises ValueError for an unsuitable model. Text is always kept.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
 AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
-SILENCED = {  # setting -> settings that have no effect with it
+SILENCED = {  # setting -> settings that it makes ineffective
     "retention": ("keep_tokens", "r", "mass", "rates"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates"),
     "mass": ("rates",),
@@ -70,7 +70,7 @@ def _among(names):
     return " or ".join(names), lambda v: v in names
 
 
-# Values that a setting may have: in words, and as a check
+# Values that a setting may have: (description, function value -> bool)
 COUNT = "a whole number of 0 or more", lambda v: type(v) is int and v >= 0
 FRACTION = "a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1
 SOME = "a number above 0 and up to 1", lambda v: FRACTION[1](v) and v > 0
@@ -83,19 +83,19 @@ COMMON = {
     "keep_tokens": ("tokens that each head keeps of each picture; replaces retention", *ONE),
     "window": ("last prompt rows whose mean attention ranks the tokens", *ONE),
     "query": ("rank by the attention of the last prompt rows or of look-ahead rows", *_among(QUERIES)),
-    "values": ("rank by attention times the L1 norm of the value row, as in 2406.12335", *SWITCH),
+    "values": ("rank by attention times the L1 norm of the token's value vector, as in 2406.12335", *SWITCH),
     "group": ("how query heads that share a KV head are combined", *_among(GROUPS)),
-    "scope": ("budget for each picture by itself or for all pictures together", *_among(SCOPES)),
+    "scope": ("one budget for each picture, or one for all pictures together", *_among(SCOPES)),
     "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
     "sink": ("first tokens of the prompt that no head may drop", *COUNT),
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
-    "sink_keys": ("tokens most attended by the last 32 prompt rows, which a head may not drop", *COUNT),
+    "sink_keys": ("tokens most attended by a head's last 32 prompt rows, which it may not drop", *COUNT),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its settings, and what all methods share. rule: the function or object that its file defines."""
+    """A method with its settings, and the code shared by all methods. rule: the function or object of its file."""
 
     name: str
     rule: object
@@ -103,27 +103,27 @@ class Method:
 
     @property
     def window(self):
-        """Number of rows at the prompt's end whose attention is the method's scores."""
+        """Number of rows at the prompt's end from whose attention the scores are computed; 0 for none."""
         return self.settings.get("window", 1 if self.layer else 0)
 
     @property
     def spec(self):
-        """SPEC with every setting that has an effect: `--prune` with it gives this method again, for any checkpoint."""
+        """SPEC with every setting that has an effect; `--prune` with it selects this method, for any checkpoint."""
         given = {k: v for k, v in self.settings.items() if v is not None and (k not in GUARDS or v)}
         if "keep_tokens" in given:
-            given.pop("retention", None)  # its default
+            given.pop("retention", None)  # the default, which keep_tokens replaces
         silent = {b for a, b in _silenced(self.name, given)} | ({"window"} if self.looks_ahead else set())
         pairs = [f"{k}={v if type(v) is str else json.dumps(v)}" for k, v in given.items() if k not in silent]
         return self.name + (":" if pairs else "") + ",".join(pairs)
 
     @property
     def looks_ahead(self):
-        """Are the scores the attention of the look-ahead rows?"""
+        """True if the scores are the attention of the look-ahead rows."""
         return self.settings.get("query") == "lookahead"
 
     @property
     def layer(self):
-        """The layer before which tokens are dropped from the prompt, or None if the method only drops K and V."""
+        """The first layer without the dropped tokens, or None if the method drops only K and V."""
         return self.rule.layer if hasattr(self.rule, "narrow") else None
 
     def check(self, num_layers, kv_heads):
@@ -134,7 +134,7 @@ class Method:
             self.rule.check(num_layers, kv_heads)
 
     def wanted(self, tokens):
-        """The requested fraction of the vision tokens, None if no setting gives it. tokens: the count per picture."""
+        """The requested fraction of the vision tokens, or None if no setting gives one. tokens: count per picture."""
         count, retention = self.settings.get("keep_tokens"), self.settings.get("retention")
         if count is None or not sum(tokens):
             return retention
@@ -142,16 +142,16 @@ class Method:
         return sum(min(count, n) for n in pots) / sum(tokens)
 
     def wants(self, layer, num_layers):
-        """Does the method choose K and V rows in this layer?"""
+        """True if the method chooses K and V in this layer."""
         return callable(self.rule) and (not hasattr(self.rule, "wants") or self.rule.wants(layer, num_layers))
 
     def choose(self, layer, scores, layout):
-        """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, or None for all. ValueError if the rule returns else."""
+        """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, None for all. ValueError if the rule returns neither."""
         keep = self.rule(layer, scores, layout)
         return None if keep is None else self._guarded(keep, layout, (layout.kv_heads, layout.tokens))
 
     def narrow(self, scores, layout):
-        """scores (Hq, T) fp32 -> keep (T,) bool; the last token always stays, because it predicts the answer."""
+        """scores (Hq, T) fp32 -> keep (T,) bool; the last token is always kept, because it predicts the answer."""
         keep = self._guarded(self.rule.narrow(scores, layout), layout, (layout.tokens,))
         keep[-1] = True
         return keep
@@ -164,7 +164,7 @@ class Method:
         keep = keep.to(layout.device) | guarded(layout, self.settings.get("sink", 0), self.settings.get("recent", 0))
         if layout.attended is None:
             return keep
-        # a head with nothing to read puts its attention on such keys; without them it would read other tokens
+        # such keys absorb attention of heads that need no token; without them it would go to other tokens
         sinks = best(layout.attended, self.settings["sink_keys"])
         return keep | (sinks if keep.ndim == 2 else sinks.any(0))
 
@@ -183,7 +183,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     """The Method of a SPEC, or None for "none".
 
     spec: NAME or FILE.py::NAME, then optionally ":" and comma-separated key=value pairs; or a function or class; or a
-    Method; or None. settings: a dict, or a list of "key=value" and "@file.json" with a JSON object. retention,
+    Method; or None. settings: a dict, or a list of "key=value" and "@FILE.json" (a JSON object). retention,
     keep_tokens: the budget, for methods with a setting of that name. folder: of a checkpoint; its NAME.json, if there
     is one (see `calibrated`), replaces the method's defaults. ValueError for invalid input, including a setting that is
     given twice or together with one that makes it ineffective.
@@ -213,14 +213,14 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     except ValueError as wrong:
         raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
     if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
-        raise ValueError(f"method {name} is not callable and lacks `layer` and `narrow`; see model/pruning")
+        raise ValueError(f"method {name} is not callable and has no `layer` and `narrow`; see model/pruning")
     return Method(name, rule, settings)
 
 
 def calibrated(folder, name):
     """Path of the calibrated settings in a checkpoint's folder for a method of METHODS, or None (tools/calibrate.py).
 
-    It is the first of NAME.json, the same for a former name, and the same for the methods of its FAMILY.
+    The first file that exists of NAME.json, OLD_NAME.json (see ALIASES), and NAME.json of each method in its FAMILY.
     """
     if folder is None or name not in METHODS:
         return None
@@ -230,7 +230,7 @@ def calibrated(folder, name):
 
 
 def named(spec):
-    """A spec -> (method name, its function, class, Method or None, ["key=value", ...])."""
+    """spec -> (method name; its function or class, or the Method, or None; ["key=value", ...]). Raises ValueError."""
     if spec is None:
         return "none", None, []
     if isinstance(spec, Method):
@@ -263,7 +263,7 @@ def _check_budget(name, values):
 
 
 def _silenced(name, values):
-    """Pairs (a, b) of given settings of which b has no effect beside a."""
+    """Pairs (a, b) of given settings where a makes b ineffective."""
     given = {key for key, value in values.items() if value is not None}
     pairs = [(a, b) for a, silent in SILENCED.items() for b in silent if name in METHODS or b == "keep_tokens"]
     return [(a, b) for a, b in pairs if a in given and b in given]
@@ -272,13 +272,13 @@ def _silenced(name, values):
 def _instead(own, given):
     """A checkpoint's own settings, overridden by given ones; a given budget or window also removes conflicting ones."""
     budgets = [key for key in AMOUNTS if given.get(key) is not None]
-    if "window" in given:  # so the prompt's rows rank, not the look-ahead rows
+    if "window" in given:  # then tokens are ranked by the prompt's rows instead of the look-ahead rows
         own = {key: value for key, value in own.items() if key != "query"}
     return {key: value for key, value in own.items() if key not in AMOUNTS or key == "r" or not budgets} | given
 
 
 def sets_budget(spec):
-    """Does a SPEC set its own budget, or have a method without a setting `retention`?"""
+    """True if a SPEC sets its own budget, or if its method has no setting `retention`."""
     _, function, pairs = named(spec)
     return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
 
@@ -298,7 +298,7 @@ def _split(spec):
 
 
 def _pair(text):
-    """ "key=value" -> (key, value). The value is parsed as JSON; if it is not valid JSON, it is text."""
+    """ "key=value" -> (key, value). The value is parsed as JSON; if that fails, it remains a string."""
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise ValueError(f"setting {text!r} is not KEY=VALUE; give for example retention=0.5")
@@ -319,7 +319,7 @@ def _read(path):
 
 
 def _find(name):
-    """The function or class of a METHOD, None for "none"."""
+    """The function or class that a NAME or FILE.py::NAME refers to, None for "none". Raises ValueError."""
     if "::" not in name:
         if name not in METHODS:
             raise ValueError(f"there is no method {name!r}; use {', '.join(METHODS)} or FILE.py::NAME")
@@ -331,7 +331,7 @@ def _find(name):
     if found is None:
         raise ValueError(f"{path!r} is not a Python file; give FILE.py::NAME")
     module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # where dataclasses look up postponed annotations
+    sys.modules[found.name] = module  # dataclasses look up postponed annotations there
     try:
         found.loader.exec_module(module)
     except (Exception, SystemExit) as broken:
@@ -367,18 +367,18 @@ def _complete(name, function, given):
 
 
 def _like(name, key, value, default):
-    """value in the type of the default; ValueError if it has another type. A default of None accepts any type."""
+    """value in the type of the default, or ValueError if it has another type. A default of None accepts any type."""
     if default is None or default is inspect.Parameter.empty or type(value) is type(default):
         return value
     if isinstance(default, float) and type(value) is int:
         return float(value)
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     wanted = COMMON[key][1] if key in COMMON else kinds.get(type(default), f"a {type(default).__name__}")
     raise ValueError(f"{key} of method {name} is {value!r}; give {wanted}")
 
 
 def _check_common(name, settings):
-    """ValueError for bad values of settings that mean the same in every method."""
+    """ValueError if a setting of COMMON has a value outside its range."""
     for key, (_, values, fits) in COMMON.items():
         unset = key not in settings or (settings[key] is None and key in AMOUNTS)
         if not unset and not fits(settings[key]):

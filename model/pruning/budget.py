@@ -1,6 +1,6 @@
 """Building blocks for methods: how many vision tokens a head keeps, and which.
 
-    how many     budget     a fraction or a number of n tokens, from 1 to n; half is rounded up
+    how many     budget     from a fraction or a number of tokens: 1 to n tokens of n; half is rounded up
                  by_head    a budget per head, from a table of fractions per layer, or per layer and head
     which        best       each head keeps its own highest scores
                  shared     all heads keep the same tokens
@@ -9,8 +9,8 @@
     among        select     each picture separately, or all vision tokens together
                  covered    a share of each head's tokens lies on an even grid, independent of the scores
 
-Text is always kept. All methods round and break ties in the same way, even if the original method does not, so that
-equal budgets mean equal bytes.
+Text is always kept. All methods here round and break ties in the same way, even if the original implementation
+differs, so that equal budgets mean equal bytes.
 """
 
 import math
@@ -19,33 +19,33 @@ import torch
 
 SCOPES = ("image", "vision")
 GROUPS = ("mean", "max")
-QUERIES = ("last", "lookahead")  # the rows whose attention ranks: the prompt's last rows, or the look-ahead rows
+QUERIES = ("last", "lookahead")  # rank tokens by the attention of the prompt's last rows, or of the look-ahead rows
 
-# Steps of the R2 sequence along rows and columns: powers of 1 / 1.3247..., where 1.3247... solves x**3 = x + 1. The
-# shift from head to head is the golden ratio.
+# Steps along rows and columns: those of the R2 sequence, which spreads points evenly over a square. They are powers of
+# 1 / 1.3247..., where 1.3247... solves x**3 = x + 1. The shift from head to head is the golden ratio minus 1.
 DOWN, RIGHT, SHIFT = 0.5698402909980532, 0.7548776662466927, 0.6180339887498949
 
 
 def budget(tokens, retention=1.0, keep_tokens=None):
     """Number of tokens to keep of `tokens`: keep_tokens if given, else the fraction retention, half rounded up.
 
-    At least 1 and at most `tokens`.
+    It is at least 1 and at most `tokens`.
     """
     wanted = math.floor(retention * tokens + 0.5) if keep_tokens is None else keep_tokens
     return max(1, min(wanted, tokens))
 
 
 def by_head(rates, layer, heads, tokens):
-    """Number of tokens to keep of `tokens` in each head, (heads, 1) integers.
+    """Number of tokens to keep of `tokens` in each head, (heads, 1) int64 on the CPU.
 
-    rates: per layer a fraction, or a list with one fraction per head.
+    rates: for each layer a fraction from 0 to 1, or a list with one fraction per head.
     """
     row = rates[layer] if isinstance(rates[layer], list) else [rates[layer]] * heads
     return torch.tensor([[budget(tokens, rate)] for rate in row], device="cpu")
 
 
 def best(scores, count):
-    """scores (H, n) -> bool (H, n): the `count` highest of each row; ties go to the lower index.
+    """scores (H, n) -> bool (H, n): the `count` highest of each row; of equal scores, the lower index first.
 
     count: an integer, or integers (H, 1).
     """
@@ -57,14 +57,15 @@ def best(scores, count):
 
 
 def shared(scores, count):
-    """scores (H, n) -> bool (H, n): the same `count` tokens in every row, the best by the mean of the rows."""
+    """scores (H, n) -> bool (H, n): the same `count` tokens in every row, those with the highest mean over rows."""
     return best(scores.mean(0, keepdim=True), count).expand(scores.shape)
 
 
 def pooled(scores, count, floor):
-    """scores (H, n) -> bool (H, n): the H * count best (row, token) pairs, at least int(floor * count) in each row.
+    """scores (H, n) -> bool (H, n): the H * count best (row, token) pairs, with a minimum for each row.
 
-    This is AdaKV's division of a budget (arXiv 2407.11550), with floor as its safeguard. Every row keeps at least one.
+    The minimum is int(floor * count), but at least 1; floor is from 0 to 1. AdaKV (arXiv 2407.11550), which divides a
+    budget in this way, calls it the safeguard.
     """
     safe = best(scores, max(1, int(floor * count)))
     everything = scores.masked_fill(safe, float("inf")).flatten()
@@ -72,13 +73,13 @@ def pooled(scores, count, floor):
 
 
 def check_floor(floor):
-    """ValueError unless floor is a fraction."""
+    """ValueError unless floor is from 0 to 1."""
     if not 0 <= floor <= 1:
         raise ValueError(f"floor is {floor}; give a number from 0 to 1")
 
 
 def mass(scores, share):
-    """scores (H, n) -> bool (H, n): the fewest tokens of each row that hold `share` of its sum, and at least one."""
+    """scores (H, n) -> bool (H, n): in each row the fewest tokens with `share` (0 to 1) of its sum, at least one."""
     ordered, order = scores.double().sort(dim=-1, descending=True, stable=True)  # fp32 sums would round
     before = ordered.cumsum(-1) - ordered  # sum of all better tokens
     taken = before < share * ordered.sum(-1, keepdim=True)
@@ -90,7 +91,7 @@ def grid_phase(layer, layout):
     """(Hkv, T) float64: a phase per vision token; the tokens with the lowest phases form an even grid in each picture.
 
     A token at row y and column x has the phase y * DOWN + x * RIGHT + h * SHIFT, modulo 1, where h numbers all heads of
-    all layers, so that each head has another grid. Any number of lowest phases is spread evenly in both directions.
+    all layers, so that every head has a different grid. For any n, the n lowest phases are evenly spaced.
     """
     phase = torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.float64, device="cpu")
     heads = torch.arange(layout.kv_heads, device="cpu").double()[:, None] + layer * layout.kv_heads
@@ -101,9 +102,9 @@ def grid_phase(layer, layout):
 
 
 def covered(scores, keep, phase, share):
-    """Replace keep by as many tokens per head: `share` of them on the grid, the others by scores.
+    """Choose as many tokens per head as keep has: the fraction `share` on the grid, the others by scores.
 
-    scores, phase (H, n), keep (H, n) bool -> bool (H, n).
+    scores (H, n), keep (H, n) bool, phase (H, n) -> bool (H, n).
     """
     count = keep.sum(1, keepdim=True)
     grid = best(-phase, (share * count).int())
@@ -111,9 +112,9 @@ def covered(scores, keep, phase, share):
 
 
 def select(scores, layout, choose, scope="image", cover=0.0, phase=None):
-    """scores (Hkv, T) -> keep (Hkv, T): all text, and the vision tokens for which choose(scores (Hkv, n)) is True.
+    """scores (Hkv, T) -> keep (Hkv, T) bool: all text, and the vision tokens that choose(scores (Hkv, n)) returns.
 
-    scope: "image" calls choose once per picture, so that no picture starves another; "vision" once for all pictures.
+    scope: "image" calls choose once per picture, so that every picture keeps its share; "vision" once for all pictures.
     cover: this share of each head's tokens is chosen by lowest phase (Hkv, T) (`grid_phase`) instead of by scores.
     phase is required if cover is not 0.
     """
@@ -133,10 +134,10 @@ def _columns(layout, scope):
 
 
 def by_kv_head(scores, layout, group="mean", values=False):
-    """scores (Hq, T) of query heads -> (Hkv, T): the mean or the maximum over the query heads of each KV head.
+    """scores (Hq, T) fp32 -> (Hkv, T) fp32: the mean or maximum (group) over the query heads of each KV head.
 
-    values: multiply by the L1 norm of the token's value row, as in VATP (arXiv 2406.12335). A head reads attention
-    times value, and surplus attention goes to tokens whose values are near zero.
+    values: multiply by layout.norms, the L1 norm of each token's value vector, as in VATP (arXiv 2406.12335), because
+    a head's output is attention times value, and surplus attention goes to tokens whose values are near zero.
     """
     heads = scores.view(layout.kv_heads, -1, layout.tokens)  # (Hkv, G, T)
     heads = heads.mean(1) if group == "mean" else heads.amax(1)

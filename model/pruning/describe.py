@@ -1,4 +1,4 @@
-"""What `run.py --list-methods` prints: the methods, or one of them with its settings."""
+"""The output of `run.py --list-methods`: the methods, or one of them with its settings."""
 
 import inspect
 import json
@@ -10,15 +10,15 @@ from . import COMMON, GUARDS, METHODS, calibrated, named, settings_of
 
 
 def listing():
-    """The methods, one line each where the terminal is wide enough."""
+    """The methods, one line each if the terminal is wide enough."""
     lines = [_row(name, summary(method), 11) for name, method in METHODS.items()]
     return "\n".join([*lines, "", "run.py --list-methods NAME shows the settings of one; FILE.py::NAME is your own."])
 
 
 def describe(name, folder=None):
-    """A method of METHODS or FILE.py::NAME with its settings: defaults, meaning, range. ValueError if there is none.
+    """A method of METHODS or FILE.py::NAME with the defaults, meanings and ranges of its settings, or ValueError.
 
-    folder: of a checkpoint; the settings that it has for the method are shown too.
+    folder: of a checkpoint; its calibrated settings for the method are listed too.
     """
     name, method, _ = named(name)
     lines = [_row(f"{name}:", summary(method))]
@@ -42,7 +42,7 @@ def summary(method):
 
 
 def meanings(method):
-    """{setting: its meaning}, from lines `name: meaning` of the docstring or of a parent's, else from COMMON."""
+    """{setting: its meaning}, from lines `name: meaning` of the docstring, else a parent class's, else from COMMON."""
     found = {}
     for key, (what, values, _) in COMMON.items():
         found[key] = f"{what} ({re.sub('^a (whole )?number (from |of )?', '', values)})"
@@ -53,7 +53,7 @@ def meanings(method):
 
 
 def shown(value):
-    """A default as --set takes it: JSON, but for the quotes of a text."""
+    """A default in the form that --set accepts: JSON, but strings without quotes."""
     return "(none)" if value is inspect.Parameter.empty else json.dumps(value).strip('"')
 
 
@@ -62,6 +62,6 @@ def _setting(key, value, what):
 
 
 def _row(left, right, indent=0):
-    """Two columns, wrapped to the terminal."""
+    """Two columns, wrapped to the width of the terminal."""
     width, text = min(shutil.get_terminal_size().columns, 120), f"{left.ljust(indent - 1)} {' '.join(right.split())}"
     return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)

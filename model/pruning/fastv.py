@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): vision tokens leave the prompt after a layer, and no later layer ever sees them."""
+"""FastV (arXiv 2403.06764): vision tokens are removed from the hidden states before a layer and all later ones."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from .budget import budget, select, shared
 
 @dataclass(frozen=True, kw_only=True)
 class FastV:
-    """Tokens leave the prompt before one layer, for all later layers (2403.06764).
+    """From layer `layer` on, the least attended vision tokens are removed from the hidden states (2403.06764).
 
-    Those stay that the last prompt row attended to most in the layer before, averaged over heads. Hidden states are
-    dropped, not only K and V: prefill gets cheaper too, and the first new token may already differ. Positions stay
-    those of the prompt.
+    The kept tokens are those that the last prompt row attended to most in the previous layer, averaged over heads.
+    Because hidden states are dropped too, prefill gets cheaper, and the first new token may already differ. The kept
+    tokens retain their positions.
 
     layer: first layer without the dropped tokens, the paper's K (1 or more, below the number of layers)
     retention: fraction of the vision tokens to keep, 1 minus the paper's R (above 0 and up to 1)
@@ -28,7 +28,7 @@ class FastV:
             raise ValueError(f"layer is {self.layer}; give a whole number of 1 or more")
 
     def narrow(self, scores, layout):
-        """Attention (Hq, T) of layer `layer` - 1 -> (T,) bool: the tokens that go on. Called once."""
+        """Attention (Hq, T) fp32 in layer `layer` - 1 -> keep (T,) bool. Called once."""
         heads = scores.mean(0, keepdim=True).expand(layout.kv_heads, -1)
         return select(
             heads, layout, lambda s: shared(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope

@@ -1,4 +1,4 @@
-"""Keep what shows anything, whatever the question is: what a method that knows the question has to beat."""
+"""Keep tokens on objects, whatever the question is: the baseline for methods that use the question."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from .random_tokens import draw
 class Objects:
     """A baseline: tokens on objects first, then random ones, whatever the question is.
 
-    A token shows an object if its pixels are further from the picture's usual colour than those of the picture's
-    average patch (`model.view.contrast_of`): objects on a plain ground, and in a photograph what stands out. If these
-    tokens exceed the budget, each head draws among them.
+    A token counts as an object if its pixels differ from the picture's usual colour more than the average patch does
+    (`model.view.contrast_of`); in a photograph these are the parts with unusual colours. If they exceed the budget,
+    each head draws among them.
 
     seed: of the random choice (any whole number)
     """
@@ -25,12 +25,10 @@ class Objects:
     wants_contrast = True
 
     def __call__(self, layer, scores, layout):
-        """-> keep (Hkv, T) bool."""
+        """-> keep (Hkv, T) bool; scores is not used. ValueError without pixels."""
         worth = draw(self.seed, layer, layout)
         if layout.contrast is None:
-            raise ValueError(
-                "method objects looks at the pictures' pixels, and there are none here; use grid or random"
-            )
+            raise ValueError("method objects needs the pictures' pixels, and there are none here; use grid or random")
         for (start, stop), contrast in zip(layout.spans, layout.contrast, strict=True):
             worth[:, start:stop] += (contrast > contrast.mean()).to(worth)
         return select(

@@ -1,16 +1,16 @@
-"""PLPHP: per-layer, per-head pruning of vision tokens (arXiv 2502.14504), and a variant of ours with uneven heads.
+"""PLPHP: per-layer, per-head pruning of vision tokens (arXiv 2502.14504), and our variant with a budget per head.
 
     gamma  = mean over heads of the attention that the last prompt token pays to all vision tokens    one per layer
-    rate   = r + dr  if gamma >= alpha       a layer that looks at the picture keeps more,
-             r - dr  if gamma < beta         one that does not keeps less,
+    rate   = r + dr  if gamma >= alpha       a layer with much attention to the pictures keeps more,
+             r - dr  if gamma < beta         a layer with little attention to the pictures keeps less,
              r       otherwise               clamped to 0 .. 1
     keep   = in each KV head, for each picture of n tokens: its own floor(rate * n + 0.5) most attended, at least one
 
-Only K and V are dropped, after the layer's own attention: the first new token is that of the unpruned model. All heads
-of a layer keep the same number of tokens and different tokens.
+Only K and V are dropped, after the layer's own attention: the first new token is that of the unpruned model. The heads
+of a layer keep the same number of tokens, but not the same tokens.
 
-The abstract and reviews of the paper say what is computed, not with which numbers, and its code is not public: alpha,
-beta, r, dr, the layers that are spared, the query row and the treatment of grouped heads are our reading.
+The abstract and reviews of the paper say what is computed but give no values, and its code is not public: alpha, beta,
+r, dr, which layers are not pruned, the query row and averaging over the query heads of a KV head are our choices.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Plphp:
     gamma is the share of the last prompt row's attention that goes to the pictures (of the look-ahead rows' attention
     with query=lookahead).
 
-    r: fraction that a layer keeps if its gamma is from beta to alpha (0 to 1)
+    r: fraction that a layer keeps if its gamma is between beta and alpha (0 to 1)
     dr: added to r if gamma is at least alpha, subtracted if it is below beta (0 to 1)
-    alpha: layers whose attention to the pictures (gamma) is at least this keep more (beta or more)
-    beta: layers whose attention to the pictures (gamma) is below this keep less (up to alpha)
-    skip: first layers left unpruned; null: 2, or 1 of fewer than 12 layers (0 or more)
-    retention: replaces r, and limits dr to 0.75 * r and to 1 - r (above 0 and up to 1)
+    alpha: layers keep more if their attention to the pictures (gamma) is at least this value (beta or more)
+    beta: layers keep less if their attention to the pictures (gamma) is below this value (up to alpha)
+    skip: number of first layers that are not pruned; null means 1 for fewer than 12 layers, else 2 (0 or more)
+    retention: replaces r; dr is then at most 0.75 * retention and at most 1 - retention (above 0 and up to 1)
     keep_tokens: tokens that each head keeps of each picture, whatever gamma is (1 or more)
     """
 
@@ -58,11 +58,11 @@ class Plphp:
 
     @property
     def wants_last_row(self):
-        """gamma is the last row's, also where more rows rank; look-ahead rows have their own."""
+        """True if gamma needs the last row separately, because the scores are a mean over several prompt rows."""
         return self.window > 1 and self.query == "last"
 
     def wants(self, layer, num_layers):
-        """Is the layer pruned at all? The others need no scores."""
+        """True if the layer is pruned; the others need no scores."""
         return layer >= ((2 if num_layers >= 12 else 1) if self.skip is None else self.skip)
 
     def __call__(self, layer, scores, layout):
@@ -77,24 +77,24 @@ class Plphp:
         return select(heads, layout, choose, self.scope, self.cover, phase)
 
     def rate(self, gamma):
-        """The fraction that a layer keeps."""
+        """The fraction that a layer keeps, from 0 to 1."""
         r = self.r if self.retention is None else self.retention
         dr = self.dr if self.retention is None else min(self.dr, 0.75 * r, 1 - r)
         rate = r + dr if gamma >= self.alpha else r - dr if gamma < self.beta else r
         return min(1.0, max(0.0, rate))
 
     def choose(self, scores, count):
-        """scores (Hkv, n) of a picture -> bool (Hkv, n): `count` in each head."""
+        """scores (Hkv, n) of a picture -> bool (Hkv, n): the `count` best in each head."""
         return best(scores, count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlphpAda(Plphp):
-    """PLPHP with one budget for all heads of a layer: some keep more than others (ours).
+    """PLPHP with one budget for all heads of a layer, so that some keep more than others (our variant).
 
     The most attended (head, token) pairs of a picture are kept.
 
-    floor: fraction of an even share that every head keeps in any case (0 to 1)
+    floor: minimum for every head, as a fraction of an equal share of the budget (0 to 1)
     """
 
     floor: float = 0.2
@@ -108,5 +108,5 @@ class PlphpAda(Plphp):
 
 
 def gamma(scores, layout):
-    """Share of the last row's attention that falls on vision tokens, scores (Hq, T) averaged over heads: a number."""
+    """Share of attention that goes to vision tokens, a float. scores (Hq, T): of the last row or of look-ahead rows."""
     return float(sum(scores[:, start:stop].sum(1) for start, stop in layout.spans).mean())

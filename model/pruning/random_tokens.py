@@ -1,4 +1,4 @@
-"""Keep vision tokens at random: the floor that every method has to beat."""
+"""Keep vision tokens at random: the simplest baseline."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from .budget import best, budget, select
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """A baseline: each head of each layer keeps tokens that it draws at random.
+    """A baseline: each head of each layer keeps random tokens.
 
     pooled: the heads of a layer share one budget, so they keep different numbers of tokens (true or false)
     shared: the heads of a layer keep the same tokens (true or false)
@@ -28,7 +28,7 @@ class Random:
             raise ValueError("pooled and shared are both true; give one of them")
 
     def __call__(self, layer, scores, layout):
-        """-> keep (Hkv, T) bool."""
+        """-> keep (Hkv, T) bool; scores is not used."""
         noise = draw(self.seed, layer, layout)
         noise = noise[:1].expand_as(noise) if self.shared else noise
         divide = _one_pot if self.pooled else best
@@ -38,11 +38,11 @@ class Random:
 
 
 def draw(seed, layer, layout):
-    """(Hkv, T) of uniform noise, its own in each layer: drawn on the CPU, the same on every device."""
+    """(Hkv, T) fp32 uniform noise, different in each layer; drawn on the CPU, so the same on every device."""
     generator = torch.Generator("cpu").manual_seed((seed * layout.num_layers + layer) % 2**63)
     return torch.rand(layout.kv_heads, layout.tokens, generator=generator, device="cpu").to(layout.device)
 
 
 def _one_pot(scores, count):
-    """scores (H, n) -> bool (H, n): H * count of all, however they fall."""
+    """scores (H, n) -> bool (H, n): the H * count best over all heads together; a head may keep none."""
     return best(scores.reshape(1, -1), count * len(scores)).view(scores.shape)

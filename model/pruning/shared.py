@@ -1,4 +1,4 @@
-"""One ranking for all heads of a layer: what per-head pruning has to beat at equal bytes."""
+"""One ranking for all heads of a layer: the baseline for per-head pruning at equal bytes."""
 
 from .budget import budget, by_kv_head, grid_phase, select, shared
 
@@ -9,7 +9,7 @@ def shared_tokens(
 ):  # fmt: skip
     """All heads of a layer keep the same tokens, those with the highest mean attention.
 
-    Returns keep (Hkv, T) bool.
+    scores (Hq, T) fp32 -> keep (Hkv, T) bool.
     """
     heads = by_kv_head(scores, layout, values=values)
     heads = heads.mean(0, keepdim=True).expand_as(heads)

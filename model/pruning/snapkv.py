@@ -1,8 +1,8 @@
 """SnapKV (arXiv 2404.14469) and AdaKV (2407.11550) on vision tokens.
 
 Both rank by the attention of the last prompt rows, smoothed along the tokens. The originals drop text too, rank the
-tokens of the whole prompt, and keep the window itself. Here the window is text, which stays; pictures are smoothed each
-by itself; grouped heads agree before they are smoothed, and store one copy.
+tokens of the whole prompt, and keep the window itself. Here the window is text, which is always kept; each picture is
+smoothed separately; the scores of query heads that share a KV head are combined before, and K and V stored once.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ POOLS = ("avg", "max")
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV:
-    """Each head keeps what the last 32 text rows attend to most, smoothed (2404.14469).
+    """Each head keeps the tokens to which the last 32 text rows attend most, after smoothing (2404.14469).
 
-    window: last prompt rows, all behind the pictures, whose mean attention ranks (1 or more)
-    kernel: neighbouring tokens that scores are smoothed over (1 or more, odd)
+    window: last prompt rows, all after the last picture, whose mean attention ranks the tokens (1 or more)
+    kernel: number of neighbouring tokens over which scores are smoothed (1 or more, odd)
     pool: smoothing by the mean or the maximum (avg or max)
     """
 
@@ -52,7 +52,7 @@ class SnapKV:
         )  # fmt: skip
 
     def smooth(self, scores):
-        """scores (Hkv, n) -> the same shape; beyond the ends of a picture the mean finds zeros."""
+        """scores (Hkv, n) of a picture -> the same shape; the mean treats positions outside the picture as 0."""
         pool = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
         return pool(scores[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
 
@@ -62,9 +62,9 @@ class SnapKV:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
-    """SnapKV with one budget for all heads of a layer: some keep more than others (2407.11550).
+    """SnapKV with one budget for all heads of a layer, so that some keep more than others (2407.11550).
 
-    floor: fraction of an even share that every head keeps in any case, the original's safeguard (0 to 1)
+    floor: minimum for every head, as a fraction of an equal share of the budget; AdaKV's safeguard (0 to 1)
     """
 
     floor: float = 0.2

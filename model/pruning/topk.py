@@ -1,7 +1,7 @@
-"""One rate for every layer, or a table of rates: PLPHP's ranking without its layers' classes.
+"""One rate for every layer, or a table of rates: PLPHP's ranking without a rate that depends on gamma.
 
-With a table this is how HeadKV (arXiv 2410.19258) and SparseMM (2506.05344) spend a budget that was measured offline,
-with `mass` how ZipVL (2410.08584) sizes one: as many tokens as a share of the attention needs.
+With `rates` each head has a budget measured offline, as in HeadKV (arXiv 2410.19258) and SparseMM (2506.05344);
+with `mass` it keeps as many tokens as hold a given share of its attention, as in ZipVL (2410.08584).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class TopK:
     The budget is one of retention, keep_tokens, mass and rates; without any it is a retention of 0.5.
 
     mass: keep the fewest tokens with this share of a head's attention to the picture (above 0 and up to 1)
-    rates: list with a fraction for each layer, or with a list for the layer's KV heads (0 to 1)
+    rates: list with an entry per layer: a fraction, or a list with a fraction per KV head (0 to 1)
     """
 
     retention: float | None = None
@@ -43,7 +43,7 @@ class TopK:
                 raise ValueError(f"rates holds {rate!r}; give numbers from 0 to 1")
 
     def check(self, num_layers, kv_heads):
-        """ValueError if the table is not of this model."""
+        """ValueError if `rates` does not match the model's numbers of layers and KV heads."""
         for row in self.rates or ():
             if isinstance(row, list) and len(row) != kv_heads:
                 raise ValueError(f"rates has {len(row)} heads in a layer, the model {kv_heads}; give one for each")
@@ -57,7 +57,7 @@ class TopK:
         return select(heads, layout, lambda s: self.choose(layer, s), self.scope, self.cover, phase)
 
     def choose(self, layer, scores):
-        """scores (Hkv, n) -> bool (Hkv, n)."""
+        """scores (Hkv, n) of a picture -> bool (Hkv, n): the best in each head."""
         heads, tokens = scores.shape
         if self.mass is not None:
             return mass(scores, self.mass)
