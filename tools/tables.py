@@ -101,7 +101,7 @@ def demo():
 
 
 def ceilings():
-    """What pruning can win, by bytes."""
+    """Upper bound of the speed-up by pruning, by bytes."""
     return roofline.table([1, 8, 32], [0.5, 0.2])
 
 
@@ -123,7 +123,7 @@ def decode_gpu():
             _bytes(row["kv_bytes_held"], 1e9, 2 if row["batch"] == "1" else 1, "GB"),
             _bytes(row["peak_bytes"], 1e9, 1, "GB"),
         ])  # fmt: skip
-    return _markdown(["", "ms per token", "decode: times as fast as sdpa", "by pruning (by bytes)",
+    return _markdown(["", "ms per token", "decode: times as fast as sdpa", "pruning: speed-up (by bytes)",
                       "first token: times as fast as sdpa", "K and V", "peak memory"], rows)  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def decode_demo():
         rows.append([name, *(f"{float(row[s]):.2f}" if ours else "" for s in speeds),
                      _bytes(row["peak_bytes"], 1e6, 0), _percent(row["roofline_reached"])])  # fmt: skip
     return _markdown(["times as fast as", "decode: sdpa", "eager", "static cache, compiled", "first token: sdpa",
-                      "peak MB", "of the roofline"], rows)  # fmt: skip
+                      "peak MB", "share of the roofline"], rows)  # fmt: skip
 
 
 def decode_7b_cpu():
@@ -149,7 +149,7 @@ def decode_7b_cpu():
         rows.append([ENGINES[row["engine"]], *speeds, _bytes(row["peak_bytes"], 1e6, 0),
                      _percent(row["roofline_reached"])])  # fmt: skip
     return _markdown(
-        ["times as fast as transformers sdpa", "decode", "first token", "peak MB", "of the roofline"], rows
+        ["times as fast as transformers sdpa", "decode", "first token", "peak MB", "share of the roofline"], rows
     )
 
 
@@ -162,7 +162,7 @@ WORKLOADS = {
 
 
 def pruning_speed():
-    """What pruning wins on a CPU, by number of tokens."""
+    """Speed-up by pruning on a CPU, by number of tokens."""
     found = {(r["engine"], r["workload"], r["prune"]): r for r in _engines("decode-demo-long-cpu")}
     rows = []
     for workload, label in WORKLOADS.items():
@@ -170,8 +170,8 @@ def pruning_speed():
             found[engine, workload, f"plphp:dr=0@{kept}"] for engine in ("ours", "ours-compile") for kept in (0.5, 0.2)
         ]
         rows.append([label, *(f"{float(c['speedup']):.2f} ({float(c['ceiling_speedup']):.2f})" for c in cells)])
-    return _markdown(["speed-up by pruning, measured (by bytes)", "0.5 kept", "0.2 kept", "`--compile`, 0.5 kept",
-                      "0.2 kept"], rows)  # fmt: skip
+    return _markdown(["speed-up by pruning, measured (expected from bytes)", "0.5 kept", "0.2 kept",
+                      "`--compile`, 0.5 kept", "`--compile`, 0.2 kept"], rows)  # fmt: skip
 
 
 def first_token():
@@ -193,14 +193,14 @@ def _engines(name):
 
 
 def steps():
-    """Whole decode steps with the ragged cache, a dense one being 1."""
+    """Speed of whole decode steps with the ragged cache; with a dense one it is 1."""
     found = {row["case"]: float(row["speed"]) for row in _results("steps-cpu") if row["provider"] == "ours, torch"}
     rows = [
         [f"{tokens:,} tokens", *(f"{found[f'demo model, 1 x {tokens} tokens, {kept}']:.2f}"
                                  for kept in ("1 kept, equal", "0.3 kept, equal", "0.3 kept, ragged"))]
         for tokens in (300, 2048, 8192)
     ]  # fmt: skip
-    return _markdown(["whole decode steps, dense cache 1", "all kept", "0.3 kept, heads of equal length",
+    return _markdown(["speed of decode steps (dense cache: 1)", "all kept", "0.3 kept, heads of equal length",
                       "0.3 kept, lengths differ"], rows)  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def kernels():
     rows = [
         [f"{_heads(row)}, {float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in _layers_on_gpu()
     ]
-    return _markdown(["K and V kept, per layer", "time", "of the bandwidth", *RIVALS.values()], rows)
+    return _markdown(["K and V kept, per layer", "time", "share of the bandwidth", *RIVALS.values()], rows)
 
 
 def kernels_summary():
