@@ -11,16 +11,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def interpreted():
-    """Whether Triton kernels run in its interpreter, on a CPU. Triton reads the variable when it is imported."""
+    """True if Triton runs kernels in its interpreter, on a CPU: TRITON_INTERPRET=1, read when triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose_backend(backend, device, dtype, inputs=()):
     """Resolve backend ("auto", "triton" or "torch") for tensors of a dtype on a device -> "triton" or "torch".
 
-    "auto" selects Triton for CUDA tensors that it supports, otherwise PyTorch. "triton" never falls back. It raises
-    ValueError if triton is not installed, for float64, for tensors that are not on CUDA (with TRITON_INTERPRET=1: not
-    on the CPU), for a lazily negated view, and for an input that requires a gradient while autograd is enabled.
+    "auto" selects Triton for CUDA tensors that it supports, otherwise PyTorch. "triton" never falls back: it raises
+    ValueError if triton is not installed, for float64, for tensors on the wrong device (it must be CUDA, or the CPU
+    with TRITON_INTERPRET=1), for a lazily negated view, and for an input that requires a gradient while autograd is on.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
@@ -46,8 +46,8 @@ def choose_backend(backend, device, dtype, inputs=()):
 def head_and_token_strides(*tensors):
     """Strides of the first two dimensions of (H, T, D) tensors, in units of `align` elements, and `align`.
 
-    The Triton kernel multiplies them by the constant `align`, which shows the compiler that rows are aligned to 16
-    bytes, so it emits 16-byte loads. The stride of a dimension of size 1 has no effect.
+    A kernel multiplies them by the constant `align`, which tells the compiler that rows are aligned, so that it emits
+    16-byte loads. The stride of a dimension of size 1 has no effect.
     """
     strides = [16 if n == 1 else s for t in tensors for n, s in zip(t.shape[:2], t.stride()[:2], strict=True)]
     align = math.gcd(16, *strides)

@@ -1,6 +1,6 @@
 """Decode attention over a KV cache in which every head keeps its own tokens.
 
-    out = softmax(scale * q K^T) V        for each query row, over the kept rows of its segment
+    out = softmax(scale * q K^T) V        for each query row, over the kept tokens of its segment
 
 A segment is one (sequence, KV head). Segment b * Hkv + h owns kv_cap slots of the flat arenas, starting at kv_start.
 Its first kv_len slots are taken; a free slot ('.') is reserved for a future token:
@@ -8,8 +8,9 @@ Its first kv_len slots are taken; a free slot ('.') is reserved for a future tok
     K arena (N, D)   [k k k k k . . . ][k k . . . ][k k k k . . . ]
     kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
 
-The G = Hq / Hkv query heads of a KV head read the same rows. A call reads 2 * sum(kv_len) * D * itemsize bytes and
-does 2 * G FLOP per element read. It is memory-bound or, on a pruned cache, bound by fixed costs; never compute-bound.
+The G = Hq / Hkv query heads of a KV head read the same rows: 2 * sum(kv_len) * D * itemsize bytes per call. With T
+query rows per sequence that is 2 * T * G FLOP per element read. A decode step (T = 1) is memory-bound or, on a small
+cache, bound by fixed costs.
 
 `ragged_decode_append` is the decode step: it also stores the new token's key and value, in the same launch.
 
@@ -54,9 +55,9 @@ class DecodePlan:
     kv_start, kv_cap (S,) int32; starts, caps: the same as lists
     split: slots per work item of the Triton kernels, None for `split_size`
     segments: S; shortest, longest: smallest and largest capacity; end: slots that the arena must have
-    step: slots between consecutive starts if all are equal (segments of equal length are then a strided view), or None
+    step: slots between consecutive starts if constant (segments of equal length are then a strided view), else None
     room: work items, ticket counters and workspaces of the Triton kernels, allocated on first use (but see `items`).
-        Calls share them, so a plan must not be used by two calls at once.
+        Calls share them, so no two calls may use a plan at the same time.
     """
 
     kv_start: torch.Tensor
@@ -78,7 +79,7 @@ class DecodePlan:
 
     @property
     def items(self):
-        """The `WorkItems`. On CUDA `decode_plans` builds them, because a decode step must not copy to the device."""
+        """The `WorkItems`. On CUDA `decode_plans` builds them, because a decode step must not copy from the host."""
         if "items" not in self.room:
             (self.room["items"],) = work_items([self.caps], self.split, self.kv_start.device)
         return self.room["items"]
@@ -130,11 +131,11 @@ def work_items(caps, split, device):
 
 
 def split_size(cap):
-    """Slots per work item of a segment with `cap` slots: 64 (one tile) per 768 slots up to 512, then 64 per 4,096.
+    """Slots per work item of a segment with `cap` slots: 64 per 768 slots, up to 512; above 32,768 slots 64 per 4,096.
 
-    At most 1,024. That is up to 12 items in short segments and 64 in long ones: enough to fill the device, few enough
-    to merge cheaply (NOTES.md). The size depends on this segment alone, so the rest of the batch cannot change the
-    order of a sum.
+    At most 1,024. A segment has at most 12 items up to 6,144 slots and 64 up to 65,536: enough to fill the device, few
+    enough to merge cheaply (NOTES.md). The size depends on this segment alone, so the rest of the batch cannot change
+    the order of a sum.
     """
     short, long = -(-cap // 768), -(-cap // 4096)
     return 64 * min(16, max(1, min(8, short), long))
@@ -143,7 +144,8 @@ def split_size(cap):
 def decode_plan(kv_start, kv_cap, *, split=None):
     """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Build it once per prefill: it synchronises.
 
-    split: slots per work item of the Triton kernels, a multiple of 16 up to 2**20; default `split_size`.
+    split: slots per work item of the Triton kernels, default `split_size`. ValueError unless a multiple of 16 up to
+    2**20, or for tables of another dtype or shape, on two devices, or with negative entries.
     """
     for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
         if t.dtype != torch.int32 or t.ndim != 1 or len(t) == 0:
@@ -158,7 +160,7 @@ def decode_plan(kv_start, kv_cap, *, split=None):
 
 
 def decode_plans(kv_start, kv_cap, *, split=None):
-    """Plans for L layers, kv_start and kv_cap (L, S) int32. Reads both tables together, with one synchronisation."""
+    """Plans for L layers, kv_start and kv_cap (L, S) int32 (checked for negative entries only). Synchronises once."""
     pair = torch.stack((kv_start, kv_cap))  # a copy, because the caller may overwrite its tables later
     (starts, caps), (kv_start, kv_cap) = pair.tolist(), pair.unbind()
     plans = [_plan(*layer, split) for layer in zip(kv_start, kv_cap, starts, caps, strict=True)]
@@ -169,7 +171,7 @@ def decode_plans(kv_start, kv_cap, *, split=None):
 
 
 def _plan(kv_start, kv_cap, starts, caps, split):
-    """A layer's plan; starts and caps: kv_start and kv_cap (S,) as lists."""
+    """A layer's plan. kv_start, kv_cap (S,) int32; starts, caps: the same as lists."""
     if min(starts) < 0 or min(caps) < 0:
         raise ValueError(f"starts {starts} or capacities {caps} are negative; give slot numbers from 0")
     ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
@@ -189,14 +191,14 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     plan      `decode_plan(kv_start, kv_cap)`; without it every call builds one
     backend   "auto" | "torch" | "triton", see `choose_backend`
 
-    Returns out, with shape and dtype of q; with return_lse also the natural log-sum-exp of the scaled scores, fp32
+    Returns out, with shape and dtype of q; with return_lse also lse, the natural log-sum-exp of the scaled scores, fp32
     (float64 for float64), with the shape of q without D. An empty segment gives out 0 and lse -inf. Free slots never
     affect a result, even if they hold NaN. ValueError for arguments that do not fit; with a plan, lengths are checked
     on CPU tensors only.
 
-    With Triton, a sequence's results are bit-identical whatever else is in the batch. The torch backend picks a
-    strategy from all lengths of the call, so its results may differ between batches by rounding. On CUDA with a plan
-    it gathers every segment up to its capacity.
+    With Triton, a sequence's results are bit-identical whatever else is in the batch. The torch backend chooses a
+    strategy from all lengths of the call, so results may differ by rounding between batches. On CUDA with a plan it
+    copies all segments, each padded to the largest capacity.
     """
     _check(q, k, v, kv_start, kv_len, plan)
     way = choose_backend(backend, q.device, q.dtype, (q, k, v))
@@ -221,7 +223,8 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
 
 
 def turned(x, rope):
-    """Rotate x (B, H, D): x * cos + roll(x, D/2) * sin, rounded once to x's dtype. rope: cos, sin (B, 1, D) or None."""
+    """Rotate x (B, H, D), D even: x * cos + roll(x, D/2) * sin, computed in fp32 or float64, rounded once to x's dtype.
+    rope: cos and signed sin (B, 1, D), any floating dtype; None returns x."""
     if rope is None:
         return x
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -232,10 +235,10 @@ def turned(x, rope):
 def ragged_decode_append_ref(
     q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False, rope=None
 ):  # fmt: skip
-    """The specification of `ragged_decode_append`: attend to past and new token, store it where a slot is free."""
+    """The specification of `ragged_decode_append`: attend to the old and new tokens; store the new where one fits."""
     q, k_new = turned(q, rope), turned(k_new, rope)
     d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
-    joined = []  # K and V arenas that hold past and new token of each segment
+    joined = []  # K and V arenas with the old tokens and the new one of each segment
     for arena, new in ((k, k_new.reshape(-1, d)), (v, v_new.reshape(-1, d))):
         rows = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
         joined.append(torch.cat([row for pair in rows for row in pair]))
@@ -250,14 +253,14 @@ def ragged_decode_append(
     q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *,
     scale=None, return_lse=False, plan=None, backend="auto", rope=None,
 ):  # fmt: skip
-    """A decode step of one layer: store each segment's new token after its rows, and attend to old and new rows.
+    """A decode step of one layer: store each segment's new token in k and v, in place; attend to old and new tokens.
 
-    q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`. Without rope, q and k_new must be rotated
-    already; with rope, cos and signed sin (B, 1, D), both are rotated here (`turned`). kv_len does not count the new
-    token: the caller adds 1 afterwards, for all layers at once. A full segment (kv_len = kv_cap) attends to the new
-    token but does not store it. With a plan, the plan's kv_cap applies. Returns what `ragged_decode` returns.
+    q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
+    k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
+    the new token: the caller adds 1 afterwards, for all layers at once. A full segment (kv_len = kv_cap) attends to the
+    new token but does not store it. With a plan, the plan's kv_cap applies. Returns what `ragged_decode` returns.
 
-    Triton takes one launch. The torch backend takes several and, on CUDA, synchronises to find the full segments.
+    Triton needs one launch. The torch backend needs several and, on CUDA, synchronises to find the full segments.
     """
     plan = decode_plan(kv_start, kv_cap) if plan is None else plan
     q, k_new, v_new = (dense_within(x) for x in (q, k_new, v_new))
@@ -288,7 +291,7 @@ def ragged_decode_append(
     past = ragged_decode(q, k, v, kv_start, kv_len, scale=scale, return_lse=True, plan=plan, backend="torch")
     group, compute = hq // k_new.shape[1], past[1].dtype
     score = scale * (q.unflatten(1, (-1, group)).to(compute) * k_new[:, :, None].to(compute)).sum(-1)
-    out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), score.flatten(1))  # one key: its lse is its score
+    out, lse = merge_states(*past, v_new.repeat_interleave(group, 1), score.flatten(1))  # one key: lse = score
     free = (kv_len < plan.kv_cap).nonzero()[:, 0]
     slot = (kv_start + kv_len)[free].long()  # stored last, because k_new and v_new may be views of an arena
     k[slot], v[slot] = k_new.flatten(0, 1)[free], v_new.flatten(0, 1)[free]
@@ -303,7 +306,7 @@ def dense_within(x):
 def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
     """ValueError for arguments that `ragged_decode` does not support. Runs in every step, so it must be cheap.
 
-    q_dense: q has passed `dense_within`, do not check its strides.
+    q_dense: q comes from `dense_within`, so its strides are not checked.
     """
     q_shape, k_shape, device, dtype = q.shape, k.shape, q.device, q.dtype
     if not (dtype == k.dtype == v.dtype and device == k.device == v.device and dtype in DTYPES):
@@ -345,7 +348,7 @@ def _named(kv_start, kv_len):
 
 
 def _lengths(kv_start, kv_len, slots, plan):
-    """kv_len as a list, or None on CUDA with a plan, to avoid a synchronisation. ValueError for impossible lengths."""
+    """kv_len as a list, or None on CUDA with a plan, to avoid a synchronisation. ValueError for wrong lengths."""
     if kv_len.is_cuda and plan is not None:
         return None
     lengths = kv_len.tolist()
@@ -362,7 +365,7 @@ def _lengths(kv_start, kv_len, slots, plan):
 
 
 def merge_states_ref(out_a, lse_a, out_b, lse_b):
-    """The specification of `merge_states`: weights each part by its sum of exponentials. Computes in float64."""
+    """The specification of `merge_states`: weights each part by its sum of exponentials, in float64."""
     lse = torch.stack((lse_a, lse_b)).double()  # (2, ...)
     top = lse.amax(0).masked_fill(lse.amax(0) == float("-inf"), 0)  # keeps exp in range
     sums = (lse - top).exp()
@@ -373,7 +376,7 @@ def merge_states_ref(out_a, lse_a, out_b, lse_b):
 
 
 def merge_states(out_a, lse_a, out_b, lse_b):
-    """Attention over the union of two disjoint sets of keys, from the attention over each.
+    """Attention over the union of two disjoint sets of keys, from the attention over each set.
 
     out_a, out_b (..., D); lse_a, lse_b (...), natural log, -inf for no keys. Returns (out, lse) in the dtypes of out_a
     and lse_a; two empty parts give out 0 and lse -inf. ValueError for shapes, dtypes or devices that do not match.

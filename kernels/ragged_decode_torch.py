@@ -1,4 +1,4 @@
-"""`ragged_decode` in PyTorch, without a loop over heads or tokens. There are four ways to read the segments:
+"""`ragged_decode` in PyTorch, without a loop over heads or tokens. The segments are read in one of four ways:
 
 rectangle   segments of equal length at equal distances are a strided view of the arena; no copy
 rectangles  several runs of such segments, for example the heads of each sequence in a batch; a loop over runs, no copy
@@ -18,7 +18,7 @@ GATHER = 2**20  # bytes of padded keys below which the gather is cheaper than th
 
 
 def chunk_owners(kv_start, kv_cap):
-    """Segment that contains each chunk of the arena, -1 for chunks at a border: (S,), (S,) -> (N // CHUNK,)."""
+    """Segment of each whole chunk up to the end of the last segment, -1 if it crosses a border: (S,), (S,) -> (W,)."""
     first = -(-kv_start.long() // CHUNK)
     last = (kv_start + kv_cap).long() // CHUNK
     count = (last - first).clamp(min=0)
@@ -53,8 +53,8 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
 
 
 def runs_of(starts, lengths):
-    """[(a, b, step)]: segments a to b - 1 have equal length and start `step` slots apart; each run is as long as
-    possible, from the left."""
+    """[(a, b, step)]: segments a to b - 1 have equal length and start `step` slots apart. From the left, each run is as
+    long as possible."""
     runs, a = [], 0
     while a < len(starts):
         b, step = a + 1, 0
@@ -70,11 +70,11 @@ def runs_of(starts, lengths):
 def rectangle_step(q, k_new, v_new, k, v, kv_len):
     """A decode step over segments of equal capacity, for torch.compile: store the new tokens, attend to all.
 
-    Matrix products are written as multiply and sum, which is slow in eager mode. The compiler fuses them and the layer
-    around them into a few loops; of the intermediate results only the scores go to memory.
+    Matrix products are written as multiply and sum, which is slow in eager mode. The compiler fuses them and the rest
+    of the layer into a few loops; of the intermediate results only the scores are written to memory.
 
-    q (B, Hq, D); k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots; kv_len (S,) including
-    the new tokens -> like q. Free slots do not affect the result, even if they hold NaN.
+    q (B, Hq, D); k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots, changed in place; kv_len
+    (S,) including the new tokens -> like q. Free slots do not affect the result, even if they hold NaN.
     """
     segments, n, d = k.shape
     compute, newest = torch.promote_types(q.dtype, torch.float32), kv_len.long() - 1
@@ -94,7 +94,7 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
 
 
 def _rectangle(q, k, v, start, step, length, scale, return_lse):
-    """q (1, S, M, D) over S segments of `length` slots; the first begins at slot `start`, the next `step` later."""
+    """`attend` over S segments of `length` slots: the first begins at slot `start`, each next `step` slots later."""
     shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
     # as_strided counts from the start of the storage, but an arena may be a view that begins later
     keys, values = (x.as_strided(shape, strides, x.storage_offset() + start * q.shape[3]) for x in (k, v))
@@ -112,7 +112,7 @@ def _dense(q, k, v, bias, scale, return_lse):
 
 
 def _gathered(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
-    """Gather each segment, padded with copies of its own last row, so that no free slot is read."""
+    """`attend` over a copy of each segment, padded to `longest` with its own last row, so that no free slot is read."""
     column = torch.arange(longest, device=k.device)
     slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
     keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))
@@ -123,7 +123,7 @@ def _gathered(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
 
 
 def _chunked(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
-    """Read whole chunks in place, gather the ends of each segment, and merge the parts as Flash-Decoding does."""
+    """`attend` with whole chunks read in place and the ends of each segment gathered; merged as in Flash-Decoding."""
     q, d, end = q[0], k.shape[1], (kv_start + kv_len).long()
     chunks = len(plan.owner)
     whole_k, whole_v = (x[: chunks * CHUNK].view(chunks, CHUNK, d) for x in (k, v))
@@ -145,9 +145,9 @@ def _chunked(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
 
 
 def _ends(start, end, slots):
-    """Slots of each segment outside its whole chunks, (S, 2 * CHUNK), and a bool mask of the valid ones.
+    """Slots of each segment outside its whole chunks, (S, 2 * CHUNK) int64, and a bool mask of the valid entries.
 
-    Invalid entries point at the segment's first row, which is safe to read.
+    Invalid entries are the segment's first slot, which is safe to read.
     """
     head_end = torch.minimum(end, -(-start // CHUNK) * CHUNK)
     tail = torch.maximum(end // CHUNK * CHUNK, head_end)

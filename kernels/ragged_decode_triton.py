@@ -1,21 +1,22 @@
 """`ragged_decode` in Triton (Flash-Decoding over ragged segments), and its one-launch form with append.
 
-Each segment is cut into splits; the split size depends only on the segment's capacity. One program attends to one split
-(a work item). The partial results of a segment are merged in the order of its splits:
+Each segment is cut into splits; the split size depends only on the segment's capacity. One program computes attention
+over one split (a work item). The partial results of a segment are merged in the order of its splits:
 
     arena        [k k k k k k k k k . . . ][k k . . ][. . . ]     '.' free slot: never read
     plan.items    |- item 0 -|- item 1 -|   |- 2 -|   |- 3 -|     (segment, split, its segment's first item, slots)
-    live?            yes        yes          yes       yes: it stores the output 0 of an empty segment
+    live              yes        yes         yes       yes    (the segment of item 3 is empty: it stores output 0)
 
     s = scale * q k^T    m = max s    l = sum exp(s - m)    part = sum exp(s - m) v / l    lse = m + log l
     out = sum_i exp(lse_i - lse) part_i              lse = log sum_i exp(lse_i)            (arXiv 2205.14135, 2.1)
 
 The item list is built once, from capacities. A program whose split begins at or after kv_len returns at once, so no
-step needs a new plan. Results do not depend on other segments, on the order of the list or on which program is first.
+step needs a new plan. Results depend neither on other segments nor on the order in which programs start and finish.
 
 Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result if a segment has several. 2 * G FLOP per
-element of K and V. Memory-bound from some 30 MB on; below that bound by launches and latency (three dependent loads).
+element of K and V. Memory-bound above about 30 MB; below, limited by launches and latency (three dependent loads).
 Exponentials are to base 2 (one instruction); scale includes log2(e). The specification is `ragged_decode_ref`.
+M, DP, BN, BS: see `tiles`. UP: convert 16-bit inputs to fp32, because the interpreter cannot compute in 16 bits.
 """
 
 import torch
@@ -43,7 +44,7 @@ def _attend(
     q, k, v, begin, end, scale, m, l, acc,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Attend q [M, DP] to the slots begin .. end - 1; returns the updated softmax state m, l [M], acc [M, DP], fp32."""
+    """Attention of q [M, DP] over slots begin .. end - 1; returns the updated softmax state m, l [M], acc [M, DP]."""
     col = tl.arange(0, DP)
     for first in range(begin, end, BN):
         slot = first + tl.arange(0, BN)
@@ -52,7 +53,7 @@ def _attend(
         there = taken[:, None] & (col < D)[None, :]
         keys = tl.load(k + at, there, 0.0)  # [BN, DP]
         values = tl.load(v + at, there, 0.0)  # masked here, because a weight of 0 times NaN is NaN
-        if UP:  # the interpreter cannot compute in 16 bits
+        if UP:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # [M, BN]
         s = tl.where(taken[None, :], s, float("-inf"))
@@ -72,8 +73,8 @@ def _merge(
 ):  # fmt: skip
     """Merge the partial results of items first .. first + live - 1, in that order -> m, l [M], acc [M, DP].
 
-    The first loop finds the largest log-sum-exp, BS items at a time, so that the second carries no running maximum. The
-    second adds one part per iteration in registers: summing a tile of several would go through shared memory each time.
+    The first loop finds the largest log-sum-exp, BS items at a time, so that the second needs no running maximum. The
+    second adds one part per iteration in registers: summing a tile of several parts would go through shared memory.
     """
     m = tl.full([M], float("-inf"), tl.float32)
     for i in range(0, live, BS):
@@ -114,7 +115,7 @@ def split_kernel(
     scale, heads, times,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (items, tiles of M rows): one split of one segment. A segment with one live split is complete here."""
+    """grid (items, tiles of M rows): attention over one split. For a segment with one live split it is the result."""
     # this program's work item
     item = work + 4 * tl.program_id(0)
     segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
@@ -163,8 +164,8 @@ def merge_kernel(
 
 @triton.jit
 def _turned(x, at, there, cos, sin, col, D: tl.constexpr):
-    """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin. cos and sin: fp32. Computed in
-    fp32, rounded once to x's dtype."""
+    """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin, in fp32 (cos and sin too),
+    rounded once to x's dtype."""
     straight = tl.load(x + at + col, there, 0.0).to(tl.float32)
     rolled = tl.load(x + at + (col + D // 2) % D, there, 0.0).to(tl.float32)
     return (straight * cos + rolled * sin).to(x.dtype.element_ty)
@@ -177,10 +178,10 @@ def append_kernel(
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     ROPE: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (items, tiles of M rows): one split of one segment. The last split also stores the new token, which kv_len
+    """grid (items, tiles of M rows): attention over one split. The last split also stores the new token, which kv_len
     does not count, and attends to it. heads: Hkv; strides: between sequences; ROPE: rotate q and k_new first.
 
-    The last program of a segment to finish merges the partial results. No program waits for another, so none can hang.
+    The program that finishes last merges the partial results of its segment. No program waits for another.
     """
     # this program's work item
     item = work + 4 * tl.program_id(0)
@@ -225,7 +226,7 @@ def append_kernel(
         _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
     else:
         _store(part, part_lse, (first + split).to(tl.int64) * G + r, there, m, l, acc, 1.0, D, DP)
-        tl.debug_barrier()  # one thread takes the ticket for all: every thread's stores must come before it
+        tl.debug_barrier()  # one thread increments the counter for all: their stores must come first
         ticket = tickets + segment * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == last:
             m, l, acc = _merge(part, part_lse, first, last + 1, r, there, G, D, DP, M, BS)
@@ -240,8 +241,8 @@ def tiles(rows, d, itemsize):
     """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS log-sum-exps.
 
     M is not padded to 16, because NVIDIA's compiler accepts any power of two. (AMD's matrix units need at least 4 rows
-    for 64 or 128 channels, otherwise 16.) K tiles have 16 KB, in fp32 8 KB with M at most 16. This fits registers and
-    shared memory together with the prefetched tiles (tools/inspect_kernels.py).
+    for 64 or 128 channels, otherwise 16.) K tiles take 16 KB; in fp32 they take 8 KB and M is at most 16. This fits
+    registers and shared memory together with the prefetched tiles (tools/inspect_kernels.py).
     """
     dp = max(16, triton.next_power_of_2(d))
     m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64 if itemsize == 2 else 16, 4096 // dp)
@@ -250,8 +251,8 @@ def tiles(rows, d, itemsize):
 
 
 def stages(device):
-    """Pipeline stages (tiles of K and V in flight): three if a multiprocessor has 200 KB of shared memory, such as an
-    H100's (16-bit K and V take 67 KB), else two."""
+    """Pipeline stages (tiles of K and V in flight): three if a multiprocessor has 200 KB of shared memory, like an H100
+    (K and V in 16 bits take 67 KB), else two."""
     if device.type != "cuda" or torch.version.hip:
         return 2
     return 3 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 << 10 else 2
@@ -281,7 +282,7 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
 
 def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=None):
     """q (B, Hq, D), k_new and v_new (B, Hkv, D), each sequence contiguous: store the new token at kv_len and attend ->
-    out, lse (B, Hq). rope: cos and sin (B, 1, D), contiguous, or None; rotates q and k_new first."""
+    out like q, lse (B, Hq) fp32. rope: cos and sin (B, 1, D), contiguous, rotate q and k_new first; or None."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
     items, (part, part_lse) = plan.items, plan.scratch(rows, d)
     cos, sin = (q, q) if rope is None else rope

@@ -3,8 +3,8 @@
     keep, head 0   1 1 0 1 0 0      k_arena  [a b d . .][c f . .]      kv_start = 0  5     kv_len = 3  2
           head 1   0 0 1 0 0 1      kv_pos    0 1 3 - -  2 5 - -       '.' and '-': `slack` free slots per head
 
-Reads and writes each kept row once. The results hold no reference to the dense tensors, so these are freed as soon as
-the caller drops them.
+Each kept row is read and written once. The results hold no reference to the dense tensors, whose memory is therefore
+freed as soon as the caller drops them.
 """
 
 import torch
@@ -27,16 +27,16 @@ def ragged_pack_ref(k, v, keep, *, slack, total=None):
 
 
 def ragged_pack(k, v, keep, *, slack, total=None, backend="auto"):
-    """Pack the rows that each head keeps, with free slots for new tokens after them.
+    """Pack the tokens that each head keeps, followed by free slots for new tokens.
 
     k, v     (Hkv, T, D); for several sequences at once (B * Hkv, T, D)
     keep     (Hkv, T) bool
-    slack    free slots after each head's rows; their contents are undefined
-    total    number of kept rows over all heads, if known; on CUDA this avoids a synchronisation
+    slack    free slots after each head's tokens; their contents are undefined
+    total    number of kept tokens over all heads, if known; on CUDA this avoids a synchronisation
     backend  see `choose_backend`
 
-    Returns k_arena, v_arena (N, D) with N = total + Hkv * slack; kv_start, kv_len (Hkv,) int32; kv_pos (N,) int32, the
-    original index of each slot's token, -1 for free slots. Kept tokens stay in ascending order. ValueError for
+    Returns k_arena, v_arena (N, D) like k, N = total + Hkv * slack; kv_start, kv_len (Hkv,) int32; kv_pos (N,) int32,
+    the original index of each slot's token, -1 for free slots. Kept tokens stay in ascending order. ValueError for
     arguments that do not fit; a wrong total is detected on CPU tensors only.
     """
     _check(k, v, keep, slack)
@@ -75,12 +75,12 @@ def _rows(x, head, position):
     if step_head % d or step_token % d:
         return x[head, position]
     rows = 1 + (x.shape[0] - 1) * (step_head // d) + (x.shape[1] - 1) * (step_token // d)
-    flat = x.as_strided((rows, d), (d, 1))  # all rows of the underlying memory; q may lie between tokens
+    flat = x.as_strided((rows, d), (d, 1))  # all rows of that memory, which may also hold q
     return flat.index_select(0, head * (step_head // d) + position * (step_token // d))
 
 
 def _pack_equal(k, v, position, slack):
-    """Pack heads of equal length by strided copies: k, v (Hkv, n, D) with their position (Hkv, n) or (n,)."""
+    """Pack heads of equal length by strided copies: k, v (Hkv, n, D); position (Hkv, n) or (n,) of each token."""
     heads, n, d = k.shape
     k_arena, v_arena = (x.new_empty(heads, n + slack, d) for x in (k, v))
     kv_pos = torch.full((heads, n + slack), -1, dtype=torch.int32, device=k.device)

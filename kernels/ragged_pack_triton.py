@@ -1,7 +1,7 @@
 """`ragged_pack` in Triton: one kernel copies the kept rows of K and V and stores the original index of each.
 
-    keep, one head    1 1 0 1 0 0        rank: running count of kept rows. A kept row goes to slot
-    rank              1 2 2 3 3 3        kv_start[head] + rank - 1; dropped rows are not read.
+    keep, one head    1 1 0 1 0 0        rank: running count of kept rows. A kept row is copied to
+    rank              1 2 2 3 3 3        slot kv_start[head] + rank - 1; dropped rows are not read.
 
 Bytes: 4 * kept * D * itemsize, one read and one write per row; no arithmetic. The specification is `ragged_pack_ref`.
 """
@@ -21,7 +21,7 @@ def pack_kernel(
     tokens, slots, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """grid (Hkv, tiles of BT tokens)."""
+    """grid (Hkv, tiles of BT tokens): copy a tile's kept rows. Strides in units of ALIGN; slots: size of the arenas."""
     head, token = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
     at = head.to(tl.int64) * tokens + token
     kept = tl.load(keep + at, token < tokens, 0) != 0

@@ -1,4 +1,4 @@
-"""Per head, the attention that the last rows of a prompt pay to each token. Pruning methods rank tokens by it.
+"""The attention of the last rows of a prompt to each token, per head. Pruning methods rank tokens by it.
 
     p[h, w, j] = softmax over j <= q_pos[w] of scale * q[h, w] . k[h // G, j]
     score[h, j] = mean over w of p[h, w, j]
@@ -32,7 +32,7 @@ def window_scores(q, k, *, q_pos=None, scale=None, group="mean", backend="auto")
     """Attention probabilities of W query rows, averaged over the rows.
 
     q        (Hq, W, D), rotated like the keys
-    k        (Hkv, T, D)
+    k        (Hkv, T, D), of q's dtype
     q_pos    (W,) int32 or int64, position of each row; a row sees keys 0 .. q_pos; default: the last W positions
     scale    of the scores, default D**-0.5
     group    "none": scores per query head; "mean" | "max": over the query heads of a KV head

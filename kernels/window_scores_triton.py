@@ -1,4 +1,4 @@
-"""`window_scores` in Triton: two kernels that read keys only. Not even W rows of the T x T matrix are stored.
+"""`window_scores` in Triton: two kernels that read only q and k. No W x T matrix of probabilities is stored.
 
     lse_kernel    a program per (KV head, part of the keys, tile of rows): log-sum-exp of each query row over that part
     mass_kernel   a program per (KV head, BN keys): merges the parts of each row, sums exp(s - lse) over the rows
@@ -8,8 +8,8 @@
       g = 1: w = 0 .. W - 1
 
 Columns are independent, so no reduction between programs is needed. Keys are read twice, 2 * Hkv * T * D * itemsize
-bytes; each tile of keys reads 4 * G * W * (T / PART) bytes of lse (from L2). 4 * G * W FLOP per element: memory-bound
-for a few rows, compute-bound from some 64 on. Runs once per prompt. The specification is `window_scores_ref`.
+bytes; each tile of keys reads 4 * G * W * (T / PART) bytes of lse (from L2). 4 * G * W FLOP per key element:
+memory-bound for few query rows, compute-bound from about 64. The specification is `window_scores_ref`.
 """
 
 import torch
@@ -39,7 +39,7 @@ def _keys(
     k, head, column, end, stride_h, stride_t,
     D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Keys [BN, DP] of a KV head at `column`; 0 from column `end` on."""
+    """Keys [BN, DP] of a KV head at positions `column`; 0 from position `end` on."""
     col = tl.arange(0, DP)
     row = (head.to(tl.int64) * stride_h + column.to(tl.int64) * stride_t) * ALIGN
     keys = tl.load(k + row[:, None] + col[None, :], (column < end)[:, None] & (col < D)[None, :], 0.0)
@@ -77,7 +77,7 @@ def lse_kernel(
         keys = _keys(k, head, column, end, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
         s = _scores(rows, keys, scale, there, position, column, end)
         top = tl.maximum(m, tl.max(s, 1))
-        safe = tl.where(top == float("-inf"), 0.0, top)  # a row without keys so far
+        safe = tl.where(top == float("-inf"), 0.0, top)  # no keys so far
         l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
         m = top
     tl.store(lse + (query_head * window + w) * tl.num_programs(1) + part, m + tl.log2(l), there)

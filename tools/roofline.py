@@ -181,7 +181,7 @@ def ceiling(shape, batch, kept):
 
 def table(batches, retentions, shapes=SHAPES):
     """Markdown: one row per shape and batch."""
-    head = ["model and prompt", "batch", "KV of all bytes", *(f"{r:g} kept" for r in retentions), "no KV at all"]
+    head = ["model and prompt", "batch", "share of KV in bytes", *(f"{r:g} kept" for r in retentions), "no KV at all"]
     rows = []
     for shape in shapes:
         for batch in batches:
