@@ -218,6 +218,7 @@ def as_command(main):
 
 
 def main(argv=None):
+    """Run the command line argv (default: that of the process) and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
         if "\0" in word:
@@ -388,6 +389,7 @@ def one_line(text):
 
 
 def fail(message, code):
+    """Print an error to stderr -> code, the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return code
 

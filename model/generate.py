@@ -756,7 +756,8 @@ class Batch:
     def advance(self):
         """Decode one token for each generation -> those that have ended, in no particular order.
 
-        If memory runs out, the step is either undone or complete; in both cases call `advance` again to continue.
+        Each entry of `timing["steps"]` is the duration of the whole batch's step. If memory runs out, the step is
+        either undone or complete; in both cases call `advance` again to continue.
         """
         self._dismiss()  # removes generations that could not be removed before, when memory ran out
         if self.running:
@@ -772,7 +773,7 @@ class Batch:
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
                 self._take(generation, token)
-                generation.timing["steps"].append(seconds)  # duration of the whole batch's step
+                generation.timing["steps"].append(seconds)  # shared
             self._dismiss()
         over, self._over = self._over, []
         return over

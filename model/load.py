@@ -159,10 +159,12 @@ class Checkpoint:
 
     @property
     def device(self):
+        """torch.device of the weights; meta before `read_weights`."""
         return self.model.language_model.model.norm.weight.device
 
     @property
     def dtype(self):
+        """torch.dtype of the weights, after `read_weights`."""
         return self.model.language_model.model.norm.weight.dtype
 
     def choose_dtype(self, name, device):
