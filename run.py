@@ -8,8 +8,8 @@ Without --prompt, run.py starts a conversation on a terminal. If stdin is not a 
 independent question about the pictures of --image, and each answer is printed as one line (its line breaks become
 spaces; use --json for the exact text).
 
-The answer goes to stdout and nothing else does. Exit codes: 0 answered; 1 failed while running; 2 something given
-cannot be used (flags, paths, pictures, prompt, checkpoint); 130 Ctrl-C (what was written until then is kept).
+Only answers go to stdout. Exit codes: 0 answered; 1 failed while running; 2 invalid input (flags, paths, pictures,
+prompt, checkpoint); 130 Ctrl-C (the text so far is kept).
 """
 
 import argparse
@@ -31,11 +31,14 @@ TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
 SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest to stderr.
 
   run.py --image assets/demo.png --prompt "Describe the picture."
-  run.py --image assets/demo.png --prompt "Describe the picture." --prune plphp"""
+  run.py --image assets/demo.png --prompt "Describe the picture." --prune plphp
+
+Without --prompt, a conversation starts; if stdin is not a terminal, each line
+of stdin is an independent question."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line: what is wrong, and what to do."""
+    """An argument parser whose errors are one line: what is wrong; what to do."""
 
     def parse_args(self, args=None, namespace=None):
         args, rest = self.parse_known_args(args, namespace)
@@ -44,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        # argparse begins with all names of the flag: "argument --top-p/--top_p: "
+        # argparse puts all names of the flag first: "argument --top-p/--top_p: "
         message = re.sub(r"^argument ([^:/\s]+)\S*: ", r"\1 ", one_line(message))
         missing = re.fullmatch(r"(\S+) expected (at least )?one argument", message)
         if missing:
@@ -53,12 +56,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{cure}\n")
 
     def _unknown(self, word):
-        """The message for a word that is no flag and no flag's value."""
+        """The error message for an argument that is neither a flag nor a flag's value."""
         from difflib import get_close_matches
 
         name = one_line(word.partition("=")[0])
         if not name.startswith("-"):
-            return f"{word[:80]!r} belongs to no flag; put a text with spaces into quotes"
+            return f"{word[:80]!r} belongs to no flag; put text with spaces in quotes"
         near = get_close_matches(name, self._option_string_actions, 1, 0.65)
         if not near:
             return f"there is no flag {name}"
@@ -66,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Lists a flag by its first name and its letter. Further names, as other projects have them, are not shown."""
+    """Lists a flag by its first name and its one-letter form. Aliases for names in other projects are not shown."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=27)
@@ -78,7 +81,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def number(kind, low, high=None, open_low=False):
-    """An argparse type: an int or a float within bounds. In a help text %(type)s stands for the bounds."""
+    """An argparse type: an int or a float within bounds. In help texts, %(type)s is replaced by the bounds."""
     bounds = f"above {low}" if open_low else f"from {low}" if high is not None else f"of {low} or more"
     if high is not None:
         bounds += f" and up to {high}" if open_low else f" to {high}"
@@ -98,7 +101,7 @@ def number(kind, low, high=None, open_low=False):
 
 
 def one_of(*names):
-    """An argparse type: one of the names. In a help text %(type)s lists them."""
+    """An argparse type: one of the names. In help texts, %(type)s is replaced by the list of them."""
 
     def parse(text):
         if text not in names:
@@ -111,15 +114,15 @@ def one_of(*names):
 
 def parser():
     p = Parser(
-        prog="run.py", usage="run.py --image PATH ... --prompt TEXT [flags]", description=SUMMARY,
+        prog="run.py", usage="run.py --image PATH ... [--prompt TEXT] [flags]", description=SUMMARY,
         formatter_class=Help, allow_abbrev=False, add_help=False,
     )  # fmt: skip
-    # The first name of a flag is its own. Letters are shown in -h too; the other names are those of other projects.
+    # -h shows a flag's first name and its one-letter form; the other names are aliases, as in other projects.
     # fmt: off
     ask = p.add_argument_group("ask")
     ask.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
                      default=str(DEMO), metavar="DIR|ID",
-                     help="llava-hf folder or cached id (default: the demo)")
+                     help="folder or cached Hugging Face id (default: the demo)")
     ask.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[],
                      metavar="PATH ...", help='pictures; "-" is stdin, data: URIs work too')
     ask.add_argument("--prompt", "-p", "--query", "--question", metavar="TEXT",
@@ -127,7 +130,7 @@ def parser():
 
     answer = p.add_argument_group("the answer")
     answer.add_argument("--max-new-tokens", "-n", "--max_new_tokens", "--max-tokens", type=number(int, 1), default=256,
-                        metavar="N", help="longest answer in tokens (default %(default)s)")
+                        metavar="N", help="maximum length of the answer (default %(default)s)")
     answer.add_argument("--temperature", "--temp", type=number(float, 0, 10000), default=0.0, metavar="F",
                         help="%(type)s; 0, the default, is greedy")
     answer.add_argument("--top-p", "--top_p", type=number(float, 0, 1, open_low=True), metavar="F",
@@ -142,39 +145,40 @@ def parser():
     prune.add_argument("--prune", "--method", default="none", metavar="SPEC",
                        help="METHOD or FILE.py::NAME, then :KEY=VALUE,...")
     prune.add_argument("--list-methods", nargs="?", const="", metavar="[NAME]",
-                       help="list the methods, or one with its settings")
+                       help="list the methods, or the settings of one")
     prune.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
-                       help="fraction of image tokens kept, %(type)s")
+                       help="fraction of vision tokens kept, %(type)s")
     prune.add_argument("--keep-tokens", type=number(int, 1), metavar="N",
-                       help="or: image tokens kept per KV head and picture")
+                       help="instead: vision tokens per KV head and picture")
     prune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                        help="a setting of the method, or @FILE.json with several")
-    prune.add_argument("--compare", action="store_true", help="answer without pruning too; differences on stderr")
+    prune.add_argument("--compare", action="store_true", help="also answer unpruned; print differences to stderr")
 
     look = p.add_argument_group("pictures and prompt")
     look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
                       help="%(type)s (anyres: in tiles)")
     look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
-                      help="order of tile grids in case of a tie: %(type)s")
+                      help="%(type)s; image_grid_pinpoints are (height, width) in hf, (width, height) in orig")
     look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
                       metavar="NAME", help="%(type)s")
-    look.add_argument("--system", metavar="TEXT", help="system text of the prompt (default: template's)")
+    look.add_argument("--system", metavar="TEXT", help="system text (default: that of the template)")
 
     many = p.add_argument_group("many questions")
     many.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
-                      help="answer a file; a line has question_id, image, text")
+                      help="JSON line per question: question_id, image, text")
     many.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
-                      help="output; a second run adds missing answers")
-    many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: that of the file)")
+                      help="file to write; adds the answers missing in it")
+    many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: FILE.jsonl's)")
     many.add_argument("--batch", type=number(int, 1), metavar="N", help="questions answered together (default 1)")
-    many.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="split the file into N parts ...")
+    many.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="split the questions into N parts ...")
     many.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="... and answer part I, counted from 0")
     many.add_argument("--keep-errors", action="store_true", help="do not retry questions that failed before")
 
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto",
-                         metavar="TYPE", help="%(type)s")
+                         metavar="TYPE", help="%(type)s; auto is the file's on CUDA, on a CPU fp32 "
+                         "(bf16 if short of memory)")
     machine.add_argument("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
                          help="kernels: %(type)s (auto: triton on CUDA)")
     machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
@@ -182,8 +186,9 @@ def parser():
                          help="CPU threads, %(type)s (default: one per core)")
 
     output = p.add_argument_group("output")
-    output.add_argument("--stats", "--profile", action="store_true", help="times, memory and speed limit on stderr")
-    output.add_argument("--show", metavar="FILE", help="draw what each head kept: .png, or .html for a browser")
+    output.add_argument("--stats", "--profile", action="store_true",
+                        help="print times, memory and bandwidth limit to stderr")
+    output.add_argument("--show", metavar="FILE", help="draw what each head kept into a .png or .html file")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     output.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -194,12 +199,12 @@ def parser():
 
 
 def as_command(main):
-    """Run the main() of a command line -> its exit code, whatever the terminal is and whoever reads.
+    """Run a command line's main() and return its exit code.
 
-    What its encoding cannot show is written as an escape. A reader that leaves early, as in `... | head`, is no error.
-    What is meant for a closed stderr is dropped: print(file=None) writes to stdout.
+    Characters that the terminal's encoding lacks are written as escapes. A closed pipe, as in `... | head`, is not an
+    error. If stderr is closed, output for it is discarded, because print(file=None) would write to stdout.
     """
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -214,10 +219,11 @@ def as_command(main):
 
 
 def main(argv=None):
+    """Run the command line argv (default: that of the process) and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
         if "\0" in word:
-            parser().error(f"{word[:200]!r} has a NUL character in it, which no path has")
+            parser().error(f"{word[:200]!r} contains a NUL character, which no path can contain")
     args = parser().parse_args(argv)
     try:
         if args.version or args.list_methods is not None:
@@ -225,7 +231,7 @@ def main(argv=None):
             return 0
         check_flags(args)
         return answer(args) if args.questions is None else answer_file(args)
-    except KeyboardInterrupt:  # while loading; during the answer it is caught further in
+    except KeyboardInterrupt:  # while loading; `write` catches it during an answer
         return fail("interrupted; nothing was written", 130)
     except BrokenPipeError:
         raise  # see `as_command`
@@ -236,7 +242,7 @@ def main(argv=None):
 
 
 def versions():
-    """A line each for this project, Python, torch and Triton."""
+    """One line each for this project, Python, torch and Triton."""
     import torch
 
     from model import __version__
@@ -249,7 +255,7 @@ def versions():
 
 
 def methods(args):
-    """The text of --list-methods."""
+    """The text of --list-methods. InputError for an unknown method."""
     from model import InputError
     from model.load import find_folder
     from model.pruning.describe import describe, listing
@@ -261,7 +267,7 @@ def methods(args):
 
 
 def check_flags(args):
-    """What argparse cannot say: flags that exclude or need each other."""
+    """Checks that argparse cannot express: flags that exclude or require each other. Exits with an error."""
     p = parser()
     if args.prompt is not None and args.questions is not None:
         p.error("give either --prompt or --questions")
@@ -281,9 +287,9 @@ def check_flags(args):
     if args.compare and (args.prune == "none" or args.temperature > 0):
         p.error("--compare needs --prune METHOD and --temperature 0")
     if "" in args.stop:
-        p.error("--stop needs a text")
+        p.error("--stop needs text that is not empty")
     if args.system is not None and args.template == "raw":
-        p.error("--system has no place in --template raw")
+        p.error("--system cannot be used with --template raw")
     args.prompt = args.prompt or ""
     try:
         if args.prompt == "-":
@@ -295,8 +301,8 @@ def check_flags(args):
     except (OSError, ValueError) as broken:
         p.error(f"cannot read the prompt as UTF-8 text ({broken})")
     if args.questions is None and not talk and not args.prompt.strip():
-        p.error("the prompt is empty, say what to ask")
-    for path in args.image:  # before torch is imported; `local_path` knows what the others mean
+        p.error("the prompt is empty; give a question")
+    for path in args.image:  # checked before torch is imported; `local_path` checks other addresses
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
             p.error(f"no picture at {path[:200]}; {path_advice(args, path)}")
     args.lines = questions_on_stdin(p) if talk and not (sys.stdin and sys.stdin.isatty()) else None
@@ -321,7 +327,7 @@ def questions_on_stdin(p):
 
 
 def read_text(file):
-    """The prompt in a file that is open for bytes."""
+    """The text of a file opened in binary mode, without newlines at its end. ValueError if it is not UTF-8."""
     data = file.read()
     from model.config import decode_text
 
@@ -329,7 +335,7 @@ def read_text(file):
 
 
 def check_questions(p, args):
-    """The flags of --questions, and those that have no place beside it."""
+    """Check the flags that need --questions and those that cannot be combined with it."""
     of_files = ("image_folder", "answers", "batch", "num_chunks", "chunk_idx", "keep_errors")
     if args.questions is None:
         for name in of_files:
@@ -339,19 +345,19 @@ def check_questions(p, args):
     if not args.answers:
         p.error("--questions needs --answers")
     if args.image or args.json or args.compare or args.compile or args.stats:
-        p.error("--questions goes without --image, --json, --stats, --compare and --compile")
+        p.error("--questions cannot be combined with --image, --json, --stats, --compare or --compile")
     if (args.num_chunks is None) != (args.chunk_idx is None) or (args.chunk_idx or 0) >= (args.num_chunks or 1):
-        p.error("--num-chunks and --chunk-idx go together, the index below the number")
+        p.error("--num-chunks and --chunk-idx need each other, and the index must be below the number")
     if not os.path.exists(args.questions) or os.path.isdir(args.questions):
-        p.error(f"no file {args.questions[:200]}, check the path")
+        p.error(f"no file {args.questions[:200]}; check the path")
     if args.image_folder is not None and not os.path.isdir(args.image_folder):
-        p.error(f"no folder {args.image_folder[:200]}, check the path")
+        p.error(f"no folder {args.image_folder[:200]}; check the path")
     if os.path.exists(args.answers) and os.path.samefile(args.questions, args.answers):
         p.error("--questions and --answers are the same file")
 
 
 def check_show(p, args):
-    """Can the drawing be written? `model.show` refuses what is only known with the checkpoint open."""
+    """Check that the drawing can be written. `model.show` checks what depends on the checkpoint."""
     if args.show is None:
         return
     path = Path(args.show)
@@ -360,7 +366,7 @@ def check_show(p, args):
     if path.suffix.lower() not in (".png", ".html"):
         p.error(f"cannot draw --show {args.show[:200]!r}; give a name that ends in .png or .html")
     if not path.parent.is_dir():
-        p.error(f"--show: there is no folder {str(path.parent)[:200]}; make it or give another")
+        p.error(f"--show: there is no folder {str(path.parent)[:200]}; create it or give another")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         p.error(f"--show: {args.show[:200]} cannot be written; give another name")
     if any(os.path.exists(image) and path.exists() and path.samefile(image) for image in args.image):
@@ -381,7 +387,7 @@ def explain(broken):
     if out_of_memory(broken):
         return f"out of memory ({text[:200]}); try --dtype bf16, a smaller --max-new-tokens or fewer pictures", 1
     if isinstance(broken, OSError) and broken.errno == errno.ENOSPC:
-        return f"the disk is full ({text}); free some of it and give the same command again", 1
+        return f"the disk is full ({text}); free some space and run the command again", 1
     if type(broken).__name__ in ("InductorError", "BackendCompilerFailed"):
         why = text.split(" Set TORCHDYNAMO_VERBOSE")[0][:200]
         return f"torch.compile failed ({why}); it needs a C++ compiler such as g++; run without --compile", 1
@@ -393,6 +399,7 @@ def one_line(text):
 
 
 def fail(message, code):
+    """Print an error to stderr -> code, the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return code
 
@@ -402,7 +409,7 @@ def say(text):
 
 
 def as_json(value):
-    """One line of JSON that stdout can show: with escapes, unless its encoding is UTF-8."""
+    """One line of JSON, with escapes for all but ASCII unless the encoding of stdout is UTF-8."""
     plain = getattr(sys.stdout, "encoding", "") in ("utf-8", "UTF-8", "utf8")
     return json.dumps(value, ensure_ascii=not plain, default=str)
 
@@ -424,11 +431,11 @@ def answer(args):
     check_backend(args.backend, device)
     pictures = [read_image(path) for path in args.image]
     checkpoint = open_checkpoint(args.model)
-    # without --prompt, "?" stands for the questions to come, so that wrong flags are refused at once
+    # without --prompt, a generation with the prompt "?" checks the flags before the first question
     given = options(args, checkpoint) | {
         "compile": args.compile,
-        "timed": args.stats or args.json or args.compare or not args.prompt,  # /stats may follow
-        "remember": args.show is not None or not (args.prompt or args.lines),  # /show may follow
+        "timed": args.stats or args.json or args.compare or not args.prompt,  # for /stats
+        "remember": args.show is not None or not (args.prompt or args.lines),  # for /show
     }
     generation = Generation(checkpoint, args.prompt or "?", pictures, **given)
     if args.show is not None:
@@ -439,7 +446,7 @@ def answer(args):
     load_seconds = time.perf_counter() - start
     introduce(args, checkpoint, generation)
     if args.compile:
-        say("note: the second token waits for the compiler, up to a minute the first time, some seconds later on")
+        say("note: the second token waits for the compiler, up to a minute the first time, a few seconds after that")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wait, memory = CoreWait(device), Memory(device)
@@ -462,16 +469,16 @@ def answer(args):
 
 
 def deliver(args, generation, load_seconds, memory):
-    """Print the answer as it is generated, then what --json, --compare and --stats ask for. Returns the exit code."""
+    """Print the answer as it is generated, then the output of --json, --compare and --stats. Returns the exit code."""
     from model.generate import off_budget
     from tools.report import report, stats
 
     stream = not (args.json or args.no_stream or args.lines)
     code = write(generation, stream)
-    if code == 130 and (args.prompt or args.lines):  # a conversation has its own words for it
-        say("interrupted; the text until here is kept")
+    if code == 130 and (args.prompt or args.lines):  # a conversation prints its own message
+        say("interrupted; the text so far is kept")
     off = off_budget(generation.prune, generation.retention, generation.wanted)
-    if off and generation.timing["prune"]:  # not in a later turn, which keeps everything
+    if off and generation.timing["prune"]:  # a later turn of a conversation keeps every new token
         say(f"note: {off}")
     took = report(generation, args.model, args.seed, load_seconds, memory.peak())
     if code == 0 and not args.lines:
@@ -504,7 +511,7 @@ def say_outcome(args, generation, pruned):
 
 
 def draw(generation, path):
-    """Write what each head kept to path -> one line. OSError, of one line too, if it cannot be written."""
+    """Draw what each head kept into the file `path`; return a one-line message. OSError, in one line, if that fails."""
     from model import show
 
     try:
@@ -515,15 +522,15 @@ def draw(generation, path):
 
 
 def answer_lines(args, ask, load_seconds, memory):
-    """Answer each line of stdin independently, until one fails. ask: text -> Generation. Returns the exit code."""
+    """Answer each line of stdin independently, until one fails. ask: (text) -> Generation. Returns the exit code."""
     from model import InputError
     from model.config import decode_text
 
     for number, line in args.lines:
         try:
             code = deliver(args, ask(decode_text(line)), load_seconds, memory)
-        except ValueError as wrong:  # InputError and what is no UTF-8
-            what = wrong if isinstance(wrong, InputError) else f"not UTF-8 text ({wrong}); mend it"
+        except ValueError as wrong:  # an InputError, or a decoding error
+            what = wrong if isinstance(wrong, InputError) else f"not UTF-8 text ({wrong}); save it as UTF-8"
             raise InputError(f"line {number} of stdin: {what}") from wrong
         if code:
             return code
@@ -536,7 +543,7 @@ def converse(args, checkpoint, given, pictures, load_seconds, memory):
     from tools.report import report, stats
 
     def choose(spec, retention):
-        """The method of /prune or, without a SPEC, that of the flags, with this retention."""
+        """The Method for the SPEC of /prune (None: for the flags) with this retention."""
         changed = {"retention": retention, "keep_tokens": None} | ({"prune": spec, "set": []} if spec else {})
         return choose_method(argparse.Namespace(**vars(args) | changed), checkpoint.folder)
 
@@ -557,7 +564,7 @@ def converse(args, checkpoint, given, pictures, load_seconds, memory):
 
 
 def options(args, checkpoint):
-    """What the flags say of every generation: keyword arguments of `Generation`."""
+    """Keyword arguments of `Generation` that follow from the flags."""
     from model import Sampling
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
@@ -568,7 +575,7 @@ def options(args, checkpoint):
 
 
 def introduce(args, checkpoint, generation):
-    """On stderr: one line with the model and what was chosen for it, then its limits and notes on its files."""
+    """Print to stderr the model and the settings chosen for it, then notes on its limits and files."""
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     demo = checkpoint.folder.resolve() == DEMO
     what = "the demo model" if demo else args.model
@@ -579,9 +586,9 @@ def introduce(args, checkpoint, generation):
         f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
     if demo:
         say("note: the demo model knows only drawn shapes and signs, and single questions as in assets/README.md; "
-            "--model takes a real one")  # fmt: skip
+            "--model loads another")  # fmt: skip
         if not generation.images:
-            say("note: there is no picture, and the demo model can answer only about pictures")
+            say("note: there is no picture, and the demo model can answer only questions about pictures")
     for note in checkpoint.notes:
         say(f"note: {note}")
 
@@ -601,7 +608,7 @@ def answer_file(args):
     check_backend(args.backend, device)
     checkpoint = open_checkpoint(args.model)
     given = options(args, checkpoint)
-    # what is wrong with the options is wrong with every question: better said at once than in each line
+    # invalid options would fail for every question, so they are checked once here
     example = Generation(checkpoint, "?", **given)
     prune, folder = given["prune"], Path(args.image_folder or Path(args.questions).parent).resolve()
     settings = {
@@ -617,7 +624,7 @@ def answer_file(args):
     def ask(question):
         return Generation(checkpoint, question.text, [in_folder(name, folder) for name in question.images], **given)
 
-    answers = Answers(args.answers, settings, args.keep_errors)  # refuses before the weights are read
+    answers = Answers(args.answers, settings, args.keep_errors)  # checks the file before the weights are read
     with contextlib.closing(answers):
         checkpoint.read_weights(args.dtype, device)
         introduce(args, checkpoint, example)
@@ -625,20 +632,20 @@ def answer_file(args):
 
 
 def named_model(name, folder):
-    """What answers call the model: a folder by its whole path, so that it is the same one from everywhere."""
+    """The model's name in an answers file: for a folder its absolute path, whatever the working directory."""
     if folder.resolve() == DEMO:
         return "demo"
     return str(folder.resolve()) if Path(name).expanduser().is_dir() else str(name)
 
 
 def named_method(prune):
-    """What answers call the method; FILE.py::NAME with the whole path of the file."""
+    """The method's name in an answers file; FILE.py::NAME with the file's absolute path."""
     file, colons, function = (prune.name if prune else "none").rpartition("::")
     return f"{Path(file).resolve()}::{function}" if colons else function
 
 
 def compare(generation, took):
-    """Ask again without pruning: what differs goes to stderr and into the object of --json -> exit code."""
+    """Answer again without pruning; print the differences to stderr and add them to `took`. Returns the exit code."""
     from tools.replay import along
     from tools.report import comparison, differences
 
@@ -657,19 +664,19 @@ def compare(generation, took):
 
 
 def choose_method(args, folder):
-    """The pruning method of --prune, or None; InputError if there is none such."""
+    """The pruning method of --prune, or None; InputError if there is no such method."""
     from model import api
     from model.pruning import calibrated
 
     method = api.choose_method(args.prune, folder, args.retention, args.keep_tokens, args.set)
     own = calibrated(folder, method.name) if method else None
     if own:
-        say(f"{method.name}: defaults of {own}, which flags override")
+        say(f"{method.name}: settings from {own}, overridden by those given here")
     return method
 
 
 def choose_device(name):
-    """torch.device of --device; InputError if it is not there."""
+    """The torch.device of --device; InputError if it is not available."""
     from model import InputError
     from model.load import choose_device
 
@@ -680,7 +687,7 @@ def choose_device(name):
 
 
 def use_threads(number):
-    """Let torch compute with so many threads; None leaves its own choice."""
+    """Set torch's number of CPU threads; None keeps torch's default."""
     import torch
 
     if number is not None:
@@ -695,13 +702,13 @@ def check_backend(name, device):
     from model import InputError
 
     try:
-        choose_backend(name, device, torch.float32)  # of the dtypes, all that run.py offers do
+        choose_backend(name, device, torch.float32)  # any dtype of --dtype gives the same result
     except ValueError as wrong:
         raise InputError(f"--{wrong}") from None
 
 
 def write(generation, stream):
-    """Run the generation, its text to stdout if stream -> exit code. Ctrl-C ends the answer, not the report."""
+    """Run the generation; with stream, print its text as it comes. Returns the exit code, 130 after Ctrl-C."""
     code = 0
     try:
         for piece in generation:

@@ -1,8 +1,8 @@
-"""A LLaVA that can be read in an hour: load a checkpoint, ask it about a picture.
+"""A small LLaVA implementation: load a checkpoint and ask it about a picture.
 
     load("assets/demo").ask("How many objects are there?", "x.png", prune="plphp", retention=0.5)
 
-Reading order: config, load, tokenizer, image, clip, llama, llava, cache, generate.
+Reading order: generate, llama, cache, llava, clip, image, tokenizer, load, config (as in README.md).
 """
 
 from .config import InputError

@@ -1,15 +1,15 @@
-"""Pruning methods by name, from Python as on the command line: the one file of model/ that imports model/pruning."""
+"""Choose a pruning method by name, for both Python and run.py. Only this module of model/ imports model.pruning."""
 
 from .config import InputError
 from .pruning import make_method
 
 
 def choose_method(prune, folder=None, retention=None, keep_tokens=None, settings=()):
-    """The `model.pruning.Method` that is meant, or None to keep everything; InputError says what is wrong.
+    """The `model.pruning.Method` for the arguments, or None to keep everything. InputError if they are invalid.
 
     prune: None, "none", a SPEC of `--prune`, a Method, or a function or class as `model.pruning` describes them;
-    folder: of the checkpoint, whose own settings (plphp.json) hold for what is named; retention, keep_tokens, settings:
-    as in `make_method`.
+    folder: the checkpoint's; methods given by name use its settings files, such as plphp.json; retention, keep_tokens,
+    settings: as in `make_method`.
     """
     try:
         return make_method(prune, retention, keep_tokens, settings, folder)

@@ -1,7 +1,7 @@
 """The KV cache: every head of every layer keeps its own tokens and its own number of them.
 
 Each layer has one K and one V arena, a tensor (N, D), for all B sequences. Segment b * Hkv + h (sequence b, KV head h)
-owns kv_cap slots from kv_start on. The first kv_len of them are taken; '.' is a free slot for a new token:
+owns kv_cap slots, starting at kv_start. The first kv_len of them are taken; '.' is a free slot for a new token:
 
     head 0            head 1      head 2
     [k k k k k . . .][k k . . .][k k k k . . .]      kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
@@ -10,8 +10,8 @@ A new token is written in place. When a segment is full, all segments move to la
 case where all lengths are equal. Keys keep the rotary position that their token had in the prompt, so the position of
 the next token is `pos`, never a length.
 
-Any method may run out of memory. Each allocates what it needs before it changes the cache, layer by layer if several
-layers move. After such an error the cache is consistent, and the call can be repeated.
+Any method may run out of memory. Each allocates what it needs before it changes the cache; methods that move several
+layers do so one layer at a time. After such an error the cache is consistent, and the call can be repeated.
 """
 
 import torch
@@ -48,7 +48,10 @@ class RaggedCache:
     # ------------------------------------------------------------ prefill
 
     def pack(self, layer, k, v, keep=None):
-        """Store a layer's prefill k, v (B, Hkv, T, D): the rows in keep (B * Hkv, T) bool, or all if it is None."""
+        """Store the tokens of a layer's prefill k, v (B, Hkv, T, D) where keep (B * Hkv, T) bool is True; None: all.
+
+        ValueError if the layer already holds a prompt.
+        """
         if self.k[layer] is not None:
             raise ValueError(f"layer {layer} of the cache already holds a prompt; make a new cache")
         b, _, tokens, _ = k.shape
@@ -91,7 +94,7 @@ class RaggedCache:
         self.version += 1
 
     def plan(self, layer):
-        """The layer's decode plan. Plans missing after a prefill, or after sequences left, are all made together."""
+        """The layer's decode plan. The plans of all layers that have none, as after a prefill, are made together."""
         if self.plans[layer] is None:
             missing = [i for i, plan in enumerate(self.plans) if plan is None and self.k[i] is not None]
             plans = decode_plans(self.kv_start[missing], self.kv_cap[missing])
@@ -101,8 +104,11 @@ class RaggedCache:
 
     @classmethod
     def join(cls, caches):
-        """Join the sequences of several caches into a new one, which leaves the several empty. Layers are joined one at
-        a time, and each cache then views its part of the joined layer, so memory never holds a second full copy."""
+        """Move the sequences of caches (same layers, device and backend) into a new one; the old ones are empty then.
+
+        Layers are joined one at a time, and each old cache then views its part of the joined layer, so memory never
+        holds a second full copy. ValueError for an empty list.
+        """
         if not caches:
             raise ValueError("no caches to join; give one for each sequence")
         first, layers = caches[0], range(len(caches[0].k))
@@ -159,7 +165,7 @@ class RaggedCache:
             self.slack = slack
 
     def reserve(self, tokens=1):
-        """Subtract from the room: the part of `grow` that runs on the host, so a replayed graph does not repeat it."""
+        """Subtract tokens from `room`: the host's part of `grow`, to be called when a captured graph is replayed."""
         self.room -= tokens if self._somebody_is_live else 0
 
     def give_back(self, tokens=1):
@@ -170,7 +176,7 @@ class RaggedCache:
         self.room += tokens if self._somebody_is_live else 0
 
     def append(self, layer, k, v):
-        """Write k, v into the claimed slots: (B, Hkv, D) for one token per sequence, or (B, T, Hkv, D)."""
+        """Write k, v into the slots that `grow` claimed: (B, Hkv, D), one token per sequence, or (B, T, Hkv, D)."""
         slots = self.slots[layer]
         if k.ndim == 4:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -183,7 +189,10 @@ class RaggedCache:
         self.v[layer].index_copy_(0, slots, v)
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
-        """Attention of q (B, [T,] Hq, D) over all taken and claimed slots; kv_len (S,) overrides the lengths."""
+        """Attention of q (B, [T,] Hq, D) over all taken and claimed slots -> like q; kv_len (S,) overrides the lengths.
+
+        return_lse: also return the log-sum-exp, (B, [T,] Hq) fp32.
+        """
         plan, length = self.plan(layer), self.lengths[layer] if kv_len is None else kv_len
         return ragged_decode(
             q, self.k[layer], self.v[layer], plan.kv_start, length,
@@ -198,7 +207,7 @@ class RaggedCache:
         if not self.fused:
             self.append(layer, k, v)
             return self.attend(layer, q.contiguous())
-        plan = self.plan(layer)  # a finished sequence writes to a free slot, if it has one, that is never counted
+        plan = self.plan(layer)  # a finished sequence writes to a free slot if it has one; it is never counted
         return ragged_decode_append(
             q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.past[layer], plan.kv_cap,
             plan=plan, backend=self.backend, rope=rope,

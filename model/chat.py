@@ -16,12 +16,12 @@ from .load import Checkpoint
 HELP = """\
 /image PATH ...  add pictures to the next question
 /prune SPEC      prune with another method, as --prune; none keeps every token
-/retention F     keep this fraction of the picture tokens
-/fresh           read the conversation and its pictures anew for each question; again to switch it off
-/show [FILE]     how many picture tokens each layer kept; draws them into FILE.png or FILE.html
-/stats           times and bytes of the last answer
+/retention F     keep this fraction of the vision tokens
+/fresh           process the whole conversation again for each question; /fresh again turns it off
+/show [FILE]     print how many vision tokens each layer kept, and draw them into FILE.png or FILE.html
+/stats           print times and memory of the last answer
 /clear [all]     start a new conversation about the same pictures; all: without pictures
-/help            this list
+/help            print this list
 /quit            leave, like Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves"""
 
 
@@ -29,22 +29,22 @@ HELP = """\
 class Chat:
     """The state of a conversation, and its commands.
 
-    Each question continues in the cache of the previous answer. The whole conversation is prefilled again only if
-    /fresh asks for it, if the pruning has changed, or if new pictures are to be pruned: pruning happens in a prefill.
+    Each question reuses the cache of the previous answer. The whole conversation is prefilled again only if /fresh is
+    on, the pruning has changed, or new pictures have to be pruned, because pruning happens during a prefill.
     """
 
     checkpoint: Checkpoint
     options: dict  # keyword arguments of every `Generation`
     pictures: list  # pictures for the next question
-    deliver: Callable  # (generation) -> exit code: prints the answer while it is written; 130 where Ctrl-C broke it off
-    choose: Callable  # (SPEC, or None for that of the command line; retention or None) -> Method or None
-    stats: Callable  # (generation) -> text
+    deliver: Callable  # (generation) -> exit code: prints the answer as it is generated; 130 if Ctrl-C interrupted it
+    choose: Callable  # (SPEC or None for the command line's, retention or None) -> Method or None
+    stats: Callable  # (generation) -> the text of /stats
     fail: Callable  # (exception) -> None: prints the error in one line
     show: Callable  # (generation, path) -> one line: draws the kept tokens into a file
     seen: list = field(default_factory=list, init=False)  # pictures of the conversation so far
     last: Generation = field(default=None, init=False)  # the answer that the next question follows
     turn: int = field(default=0, init=False)
-    spec: str = field(default=None, init=False)  # of the last /prune
+    spec: str = field(default=None, init=False)  # argument of the last /prune
     fresh: bool = field(default=False, init=False)
     changed: bool = field(default=False, init=False)  # has the pruning changed since the last full prefill?
     noted: bool = field(default=False, init=False)  # was the user told what that prefill dropped?
@@ -52,9 +52,9 @@ class Chat:
     # ------------------------------------------------------------ questions
 
     def ask(self, question):
-        """Answer one question. InputError leaves the conversation as it was."""
+        """Answer one question. After an InputError the conversation is unchanged."""
         sampling = self.options["sampling"]
-        sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # other random numbers in each turn
+        sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # different random numbers in each turn
         options = self.options | {"sampling": sampling, "before": self.last}
         generation = Generation(self.checkpoint, question, self.pictures, **options)
         for note in generation.notes:
@@ -66,47 +66,47 @@ class Chat:
         if generation.finish_reason == "interrupted" and not generation.token_ids:
             say("stopped; the question is dropped")
             return
-        if code == 130:  # in the middle of a step
+        if code == 130:  # interrupted in the middle of a step
             generation.cache = None
         self.end_turn(generation)
 
     def choose_way(self):
-        """Continue in the cache, or free it so that everything is prefilled again. Prints what the user should know."""
+        """Keep the last answer's cache, or free it so that everything is prefilled again. Prints a note on either."""
         why = self.why_anew()
         if why is not None:
             self.last.cache, self.changed, self.noted = None, False, False
-            say(f"note: the conversation is read anew, {why}")
+            say(f"note: the whole conversation is processed again, {why}")
         elif self.last.retention < 0.995 and not self.noted:
             self.noted, dropped = True, 1 - self.last.retention
-            say(f"note: {100 * dropped:.0f} % of the picture tokens were dropped for an earlier question; "
-                "/fresh reads them anew for each question")  # fmt: skip
+            say(f"note: {100 * dropped:.0f} % of the vision tokens were dropped for an earlier question; "
+                "/fresh processes the whole conversation again for each question")  # fmt: skip
 
     def why_anew(self):
-        """Why the whole conversation has to be prefilled again; None if the cache continues."""
+        """Why the whole conversation has to be prefilled again; None if the cache can be reused."""
         if self.fresh:
             return "as /fresh asks"
         if self.changed:
             return "because the pruning has changed"
         if self.pictures and self.options["prune"]:
             return f"so that {self.options['prune'].name} can prune the new pictures"
-        return None if self.last.goes_on else "because the last answer was broken off"
+        return None if self.last.goes_on else "because the last answer was interrupted"
 
     def end_turn(self, generation):
         """Make the answer part of the conversation."""
         self.last, self.turn = generation, self.turn + 1
         self.seen, self.pictures = self.seen + self.pictures, []
         if generation.finish_reason == "interrupted":
-            say("stopped; the conversation goes on from what was said")
+            say("stopped; the conversation continues from the text so far")
         elif generation.finish_reason == "length":
             context = self.checkpoint.config.text_config.context
             full = f"the context of {context} tokens is full; /clear starts a new conversation"
-            cut = f"the answer was cut after {generation.limit} tokens; --max-new-tokens allows more"
+            cut = f"the answer was cut after {generation.limit} tokens; --max-new-tokens can be raised"
             say(f"note: {full if generation.limit == generation.room else cut}")
 
     # ------------------------------------------------------------ commands
 
     def command(self, line):
-        """Run a line that starts with a slash -> True to leave."""
+        """Run a line that starts with a slash. Returns True if it ends the conversation."""
         name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
         name = name.lower()
         commands = {
@@ -122,7 +122,7 @@ class Chat:
         return False
 
     def add_pictures(self, text):
-        """/image: read the pictures of the next question. text: one path, or several quoted as in a shell."""
+        """/image: read pictures for the next question. text: one path, or several quoted as in a shell."""
         paths = [text] if os.path.exists(text) else split(text)
         if not paths:
             raise InputError("/image needs a path; give /image PATH")
@@ -132,16 +132,16 @@ class Chat:
         say(f"pictures for the next question: {', '.join(picture.path for picture in self.pictures)}")
 
     def set_prune(self, spec):
-        """/prune: another method, with its own or the command line's retention."""
+        """/prune: use another method, with the retention in its SPEC or that of the command line."""
         if not spec:
             raise InputError("/prune needs a method; give /prune SPEC, as in --prune")
         self.use(self.choose(spec, None))
         self.spec = spec
 
     def set_retention(self, text):
-        """/retention: another fraction for the method in use."""
+        """/retention: change the fraction that the method in use keeps."""
         if not self.options["prune"]:
-            raise InputError("no method prunes here; give /prune METHOD first")
+            raise InputError("no pruning method is set; give /prune METHOD first")
         try:
             share = float(text)
         except ValueError:
@@ -159,20 +159,20 @@ class Chat:
     def toggle_fresh(self, _):
         """/fresh: prefill the whole conversation for each question, or stop doing so."""
         self.fresh = not self.fresh
-        say("each question reads the conversation and its pictures anew" if self.fresh
-            else "each question continues in the cache of the previous answer")  # fmt: skip
+        say("each question processes the whole conversation again" if self.fresh
+            else "each question reuses the cache of the previous answer")  # fmt: skip
 
     def show_kept(self, path):
-        """/show: print how many picture tokens each layer kept, and draw them into a file if a path is given."""
+        """/show: print how many vision tokens each layer kept, and draw them into a file if a path is given."""
         last = self.answered()
         if not last.vision_tokens:
             raise InputError("the conversation has no picture; add one with /image PATH")
         try:
-            drawn = self.show(last, path) if path else "/show FILE.png or FILE.html draws them"
+            drawn = self.show(last, path) if path else "/show FILE.png or /show FILE.html draws them"
         except OSError as broken:
             raise InputError(str(broken)) from broken
         kept = " ".join(f"{round(n, 1):g}" for n in last.kept)
-        say(f"picture tokens that a KV head keeps, of {last.vision_tokens}, layer by layer: {kept}")
+        say(f"vision tokens that a KV head keeps, of {last.vision_tokens}, layer by layer: {kept}")
         say(drawn)
 
     def answered(self):
@@ -195,7 +195,7 @@ class Chat:
 
     def run(self):
         """Read lines until the user leaves -> exit code: 0, or 130 for Ctrl-C at the prompt."""
-        with contextlib.suppress(ImportError):  # gives `input` a history; not on every system
+        with contextlib.suppress(ImportError):  # gives `input` a history; not available on every system
             import readline  # noqa: F401
         given = f" about {', '.join(picture.path for picture in self.pictures)}" if self.pictures else ""
         say(f"Ask a question{given}; /image PATH adds a picture. /help lists the commands, Ctrl-D leaves.")
@@ -228,7 +228,7 @@ class Chat:
 def stopped_by_ctrl_c(generation):
     """Ctrl-C ends the answer after the current token, so that the cache stays consistent.
 
-    Before the first token, and the second time, it raises KeyboardInterrupt at once.
+    Before the first token, or if pressed again, it raises KeyboardInterrupt at once.
     """
 
     def stop(*_):
@@ -247,7 +247,7 @@ def read_line():
     """One line from the user. EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
     if sys.stdout and sys.stdout.isatty():
         return input("> ")
-    print("> ", end="", file=sys.stderr, flush=True)  # stdout is a file, for answers only
+    print("> ", end="", file=sys.stderr, flush=True)  # stdout is not a terminal: it gets answers only
     line = sys.stdin.readline()
     if not line:
         raise EOFError

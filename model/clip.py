@@ -36,6 +36,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
+    """Bidirectional multi-head attention: x (B, 1 + P, C) -> the same shape."""
+
     def __init__(self, config):
         super().__init__()
         c = config.hidden_size
@@ -46,7 +48,7 @@ class Attention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D), no mask: attention is bidirectional
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D), no mask
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def cls_row(self, x):
@@ -58,6 +60,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with an activation between them: x (..., C) -> (..., C)."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -69,7 +73,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer: x (B, 1 + P, C) -> the same shape."""
 
     def __init__(self, config):
         super().__init__()
@@ -84,12 +88,16 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The list of layers; a class only because the checkpoint's keys name it."""
+
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class VisionTransformer(nn.Module):
+    """CLIP's vision transformer, as far as LLaVA uses it."""
+
     def __init__(self, config):
         super().__init__()
         self.embeddings = Embeddings(config)
@@ -116,7 +124,7 @@ class VisionTransformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A wrapper that exists only because checkpoint keys start with `vision_tower.vision_model`."""
+    """A wrapper of `VisionTransformer`, because checkpoint keys start with `vision_tower.vision_model`."""
 
     def __init__(self, config):
         super().__init__()

@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower. Class defaults of `clip_vision_model` (a ViT-B/32)."""
+    """CLIP vision tower. Defaults are those of transformers' `clip_vision_model` (a ViT-B/32)."""
 
     model_type: str = "clip_vision_model"
     hidden_size: int = 768
@@ -32,17 +32,18 @@ class VisionConfig:
 
     @property
     def num_patches(self):
+        """Patches of a picture, without CLS."""
         return (self.image_size // self.patch_size) ** 2
 
 
-# A LLaVA config with no vision_config at all means CLIP ViT-L/14 at 336 px.
+# A LLaVA config without vision_config means CLIP ViT-L/14 at 336 px.
 CLIP_L_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
 
 
-# Class defaults of `mistral` that differ from `llama`. A file can switch the window off with null.
+# Defaults of `mistral` that differ from those of `llama`. A file can turn the sliding window off with null.
 MISTRAL = {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
 }  # fmt: skip
@@ -52,7 +53,7 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama or Mistral decoder. Class defaults of `llama`: a 7B model (rms_norm_eps is 1e-5 in LLaVA's files)."""
+    """Llama or Mistral decoder. Defaults are those of `llama`, a 7B model (LLaVA's files set rms_norm_eps to 1e-5)."""
 
     model_type: str = "llama"
     vocab_size: int = 32000
@@ -68,7 +69,7 @@ class TextConfig:
     rope_theta: float = 10000.0
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int = None  # Mistral: tokens that a token attends to, itself included; None: all before it
+    sliding_window: int = None  # Mistral: how many tokens a token attends to, itself included; None: all
 
     @property
     def context(self):
@@ -85,7 +86,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The whole model: two towers and how they are joined."""
+    """The whole model: vision tower, decoder, and how they are joined."""
 
     model_type: str = "llava"
     text_config: TextConfig = field(default_factory=TextConfig)
@@ -113,7 +114,7 @@ class LlavaConfig:
 
 
 def read_config(folder):
-    """LlavaConfig of a checkpoint folder. InputError if config.json is missing or of an unsupported model."""
+    """LlavaConfig of a checkpoint folder. InputError if config.json is missing, malformed or not supported."""
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
         raise InputError(f"{folder} has no config.json; give the folder of a llava-hf checkpoint")
@@ -122,7 +123,10 @@ def read_config(folder):
 
 
 def parse_config(raw):
-    """LlavaConfig from a parsed config.json, in old or new spelling."""
+    """LlavaConfig from a parsed config.json (dict), in old or new spelling.
+
+    InputError for unsupported models; ValueError and TypeError for malformed values, see `making_sense_of`.
+    """
     kind = raw.get("model_type")
     if kind == "llava_llama" or "mm_vision_tower" in raw or "mm_projector_type" in raw:
         raise InputError(
@@ -157,7 +161,7 @@ def parse_config(raw):
 
 
 def _pinpoints(raw):
-    """image_grid_pinpoints ((a, b), ...) of a LLaVA-NeXT config."""
+    """image_grid_pinpoints ((a, b), ...) of a LLaVA-NeXT config. ValueError if they are malformed."""
     given = raw.get("image_grid_pinpoints")
     pairs = PINPOINTS if given is None else tuple(tuple(pair) for pair in given)
     if not pairs or not all(len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs):
@@ -192,7 +196,7 @@ def read_json(path):
 
 @contextmanager
 def making_sense_of(path):
-    """Turn errors from unexpected content of a file (a word in place of a number) into an InputError."""
+    """Turn errors caused by malformed content of a file (a word instead of a number) into an InputError."""
     try:
         yield
     except InputError:
@@ -203,7 +207,7 @@ def making_sense_of(path):
 
 
 def _fill(kind, raw):
-    """The dataclass from the matching keys of raw; missing and null keys take the class default."""
+    """The dataclass `kind` from the keys of raw with its names; missing and null keys take the class default."""
     known = {f.name: raw[f.name] for f in fields(kind) if raw.get(f.name) is not None}
     types = {f.name: f.type for f in fields(kind)}
     for name, value in known.items():
@@ -215,7 +219,7 @@ def _fill(kind, raw):
     return kind(**known)
 
 
-# Settings of other decoders that change the arithmetic, and their values that change nothing
+# Settings of other decoders that change the arithmetic, and the values for which they do not
 NOT_COMPUTED = {
     "partial_rotary_factor": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
     "query_pre_attn_scalar": None, "attention_multiplier": None, "embedding_multiplier": 1, "residual_multiplier": 1,

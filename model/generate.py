@@ -1,4 +1,4 @@
-"""Ask a loaded checkpoint a question: prompt and pictures in, a stream of text out."""
+"""Ask a loaded checkpoint a question: generate an answer from prompt and pictures, as a stream of text."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ class Sampling:
         if not isinstance(stop, list | tuple | set | frozenset) or not all(
             isinstance(s, str) and plain_text(s) for s in stop
         ):
-            raise InputError(f"stop is {_brief(self.stop)}; give a non-empty text or a list of such texts")
+            raise InputError(f"stop is {_brief(self.stop)}; give a non-empty string or a list of such strings")
         object.__setattr__(self, "stop", tuple(map(plain_text, stop)))  # the class is frozen
         for name, kind, low, high, wanted in (
             ("max_new_tokens", Integral, 1, math.inf, "an integer of at least 1"),
@@ -61,17 +61,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a pruning method gets besides the scores: facts about the prompt and, on request, about the layer."""
+    """What a pruning method receives besides the scores: the prompt's layout and, if it asks for them, layer values."""
 
     num_layers: int  # L
     q_heads: int  # Hq
     kv_heads: int  # Hkv
-    tokens: int  # T, pictures expanded
-    spans: list  # [(start, stop)] of the pictures among the T
+    tokens: int  # T, with each picture as its vision tokens
+    spans: list  # [(start, stop)] of each picture among the T tokens
     device: torch.device
-    attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, with the setting `sink_keys`
+    attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, if `sink_keys` is set
     last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
-    norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norms of the layer's value rows, with the setting `values`
+    norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norms of the layer's values, if `values` is set
     places: list = None  # per picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
     contrast: list = None  # per picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
 
@@ -85,11 +85,11 @@ class Layout:
 
 
 class Pruner:
-    """Applies a method to the layers of one prefill: computes scores from a layer's q and k, returns what is kept.
+    """Applies a pruning method to the layers of one prefill: scores from a layer's q and k -> tokens that are kept.
 
-    text      number of text tokens in the prompt that each layer saw; they are always kept
+    text      per layer, number of text tokens that it saw; they are always kept
     layout    the prompt as the current layer sees it
-    seconds   time spent on scoring and choosing; see `timed` of Generation
+    seconds   time spent on scoring and choosing; see `timed` in Generation
     masks     with `remember`: (Hkv, T) bool per layer, the tokens of the whole prompt that each head keeps
     """
 
@@ -98,11 +98,14 @@ class Pruner:
         self.method, self.layout, self.backend, self.timed, self.ahead = method, layout, backend, timed, ahead
         self.text, self.seconds = [], 0.0
         self.masks = [] if remember else None
-        self.tokens = layout.tokens  # of the whole prompt
+        self.tokens = layout.tokens  # in the whole prompt
         self.rows = torch.arange(layout.tokens, device=layout.device)  # indices of those that the current layer sees
 
     def choose(self, layer, q, k, v):
-        """The rows of k, v (1, Hkv, T, D) that each head keeps, given q (1, Hq, T, D): (Hkv, T) bool, None for all."""
+        """Which of the T prompt tokens each head keeps: (Hkv, T) bool, or None for all.
+
+        q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D).
+        """
         keep = None
         if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
             start = clock(k.device, self.timed)
@@ -120,17 +123,17 @@ class Pruner:
         return keep
 
     def _of_the_prompt(self, keep):
-        """keep of the tokens that a layer sees, or None for all -> (Hkv, T) bool over the whole prompt."""
+        """keep (Hkv, tokens that the layer sees) or None for all -> (Hkv, T) bool over the whole prompt."""
         mask = torch.zeros(self.layout.kv_heads, self.tokens, dtype=torch.bool, device=self.rows.device)
         mask[:, self.rows] = True if keep is None else keep
         return mask
 
     def kept(self, cache):
-        """Vision tokens kept per KV head in the prompt's cache: one number per layer, averaged over its heads."""
+        """Vision tokens kept per KV head in the prompt's cache: a float per layer, averaged over its heads."""
         return [n - text for n, text in zip(cache.kv_len.double().mean(1).tolist(), self.text, strict=True)]
 
     def narrow(self, layer, q, k, v):
-        """The tokens that go on to later layers: ascending indices (T',), or None for all."""
+        """The tokens that later layers process: ascending indices (T',), or None for all. q, k, v: as in `choose`."""
         if not self.layout.spans or self.method.layer != layer + 1:
             return None
         start = clock(k.device, self.timed)
@@ -151,7 +154,7 @@ class Pruner:
         return rows
 
     def _guarded(self, q, k):
-        """The layout, with `attended` if the method guards `sink_keys`."""
+        """The layout, with `attended` filled in if the setting `sink_keys` is not 0."""
         if not self.method.settings.get("sink_keys"):
             return self.layout
         attended = self._scores(q, k, 32).view(self.layout.kv_heads, -1, self.layout.tokens).mean(1)
@@ -173,7 +176,7 @@ class Pruner:
         return scores[:, : self.layout.tokens]
 
     def _heed(self, ask, *arguments):
-        """Call a method; its ValueError becomes an InputError."""
+        """Call a function of the method; its ValueError becomes an InputError."""
         try:
             return ask(*arguments)
         except ValueError as wrong:
@@ -190,15 +193,16 @@ class Generation:
     token_ids      its ids, the stop id excluded
     finish_reason  "stop" | "length" | "interrupted"
     prompt         the question
-    prompt_tokens, vision_tokens, images [{"path", "size", "tiles", "tokens"}]    the question, pictures expanded
-    spans          [(start, stop)] of the pictures in the prompt's tokens
+    prompt_tokens, vision_tokens   number of tokens in the whole prompt, and of its pictures
+    images         one dict per picture: path, size (width, height), tiles, tokens
+    spans          [(start, stop)] of each picture in the prompt's tokens
     notes          lines about changes to the pictures
-    prefilled      tokens that the prefill computed: the prompt, or in a later turn only those not in the cache yet
+    prefilled      tokens that the prefill processed: the prompt, or in a later turn those that were not in the cache
     cache          the RaggedCache
     pruned_for     the question for which tokens were dropped: `prompt`, or that of an earlier turn
-    masks          with `remember`, once the prompt is computed: (L, Hkv, T) bool, the tokens that each head keeps
+    masks          with `remember`, after the prefill: (L, Hkv, T) bool, the tokens that each head keeps
     kept           vision tokens kept per KV head: one number per layer, averaged over its heads
-    bytes_held     K and V bytes of the kept prompt rows
+    bytes_held     bytes of the kept keys and values of the prompt
     timing         seconds: vision, prefill, prune (part of prefill), and steps, one entry per decode step (the first
                    token comes from prefill)
     cancelled      set it to True, from a signal handler or another thread, to end the iteration after its next token
@@ -214,23 +218,23 @@ class Generation:
         A picture is anything that `read_image` accepts: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL
         image, or a uint8 array or tensor.
 
-        prune: the pruning method (`model.api.choose_method`): a name or SPEC as in `--prune`, with the checkpoint's own
-        settings; or a function, class or Method of `model.pruning`; None keeps all tokens. backend: of the kernels.
-        compile: compile the decode step, see `DecodeStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed:
-        synchronise a CUDA device before each clock reading; without it, all of `timing` but `steps` is launch time.
-        remember: keep `masks`, for `model.show`.
+        template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method (`model.api.choose_method`): a
+        name or SPEC as in `--prune`, with the checkpoint's settings for it; a function, class or Method as in
+        `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: see `DecodeStep`.
+        anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device before each clock reading;
+        otherwise all of `timing` except `steps` measures only the launches. remember: keep `masks`, for `model.show`.
 
-        before: the Generation whose answer this question follows in a conversation; template and image mode are taken
-        from it. Prompt, pictures and counts then mean the whole conversation. Its cache is taken over: only the new
-        tokens are fed, and all of them are kept. If it has no cache, the whole conversation is prefilled and pruned;
-        set `before.cache = None` to ask for that.
+        before: the Generation whose answer this question follows in a conversation, with its template and image mode.
+        `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of
+        `before` is reused: only the new tokens are processed, and all of them are kept. If it has no cache, the whole
+        conversation is prefilled and pruned; set `before.cache = None` to force that.
         """
         images = as_list(images)
         for what, given, kinds, wanted in (
             ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
             ("prompt", prompt, str, "the question as text"),
             ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
-            ("system", system, str | None, "a text or None"),
+            ("system", system, str | None, "a string or None"),
             ("before", before, Generation | None, "the Generation that this question follows"),
         ):
             if not isinstance(given, kinds):
@@ -251,7 +255,7 @@ class Generation:
         self.before, earlier, images_before, looks_before = before, [], [], []
         if before is not None:
             if before.checkpoint is not checkpoint:
-                raise InputError("a conversation is of one checkpoint; start another for this one")
+                raise InputError("all turns of a conversation use one checkpoint; start another for this one")
             self.template, self.image_settings = before.template, before.image_settings
             earlier, images_before, looks_before = before.ids + before.token_ids, before.images, before.looks
         config = checkpoint.config
@@ -284,7 +288,7 @@ class Generation:
         self._begin()
 
     def _look(self, picture):
-        """A PIL image -> (squares, grid): the model's S x S input pictures; (rows, columns) of tiles, or None."""
+        """A PIL image -> (squares, grid): the S x S input pictures of the model; (rows, columns) of tiles, or None."""
         if self.image_settings.mode == "anyres":
             return to_tiles(picture, self.image_settings)
         return [to_square(picture, self.image_settings)], None
@@ -297,7 +301,7 @@ class Generation:
         return tile_tokens(grid, tower.image_size // tower.patch_size, picture.size, self.image_settings.order)
 
     def _too_long(self):
-        """The error if prompt and pictures exceed the context."""
+        """The error message for a prompt that exceeds the context."""
         text = self.checkpoint.config.text_config
         if self.before is not None:
             past = self.before.prompt_tokens + len(self.before.token_ids)
@@ -308,8 +312,8 @@ class Generation:
         window = f" (its sliding window, less than its {text.max_position_embeddings} positions)"
         return (
             f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
-            f"images, and the model's context is {text.context}"
-            f"{window if text.context < text.max_position_embeddings else ''}; use fewer images or a shorter prompt"
+            f"pictures, and the model's context is {text.context}"
+            f"{window if text.context < text.max_position_embeddings else ''}; use fewer pictures or a shorter prompt"
         )
 
     def unpruned(self):
@@ -346,19 +350,19 @@ class Generation:
 
     @property
     def places(self):
-        """Each token's row and column in its picture, (n, 2) per picture: `places_of`."""
+        """Each token's row and column in its picture, (n, 2) int64 on the CPU per picture: `places_of`."""
         return [places_of(*of_picture[1:]) for of_picture in self._views()]
 
     @property
     def contrast(self):
-        """How far each token's pixels are from its picture's usual colour, (n,) per picture: `contrast_of`."""
+        """How far each token's pixels are from its picture's usual colour: (n,) fp32 on the CPU each, `contrast_of`."""
         return [
             contrast_of(torch.stack([normalise(s, self.image_settings) for s in squares]), side, tokens, cut, grid)
             for (squares, side, tokens, cut), (_, grid) in zip(self._views(), self.looks, strict=True)
         ]
 
     def _views(self):
-        """Per picture: squares, tokens per side of a square, number of tokens, the part of its joined tiles in use."""
+        """Per picture: squares, tokens per side of a square, number of tokens, `kept_of_tiles` (None without tiles)."""
         tower = self.checkpoint.config.vision_config
         side = tower.image_size // tower.patch_size
         for (squares, grid), image in zip(self.looks, self.images, strict=True):
@@ -366,7 +370,7 @@ class Generation:
             yield squares, side, image["tokens"], cut
 
     def encode_images(self, first=0):
-        """The tokens of the pictures from number `first` on, (P, C) each."""
+        """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
         model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
         looks, images = self.looks[first:], self.images[first:]
         squares, parts = [square for squares, _ in looks for square in squares], []
@@ -384,7 +388,7 @@ class Generation:
 
     @property
     def way(self):
-        """The backend that is used on the checkpoint's device: "triton" or "torch". InputError if it is unavailable."""
+        """The kernel backend on the checkpoint's device: "triton" or "torch". InputError if it is not available."""
         if self.checkpoint.device.type == "meta":
             raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
         try:
@@ -394,7 +398,7 @@ class Generation:
 
     @property
     def unfed(self):
-        """Ids of the answer that are not in the cache yet: the last token was chosen but never fed to the model."""
+        """Ids of the answer that are not in the cache yet: the model has not processed the last token."""
         if self.cache is None or self.cache.pos is None:  # the prefill did not run, or did not complete
             return []
         return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :]
@@ -405,7 +409,7 @@ class Generation:
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
         self.prefilled, self.pruned_for = 0, self.prompt
-        self.failure = None  # in a Batch: the error that ended this one
+        self.failure = None  # in a Batch: the exception that ended this generation
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.room)
         self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
@@ -433,11 +437,11 @@ class Generation:
 
     @property
     def over(self):
-        """Has the answer ended, complete or failed?"""
+        """True if the answer has ended, complete or failed."""
         return self.finish_reason != "interrupted" or self.failure is not None
 
     def take(self, token):
-        """Add one id to the answer -> the text that becomes certain with it. Sets `finish_reason` if it was the last.
+        """Append one id to the answer -> the text that can be shown now. Sets `finish_reason` if it was the last id.
 
         RuntimeError for an id below 0, which means that the logits were not finite.
         """
@@ -501,13 +505,13 @@ class Generation:
 
     @property
     def goes_on(self):
-        """Does the cache hold this prompt and answer and nothing more? Then the next question can be fed to it."""
+        """True if the cache holds this prompt, at most its answer and nothing else, so that a turn can follow."""
         if self.cache is None or self.cache.pos is None:
             return False
         return 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
 
     def _extend(self, before):
-        """`prefill` of only what the cache of `before` has not seen; it attends to everything that the cache kept."""
+        """Like `prefill`, for only the tokens that are not in the cache of `before`; they attend to all of it."""
         model, device, cache = self.checkpoint.model, self.checkpoint.device, before.cache
         start, past = clock(device, self.timed), int(cache.pos[0])
         tokens = self.encode_images(len(before.images))
@@ -527,7 +531,7 @@ class Generation:
         return logits
 
     def never(self):
-        """Ids that must not be generated: embedding rows that are no token, `<image>` and `<pad>`."""
+        """Ids that must not be generated: embedding rows without a token, `<image>` and `<pad>`."""
         tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
         ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
@@ -571,7 +575,7 @@ class DecodeStep:
 
     @property
     def captures(self):
-        """Can steps be captured? Not with the torch backend, which reads lengths on the host."""
+        """True if steps can be captured; not with the torch backend, which reads lengths on the host."""
         return self.cache.fused and self.cache.pos.is_cuda
 
     def _step(self, ids):
@@ -614,24 +618,25 @@ class DecodeStep:
 
 
 def _brief(value):
-    """A value for an error message: simple values in full, of others only the type."""
+    """A value for an error message: simple values are shown, up to 60 characters, others by their type."""
     simple = value is None or isinstance(value, str | bool | int | float)
     return repr(value)[:60] if simple else f"a {type(value).__name__}"
 
 
 def ask(checkpoint, prompt, images=(), prune=None, **options):
-    """Return the whole answer as a string. images, prune: see `Generation`; options: fields of Sampling."""
+    """Return the whole answer as a string. images, prune, errors: see `Generation`; options: fields of Sampling."""
     generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
     return "".join(generation)
 
 
 @torch.inference_mode()
 def next_turn(checkpoint, cache, ids, pixels=()):
-    """Append a new turn to a cache without recomputing the past -> logits (V,) of the next token.
+    """Append a new turn to a cache without recomputing the past -> logits (V,) of the next token, in the model's dtype.
 
     ids: token ids that are not in the cache yet, with one image placeholder per picture: `unfed` of the previous
-    answer, the template's text between the turns, and the question. pixels: `preprocess` of each picture, (3, S, S).
-    The cache must hold one sequence and keeps all new tokens. Continue with `Llama.decode`, in inference_mode as here.
+    answer, the template's text between the turns, and the question. pixels: `preprocess` of each picture, (3, S, S)
+    fp32. The cache must hold one sequence and keeps all new tokens. Continue with `Llama.decode`, in inference_mode as
+    here. InputError for arguments that do not fit the checkpoint or exceed its context.
     """
     model, tokens = checkpoint.model, ()
     ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
@@ -688,7 +693,7 @@ class Chooser:
 
 
 def out_of_memory(error):
-    """Is the exception an out-of-memory error, of the host or of a device?"""
+    """True if the exception is an out-of-memory error, of the host or of a device."""
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory")
     )
@@ -697,9 +702,9 @@ def out_of_memory(error):
 class Batch:
     """Generations that decode together, so that each step reads the weights once for all of them.
 
-    Each one is prefilled separately when it is added, at any time. When its answer ends, it leaves and its K and V are
-    freed: there is no padding and no waiting for the longest. Its answer does not depend on the others, except for the
-    rounding of matrix products of another size. All must use the same checkpoint and backend.
+    Each one is prefilled separately when it is added, at any time. When its answer ends, it is removed and its K and V
+    are freed: there is no padding and no waiting for the longest. Answers do not depend on each other, except for the
+    rounding of matrix products of different sizes. All must use the same checkpoint and backend.
 
         batch = Batch()
         batch.add(Generation(...))
@@ -707,7 +712,7 @@ class Batch:
             for generation in batch.advance():
                 print(generation.text)
 
-    A generation with non-finite logits also leaves; its `failure` is the error.
+    A generation with non-finite logits is removed too; its `failure` is the exception.
     """
 
     def __init__(self):
@@ -721,7 +726,10 @@ class Batch:
 
     @torch.inference_mode()
     def add(self, generation):
-        """Prefill a generation and add it. If its first token was its last, the next `advance` returns it."""
+        """Prefill a generation and add it. If its first token was its last, the next `advance` returns it.
+
+        InputError for another checkpoint or backend, ValueError if it is already in the batch.
+        """
         if not isinstance(generation, Generation):
             raise InputError(f"a batch takes one Generation at a time, not {_brief(generation)}; add one")
         if self.running and generation.checkpoint is not self.running[0].checkpoint:
@@ -748,11 +756,12 @@ class Batch:
 
     @torch.inference_mode()
     def advance(self):
-        """Decode one more token for each -> the generations that have ended, in no particular order.
+        """Decode one token for each generation -> those that have ended, in no particular order.
 
-        If memory runs out, the step is either undone or complete; in both cases call `advance` again to continue.
+        Each entry of `timing["steps"]` is the duration of the whole batch's step. If memory runs out, the step is
+        either undone or complete; in both cases call `advance` again to continue.
         """
-        self._dismiss()  # generations that could not leave when memory ran out
+        self._dismiss()  # removes generations that could not be removed before, when memory ran out
         if self.running:
             start = time.perf_counter()
             logits = self._step(self._ids)
@@ -766,13 +775,13 @@ class Batch:
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
                 self._take(generation, token)
-                generation.timing["steps"].append(seconds)  # shared with the others
+                generation.timing["steps"].append(seconds)  # shared
             self._dismiss()
         over, self._over = self._over, []
         return over
 
     def _take(self, generation, token):
-        """generation.take, but an error ends only this generation."""
+        """`generation.take`; an error ends only this generation."""
         try:
             generation.take(token)
         except RuntimeError as broken:
@@ -802,9 +811,9 @@ class Batch:
 
 
 def answer_together(begin, questions, size):
-    """The answers to the questions in their order, or the exception in place of an answer; `size` at a time.
+    """Answer the questions, `size` at a time. Returns a list: for each question its answer, or the exception.
 
-    begin(question): its Generation, or an InputError.
+    begin(question): returns its Generation or raises InputError.
     """
     batch, answers, places = Batch(), [None] * len(questions), {}
 
@@ -829,8 +838,8 @@ def answer_together(begin, questions, size):
 def probabilities(logits, temperature, top_k=None, top_p=None):
     """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set of these with mass top_p.
 
-    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, even if it alone exceeds top_p. Ties go to
-    the lower index, as in greedy decoding.
+    Returns (V,) in the dtype of logits. top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, even if
+    it alone exceeds top_p. Ties go to the lower index, as in greedy decoding.
     """
     limits = torch.finfo(logits.dtype)  # the temperature must not round to 0 or infinity
     logits = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)  # the best is 0
@@ -848,7 +857,7 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
 
 
 class _Writer:
-    """Text from ids; holds back text that might be the start of a stop string."""
+    """Converts ids to text; holds back text that might be the start of a stop string."""
 
     def __init__(self, detokenizer, stop):
         self.detokenizer, self.stop, self.held, self.stopped = detokenizer, tuple(stop), "", False

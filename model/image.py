@@ -1,4 +1,4 @@
-"""Pictures to pixel values, as the checkpoints preprocess them: Pillow bicubic; crop, pad or tiles.
+"""Pictures to pixel values, preprocessed as for training the checkpoints: Pillow bicubic; crop, pad or tiles.
 
 S is the side, in pixels, of the vision tower's input squares.
 """
@@ -39,11 +39,14 @@ class ImageSettings:
     std: tuple = CLIP_STD
     rescale: float = 1 / 255
     pinpoints: tuple = None  # for "anyres": sizes ((a, b), ...) of the canvases to choose from
-    order: str = "hf"  # of a and b: "hf" height and width, "orig" width and height (the original code)
+    order: str = "hf"  # of a and b: "hf" (height, width), "orig" (width, height), as in the original code
 
 
 def read_image_settings(folder, image_size, pinpoints=None):
-    """ImageSettings of a checkpoint folder. image_size, pinpoints: from config.json; the file must agree with them."""
+    """ImageSettings of a checkpoint folder. image_size, pinpoints: from config.json.
+
+    InputError if its file disagrees with them, is malformed or asks for steps that are not implemented.
+    """
     path, raw = image_processor_file(folder)
     with making_sense_of(path):
         raw = {key: value for key, value in raw.items() if value is not None}
@@ -85,7 +88,7 @@ def read_image_settings(folder, image_size, pinpoints=None):
 def image_processor_file(folder):
     """(path, settings) of the file with the preprocessing settings; {} if there is none.
 
-    transformers 5 writes them to processor_config.json, which wins if both files have settings.
+    transformers 5 writes them to processor_config.json, which takes precedence if both files have settings.
     """
     old, new = Path(folder) / "preprocessor_config.json", Path(folder) / "processor_config.json"
     settings, nested = read_json(old), (read_json(new) or {}).get("image_processor")
@@ -138,7 +141,7 @@ EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 274, 258, 26
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that has been read: its source, its RGB pixels, and one line on what was changed, or None."""
+    """A picture that has been read: its source, its RGB pixels, and one line on how they were changed, or None."""
 
     path: str
     image: Image.Image
@@ -310,8 +313,8 @@ def _from_pixels(source):
     shape, kind = tuple(source.shape), str(source.dtype).removeprefix("torch.")
     wanted = "give uint8 of shape (height, width, 3), or a list of such pictures"
     if kind != "uint8":
-        raise InputError(f"a picture of {kind} has no known range of values; {wanted}")
-    last, first = (len(shape) == 3 and shape[i] in (1, 3, 4) for i in (2, 0))  # are they channels?
+        raise InputError(f"a picture of dtype {kind} has no known range of values; {wanted}")
+    last, first = (len(shape) == 3 and shape[i] in (1, 3, 4) for i in (2, 0))  # can this be the channels' dimension?
     if len(shape) != 2 and not last and not (first and tensor):
         raise InputError(f"a picture cannot have the shape {shape}; {wanted}")
     if tensor and first and last:
@@ -390,7 +393,10 @@ def _quiet_libtiff():
 
 
 def to_rgb(image, path):
-    """(RGB image, note or None): upright, transparent pixels on white, deep grey reduced to 8 bits."""
+    """PIL image -> (RGB image, note or None): upright, transparent pixels on white, grey of over 8 bits reduced to 8.
+
+    path: the picture's name in notes and errors. InputError if the picture cannot be converted.
+    """
     if image.format is not None and image.format not in FORMATS:  # None: made in memory
         raise InputError(f"{path} has the format {image.format}, which is not supported; convert it to PNG or JPEG")
     if min(image.size) < 1:
@@ -430,7 +436,7 @@ def _stored(image):
 
 
 def _has_deep_colours(image):
-    """Does the file have colours of more than 8 bits, of which Pillow keeps 8? Unknown for JPEG 2000 and AVIF."""
+    """True if Pillow reduces the file's colours to 8 bits per channel. Not detected for JPEG 2000 and AVIF."""
     decoder, given = _first_tile(image)
     deep = ";16" in _stored(image) or decoder == "SGI16"
     deep |= decoder.startswith("ppm") and isinstance(given[-1], int) and given[-1] > 255
@@ -463,7 +469,7 @@ def _frames(image):
 
 
 def _in_8_bits(image, path, notes):
-    """The picture with 8 bits per channel; adds a line per change to notes. InputError for an unknown range.
+    """The picture with 8 bits per channel; adds one line per change to notes. InputError if the range is unknown.
 
     16-bit grey maps 65535 to white. A file with 32-bit grey does not give its range: white is the top of the narrowest
     usual range (8, 10, 12, 14 or 16 bits) that holds all values, or else the brightest pixel.
@@ -491,11 +497,11 @@ def _in_8_bits(image, path, notes):
         white = 2**bits - 1
         notes.append(f"{bits}-bit grey reduced to 8 bits")
     shade = values * (255 / white)
-    if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white; Pillow handles that for up to 8 bits only
+    if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white; Pillow inverts up to 8 bits only
         shade = 255 - shade
     if 0 < shade.max() < 16:  # for example 12-bit data in a 16-bit file
         notes.append(
-            f"nearly black: the brightest pixel is {shade.max():.0f} of 255, stretch the range if that is wrong"
+            f"nearly black: the brightest pixel is {shade.max():.0f} of 255, stretch its range if that is wrong"
         )
     grey = Image.frombytes("L", image.size, _to_bytes(shade.round()))
     clear = image.info.get("transparency")
@@ -529,7 +535,7 @@ def crop_note(picture, settings):
 
 
 def preprocess(image, settings):
-    """RGB picture -> pixel values (3, S, S) fp32; (1 + tiles, 3, S, S) for "anyres"."""
+    """RGB PIL image -> pixel values (3, S, S) fp32, or (1 + tiles, 3, S, S) for "anyres". Errors: `pad_to_square`."""
     if settings.mode == "anyres":
         return torch.stack([normalise(square, settings) for square in to_tiles(image, settings)[0]])
     return normalise(to_square(image, settings), settings)
@@ -541,7 +547,7 @@ def preprocess(image, settings):
 def to_tiles(image, settings):
     """RGB picture -> (squares, grid): the whole picture resized to S x S, then its tiles row by row; (rows, columns).
 
-    The tiles are cut from a black canvas with the picture centred on it, as large as fits.
+    The tiles are cut from a black canvas; the picture is scaled to fit and centred on it.
     """
     size, (wide, high) = settings.size, image.size
     canvas_wide, canvas_high = choose_canvas(image.size, settings.pinpoints, settings.order)
@@ -559,9 +565,9 @@ def to_tiles(image, settings):
 
 
 def choose_canvas(size, pinpoints, order):
-    """(width, height) of the canvas that shows most of a picture's pixels; among equals, the one with least border.
+    """(width, height) of the canvas that preserves the most pixels of a picture; among equals, the least border.
 
-    size: (width, height) of the picture. A tie goes to the first canvas in the list. So the orders "hf" and "orig"
+    size: (width, height) of the picture. A tie goes to the first canvas in the list, so the orders "hf" and "orig"
     differ if the list has both (a, b) and (b, a) and the picture is smaller than either.
     """
     wide, high = size
@@ -575,13 +581,13 @@ def choose_canvas(size, pinpoints, order):
 
 
 def kept_of_tiles(grid, patches, size, order):
-    """(rows, columns), two slices: the part of a canvas' token map that shows the picture, without the black border.
+    """(rows, columns), two slices: the part of a canvas's token map that shows the picture, without the black border.
 
     grid: (rows, columns) of tiles; patches: per side of a tile; size: (width, height) of the picture.
     """
     high, wide = grid[0] * patches, grid[1] * patches
 
-    def inner(long, scaled):  # HF rounds before it truncates, the original does not
+    def inner(long, scaled):  # HF rounds before truncating, the original code does not
         border = (long - int(round(scaled, 7) if order == "hf" else scaled)) // 2
         return slice(border, long - border)
 
@@ -591,7 +597,7 @@ def kept_of_tiles(grid, patches, size, order):
 
 
 def tile_tokens(grid, patches, size, order):
-    """Tokens of a picture in tiles: of the whole picture, of the tiles without border, a newline per row of tiles."""
+    """Number of tokens of a picture in tiles: whole picture, tiles without border, a newline per row of tile tokens."""
     rows, columns = (part.stop - part.start for part in kept_of_tiles(grid, patches, size, order))
     return patches**2 + rows * (columns + 1)
 
@@ -600,9 +606,10 @@ def tile_tokens(grid, patches, size, order):
 
 
 def to_square(image, settings):
-    """RGB picture -> the S x S picture that the model gets.
+    """RGB picture -> the S x S picture that the model gets. Mode "pad" first pads it to a square.
 
-    Resize the shortest edge to S (the longest to int(S * long / short)), then crop the centre, offsets rounded down.
+    The shortest edge is resized to S (the longest to int(S * long / short)); then the centre is cropped, with offsets
+    rounded down. Errors: `pad_to_square`.
     """
     if settings.mode == "pad":
         image = pad_to_square(image, settings.mean)
@@ -611,8 +618,8 @@ def to_square(image, settings):
     left, top = (wide - size) // 2, (high - size) // 2
     if max(wide, high) <= STRIP * size:
         return image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    # resize only the part that survives the crop, so that 10000 x 3 does not become a million pixels wide; this may
-    # change the order of Pillow's two passes, and with it how overshoots are clipped
+    # resize only the part inside the crop, so that 10000 x 3 does not become a million pixels wide; this may change the
+    # order of Pillow's two passes and therefore how overshoots are clipped
     fx, fy = image.width / wide, image.height / high  # source pixels per resized pixel
     box = (left * fx, top * fy, min((left + size) * fx, image.width), min((top + size) * fy, image.height))
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -626,7 +633,10 @@ def normalise(square, settings):
 
 
 def pad_to_square(image, mean):
-    """The picture centred on a square canvas of the mean colour, as in LLaVA-1.5's training."""
+    """The picture centred on a square canvas of the mean colour (0 to 1 each), as in LLaVA-1.5's training.
+
+    InputError if the square is too large.
+    """
     side = max(image.size)
     if side * side > 2 * Image.MAX_IMAGE_PIXELS:
         raise InputError(
@@ -639,7 +649,7 @@ def pad_to_square(image, mean):
 
 
 def with_mode(settings, mode, order="auto"):
-    """settings with another mode and order; "auto" leaves the checkpoint's own."""
+    """ImageSettings with another mode and order; "auto" keeps the checkpoint's. InputError if they do not fit."""
     mode = settings.mode if mode == "auto" else mode
     if mode == "anyres" and not settings.pinpoints:
         raise InputError("the checkpoint has no tiles (it is not LLaVA-NeXT); use --image-mode pad or crop")

@@ -1,4 +1,4 @@
-"""The Llama decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The Llama decoder: RMSNorm, rotary position embeddings (RoPE), grouped-query attention, SwiGLU.
 
 B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. There are three forward
 passes: `prefill` (many tokens attend to each other), `decode` (one token per sequence attends to a cache) and `extend`
@@ -35,10 +35,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_turns(config, device):
-    """(2, D) fp32: each channel's rotation per position, in radians, and the sign of its sine.
+    """(2, D) fp32: per channel, the rotation angle per position in radians, and the sign of the sine.
 
-    Channel i is paired with channel i + D/2 (the "half" layout of the checkpoints). The sign holds the minus of the
-    rotation matrix, so `rotate` needs no negation.
+    Channel i is paired with channel i + D/2 (the "half" layout of the checkpoints). The sign contains the minus of
+    the rotation matrix, so `rotate` needs no negation.
     """
     half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     speed = config.rope_theta ** (-half / config.head_dim)  # (D/2,)
@@ -47,7 +47,7 @@ def rope_turns(config, device):
 
 
 def rope_table(positions, config, dtype, turns=None):
-    """cos and signed sin of RoPE (arXiv 2104.09864): two tensors positions.shape + (1, D), to broadcast over heads.
+    """cos and signed sin of RoPE (arXiv 2104.09864): two tensors of dtype, positions.shape + (1, D), the 1 for heads.
 
     Angles are computed in fp32. turns: `rope_turns`, if already computed.
     """
@@ -57,7 +57,7 @@ def rope_table(positions, config, dtype, turns=None):
 
 
 def rotate(x, rope):
-    """Rotate x (..., H, D) by rope = (cos, signed sin) of its positions."""
+    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each, of its positions."""
     cos, sin = rope
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -92,7 +92,7 @@ def adapted(x, layer, lora=None):
 
 
 class SideBySide:
-    """Linear layers (without biases) of the same input as one product: their weights become views of one matrix.
+    """Computes several bias-free linear layers of one input as one product; their weights become views of one matrix.
 
     For inference. The weights are copied once; their names and values do not change. `current` returns False if a
     weight was later replaced instead of updated in place.
@@ -129,17 +129,17 @@ class SideBySide:
         return self(x).split(self.sizes, -1)
 
     def current(self):
-        """Are the layers' weights still views of this matrix?"""
+        """True if the layers' weights are still views of this matrix."""
         return all(a.weight.data_ptr() == b.data_ptr() for a, b in zip(self.layers, self.parts, strict=True))
 
 
 def in_columns(weight):
-    """Is a weight like this stored column by column for decoding?"""
+    """True if a weight with this dtype and device is stored column by column for decoding."""
     return weight.dtype == torch.float32 and weight.is_cpu
 
 
 def add_linear(x, layer, y, side=None):
-    """x (B, C) += layer(y) -> x; a single call if the layer has no bias. side: the layer's own SideBySide."""
+    """Add layer(y) to x (B, C) in place -> x; one call without a bias. side: a SideBySide of this layer alone."""
     if side is not None and len(y) == 1:
         return x.add_(side(y))
     if layer.bias is not None or in_loops(x):
@@ -148,6 +148,8 @@ def add_linear(x, layer, y, side=None):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with RoPE."""
+
     def __init__(self, config):
         super().__init__()
         c, d = config.hidden_size, config.head_dim
@@ -186,20 +188,20 @@ class Attention(nn.Module):
         return adapted(y.transpose(1, 2).flatten(2), self.o_proj, adapter and adapter.o_proj), q, k, v
 
     def extend(self, x, rope, cache, layer, past):
-        """x (B, T, C): T new tokens per sequence, after `past` (S,) cached ones -> y (B, T, C). Appends k and v."""
+        """x (B, T, C), T new tokens per sequence after `past` (S,) cached ones -> y (B, T, C). Appends k and v."""
         q, k, v = self.project(x, rope)  # (B, T, H, D)
         cache.append(layer, k, v)
-        y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)  # every row sees all of the past
+        y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)  # every row attends to the whole past
         y, _ = merge_states(y, lse, *causal_attention(q, k, v))
         return self.o_proj(y.flatten(2))
 
 
 def causal_attention(q, k, v):
-    """Causal attention among T tokens, with its log-sum-exp, in fp32 (float64 stays float64).
+    """Causal attention among T tokens, computed in fp32 (float64 for float64), and its log-sum-exp.
 
-    Written out because SDPA does not return the log-sum-exp. Materialises B * Hq * T * T scores.
+    Written out because PyTorch's SDPA does not return the log-sum-exp. Materialises B * Hq * T * T scores.
 
-    q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D), (B, T, Hq).
+    q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D) in v's dtype, (B, T, Hq) in the compute dtype.
     """
     t, d = q.shape[1], q.shape[3]
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -212,7 +214,7 @@ def causal_attention(q, k, v):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202): x (..., C) -> (..., C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -235,6 +237,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = Attention(config)
@@ -243,6 +247,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def prefill(self, x, rope, mask=None, adapter=None, past=()):
+        """Like `Attention.prefill`, for the whole layer -> x, q, k, v."""
         y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask, adapter, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x), adapter), q, k, v
@@ -250,7 +255,7 @@ class DecoderLayer(nn.Module):
     def before_attention(self, x, rope):
         """First half of a decode step: x (B, C), one token per sequence -> q (B, Hq, D), k and v (B, Hkv, D).
 
-        rope None: q and k are left for the attention kernel to rotate.
+        rope None: q and k are not rotated; the attention kernel does it.
         """
         return self.self_attn.project(self.input_layernorm(x), rope)
 
@@ -261,20 +266,21 @@ class DecoderLayer(nn.Module):
         return add_linear(x, mlp.down_proj, mlp.gated(self.post_attention_layernorm(x)), mlp.down)
 
     def whole(self, x, rope, k, v, kv_len):
-        """A whole decode step in one function, to be compiled for a CPU. k, v (S, n, D): the layer's `rectangle` of the
-        cache; kv_len (S,) already counts the new tokens."""
+        """A layer's decode step in one function, to be compiled for a CPU: x (B, C) -> x (B, C). k, v (S, n, D): the
+        layer's `rectangle` of the cache; kv_len (S,) already counts the new tokens."""
         q, k_new, v_new = self.before_attention(x, rope)
         return self.after_attention(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
 
     def extend(self, x, rope, cache, layer, past):
+        """Like `Attention.extend`, for the whole layer: x (B, T, C) -> x (B, T, C)."""
         x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """A layer's functions for a decode step, compiled or not: `whole` if it is given and the layer's cache is a
-    rectangle, else the two halves around attention."""
+    """A layer's functions for a decode step, compiled or not. `whole`, if given, is used when the layer's cache is a
+    rectangle; otherwise the two halves around attention are used."""
 
     before_attention: Callable = DecoderLayer.before_attention
     after_attention: Callable = DecoderLayer.after_attention
@@ -282,7 +288,7 @@ class LayerParts:
 
 
 class Trunk(nn.Module):
-    """Everything between token ids and logits; `model.` in the checkpoint's keys."""
+    """The decoder without its output head; `model.` in the checkpoint's keys."""
 
     def __init__(self, config):
         super().__init__()
@@ -301,7 +307,7 @@ class Llama(nn.Module):
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def arrange(self):
-        """Rearrange the weights for decoding: q, k and v in one product, gate and up in one. Copies them once."""
+        """Rearrange the weights for decoding: one product for q, k and v, one for gate and up. Copies them once."""
         columns = in_columns(self.model.norm.weight)
         for layer in self.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
@@ -344,16 +350,16 @@ class Llama(nn.Module):
         Attention is causal. With a cache, each layer's K and V are packed into it when the layer is done, and the dense
         K and V are freed. After each layer, two optional functions get its q (B, Hq, T, D), k and v (B, Hkv, T, D):
 
-            choose(layer, q, k, v)   returns the K and V rows that every head keeps, (B * Hkv, T) bool, or None for all.
-                                     Hidden states do not change, so dropped rows affect decoding only
-            narrow(layer, q, k, v)   returns the tokens that go on to later layers, indices (T',), or None for all; the
+            choose(layer, q, k, v)   returns which tokens every head keeps, (B * Hkv, T) bool, or None for all. Hidden
+                                     states do not change, so dropped tokens affect decoding only
+            narrow(layer, q, k, v)   returns the tokens that later layers process, indices (T',), or None for all; the
                                      result is then (B, T', C)
 
-        positions (B, T) or (T,) default to 0..T-1. mask replaces the causal rule: bool (True = may attend) or added to
-        the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences, without `narrow`.
+        positions (B, T) or (T,) default to 0..T-1. mask replaces the causal mask: bool (True = may attend), or floats
+        to add to the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences, without `narrow`.
 
-        lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt: `choose` gets T + m rows of q, k and v,
-        the cache and the result have the prompt's T only.
+        lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt: `choose` receives T + m rows of q, k and
+        v; the cache and the result have only the prompt's T.
         """
         self._part_changed()
         tokens = x.shape[1]
@@ -396,7 +402,7 @@ class Llama(nn.Module):
     def extend(self, x, cache):
         """A new turn: T embedded tokens per sequence, x (B, T, C), after a cache -> final hidden states (B, T, C).
 
-        Each attends to all of the cache and to the new tokens up to itself. The cache grows by T tokens.
+        Each new token attends to the whole cache and to the new tokens up to itself. The cache grows by T tokens.
         """
         positions = cache.pos[:, None] + torch.arange(x.shape[1], device=x.device)
         rope = rope_table(positions, self.config, x.dtype)  # (B, T, 1, D)
@@ -411,6 +417,6 @@ class Llama(nn.Module):
             raise
 
     def logits(self, hidden):
-        """(..., C) -> (..., vocab_size)."""
+        """Final hidden states (..., C) -> logits (..., vocab_size)."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear(hidden, head.weight)

@@ -14,7 +14,7 @@ from .llama import Llama
 
 
 class Projector(nn.Module):
-    """Vision features (..., C_vision * number of feature layers) -> image tokens (..., C_text)."""
+    """Vision features (..., C_vision * number of feature layers) -> vision tokens (..., C_text), in the same dtype."""
 
     def __init__(self, config):
         super().__init__()
@@ -27,6 +27,8 @@ class Projector(nn.Module):
 
 
 class Llava(nn.Module):
+    """Vision tower, projector and decoder, by the names of the checkpoint's keys."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -37,16 +39,16 @@ class Llava(nn.Module):
             self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
     def encode_images(self, pixel_values):
-        """pixel_values (n, 3, S, S) -> image tokens (n, P, C); CLS is among the P only if the config says "full"."""
+        """pixel_values (n, 3, S, S) -> vision tokens (n, P, C); CLS is among the P only if the config says "full"."""
         states = self.vision_tower(pixel_values, self.config.feature_layers)
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         return self.multi_modal_projector(torch.cat([s[:, first:] for s in states], dim=-1))
 
     def join_tiles(self, tokens, grid, size, order="hf"):
-        """Tokens of one picture's squares (1 + rows * columns, P, C) -> (P', C): the whole picture, then its tiles.
+        """Vision tokens of a picture's squares (1 + rows * columns, P, C) -> (P', C): whole picture, then tiles.
 
-        The tiles' tokens form one map. Tokens of the canvas border are dropped, and `image_newline` is added at the end
-        of each row. grid: (rows, columns) of tiles; size: (width, height) of the picture.
+        The tiles' tokens are arranged as one map. Tokens of the canvas border are dropped, and `image_newline` is added
+        at the end of each row. grid: (rows, columns) of tiles; size: (width, height) of the picture.
         """
         side = round(tokens.shape[1] ** 0.5)
         tiles = tokens[1:].unflatten(1, (side, side)).unflatten(0, grid)  # (rows, columns, side, side, C)
@@ -56,10 +58,10 @@ class Llava(nn.Module):
         return torch.cat((tokens[0], torch.cat((seen, newline), 1).flatten(0, 1)))
 
     def splice(self, ids, image_tokens):
-        """Replace each image placeholder by its picture's tokens.
+        """Embed token ids and replace each image placeholder by its picture's vision tokens.
 
-        ids: list of token ids with one `image_token_index` per picture; image_tokens: (P, C) per picture.
-        Returns x (T, C) and each picture's span in it, [(start, stop), ...] in order.
+        ids: list of token ids with one `image_token_index` per picture; image_tokens: (P, C) per picture. Returns x
+        (T, C) like the embedding, and each picture's span in it, [(start, stop), ...]. InputError if the counts differ.
         """
         places = [i for i, token in enumerate(ids) if token == self.config.image_token_index]
         if len(places) != len(image_tokens):

@@ -1,7 +1,7 @@
-"""From a folder of safetensors to a running model: nothing is downloaded, unpickled or guessed.
+"""Load a model from a folder of safetensors. Nothing is downloaded or unpickled.
 
-Weights are memory-mapped and handed to modules that were built on the meta device, tensor by tensor, so a checkpoint in
-the wanted dtype costs no copy at all. Names are checked both ways before the first byte of a weight is read.
+Weights are memory-mapped and assigned, tensor by tensor, to modules built on the meta device, so on a CPU a checkpoint
+in the requested dtype is not copied. Missing and unexpected names are errors before the first weight is read.
 """
 
 import os
@@ -26,9 +26,9 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model with everything that is needed to ask it something.
+    """A model with its tokenizer and settings.
 
-    From open_checkpoint the model is without memory (on the meta device); read_weights fills it.
+    `open_checkpoint` returns it without weights (on the meta device); `read_weights` loads them.
     """
 
     folder: Path
@@ -40,8 +40,8 @@ class Checkpoint:
     template: str
     template_note: str  # how the template was found
     stop_ids: tuple
-    notes: tuple = ()  # one line each: what the folder holds and is not used, or was decided between two files
-    lookahead: Lookahead | None = None  # look-ahead rows, where the folder has some
+    notes: tuple = ()  # one line each: files and settings that are not used, and which of two files was
+    lookahead: Lookahead | None = None  # look-ahead rows, if the folder has them
 
     def __repr__(self):
         """One line; the fields have thousands of names."""
@@ -80,8 +80,8 @@ class Checkpoint:
         system: system text, None for the template's; template: "auto", "llava", "vicuna", "llava_v1", "mistral" or
             "raw"; image_mode: "auto", "pad", "crop" or "anyres".
 
-        InputError, a ValueError of one line, for anything that cannot be used, before computing starts. RuntimeError
-        if the model produces NaN or memory runs out.
+        InputError, a ValueError with a one-line message, for invalid input, before computing starts. RuntimeError if
+        the model produces NaN or memory runs out.
         """
         pieces = self.stream(
             prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
@@ -109,9 +109,9 @@ class Checkpoint:
         template: str = "auto",
         image_mode: str = "auto",
     ) -> Iterator[str]:
-        """The answer piece by piece, as it is written. Arguments and errors as in `ask`; the call itself refuses."""
+        """Yields the answer in pieces as it is generated. Arguments and errors as in `ask`; InputError at the call."""
         from .api import choose_method
-        from .generate import Generation, Sampling  # which need this module
+        from .generate import Generation, Sampling  # these import this module
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
@@ -141,22 +141,22 @@ class Checkpoint:
     ) -> list[str | Exception]:
         """The answers to several questions, in their order; `batch` of them (1 or more) are decoded together.
 
-        questions: prompts, or pairs (prompt, images). The other arguments are those of `ask` and hold for all.
+        questions: prompts, or pairs (prompt, images). The other arguments are as in `ask` and apply to all questions.
 
         A question that cannot be answered does not stop the others: its place in the list holds the InputError, or the
-        RuntimeError if the model produced NaN. Errors in the other arguments are raised, and so is a lack of memory.
+        RuntimeError if the model produced NaN. Errors in other arguments and lack of memory are raised.
         """
         from .api import choose_method
         from .generate import Generation, Sampling, answer_together
 
         if not isinstance(questions, list | tuple):
-            raise InputError(f"questions is {str(questions)[:80]!r}; give a list of texts or of pairs (text, pictures)")
+            raise InputError(f"questions is {str(questions)[:80]!r}; give a list of strings or pairs (text, pictures)")
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise InputError(f"batch is {batch!r}; give a whole number of 1 or more")
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
         how = sampling, template, image_mode, system, method
-        Generation(self, "?", (), *how)  # refuses what would be wrong with every question
+        Generation(self, "?", (), *how)  # invalid arguments would fail for every question
 
         def begin(question):
             pair = (question, ()) if isinstance(question, str) else question
@@ -170,14 +170,16 @@ class Checkpoint:
 
     @property
     def device(self):
+        """torch.device of the weights; meta before `read_weights`."""
         return self.model.language_model.model.norm.weight.device
 
     @property
     def dtype(self):
+        """torch.dtype of the weights, after `read_weights`."""
         return self.model.language_model.model.norm.weight.dtype
 
     def choose_dtype(self, name, device):
-        """The torch dtype that `read_weights` comes to. InputError for one that it cannot use."""
+        """The torch dtype that `read_weights` would use. InputError for names that are not supported."""
         name, names = str(name).removeprefix("torch.").lower(), {**DTYPES, **FILE_DTYPES, "half": torch.float16}
         if name in names:
             return names[name]
@@ -187,16 +189,16 @@ class Checkpoint:
             stored = min(dtype for _, _, dtype in self.keys.values())
             return FILE_DTYPES.get(self.config.dtype, SAFETENSORS_DTYPES[stored])
         parameters = sum(p.numel() for p in self.model.parameters())
-        # Windows does not say: assume a laptop
+        # os.sysconf does not exist on Windows: assume 16 GB
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16e9
         return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
 
     def read_weights(self, dtype="auto", device="cpu"):
-        """Give the model its weights: mapped from the files, cast and moved one tensor at a time. Returns self.
+        """Load the weights: mapped from the files, cast and moved one tensor at a time. Returns self.
 
         dtype: "auto" | "bf16" | "fp16" | "fp32", torch's names ("float16") or torch's own (torch.float16). auto is the
         file's own dtype on CUDA; on a CPU fp32 if that fits in half of the memory, else bf16. device: see
-        `choose_device`.
+        `choose_device`. InputError for these, or if the look-ahead rows belong to other weights.
         """
         device = choose_device(device)
         dtype = self.choose_dtype(dtype, device)
@@ -208,11 +210,11 @@ class Checkpoint:
                 for name, key in pairs:
                     weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
-        del weights  # `arrange` copies layer by layer: what it has copied must be free then
+        del weights  # `arrange` copies layer by layer; no other reference may keep the old weights alive
         mapped = device.type == "cpu" and any(
             SAFETENSORS_DTYPES[stored] == dtype for _, _, stored in self.keys.values()
         )
-        if not mapped:  # a copy of what is mapped would be memory of its own
+        if not mapped:  # mapped weights are not rearranged: a copy would use additional memory
             self.model.language_model.arrange()
         self.model.requires_grad_(False)
         if self.lookahead is not None:
@@ -221,16 +223,19 @@ class Checkpoint:
 
 
 def load(name, dtype="auto", device="cpu"):
-    """Checkpoint, ready to be asked, from a folder or from an id that lies in the local Hugging Face cache.
+    """A Checkpoint with its weights, from a folder or from an id in the local Hugging Face cache.
 
-    dtype and device: as in `Checkpoint.read_weights`. InputError for whatever cannot be used.
+    dtype and device: as in `Checkpoint.read_weights`. InputError for anything that cannot be used.
     """
     device = choose_device(device)  # before anything is read
     return open_checkpoint(name).read_weights(dtype, device)
 
 
 def choose_device(name):
-    """torch.device of "auto", "cpu", "cuda", "cuda:1", an index of CUDA or a torch.device; InputError if not there."""
+    """The torch.device for "auto", "cpu", "cuda", "cuda:1", a CUDA index or a torch.device.
+
+    InputError if the device is unknown or not available.
+    """
     if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -238,7 +243,7 @@ def choose_device(name):
             raise TypeError
         device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
     except (RuntimeError, TypeError):
-        raise InputError(f"device {name} is none; use auto, cpu, cuda or cuda:0") from None
+        raise InputError(f"device {name} is unknown; use auto, cpu, cuda or cuda:0") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name} is not supported; use auto, cpu, cuda or cuda:0")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
@@ -247,9 +252,8 @@ def choose_device(name):
 
 
 def open_checkpoint(name):
-    """Checkpoint without its weights: all that can be refused is refused here, from headers and small files alone.
-
-    InputError if anything is missing, unexpected, of the wrong shape or not understood.
+    """A Checkpoint without its weights. Config, tokenizer and all tensors' names, shapes and dtypes are checked here,
+    from headers and small files only. InputError if anything is missing, unexpected or not supported.
     """
     folder = find_folder(name)
     config = read_config(folder)
@@ -262,7 +266,7 @@ def open_checkpoint(name):
     keys = match_keys(folder, stored, model)
     template, note = find_template(folder, config)
     settings = read_image_settings(folder, config.vision_config.image_size, config.image_grid_pinpoints)
-    if any("mm_projector." in key for _, key, _ in keys.values()):  # names of the original code: so is its order
+    if any("mm_projector." in key for _, key, _ in keys.values()):  # names of the original code
         settings = replace(settings, order="orig")
     lookahead = open_lookahead(folder / FILE, model.language_model) if (folder / FILE).is_file() else None
     stop_ids, ignored = read_generation_settings(folder, tokenizer, config.text_config.vocab_size)
@@ -276,14 +280,14 @@ def open_checkpoint(name):
 
 
 def find_folder(name):
-    """The folder of a checkpoint: a path as it is, `org/name` in the local Hugging Face cache."""
+    """The folder of a checkpoint, given as a path or as `org/name` in the local Hugging Face cache; or InputError."""
     try:
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
     except (OSError, RuntimeError, TypeError) as broken:  # a name too long for a path; ~nobody; None
         raise InputError(
-            f"{str(name)[:80]} is no path ({broken}); give the folder of a llava-hf checkpoint"
+            f"{str(name)[:80]} is not a path ({broken}); give the folder of a llava-hf checkpoint"
         ) from broken
     if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
         raise InputError(
@@ -302,7 +306,7 @@ def find_folder(name):
 
 
 def _hub_cache():
-    """Where Hugging Face tools keep snapshots, by their own order of precedence."""
+    """The folder in which Hugging Face tools keep snapshots, by their order of precedence."""
     env = os.environ
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if env.get(variable):
@@ -316,9 +320,10 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(folder):
-    """The safetensors files of a folder: model.safetensors, else those of the index, else all but an adapter's."""
+    """The weight files of a folder: model.safetensors, else those in the index, else all *.safetensors except adapters
+    and look-ahead rows. InputError if there are none or some are missing."""
     folder = Path(folder)
-    if (folder / WHOLE).is_file():  # as transformers: an index beside it is passed over, whatever it says
+    if (folder / WHOLE).is_file():  # as in transformers, an index next to it is ignored
         return [folder / WHOLE]
     names = _indexed_names(folder)
     missing = [name for name in names if not (folder / name).is_file()]
@@ -326,7 +331,7 @@ def weight_files(folder):
         raise InputError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder} ({_some(missing)}); fetch them"
         )
-    found = sorted(f for f in folder.glob("*.safetensors") if f.name != FILE)  # look-ahead rows are no weights
+    found = sorted(f for f in folder.glob("*.safetensors") if f.name != FILE)  # look-ahead rows are not weights
     files = [folder / name for name in names] or [f for f in found if not f.name.startswith("adapter_")]
     if not files:
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
@@ -360,7 +365,7 @@ def _indexed_names(folder):
 
 
 def _notes_on_files(folder):
-    """What lies in the folder and is not used, one line each."""
+    """Notes on files and settings of the folder that are not used, one line each."""
     notes = []
     if (folder / WHOLE).is_file() and (folder / INDEX).is_file():
         try:
@@ -368,14 +373,14 @@ def _notes_on_files(folder):
         except InputError:  # broken
             other = True
         if other:
-            notes.append(f"{WHOLE} is read; {INDEX} and its files beside it are not")
+            notes.append(f"{WHOLE} is read; {INDEX} and its files are not")
     if (folder / "adapter_config.json").is_file():
         notes.append("adapter_config.json: the adapter is not applied; merge it into the weights to use it")
     path, nested = image_processor_file(folder)
     old = read_json(folder / "preprocessor_config.json") or {}
     differ = [k for k in nested if k in old and old[k] != nested[k] and k != "image_processor_type"]
     if differ:
-        notes.append(f"preprocessor_config.json and {path.name} differ in {_some(differ)}; the latter is followed")
+        notes.append(f"preprocessor_config.json and {path.name} differ in {_some(differ)}; the latter is used")
     return notes
 
 
@@ -385,10 +390,10 @@ DROPPED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # constants that o
 
 
 def canonical_key(key):
-    """A tensor's name in this project, which is the name in the published llava-hf files; None for what is dropped.
+    """A tensor's name in this project, which is its name in the published llava-hf files; None for dropped constants.
 
-    Five layouts are in use: the published one, the in-memory ones of transformers 4.52 to 4.57 and of 5 (both with
-    `model.` in front, the latter without `vision_model.`), what transformers 5 writes, and that of the original code.
+    Five naming schemes are in use: the published one, the in-memory ones of transformers 4.52 to 4.57 and of 5 (both
+    start with `model.`, the latter without `vision_model.`), that of transformers 5's files, and the original code's.
     """
     if key.endswith(DROPPED):
         return None
@@ -414,11 +419,11 @@ HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_t
 
 
 def stored_tensors(files):
-    """{canonical name: (file, name in the file, dtype, shape)} of all weights, from headers alone."""
+    """{canonical name: (file, name in the file, dtype, shape)} from headers only. InputError if one is stored twice."""
     found = {}
     for path in files:
         with _open(path) as file:
-            for key in file.keys():  # noqa: SIM118 (the handle is no dict)
+            for key in file.keys():  # noqa: SIM118 (the handle is not a dict)
                 name = canonical_key(key)
                 if name is None:
                     continue
@@ -432,10 +437,10 @@ def stored_tensors(files):
 
 
 def settle_head(config, stored):
-    """(config, stored, notes) in which the config's tie and the stored tensors agree, by the rule of transformers.
+    """(config, stored, notes) in which `tie_word_embeddings` matches the stored tensors, as in transformers.
 
-    A head that is said to be tied and is stored is compared with the embedding: another one is used as it is. Of a tied
-    pair the file may hold either.
+    If the config ties the output head to the embedding but the file stores a head too, the two are compared; a
+    different head is used untied. Of a tied pair the file may store either tensor.
     """
     if not config.tie_word_embeddings or HEAD not in stored:
         return config, stored, ()
@@ -449,7 +454,7 @@ def settle_head(config, stored):
 
 
 def _same_values(*stored):
-    """Do two stored tensors hold the same numbers?"""
+    """True if two stored tensors hold the same numbers."""
     if stored[0][3] != stored[1][3]:
         return False
     tensors = []
@@ -461,7 +466,7 @@ def _same_values(*stored):
 
 
 def match_keys(folder, stored, model):
-    """{canonical name: (file, name in the file, dtype)}; names and shapes are checked both ways, from headers alone."""
+    """{canonical name: (file, name in the file, dtype)}, from headers only. InputError unless names, shapes fit."""
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     _refuse_quantised(stored)
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
@@ -483,13 +488,13 @@ def match_keys(folder, stored, model):
         path, _, _, found = stored[name]
         if found != shape:
             raise InputError(
-                f"{name} in {path.name} has shape {list(found)} where config.json means {list(shape)}; "
+                f"{name} in {path.name} has shape {list(found)}, but config.json implies {list(shape)}; "
                 "use the files of one checkpoint"
             )
     return {name: (path, key, dtype) for name, (path, key, dtype, _) in stored.items()}
 
 
-# How the names of what quantised weights are stored with end, by tool; then the types of numbers they are stored as
+# Suffixes of the tensor names that quantised checkpoints contain, by tool
 QUANTISED = {
     "AWQ or GPTQ": (".qweight", ".qzeros", ".g_idx"),
     "NF4 or FP4 of bitsandbytes": (".absmax", ".quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4"),
@@ -500,7 +505,7 @@ QUANTISED = {
 
 
 def _refuse_quantised(stored):
-    """InputError if weights are stored as integers with scales, whatever the tool, or in 8 bits and less."""
+    """InputError if weights are quantised: stored with scales by a known tool, or in 8 bits or less."""
     found = [(name, tool) for tool, ends in QUANTISED.items() for name in stored if name.endswith(ends)]
     small = ("I8", "U8", "F8", "F6", "F4")
     found += [(name, "8 bits or less") for name in stored if stored[name][2].startswith(small)]
@@ -517,7 +522,7 @@ def _open(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as broken:
-        raise InputError(f"{path} is truncated or no safetensors file ({broken}); fetch it again") from broken
+        raise InputError(f"{path} is truncated or not a safetensors file ({broken}); fetch it again") from broken
 
 
 def _some(names):
@@ -528,16 +533,16 @@ def _some(names):
 
 
 def empty_model(config):
-    """The module tree without memory: every parameter on the meta device."""
+    """The module tree without weights: every parameter is on the meta device."""
     with torch.device("meta"):
         return Llava(config).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- small things beside the weights
+# ---------------------------------------------------------------- other files of the folder
 
 
 def _with_image_token(config, tokenizer):
-    """The tokenizer has the last word on which id `<image>` is."""
+    """config with the tokenizer's id of `<image>`. InputError if the tokenizer does not fit the embedding."""
     found = tokenizer.added.get("<image>")
     if found is None:
         raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
@@ -553,7 +558,7 @@ def _with_image_token(config, tokenizer):
     return config if found == config.image_token_index else replace(config, image_token_index=found)
 
 
-# Settings of transformers' generate, and the values with which they change nothing (beside null)
+# Settings of transformers' `generate` and the values, besides null, that have no effect
 GENERATION = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "top_h": None, "typical_p": 1.0,
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
@@ -569,12 +574,12 @@ OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "
 
 
 def read_generation_settings(folder, tokenizer, vocabulary):
-    """(stop ids, notes): the ids that end an answer, and one line about what else is asked for and not done.
+    """(stop ids, notes): the ids that end an answer, and one line about settings that are not supported.
 
-    vocabulary: rows of the embedding; an id outside them would never end an answer.
+    vocabulary: rows of the embedding. InputError for stop ids outside them, which would never end an answer.
 
-    generation_config.json has them; without it transformers looks into config.json and then into its text_config. If
-    none says how an answer ends, the tokenizer's end of sequence does.
+    They come from generation_config.json or, without it, from config.json and then its text_config, as in transformers;
+    if none has eos_token_id, the tokenizer's end-of-sequence token ends an answer.
     """
     path = folder / "generation_config.json"
     raw = read_json(path)
@@ -596,6 +601,4 @@ def read_generation_settings(folder, tokenizer, vocabulary):
     asked = [f"{name} {raw[name]}" for name in neutral if raw.get(name) not in (None, [], neutral[name])]
     if not asked:
         return eos, ()
-    return eos, (
-        f"{path.name} asks for {_some(asked)}, which is not followed; see --temperature and the flags beside it",
-    )
+    return eos, (f"{path.name} asks for {_some(asked)}, which is ignored; see --temperature and the flags next to it",)

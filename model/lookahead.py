@@ -3,7 +3,7 @@
 m learned embeddings follow the prompt in prefill, and low-rank adapters (LoRA, arXiv 2106.09685) change the linear
 layers for those m rows only. The rows attend to the prompt and causally to each other. The prompt does not attend to
 them, and they never enter the cache, so the frozen model's output does not change. A pruning method may rank tokens by
-the attention of these rows instead of the last prompt row's (`query=lookahead`).
+the attention of these rows instead of that of the last prompt row (`query=lookahead`).
 
 This applies LookaheadKV (arXiv 2603.10899), a method for text, to vision tokens. tools/train_lookahead.py trains the
 rows for any checkpoint.
@@ -22,7 +22,7 @@ FILE = "lookahead.safetensors"  # in the checkpoint's folder
 
 
 class LoRA(nn.Module):
-    """The term B A x that the last m rows of x (B, T, C_in) add to the frozen layer's output."""
+    """Adds B A x to a frozen linear layer's output for the last m rows of x. A (rank, C_in), B (C_out, rank)."""
 
     def __init__(self, layer, rows, rank):
         super().__init__()
@@ -31,7 +31,7 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
 
     def add(self, x, y):
-        """Add to the last m rows of y (B, T, C_out), in place -> y."""
+        """x (B, T, C_in), y (B, T, C_out): add to the last m rows of y in place -> y."""
         y[:, -self.rows :] += F.linear(F.linear(x[:, -self.rows :], self.lora_A), self.lora_B)
         return y
 
@@ -60,6 +60,7 @@ class Lookahead(nn.Module):
 
     @property
     def rows(self):
+        """Number of look-ahead rows, m."""
         return len(self.embeddings)
 
 
@@ -99,7 +100,7 @@ def fill_lookahead(lookahead, path, language):
 
 
 def fingerprint(language):
-    """16 hex digits that identify a model's weights in any dtype: a hash of its norm weights in bf16."""
+    """16 hex digits that identify a model's weights, whatever their dtype: a hash of its norm weights in bf16."""
     norms = [p for name, p in language.named_parameters() if name.endswith("norm.weight")]
     whole = torch.cat([p.detach().float().cpu() for p in norms]).to(torch.bfloat16)
     return hashlib.sha256(bytes(whole.view(torch.uint8).tolist())).hexdigest()[:16]

@@ -1,10 +1,10 @@
-"""What each head of each layer kept of the pictures, drawn with Pillow or as one page for a browser.
+"""Drawings of the vision tokens that each head of each layer kept, as a PNG (Pillow) or an HTML page.
 
     generation = Generation(llava, "What is this?", ["x.png"], prune="plphp", remember=True)
     "".join(generation)
     save(generation, "kept.png")     # or kept.html
 
-Panels show the picture as the model sees it. What a head dropped is grey and hatched, whatever colour it had.
+Panels show the picture as the model sees it. What a head dropped is grey and hatched, whatever its colour.
 """
 
 import base64
@@ -24,9 +24,9 @@ from .image import kept_of_tiles, local_path
 
 FORMATS = (".png", ".html")
 CLASSES = {"attentive": "#0072b2", "balanced": "#777777", "indifferent": "#d55e00"}  # Okabe and Ito
-FIRST, SECOND = "#d55e00", "#0072b2"  # frames of what only one of two questions keeps
+FIRST, SECOND = "#d55e00", "#0072b2"  # frames around tokens that only one of two questions keeps
 
-# pixels; the figure is as wide as a README shows, times two
+# in pixels; the width is twice that of an image in a GitHub README
 WIDTH, MARGIN, GAP, COLUMNS = 1640, 32, 24, 4
 CELL = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
 HUGE, LARGE, SMALL = 40, 30, 24  # font sizes
@@ -36,23 +36,23 @@ FONTS = (None, "DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "wqy-ze
 
 @dataclass
 class View:
-    """A part of a picture with the tokens that show it: all of it, or LLaVA-NeXT's tiles joined."""
+    """A picture, or the joined tiles of one (LLaVA-NeXT), with its vision tokens."""
 
-    name: str  # "" for the only one
+    name: str  # "" for the only picture
     image: Image.Image  # as the model sees it
-    tokens: torch.Tensor  # (rows, columns) int64, numbers among the vision tokens of the prompt
+    tokens: torch.Tensor  # (rows, columns) int64, indices into the vision tokens of the prompt
 
 
 @dataclass
 class Shown:
-    """What one run kept, V vision tokens in all.
+    """What one run kept, of V vision tokens in all.
 
     prompt       the question for which tokens were chosen
-    keep         (L, Hkv, V) bool: does a head of a layer keep a token?
-    flags        of run.py, that prune in this way; wanted: the fraction that was asked for, or None
-    bytes_full, bytes_held     K and V of the prompt
-    gammas       of each layer, the attention that `rows` of the prompt pay to pictures; tools/show_pruning.py adds it
-    thresholds   (alpha, beta) of PLPHP, with gammas
+    keep         (L, Hkv, V) bool: True where a head of a layer keeps a token
+    flags        the run.py flags that select this pruning; wanted: the requested fraction, or None
+    bytes_full, bytes_held     K and V of the whole prompt, of its kept tokens
+    gammas       per layer, the attention (0 to 1) of `rows` to pictures; filled in by tools/show_pruning.py
+    thresholds   (alpha, beta) of PLPHP, if gammas are known
     """
 
     prompt: str
@@ -73,7 +73,7 @@ class Shown:
         if not generation.images:
             raise InputError("there is no picture to draw on; give --image")
         if generation.masks is None:
-            raise InputError("nothing is known of what heads kept; make the Generation with remember=True and run it")
+            raise InputError("what the heads kept was not recorded; make the Generation with remember=True and run it")
         masks, prune = generation.masks, generation.prune
         full = generation.bytes_held * masks.numel() / masks.sum().item()
         keep = torch.cat([masks[..., start:stop] for start, stop in generation.spans], 2)
@@ -85,12 +85,12 @@ class Shown:
         return cls(question, name, flags, generation.wanted, views, keep, full, generation.bytes_held)
 
     def of_view(self, view):
-        """(L, Hkv, rows, columns) bool."""
+        """What is kept of a View: (L, Hkv, rows, columns) bool."""
         return self.keep[:, :, view.tokens]
 
     @property
     def title(self):
-        """One line: the method, and how much it kept of what."""
+        """One line: the method and the fraction of the vision tokens that it kept."""
         layers, heads, tokens = self.keep.shape
         if self.keep.all():
             unpruned = "unpruned" if self.method == "none" else self.method
@@ -100,7 +100,7 @@ class Shown:
 
     @property
     def memory(self):
-        """One line: bytes of the prompt's cache."""
+        """One line: bytes of the prompt's KV cache, in full and held."""
         full, held = self.bytes_full / 1e6, self.bytes_held / 1e6
         return f"K and V of the prompt: {full:.2f} MB, {held:.2f} MB held ({100 * held / full:.0f} %)"
 
@@ -111,17 +111,17 @@ class Shown:
 
 
 def save(generation, path):
-    """Draw what an answer's heads kept, as its path ends: .png or .html. An existing file is replaced.
+    """Draw what each head kept for an answer into a .png or .html file. An existing file is replaced.
 
-    generation: made with `remember`, its prompt computed. InputError if there is nothing to draw, if the path ends
-    otherwise, or if a file that the run reads is there; OSError if it cannot be written.
+    generation: made with `remember`, after its prefill. InputError if there is nothing to draw, for another suffix, or
+    if the path is a file that the run reads; OSError if it cannot be written.
     """
     check_path(path, generation)
     write(path, Shown.of(generation))
 
 
 def check_path(path, generation):
-    """InputError if `save` would refuse the path: another ending, a picture that is asked about, the checkpoint."""
+    """InputError if the path has another suffix, or is one of the pictures or a file of the checkpoint."""
     _ending(path)
     pictures = [image["path"] for image in generation.images]
     pictures = [local_path(name) for name in pictures if name[:5].lower() != "data:"]
@@ -131,7 +131,7 @@ def check_path(path, generation):
 
 
 def write(path, shown, second=None, layers=None, heads=None):
-    """The figure or the page of one or two Shown; see `draw` and `page`."""
+    """Write the figure or the page of one or two Shown to path; see `draw` and `page`. OSError if that fails."""
     if _ending(path) == ".html":
         data = page(shown, second).encode()
     else:
@@ -142,7 +142,7 @@ def write(path, shown, second=None, layers=None, heads=None):
 
 
 def _ending(path):
-    """Of the path, in small letters; InputError if it is none of FORMATS."""
+    """The path's suffix in lower case. InputError if it is not in FORMATS."""
     ending = Path(path).suffix.lower()
     if ending not in FORMATS:
         raise InputError(f"cannot draw {path}; give a name that ends in {' or '.join(FORMATS)}")
@@ -150,14 +150,14 @@ def _ending(path):
 
 
 def _views(generation):
-    """The View of each picture; of one in tiles two."""
+    """Yield one View per picture, two for a picture in tiles."""
     tower, first = generation.checkpoint.config.vision_config, 0
     patch, side = tower.patch_size, tower.image_size // tower.patch_size
     for number, ((squares, grid), picture) in enumerate(zip(generation.looks, generation.images, strict=True), 1):
         name = f"picture {number}" if len(generation.images) > 1 else ""
         last = first + picture["tokens"]
         seen = [square.crop((0, 0, side * patch, side * patch)) for square in squares]
-        if grid is None:  # a CLS token, where the model has one, is the first
+        if grid is None:  # a CLS token, if the model keeps it, is the first
             yield View(name, seen[0], torch.arange(last - side**2, last).view(side, side))
         else:
             name = name and name + ", "
@@ -174,7 +174,7 @@ def _views(generation):
 
 
 def layer_class(gamma, thresholds):
-    """The name of a layer's class in PLPHP."""
+    """The name of a layer's class in PLPHP. gamma: 0 to 1; thresholds: (alpha, beta)."""
     alpha, beta = thresholds
     return "attentive" if gamma >= alpha else "indifferent" if gamma < beta else "balanced"
 
@@ -183,7 +183,7 @@ def layer_class(gamma, thresholds):
 
 
 def draw(shown, second=None, layers=None, heads=None):
-    """PIL image of what was kept. layers, heads: of the panels; a few are chosen if None.
+    """PIL image, `WIDTH` pixels wide, of what was kept. layers, heads: which get a panel; None chooses a few.
 
     second: what another question about the same pictures keeps; panels then frame the tokens that only one keeps.
     """
@@ -222,7 +222,7 @@ def draw(shown, second=None, layers=None, heads=None):
 
 
 def panel(view, kept, other=None):
-    """A view in a cell of the figure, its dropped tokens, ~kept (rows, columns), under a veil.
+    """A view in a cell of the figure; tokens where kept (rows, columns) bool is False are grey and hatched.
 
     other: kept for a second question. Tokens that only one of the two keeps are framed.
     """
@@ -239,7 +239,7 @@ def panel(view, kept, other=None):
 
 
 def veiled(picture):
-    """An RGB picture without colours, light grey and hatched: to be told from what it was, white and black included."""
+    """An RGB picture in light grey and hatched, so that it differs from any original, white and black ones included."""
     grey = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (185, 185, 185)), 0.75)
     pen = ImageDraw.Draw(grey)
     for x in range(-picture.height, picture.width, 8):
@@ -248,7 +248,10 @@ def veiled(picture):
 
 
 def heat(counts, most, width, height, written=False):
-    """A table of counts (rows, columns), 0 to most, as colours. written: also as numbers, where they fit."""
+    """A table of counts (rows, columns), 0 to most, as a coloured image of width x height pixels (a square: at most).
+
+    written: also write the numbers, if they fit.
+    """
     rows, columns = counts.shape
     if width == height:
         width = height = max(1, width // max(rows, columns))  # pixels per token
@@ -267,17 +270,17 @@ def heat(counts, most, width, height, written=False):
 
 
 def colour(share):
-    """0 to 1 -> RGB from dark blue over grey to yellow, which everyone can tell apart."""
+    """0 to 1 -> RGB from dark blue through grey to yellow, a scale that is safe for colour-blind readers."""
     low, middle, high = (0, 34, 78), (125, 124, 120), (254, 232, 56)
     a, b, t = (low, middle, 2 * share) if share < 0.5 else (middle, high, 2 * share - 1)
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
 
 
 def _counts(shown):
-    """Kept tokens of each layer and head, and gamma of each layer beside them if it is known: two cells wide."""
+    """Kept tokens of each layer and head and, if known, gamma of each layer on their right: two cells wide."""
     counts, most = shown.keep.sum(2), shown.keep.shape[2]
     font = ImageFont.load_default(SMALL)
-    left, below = 40, 36  # for the numbers of layers and of heads
+    left, below = 40, 36  # space for layer and head numbers
     width = (CELL if shown.gammas else 2 * CELL + GAP) - left
     table = heat(counts, most, width, CELL - below, written=True)
     block = Image.new("RGB", (2 * CELL + GAP, CELL), "white")
@@ -297,7 +300,7 @@ def _counts(shown):
 
 
 def _bars(pen, shown, left, high, bottom):
-    """gamma of each layer, 0 to 1, as a bar coloured by its class, and lines at PLPHP's thresholds."""
+    """Draw each layer's gamma, 0 to 1, as a bar coloured by its class, and lines at PLPHP's thresholds."""
     font = ImageFont.load_default(SMALL)
     pen.rectangle((left, 0, left + CELL - 1, bottom - 1), outline="#999999")
     for layer, gamma in enumerate(shown.gammas):
@@ -314,7 +317,7 @@ def _bars(pen, shown, left, high, bottom):
 
 
 def _scale(most, width):
-    """A bar of the colours from 0 to most."""
+    """The colour scale, from 0 to most."""
     font = ImageFont.load_default(SMALL)
     bar = Image.new("RGB", (width, 34), "white")
     pen = ImageDraw.Draw(bar)
@@ -327,7 +330,7 @@ def _scale(most, width):
 
 
 def _lines(text, size, fill="black", width=WIDTH - 2 * MARGIN, most=4):
-    """Text, in lines of at most this many pixels, as an image; what does not fit into `most` lines is cut off."""
+    """Text as an image, broken into lines of at most `width` pixels; text beyond `most` lines is cut off."""
     font = _font(text, size)
     lines = []
     for paragraph in text.split("\n"):
@@ -348,12 +351,12 @@ def _lines(text, size, fill="black", width=WIDTH - 2 * MARGIN, most=4):
 
 
 def _font(text, size):
-    """The first font that has all letters of the text: Pillow's own or one of the system's; else the best of them."""
+    """The first font, Pillow's or a system font, with all letters of the text; else the one that lacks the fewest."""
     found, letters = [], {letter for letter in text if not letter.isspace()}
     for name in FONTS:
         try:
             font = ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
-        except OSError:  # this system has no such font
+        except OSError:  # the system does not have this font
             continue
         absent = bytes(font.getmask("\uffff"))
         found.append((sum(bytes(font.getmask(letter)) == absent for letter in letters), len(found), font))
@@ -363,19 +366,19 @@ def _font(text, size):
 
 
 def _titled(title, *images):
-    """Images below each other, with a title above."""
+    """Images stacked vertically, with a title above."""
     width = max(CELL, *(image.width for image in images))
     return _stack([_lines(title, SMALL, width=width), *images], 4)
 
 
 def _framed(image):
-    """A line around an image, so that a white one has an edge."""
+    """Draw a line around an image, so that a white one has an edge."""
     ImageDraw.Draw(image).rectangle((0, 0, image.width - 1, image.height - 1), outline="#999999")
     return image
 
 
 def _in_rows(cells, last=()):
-    """Cells beside each other, COLUMNS in a row; one more that is two cells wide stands last, where it has room."""
+    """Cells side by side, COLUMNS per row. last: one two columns wide, in the last row if it fits, else in its own."""
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
     if len(rows[-1]) <= COLUMNS - 2:
         rows[-1] = [*rows[-1], *last]
@@ -413,7 +416,7 @@ def _page(rows):
 
 
 def page(shown, second=None):
-    """The HTML of one page that needs nothing else: no network, no framework. second: as in `draw`."""
+    """The HTML of a self-contained page: no network, no framework. second: as in `draw`."""
     data = {
         "tokens": shown.keep.shape[2],
         "views": [{"name": v.name, "url": _data_url(v.image), "shape": list(v.tokens.shape)} for v in shown.views],

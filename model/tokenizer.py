@@ -1,4 +1,4 @@
-"""Text to ids and back: a sentencepiece model with added tokens, and the prompt templates of the LLaVA families."""
+"""Converts text to ids and back (sentencepiece with added tokens); prompt templates of the LLaVA families."""
 
 import codecs
 import hashlib
@@ -16,7 +16,7 @@ SPACE = "\u2581"  # sentencepiece's visible space
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before sentencepiece encodes the rest, with the flags of the checkpoint."""
+    """A token that is cut out of the text before sentencepiece encodes the rest, and its flags in the checkpoint."""
 
     content: str
     id: int
@@ -32,7 +32,8 @@ class Tokenizer:
 
     Added tokens such as `<image>` are cut out of the text first; sentencepiece encodes the segments between them. The
     files decide whether each segment or only the first gets sentencepiece's dummy space, because published LLaVA
-    checkpoints differ in that. If the files disagree, we do as transformers' AutoProcessor does.
+    checkpoints differ in that. If the files disagree, the result is that of transformers' AutoProcessor. InputError for
+    files that are missing, malformed or not supported.
     """
 
     def __init__(self, folder):
@@ -48,7 +49,7 @@ class Tokenizer:
             read_json(folder / name) or {}
             for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json")
         )
-        if config.get("added_tokens_decoder"):  # it replaces these two files
+        if config.get("added_tokens_decoder"):  # it overrides these two files
             plain, names = {}, {}
         names = config | names
         with making_sense_of(f"{folder}/tokenizer_config.json, tokenizer.json or added_tokens.json"):
@@ -83,7 +84,7 @@ class Tokenizer:
         return default if name not in names else self.added.get(text, self.sp.piece_to_id(text) if text else -1)
 
     def encode(self, text, bos=True, follows=False):
-        """Token ids of text; BOS first if bos is True and the checkpoint uses one.
+        """List of the token ids of text; BOS first if bos is True and the checkpoint uses one.
 
         follows: the text continues other text, so it gets neither BOS nor a dummy space.
         """
@@ -98,7 +99,7 @@ class Tokenizer:
         for begin, part in self._second.cut(normal.removeprefix(SPACE) if follows and self._prepends else normal):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
-            elif self._prepends or follows and begin == 0:  # the text has its dummy space or gets none
+            elif self._prepends or follows and begin == 0:  # the text already has its dummy space, or gets none
                 ids += self._bare(part)
             else:
                 ids += self._prefixed(part, start + begin)
@@ -124,12 +125,12 @@ class Tokenizer:
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def unreachable_ids(self, vocab_size):
-        """Ids below vocab_size that must never be sampled: padding rows of the embedding that are no token."""
+        """Ids below vocab_size that must never be sampled: padding rows of the embedding, without a token."""
         known = set(self.added.values())
         return [i for i in range(len(self.sp), vocab_size) if i not in known]
 
 
-WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # Unicode's
+WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # as in Unicode
 
 
 class _Finder:
@@ -155,7 +156,7 @@ class _Finder:
                 stop = len(text) - len(text[stop:].lstrip(WHITE))
             if done < start:
                 yield done, text[done:start]
-            if start < stop:  # False if the token before included the white space that is this token
+            if start < stop:  # False if this token is white space that the previous token already includes
                 yield start, token
             done = stop
         if done < len(text):
@@ -163,7 +164,7 @@ class _Finder:
 
 
 def _in_word(character):
-    """Is it a word character in Unicode: a letter, mark, digit or connector?"""
+    """True if it is a word character in Unicode: a letter, mark, digit or connector."""
     return bool(character) and (
         unicodedata.category(character) in ("Nd", "Nl", "Pc")
         or unicodedata.category(character)[0] in "LM"
@@ -172,7 +173,7 @@ def _in_word(character):
 
 
 class Detokenizer:
-    """Streaming decoder: ids one at a time -> text as soon as it is certain.
+    """Streaming decoder: takes ids one at a time, returns text as soon as later ids cannot change it.
 
     Byte pieces are held back until they form whole UTF-8 characters; invalid bytes become U+FFFD.
     """
@@ -183,7 +184,7 @@ class Detokenizer:
         self._at_start = True
 
     def push(self, token):
-        """The text that becomes certain with one more id; empty for special and control tokens."""
+        """The text that can be shown after one more id; empty for special and control tokens."""
         sp, spoken = self.tokenizer.sp, self.tokenizer._spoken
         if token in self.tokenizer._silent or not (0 <= token < len(sp) or token in spoken):
             return ""
@@ -217,8 +218,8 @@ def _named_texts(names):
 def _added_tokens(config, fast, plain, named):
     """The added tokens, one AddedToken per (text, id).
 
-    As in transformers: tokenizer.json comes first, then tokenizer_config.json adds its tokens again, so its flags win;
-    a token is special if either file says so. added_tokens.json has texts and ids only.
+    As in transformers, flags in tokenizer_config.json override those in tokenizer.json; a token is special if either
+    file says so. added_tokens.json has only texts and ids.
     """
     flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
     again = config.get("added_tokens_decoder") or {}
@@ -244,7 +245,7 @@ def _added_tokens(config, fast, plain, named):
 def _check_normalized(config, fast, pieces):
     """InputError if the files disagree on `normalized` of an added token that can occur in an answer.
 
-    With a `Prepend` normalizer, transformers would then decode it to a text that neither file gives.
+    With a `Prepend` normalizer, transformers would then decode it to text that is in neither file.
     """
     again = {entry["content"]: entry for entry in (config.get("added_tokens_decoder") or {}).values()}
     for entry in fast.get("added_tokens") or []:
@@ -258,7 +259,7 @@ def _check_normalized(config, fast, pieces):
 
 
 def _check_ids(tokens, fast, sp):
-    """InputError unless each token has one id, the one that transformers gives it.
+    """InputError unless each token has exactly one id, the one that transformers assigns.
 
     A piece keeps its own id. With a tokenizer.json, other tokens are numbered from the last piece on; without one, any
     id after the pieces is accepted.
@@ -293,9 +294,9 @@ def _steps(part, inner):
 def _prefix_rule(config, fast):
     """(prepends, every, spares): where sentencepiece's dummy space is added.
 
-    prepends: a normalizer adds it to each segment. every: to each segment, not only at the start of the text. spares:
-    not to a segment that starts with a space. tokenizer.json decides if it exists (a `Prepend` normalizer, or a
-    `Metaspace` pre-tokenizer with its scheme), else the `legacy` flag, which defaults to true.
+    prepends: a normalizer adds it to every segment. every: it is added to every segment, not only at the start of the
+    text. spares: it is not added to a segment that starts with a space. tokenizer.json, if it exists, decides by a
+    `Prepend` normalizer or the scheme of a `Metaspace` pre-tokenizer; otherwise the `legacy` flag, by default true.
     """
     normalizers, pre = _steps(fast.get("normalizer"), "normalizers"), _steps(fast.get("pre_tokenizer"), "pretokenizers")
     for part, known in ((normalizers, ("Prepend", "Replace")), (pre, ("Metaspace",))):
@@ -318,7 +319,7 @@ def _prefix_rule(config, fast):
 
 
 def _strips_first_space(fast):
-    """Does decoding drop a leading space? Yes, unless tokenizer.json has a decoder without that step."""
+    """True if decoding drops a leading space: unless tokenizer.json has a decoder without that step."""
     decoder = _steps(fast.get("decoder"), "decoders")
     for step in decoder:
         if step.get("type") not in ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"):
@@ -353,8 +354,8 @@ _ASSISTANT_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the {whose} questions."
 )
 
-# The text before the first turn; the rest is the same for these three families. The space before ASSISTANT and the
-# missing one after the colon matter: they change greedy output.
+# The text before the first turn; the rest is the same for these three families. The space before ASSISTANT matters, and
+# so does its absence after the colon: both change greedy output.
 SYSTEM_TEXT = {
     "llava": "",  # the llava-hf 1.5 conversions
     "vicuna": _ASSISTANT_TEXT.format(who="user", whose="user's"),  # LLaVA's evaluation scripts (vicuna_v1)
@@ -371,7 +372,7 @@ def build_prompt(question, images, template, system=None, follows=False):
 
     If the question has no `<image>`, all pictures come first, one `<image>` and newline each; otherwise the counts must
     match. template "raw" leaves the question verbatim. follows: a later turn of a conversation, to be appended to an
-    answer; the system text is ignored.
+    answer; the system text is ignored. InputError for counts that differ, or for `<image>` in the system text.
     """
     found = question.count(IMAGE)
     if IMAGE in (system or ""):
@@ -393,7 +394,7 @@ def build_prompt(question, images, template, system=None, follows=False):
     return f"{between}{system}USER: {question} ASSISTANT:"
 
 
-# `_fingerprint` of known chat templates -> family. The comments show a question with a picture as they render it
+# `_fingerprint` of each known chat template -> family. Comments: what it renders for a question with one picture
 KNOWN_TEMPLATES = {
     # "USER: <image>\nQ ASSISTANT:", llava-1.5-*-hf and llava-v1.6-vicuna-*-hf, with and without `generation` tags
     "19a8f55284b8d7469ebbf822a120f01b83e82ab5220ca90dc0423e6318e734e1": "llava",
@@ -429,7 +430,7 @@ def find_template(folder, config):
 
 
 def _chat_template(folder):
-    """The text of the chat template that transformers would use; None if there is none."""
+    """The text of the chat template that transformers would use; None if the folder has none."""
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         if name.endswith(".json"):
             text = (read_json(folder / name) or {}).get("chat_template")

@@ -1,13 +1,13 @@
-"""What a pruning method sees of the pictures: each token's position, and how much its pixels stand out."""
+"""What pruning methods can use of the pictures: each token's place, and how far its colour is from the usual one."""
 
 import torch
 
 
 def places_of(side, tokens, cut=None):
-    """(n, 2) integers: row and column of each of a picture's n tokens, in the model's order.
+    """(n, 2) int64 on the CPU: row and column of each of a picture's n tokens, in the model's order.
 
-    side: tokens per side of a square; tokens: n; cut: for LLaVA-NeXT, the part of the joined tiles (`kept_of_tiles`),
-    which is placed below the square of the whole picture and has a newline after each row's last column. A CLS token is
+    side: tokens per side of a square; tokens: n; cut: for LLaVA-NeXT, `kept_of_tiles`: that part of the joined tiles
+    is placed below the square of the whole picture and has a newline after each row's last column. A CLS token is
     placed above the square.
     """
     square = _cells(side, side)
@@ -18,14 +18,14 @@ def places_of(side, tokens, cut=None):
 
 
 def _cells(rows, columns):
-    """(rows * columns, 2) integers on the CPU: row and column of each cell of a table, row by row."""
+    """(rows * columns, 2) int64 on the CPU: row and column of each cell of a table, row by row."""
     return torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
 
 
 def contrast_of(squares, side, tokens, cut=None, grid=None):
-    """(n,) fp32: how far the pixels of each of a picture's n tokens are from the picture's usual colour.
+    """(n,) fp32: distance of the pixels of each of a picture's n tokens from the picture's usual colour.
 
-    squares (1 + tiles, 3, S, S): its pixel values; side, tokens, cut: as in `places_of`; grid: (rows, columns) of
+    squares (1 + tiles, 3, S, S) fp32: its pixel values; side, tokens, cut: as in `places_of`; grid: (rows, columns) of
     tiles. The usual colour is the median over the patches' means. The distance is the root mean square over a patch's
     pixels; it is 0 for tokens without pixels (newlines and CLS).
     """

@@ -1658,7 +1658,7 @@ MUTANTS = {
     ),
     "what one option does to all questions is said for each": (
         "model/load.py",
-        '        Generation(self, "?", (), *how)  # refuses what would be wrong with every question\n',
+        '        Generation(self, "?", (), *how)  # invalid arguments would fail for every question\n',
         "",
         "test_api.py::test_arguments_that_cannot_be_used_are_refused_in_one_line",
     ),

@@ -26,7 +26,7 @@ from tests.terminal import Terminal
 
 COUNT, SIGN = "How many objects are there?", "What does the sign say?"
 FOUR, NET = "The picture has four objects.\n", "The sign says NET.\n"
-DROPPED = "70 % of the picture tokens were dropped for an earlier question; /fresh"
+DROPPED = "70 % of the vision tokens were dropped for an earlier question; /fresh"
 
 
 def noise(*size, seed=0):
@@ -169,7 +169,7 @@ def test_turns_give_the_ids_of_one_prompt_of_the_same_ids(tiny, template, way):
     assert third.spans == [(i + 3 * n, i + 3 * n + 4) for n, i in enumerate(places)]
 
 
-def test_a_turn_without_the_cache_reads_everything_anew(tiny):
+def test_a_turn_without_the_cache_processes_everything_again(tiny):
     first = answered(tiny, "what?", noise(40, 30))
     twins = [Generation(tiny, "how many?", before=first, sampling=Sampling(8)) for _ in range(2)]
     texts = ["".join(twin) for twin in twins]  # the first takes the cache
@@ -179,7 +179,7 @@ def test_a_turn_without_the_cache_reads_everything_anew(tiny):
 
 
 def test_a_cache_that_has_moved_on_is_not_fed_again(tiny):
-    """It was broken off between the question and the first token of the answer: the question is in the cache."""
+    """It was interrupted between the question and the first token of the answer: the question is in the cache."""
     first = answered(tiny, "what?", noise(40, 30))
     cache = first.cache
     lost = Generation(tiny, "how many?", before=first)
@@ -284,8 +284,8 @@ def test_questions_follow_each_other_and_pruning_is_said(talk):
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
     assert code == 0 and out.splitlines()[:3] == [FOUR.strip(), NET.strip(), FOUR.strip()] and out.count("\n") == 6
     assert "from the next question on: random, retention 0.3" in err
-    assert err.count("read anew, because the pruning has changed") == 1 and err.count(DROPPED) == 1
-    assert err.count("read anew, as /fresh asks") == 1
+    assert err.count("processed again, because the pruning has changed") == 1 and err.count(DROPPED) == 1
+    assert err.count("processed again, as /fresh asks") == 1
     assert err.index("pruning has changed") < err.index(DROPPED) < err.index("as /fresh asks")
     assert "of 256, layer by layer: 77 77 77 77 77 77\n" in err and "draws them" in err
 
@@ -297,12 +297,12 @@ def test_the_method_of_the_flags_holds_and_new_pictures_are_pruned(talk):
     assert code == 0 and out.count("\n") == 4
     assert "of 512, layer by layer: 128 128" in err and "so that random can prune the new pictures" in err
     assert "of 512, layer by layer: 512 512" in err and "no pruning" in err
-    assert err.rstrip().endswith("no method prunes here; give /prune METHOD first")
+    assert err.rstrip().endswith("no pruning method is set; give /prune METHOD first")
 
 
 def test_pruning_that_is_set_before_the_first_question_is_no_change(talk):
     _, _, err = talk(["/prune random", COUNT, COUNT], "--image", DEMO_PICTURE)
-    assert "read anew" not in err and "50 % of the picture tokens" in err
+    assert "processed again" not in err and "50 % of the vision tokens" in err
 
 
 def test_mistakes_are_one_line_each_and_the_conversation_goes_on(talk, tiny_folder, tmp_path):
@@ -351,7 +351,7 @@ def test_clear_forgets_everything(talk):
         and "new conversation, without pictures" in err
         and "no answer to report on" in err
     )
-    assert "1 picture, 256 image tokens" in err
+    assert "1 picture, 256 vision tokens" in err
 
 
 def test_clear_keeps_the_pictures(talk):
@@ -392,7 +392,7 @@ def test_a_full_context_says_what_is_needed_and_what_there_is(talk, tiny_folder)
     _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "2000")
     assert "the context of 512 tokens is full; /clear starts a new conversation" in err
     _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "3")
-    assert "cut after 3 tokens; --max-new-tokens" in err
+    assert "cut after 3 tokens; --max-new-tokens can be raised" in err
 
 
 def test_each_turn_draws_its_own_numbers_and_the_seed_repeats_them(talk, tiny_folder):
@@ -442,7 +442,7 @@ def test_ctrl_c_while_a_question_is_read_takes_it_back(talk, monkeypatch, turn):
     handler = signal.getsignal(signal.SIGINT)
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
     assert (code, out) == (0, "\n" + FOUR + NET if turn == 1 else FOUR + "\n" + NET)
-    assert err.count("stopped; the question is dropped") == 1 and "read anew" not in err
+    assert err.count("stopped; the question is dropped") == 1 and "processed again" not in err
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -452,7 +452,7 @@ def test_ctrl_c_stops_an_answer_between_two_tokens(talk, monkeypatch):
     interrupting(monkeypatch, model.generate.DecodeStep, "__call__", 3)
     code, out, err = talk([COUNT, SIGN], "--image", DEMO_PICTURE)
     assert (code, out) == (0, "The picture has four\n" + NET)
-    assert "stopped; the conversation goes on from what was said" in err and "read anew" not in err
+    assert "stopped; the conversation continues from the text so far" in err and "processed again" not in err
 
 
 def test_a_second_ctrl_c_breaks_off_the_step_and_the_cache_is_not_trusted(talk, monkeypatch):
@@ -461,7 +461,7 @@ def test_a_second_ctrl_c_breaks_off_the_step_and_the_cache_is_not_trusted(talk, 
     interrupting(monkeypatch, model.generate.DecodeStep, "__call__", 3, times=2)
     code, out, err = talk([COUNT, "/stats", SIGN, COUNT], "--image", DEMO_PICTURE)
     assert (code, out) == (0, "The picture has\n" + NET + FOUR)
-    assert err.count("read anew, because the last answer was broken off") == 1 and "no answer to report on" in err
+    assert err.count("because the last answer was interrupted") == 1 and "no answer to report on" in err
 
 
 def test_what_fails_while_running_does_not_end_the_conversation(talk, monkeypatch):
@@ -618,7 +618,7 @@ def test_terminal_pruning_and_what_it_dropped():
         t.enter(COUNT)
         assert DROPPED in t.enter(SIGN)
         assert DROPPED not in t.enter(SIGN)
-        assert "anew" in t.enter("/fresh") and "as /fresh asks" in t.enter(COUNT)
+        assert "again" in t.enter("/fresh") and "as /fresh asks" in t.enter(COUNT)
         t.type("/quit\n")
         assert t.leave() == 0
 
@@ -635,7 +635,7 @@ def test_terminal_ctrl_c_stops_an_answer_and_a_second_one_leaves(endless):
         t.wait_for("> ")
         begin(t, "what is this?")
         t.type("\x03")
-        t.wait_for("stopped; the conversation goes on from what was said\n> ")
+        t.wait_for("stopped; the conversation continues from the text so far\n> ")
         t.type("\x03")
         assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
 
@@ -648,7 +648,7 @@ def test_terminal_other_questions_after_ctrl_c(endless):
             t.type("\x03")
             t.wait_for("stopped; ")
             t.wait_for("> ")
-        assert "read anew" not in t.everything and "error" not in t.everything
+        assert "processed again" not in t.everything and "error" not in t.everything
         t.type("/quit\n")
         assert t.leave() == 0
 

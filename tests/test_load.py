@@ -261,7 +261,7 @@ def test_a_device_may_be_a_number_of_cuda(monkeypatch):
 
 @pytest.mark.parametrize("name", [None, 3, b"folder"])
 def test_what_is_no_name_of_a_checkpoint_is_refused(name):
-    with pytest.raises(InputError, match="is no path"):
+    with pytest.raises(InputError, match="is not a path"):
         load(name)
 
 

@@ -254,7 +254,7 @@ FAULTS = {
     "config cut off": (lambda f: (f / "config.json").write_text('{"model_type": "ll'), "not readable JSON"),
     "config of another kind": (lambda f: edit_json(f / "config.json", model_type="llava_video"), "'llava_video'"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "wrong shape": (lambda f: change_first(f, cut_a_tensor), "has shape [31] where config.json means [32]"),
+    "wrong shape": (lambda f: change_first(f, cut_a_tensor), "has shape [31], but config.json implies [32]"),
     "tensor missing": (lambda f: change_first(f, lambda t: t.popitem()), "1 tensors missing"),
     "tensor too many": (
         lambda f: change_first(f, lambda t: t.update({"extra.weight": torch.ones(1)})),

@@ -1,4 +1,4 @@
-"""What an answer took: the object of `run.py --json` and the table of `run.py --stats`."""
+"""Time and memory that an answer took: the object of `run.py --json` and the table of `run.py --stats`."""
 
 import contextlib
 import glob
@@ -11,7 +11,7 @@ import torch
 
 
 def report(generation, model, seed, load_seconds, peak_bytes):
-    """The object of --json: what was asked, what was said, bytes and milliseconds. generation must be over."""
+    """The object of --json: settings, answer, bytes and milliseconds. generation: a Generation after its iteration."""
     checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
     config, cache, prune = checkpoint.config.text_config, generation.cache, generation.prune
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
@@ -42,13 +42,13 @@ def report(generation, model, seed, load_seconds, peak_bytes):
             "load": 1e3 * load_seconds,
             "vision": 1e3 * generation.timing["vision"],
             "prefill": 1e3 * generation.timing["prefill"],
-            "prune": 1e3 * generation.timing["prune"],  # a part of prefill
+            "prune": 1e3 * generation.timing["prune"],  # part of prefill
             "decode_total": 1e3 * sum(steps),
             "decode_p50": 1e3 * percentile(steps, 0.5),
             "decode_p95": 1e3 * percentile(steps, 0.95),
         },
         "peak_memory_bytes": peak_bytes,
-        # unpruned bytes per decode step over the bytes it really reads
+        # bytes that an unpruned decode step reads, divided by the bytes that this one reads
         "ceiling_speedup": step_bytes(checkpoint, kv_bytes) / step_bytes(checkpoint, held) if held else 1.0,
         "seed": seed,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -59,12 +59,12 @@ def report(generation, model, seed, load_seconds, peak_bytes):
 
 
 def comparison(generation, reference, found):
-    """The `compare` object of --json: the unpruned answer, and where the pruned one (`generation`) leaves it."""
+    """The `compare` object of --json: the unpruned answer, and where the pruned one (`generation`) departs from it."""
     return {
         "text": reference.text,
         "token_ids": reference.token_ids,
         "same_text": reference.text == generation.text,
-        "same_tokens": found["same"],  # of the steps along the unpruned answer
+        "same_tokens": found["same"],  # fraction of the steps along the unpruned answer
         "first_divergence": found["diverges"],  # index of a step, None if there is none
         "kl_mean": found["kl"].mean().item(),
         "kl_max": found["kl"].max().item(),
@@ -78,7 +78,7 @@ def comparison(generation, reference, found):
 
 
 def differences(found, took):
-    """The table of run.py --compare, from that and the pruned run's own object."""
+    """The table of run.py --compare. found: the object of `comparison`; took: that of `report` for the pruned run."""
     first, steps = found["first_divergence"], found["steps"]
     where = "never" if first is None else f"at token {first + 1} of {steps}"
     before, after = found["timing_ms"], took["timing_ms"]
@@ -96,23 +96,23 @@ def differences(found, took):
 
 
 def requested(prune):
-    """The fraction that was asked for; None without pruning or where the budget is a number of tokens."""
+    """The requested fraction; None without pruning or if the budget is a number of tokens."""
     if prune is None or prune.settings.get("keep_tokens") is not None:
         return None
     return prune.settings.get("retention")
 
 
 def percentile(values, q):
-    """Nearest rank in a sorted list; 0 if it is empty."""
+    """The q-quantile (0 to 1) of a sorted list by nearest rank; 0 if it is empty."""
     return values[math.ceil(q * len(values)) - 1] if values else 0.0
 
 
 def peak_memory(device):
-    """Bytes: of the allocator on CUDA since loading, of the whole process (mapped weights included) on a CPU."""
+    """Peak memory in bytes: on CUDA of the allocator since loading, on a CPU of the process with its mapped weights."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        return 0  # not to be had from the standard library
+        return 0  # the standard library has no way to read it
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -120,7 +120,7 @@ def peak_memory(device):
 
 
 def free_memory(device):
-    """Bytes that a device, or this machine, has free. Where the system does not say: 2 GB."""
+    """Free memory in bytes, of a CUDA device or of this machine; 2 GB if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     table = Path("/proc/meminfo")
@@ -150,48 +150,48 @@ class Memory:
 
 
 class CoreWait:
-    """How much of the time the threads of this process wait, ready to run, for a core that something else uses.
+    """Measures how long this process's threads, ready to run, wait for cores that other processes use.
 
-    Linux counts it for every thread, in nanoseconds; elsewhere, and where a GPU computes, nothing is known or said.
+    Linux counts this for every thread, in nanoseconds. On other systems, and on a GPU, nothing is measured or printed.
     """
 
     def __init__(self, device):
-        """Begin now."""
+        """Start measuring. device: a torch.device."""
         self.known = device.type == "cpu" and sys.platform == "linux"
         self.start, self.before = time.perf_counter(), _waited()
 
     def share(self):
-        """Of the time of all threads since the beginning, 0 to 1."""
+        """Waiting time as a fraction of all threads' time since the start, 0 to 1."""
         seconds = time.perf_counter() - self.start
         return (_waited() - self.before) / (torch.get_num_threads() * seconds) if self.known else 0.0
 
     def note(self):
-        """One line if products are computed by several threads and these wait a lot, else None."""
+        """One line if torch uses several threads and they wait a lot, else None."""
         share, threads = self.share(), torch.get_num_threads()
-        if threads == 1 or share < 0.2 or _waited() - self.before < 0.1:  # seconds; a short answer says little
+        if threads == 1 or share < 0.2 or _waited() - self.before < 0.1:  # seconds; too short to judge
             return None
         return (
-            f"note: {threads} threads spent {100 * share:.0f} % of the time waiting for cores that something else "
-            "uses; --threads 1 may be much faster"
+            f"note: {threads} threads spent {100 * share:.0f} % of the time waiting for cores that other "
+            "processes use; --threads 1 may be much faster"
         )
 
 
 def _waited():
-    """Seconds that the threads of this process have waited for a core; 0 where the system does not say."""
+    """Seconds that the threads of this process have waited for a core; 0 if the system does not report it."""
     total = 0
     for path in glob.glob("/proc/self/task/*/schedstat"):
         with contextlib.suppress(OSError), open(path, encoding="ascii") as file:  # a thread may have ended
-            total += int(file.read().split()[1])  # time on a core, waiting for one, number of turns
+            total += int(file.read().split()[1])  # time on a core, time waiting for one, number of time slices
     return 1e-9 * total
 
 
 def measure_bandwidth(device):
-    """Bytes per second of this machine's memory: the better of a copy and a read-only sum, best of five.
+    """Memory bandwidth of a device in bytes per second: the better of a copy and a read-only sum, best of five runs.
 
-    It takes at most half of what is free, for two tensors. 0 where that is next to nothing.
+    Allocates two tensors, at most half of the free memory. Returns 0 if that is too little to measure.
     """
-    size = 2**28 if device.type == "cuda" else 2**26  # 1 GiB or 256 MiB: beyond caches, and the launch does not count
-    size = min(size, free_memory(device) // 16)  # numbers of 4 bytes
+    size = 2**28 if device.type == "cuda" else 2**26  # 1 GiB or 256 MiB: beyond caches; launch time is negligible
+    size = min(size, free_memory(device) // 16)  # fp32 numbers, 4 bytes each
     if size < 2**20:
         return 0.0
     x = torch.ones(size, dtype=torch.float32, device=device)
@@ -208,7 +208,7 @@ def measure_bandwidth(device):
 
 
 def step_bytes(checkpoint, kv_bytes):
-    """Bytes that one decode step has to read: the decoder's weights (of the embedding one row) and the KV cache."""
+    """Bytes that a decode step has to read: the decoder's weights (one row of the embedding) and kv_bytes of cache."""
     language = checkpoint.model.language_model
     weights = sum(p.nbytes for p in language.parameters())
     table = language.model.embed_tokens.weight
@@ -216,12 +216,12 @@ def step_bytes(checkpoint, kv_bytes):
 
 
 def stats(r, bandwidth, generation):
-    """The table of --stats, from the --json object."""
+    """The table of --stats. r: the --json object; bandwidth: bytes per second, 0 if unknown."""
     t = r["timing_ms"]
     pictures = "1 picture" if len(r["images"]) == 1 else f"{len(r['images'])} pictures"
     lines = [_line("load", t["load"], "")]
     if r["images"]:
-        lines.append(_line("vision", t["vision"], f"{pictures}, {r['vision_tokens']} image tokens"))
+        lines.append(_line("vision", t["vision"], f"{pictures}, {r['vision_tokens']} vision tokens"))
     if len(r["images"]) > 1 or r["image_mode"] == "anyres":
         lines += [_of_picture(image, r) for image in r["images"]]
     first, new = t["vision"] + t["prefill"], generation.prefilled
@@ -237,7 +237,7 @@ def _line(name, milliseconds, text):
 
 
 def _of_picture(image, r):
-    """A picture's line: how it was cut, and what its tokens cost before pruning."""
+    """A picture's line: its size, tiles and tokens, and their share of the KV cache before pruning."""
     cost = 1e-6 * r["prune"]["kv_bytes_full"] * image["tokens"] / r["prompt_tokens"]
     name = image["path"] if len(image["path"]) < 40 else "..." + image["path"][-37:]
     width, height = image["size"]
@@ -246,21 +246,21 @@ def _of_picture(image, r):
 
 
 def _pruned(r):
-    """What pruning did, if there was any."""
+    """Two lines on what pruning kept; none without pruning."""
     prune, kept = r["prune"], r["prune"]["kept_per_layer"]
     if prune["method"] == "none" or not r["vision_tokens"] or not kept:
         return []
     share, per_head = 100 * prune["retention_actual"], sum(kept) / len(kept)
     when = "of the prefill; " if r["timing_ms"]["prune"] else "in this turn; earlier "
-    text = f"{when}{prune['method']} kept {share:.1f} % of the image tokens, {per_head:.1f} per KV head"
+    text = f"{when}{prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
     return [
         _line("pruning", r["timing_ms"]["prune"], text),
-        f"{'':25}decoding can become {r['ceiling_speedup']:.2f} times as fast at most, by the bytes that a step reads",
+        f"{'':25}decoding can become at most {r['ceiling_speedup']:.2f} times as fast, by the bytes that a step reads",
     ]
 
 
 def _decoded(r, bandwidth, generation):
-    """The decode steps, and the time that reading the bytes of a step takes."""
+    """Lines on the decode steps, and on the time that reading a step's bytes takes at least."""
     t, steps = r["timing_ms"], len(generation.timing["steps"])
     if not steps:
         return []
@@ -277,7 +277,7 @@ def _decoded(r, bandwidth, generation):
 
 
 def _memory(r):
-    """Peak, and the KV cache where there is one."""
+    """Lines on peak memory and, if there is one, the KV cache."""
     held, full, reserved = (1e-6 * r["prune"][f"kv_bytes_{which}"] for which in ("held", "full", "reserved"))
     lines = [f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak"]
     if held:
