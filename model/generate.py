@@ -114,8 +114,7 @@ class Pruner:
                 layout = replace(layout, norms=v[0, :, : layout.tokens].float().norm(1, dim=-1))
             if getattr(self.method.rule, "wants_last_row", False):
                 layout = replace(layout, last=self._scores(q, k, 1))
-            ranking = self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
-            keep = self._heed(self.method.choose, layer, ranking, layout)
+            keep = self._heed(self.method.choose, layer, self._ranking(q, k), layout)
             self.seconds += clock(k.device, self.timed) - start
         self.text.append(self.layout.tokens - sum(b - a for a, b in self.layout.spans))
         if self.masks is not None:
@@ -137,7 +136,7 @@ class Pruner:
         if not self.layout.spans or self.method.layer != layer + 1:
             return None
         start = clock(k.device, self.timed)
-        keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
+        keep = self._heed(self.method.narrow, self._ranking(q, k), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
         self.rows = self.rows[rows]
         before = [0, *keep.cumsum(0).tolist()]
@@ -159,6 +158,10 @@ class Pruner:
             return self.layout
         attended = self._scores(q, k, 32).view(self.layout.kv_heads, -1, self.layout.tokens).mean(1)
         return replace(self.layout, attended=attended)
+
+    def _ranking(self, q, k):
+        """What the method ranks by, (Hq, T) fp32, or None."""
+        return self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
 
     def _scores(self, q, k, window):
         """(Hq, T) fp32: mean attention of the last `window` rows that follow the last picture. None if window is 0."""

@@ -966,6 +966,24 @@ MUTANTS = {
         "x, rope = x[:, rows], tuple(t[..., : len(rows), :, :] for t in rope)",
         f"{METHOD}test_fastv_is_hiding_columns_from_every_row_of_later_layers",
     ),
+    "look-ahead rows do not follow a narrowed prompt": (
+        "model/llama.py",
+        "torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device))), len(rows)",
+        "rows, tokens",
+        "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
+    ),
+    "a prompt is narrowed by its last row": (
+        "model/generate.py",
+        "self._heed(self.method.narrow, self._ranking(q, k),",
+        "self._heed(self.method.narrow, self._scores(q, k, 1),",
+        "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
+    ),
+    "a replay narrows without look-ahead rows": (
+        "tools/replay.py",
+        "narrow=pruner.narrow, lookahead=lookahead)",
+        "narrow=pruner.narrow)",
+        "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
+    ),
     "FastV looks a layer too late": (
         "model/generate.py",
         "self.method.layer != layer + 1",
