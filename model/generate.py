@@ -179,7 +179,7 @@ class Pruner:
         return scores[:, : self.layout.tokens]
 
     def _heed(self, ask, *arguments):
-        """Call a function of the method; its ValueError becomes an InputError."""
+        """Call a function of the method; the ValueError for what it returned becomes an InputError."""
         try:
             return ask(*arguments)
         except ValueError as wrong:

@@ -984,6 +984,18 @@ MUTANTS = {
         "narrow=pruner.narrow)",
         "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
     ),
+    "errors of a method become invalid input": (
+        "model/pruning/__init__.py",
+        "except Exception as wrong:\n            what, line",
+        "except KeyError as wrong:\n            what, line",
+        f"{METHOD}test_an_error_in_ones_own_code_is_told_with_its_line",
+    ),
+    "the line of a method's error is where it was called": (
+        "model/pruning/__init__.py",
+        "return lines[-1] if lines else None",
+        "return lines[0] if lines else None",
+        f"{METHOD}test_an_error_in_ones_own_code_is_told_with_its_line",
+    ),
     "FastV looks a layer too late": (
         "model/generate.py",
         "self.method.layer != layer + 1",

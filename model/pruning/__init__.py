@@ -23,6 +23,7 @@ import importlib.util
 import inspect
 import json
 import sys
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,10 @@ COMMON = {
 }
 
 
+class MethodError(RuntimeError):
+    """A method's own code raised an exception. The message is one line with the method's name and the line number."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A method with its settings, and the code shared by all methods. rule: the function or object of its file."""
@@ -143,18 +148,33 @@ class Method:
 
     def wants(self, layer, num_layers):
         """True if the method chooses K and V in this layer."""
-        return callable(self.rule) and (not hasattr(self.rule, "wants") or self.rule.wants(layer, num_layers))
+        return callable(self.rule) and (
+            not hasattr(self.rule, "wants") or self._ask(self.rule.wants, layer, num_layers)
+        )
 
     def choose(self, layer, scores, layout):
         """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, None for all. ValueError if the rule returns neither."""
-        keep = self.rule(layer, scores, layout)
+        keep = self._ask(self.rule, layer, scores, layout)
         return None if keep is None else self._guarded(keep, layout, (layout.kv_heads, layout.tokens))
 
     def narrow(self, scores, layout):
         """scores (Hq, T) fp32 -> keep (T,) bool; the last token is always kept, because it predicts the answer."""
-        keep = self._guarded(self.rule.narrow(scores, layout), layout, (layout.tokens,))
+        keep = self._guarded(self._ask(self.rule.narrow, scores, layout), layout, (layout.tokens,))
         keep[-1] = True
         return keep
+
+    def _ask(self, function, *arguments):
+        """Call a function of the rule; its exceptions become a MethodError."""
+        try:
+            return function(*arguments)
+        except MemoryError:
+            raise
+        except Exception as wrong:
+            what, line = " ".join(str(wrong).split()), _line(function, wrong)
+            if "NoneType" in what and any(argument is None for argument in arguments):
+                what += " (scores is None without the setting window)"
+            where = f" in line {line}" if line else ""
+            raise MethodError(f"method {self.name}: {type(wrong).__name__}{where}: {what}") from wrong
 
     def _guarded(self, keep, layout, shape):
         """keep with text and guards added; ValueError unless it is bool of this shape."""
@@ -167,6 +187,16 @@ class Method:
         # such keys absorb attention of heads that need no token; without them it would go to other tokens
         sinks = best(layout.attended, self.settings["sink_keys"])
         return keep | (sinks if keep.ndim == 2 else sinks.any(0))
+
+
+def _line(function, wrong):
+    """Number of the last line of a function's file that an exception passed through, or None."""
+    function = function.func if isinstance(function, partial) else function
+    function = function if inspect.isroutine(function) else type(function).__call__
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    steps = traceback.walk_tb(wrong.__traceback__)
+    lines = [line for frame, line in steps if code and frame.f_code.co_filename == code.co_filename]
+    return lines[-1] if lines else None
 
 
 def guarded(layout, sink=0, recent=0):
