@@ -542,7 +542,16 @@ class Generation:
 
 
 def off_budget(method, kept, wanted):
-    """One line if kept and wanted (fractions; wanted may be None) differ by more than 0.03, else None."""
+    """One line if kept and wanted (fractions; wanted may be None) differ by more than 0.03, else None.
+
+    Also if no vision token is kept, or if all are although the fraction was not given.
+    """
+    if method is None:
+        return None
+    if kept == 0:
+        return f"{method.name} kept no vision token; return True for those that the answer needs"
+    if kept == 1 and wanted is None:
+        return f"{method.name} dropped no vision token; check its settings, and that it returns what to keep"
     if wanted is None or abs(kept - wanted) <= 0.03:
         return None
     hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""

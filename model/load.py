@@ -111,14 +111,21 @@ class Checkpoint:
     ) -> Iterator[str]:
         """Yields the answer in pieces as it is generated. Arguments and errors as in `ask`; InputError at the call."""
         from .api import choose_method
-        from .generate import Generation, Sampling  # these import this module
+        from .generate import Generation, Sampling, off_budget  # these import this module
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
         generation = Generation(self, prompt, images, sampling, template, image_mode, system, method)
         for note in generation.notes:
             warnings.warn(note, stacklevel=2)
-        return iter(generation)
+
+        def pieces():
+            yield from generation
+            off = off_budget(generation.prune, generation.retention, generation.wanted)
+            if off and generation.vision_tokens:
+                warnings.warn(off, stacklevel=2)
+
+        return pieces()
 
     def ask_many(
         self,

@@ -1242,6 +1242,24 @@ MUTANTS = {
         "abs(kept - wanted) <= 0.5",
         "test_api.py::test_what_is_kept_is_said_where_it_is_not_what_was_asked",
     ),
+    "a method that drops nothing is not told of": (
+        "model/generate.py",
+        "if kept == 1 and wanted is None:",
+        "if False:",
+        "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
+    ),
+    "a method that drops everything is not told of": (
+        "model/generate.py",
+        "    if kept == 0:",
+        "    if False:",
+        "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
+    ),
+    "a file of questions hides what its method kept": (
+        "tools/questions.py",
+        "if generation.kept and generation.prune:",
+        "if generation.kept and generation.wanted is not None:",
+        "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
+    ),
     "keep_tokens is not compared with what was kept": (
         "model/pruning/__init__.py",
         "return sum(min(count, n) for n in pots) / sum(tokens)",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -229,6 +230,55 @@ def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, capsys, spec,
     assert run.main([*asked, "--max-new-tokens", "1"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if re.match("note: .* kept .* instead of", line)]
     assert len(said) == (note is not None) and all(note in line for line in said)
+
+
+FORGETFUL = """
+import torch
+
+def forgets(layer, scores, layout):
+    keep = layout.text.expand(layout.kv_heads, -1)
+
+def blind(layer, scores, layout):
+    return layout.text.expand(layout.kv_heads, -1)
+
+def some(layer, scores, layout):
+    return layout.text.expand(layout.kv_heads, -1) if layer else None
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("forgets", "forgets dropped no vision token; check its settings, and that it returns what to keep"),
+        ("blind", "blind kept no vision token; return True for those that the answer needs"),
+        ("some", None),
+        ("topk:retention=1", None),
+        ("random:keep_tokens=999", None),
+    ],
+)
+def test_a_method_that_drops_nothing_or_everything_is_told_of(demo, tmp_path, capsys, spec, said):
+    """For one answer, once for a file of questions, and as a warning from Python; without a picture never."""
+    (tmp_path / "mine.py").write_text(FORGETFUL)
+    spec = spec if ":" in spec else f"{tmp_path}/mine.py::{spec}"
+    pictured = {"question_id": 0, "image": DEMO_PICTURE.name, "text": QUESTION}
+    lines = [json.dumps(pictured | {"question_id": i}) for i in range(2)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    asked = ["--image", str(DEMO_PICTURE), "--prompt", QUESTION]
+    many = ["--questions", str(tmp_path / "q.jsonl"), "--image-folder", str(DEMO_PICTURE.parent)]
+    for flags, times in (
+        (asked, said is not None),
+        (asked[2:], 0),
+        ([*many, "--answers", str(tmp_path / "a.jsonl")], said is not None),
+    ):
+        assert run.main([*flags, "-n", "1", "--prune", spec]) == 0
+        told = capsys.readouterr().err
+        assert told.count("vision token;") == times and (not times or f"{said}\n" in told)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        demo.ask(QUESTION, DEMO_PICTURE, prune=spec, max_new_tokens=1)
+        demo.ask(QUESTION, prune=None, max_new_tokens=1)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (said is not None) and all(said in line for line in told)
 
 
 def test_a_file_of_questions_says_it_once(bare, tmp_path, capsys):
