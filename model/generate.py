@@ -222,10 +222,11 @@ class Generation:
         image, or a uint8 array or tensor.
 
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method (`model.api.choose_method`): a
-        name or SPEC as in `--prune`, with the checkpoint's settings for it; a function, class or Method as in
-        `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: see `DecodeStep`.
-        anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device before each clock reading;
-        otherwise all of `timing` except `steps` measures only the launches. remember: keep `masks`, for `model.show`.
+        name or SPEC as in `--prune`, with the checkpoint's settings for it; a function, class, instance or Method as
+        in `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: see
+        `DecodeStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device before each
+        clock reading; otherwise all of `timing` except `steps` measures only the launches. remember: keep `masks`, for
+        `model.show`.
 
         before: the Generation whose answer this question follows in a conversation, with its template and image mode.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of

@@ -25,6 +25,7 @@ import json
 import sys
 import traceback
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -212,27 +213,33 @@ def guarded(layout, sink=0, recent=0):
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
     """The Method of a SPEC, or None for "none".
 
-    spec: NAME or FILE.py::NAME, then optionally ":" and comma-separated key=value pairs; or a function or class; or a
-    Method; or None. settings: a dict, or a list of "key=value" and "@FILE.json" (a JSON object). retention,
-    keep_tokens: the budget, for methods with a setting of that name. folder: of a checkpoint; its NAME.json, if there
-    is one (see `calibrated`), replaces the method's defaults. ValueError for invalid input, including a setting that is
-    given twice or together with one that makes it ineffective.
+    spec: NAME or FILE.py::NAME, then optionally ":" and comma-separated key=value pairs; or a function, a class or a
+    `functools.partial` of either; or an instance of a class; or a Method; or None. settings: a dict, or a list of
+    "key=value" and "@FILE.json" (a JSON object). retention, keep_tokens: the budget, for methods with a setting of that
+    name. folder: of a checkpoint; its NAME.json, if there is one (see `calibrated`), replaces the method's defaults.
+    ValueError for invalid input, including a setting that is given twice or together with one that makes it
+    ineffective.
     """
     name, function, pairs = named(spec)
     if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
-    given = {}
+    function, given = (function.func, dict(function.keywords)) if isinstance(function, partial) else (function, {})
     for text in (*pairs, *(() if isinstance(settings, dict) else settings)):
         _add(given, _read(text[1:]) if text.startswith("@") else dict([_pair(text)]))
     if isinstance(settings, dict):
         _add(given, settings)
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
-    if function is None or isinstance(spec, Method):
-        if given:
-            raise ValueError(
-                f"{', '.join(given)} was given, but method {name} takes no settings; give a method by name"
-            )
-        return function and spec
+    made = not (function is None or _takes_settings(function))  # a Method, or an instance of a class
+    if given and (made or function is None):
+        why = "already has its settings; give its name or class" if made else "takes no settings; give a method by name"
+        raise ValueError(f"{', '.join(given)} was given, but method {name} {why}")
+    if function is None or isinstance(function, Method):
+        return function
+    if made:
+        fields = settings_of(type(function))
+        settings = GUARDS | {key: getattr(function, key) for key in fields if hasattr(function, key)}
+        _check_common(name, settings)
+        return Method(name, function, settings)
     _check_budget(name, given)
     file = calibrated(folder, name)
     given = _instead(_read(file) if file else {}, given)
@@ -242,9 +249,19 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         rule = function(**own) if isinstance(function, type) else partial(function, **own)
     except ValueError as wrong:
         raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
-    if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
+    if not _is_rule(rule):
         raise ValueError(f"method {name} is not callable and has no `layer` and `narrow`; see model/pruning")
     return Method(name, rule, settings)
+
+
+def _is_rule(rule):
+    """True if an object implements a stage."""
+    return callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)
+
+
+def _takes_settings(spec):
+    """True for a function or a class, from which settings make a rule."""
+    return inspect.isfunction(spec) or isinstance(spec, type)
 
 
 def calibrated(folder, name):
@@ -265,10 +282,13 @@ def named(spec):
         return "none", None, []
     if isinstance(spec, Method):
         return spec.name, spec, []
-    if inspect.isfunction(spec) or (isinstance(spec, type) and spec.__module__ != "builtins"):
-        return next((name for name, known in METHODS.items() if known is spec), spec.__name__), spec, []
     if not isinstance(spec, str):
-        raise ValueError(f"a {type(spec).__name__} is not a pruning method; give a name, SPEC, function or Method")
+        rule = spec.func if isinstance(spec, partial) else spec
+        kind = rule if _takes_settings(rule) else type(rule)
+        if kind.__module__ == "builtins" or not (kind is rule or _is_rule(rule)):
+            found = type(spec).__name__
+            raise ValueError(f"a {found} is no pruning method; give a name, SPEC, function, class, instance or Method")
+        return next((name for name, known in METHODS.items() if known is kind), kind.__name__), spec, []
     name, pairs = _split(spec)
     name = ALIASES.get(name, name)
     if "+" in name and "::" not in name:
@@ -351,10 +371,27 @@ def _read(path):
 def _find(name):
     """The function or class that a NAME or FILE.py::NAME refers to, None for "none". Raises ValueError."""
     if "::" not in name:
+        if name.endswith(".py"):
+            own = ", ".join(_own_names(_import(name))) or "no function"
+            raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
         if name not in METHODS:
-            raise ValueError(f"there is no method {name!r}; use {', '.join(METHODS)} or FILE.py::NAME")
+            raise ValueError(
+                f"there is no method {name!r}; {_near(name, METHODS)}use {', '.join(METHODS)} or FILE.py::NAME"
+            )
         return METHODS[name]
     path, _, attribute = name.rpartition("::")
+    module = _import(path)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        own = _own_names(module)
+        raise ValueError(
+            f"{path} has no function {attribute!r}; {_near(attribute, own)}it has {', '.join(own) or 'none'}"
+        )
+    return function
+
+
+def _import(path):
+    """The module of a user's file, which may import modules beside it. ValueError if that fails."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path!r}; give FILE.py::NAME")
     found = importlib.util.spec_from_file_location("pruning_method", path)
@@ -362,22 +399,44 @@ def _find(name):
         raise ValueError(f"{path!r} is not a Python file; give FILE.py::NAME")
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses look up postponed annotations there
+    beside = [folder for folder in [str(Path(path).resolve().parent)] if folder not in sys.path]
+    sys.path.extend(beside)  # last, so that no file beside it replaces an installed module
     try:
         found.loader.exec_module(module)
     except (Exception, SystemExit) as broken:
-        raise ValueError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); fix it") from broken
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"{path} has no function {attribute!r}; give FILE.py::NAME")
-    return function
+        copied = "relative import" in str(broken)
+        cure = "write `from model.pruning.budget import ...`, with no dot" if copied else "fix it"
+        raise ValueError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); {cure}") from broken
+    finally:
+        sys.path[:] = [folder for folder in sys.path if folder not in beside]
+    return module
+
+
+def _own_names(module):
+    """The names of the functions and classes that a user's file defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return [name for name in own if not name.startswith("_")]
+
+
+def _near(name, known):
+    """The question whether a similar known name was meant, followed by a space; or an empty string."""
+    near = get_close_matches(name, known, 1, 0.65)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def settings_of(function):
-    """{setting: default} of a method's function or class, without GUARDS."""
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    # a function's settings are keyword-only; every field of a dataclass is a setting
-    return {p.name: p.default for p in parameters if p.kind in (kinds if isinstance(function, type) else kinds[:1])}
+    """{setting: default} of a method's function or class, without GUARDS. ValueError if its settings are not clear."""
+    by_name, places = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = list(inspect.signature(function).parameters.values())
+    title = getattr(function, "__name__", "the method")
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"{title} takes settings of any name; name each, such as *, window=1")
+    if isinstance(function, type):
+        return {p.name: p.default for p in parameters if p.kind in (by_name, places)}  # every field of a dataclass
+    beyond = [p.name for p in parameters if p.kind is places][3:]
+    if beyond:
+        raise ValueError(f"{beyond[0]} of {title} is not keyword-only, as settings are; put *, before {beyond[0]}")
+    return {p.name: p.default for p in parameters if p.kind is by_name}
 
 
 def _complete(name, function, given):
@@ -385,7 +444,8 @@ def _complete(name, function, given):
     defaults = GUARDS | settings_of(function)
     unknown = [key for key in given if key not in defaults]
     if unknown:
-        raise ValueError(f"method {name} has no setting {unknown[0]!r}; it has {', '.join(defaults) or 'none'}")
+        near = _near(unknown[0], defaults)
+        raise ValueError(f"method {name} has no setting {unknown[0]!r}; {near}it has {', '.join(defaults)}")
     missing = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in given]
     if missing:
         raise ValueError(f"method {name} needs {missing[0]}; give --set {missing[0]}=VALUE")
@@ -412,4 +472,5 @@ def _check_common(name, settings):
     for key, (_, values, fits) in COMMON.items():
         unset = key not in settings or (settings[key] is None and key in AMOUNTS)
         if not unset and not fits(settings[key]):
-            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give {values}")
+            own = "" if name in METHODS else f" (or rename it: {', '.join(COMMON)} mean the same in every method)"
+            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give {values}{own}")
