@@ -892,7 +892,10 @@ def test_each_setting_is_listed_with_its_meaning_and_the_range_that_is_checked(n
     for key in known:
         meaning = meanings(METHODS[name])[key]
         assert f"{key}={shown(known[key])} {' '.join(meaning.split())}" in listed
-        refused, fine = RANGES[re.search(r"\(([^()]*)\)$", meaning)[1]]
+        written = re.search(r"\(([^()]*)\)$", meaning)
+        advice = f"{key} of {name}: end its meaning with a range in brackets, and add new ranges to RANGES"
+        assert written and written[1] in RANGES, advice
+        refused, fine = RANGES[written[1]]
         for value in refused:
             with pytest.raises(ValueError, match=rf"\b{key}\b.*; \w"):
                 make_method(f"{name}:{key}={json.dumps([value] * 4 if key == 'rates' else value)}")

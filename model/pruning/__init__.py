@@ -11,12 +11,15 @@ them. It implements one of two stages:
         once, before layer `method.layer`: the tokens that remain in this layer and all later ones.
 
 scores (Hq, T) fp32: attention of each query head, averaged over the last `window` rows of the prompt that follow the
-last picture. Without a setting `window`, it is None in the first stage and the last row's attention in `narrow`. With
-query="lookahead" it is the attention of the look-ahead rows (`model.lookahead`) instead.
-layout (`model.generate.Layout`): the pictures' spans and each token's place in its picture. The first stage also gets
-`norms` if the setting `values` is true, and `last` if the attribute `wants_last_row` is true; both stages get
-`contrast` if `wants_contrast` is true. Optional: wants(layer, num_layers) returns False for a layer that keeps all and
-needs no scores; check(num_layers, kv_heads) raises ValueError for an unsuitable model. Text is always kept.
+last picture. If the setting query is "lookahead", it is averaged over the look-ahead rows instead (`model.lookahead`).
+If a method has neither setting, `narrow` gets the attention of the last row, and the first stage gets None.
+
+layout: a `model.generate.Layout`; README.md lists its fields. A class may also have
+
+    wants(layer, num_layers)       False for a layer that keeps all tokens and needs no scores
+    check(num_layers, kv_heads)    raises a ValueError for an unsuitable model
+
+Text is always kept.
 """
 
 import importlib.util
