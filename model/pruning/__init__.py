@@ -168,12 +168,14 @@ class Method:
         return keep
 
     def _ask(self, function, *arguments):
-        """Call a function of the rule; its exceptions become a MethodError."""
+        """Call a function of the rule; its exceptions become a MethodError, except the ValueErrors of METHODS."""
         try:
             return function(*arguments)
         except MemoryError:
             raise
         except Exception as wrong:
+            if isinstance(wrong, ValueError) and self.name in METHODS:
+                raise  # a refusal in one line
             what, line = " ".join(str(wrong).split()), _line(function, wrong)
             if "NoneType" in what and any(argument is None for argument in arguments):
                 what += " (scores is None without the setting window)"
