@@ -379,11 +379,14 @@ def explain(broken):
     if isinstance(broken, ImportError):
         return f"{text}; run `make run` once and then use .venv/bin/python", 2
     from model import InputError, out_of_memory
+    from model.pruning import MethodError
 
     if isinstance(broken, InputError):
         return text, 2
     if out_of_memory(broken):
         return f"out of memory ({text[:200]}); try --dtype bf16, a smaller --max-new-tokens or fewer pictures", 1
+    if isinstance(broken, MethodError):
+        return f"{text[:400]}; run again with --debug to see where", 1
     if isinstance(broken, OSError) and broken.errno == errno.ENOSPC:
         return f"the disk is full ({text}); free some space and run the command again", 1
     if type(broken).__name__ in ("InductorError", "BackendCompilerFailed"):

@@ -114,8 +114,7 @@ class Pruner:
                 layout = replace(layout, norms=v[0, :, : layout.tokens].float().norm(1, dim=-1))
             if getattr(self.method.rule, "wants_last_row", False):
                 layout = replace(layout, last=self._scores(q, k, 1))
-            ranking = self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
-            keep = self._heed(self.method.choose, layer, ranking, layout)
+            keep = self._heed(self.method.choose, layer, self._ranking(q, k), layout)
             self.seconds += clock(k.device, self.timed) - start
         self.text.append(self.layout.tokens - sum(b - a for a, b in self.layout.spans))
         if self.masks is not None:
@@ -137,7 +136,7 @@ class Pruner:
         if not self.layout.spans or self.method.layer != layer + 1:
             return None
         start = clock(k.device, self.timed)
-        keep = self._heed(self.method.narrow, self._scores(q, k, self.method.window), self._guarded(q, k))
+        keep = self._heed(self.method.narrow, self._ranking(q, k), self._guarded(q, k))
         rows = keep.nonzero()[:, 0]
         self.rows = self.rows[rows]
         before = [0, *keep.cumsum(0).tolist()]
@@ -160,6 +159,10 @@ class Pruner:
         attended = self._scores(q, k, 32).view(self.layout.kv_heads, -1, self.layout.tokens).mean(1)
         return replace(self.layout, attended=attended)
 
+    def _ranking(self, q, k):
+        """What the method ranks by, (Hq, T) fp32, or None."""
+        return self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
+
     def _scores(self, q, k, window):
         """(Hq, T) fp32: mean attention of the last `window` rows that follow the last picture. None if window is 0."""
         behind = self.layout.tokens - self.layout.spans[-1][1]
@@ -176,7 +179,7 @@ class Pruner:
         return scores[:, : self.layout.tokens]
 
     def _heed(self, ask, *arguments):
-        """Call a function of the method; its ValueError becomes an InputError."""
+        """Call a function of the method; the ValueError for what it returned becomes an InputError."""
         try:
             return ask(*arguments)
         except ValueError as wrong:
@@ -219,10 +222,11 @@ class Generation:
         image, or a uint8 array or tensor.
 
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method (`model.api.choose_method`): a
-        name or SPEC as in `--prune`, with the checkpoint's settings for it; a function, class or Method as in
-        `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: see `DecodeStep`.
-        anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device before each clock reading;
-        otherwise all of `timing` except `steps` measures only the launches. remember: keep `masks`, for `model.show`.
+        name or SPEC as in `--prune`, with the checkpoint's settings for it; a function, class, instance or Method as
+        in `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: see
+        `DecodeStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device before each
+        clock reading; otherwise all of `timing` except `steps` measures only the launches. remember: keep `masks`, for
+        `model.show`.
 
         before: the Generation whose answer this question follows in a conversation, with its template and image mode.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of
@@ -539,7 +543,16 @@ class Generation:
 
 
 def off_budget(method, kept, wanted):
-    """One line if kept and wanted (fractions; wanted may be None) differ by more than 0.03, else None."""
+    """One line if kept and wanted (fractions; wanted may be None) differ by more than 0.03, else None.
+
+    Also if no vision token is kept, or if all are although the fraction was not given.
+    """
+    if method is None:
+        return None
+    if kept == 0:
+        return f"{method.name} kept no vision token; return True for those that the answer needs"
+    if kept == 1 and wanted is None:
+        return f"{method.name} dropped no vision token; check its settings, and that it returns what to keep"
     if wanted is None or abs(kept - wanted) <= 0.03:
         return None
     hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""

@@ -358,8 +358,8 @@ class Llama(nn.Module):
         positions (B, T) or (T,) default to 0..T-1. mask replaces the causal mask: bool (True = may attend), or floats
         to add to the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences, without `narrow`.
 
-        lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt: `choose` receives T + m rows of q, k and
-        v; the cache and the result have only the prompt's T.
+        lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt in every layer: `choose` and `narrow`
+        receive T + m rows of q, k and v; the cache and the result have only the prompt's tokens.
         """
         self._part_changed()
         tokens = x.shape[1]
@@ -374,6 +374,7 @@ class Llama(nn.Module):
                 cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
             rows = None if narrow is None else narrow(i, q, k, v)
             if rows is not None:  # tokens keep their positions
+                rows, tokens = torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device))), len(rows)
                 x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)
             del q, k, v  # free them before the next layer allocates its own
         return self.model.norm(x[:, :tokens])

@@ -72,8 +72,8 @@ class Checkpoint:
         prompt: the question; `<image>` in it places the pictures, otherwise they come first.
         images: one picture or a list of them: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or
             a uint8 array or tensor (H, W, 3).
-        prune: a method of `run.py --list-methods`, a SPEC such as "topk:window=4", "FILE.py::NAME", a function or
-            class as in `model.pruning`, or None to keep all tokens.
+        prune: a method of `run.py --list-methods`, a SPEC such as "topk:window=4", "FILE.py::NAME", a function,
+            class or instance as in `model.pruning`, or None to keep all tokens.
         retention: fraction of the vision tokens to keep, above 0 and up to 1; or keep_tokens: vision tokens that each
             KV head keeps of each picture. settings: further settings of the method, {name: value}.
         max_new_tokens, temperature, top_p, top_k, seed, stop: see `model.Sampling`; the default is greedy.
@@ -111,14 +111,21 @@ class Checkpoint:
     ) -> Iterator[str]:
         """Yields the answer in pieces as it is generated. Arguments and errors as in `ask`; InputError at the call."""
         from .api import choose_method
-        from .generate import Generation, Sampling  # these import this module
+        from .generate import Generation, Sampling, off_budget  # these import this module
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
         generation = Generation(self, prompt, images, sampling, template, image_mode, system, method)
         for note in generation.notes:
             warnings.warn(note, stacklevel=2)
-        return iter(generation)
+
+        def pieces():
+            yield from generation
+            off = off_budget(generation.prune, generation.retention, generation.wanted)
+            if off and generation.vision_tokens:
+                warnings.warn(off, stacklevel=2)
+
+        return pieces()
 
     def ask_many(
         self,

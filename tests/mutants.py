@@ -966,6 +966,36 @@ MUTANTS = {
         "x, rope = x[:, rows], tuple(t[..., : len(rows), :, :] for t in rope)",
         f"{METHOD}test_fastv_is_hiding_columns_from_every_row_of_later_layers",
     ),
+    "look-ahead rows do not follow a narrowed prompt": (
+        "model/llama.py",
+        "torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device))), len(rows)",
+        "rows, tokens",
+        "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
+    ),
+    "a prompt is narrowed by its last row": (
+        "model/generate.py",
+        "self._heed(self.method.narrow, self._ranking(q, k),",
+        "self._heed(self.method.narrow, self._scores(q, k, 1),",
+        "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
+    ),
+    "a replay narrows without look-ahead rows": (
+        "tools/replay.py",
+        "narrow=pruner.narrow, lookahead=lookahead)",
+        "narrow=pruner.narrow)",
+        "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
+    ),
+    "errors of a method become invalid input": (
+        "model/pruning/__init__.py",
+        "if isinstance(wrong, ValueError) and self.name in METHODS:",
+        "if isinstance(wrong, ValueError):",
+        f"{METHOD}test_an_error_in_ones_own_code_is_told_with_its_line",
+    ),
+    "the line of a method's error is where it was called": (
+        "model/pruning/__init__.py",
+        "return lines[-1] if lines else None",
+        "return lines[0] if lines else None",
+        f"{METHOD}test_an_error_in_ones_own_code_is_told_with_its_line",
+    ),
     "FastV looks a layer too late": (
         "model/generate.py",
         "self.method.layer != layer + 1",
@@ -1211,6 +1241,24 @@ MUTANTS = {
         "abs(kept - wanted) <= 0.03",
         "abs(kept - wanted) <= 0.5",
         "test_api.py::test_what_is_kept_is_said_where_it_is_not_what_was_asked",
+    ),
+    "a method that drops nothing is not told of": (
+        "model/generate.py",
+        "if kept == 1 and wanted is None:",
+        "if False:",
+        "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
+    ),
+    "a method that drops everything is not told of": (
+        "model/generate.py",
+        "    if kept == 0:",
+        "    if False:",
+        "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
+    ),
+    "a file of questions hides what its method kept": (
+        "tools/questions.py",
+        "if generation.kept and generation.prune:",
+        "if generation.kept and generation.wanted is not None:",
+        "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
     ),
     "keep_tokens is not compared with what was kept": (
         "model/pruning/__init__.py",

@@ -1,8 +1,11 @@
 """Methods from Python: the forms that `prune` accepts, and that each means the same as --prune."""
 
+import dataclasses
+import functools
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from PIL import Image
 import run
 from model import Generation, InputError, Sampling, ask, load
 from model.api import choose_method
-from model.pruning import METHODS, Method, make_method
+from model.pruning import METHODS, make_method
 from tests.paths import DEMO, DEMO_PICTURE
 
 QUESTION = "Count the objects."
@@ -67,9 +70,36 @@ def needs(layer, scores, layout, *, part):
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Firsts:
+    part: int
+    window: int = 2
+
+    def __call__(self, layer, scores, layout):
+        return first_ten(layer, scores, layout, part=self.part)
+
+
+def test_an_instance_and_a_partial_are_methods(demo):
+    few, topk = Firsts(7), METHODS["topk"]
+    assert kept_by(demo, few)[0] == kept_by(demo, functools.partial(first_ten, part=7))[0] == [7.0] * 6
+    method = choose_method(few)
+    assert (method.name, method.rule, method.window) == ("Firsts", few, 2) and method.settings["part"] == 7
+    assert choose_method(topk(retention=0.25)).settings == choose_method(topk, retention=0.25).settings
+    assert choose_method(functools.partial(topk, window=4), retention=0.25).settings["window"] == 4
+    assert kept_by(demo, METHODS["fastv"](keep_tokens=5))[0] == [256.0] * 2 + [5.0] * 4
+    for made in (few, choose_method(few)):
+        with pytest.raises(InputError, match="method Firsts already has its settings; give its name or class"):
+            choose_method(made, retention=0.5)
+    with pytest.raises(InputError, match="part is given twice"):
+        choose_method(functools.partial(first_ten, part=7), settings={"part": 8})
+    with pytest.raises(InputError, match="window of method Firsts is 0"):
+        choose_method(Firsts(7, 0))
+
+
 BAD = {
     "plphd": "'plphd'", "plphp:r=0.3,retention=0.5": "one of them", "": "''", 0.5: "float", ("plphp",): "tuple",
     needs: "part", "plphp+topk": "combines", int: "type",
+    print: "builtin_function", DEMO: "Path",
 }  # fmt: skip
 
 
@@ -79,8 +109,7 @@ def test_what_is_no_method_is_refused_in_one_line(demo, prune):
         Generation(demo, QUESTION, [DEMO_PICTURE], prune=prune)
     message = str(refused.value)
     assert BAD[prune] in message and "; " in message and "\n" not in message
-    with pytest.raises(InputError, match="takes no settings"):
-        choose_method(Method("mine", needs, {}), retention=0.5)
+    assert isinstance(prune, str) or BAD[prune] == "part" or "function, class, instance or Method" in message
 
 
 # ---------------------------------------------------------------- the methods of a loaded checkpoint
@@ -143,7 +172,7 @@ def test_many_questions_are_answered_in_order_whatever_befalls_one(demo, monkeyp
 
 BAD_CALLS = {
     "prune": ({"prune": "nope"}, "no method 'nope'"),
-    "no prune": ({"retention": 0.5}, "retention was given"),
+    "no prune": ({"retention": 0.5}, "retention was given, but method none takes no settings"),
     "retention": ({"prune": "topk", "retention": 1.5}, "give a number above 0 and up to 1"),
     "two budgets": ({"prune": "topk", "retention": 0.5, "keep_tokens": 3}, "give one of them"),
     "setting": ({"prune": "topk", "settings": {"depth": 1}}, "no setting 'depth'"),
@@ -229,6 +258,55 @@ def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, capsys, spec,
     assert run.main([*asked, "--max-new-tokens", "1"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if re.match("note: .* kept .* instead of", line)]
     assert len(said) == (note is not None) and all(note in line for line in said)
+
+
+FORGETFUL = """
+import torch
+
+def forgets(layer, scores, layout):
+    keep = layout.text.expand(layout.kv_heads, -1)
+
+def blind(layer, scores, layout):
+    return layout.text.expand(layout.kv_heads, -1)
+
+def some(layer, scores, layout):
+    return layout.text.expand(layout.kv_heads, -1) if layer else None
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("forgets", "forgets dropped no vision token; check its settings, and that it returns what to keep"),
+        ("blind", "blind kept no vision token; return True for those that the answer needs"),
+        ("some", None),
+        ("topk:retention=1", None),
+        ("random:keep_tokens=999", None),
+    ],
+)
+def test_a_method_that_drops_nothing_or_everything_is_told_of(demo, tmp_path, capsys, spec, said):
+    """For one answer, once for a file of questions, and as a warning from Python; without a picture never."""
+    (tmp_path / "mine.py").write_text(FORGETFUL)
+    spec = spec if ":" in spec else f"{tmp_path}/mine.py::{spec}"
+    pictured = {"question_id": 0, "image": DEMO_PICTURE.name, "text": QUESTION}
+    lines = [json.dumps(pictured | {"question_id": i}) for i in range(2)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    asked = ["--image", str(DEMO_PICTURE), "--prompt", QUESTION]
+    many = ["--questions", str(tmp_path / "q.jsonl"), "--image-folder", str(DEMO_PICTURE.parent)]
+    for flags, times in (
+        (asked, said is not None),
+        (asked[2:], 0),
+        ([*many, "--answers", str(tmp_path / "a.jsonl")], said is not None),
+    ):
+        assert run.main([*flags, "-n", "1", "--prune", spec]) == 0
+        told = capsys.readouterr().err
+        assert told.count("vision token;") == times and (not times or f"{said}\n" in told)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        demo.ask(QUESTION, DEMO_PICTURE, prune=spec, max_new_tokens=1)
+        demo.ask(QUESTION, prune=None, max_new_tokens=1)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (said is not None) and all(said in line for line in told)
 
 
 def test_a_file_of_questions_says_it_once(bare, tmp_path, capsys):

@@ -16,6 +16,7 @@ from kernels import window_scores
 from model import Generation, Sampling, load
 from model.cache import RaggedCache
 from model.generate import Layout
+from model.llama import rope_table
 from model.lookahead import Lookahead, fill_lookahead, fingerprint, open_lookahead
 from model.pruning import make_method
 from model.pruning.budget import grid_phase
@@ -302,7 +303,7 @@ def checkpoint(make_checkpoint, tmp_path):
 
 
 def asking(checkpoint, spec="none", retention=None, pictures=1, tokens=6):
-    prune = make_method(spec, retention) if spec != "none" else None
+    prune = make_method(spec, retention)
     images = [Image.frombytes("RGB", (40, 40), random.Random(i).randbytes(4800)) for i in range(pictures)]
     return Generation(checkpoint, "what is in this picture?", images, Sampling(tokens), prune=prune)
 
@@ -353,6 +354,54 @@ def test_replaying_a_prompt_keeps_what_the_answer_kept(checkpoint):
         cache, _, _ = asked.cache(generation.prune)
     steps = len(generation.token_ids) - 1
     assert torch.equal(cache.kv_len, generation.cache.kv_len - steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Half:
+    """From `layer` on, the better half of the vision tokens; or all of them, from layer 1 on or without `narrow`."""
+
+    layer: int = 1
+    query: str = "lookahead"
+    every: int = 2
+    seen = []
+
+    def narrow(self, scores, layout):
+        self.seen.append(scores)
+        worth = scores.mean(0).masked_fill(layout.text, float("inf"))
+        count = layout.tokens - int(layout.text.logical_not().sum()) * (self.every - 1) // self.every
+        return torch.zeros(layout.tokens, dtype=torch.bool).scatter(0, worth.topk(count).indices, True)
+
+
+def keep_all(layer, scores, layout, *, query="lookahead"):
+    return None
+
+
+@torch.inference_mode()
+def test_the_rows_follow_a_prompt_that_is_narrowed(checkpoint):
+    """If all tokens stay, nothing changes to the bit; tokens are ranked by the rows, in an answer and in a replay."""
+    language, Half.seen[:] = checkpoint.model.language_model, []
+    plain, same = (asking(checkpoint, made) for made in (keep_all, make_method(Half, settings={"every": 1})))
+    logits = plain.prefill()
+    assert same.prefill().equal(logits) and taken(same.cache).equal(taken(plain.cache))
+    x, spans = checkpoint.model.splice(plain.ids, plain.encode_images())
+    asked = asked_with(checkpoint, plain.ids, plain.encode_images(), [])
+    for every in (1, 2):
+        generation = asking(checkpoint, make_method(Half, settings={"every": every}))
+        logits = generation.prefill()
+        cache, _, again = asked.cache(generation.prune)
+        assert again[0].equal(logits) and taken(cache).equal(taken(generation.cache))
+    scores = rows_of(language, x[None], checkpoint.lookahead)[0][:, : len(x)]
+    assert all(seen.equal(scores) for seen in Half.seen) and len(Half.seen) == 5
+    worth = scores.mean(0)[slice(*spans[0])]
+    stays = torch.cat((torch.arange(spans[0][0]), spans[0][0] + worth.topk(2).indices.sort().values,
+                       torch.arange(spans[0][1], len(x))))  # fmt: skip
+    rows, ends = checkpoint.lookahead, torch.arange(len(x), len(x) + ROWS)
+    y = torch.cat((x, rows.embeddings))[None]
+    for i, layer in enumerate(language.model.layers):
+        places = torch.arange(len(x) + ROWS) if i == 0 else torch.cat((stays, ends))
+        y = y if i != 1 else y[:, places]
+        y, *_ = layer.prefill(y, rope_table(places, language.config, y.dtype), None, rows.layers[i])
+    torch.testing.assert_close(language.logits(language.model.norm(y[0, -ROWS - 1])), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_of_another_name_are_found_beside_the_file(checkpoint):

@@ -17,10 +17,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import Generation, InputError, Sampling, load
+import run
+from model import Generation, Sampling, load, out_of_memory
 from model.cache import RaggedCache
 from model.generate import Layout, Pruner
-from model.pruning import GUARDS, METHODS, Method, guarded, make_method, settings_of
+from model.pruning import GUARDS, METHODS, Method, MethodError, guarded, make_method, settings_of
 from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
 from model.pruning.describe import describe, meanings, shown
 from tests.oracle import masked_batch, masked_ids, small_llama
@@ -724,9 +725,6 @@ class NoLayer:
 def everything(layer, scores, layout):
     return None
 
-def unsure(layer, scores, layout):
-    raise ValueError("the picture is too dark; switch the light on")
-
 def forgets_text(layer, scores, layout):
     return torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.bool)
 
@@ -763,15 +761,110 @@ def test_a_class_that_is_no_method_is_refused(mine):
         assert name in str(caught.value) and "; " in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_function_of_ones_own_may_keep_all_refuse_or_forget(small, mine):
+def test_a_function_of_ones_own_may_keep_all_or_forget(small, mine):
     plain, all_kept = answered(small, "three", 4), answered(small, "three", 4, mine("everything"))
     assert all_kept.token_ids == plain.token_ids and all_kept.bytes_held == plain.bytes_held
-    with pytest.raises(InputError, match="too dark; switch"):
-        answered(small, "three", 4, mine("unsure"))
     blind = answered(small, "three", 4, mine("forgets_text"))
     assert blind.kept == [0.0] * 4 and blind.cache.kv_len.tolist() == [[blind.prompt_tokens - 108 + 3] * 2] * 4
     few = answered(small, "three", 4, mine("forgets_text", f"sink={blind.spans[0][0] + 2}"))
     assert few.kept == [2.0] * 4
+
+
+FAULTY = """
+from dataclasses import dataclass
+import torch
+from model.pruning.budget import by_kv_head
+
+def torn(layer, scores, layout):
+    return pair(layout.spans[0] + (1,))
+
+def blind(layer, scores, layout, *, part=3):
+    return scores.view(2, 2, -1) > part
+
+def lent(layer, scores, layout):
+    return (
+        by_kv_head(scores, layout))
+
+def pair(values):
+    first, second = values
+
+@torch.no_grad()
+def wrapped(layer, scores, layout, *, window=1):
+    return {}["key"]
+
+def short(layer, scores):
+    return None
+
+@dataclass(frozen=True)
+class Thin:
+    layer: int = 1
+
+    def narrow(self, scores, layout):
+        return int("x")
+
+@dataclass(frozen=True)
+class Wants:
+    def wants(self, layer, num_layers):
+        return 1 / 0
+
+    def __call__(self, layer, scores, layout):
+        return None
+
+@dataclass(frozen=True)
+class Own:
+    part: int = 3
+
+    def __post_init__(self):
+        if self.part > 3:
+            raise ValueError("part is above 3; give 3")
+
+    def check(self, num_layers, kv_heads):
+        raise ValueError(f"the model has {num_layers} layers; give one with 40")
+
+    def __call__(self, layer, scores, layout):
+        return None
+"""
+FAULTS = {  # name: what is said behind the method's name
+    "torn": "ValueError in line 17: too many values to unpack",
+    "blind": "AttributeError in line 10: 'NoneType' object has no attribute 'view' "
+             "(scores is None without the setting window)",
+    "lent": "AttributeError in line 14: 'NoneType' object has no attribute 'view' (scores is None",
+    "wrapped": "KeyError in line 21: 'key'",
+    "short": "TypeError: short() takes 2 positional arguments but 3 were given",
+    "Thin": "ValueError in line 31: invalid literal for int()",
+    "Wants": "ZeroDivisionError in line 36: division by zero",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_error_in_ones_own_code_is_told_with_its_line(small, tmp_path, name):
+    (tmp_path / "mine.py").write_text(FAULTY)
+    with pytest.raises(MethodError) as failed:
+        answered(small, "one", 1, make_method(f"{tmp_path}/mine.py::{name}"))
+    said, code = run.explain(failed.value)
+    assert said.startswith(f"method {tmp_path}/mine.py::{name}: {FAULTS[name]}") and "\n" not in said
+    assert code == 1 and said.endswith("; run again with --debug to see where")
+    assert failed.value.__cause__ is not None
+
+
+def test_what_a_class_of_ones_own_refuses_stays_in_its_words(small, tmp_path):
+    (tmp_path / "mine.py").write_text(FAULTY)
+    own = f"{tmp_path}/mine.py::Own"
+    assert refusal(answered, small, "one", 1, f"{own}:part=4") == "part is above 3; give 3"
+    assert refusal(answered, small, "one", 1, own) == f"method {own}: the model has 4 layers; give one with 40"
+
+
+def test_memory_that_runs_out_in_ones_own_code_is_still_that(small):
+    def greedy(layer, scores, layout):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def vast(layer, scores, layout):
+        raise MemoryError
+
+    for method in (greedy, vast):
+        with pytest.raises(Exception) as failed:
+            answered(small, "one", 1, method)
+        assert out_of_memory(failed.value)
 
 
 def test_a_field_without_a_value_is_asked_for(mine):
@@ -799,7 +892,10 @@ def test_each_setting_is_listed_with_its_meaning_and_the_range_that_is_checked(n
     for key in known:
         meaning = meanings(METHODS[name])[key]
         assert f"{key}={shown(known[key])} {' '.join(meaning.split())}" in listed
-        refused, fine = RANGES[re.search(r"\(([^()]*)\)$", meaning)[1]]
+        written = re.search(r"\(([^()]*)\)$", meaning)
+        advice = f"{key} of {name}: end its meaning with a range in brackets, and add new ranges to RANGES"
+        assert written and written[1] in RANGES, advice
+        refused, fine = RANGES[written[1]]
         for value in refused:
             with pytest.raises(ValueError, match=rf"\b{key}\b.*; \w"):
                 make_method(f"{name}:{key}={json.dumps([value] * 4 if key == 'rates' else value)}")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -172,6 +173,18 @@ def first(layer, scores, layout, *, window=2, part):
 def ids(layer, scores, layout):
     return [0, 1]
 
+def placed(layer, scores, layout, window=1, part=7):
+    return None
+
+def anything(layer, scores, layout, **settings):
+    return None
+
+def grouped(layer, scores, layout, *, group=3):
+    return None
+
+def _hidden(layer, scores, layout):
+    return None
+
 def wide(layer, scores, layout):
     return torch.ones(layout.kv_heads, layout.tokens + 1, dtype=torch.bool)
 
@@ -183,14 +196,29 @@ number = 3
 def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("1 +")
+    (tmp_path / "copied.py").write_text("from .budget import best")
+    (tmp_path / "helped.py").write_text("from helper import keep")
+    (tmp_path / "helper.py").write_text("def keep(layer, scores, layout):\n    return None\n")
     (tmp_path / "ends.py").write_text("import sys; sys.exit('bye')")
     (tmp_path / "own.txt").write_text("")
     (tmp_path / "list.json").write_text("[1]")
     return tmp_path
 
 
+NAMES = "first, ids, placed, anything, grouped, wide"
 BAD = {
-    "unknown name": (["plphd"], "'plphd'"),
+    "unknown name": (["plphd"], "there is no method 'plphd'; did you mean plphp? use none, plphp, "),
+    "an unknown name like no other": (["zebra"], "there is no method 'zebra'; use none, "),
+    "a setting that is not keyword-only": (["{own}/own.py::placed"], "window of placed is not keyword-only"),
+    "advice on it": (["{own}/own.py::placed:part=3"], "put *, before window"),
+    "settings of any name": (["{own}/own.py::anything:part=3"], "anything takes settings of any name"),
+    "a setting with another meaning": (["{own}/own.py::grouped"], "give mean or max (or rename it: retention, keep_"),
+    "a copied file": (["{own}/copied.py::best"], "; write `from model.pruning.budget import ...`"),
+    "a file without a name": (["{own}/own.py"], f"own.py::NAME (it has {NAMES})"),
+    "a file with one colon": (["{own}/own.py:first"], f"own.py::NAME (it has {NAMES})"),
+    "no such file, no name": (["{own}/other.py"], "there is no file"),
+    "a name nearly right": (["{own}/own.py::frist"], f"'frist'; did you mean first? it has {NAMES}"),
+    "a setting nearly right": (["random:sed=3"], "'sed'; did you mean seed? it has "),
     "two methods": (["random+none"], "'random+none'"),
     "a bracket that stays open": (["topk:rates=[0.5,0.5"], "rates"),
     "a number for a method": ([0.5], "float"),
@@ -235,6 +263,26 @@ def test_what_cannot_be_meant_is_refused_in_one_line(name, own):
     with pytest.raises(ValueError) as refused:
         make_method(*arguments)
     assert word in str(refused.value) and ";" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_of_ones_own_may_import_what_is_beside_it(own, monkeypatch):
+    monkeypatch.delitem(sys.modules, "helper", raising=False)
+    before = list(sys.path)
+    assert make_method(f"{own}/helped.py::keep").name.endswith("helped.py::keep") and sys.path == before
+    with pytest.raises(ValueError):
+        make_method(f"{own}/broken.py::keep")
+    assert sys.path == before
+    sys.modules.pop("helper")
+
+
+def test_a_file_of_ones_own_may_hold_finished_methods(own):
+    (own / "made.py").write_text(
+        "from functools import partial\nfrom model.pruning import METHODS\n"
+        "few, wide = METHODS['topk'](keep_tokens=3), partial(METHODS['topk'], window=9)\n"
+    )
+    assert make_method(f"{own}/made.py::few").settings["keep_tokens"] == 3
+    wide = make_method(f"{own}/made.py::wide", 0.3).settings
+    assert (wide["window"], wide["retention"]) == (9, 0.3)
 
 
 def test_a_method_of_ones_own_sees_scores_and_decides(demo, own):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import run
-from model.pruning import METHODS
+from model import Generation, load
+from model.pruning import COMMON, METHODS
 from model.pruning.describe import listing
 from tests.paths import PAGES, ROOT
 from tools import evaluate, tables
@@ -186,6 +187,25 @@ def test_python_of_the_pages_runs(page, block, monkeypatch, capsys):
     told = capsys.readouterr().out
     if "List the objects row by row." in block:
         assert "A small red cross, a large black star, a large blue square, a large orange star." in told
+
+
+METHOD_BLOCKS = [block for page, block in PYTHON if re.search(r"def (keep|__call__|narrow)\(", block)]
+
+
+@pytest.mark.parametrize("block", METHOD_BLOCKS, ids=lambda block: re.findall(r"(?:class|def) (\w+)", block)[0])
+def test_methods_of_the_pages_drop_vision_tokens(block):
+    named = {"__name__": __name__}
+    exec(compile(block, "page", "exec"), named)
+    method = named[re.findall(r"^(?:class|def) (\w+)", block, flags=re.M)[0]]
+    generation = Generation(load(run.DEMO), "How many objects are there?", [ROOT / "assets" / "demo.png"], prune=method)
+    "".join(generation)
+    assert 0.05 < generation.retention < 0.8
+
+
+def test_the_names_that_are_reserved_are_listed():
+    page = (ROOT / "model" / "pruning" / "README.md").read_text()
+    listed = re.search(r"one meaning and range in all methods: (.*?)\.\n", page, flags=re.S)[1]
+    assert re.findall(r"`(\w+)`", listed) == list(COMMON)
 
 
 def anchors(page):

@@ -325,16 +325,18 @@ class Desk:
             self.wait = None
 
     def count_kept(self, generation):
-        """Add to totals: vision tokens, tokens kept and tokens that should have been kept."""
-        if generation.kept and generation.wanted is not None:
+        """Add to totals: vision tokens, tokens kept and tokens that should have been kept, if a setting says so."""
+        if generation.kept and generation.prune:
             self.method, weight = generation.prune, generation.vision_tokens
-            parts = {"vision": weight, "kept": weight * generation.retention, "wanted": weight * generation.wanted}
-            self.totals.update(parts)
+            self.totals.update({"vision": weight, "kept": weight * generation.retention})
+            if generation.wanted is not None:
+                self.totals["wanted"] += weight * generation.wanted
 
     def off_budget(self):
-        """One line if the whole run kept clearly more or less than requested, else None."""
-        vision = self.totals["vision"]
-        return off_budget(self.method, self.totals["kept"] / vision, self.totals["wanted"] / vision) if vision else None
+        """One line if the whole run kept clearly more or less than requested, or nothing, else None."""
+        totals, vision = self.totals, self.totals["vision"]
+        wanted = totals["wanted"] / vision if "wanted" in totals and vision else None
+        return off_budget(self.method, totals["kept"] / vision, wanted) if vision else None
 
     def summary(self):
         """One line about this run."""

@@ -80,10 +80,11 @@ class Asked:
         new token. Only methods that narrow the prompt change these logits.
         """
         cache = RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
-        if method is not None and method.layer is not None:
-            return self._narrowed(method, cache)
         lookahead = self.lookahead if method is not None and method.looks_ahead else None
-        pruner = Pruner(method, self.layout, self.backend, ahead=lookahead.rows if lookahead else 0) if method else None
+        narrows, ahead = method is not None and method.layer is not None, lookahead.rows if lookahead else 0
+        pruner = Pruner(method, self.layout, self.backend, ahead=ahead, remember=narrows) if method else None
+        if narrows:
+            return self._narrowed(pruner, cache, lookahead)
         keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
             seen = q, k, v
@@ -96,11 +97,10 @@ class Asked:
             cache.pack(layer, k, v, keep)
         return cache, keeps, self.logits[:1]
 
-    def _narrowed(self, method, cache):
+    def _narrowed(self, pruner, cache, lookahead):
         """As `cache`, for methods that drop hidden tokens during prefill: run the whole prompt again."""
-        pruner = Pruner(method, self.layout, self.backend, remember=True)
-        language = self.language
-        hidden = language.prefill(self.x[None, : self.tokens], cache, choose=pruner.choose, narrow=pruner.narrow)
+        language, prompt = self.language, self.x[None, : self.tokens]
+        hidden = language.prefill(prompt, cache, choose=pruner.choose, narrow=pruner.narrow, lookahead=lookahead)
         return cache, pruner.masks, language.logits(hidden[0, -1:]).float()
 
 

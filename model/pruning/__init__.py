@@ -11,19 +11,24 @@ them. It implements one of two stages:
         once, before layer `method.layer`: the tokens that remain in this layer and all later ones.
 
 scores (Hq, T) fp32: attention of each query head, averaged over the last `window` rows of the prompt that follow the
-last picture. Without a setting `window`, it is None in the first stage and the last row's attention in `narrow`. With
-query="lookahead" it is the attention of the look-ahead rows (`model.lookahead`) instead.
-layout (`model.generate.Layout`): the pictures' spans and each token's place in its picture. The first stage also gets
-`norms` if the setting `values` is true, and `last` if the attribute `wants_last_row` is true; both stages get
-`contrast` if `wants_contrast` is true. Optional: wants(layer, num_layers) returns False for a layer that keeps all and
-needs no scores; check(num_layers, kv_heads) raises ValueError for an unsuitable model. Text is always kept.
+last picture. If the setting query is "lookahead", it is averaged over the look-ahead rows instead (`model.lookahead`).
+If a method has neither setting, `narrow` gets the attention of the last row, and the first stage gets None.
+
+layout: a `model.generate.Layout`; README.md lists its fields. A class may also have
+
+    wants(layer, num_layers)       False for a layer that keeps all tokens and needs no scores
+    check(num_layers, kv_heads)    raises a ValueError for an unsuitable model
+
+Text is always kept.
 """
 
 import importlib.util
 import inspect
 import json
 import sys
+import traceback
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +98,10 @@ COMMON = {
 }
 
 
+class MethodError(RuntimeError):
+    """A method's own code raised an exception. The message is one line with the method's name and the line number."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A method with its settings, and the code shared by all methods. rule: the function or object of its file."""
@@ -143,18 +152,35 @@ class Method:
 
     def wants(self, layer, num_layers):
         """True if the method chooses K and V in this layer."""
-        return callable(self.rule) and (not hasattr(self.rule, "wants") or self.rule.wants(layer, num_layers))
+        return callable(self.rule) and (
+            not hasattr(self.rule, "wants") or self._ask(self.rule.wants, layer, num_layers)
+        )
 
     def choose(self, layer, scores, layout):
         """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, None for all. ValueError if the rule returns neither."""
-        keep = self.rule(layer, scores, layout)
+        keep = self._ask(self.rule, layer, scores, layout)
         return None if keep is None else self._guarded(keep, layout, (layout.kv_heads, layout.tokens))
 
     def narrow(self, scores, layout):
         """scores (Hq, T) fp32 -> keep (T,) bool; the last token is always kept, because it predicts the answer."""
-        keep = self._guarded(self.rule.narrow(scores, layout), layout, (layout.tokens,))
+        keep = self._guarded(self._ask(self.rule.narrow, scores, layout), layout, (layout.tokens,))
         keep[-1] = True
         return keep
+
+    def _ask(self, function, *arguments):
+        """Call a function of the rule; its exceptions become a MethodError, except the ValueErrors of METHODS."""
+        try:
+            return function(*arguments)
+        except MemoryError:
+            raise
+        except Exception as wrong:
+            if isinstance(wrong, ValueError) and self.name in METHODS:
+                raise  # a refusal in one line
+            what, line = " ".join(str(wrong).split()), _line(function, wrong)
+            if "NoneType" in what and any(argument is None for argument in arguments):
+                what += " (scores is None without the setting window)"
+            where = f" in line {line}" if line else ""
+            raise MethodError(f"method {self.name}: {type(wrong).__name__}{where}: {what}") from wrong
 
     def _guarded(self, keep, layout, shape):
         """keep with text and guards added; ValueError unless it is bool of this shape."""
@@ -167,6 +193,16 @@ class Method:
         # such keys absorb attention of heads that need no token; without them it would go to other tokens
         sinks = best(layout.attended, self.settings["sink_keys"])
         return keep | (sinks if keep.ndim == 2 else sinks.any(0))
+
+
+def _line(function, wrong):
+    """Number of the last line of a function's file that an exception passed through, or None."""
+    function = function.func if isinstance(function, partial) else function
+    function = function if inspect.isroutine(function) else type(function).__call__
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    steps = traceback.walk_tb(wrong.__traceback__)
+    lines = [line for frame, line in steps if code and frame.f_code.co_filename == code.co_filename]
+    return lines[-1] if lines else None
 
 
 def guarded(layout, sink=0, recent=0):
@@ -182,27 +218,33 @@ def guarded(layout, sink=0, recent=0):
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
     """The Method of a SPEC, or None for "none".
 
-    spec: NAME or FILE.py::NAME, then optionally ":" and comma-separated key=value pairs; or a function or class; or a
-    Method; or None. settings: a dict, or a list of "key=value" and "@FILE.json" (a JSON object). retention,
-    keep_tokens: the budget, for methods with a setting of that name. folder: of a checkpoint; its NAME.json, if there
-    is one (see `calibrated`), replaces the method's defaults. ValueError for invalid input, including a setting that is
-    given twice or together with one that makes it ineffective.
+    spec: NAME or FILE.py::NAME, then optionally ":" and comma-separated key=value pairs; or a function, a class or a
+    `functools.partial` of either; or an instance of a class; or a Method; or None. settings: a dict, or a list of
+    "key=value" and "@FILE.json" (a JSON object). retention, keep_tokens: the budget, for methods with a setting of that
+    name. folder: of a checkpoint; its NAME.json, if there is one (see `calibrated`), replaces the method's defaults.
+    ValueError for invalid input, including a setting that is given twice or together with one that makes it
+    ineffective.
     """
     name, function, pairs = named(spec)
     if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
-    given = {}
+    function, given = (function.func, dict(function.keywords)) if isinstance(function, partial) else (function, {})
     for text in (*pairs, *(() if isinstance(settings, dict) else settings)):
         _add(given, _read(text[1:]) if text.startswith("@") else dict([_pair(text)]))
     if isinstance(settings, dict):
         _add(given, settings)
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
-    if function is None or isinstance(spec, Method):
-        if given:
-            raise ValueError(
-                f"{', '.join(given)} was given, but method {name} takes no settings; give a method by name"
-            )
-        return function and spec
+    made = not (function is None or _takes_settings(function))  # a Method, or an instance of a class
+    if given and (made or function is None):
+        why = "already has its settings; give its name or class" if made else "takes no settings; give a method by name"
+        raise ValueError(f"{', '.join(given)} was given, but method {name} {why}")
+    if function is None or isinstance(function, Method):
+        return function
+    if made:
+        fields = settings_of(type(function))
+        settings = GUARDS | {key: getattr(function, key) for key in fields if hasattr(function, key)}
+        _check_common(name, settings)
+        return Method(name, function, settings)
     _check_budget(name, given)
     file = calibrated(folder, name)
     given = _instead(_read(file) if file else {}, given)
@@ -212,9 +254,19 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         rule = function(**own) if isinstance(function, type) else partial(function, **own)
     except ValueError as wrong:
         raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
-    if not (callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)):
+    if not _is_rule(rule):
         raise ValueError(f"method {name} is not callable and has no `layer` and `narrow`; see model/pruning")
     return Method(name, rule, settings)
+
+
+def _is_rule(rule):
+    """True if an object implements a stage."""
+    return callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)
+
+
+def _takes_settings(spec):
+    """True for a function or a class, from which settings make a rule."""
+    return inspect.isfunction(spec) or isinstance(spec, type)
 
 
 def calibrated(folder, name):
@@ -235,10 +287,13 @@ def named(spec):
         return "none", None, []
     if isinstance(spec, Method):
         return spec.name, spec, []
-    if inspect.isfunction(spec) or (isinstance(spec, type) and spec.__module__ != "builtins"):
-        return next((name for name, known in METHODS.items() if known is spec), spec.__name__), spec, []
     if not isinstance(spec, str):
-        raise ValueError(f"a {type(spec).__name__} is not a pruning method; give a name, SPEC, function or Method")
+        rule = spec.func if isinstance(spec, partial) else spec
+        kind = rule if _takes_settings(rule) else type(rule)
+        if kind.__module__ == "builtins" or not (kind is rule or _is_rule(rule)):
+            found = type(spec).__name__
+            raise ValueError(f"a {found} is no pruning method; give a name, SPEC, function, class, instance or Method")
+        return next((name for name, known in METHODS.items() if known is kind), kind.__name__), spec, []
     name, pairs = _split(spec)
     name = ALIASES.get(name, name)
     if "+" in name and "::" not in name:
@@ -321,10 +376,27 @@ def _read(path):
 def _find(name):
     """The function or class that a NAME or FILE.py::NAME refers to, None for "none". Raises ValueError."""
     if "::" not in name:
+        if name.endswith(".py"):
+            own = ", ".join(_own_names(_import(name))) or "no function"
+            raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
         if name not in METHODS:
-            raise ValueError(f"there is no method {name!r}; use {', '.join(METHODS)} or FILE.py::NAME")
+            raise ValueError(
+                f"there is no method {name!r}; {_near(name, METHODS)}use {', '.join(METHODS)} or FILE.py::NAME"
+            )
         return METHODS[name]
     path, _, attribute = name.rpartition("::")
+    module = _import(path)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        own = _own_names(module)
+        raise ValueError(
+            f"{path} has no function {attribute!r}; {_near(attribute, own)}it has {', '.join(own) or 'none'}"
+        )
+    return function
+
+
+def _import(path):
+    """The module of a user's file, which may import modules beside it. ValueError if that fails."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path!r}; give FILE.py::NAME")
     found = importlib.util.spec_from_file_location("pruning_method", path)
@@ -332,22 +404,44 @@ def _find(name):
         raise ValueError(f"{path!r} is not a Python file; give FILE.py::NAME")
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses look up postponed annotations there
+    beside = [folder for folder in [str(Path(path).resolve().parent)] if folder not in sys.path]
+    sys.path.extend(beside)  # last, so that no file beside it replaces an installed module
     try:
         found.loader.exec_module(module)
     except (Exception, SystemExit) as broken:
-        raise ValueError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); fix it") from broken
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"{path} has no function {attribute!r}; give FILE.py::NAME")
-    return function
+        copied = "relative import" in str(broken)
+        cure = "write `from model.pruning.budget import ...`, with no dot" if copied else "fix it"
+        raise ValueError(f"{path} cannot be imported ({type(broken).__name__}: {broken}); {cure}") from broken
+    finally:
+        sys.path[:] = [folder for folder in sys.path if folder not in beside]
+    return module
+
+
+def _own_names(module):
+    """The names of the functions and classes that a user's file defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return [name for name in own if not name.startswith("_")]
+
+
+def _near(name, known):
+    """The question whether a similar known name was meant, followed by a space; or an empty string."""
+    near = get_close_matches(name, known, 1, 0.65)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def settings_of(function):
-    """{setting: default} of a method's function or class, without GUARDS."""
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    # a function's settings are keyword-only; every field of a dataclass is a setting
-    return {p.name: p.default for p in parameters if p.kind in (kinds if isinstance(function, type) else kinds[:1])}
+    """{setting: default} of a method's function or class, without GUARDS. ValueError if its settings are not clear."""
+    by_name, places = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = list(inspect.signature(function).parameters.values())
+    title = getattr(function, "__name__", "the method")
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"{title} takes settings of any name; name each, such as *, window=1")
+    if isinstance(function, type):
+        return {p.name: p.default for p in parameters if p.kind in (by_name, places)}  # every field of a dataclass
+    beyond = [p.name for p in parameters if p.kind is places][3:]
+    if beyond:
+        raise ValueError(f"{beyond[0]} of {title} is not keyword-only, as settings are; put *, before {beyond[0]}")
+    return {p.name: p.default for p in parameters if p.kind is by_name}
 
 
 def _complete(name, function, given):
@@ -355,7 +449,8 @@ def _complete(name, function, given):
     defaults = GUARDS | settings_of(function)
     unknown = [key for key in given if key not in defaults]
     if unknown:
-        raise ValueError(f"method {name} has no setting {unknown[0]!r}; it has {', '.join(defaults) or 'none'}")
+        near = _near(unknown[0], defaults)
+        raise ValueError(f"method {name} has no setting {unknown[0]!r}; {near}it has {', '.join(defaults)}")
     missing = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in given]
     if missing:
         raise ValueError(f"method {name} needs {missing[0]}; give --set {missing[0]}=VALUE")
@@ -382,4 +477,5 @@ def _check_common(name, settings):
     for key, (_, values, fits) in COMMON.items():
         unset = key not in settings or (settings[key] is None and key in AMOUNTS)
         if not unset and not fits(settings[key]):
-            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give {values}")
+            own = "" if name in METHODS else f" (or rename it: {', '.join(COMMON)} mean the same in every method)"
+            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give {values}{own}")
