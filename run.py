@@ -176,7 +176,7 @@ def parser():
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto",
-                         metavar="TYPE", help="%(type)s (auto: the file's; CPU: fp32)")
+                         metavar="TYPE", help="%(type)s (auto suits file and machine)")
     machine.add_argument("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
                          help="kernels: %(type)s (auto: triton on CUDA)")
     machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
