@@ -50,6 +50,7 @@ from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
 FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
 RETENTIONS = (0.5, 0.3, 0.15)
 IGNORED = -100
+PERIOD = 10  # seconds between two lines of progress
 
 
 # ---------------------------------------------------------------- conditions
@@ -325,8 +326,11 @@ def thresholds(checkpoint, lookahead=None, number=24):
 
     lookahead: use the gamma of these rows instead of the last prompt row's.
     """
-    found = []
+    found, said = [], time.monotonic()
     for scene in range(number):
+        if time.monotonic() > said + PERIOD:
+            said = time.monotonic()
+            say(f"thresholds of PLPHP: {scene}/{number} scenes")
         drawn, questions = held_out_questions(scene, False, False, 0)
         image_tokens = encode_scenes(checkpoint, drawn)
         for q in questions[:3]:
@@ -498,8 +502,8 @@ def run_scenes(args, path):
     return head, {n: done[n] for n in numbers}, every
 
 
-def with_progress(answers, number, stage, every=10):
-    """The answers of a pool, `number` of them; a line on stderr at the end, and before that every so many seconds."""
+def with_progress(answers, number, stage, every=PERIOD):
+    """The answers of a pool, `number` of them. A line on stderr at the end, and before that every so many seconds."""
     started = said = time.monotonic()
     for i in range(1, number + 1):
         while True:
@@ -576,7 +580,7 @@ def missed_budget(row, made, labels=None):
     if not row["retention"]:
         return None
     method = made[f"{row['method']}@{row['retention']}"](None, (), 0)
-    method = dataclasses.replace(method, name=title(row["method"], labels))
+    method = dataclasses.replace(method, name=title(row["method"], labels).removeprefix(GIVEN))
     return off_budget(method, float(row["kept"]) / 100, float(row["retention"]))
 
 

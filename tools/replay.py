@@ -12,6 +12,7 @@ import torch
 
 from kernels import window_scores
 from model.cache import RaggedCache
+from model.config import InputError
 from model.generate import Layout, Pruner
 from model.pruning.budget import by_kv_head
 
@@ -23,6 +24,8 @@ class MethodError(Exception):
 def fault(method, broken):
     """The MethodError for an exception in a method FILE.py::NAME: its SPEC, the exception, the line of the file."""
     file = method.name.rpartition("::")[0]
+    if isinstance(broken, InputError) and broken.__cause__:
+        broken = broken.__cause__  # `Pruner` turns a ValueError into an InputError
     frames = traceback.extract_tb(broken.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(file)]
     line = lines[-1] if lines else _definition(method.rule)  # if what it returned was refused, no line of it failed
