@@ -33,8 +33,7 @@ SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest
   run.py --image assets/demo.png --prompt "Describe the picture."
   run.py --image assets/demo.png --prompt "Describe the picture." --prune plphp
 
-Without --prompt, a conversation starts; if stdin is not a terminal, each line
-of stdin is an independent question."""
+Without --prompt: a conversation, or one question per line of a piped stdin."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -158,7 +157,7 @@ def parser():
     look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
                       help="%(type)s (anyres: in tiles)")
     look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
-                      help="%(type)s; image_grid_pinpoints are (height, width) in hf, (width, height) in orig")
+                      help="%(type)s: hf reads grid sizes as (height, width)")
     look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
                       metavar="NAME", help="%(type)s")
     look.add_argument("--system", metavar="TEXT", help="system text (default: that of the template)")
@@ -177,8 +176,7 @@ def parser():
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto",
-                         metavar="TYPE", help="%(type)s; auto is the file's on CUDA, on a CPU fp32 "
-                         "(bf16 if short of memory)")
+                         metavar="TYPE", help="%(type)s (auto: the file's; CPU: fp32 if it fits)")
     machine.add_argument("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
                          help="kernels: %(type)s (auto: triton on CUDA)")
     machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")

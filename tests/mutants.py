@@ -1676,8 +1676,8 @@ MUTANTS = {
     ),
     "the system text is dropped": (
         "model/load.py",
-        "image_mode, system, method))",
-        "image_mode, None, method))",
+        "template, image_mode, system, method)\n        for note",
+        "template, image_mode, None, method)\n        for note",
         "test_api.py::test_ask_and_stream_mean_what_the_flags_mean",
     ),
     "what one option does to all questions is said for each": (
@@ -2031,15 +2031,39 @@ MUTANTS = {
     ),
     "chat: pictures are asked about again": (
         "model/chat.py",
-        "self.last, self.pictures, self.turn = generation, [],",
-        "self.last, self.turn = generation,",
+        "self.seen, self.pictures = self.seen + self.pictures, []",
+        "self.seen = self.seen + self.pictures",
         "test_chat.py::test_the_method_of_the_flags_holds_and_new_pictures_are_pruned",
     ),
     "chat: clear keeps the answers": (
         "model/chat.py",
-        "self.last, self.pictures, self.turn, self.changed, self.noted = None, [], 0, False, False",
-        "self.pictures, self.turn = [], 0",
+        "self.last, self.turn, self.changed, self.noted = None, 0, False, False",
+        "self.turn = 0",
         "test_chat.py::test_clear_forgets_everything",
+    ),
+    "chat: clear drops the pictures": (
+        "model/chat.py",
+        "kept = [] if which else self.seen + self.pictures",
+        "kept = []",
+        "test_chat.py::test_clear_keeps_the_pictures",
+    ),
+    "a drawing names the last question": (
+        "model/generate.py",
+        "self.pruned_for = before.pruned_for",
+        "self.pruned_for = self.prompt",
+        "test_chat.py::test_a_drawing_names_the_question_that_tokens_were_kept_for",
+    ),
+    "the peak counts the bandwidth's measurement": (
+        "tools/report.py",
+        'file.write("5")',
+        'file.write("")',
+        "test_run.py::test_peak_memory_leaves_out_the_measurement_of_the_bandwidth",
+    ),
+    "stats of a turn count the whole conversation": (
+        "tools/report.py",
+        'of = whole if new == r["prompt_tokens"] else',
+        "of = whole if True else",
+        "test_chat.py::test_stats_of_a_later_turn_count_only_what_it_read",
     ),
     "chat: a question without an answer counts": (
         "model/chat.py",

@@ -97,7 +97,7 @@ def test_json_is_one_object_with_every_field(capsys):
     assert 0 < times["decode_p50"] <= times["decode_p95"] and times["decode_total"] >= times["decode_p50"] * (
         r["new_tokens"] // 2
     )
-    for word in ("time to first token", "95th percentile", "1 picture, 256 image", "GB/s (measured)", "MB  peak"):
+    for word in ("time to first token", "95th percentile", "256 vision tokens", "GB/s (measured)", "MB  peak"):
         assert word in err
     steps, speed, total = re.search(r"decode +([\d.]+) ms  (\d+) steps of one token, ([\d.]+) tokens/s", err).group(
         2, 3, 1
