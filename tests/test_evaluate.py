@@ -320,7 +320,7 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
 def test_the_first_table_says_what_was_kept_where_it_differs(tmp_path, capsys):
     """narrow keeps 43 % at all retentions; keep has one budget, 12.5 %, and one column."""
     head = {"mode": "accuracy", "weights": "0", "thresholds": [[1, 0], None]}
-    kept = {"none": 1, "random@0.5": 0.5, "random@0.15": 0.148, "given: a/m.py::narrow@0.5": 0.43}
+    kept = {"none": 1.0, "random@0.5": 0.5, "random@0.15": 0.148, "given: a/m.py::narrow@0.5": 0.43}
     kept |= {"given: a/m.py::narrow@0.15": 0.43, "given: a/m.py::keep": 0.125, "given: topk@0.15": 0.17}
     results = {name: [1, 1.0, share, [0.5], [0.5]] for name, share in kept.items()}
     done = {n: [{"task": "list", "words": 9, "bytes": [1000, 3000], "results": results}] for n in range(3)}

@@ -835,13 +835,12 @@ def premise(args):
         specs = [spec for spec in specs if "lookahead" not in spec]
     reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
     labels = label_specs(specs, checkpoint.folder)
-    rows = [  # those with their own budget first, then each retention
-        (labels[spec] + ("" if f is None else f", {f:g} asked for"), make_method(spec, f, folder=checkpoint.folder))
-        for f in (None, *args.retentions) for spec in specs if sets_budget(spec) == (f is None)
-    ]  # fmt: skip
-    for _, method in rows:
-        if method:
-            reference.check_method(method)
+    chosen = {  # None: those with their own budget
+        f: {spec: make_method(spec, f, folder=checkpoint.folder) for spec in specs if sets_budget(spec) == (f is None)}
+        for f in (None, *args.retentions)
+    }
+    for method in (method for methods in chosen.values() for method in methods.values() if method):
+        reference.check_method(method)
     say_own_settings(specs, checkpoint.folder)
     checkpoint.read_weights(args.dtype, args.device)
     answer = "".join(reference)
@@ -850,17 +849,19 @@ def premise(args):
     print(f"unpruned: {answer}", file=sys.stderr)
     asked = asked_by(reference, reference.token_ids[:-1])
     attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
-    for f in args.retentions:
-        told = Method("told", Ranked(asked.attention_of_fed, f), {"retention": f})
-        rows.append((f"told what the answer attends to, {f:g} asked for", told))
     layers = " | ".join(f"layer {i}" for i in range(len(attention)))
     lines = [f"| attention of the answer found, % | kept, % | mean | {layers} |"]
     lines.append("|---|" + "---:|" * (len(attention) + 2))
-    for label, method in rows:
-        (share,), (keeps,) = replay(asked, [method])[1:]
-        found = [100 * _attention_kept(k, asked.layout, a) for k, a in zip(keeps, attention, strict=True)]
-        numbers = " | ".join(f"{x:.0f}" for x in [100 * share, sum(found) / len(found), *found])
-        lines.append(f"| {label} | {numbers} |")
+    for f, methods in chosen.items():
+        rows = [(labels[spec], method) for spec, method in methods.items()]
+        if f is not None:
+            told = Method("told", Ranked(asked.attention_of_fed, f), {"retention": f})
+            rows.append(("told what the answer attends to", told))
+        for label, method in rows:
+            (share,), (keeps,) = replay(asked, [method])[1:]
+            found = [100 * _attention_kept(k, asked.layout, a) for k, a in zip(keeps, attention, strict=True)]
+            numbers = " | ".join(f"{x:.0f}" for x in [100 * share, sum(found) / len(found), *found])
+            lines.append(f"| {label}{'' if f is None else f', {f:g} asked for'} | {numbers} |")
     print("\n".join(lines))
     print(
         "\nA diagnostic, not a verdict: a ranking that finds more of the attention need not answer better.\n"
