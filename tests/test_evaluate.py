@@ -438,21 +438,26 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("stage", "name"),
-    [("accuracy", "keep"), ("fidelity", "refuse"), ("fidelity", "five"), ("premise", "keep")],
-)
-def test_a_method_that_fails_is_one_line(stage, name, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(FAILING)
-    asked = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2"]
-    scenes_of = ["--questions", "1", "--workers", "1", "--only", "none", "--answers", str(tmp_path / "a.jsonl")]
+def in_one_line(words, name, folder, capsys):
+    """Run a command with a method of FAILING: exit code 1, and the error is the last line."""
+    (folder / "mine.py").write_text(FAILING)
     with pytest.raises(SystemExit) as left:
-        evaluate.main(
-            [stage, *(scenes_of if stage == "accuracy" else asked), "--methods", f"{tmp_path / 'mine.py'}::{name}"]
-        )
+        evaluate.main([*words, "--methods", f"{folder / 'mine.py'}::{name}"])
     err = capsys.readouterr().err
+    line = err.splitlines()[-1]
     assert left.value.code == 1 and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: ") and all(word in err.splitlines()[-1] for word in FAULTS[name])
+    assert line.startswith("error: ") and all(word in line for word in FAULTS[name])
+
+
+@pytest.mark.parametrize(("stage", "name"), [("fidelity", "refuse"), ("fidelity", "five"), ("premise", "keep")])
+def test_a_method_that_fails_is_one_line(stage, name, tmp_path, capsys):
+    words = [stage, "--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2"]
+    in_one_line(words, name, tmp_path, capsys)
+
+
+def test_a_method_that_fails_in_a_worker_is_one_line(tmp_path, capsys):
+    words = ["accuracy", "--questions", "1", "--workers", "1", "--only", "none", "--answers", str(tmp_path / "a.jsonl")]
+    in_one_line(words, "keep", tmp_path, capsys)
 
 
 def test_a_fault_of_our_own_methods_is_not_blamed_on_a_file(demo):

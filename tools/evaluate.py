@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -811,8 +812,9 @@ def draw(rows, path, second=False, labels=None):
         y = [float(r["long"]) for r in mine]
         spread = [[a - float(r["long low"]) for a, r in zip(y, mine, strict=True)],
                   [float(r["long high"]) - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
+        label = textwrap.fill(labels[method].replace("`", ""), 50)
         axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=line,
-                      label=labels[method].replace("`", ""), linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
+                      label=label, linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
     axis.set(
         xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
         xlim=(0, None),
