@@ -1170,6 +1170,30 @@ MUTANTS = {
         'args.only = args.only or ["all"]',
         "test_evaluate.py::test_a_run_without_only_has_the_rows_of_the_table",
     ),
+    "a budget that was missed is not marked": (
+        "tools/evaluate.py",
+        "abs(kept - 100 * float(retention)) > AT_EQUAL)",
+        "False)",
+        "test_evaluate.py::test_the_first_table_says_what_was_kept_where_it_differs",
+    ),
+    "a method with one budget is in all columns": (
+        "tools/evaluate.py",
+        'places = nearest(once, retentions) if once and method != "none" else retentions',
+        "places = retentions",
+        "test_evaluate.py::test_the_first_table_says_what_was_kept_where_it_differs",
+    ),
+    "an edited method goes on with its old answers": (
+        "tools/evaluate.py",
+        'if old["files"].get(name) != new["files"].get(name)]',
+        "if False]",
+        "test_evaluate.py::test_answers_of_another_run_are_refused_by_what_differs",
+    ),
+    "a fault names a line of our own file": (
+        "tools/replay.py",
+        "if frame.filename == os.path.abspath(file)]",
+        "][:1]",
+        "test_evaluate.py::test_a_method_that_fails_is_one_line",
+    ),
     "a torn line is kept": (
         "tools/evaluate.py",
         "os.truncate(path, end)",

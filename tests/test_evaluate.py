@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import multiprocessing
 
 import pytest
 import torch
 
 from model import Generation, Sampling, load
 from model.generate import next_turn
-from model.pruning import make_method
+from model.pruning import Method, make_method
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tools import evaluate, roofline, scenes
 from tools.controls import Evidence, Like, ValuesDropped, neutral_rows, worth_of_rows
@@ -17,6 +18,7 @@ from tools.paired import interval, mcnemar, resamples
 from tools.replay import along, asked_by, asked_with, compare, replay
 from tools.report import step_bytes
 
+FULL = "plphp:dr=0.0,alpha=0.8177,beta=0.7349,skip=0,group=mean,values=false,scope=image,query=lookahead,cover=0.5"
 SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
 
 
@@ -171,6 +173,18 @@ def test_neutral_rows_are_that_token_behind_the_prompt(demo):
         torch.testing.assert_close(got, wanted[layer], rtol=1e-3, atol=1e-6)
 
 
+def test_the_premise_takes_methods_with_a_budget_of_their_own(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def keep(layer, scores, layout):\n    return None\n")
+    flags = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2", "--retentions", "0.5"]
+    evaluate.main(["premise", *flags, "--methods", "grid", f"{tmp_path / 'mine.py'}::keep", "topk:retention=0.25"])
+    head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [row[:2] for row in rows] == [
+        ["mine.py::keep", "100"], ["topk:retention=0.25", "25"], ["grid, 0.5 asked for", "50"],
+        ["told what the answer attends to, 0.5 asked for", "50"],
+    ]  # fmt: skip
+    assert head[3:] == [f"layer {i}" for i in range(6)]
+
+
 def test_the_premise_is_a_table_of_what_is_found(demo, capsys):
     flags = ["--image", str(DEMO_PICTURE), "--prompt", "What does the sign say?", "--retentions", "0.5", "0.1"]
     evaluate.main(["premise", *flags])
@@ -244,8 +258,8 @@ def test_fidelity_gives_a_method_with_its_own_budget_one_row(tmp_path, capsys):
     evaluate.main(["fidelity", *asked, "--methods", *specs, "--retentions", "0.5", "0.25"])
     rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[:2] for row in rows] == [
-        ["| none", ""], ["| random:keep_tokens=20", ""], ["| plphp:r=0.4", ""], [f"| {mine}", ""],
-        ["| random", "0.5"], ["| random", "0.25"],
+        ["| none", ""], ["| random:keep_tokens=20", ""], [f"| {FULL.replace('plphp:', 'plphp:r=0.4,')}", ""],
+        ["| mine.py::keep", ""], ["| random", "0.5"], ["| random", "0.25"],
     ]  # fmt: skip
     assert [rows[i][2] for i in (0, 3, 4, 5)] == ["100.0 %", "100.0 %", "50.0 %", "25.0 %"]
 
@@ -303,6 +317,30 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
     assert len(rows) == 7 and "loss low" in rows[0] and rows[1].split(",")[3:5] == ["2500", "4000"]  # bytes
 
 
+def test_the_first_table_says_what_was_kept_where_it_differs(tmp_path, capsys):
+    """narrow keeps 43 % at all retentions; keep has one budget, 12.5 %, and one column."""
+    head = {"mode": "accuracy", "weights": "0", "thresholds": [[1, 0], None]}
+    kept = {"none": 1.0, "random@0.5": 0.5, "random@0.15": 0.148, "given: a/m.py::narrow@0.5": 0.43}
+    kept |= {"given: a/m.py::narrow@0.15": 0.43, "given: a/m.py::keep": 0.125, "given: topk@0.15": 0.17}
+    results = {name: [1, 1.0, share, [0.5], [0.5]] for name, share in kept.items()}
+    done = {n: [{"task": "list", "words": 9, "bytes": [1000, 3000], "results": results}] for n in range(3)}
+    labels = {f"a/m.py::{name}": f"m.py::{name}" for name in ("narrow", "keep")}
+    made = {name: lambda *_: make_method("grid", 0.5) for name in kept}
+    evaluate.summarise(head, done, tmp_path, "t", labels, made)
+    out, err = capsys.readouterr()
+    cell = "100.0 (100–100)"
+    lines = out.splitlines()
+    assert f"| `m.py::narrow` | {cell}, 43 % kept | {cell}, 43 % kept |" in lines
+    assert f"| `m.py::keep` |  | {cell}, 12 % kept |" in lines and f"| `topk` |  | {cell} |" in lines
+    assert f"| unpruned | {cell} | {cell} |" in lines and "PLPHP" not in out
+    pairs = [line.split(" | ")[:2] for line in lines if " against " in line]
+    assert pairs == [["| given: m.py::keep against random", "0.15"], ["| given: topk against random", "0.15"]]
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    note = "note: m.py::narrow kept 43.0 % of the vision tokens instead of"
+    assert notes == [f"{note} 50.0 %", f"{note} 15.0 %"]
+    assert err.splitlines()[-1] == f"written: {', '.join(str(tmp_path / f't.{kind}') for kind in ('csv', 'md', 'png'))}"
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -316,19 +354,139 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
     evaluate.main([*words, *only, "uniform"])
     table, whole = capsys.readouterr().out, answers.read_text().splitlines()
     assert len(whole) == 3 and "| shared | 0.3 |" in table and (tmp_path / "pruning-accuracy.csv").exists()
-    assert "| topk | 0.15 |" in table and f"| given: {mine} |  | 100.0 |" in table
-    assert table.count("| given: plphp:dr=0 | 0.") == 3
+    assert "| topk | 0.15 |" in table and "| given: mine.py::all_of_it |  | 100.0 |" in table
+    assert table.count(f"| given: {FULL} | 0.") == 3
     answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:100])
     evaluate.main([*words, *only, "uniform"])
     again = capsys.readouterr()
     assert answers.read_text().splitlines() == whole and again.out == table and "1/1 scenes" in again.err
+    assert "plphp:dr=0: settings from " in again.err and str(tmp_path / "pruning-accuracy.md") in again.err
     assert json.loads(whole[0])["conditions"][0] == "none"
     (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None  # changed\n")
-    for other in ([*words, *only], [*words, *only, "uniform"]):  # fewer conditions; another file, hence other answers
+    differing = ("with topk", [*words, *only]), (f"({tmp_path / 'mine.py'} has changed)", [*words, *only, "uniform"])
+    for what, other in differing:
         with pytest.raises(SystemExit) as left:
             evaluate.main(other)
         err = capsys.readouterr().err
-        assert left.value.code == 2 and err.startswith("error: ") and "other weights" in err
+        assert left.value.code == 2 and err.splitlines()[-1].startswith("error: ") and what in err
+
+
+HEAD = {
+    "mode": "accuracy", "weights": "0", "thresholds": [[1, 0], None], "conditions": ["none", "grid@0.5"], "files": {},
+}  # fmt: skip
+
+
+def test_answers_of_another_run_are_refused_by_what_differs(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert evaluate.open_answers(path, HEAD) == {}
+    changed = HEAD | {"files": {"mine.py": "1"}}
+    assert evaluate.open_answers(path, changed) == {} and json.loads(path.read_text()) == changed  # held no answers
+    with open(path, "a") as file:
+        file.write('{"scene": 7, "questions": []}\n')
+    assert evaluate.open_answers(path, changed) == {7: []}
+    for other, words in (
+        ({"weights": "1"}, "other weights"), ({"thresholds": [[2, 0], None]}, "other thresholds"),
+        ({"mode": "second"}, "of accuracy"), ({"files": {"mine.py": "2"}}, "mine.py has changed"),
+        ({"conditions": ["none", "random@0.5"]}, "without random; with grid"),
+        ({"conditions": ["none", "grid@0.5", "grid@0.3"]}, "without grid@0.3)"),
+        ({"conditions": ["grid@0.5", "none"]}, "another order"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="delete the file") as refused:
+            evaluate.open_answers(path, changed | other)
+        assert words in str(refused.value)
+    path.write_text("a letter\n")
+    with pytest.raises(ValueError, match="not a file of answers"):
+        evaluate.open_answers(path, HEAD)
+    assert path.read_text() == "a letter\n"
+
+
+def test_labels_tell_methods_apart(tmp_path):
+    files = [tmp_path / folder / "m.py" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("def keep(layer, scores, layout, *, part=3):\n    return None\n")
+    one, two = (f"{file}::keep" for file in files)
+    assert evaluate.label_specs([one, "topk", "plphp"], DEMO, ["random"]) == {
+        one: "m.py::keep", "topk": "topk", "plphp": FULL,  # the demo's plphp.json
+    }  # fmt: skip
+    assert evaluate.label_specs([one, two, f"{two}:part=4"], DEMO) == {
+        one: one, two: two, f"{two}:part=4": "m.py::keep:part=4",
+    }  # fmt: skip
+    taken = evaluate.taken_labels(["none", "random@0.5"])
+    labels = evaluate.label_specs(["random"], DEMO, taken)  # the table draws another seed for each question
+    assert labels == {"random": "random:pooled=false,shared=false,scope=image,seed=0"}
+
+
+# ---------------------------------------------------------------- methods of a file that fail
+
+FAILING = """def keep(layer, scores, layout, *, part=3):
+    if layer == 2:
+        raise KeyError("no\\nkey")
+
+
+def refuse(layer, scores, layout):
+    raise ValueError("not me")
+
+
+def five(layer, scores, layout):
+    return 5
+"""
+FAULTS = {
+    "keep": ["mine.py::keep:part=3: KeyError: 'no\\nkey'", "mine.py:3)"],
+    "refuse": ["mine.py::refuse: ValueError: not me", "mine.py:7)"],
+    "five": ["mine.py::five: ValueError: method", "returned int", "mine.py:10)"],
+}
+
+
+def in_one_line(words, name, folder, capsys):
+    """Run a command with a method of FAILING: exit code 1, and the error is the last line."""
+    (folder / "mine.py").write_text(FAILING)
+    with pytest.raises(SystemExit) as left:
+        evaluate.main([*words, "--methods", f"{folder / 'mine.py'}::{name}"])
+    err = capsys.readouterr().err
+    line = err.splitlines()[-1]
+    assert left.value.code == 1 and "Traceback" not in err
+    assert line.startswith("error: ") and all(word in line for word in FAULTS[name])
+
+
+@pytest.mark.parametrize(("stage", "name"), [("fidelity", "refuse"), ("fidelity", "five"), ("premise", "keep")])
+def test_a_method_that_fails_is_one_line(stage, name, tmp_path, capsys):
+    words = [stage, "--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2"]
+    in_one_line(words, name, tmp_path, capsys)
+
+
+def test_a_method_that_fails_in_a_worker_is_one_line(tmp_path, capsys):
+    words = ["accuracy", "--questions", "1", "--workers", "1", "--only", "none", "--answers", str(tmp_path / "a.jsonl")]
+    in_one_line(words, "keep", tmp_path, capsys)
+
+
+def test_a_fault_of_our_own_methods_is_not_blamed_on_a_file(demo):
+    asked, *_ = asked_about(demo, 0, 0)
+    with pytest.raises(ZeroDivisionError):
+        asked.cache(Method("ours", lambda layer, scores, layout: 1 // 0, {}))
+
+
+def test_progress_is_said_while_an_answer_takes_long(capsys):
+    class Slow:
+        left = [TimeoutError, 1, TimeoutError, 2]
+
+        def next(self, timeout):
+            answer = self.left.pop(0)
+            if answer is TimeoutError:
+                raise multiprocessing.TimeoutError
+            return answer
+
+    assert list(evaluate.with_progress(Slow(), 2, "accuracy", every=1000)) == [1, 2]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "accuracy: 0/2 scenes", "accuracy: 1/2 scenes", "accuracy: 2/2 scenes",
+    ]  # fmt: skip
+
+
+def test_help_lists_the_names(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in evaluate.TABLE) and "0.5 0.3 0.15" in text
 
 
 def test_the_table_has_its_rows_unless_others_are_named():

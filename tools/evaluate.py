@@ -19,10 +19,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -31,21 +34,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.generate import off_budget  # noqa: E402
 from model.image import normalise, read_image, to_square  # noqa: E402
+from model.load import find_folder  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
-from model.pruning import ALIASES, METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
+from model.pruning import ALIASES, AMOUNTS, METHODS, Method, calibrated, make_method, named, sets_budget  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from model.view import contrast_of, places_of  # noqa: E402
-from run import as_command, choose_device  # noqa: E402
+from run import as_command, choose_device, say  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Like, Ranked, ValuesDropped, neutral_rows, worth_of_rows  # noqa: E402
-from tools.replay import along, asked_by, asked_with, replay  # noqa: E402
+from tools.replay import MethodError, along, asked_by, asked_with, replay  # noqa: E402
 from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
 
 FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
 RETENTIONS = (0.5, 0.3, 0.15)
 IGNORED = -100
+PERIOD = 10  # seconds between two lines of progress
 
 
 # ---------------------------------------------------------------- conditions
@@ -55,6 +61,7 @@ TABLE = (  # conditions of the committed table; --only names others, or all
     "topk rows+values", "shared rows+values", "plphp ahead", "topk ahead", "shared ahead", "topk ahead+grid",
     "evidence", "hindsight",
 )  # fmt: skip
+AT_EQUAL = 3  # percentage points: two kept fractions that differ by more are not compared
 GIVEN = "given: "  # prefix of the conditions that --methods adds
 AHEAD = "query=lookahead"
 ROWS_VALUES = "window=32,values=true"  # rank by all text rows behind the picture, times the norms of the values
@@ -153,6 +160,41 @@ def _obeying(kind, spec, retention, **options):
         return dataclasses.replace(method, name=kind.__name__, rule=kind(method.rule, **more))
 
     return make
+
+
+def label_specs(specs, folder, taken=()):
+    """{SPEC of --methods: its name in tables}: as typed, but with the name of a file instead of its path.
+
+    With all settings (`Method.spec`) where the checkpoint's own apply, or where the name is in `taken`: the methods of
+    the table, whose settings differ. As typed where two names would be equal.
+    """
+    labels = {}
+    for spec in specs:
+        labels[spec] = _without_folder(spec)
+        if own_settings(spec, folder) or labels[spec] in taken:
+            method = make_method(spec, folder=folder)
+            settings = {k: v for k, v in method.settings.items() if k not in AMOUNTS or sets_budget(spec)}
+            labels[spec] = _without_folder(dataclasses.replace(method, settings=settings).spec)
+    often = Counter(labels.values())
+    return {spec: label if often[label] == 1 else spec for spec, label in labels.items()}
+
+
+def _without_folder(spec):
+    file, twice, rest = spec.rpartition("::")
+    return Path(file).name + twice + rest
+
+
+def own_settings(spec, folder):
+    """The file with the checkpoint's own settings that a SPEC uses, or None."""
+    return calibrated(folder, named(spec)[0])
+
+
+def say_own_settings(specs, folder):
+    """Say on stderr which SPECs use settings of the checkpoint."""
+    for spec in specs:
+        file = own_settings(spec, folder)
+        if file:
+            say(f"{spec}: settings from {file}, overridden by those given here")
 
 
 def parts(condition):
@@ -285,8 +327,11 @@ def thresholds(checkpoint, lookahead=None, number=24):
 
     lookahead: use the gamma of these rows instead of the last prompt row's.
     """
-    found = []
+    found, said = [], time.monotonic()
     for scene in range(number):
+        if time.monotonic() > said + PERIOD:
+            said = time.monotonic()
+            say(f"thresholds of PLPHP: {scene}/{number} scenes")
         drawn, questions = held_out_questions(scene, False, False, 0)
         image_tokens = encode_scenes(checkpoint, drawn)
         for q in questions[:3]:
@@ -320,18 +365,49 @@ def _digest(path):
 
 
 def open_answers(path, head):
-    """Questions already answered, by scene. Drops an incomplete last line; InputError for another head."""
+    """Questions already answered, by scene. Drops an incomplete last line, and a file without answers.
+
+    InputError for answers under another head, or if the file holds something else.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.read_bytes() if path.exists() else b""
+    if not whole.startswith(HEAD[: len(whole)]):
+        raise InputError(f"{path} is not a file of answers; give another --answers")
     end = whole.rfind(b"\n") + 1
-    if not end:
+    lines = [json.loads(line) for line in whole[:end].splitlines()]
+    if len(lines) < 2:
         path.write_text(json.dumps(head) + "\n", encoding="utf-8")
         return {}
-    lines = [json.loads(line) for line in whole[:end].splitlines()]
-    if lines[0] != json.loads(json.dumps(head)):
-        raise InputError(f"{path} was made with other weights, methods or thresholds; give another --answers")
+    changed = changes(lines[0], json.loads(json.dumps(head)))
+    if changed:
+        raise InputError(f"{path} holds answers of another run ({changed}); give another --answers, or delete the file")
     os.truncate(path, end)
     return {line["scene"]: line["questions"] for line in lines[1:]}
+
+
+HEAD = b'{"mode": '  # beginning of a file of answers
+
+
+def changes(old, new):
+    """What differs between two heads, in words; empty if nothing does."""
+    found = []
+    if old["mode"] != new["mode"]:
+        found.append(f"of {old['mode']}")
+    if old["weights"] != new["weights"]:
+        found.append("other weights")
+    if old["thresholds"] != new["thresholds"]:
+        found.append("other thresholds of PLPHP")
+    for what, a, b in (("without", old, new), ("with", new, old)):
+        known = {parts(name)[0] for name in a["conditions"]}
+        names = [name for name in b["conditions"] if name not in a["conditions"]]
+        names = dict.fromkeys(name if parts(name)[0] in known else parts(name)[0] for name in names)
+        if names:
+            found.append(f"{what} {', '.join(name.removeprefix(GIVEN) for name in names)}")
+    if not found and old["conditions"] != new["conditions"]:
+        found.append("methods in another order")
+    files = old["files"] | new["files"]
+    found += [f"{name} has changed" for name in files if old["files"].get(name) != new["files"].get(name)]
+    return "; ".join(found)
 
 
 worker = {}  # of a worker process: checkpoint and conditions, too large to send with every scene
@@ -357,6 +433,11 @@ def chosen(name, only):
     return "all" in only or name in only or parts(name)[0] in only
 
 
+def is_fitted(name):
+    """Does a condition use the thresholds that are fitted to the model?"""
+    return "@" in name and "plphp" in name and not name.startswith((GIVEN, "rows ", "plphp as shipped"))
+
+
 def of_today(name):
     """A condition with the current name of its method."""
     first, space, rest = name.partition(" ")
@@ -378,7 +459,10 @@ def scenes_for(questions):
 
 
 def run_scenes(args, path):
-    """Answer at least args.questions questions -> (head, {scene: questions})."""
+    """Answer at least args.questions questions -> (head, {scene: questions}, {condition: function as in `conditions`}).
+
+    MethodError if the method of a user's file raises.
+    """
     checkpoint = open_checkpoint(args.model)  # errors appear here once, not in each worker
     text = checkpoint.config.text_config
     lookahead = checkpoint.lookahead
@@ -390,35 +474,55 @@ def run_scenes(args, path):
     known = dict.fromkeys(parts(name)[0] for name in every)
     for name in args.only:
         if name not in known and name not in every and name != "all":
-            raise InputError(f"there is no row {name!r}; use all, or some of {', '.join(known)}")
+            raise InputError(f"--only: there is no method {name!r}; use all, or some of {', '.join(known)}")
     args.only = args.only or list(TABLE)
     for method in {id(m): m for m in (every[name](None, (), 0) for name in every if name.startswith(GIVEN))}.values():
         if method:
             method.check(text.num_hidden_layers, text.num_key_value_heads)
+    say_own_settings(args.methods, checkpoint.folder)
     names = [name for name in every if chosen(name, args.only)]
-    fitted = any("plphp" in name and "@" in name for name in names)
     found = ((1, 0), lookahead and (1, 0))
-    if fitted:
+    if any(map(is_fitted, names)):
+        say(f"{args.stage}: fitting the thresholds of PLPHP")
         checkpoint.read_weights(args.dtype, args.device)
         found = thresholds(checkpoint), lookahead and thresholds(checkpoint, lookahead)
     head = {"mode": args.stage, "weights": fingerprint(checkpoint.folder), "thresholds": found, "conditions": names}
     head["files"] = sources(args.methods, checkpoint.folder) | {path: _digest(path) for path in args.rows}
     done, numbers = open_answers(path, head), scenes_for(args.questions)
-    todo, started = [n for n in numbers if n not in done], time.time()
+    todo = [n for n in numbers if n not in done]
     setup = (
         str(checkpoint.folder), args.device, args.dtype, found, args.stage, args.only, args.retentions, args.methods,
         args.rows,
     )  # fmt: skip
     pool = torch.multiprocessing.get_context("spawn").Pool(args.workers, start_worker, setup)
     with open(path, "a", encoding="utf-8") as file, pool:
-        for i, (number, questions) in enumerate(pool.imap_unordered(work, todo), 1):
+        for number, questions in with_progress(pool.imap_unordered(work, todo), len(todo), args.stage):
             done[number] = questions
             file.write(json.dumps({"scene": number, "questions": questions}) + "\n")
             file.flush()
-            left = (time.time() - started) / i * (len(todo) - i)
-            if i % 10 == 0 or i == len(todo):
-                print(f"{args.stage}: {i}/{len(todo)} scenes, {left / 60:.1f} min left", file=sys.stderr, flush=True)
-    return head, {n: done[n] for n in numbers}
+    return head, {n: done[n] for n in numbers}, every
+
+
+def with_progress(answers, number, stage, every=PERIOD):
+    """The answers of a pool, `number` of them. A line on stderr at the end, and before that every so many seconds."""
+    started = said = time.monotonic()
+    for i in range(1, number + 1):
+        while True:
+            try:
+                answer = answers.next(timeout=max(0, said + every - time.monotonic()))
+                break
+            except multiprocessing.TimeoutError:
+                said = _say_progress(stage, i - 1, number, started)
+        yield answer
+        if i == number or time.monotonic() >= said + every:
+            said = _say_progress(stage, i, number, started)
+
+
+def _say_progress(stage, i, number, started):
+    now = time.monotonic()
+    left = f"{(now - started) / i * (number - i) / 60:.1f} min left" if i else "starting"
+    say(f"{stage}: {i}/{number} scenes, {left}")
+    return now
 
 
 # ---------------------------------------------------------------- tables
@@ -445,8 +549,11 @@ def columns_of(done):
     return data, group, long, task
 
 
-def summarise(head, done, folder, name):
-    """Write folder/name.csv, .md and .png from the answers."""
+def summarise(head, done, folder, name, labels=None, made=None):
+    """Print the tables of the answers and write folder/name.csv, .md and .png.
+
+    labels: of --methods, as in `label_specs`. made: the conditions, to say on stderr which missed their budget.
+    """
     from tools.paired import resamples
 
     data, group, long, task = columns_of(done)
@@ -458,10 +565,24 @@ def summarise(head, done, folder, name):
         writer = csv.DictWriter(f, header, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    text = markdown(head, rows, data, group, long, weights)
+    text = markdown(head, rows, data, group, long, weights, labels)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    draw(rows, folder / f"{name}.png", second=head["mode"] == "second")
+    draw(rows, folder / f"{name}.png", second=head["mode"] == "second", labels=labels)
     print(text)
+    for row in rows if made else ():
+        missed = missed_budget(row, made, labels)
+        if missed:
+            say(f"note: {missed}")
+    say(f"written: {', '.join(str(folder / (name + suffix)) for suffix in ('.csv', '.md', '.png'))}")
+
+
+def missed_budget(row, made, labels=None):
+    """What `off_budget` says of a row, or None."""
+    if not row["retention"]:
+        return None
+    method = made[f"{row['method']}@{row['retention']}"](None, (), 0)
+    method = dataclasses.replace(method, name=title(row["method"], labels).removeprefix(GIVEN))
+    return off_budget(method, float(row["kept"]) / 100, float(row["retention"]))
 
 
 def mean_bytes(done):
@@ -551,10 +672,21 @@ LABELS = {  # condition: its name in the table and in the picture; what can be g
 }
 
 
-def labels_of(rows):
-    """{condition: name in tables and plots}: LABELS, and the SPEC of each of --methods."""
+def labels_of(rows, labels=None):
+    """{condition: name in the first table and in plots}: LABELS, and those of --methods (as in `label_specs`)."""
     given = dict.fromkeys(r["method"] for r in rows if r["method"].startswith((GIVEN, "rows ")))
-    return LABELS | {name: f"`{name.removeprefix(GIVEN)}`" for name in given}
+    return LABELS | {name: f"`{title(name, labels).removeprefix(GIVEN)}`" for name in given}
+
+
+def title(name, labels=None):
+    """The name of a condition in the other tables; labels: of --methods, as in `label_specs`."""
+    spec = name.removeprefix(GIVEN)
+    return GIVEN + (labels or {}).get(spec, spec) if name.startswith(GIVEN) else name
+
+
+def taken_labels(names):
+    """Names that the table gives to the methods of these conditions, except for those of --methods."""
+    return [LABELS[method].strip("`") for method in {parts(name)[0] for name in names} if method in LABELS]
 
 
 def pairs_of(rows):
@@ -568,45 +700,62 @@ def nearest(row, retentions):
     return sorted(retentions, key=lambda r: abs(100 * float(r) - float(row["kept"])))[:1]
 
 
-def short(rows):
-    """Exact match of long answers, one row per method, one column per retention; 95 % intervals."""
+def short(rows, labels=None):
+    """Exact match of long answers, one row per method, one column per retention; 95 % intervals.
+
+    A method of --methods with its own budget is in the column nearest to what it kept.
+    """
     retentions = list(dict.fromkeys(r["retention"] for r in rows if r["retention"]))
     lines = ["| long answers right, % | " + " | ".join(f"{r} kept" for r in retentions) + " |"]
     lines.append("|---|" + "---:|" * len(retentions))
     by_name = {(r["method"], r["retention"]): r for r in rows}
-    for method, label in labels_of(rows).items():
-        found = [by_name.get((method, r)) or by_name.get((method, "")) for r in retentions]
+    for method, label in labels_of(rows, labels).items():
+        once = by_name.get((method, ""))
+        places = nearest(once, retentions) if once and method != "none" else retentions
+        found = [once if once and r in places else by_name.get((method, r)) for r in retentions]
         if any(found):
-            lines.append(f"| {label} | " + " | ".join(_with_interval(r) if r else "" for r in found) + " |")
+            cells = (_cell(row, r) if row else "" for row, r in zip(found, retentions, strict=True))
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(row, retention):
+    """Exact match, followed by what a method of --methods kept if that is not what the column says."""
+    kept = float(row["kept"])
+    given = row["method"].startswith(GIVEN)
+    off = given and (not row["retention"] or abs(kept - 100 * float(retention)) > AT_EQUAL)
+    return _with_interval(row) + (f", {kept:.0f} % kept" if off else "")
 
 
 def _with_interval(row):
     return f"{row['long']} ({float(row['long low']):.0f}–{float(row['long high']):.0f})"
 
 
-def markdown(head, rows, data, group, long, weights):
+def markdown(head, rows, data, group, long, weights, labels=None):
     """The short table, the full table, and the pairwise comparisons."""
     from tools.paired import interval, mcnemar
 
     questions, scenes_seen = len(group), int(group.max()) + 1
     (alpha, beta), ahead = head["thresholds"]
     more = f", with look-ahead rows alpha {ahead[0]}, beta {ahead[1]}" if ahead else ""
+    plphp = f"PLPHP with alpha {alpha}, beta {beta}{more}; " if any(map(is_fitted, data)) else ""
     lines = [
-        f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; PLPHP with "
-        f"alpha {alpha}, beta {beta}{more}; weights {head['weights']}.",
+        f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; {plphp}"
+        f"weights {head['weights']}.",
         "",
-        short(rows),
+        short(rows, labels),
         "",
         "| method | wanted | kept | long answers | all answers | tokens >= 2 | evidence kept | attention kept |",
         "|---|---:|---:|---:|---:|---:|---|---|",
     ]
     for r in rows:
         lines.append(
-            f"| {r['method']} | {r['retention']} | {r['kept']} | {_with_interval(r)} | {r['all']} | "
+            f"| {title(r['method'], labels)} | {r['retention']} | {r['kept']} | {_with_interval(r)} | {r['all']} | "
             f"{r['tokens >= 2']} | {r['evidence']} | {r['attention']} |"
         )
     lines += [
+        "",
+        f"Compared where the two kept within {AT_EQUAL} points of each other:",
         "",
         "| long answers, exact match | retention | points | 95 % | only the first right | only the second | p |",
         "|---|---:|---:|---|---:|---:|---:|",
@@ -618,17 +767,20 @@ def markdown(head, rows, data, group, long, weights):
             one, two = data.get(a if a in once else f"{a}@{retention}"), data.get(f"{b}@{retention}")
             if one is None or two is None:
                 continue
+            bytes_kept = [100 * d["kept"].mean().item() for d in (one, two)]
+            if abs(bytes_kept[0] - bytes_kept[1]) > AT_EQUAL:
+                continue
             one, two = one["exact"][long], two["exact"][long]
             mean, low, high = (100 * v for v in interval(one - two, group[long], weights))
             first, second, p = mcnemar(one.bool(), two.bool())
             lines.append(
-                f"| {a} against {b} | {retention} | {mean:+.1f} | {low:+.1f} to {high:+.1f} | {first} | {second} | "
-                f"{p:.2g} |"
+                f"| {title(a, labels)} against {title(b, labels)} | {retention} | {mean:+.1f} | "
+                f"{low:+.1f} to {high:+.1f} | {first} | {second} | {p:.2g} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def draw(rows, path, second=False):
+def draw(rows, path, second=False, labels=None):
     """Exact match of long answers against the vision KV bytes that were really kept."""
     import matplotlib
 
@@ -644,7 +796,7 @@ def draw(rows, path, second=False):
         "plphp-ada": ("#D55E00", "s", "--"), "plphp ahead": ("#882255", "o", "-"),
         "topk ahead": ("#882255", "s", "--"), "topk ahead+grid": ("#882255", "D", ":"),
     }  # fmt: skip
-    labels = labels_of(rows)
+    labels = labels_of(rows, labels)
     for i, name in enumerate(name for name in labels if name.startswith(GIVEN)):
         styles[name] = (f"C{i % 10}", "x", "-")
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -660,8 +812,9 @@ def draw(rows, path, second=False):
         y = [float(r["long"]) for r in mine]
         spread = [[a - float(r["long low"]) for a, r in zip(y, mine, strict=True)],
                   [float(r["long high"]) - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
+        label = textwrap.fill(labels[method].replace("`", ""), 50)
         axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=line,
-                      label=labels[method].replace("`", ""), linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
+                      label=label, linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
     axis.set(
         xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
         xlim=(0, None),
@@ -683,9 +836,14 @@ def premise(args):
     if specs is PREMISE["methods"] and not checkpoint.lookahead:  # the default list
         specs = [spec for spec in specs if "lookahead" not in spec]
     reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
-    chosen = {f: [make_method(spec, f, folder=checkpoint.folder) for spec in specs] for f in args.retentions}
-    for method in (method for methods in chosen.values() for method in methods):
+    labels = label_specs(specs, checkpoint.folder)
+    chosen = {  # None: those with their own budget
+        f: {spec: make_method(spec, f, folder=checkpoint.folder) for spec in specs if sets_budget(spec) == (f is None)}
+        for f in (None, *args.retentions)
+    }
+    for method in (method for methods in chosen.values() for method in methods.values() if method):
         reference.check_method(method)
+    say_own_settings(specs, checkpoint.folder)
     checkpoint.read_weights(args.dtype, args.device)
     answer = "".join(reference)
     if len(reference.token_ids) < 2:
@@ -693,16 +851,19 @@ def premise(args):
     print(f"unpruned: {answer}", file=sys.stderr)
     asked = asked_by(reference, reference.token_ids[:-1])
     attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
-    layers = range(1, len(attention) + 1)
-    lines = ["| attention of the answer found, % | kept, % | mean | " + " | ".join(f"layer {i}" for i in layers) + " |"]
+    layers = " | ".join(f"layer {i}" for i in range(len(attention)))
+    lines = [f"| attention of the answer found, % | kept, % | mean | {layers} |"]
     lines.append("|---|" + "---:|" * (len(attention) + 2))
     for f, methods in chosen.items():
-        told = Method("told", Ranked(asked.attention_of_fed, f), {"retention": f})
-        for name, method in zip([*specs, "told what the answer attends to"], [*methods, told], strict=True):
+        rows = [(labels[spec], method) for spec, method in methods.items()]
+        if f is not None:
+            told = Method("told", Ranked(asked.attention_of_fed, f), {"retention": f})
+            rows.append(("told what the answer attends to", told))
+        for label, method in rows:
             (share,), (keeps,) = replay(asked, [method])[1:]
             found = [100 * _attention_kept(k, asked.layout, a) for k, a in zip(keeps, attention, strict=True)]
             numbers = " | ".join(f"{x:.0f}" for x in [100 * share, sum(found) / len(found), *found])
-            lines.append(f"| {name}, {f:g} asked for | {numbers} |")
+            lines.append(f"| {label}{'' if f is None else f', {f:g} asked for'} | {numbers} |")
     print("\n".join(lines))
     print(
         "\nA diagnostic, not a verdict: a ranking that finds more of the attention need not answer better.\n"
@@ -718,6 +879,8 @@ def fidelity(args):
     reference = Generation(checkpoint, args.prompt, args.image, Sampling(args.max_new_tokens), backend=args.backend)
     for method in filter(None, methods):
         reference.check_method(method)
+    labels = label_specs(args.methods, checkpoint.folder)
+    say_own_settings(args.methods, checkpoint.folder)
     checkpoint.read_weights(args.dtype, args.device)
     print(f"unpruned: {''.join(reference)}", file=sys.stderr)
     lines = ["| method | retention | kept | same token | first divergence | KL mean | KL max |", "|---|" + "---:|" * 6]
@@ -725,7 +888,7 @@ def fidelity(args):
         wanted = "" if retention is None else retention
         where = "never" if found["diverges"] is None else f"token {found['diverges'] + 1}"
         lines.append(
-            f"| {spec} | {wanted} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
+            f"| {labels[spec]} | {wanted} | {100 * found['kept']:.1f} % | {100 * found['same']:.1f} % | {where} | "
             f"{found['kl'].mean():.4f} | {found['kl'].max():.4f} |"
         )
     pictures = f"{reference.vision_tokens} vision tokens of {len(args.image)} pictures"
@@ -752,21 +915,29 @@ def main(argv=None):
     )
     # fmt: off
     parser.add_argument("stage", choices=("accuracy", "second", "fidelity", "premise"))
-    parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
-    parser.add_argument("--dtype", default="fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--model", default=str(ROOT / "assets" / "demo"), metavar="DIR|ID",
+                        help="folder or cached Hugging Face id (default: the demo)")
+    parser.add_argument("--device", default="auto", metavar="NAME",
+                        help="auto, cpu, cuda or cuda:N (default auto: CUDA if there is a GPU)")
+    parser.add_argument("--dtype", default="fp32", choices=("auto", "bf16", "fp16", "fp32"), help="default fp32")
     parser.add_argument("--methods", nargs="+", metavar="SPEC",
-                        help="accuracy, second: more rows, any SPEC of run.py's --prune (default none); fidelity: the "
-                             f"rows (default {' '.join(FIDELITY['methods'])}); premise: rankings")
-    parser.add_argument("--retentions", nargs="+", type=float, default=list(RETENTIONS), metavar="F")
+                        help="methods to measure, as for run.py's --prune. accuracy, second: in addition to those of "
+                             f"--only (default: none); fidelity: default {' '.join(FIDELITY['methods'])}; premise: "
+                             f"default {' '.join(PREMISE['methods'])}")
+    parser.add_argument("--retentions", nargs="+", type=float, default=list(RETENTIONS), metavar="F",
+                        help="fractions of the vision tokens to keep, for the methods whose SPEC sets no budget "
+                             f"(default {' '.join(map(str, RETENTIONS))})")
     parser.add_argument("--questions", type=int, help="accuracy, second: at least so many (default 10000)")
-    parser.add_argument("--only", nargs="+", metavar="ROW",
-                        help="accuracy, second: rows to evaluate, or all (default: those of the committed table)")
-    parser.add_argument("--rows", nargs="+", metavar="FILE", help="accuracy, second: more look-ahead rows to compare")
+    parser.add_argument("--only", nargs="+", metavar="NAME",
+                        help="accuracy, second: methods of the evaluation to measure, or all; a wrong name lists every "
+                             "NAME. The unpruned model is always measured. The default is the committed table: "
+                             + ", ".join(f"'{name}'" if " " in name else name for name in TABLE))
+    parser.add_argument("--rows", nargs="+", metavar="FILE",
+                        help="accuracy, second: files of look-ahead rows (tools/train_lookahead.py) to compare")
     parser.add_argument("--answers", type=Path, help="accuracy, second: file of the answers (default "
                                                      "runs/evaluate/STAGE.jsonl)")
     parser.add_argument("--out", type=Path, help="accuracy, second: folder of the tables (default beside the answers)")
-    parser.add_argument("--workers", type=int, help="accuracy, second: processes (default one per core)")
+    parser.add_argument("--workers", type=int, help="accuracy, second: processes (default one per core; with CUDA one)")
     parser.add_argument("--image", nargs="+", help="fidelity, premise: pictures")
     parser.add_argument("--prompt", help="fidelity, premise: the question")
     parser.add_argument("--max-new-tokens", type=int, help="fidelity, premise: longest answer (default 64)")
@@ -792,8 +963,12 @@ def main(argv=None):
                 raise InputError(f"{args.stage} needs --image and --prompt; give both")
             return (premise if args.stage == "premise" else fidelity)(args)
         answers = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
-        head, done = run_scenes(args, answers)
-        summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}")
+        head, done, made = run_scenes(args, answers)
+        labels = label_specs(args.methods, find_folder(args.model), taken_labels(head["conditions"]))
+        say(f"answers: {answers}")
+        summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}", labels, made)
+    except MethodError as wrong:
+        parser.exit(1, f"error: {wrong}\n")
     except BrokenPipeError:
         raise  # see `as_command`
     except (InputError, ValueError, OSError) as wrong:
