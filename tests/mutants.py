@@ -1188,12 +1188,6 @@ MUTANTS = {
         "if False]",
         "test_evaluate.py::test_answers_of_another_run_are_refused_by_what_differs",
     ),
-    "a fault names a line of our own file": (
-        "tools/replay.py",
-        "if frame.filename == os.path.abspath(file)]",
-        "][:1]",
-        "test_evaluate.py::test_a_method_that_fails_is_one_line",
-    ),
     "a torn line is kept": (
         "tools/evaluate.py",
         "os.truncate(path, end)",

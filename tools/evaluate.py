@@ -38,14 +38,24 @@ from model.generate import off_budget  # noqa: E402
 from model.image import normalise, read_image, to_square  # noqa: E402
 from model.load import find_folder  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
-from model.pruning import ALIASES, AMOUNTS, METHODS, Method, calibrated, make_method, named, sets_budget  # noqa: E402
+from model.pruning import (  # noqa: E402
+    ALIASES,
+    AMOUNTS,
+    METHODS,
+    Method,
+    MethodError,
+    calibrated,
+    make_method,
+    named,
+    sets_budget,
+)  # fmt: skip
 from model.tokenizer import build_prompt  # noqa: E402
 from model.view import contrast_of, places_of  # noqa: E402
 from run import as_command, choose_device, say  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Like, Ranked, ValuesDropped, neutral_rows, worth_of_rows  # noqa: E402
-from tools.replay import MethodError, along, asked_by, asked_with, replay  # noqa: E402
+from tools.replay import along, asked_by, asked_with, replay  # noqa: E402
 from tools.train_demo import HELD_OUT, TASKS, held_out_questions  # noqa: E402
 
 FIRST = HELD_OUT + 100_000  # first scene: none that the demo's own table has seen, or training
@@ -461,7 +471,7 @@ def scenes_for(questions):
 def run_scenes(args, path):
     """Answer at least args.questions questions -> (head, {scene: questions}, {condition: function as in `conditions`}).
 
-    MethodError if the method of a user's file raises.
+    MethodError if a method raises an exception.
     """
     checkpoint = open_checkpoint(args.model)  # errors appear here once, not in each worker
     text = checkpoint.config.text_config

@@ -4,43 +4,12 @@ The prompt is computed once. Each method packs its own cache; all caches are joi
 sequence is pruned differently, and the same tokens are fed to all of them at once.
 """
 
-import inspect
-import os
-import traceback
-
 import torch
 
 from kernels import window_scores
 from model.cache import RaggedCache
-from model.config import InputError
 from model.generate import Layout, Pruner
 from model.pruning.budget import by_kv_head
-
-
-class MethodError(Exception):
-    """A method of a user's file raised an exception. The message is one line."""
-
-
-def fault(method, broken):
-    """The MethodError for an exception in a method FILE.py::NAME: its SPEC, the exception, the line of the file."""
-    file = method.name.rpartition("::")[0]
-    if isinstance(broken, InputError) and broken.__cause__:
-        broken = broken.__cause__  # `Pruner` turns a ValueError into an InputError
-    frames = traceback.extract_tb(broken.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(file)]
-    line = lines[-1] if lines else _definition(method.rule)  # if what it returned was refused, no line of it failed
-    text = " ".join(str(broken).split())
-    where = f"{file}:{line}" if line else file
-    return MethodError(f"{method.spec}: {type(broken).__name__}: {text} ({where})")
-
-
-def _definition(rule):
-    """Number of the line where a function or class is defined, or None."""
-    function = getattr(rule, "func", type(rule))  # a function's settings are bound by functools.partial
-    try:
-        return inspect.getsourcelines(function)[1]
-    except (OSError, TypeError):
-        return None
 
 
 class Asked:
@@ -108,18 +77,8 @@ class Asked:
         """Prune the prompt with a method.
 
         Returns the cache, each layer's keep mask as (Hkv, T) bool or None for all, and the logits (1, V) of the first
-        new token. Only methods that narrow the prompt change these logits. MethodError if the method of a user's file
-        raises.
+        new token. Only methods that narrow the prompt change these logits.
         """
-        try:
-            return self._pruned(method)
-        except Exception as broken:
-            if method is None or "::" not in method.name:
-                raise
-            raise fault(method, broken) from broken
-
-    def _pruned(self, method):
-        """As `cache`, but the exceptions of a method are its own."""
         cache = RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
         lookahead = self.lookahead if method is not None and method.looks_ahead else None
         narrows, ahead = method is not None and method.layer is not None, lookahead.rows if lookahead else 0
