@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
-from model.pruning import make_method  # noqa: E402
+from model.pruning import MethodError, make_method  # noqa: E402
 from model.show import Shown, write  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
@@ -79,6 +79,8 @@ def main(argv=None):
         write(args.out, shown, second, args.layers, args.heads)
         if args.html:
             write(args.html, shown, second)
+    except MethodError as wrong:
+        parser.exit(1, f"error: {wrong}\n")
     except (InputError, ValueError, OSError) as wrong:
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
