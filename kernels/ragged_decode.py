@@ -20,6 +20,7 @@ cache, bound by fixed costs.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -74,8 +75,16 @@ class DecodePlan:
 
     @cached_property
     def owner(self):
-        """`chunk_owners`, computed on first use. None on CUDA, where computing it would synchronise."""
-        return None if self.kv_start.is_cuda else chunk_owners(self.kv_start, self.kv_cap)
+        """`chunk_owners`, computed on first use. None on CUDA, where computing it would synchronise, and where segments
+        overlap, because a chunk then has several owners."""
+        return None if self.kv_start.is_cuda or self.overlap else chunk_owners(self.kv_start, self.kv_cap)
+
+    @cached_property
+    def overlap(self):
+        """Two segments that share slots, (a, b), or None. Computed on first use, from the lists."""
+        segments = zip(self.starts, self.caps, range(self.segments), strict=True)
+        slots = sorted((start, start + cap, s) for start, cap, s in segments if cap)
+        return next(((a, b) for (_, end, a), (start, _, b) in pairwise(slots) if start < end), None)
 
     @property
     def items(self):
@@ -193,8 +202,8 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
 
     Returns out, with shape and dtype of q; with return_lse also lse, the natural log-sum-exp of the scaled scores, fp32
     (float64 for float64), with the shape of q without D. An empty segment gives out 0 and lse -inf. Free slots never
-    affect a result, even if they hold NaN. ValueError for arguments that do not fit; with a plan, lengths are checked
-    on CPU tensors only.
+    affect a result, even if they hold NaN. Segments may overlap, for example if two sequences share a prefix.
+    ValueError for arguments that do not fit; with a plan, lengths are checked on CPU tensors only.
 
     With Triton, a sequence's results are bit-identical whatever else is in the batch. The torch backend chooses a
     strategy from all lengths of the call, so results may differ by rounding between batches. On CUDA with a plan it
@@ -258,7 +267,8 @@ def ragged_decode_append(
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
     k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
     the new token: the caller adds 1 afterwards, for all layers at once. A full segment (kv_len = kv_cap) attends to the
-    new token but does not store it. With a plan, the plan's kv_cap applies. Returns what `ragged_decode` returns.
+    new token but does not store it. With a plan, the plan's kv_cap applies. ValueError if segments overlap, because two
+    of them might write to one slot. Returns what `ragged_decode` returns.
 
     Triton needs one launch. The torch backend needs several and, on CUDA, synchronises to find the full segments.
     """
@@ -278,6 +288,9 @@ def ragged_decode_append(
     if kv_cap is not plan.kv_cap and (kv_cap.is_cpu != q.is_cpu or (q.is_cpu and not torch.equal(kv_cap, plan.kv_cap))):
         what = kv_cap.tolist() if kv_cap.is_cpu else f"on {kv_cap.device}"
         raise ValueError(f"kv_cap is {what}, but the plan has {plan.caps} on {q.device}; build a plan from this kv_cap")
+    if plan.overlap:
+        first, second = (f"{s} ({plan.starts[s]} to {plan.starts[s] + plan.caps[s] - 1})" for s in plan.overlap)
+        raise ValueError(f"segments {first} and {second} share slots; give each its own to append to")
     way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(rope or ())))
     scale = d**-0.5 if scale is None else scale
     if way == "triton":

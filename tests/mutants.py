@@ -198,6 +198,24 @@ MUTANTS = {
         "(border - CHUNK > end[owner])",
         RAGGED,
     ),
+    "chunks have one owner where segments overlap": (
+        "kernels/ragged_decode.py",
+        "if self.kv_start.is_cuda or self.overlap else",
+        "if self.kv_start.is_cuda else",
+        "test_ragged_decode.py::test_segments_may_share_rows",
+    ),
+    "segments out of order count as overlapping": (
+        "kernels/ragged_decode.py",
+        "slots = sorted((start,",
+        "slots = list((start,",
+        "test_ragged_decode.py::test_a_step_over_shared_slots_is_refused",
+    ),
+    "a step writes to shared slots": (
+        "kernels/ragged_decode.py",
+        "    if plan.overlap:",
+        "    if False:",
+        "test_ragged_decode.py::test_a_step_over_shared_slots_is_refused",
+    ),
     "the tail of a segment is not read": (
         "kernels/ragged_decode_torch.py",
         "tail = torch.maximum(end // CHUNK * CHUNK, head_end)",

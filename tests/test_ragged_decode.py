@@ -268,6 +268,38 @@ def test_large_caches_are_read_in_chunks(monkeypatch):
         assert_as_exact(lse, plain_lse, exact_lse, torch.float32)
 
 
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(
+    ("start", "lengths", "cap"),
+    [
+        ([0, 0], [900, 700], [1000, 1000]),  # a shared prefix
+        ([0, 100, 640, 0], [900, 700, 0, 900], [1000, 1000, 0, 900]),
+        ([700, 0], [300, 800], [300, 1000]),  # backwards
+    ],
+)
+def test_segments_may_share_rows(backend, planned, start, lengths, cap, monkeypatch):
+    monkeypatch.setattr(torch_way, "GATHER", 0)
+    start, lengths, cap = (torch.tensor(x, dtype=torch.int32) for x in (start, lengths, cap))
+    k, v, q = torch.randn(1100, 16), torch.randn(1100, 16), torch.randn(1, 2 * len(start), 16)
+    options = {"plan": decode_plan(start, cap) if planned else None, "return_lse": True}
+    got = ragged_decode(q, k, v, start, lengths, **options, backend=backend)
+    exact = ragged_decode_ref(q.double(), k.double(), v.double(), start, lengths, return_lse=True)
+    plain = ragged_decode_ref(q, k, v, start, lengths, return_lse=True)
+    assert_as_exact(got[0], plain[0], exact[0], torch.float32)
+    assert_as_exact(got[1], plain[1], exact[1], torch.float32, floor=1.0)
+
+
+def test_a_step_over_shared_slots_is_refused(backend):
+    """Two segments would write to one slot. Empty capacities and neighbours share nothing."""
+    tables = ([16, 8, 3, 0], [3, 0, 0, 5], [9, 8, 0, 8]), ([16, 8, 7, 0], [3, 0, 0, 5], [9, 8, 2, 8])
+    q, new, (k, v) = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 25, 8)
+    apart, shared = (tuple(torch.tensor(x, dtype=torch.int32) for x in table) for table in tables)
+    ragged_decode_append(q, new, new, k, v, *apart, backend=backend)
+    for plan in (None, decode_plan(shared[0], shared[2])):
+        with pytest.raises(ValueError, match=r"segments 3 \(0 to 7\) and 2 \(7 to 8\) share slots; "):
+            ragged_decode_append(q, new, new, k, v, *shared, plan=plan, backend=backend)
+
+
 def test_rows_of_a_segment_may_be_shuffled():
     q, k, v, keep, k_arena, v_arena, start, length, _ = case(9, torch.float64)
     out = ragged_decode(q, k_arena, v_arena, start, length)
