@@ -156,20 +156,36 @@ def decode_plan(kv_start, kv_cap, *, split=None):
     split: slots per work item of the Triton kernels, default `split_size`. ValueError unless a multiple of 16 up to
     2**20, or for tables of another dtype or shape, on two devices, or with negative entries.
     """
-    for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
-        if t.dtype != torch.int32 or t.ndim != 1 or len(t) == 0:
-            raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; give one int32 per segment")
-    if len(kv_start) != len(kv_cap) or kv_start.device != kv_cap.device:
-        raise ValueError(
-            f"{len(kv_start)} starts on {kv_start.device}, {len(kv_cap)} capacities on {kv_cap.device}; make them match"
-        )
-    if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
-        raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
-    return decode_plans(kv_start[None], kv_cap[None], split=split)[0]
+    _check_tables(kv_start, kv_cap, split, 1)
+    return _plans(kv_start[None], kv_cap[None], split)[0]
 
 
 def decode_plans(kv_start, kv_cap, *, split=None):
-    """Plans for L layers, kv_start and kv_cap (L, S) int32 (checked for negative entries only). Synchronises once."""
+    """Plans for L layers, kv_start and kv_cap (L, S) int32. Synchronises once. ValueError as for `decode_plan`."""
+    _check_tables(kv_start, kv_cap, split, 2)
+    return _plans(kv_start, kv_cap, split)
+
+
+def _check_tables(kv_start, kv_cap, split, ndim):
+    """ValueError for arguments that `decode_plan` (ndim 1) or `decode_plans` (ndim 2) does not support."""
+    for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
+        _check_tensor(name, t)
+        if t.dtype != torch.int32 or t.ndim != ndim or 0 in t.shape:
+            where = "segment" if ndim == 1 else "layer and segment"
+            raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; give one int32 per {where}")
+    if kv_start.shape != kv_cap.shape or kv_start.device != kv_cap.device:
+        starts, caps = ("x".join(map(str, t.shape)) for t in (kv_start, kv_cap))
+        raise ValueError(f"{starts} starts on {kv_start.device}, {caps} capacities on {kv_cap.device}; make them match")
+    if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
+        raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
+
+
+def _check_tensor(name, t):
+    if not isinstance(t, torch.Tensor):
+        raise ValueError(f"{name} is of type {type(t).__name__}; give a tensor")
+
+
+def _plans(kv_start, kv_cap, split):
     pair = torch.stack((kv_start, kv_cap))  # a copy, because the caller may overwrite its tables later
     (starts, caps), (kv_start, kv_cap) = pair.tolist(), pair.unbind()
     plans = [_plan(*layer, split) for layer in zip(kv_start, kv_cap, starts, caps, strict=True)]
@@ -196,7 +212,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     k, v      (N, D) arenas of q's dtype; keys are already rotated
     kv_start  (B * Hkv,) int32, first slot of each segment; query head h reads KV head h // (Hq // Hkv)
     kv_len    (B * Hkv,) int32, taken slots of each segment; 0 is allowed
-    scale     of the scores, default D**-0.5
+    scale     of the scores, a number, default D**-0.5
     plan      `decode_plan(kv_start, kv_cap)`; without it every call builds one
     backend   "auto" | "torch" | "triton", see `choose_backend`
 
@@ -209,7 +225,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     strategy from all lengths of the call, so results may differ by rounding between batches. On CUDA with a plan it
     copies all segments, each padded to the largest capacity.
     """
-    _check(q, k, v, kv_start, kv_len, plan)
+    _check(q, k, v, kv_start, kv_len, plan, scale)
     way = choose_backend(backend, q.device, q.dtype, (q, k, v))
     lengths = _lengths(kv_start, kv_len, k.shape[0], plan)
     plan = decode_plan(kv_start, kv_len) if plan is None else plan
@@ -233,7 +249,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
 
 def turned(x, rope):
     """Rotate x (B, H, D), D even: x * cos + roll(x, D/2) * sin, computed in fp32 or float64, rounded once to x's dtype.
-    rope: cos and signed sin (B, 1, D), any floating dtype; None returns x."""
+    rope: cos and signed sin (B, 1, D), any floating dtype, or both in one tensor; None returns x."""
     if rope is None:
         return x
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -272,9 +288,10 @@ def ragged_decode_append(
 
     Triton needs one launch. The torch backend needs several and, on CUDA, synchronises to find the full segments.
     """
+    _check_tensor("kv_cap", kv_cap)
     plan = decode_plan(kv_start, kv_cap) if plan is None else plan
     q, k_new, v_new = (dense_within(x) for x in (q, k_new, v_new))
-    _check(q, k, v, kv_start, kv_len, plan, q_dense=True)
+    _check(q, k, v, kv_start, kv_len, plan, scale, q_dense=True)
     b, hq, d = q.shape if q.ndim == 3 else (0, 0, 0)
     if k_new.shape != v_new.shape or k_new.shape != (b, plan.segments // max(b, 1), d):
         shapes = f"q {tuple(q.shape)}, k_new {tuple(k_new.shape)}, v_new {tuple(v_new.shape)}"
@@ -291,7 +308,7 @@ def ragged_decode_append(
     if plan.overlap:
         first, second = (f"{s} ({plan.starts[s]} to {plan.starts[s] + plan.caps[s] - 1})" for s in plan.overlap)
         raise ValueError(f"segments {first} and {second} share slots; give each its own to append to")
-    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(rope or ())))
+    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(() if rope is None else rope)))
     scale = d**-0.5 if scale is None else scale
     if way == "triton":
         from . import ragged_decode_triton
@@ -316,7 +333,7 @@ def dense_within(x):
     return x if x.ndim == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
+def _check(q, k, v, kv_start, kv_len, plan, scale, q_dense=False):
     """ValueError for arguments that `ragged_decode` does not support. Runs in every step, so it must be cheap.
 
     q_dense: q comes from `dense_within`, so its strides are not checked.
@@ -347,13 +364,14 @@ def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
         raise ValueError(
             f"{segments} segments for {b} sequences of {hq} query heads; give B * Hkv segments, Hq a multiple of Hkv"
         )
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise ValueError(f"scale is of type {type(scale).__name__}; give a number")
     if plan is not None and not isinstance(plan, DecodePlan):
         raise ValueError(f"plan is a {type(plan).__name__}; give decode_plan(kv_start, kv_cap)")
-    if plan is not None and (plan.segments != segments or plan.end > k_shape[0]):
-        raise ValueError(
-            f"the plan is for {plan.segments} segments in {plan.end} slots, this call has {segments} in {k_shape[0]}; "
-            "build a new plan"
-        )
+    if plan is not None and plan.segments != segments:
+        raise ValueError(f"the plan is for {plan.segments} segments, this call has {segments}; build a new plan")
+    if plan is not None and plan.end > k_shape[0]:
+        raise ValueError(f"capacities need {plan.end} slots, the arenas have {k_shape[0]}; make them match")
 
 
 def _named(kv_start, kv_len):

@@ -210,6 +210,24 @@ MUTANTS = {
         "slots = list((start,",
         "test_ragged_decode.py::test_a_step_over_shared_slots_is_refused",
     ),
+    "tables of several layers are not checked": (
+        "kernels/ragged_decode.py",
+        "    _check_tables(kv_start, kv_cap, split, 2)\n",
+        "",
+        "test_ragged_decode.py::test_bad_plans_of_several_layers_are_refused",
+    ),
+    "a tensor is taken for a scale": (
+        "kernels/ragged_decode.py",
+        "    if scale is not None and not isinstance(scale, (int, float)):",
+        "    if False:",
+        "test_ragged_decode.py::test_bad_steps_are_refused",
+    ),
+    "Triton: head dimensions without a limit": (
+        "kernels/backend.py",
+        "any(t.shape[-1] > HEAD_DIM for t in inputs)",
+        "False",
+        "test_ragged_decode.py::test_bad_calls_are_refused_with_the_value",
+    ),
     "a step writes to shared slots": (
         "kernels/ragged_decode.py",
         "    if plan.overlap:",
