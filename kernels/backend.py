@@ -8,6 +8,7 @@ import torch
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HEAD_DIM = 256  # largest of the Triton kernels: they were neither compiled nor tested with more
 
 
 def interpreted():
@@ -20,7 +21,8 @@ def choose_backend(backend, device, dtype, inputs=()):
 
     "auto" selects Triton for CUDA tensors that it supports, otherwise PyTorch. "triton" never falls back: it raises
     ValueError if triton is not installed, for float64, for tensors on the wrong device (it must be CUDA, or the CPU
-    with TRITON_INTERPRET=1), for a lazily negated view, and for an input that requires a gradient while autograd is on.
+    with TRITON_INTERPRET=1), for head dimensions above 256, for a lazily negated view, and for an input that requires a
+    gradient while autograd is on. inputs: tensors (..., D).
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
@@ -34,6 +36,8 @@ def choose_backend(backend, device, dtype, inputs=()):
     elif device.type != ("cpu" if interpreted() else "cuda"):
         where = "in the interpreter it needs CPU tensors" if interpreted() else "it needs CUDA or TRITON_INTERPRET=1"
         why = f"the tensors are on {device}; {where}, otherwise use 'torch'"
+    elif any(t.shape[-1] > HEAD_DIM for t in inputs):
+        why = f"its kernels support head dimensions up to {HEAD_DIM}, not {inputs[0].shape[-1]}; use 'torch'"
     elif any(t.is_neg() for t in inputs):
         why = "its kernels cannot read an input that is a lazily negated view; call .resolve_neg()"
     elif torch.is_grad_enabled() and any(t.requires_grad for t in inputs):

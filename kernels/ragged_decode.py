@@ -20,6 +20,7 @@ cache, bound by fixed costs.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -74,8 +75,16 @@ class DecodePlan:
 
     @cached_property
     def owner(self):
-        """`chunk_owners`, computed on first use. None on CUDA, where computing it would synchronise."""
-        return None if self.kv_start.is_cuda else chunk_owners(self.kv_start, self.kv_cap)
+        """`chunk_owners`, computed on first use. None on CUDA, where computing it would synchronise, and where segments
+        overlap, because a chunk then has several owners."""
+        return None if self.kv_start.is_cuda or self.overlap else chunk_owners(self.kv_start, self.kv_cap)
+
+    @cached_property
+    def overlap(self):
+        """Two segments that share slots, (a, b), or None. Computed on first use, from the lists."""
+        segments = zip(self.starts, self.caps, range(self.segments), strict=True)
+        slots = sorted((start, start + cap, s) for start, cap, s in segments if cap)
+        return next(((a, b) for (_, end, a), (start, _, b) in pairwise(slots) if start < end), None)
 
     @property
     def items(self):
@@ -147,20 +156,36 @@ def decode_plan(kv_start, kv_cap, *, split=None):
     split: slots per work item of the Triton kernels, default `split_size`. ValueError unless a multiple of 16 up to
     2**20, or for tables of another dtype or shape, on two devices, or with negative entries.
     """
-    for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
-        if t.dtype != torch.int32 or t.ndim != 1 or len(t) == 0:
-            raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; give one int32 per segment")
-    if len(kv_start) != len(kv_cap) or kv_start.device != kv_cap.device:
-        raise ValueError(
-            f"{len(kv_start)} starts on {kv_start.device}, {len(kv_cap)} capacities on {kv_cap.device}; make them match"
-        )
-    if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
-        raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
-    return decode_plans(kv_start[None], kv_cap[None], split=split)[0]
+    _check_tables(kv_start, kv_cap, split, 1)
+    return _plans(kv_start[None], kv_cap[None], split)[0]
 
 
 def decode_plans(kv_start, kv_cap, *, split=None):
-    """Plans for L layers, kv_start and kv_cap (L, S) int32 (checked for negative entries only). Synchronises once."""
+    """Plans for L layers, kv_start and kv_cap (L, S) int32. Synchronises once. ValueError as for `decode_plan`."""
+    _check_tables(kv_start, kv_cap, split, 2)
+    return _plans(kv_start, kv_cap, split)
+
+
+def _check_tables(kv_start, kv_cap, split, ndim):
+    """ValueError for arguments that `decode_plan` (ndim 1) or `decode_plans` (ndim 2) does not support."""
+    for name, t in (("kv_start", kv_start), ("kv_cap", kv_cap)):
+        _check_tensor(name, t)
+        if t.dtype != torch.int32 or t.ndim != ndim or 0 in t.shape:
+            where = "segment" if ndim == 1 else "layer and segment"
+            raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; give one int32 per {where}")
+    if kv_start.shape != kv_cap.shape or kv_start.device != kv_cap.device:
+        starts, caps = ("x".join(map(str, t.shape)) for t in (kv_start, kv_cap))
+        raise ValueError(f"{starts} starts on {kv_start.device}, {caps} capacities on {kv_cap.device}; make them match")
+    if split is not None and (type(split) is not int or not 16 <= split <= 2**20 or split % 16):
+        raise ValueError(f"split is {split!r}; give a multiple of 16 slots, up to 2**20")
+
+
+def _check_tensor(name, t):
+    if not isinstance(t, torch.Tensor):
+        raise ValueError(f"{name} is of type {type(t).__name__}; give a tensor")
+
+
+def _plans(kv_start, kv_cap, split):
     pair = torch.stack((kv_start, kv_cap))  # a copy, because the caller may overwrite its tables later
     (starts, caps), (kv_start, kv_cap) = pair.tolist(), pair.unbind()
     plans = [_plan(*layer, split) for layer in zip(kv_start, kv_cap, starts, caps, strict=True)]
@@ -187,20 +212,20 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     k, v      (N, D) arenas of q's dtype; keys are already rotated
     kv_start  (B * Hkv,) int32, first slot of each segment; query head h reads KV head h // (Hq // Hkv)
     kv_len    (B * Hkv,) int32, taken slots of each segment; 0 is allowed
-    scale     of the scores, default D**-0.5
+    scale     of the scores, a number, default D**-0.5
     plan      `decode_plan(kv_start, kv_cap)`; without it every call builds one
     backend   "auto" | "torch" | "triton", see `choose_backend`
 
     Returns out, with shape and dtype of q; with return_lse also lse, the natural log-sum-exp of the scaled scores, fp32
     (float64 for float64), with the shape of q without D. An empty segment gives out 0 and lse -inf. Free slots never
-    affect a result, even if they hold NaN. ValueError for arguments that do not fit; with a plan, lengths are checked
-    on CPU tensors only.
+    affect a result, even if they hold NaN. Segments may overlap, for example if two sequences share a prefix.
+    ValueError for arguments that do not fit; with a plan, lengths are checked on CPU tensors only.
 
     With Triton, a sequence's results are bit-identical whatever else is in the batch. The torch backend chooses a
     strategy from all lengths of the call, so results may differ by rounding between batches. On CUDA with a plan it
     copies all segments, each padded to the largest capacity.
     """
-    _check(q, k, v, kv_start, kv_len, plan)
+    _check(q, k, v, kv_start, kv_len, plan, scale)
     way = choose_backend(backend, q.device, q.dtype, (q, k, v))
     lengths = _lengths(kv_start, kv_len, k.shape[0], plan)
     plan = decode_plan(kv_start, kv_len) if plan is None else plan
@@ -224,7 +249,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
 
 def turned(x, rope):
     """Rotate x (B, H, D), D even: x * cos + roll(x, D/2) * sin, computed in fp32 or float64, rounded once to x's dtype.
-    rope: cos and signed sin (B, 1, D), any floating dtype; None returns x."""
+    rope: cos and signed sin (B, 1, D), any floating dtype, or both in one tensor; None returns x."""
     if rope is None:
         return x
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -258,13 +283,15 @@ def ragged_decode_append(
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
     k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
     the new token: the caller adds 1 afterwards, for all layers at once. A full segment (kv_len = kv_cap) attends to the
-    new token but does not store it. With a plan, the plan's kv_cap applies. Returns what `ragged_decode` returns.
+    new token but does not store it. With a plan, the plan's kv_cap applies. ValueError if segments overlap, because two
+    of them might write to one slot. Returns what `ragged_decode` returns.
 
     Triton needs one launch. The torch backend needs several and, on CUDA, synchronises to find the full segments.
     """
+    _check_tensor("kv_cap", kv_cap)
     plan = decode_plan(kv_start, kv_cap) if plan is None else plan
     q, k_new, v_new = (dense_within(x) for x in (q, k_new, v_new))
-    _check(q, k, v, kv_start, kv_len, plan, q_dense=True)
+    _check(q, k, v, kv_start, kv_len, plan, scale, q_dense=True)
     b, hq, d = q.shape if q.ndim == 3 else (0, 0, 0)
     if k_new.shape != v_new.shape or k_new.shape != (b, plan.segments // max(b, 1), d):
         shapes = f"q {tuple(q.shape)}, k_new {tuple(k_new.shape)}, v_new {tuple(v_new.shape)}"
@@ -278,7 +305,10 @@ def ragged_decode_append(
     if kv_cap is not plan.kv_cap and (kv_cap.is_cpu != q.is_cpu or (q.is_cpu and not torch.equal(kv_cap, plan.kv_cap))):
         what = kv_cap.tolist() if kv_cap.is_cpu else f"on {kv_cap.device}"
         raise ValueError(f"kv_cap is {what}, but the plan has {plan.caps} on {q.device}; build a plan from this kv_cap")
-    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(rope or ())))
+    if plan.overlap:
+        first, second = (f"{s} ({plan.starts[s]} to {plan.starts[s] + plan.caps[s] - 1})" for s in plan.overlap)
+        raise ValueError(f"segments {first} and {second} share slots; give each its own to append to")
+    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(() if rope is None else rope)))
     scale = d**-0.5 if scale is None else scale
     if way == "triton":
         from . import ragged_decode_triton
@@ -303,7 +333,7 @@ def dense_within(x):
     return x if x.ndim == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
+def _check(q, k, v, kv_start, kv_len, plan, scale, q_dense=False):
     """ValueError for arguments that `ragged_decode` does not support. Runs in every step, so it must be cheap.
 
     q_dense: q comes from `dense_within`, so its strides are not checked.
@@ -334,13 +364,14 @@ def _check(q, k, v, kv_start, kv_len, plan, q_dense=False):
         raise ValueError(
             f"{segments} segments for {b} sequences of {hq} query heads; give B * Hkv segments, Hq a multiple of Hkv"
         )
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise ValueError(f"scale is of type {type(scale).__name__}; give a number")
     if plan is not None and not isinstance(plan, DecodePlan):
         raise ValueError(f"plan is a {type(plan).__name__}; give decode_plan(kv_start, kv_cap)")
-    if plan is not None and (plan.segments != segments or plan.end > k_shape[0]):
-        raise ValueError(
-            f"the plan is for {plan.segments} segments in {plan.end} slots, this call has {segments} in {k_shape[0]}; "
-            "build a new plan"
-        )
+    if plan is not None and plan.segments != segments:
+        raise ValueError(f"the plan is for {plan.segments} segments, this call has {segments}; build a new plan")
+    if plan is not None and plan.end > k_shape[0]:
+        raise ValueError(f"capacities need {plan.end} slots, the arenas have {k_shape[0]}; make them match")
 
 
 def _named(kv_start, kv_len):

@@ -4,7 +4,7 @@ rectangle   segments of equal length at equal distances are a strided view of th
 rectangles  several runs of such segments, for example the heads of each sequence in a batch; a loop over runs, no copy
 chunks      the arena is viewed as chunks of 64 slots: chunks that lie in one segment are read in place, the two ends of
             each segment are gathered, and the partial results are merged
-gather      each segment is copied and padded to the longest; cheapest for small caches
+gather      each segment is copied and padded to the longest; cheapest for small caches, needed if segments overlap
 
 The thresholds between them were measured (NOTES.md). Free slots may hold NaN and must not affect a result, so a weight
 of 0 is not enough to exclude them: 0 * NaN is NaN.

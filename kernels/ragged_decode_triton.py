@@ -10,8 +10,9 @@ over one split (a work item). The partial results of a segment are merged in the
     s = scale * q k^T    m = max s    l = sum exp(s - m)    part = sum exp(s - m) v / l    lse = m + log l
     out = sum_i exp(lse_i - lse) part_i              lse = log sum_i exp(lse_i)            (arXiv 2205.14135, 2.1)
 
-The item list is built once, from capacities. A program whose split begins at or after kv_len returns at once, so no
-step needs a new plan. Results depend neither on other segments nor on the order in which programs start and finish.
+The item list is built once, from capacities. A program whose split begins at or after kv_len returns after two
+dependent loads, so no step needs a new plan. Results depend neither on other segments nor on the order in which
+programs start and finish.
 
 Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result if a segment has several. 2 * G FLOP per
 element of K and V. Memory-bound above about 30 MB; below, limited by launches and latency (three dependent loads).
@@ -240,9 +241,10 @@ def append_kernel(
 def tiles(rows, d, itemsize):
     """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS log-sum-exps.
 
-    M is not padded to 16, because NVIDIA's compiler accepts any power of two. (AMD's matrix units need at least 4 rows
-    for 64 or 128 channels, otherwise 16.) K tiles take 16 KB; in fp32 they take 8 KB and M is at most 16. This fits
-    registers and shared memory together with the prefetched tiles (tools/inspect_kernels.py).
+    M is a power of two. Below 16 only if DP is 64 or 128: AMD's matrix units need at least 4 rows there, otherwise 16;
+    NVIDIA's compiler accepts any. A K tile (BN x DP) takes up to 16 KB; BN is 16 to 128, at most 64 if M > 16.
+    In fp32 M is at most 16 and a K tile takes 8 KB, 16 KB if DP is 256. This fits registers and shared memory together
+    with the prefetched tiles (tools/inspect_kernels.py).
     """
     dp = max(16, triton.next_power_of_2(d))
     m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64 if itemsize == 2 else 16, 4096 // dp)

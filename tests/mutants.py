@@ -198,6 +198,42 @@ MUTANTS = {
         "(border - CHUNK > end[owner])",
         RAGGED,
     ),
+    "chunks have one owner where segments overlap": (
+        "kernels/ragged_decode.py",
+        "if self.kv_start.is_cuda or self.overlap else",
+        "if self.kv_start.is_cuda else",
+        "test_ragged_decode.py::test_segments_may_share_rows",
+    ),
+    "segments out of order count as overlapping": (
+        "kernels/ragged_decode.py",
+        "slots = sorted((start,",
+        "slots = list((start,",
+        "test_ragged_decode.py::test_a_step_over_shared_slots_is_refused",
+    ),
+    "tables of several layers are not checked": (
+        "kernels/ragged_decode.py",
+        "    _check_tables(kv_start, kv_cap, split, 2)\n",
+        "",
+        "test_ragged_decode.py::test_bad_plans_of_several_layers_are_refused",
+    ),
+    "a tensor is taken for a scale": (
+        "kernels/ragged_decode.py",
+        "    if scale is not None and not isinstance(scale, (int, float)):",
+        "    if False:",
+        "test_ragged_decode.py::test_bad_steps_are_refused",
+    ),
+    "Triton: head dimensions without a limit": (
+        "kernels/backend.py",
+        "any(t.shape[-1] > HEAD_DIM for t in inputs)",
+        "False",
+        "test_ragged_decode.py::test_bad_calls_are_refused_with_the_value",
+    ),
+    "a step writes to shared slots": (
+        "kernels/ragged_decode.py",
+        "    if plan.overlap:",
+        "    if False:",
+        "test_ragged_decode.py::test_a_step_over_shared_slots_is_refused",
+    ),
     "the tail of a segment is not read": (
         "kernels/ragged_decode_torch.py",
         "tail = torch.maximum(end // CHUNK * CHUNK, head_end)",

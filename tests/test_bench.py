@@ -105,7 +105,8 @@ def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
     wanted |= {"flex attention"} if op in bench_kernels.ATTENTION else set()
     installed = importlib.util.find_spec("flashinfer") is not None
     flashinfer = {"flashinfer": "needs CUDA" if installed else "flashinfer is not installed"}
-    assert missing == dict.fromkeys(wanted, "needs CUDA") | (flashinfer if op in bench_kernels.ATTENTION else {})
+    needs = dict.fromkeys(wanted, "needs CUDA") | {"ours, triton": bench_kernels.NEEDS_CUDA}
+    assert missing == needs | (flashinfer if op in bench_kernels.ATTENTION else {})
     assert data["about"]["machine"] and data["about"]["bandwidth_GBps"] == 10 and op in data["about"]["command"]
     out = capsys.readouterr().out
     assert out.count("not timed: ") == len(rows) - len(timed)
@@ -516,7 +517,7 @@ def test_the_kernels_of_another_commit_are_timed_beside_ours(history, tmp_path, 
     assert len(about["base"]) >= 4 and sha.startswith(about["base"])
     for op in ops:
         found = by_name(row for row in rows if row["op"] == op)
-        assert found["base HEAD~2, torch"]["right"] and found["base HEAD~2, triton"]["why"] == "needs CUDA"
+        assert found["base HEAD~2, torch"]["right"] and found["base HEAD~2, triton"]["why"] == bench_kernels.NEEDS_CUDA
         assert found["ours, torch"]["speeds"]["base HEAD~2, torch"] > 0
         assert f"--base {about['base']}" in found["ours, torch"]["repro"]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]  # nothing is left
@@ -549,7 +550,27 @@ def test_a_commit_without_kernels_is_refused(history, tmp_path, monkeypatch, cap
 def test_ones_own_kernel_is_timed_beside_ours(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(OWN.format(result="ours(q, k, v, kv_start, kv_len)"))
     assert bench_kernels.main([*SMALL, "--kernel", str(tmp_path / "mine.py")]) == 0
-    assert capsys.readouterr().out.count("  mine  ") == 3
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  mine  ")]
+    assert len(rows) == 3 and all(re.search(r"   \d+\.\d\d x ours, torch", row) for row in rows)
+
+
+def test_without_a_gpu_a_triton_kernel_names_the_interpreter(tmp_path, capsys):
+    result = "exec('raise RuntimeError(\"0 active drivers ([]). There should only be one.\")')"
+    (tmp_path / "mine.py").write_text(OWN.format(result=result))
+    assert bench_kernels.main([*SMALL, "--kernel", str(tmp_path / "mine.py")]) == 1
+    out = capsys.readouterr().out
+    for provider in ("mine", "ours, triton"):
+        rows = [line for line in out.splitlines() if line.startswith(f"  {provider} ")]
+        assert len(rows) == 3 and all("needs CUDA; TRITON_INTERPRET=1 checks it without a GPU" in row for row in rows)
+
+
+@pytest.mark.parametrize("op", ["prefill", "decode"])
+def test_whole_models_have_no_base(op, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_kernels.main([op, "--base", "HEAD"])
+    assert (
+        stopped.value.code == 2 and capsys.readouterr().err == f"error: --base is not for {op}; time them without it\n"
+    )
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from tests.paths import ROOT
-from tools.inspect_kernels import ARCHS, KERNELS
+from tools.inspect_kernels import ARCHS, KERNELS, Facts, Variant, failures
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -75,7 +76,13 @@ def test_a_spoilt_kernel_fails_the_gate(gates, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     header, *rows, summary = done.stdout.splitlines()
     verdicts = [row[header.index("verdict") :].split(", ") for row in rows]
-    assert any(set(gates) <= set(verdict) for verdict in verdicts), done.stdout
+    names = [{gate.split()[0] for gate in verdict} for verdict in verdicts]
+    assert any(set(gates) <= found for found in names), done.stdout
+    assert all(
+        re.fullmatch(r"stack \d+ bytes > 8 or \d+ spills > 4|barrier (no|chance)|int64|\w+ \d.*", gate)
+        for verdict in verdicts
+        for gate in verdict
+    ), done.stdout
     assert all("int64" in verdict for verdict in verdicts) and "failed a gate" in summary
 
 
@@ -95,6 +102,24 @@ def test_mistakes_are_one_line(arguments, naming):
 def test_it_says_when_triton_is_missing():
     code = "import sys; sys.modules['triton'] = None\nfrom tools.inspect_kernels import main\nsys.exit(main([]))"
     refused(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT), "triton")
+
+
+@pytest.mark.parametrize("names", [["keys"], ["keys", "values"]], ids=" and ".join)
+def test_loads_of_another_name_are_not_taken_for_a_fault(names, tmp_path):
+    copy_tools(tmp_path)
+    path = tmp_path / "kernels" / "ragged_decode_triton.py"
+    for name in names:
+        path.write_text(path.read_text().replace(f"{name} = tl.load(", f"my_{name} = tl.load("))
+    lines = " or ".join(f"`{name} = tl.load(`" for name in names)
+    wanted = f"no line {lines} in kernels/ragged_decode_triton.py; the inspector finds loads by these names"
+    refused(tool("--kernel", "append_kernel", root=tmp_path), wanted)
+
+
+def test_failed_gates_name_the_numbers():
+    facts = Facts(138, 136 << 10, 0, 0, 4, 1, 4, 8, 300, "yes", True)
+    constants = {"M": 4, "BN": 64, "DP": 128}
+    failed = failures(Variant("split_kernel", "bf16", 128, 4, 1), "sm_90", facts, constants, 128)
+    assert failed == ["registers 138 > 128", "shared 136 KB > 80", "loads 4 wide + 1 narrow", "pipeline 4 of 5 loads"]
 
 
 def test_a_kernel_that_it_does_not_know_is_noticed(tmp_path):

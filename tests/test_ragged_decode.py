@@ -179,6 +179,17 @@ def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend,
             torch.testing.assert_close(b, a, rtol=ulp, atol=8 * off, equal_nan=True, msg=f"seed {seed}: stored")
 
 
+def test_rope_may_be_one_tensor(backend):
+    rope, q, new = torch.stack(some_rope(2, 16, torch.float32)), torch.randn(2, 4, 16), torch.randn(2, 2, 16)
+    start, length, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 9, 18, 27], [8, 3, 0, 5], 4 * [9]))
+    arenas = torch.randn(2, 36, 16)
+    one, two = (
+        ragged_decode_append(q, new, new, *arenas.clone(), start, length, cap, rope=rope, backend=backend)
+        for rope in (rope, rope.unbind())
+    )
+    assert torch.equal(one, two)
+
+
 def test_a_step_turns_what_a_model_turns(backend):
     """RoPE by the model's `rotate` and RoPE inside the step agree up to rounding."""
     config = TextConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -268,6 +279,38 @@ def test_large_caches_are_read_in_chunks(monkeypatch):
         assert_as_exact(lse, plain_lse, exact_lse, torch.float32)
 
 
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(
+    ("start", "lengths", "cap"),
+    [
+        ([0, 0], [900, 700], [1000, 1000]),  # a shared prefix
+        ([0, 100, 640, 0], [900, 700, 0, 900], [1000, 1000, 0, 900]),
+        ([700, 0], [300, 800], [300, 1000]),  # backwards
+    ],
+)
+def test_segments_may_share_rows(backend, planned, start, lengths, cap, monkeypatch):
+    monkeypatch.setattr(torch_way, "GATHER", 0)
+    start, lengths, cap = (torch.tensor(x, dtype=torch.int32) for x in (start, lengths, cap))
+    k, v, q = torch.randn(1100, 16), torch.randn(1100, 16), torch.randn(1, 2 * len(start), 16)
+    options = {"plan": decode_plan(start, cap) if planned else None, "return_lse": True}
+    got = ragged_decode(q, k, v, start, lengths, **options, backend=backend)
+    exact = ragged_decode_ref(q.double(), k.double(), v.double(), start, lengths, return_lse=True)
+    plain = ragged_decode_ref(q, k, v, start, lengths, return_lse=True)
+    assert_as_exact(got[0], plain[0], exact[0], torch.float32)
+    assert_as_exact(got[1], plain[1], exact[1], torch.float32, floor=1.0)
+
+
+def test_a_step_over_shared_slots_is_refused(backend):
+    """Two segments would write to one slot. Empty capacities and neighbours share nothing."""
+    tables = ([16, 8, 3, 0], [3, 0, 0, 5], [9, 8, 0, 8]), ([16, 8, 7, 0], [3, 0, 0, 5], [9, 8, 2, 8])
+    q, new, (k, v) = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 25, 8)
+    apart, shared = (tuple(torch.tensor(x, dtype=torch.int32) for x in table) for table in tables)
+    ragged_decode_append(q, new, new, k, v, *apart, backend=backend)
+    for plan in (None, decode_plan(shared[0], shared[2])):
+        with pytest.raises(ValueError, match=r"segments 3 \(0 to 7\) and 2 \(7 to 8\) share slots; "):
+            ragged_decode_append(q, new, new, k, v, *shared, plan=plan, backend=backend)
+
+
 def test_rows_of_a_segment_may_be_shuffled():
     q, k, v, keep, k_arena, v_arena, start, length, _ = case(9, torch.float64)
     out = ragged_decode(q, k_arena, v_arena, start, length)
@@ -318,6 +361,11 @@ BAD = {
     "no rows": ({"q": torch.zeros(2, 0, 4, 8)}, "(2, 0, 4, 8)"),
     "an unknown backend": ({"backend": "cuda"}, "'cuda'"),
     "starts with gaps": ({"kv_start": GOOD["kv_start"].repeat_interleave(2)[::2]}, "non-contiguous"),
+    "a scale that is a tensor": ({"scale": torch.tensor(0.5)}, "scale is of type Tensor"),
+    "large heads in Triton": (
+        {n: torch.zeros(*GOOD[n].shape[:-1], 320) for n in "qkv"} | {"backend": "triton"},
+        "up to 256, not 320",
+    ),
     "float64 in Triton": ({n: GOOD[n].double() for n in "qkv"} | {"backend": "triton"}, "float64"),
 }
 
@@ -340,7 +388,10 @@ def test_bad_steps_are_refused():
         ([good[0], new[:, :1], *good[2:], cap], {}, "(2, 1, 8)"),
         ([good[0], new, new.double(), *good[3:], cap], {}, "float64"),
         ([good[0][:, None], *good[1:], cap], {}, "(2, 1, 4, 8)"),
-        ([*good, cap + 30], {}, "the plan is for 4 segments in 70 slots"),
+        ([*good, cap + 30], {}, "capacities need 70 slots, the arenas have 40"),
+        ([*good, None], {}, "kv_cap is of type NoneType"),
+        ([*good, [10] * 4], {"plan": PLAN}, "kv_cap is of type list"),
+        ([*good, cap], {"scale": torch.ones(())}, "scale is of type Tensor"),
         ([*good, cap], {"rope": (torch.ones(2, 8), torch.ones(2, 8))}, "(2, 8)"),
         ([*good, cap], {"rope": (torch.ones(2, 1, 8), torch.ones(2, 1, 8, device="meta"))}, "on meta"),
         ([*good[:6], GOOD["kv_len"] + 9, cap], {}, "repack"),
@@ -376,6 +427,23 @@ def test_bad_plans_are_refused(start, cap, word):
     with pytest.raises(ValueError) as refused:
         decode_plan(*integers)
     assert word in str(refused.value)
+    with pytest.raises(ValueError) as refused:
+        decode_plans(*(t[None] for t in integers))
+    assert word.removeprefix("(").removesuffix(",)") in str(refused.value)
+
+
+def test_bad_plans_of_several_layers_are_refused():
+    good = torch.ones(2, 3, dtype=torch.int32)
+    for tables, split, word in (
+        ((good.long(), good.long()), None, "int64 of shape (2, 3); give one int32 per layer and segment"),
+        ((good[0], good[0]), None, "(3,)"),
+        ((good, good[:1]), None, "2x3 starts on cpu, 1x3 capacities"),
+        ((good, good.tolist()), None, "kv_cap is of type list"),
+        ((good, good), 10, "split is 10"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            decode_plans(*tables, split=split)
+        assert word in str(refused.value) and "; " in str(refused.value)
 
 
 def test_plans_of_several_layers_are_those_of_each():

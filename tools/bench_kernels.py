@@ -8,14 +8,14 @@
     python tools/bench_kernels.py --shapes gqa8 --mbytes 4 65     # size cases by MB of K and V per layer
     python tools/bench_kernels.py --layouts plphp zipf giant --retention 0.2    # other distributions over the heads
     python tools/bench_kernels.py --skew                     # equal bytes, one head 1, 2, 4 and 8 times the mean
-    python tools/bench_kernels.py --base HEAD~1              # also time the kernels of another commit
+    python tools/bench_kernels.py --base HEAD                # also time the kernels of the last commit
     python tools/bench_kernels.py --preset gpu --json gpu.json    # everything worth timing on a GPU, in minutes
 
 Each row is one provider on one case: median time of a call, 20th and 80th percentile, and
 
     speed      time of the baseline / time of the provider, median over rounds. Providers take turns in each round, so
                a machine that slows down affects all of them. Rows of ours end with the same ratio over the fastest
-               other baseline and over --base; `speeds` in --json has all ratios.
+               other baseline and over --base, that of --kernel also over ours; `speeds` in --json has all ratios.
     ceiling    useful bytes per second as a fraction of the measured memory bandwidth, and in GB/s
     max error  largest absolute difference from a float64 reference
 
@@ -89,6 +89,7 @@ METHODS = (
 LONGEST = 2**15  # kept tokens per head (mean, or of a skewed head) above which --mbytes uses more sequences
 SLACK = 64  # free slots per segment
 LAYOUTS = ("equal", "ragged", "plphp", "zipf", "giant")  # see `lengths_of`
+NEEDS_CUDA = "needs CUDA; TRITON_INTERPRET=1 checks it without a GPU"  # a Triton kernel
 PAGE = 16  # slots per page of FlashInfer's cache, vLLM's default
 QUICK = "--copies 2 --rounds 2"
 # Command lines, the most informative first; flags given beside --preset override them. FlexAttention compiles for
@@ -204,6 +205,7 @@ class Case:
     checks: dict = field(default_factory=dict)  # provider -> functions () -> (result, plain PyTorch, float64 reference)
     missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
     rivals: set = field(default_factory=set)  # providers besides the baseline to compute speeds over
+    own: str = ""  # the provider from --kernel
     guests: set = field(default_factory=set)  # rivals that we do not maintain: an error there does not fail the run
 
     def add(self, provider, call, check, rival=False):
@@ -238,6 +240,7 @@ class Case:
         kernels of its own commit. Options that a function does not accept are dropped.
         """
         ours = options(kernels)
+        self.own = setting.own[op][0] if op in setting.own else ""
         for provider, function, why in contenders(op, setting):
             if why:
                 self.missing[provider] = why
@@ -426,6 +429,8 @@ def bound(function, arguments, options):
 
 def said(broken):
     """An exception as one short line."""
+    if "0 active drivers" in str(broken):  # Triton's error without a GPU
+        return NEEDS_CUDA
     return f"{type(broken).__name__}: {' '.join(str(broken).split())[:80]}"
 
 
@@ -437,7 +442,7 @@ def triton_name(device):
 def triton_missing(dtype, device):
     """The reason why the Triton kernels cannot run here; None if they can."""
     if device.type != "cuda" and not interpreted():
-        return "needs CUDA"
+        return NEEDS_CUDA
     try:
         choose_backend("triton", device, dtype)
     except ValueError as why:
@@ -1078,7 +1083,8 @@ def measure(op, case, rounds, bandwidth, device, again):
         if not wrong[name]:
             us = 1e6 * torch.tensor(times[name], dtype=torch.float64)
             low, median, high = us.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-            speeds = {rival: times_over(times[rival], times[name]) for rival in rivals}
+            ours = [other for other in times if other.startswith("ours, ") and not wrong[other] and name == case.own]
+            speeds = {rival: times_over(times[rival], times[name]) for rival in rivals + ours}
             useful = None if name == case.reads_more or not case.bytes else case.bytes / (1e-6 * median)  # bytes/s
             row |= {"us": median, "p20_us": low, "p80_us": high, "speed": speeds.get(case.baseline), "speeds": speeds}
             row |= {"GBps": useful and useful / 1e9, "ceiling": useful and useful / bandwidth}
@@ -1130,13 +1136,15 @@ def show(rows, device):
 
 
 def strongest(row):
-    """Providers to compare a row of ours with: the fastest rival besides the baseline, and its backend of --base."""
+    """Providers to compare a row of ours with: the fastest rival besides the baseline, and its backend of --base; for
+    the function of --kernel also our backends."""
     if row["provider"] in row["speeds"]:
         return []
-    others = [name for name in row["speeds"] if name != row["baseline"] and not name.startswith("base ")]
+    ours = [name for name in row["speeds"] if name.startswith("ours, ")]
+    others = [name for name in row["speeds"] if name not in (row["baseline"], *ours) and not name.startswith("base ")]
     backend = row["provider"].removeprefix("ours")  # ", torch"
     past = [name for name in row["speeds"] if name.startswith("base ") and name.endswith(backend)]
-    return [*sorted(others, key=row["speeds"].get)[:1], *past]
+    return [*sorted(others, key=row["speeds"].get)[:1], *past, *ours]
 
 
 def cases(args, setting):
@@ -1244,6 +1252,8 @@ def parsed(argv):
     if given.preset and given.ops:
         raise InputError(f"--preset {given.preset} already selects the ops; give either a preset or ops")
     lines = [shlex.split(line) for line in PRESETS[given.preset]] if given.preset else [[]]
+    if given.base and (whole := {"prefill", "decode"} & set(given.ops)):
+        raise InputError(f"--base is not for {' and '.join(sorted(whole))}; time them without it")
     found = [parser().parse_args(line + argv) for line in lines]
     for args in found:
         args.ops = list(OPS) if "all" in args.ops else args.ops or ["ragged_decode"]

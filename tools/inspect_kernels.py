@@ -12,9 +12,18 @@ One row per variant and architecture:
     stack    bytes per thread                    loop     instructions in the loop over tiles of K and V (not on AMD)
     spills   instructions that access the stack  barrier  between append_kernel's partial results and its ticket
 
-The verdict is ok, the names of the failed gates (see `failures`), or compile (compilation failed). This does not
-replace a run on a GPU: it cannot show races, times or wrong results. Exit codes: 0 all variants pass; 1 one fails; 2
-wrong arguments.
+The verdict is ok, compile (compilation failed), or the failed gates with the value found and the limit:
+
+    stack, registers, shared  too much of it: a register spilled to the stack, or too few programs fit beside each other
+    loads     K or V is not loaded 16 bytes at a time, or fewer loads were found than its tiles have
+    pipeline  not all loads of K and V in the loop are asynchronous copies
+    matrix    no matrix-unit instruction
+    int64     an offset into K or V is not computed with 64-bit products, so it overflows in large arenas
+    barrier   none before the ticket ("no"); only one that Triton inserted by chance ("chance"). "weak" passes: AMD's
+              barrier does not wait for the stores of other waves, which only a run can judge
+
+The loads of K and V are found by the names `keys` and `values` in a kernel's module. This does not replace a run on a
+GPU: it cannot show races, times or wrong results. Exit codes: 0 all variants pass; 1 one fails; 2 wrong arguments.
 """
 
 import argparse
@@ -423,19 +432,24 @@ def keep(group, name, inside):
 
 
 def failures(variant, arch, facts, constants, threads):
-    """Names of the gates that a variant fails. threads: per program."""
+    """The gates that a variant fails, each with the value found and the limit. threads: per program."""
     kernel, amd, m = KERNELS[variant.kernel], arch.startswith("gfx"), constants.get("M", 1)
     bits = "fp32" if variant.dtype == "fp32" else "16 bit"
     large = ", D > 128 or M > 16" if bits == "16 bit" and (variant.d > 128 or m > 16) else ""
+    registers = REGISTERS["AMD" if amd else bits + large]
+    shared = SHARED["AMD" if amd else bits + ", roomy" * (arch in ROOMY)]
+    loads = facts.wide + facts.narrow
     gates = {
-        "stack": facts.stack <= STACK and facts.spills <= SPILLS,
-        "registers": facts.regs <= REGISTERS["AMD" if amd else bits + large],
-        "shared": facts.shared <= SHARED["AMD" if amd else bits + ", roomy" * (arch in ROOMY)],
-        "loads": loads_are_wide(variant, facts, constants, threads),
-        "pipeline": amd or not kernel.streams or 0 < facts.copies == facts.wide + facts.narrow,
+        f"stack {facts.stack} bytes > {STACK} or {facts.spills} spills > {SPILLS}": (
+            facts.stack <= STACK and facts.spills <= SPILLS
+        ),
+        f"registers {facts.regs} > {registers}": facts.regs <= registers,
+        f"shared {facts.shared / 1024:.4g} KB > {shared >> 10}": facts.shared <= shared,
+        f"loads {facts.wide} wide + {facts.narrow} narrow": loads_are_wide(variant, facts, constants, threads),
+        f"pipeline {facts.copies} of {loads} loads": amd or not kernel.streams or 0 < facts.copies == loads,
         # NVIDIA has no matrix instructions for IEEE fp32; AMD's need at least 4 rows
         "matrix": not kernel.multiplies or bits == "fp32" or (amd and m < 4) or facts.matrix > 0,
-        "barrier": facts.barrier in ("yes", "weak") or variant.kernel != "append_kernel",
+        f"barrier {facts.barrier}": facts.barrier in ("yes", "weak") or variant.kernel != "append_kernel",
         "int64": facts.int64 or not kernel.tiles,
     }
     return [name for name, passed in gates.items() if not passed]
@@ -483,6 +497,16 @@ def kv_lines(module):
     return {(path.name, n) for n, line in lines if re.match(r"\s*(keys|values) = tl\.load\(", line)}
 
 
+def unnamed_loads(kernel):
+    """The error message if loads of K or V in this kernel's module cannot be found by their names, or None."""
+    path = ROOT / "kernels" / f"{KERNELS[kernel].module}.py"
+    wanted = [f"{name} = tl.load(" for name in ("keys", "values")[: KERNELS[kernel].tiles]]
+    if missing := [line for line in wanted if not re.search(rf"^\s*{re.escape(line)}", path.read_text(), re.M)]:
+        lines = " or ".join(f"`{line}`" for line in missing)
+        return f"no line {lines} in kernels/{path.name}; the inspector finds loads by these names"
+    return None
+
+
 def inspect_all(jobs, processes):
     """Rows in the order of the jobs. Prints progress to stderr."""
     rows = []
@@ -528,6 +552,8 @@ def objection(args):
     source = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*_triton.py")))
     if forgotten := set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M)) - set(KERNELS):
         return f"{', '.join(sorted(forgotten))} missing from KERNELS; add it in {Path(__file__).name}"
+    if unnamed := next(filter(None, map(unnamed_loads, args.kernel)), None):
+        return unnamed
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (it has no wheels for macOS and Windows)"
     if args.processes < 1:

@@ -49,7 +49,7 @@ def parser():
     p.add_argument("--op", help="kernel to plot (default: the first in the files)")
     p.add_argument("--shape", help="model shape (default: the one with most sizes)")
     p.add_argument("--layout", help="such as equal or zipf (default: that with most rows; ragged before equal)")
-    p.add_argument("--out", default="bench.png", metavar="FILE.png")
+    p.add_argument("--out", default="bench.png", metavar="FILE.png", help="default bench.png in the current folder")
     return p
 
 
