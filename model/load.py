@@ -200,7 +200,7 @@ class Checkpoint:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16e9
         return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
 
-    def read_weights(self, dtype="auto", device="cpu"):
+    def read_weights(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> "Checkpoint":
         """Load the weights: mapped from the files, cast and moved one tensor at a time. Returns self.
 
         dtype: "auto" | "bf16" | "fp16" | "fp32", torch's names ("float16") or torch's own (torch.float16). auto is the
@@ -229,7 +229,7 @@ class Checkpoint:
         return self
 
 
-def load(name, dtype="auto", device="cpu"):
+def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> Checkpoint:
     """A Checkpoint with its weights, from a folder or from an id in the local Hugging Face cache.
 
     dtype and device: as in `Checkpoint.read_weights`. InputError for anything that cannot be used.
@@ -258,7 +258,7 @@ def choose_device(name):
     return device
 
 
-def open_checkpoint(name):
+def open_checkpoint(name: str | Path) -> Checkpoint:
     """A Checkpoint without its weights. Config, tokenizer and all tensors' names, shapes and dtypes are checked here,
     from headers and small files only. InputError if anything is missing, unexpected or not supported.
     """
