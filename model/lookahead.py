@@ -71,10 +71,14 @@ def open_lookahead(path, language):
     """The look-ahead rows of a file, on the meta device. InputError unless their shapes fit the `Llama`."""
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
+        dtypes = {part.get_dtype() for part in parts.values()} - {"F32", "F16", "BF16"}
         rows, rank = shapes["embeddings"][0], shapes["layers.0.q_proj.lora_A"][0]
     except (SafetensorError, OSError, ValueError, KeyError, IndexError) as broken:
         raise InputError(f"{path} has no readable look-ahead rows ({broken}); {ADVICE}") from broken
+    if dtypes:
+        raise InputError(f"{path} holds numbers of type {', '.join(sorted(dtypes))}, not floats; {ADVICE}")
     with torch.device("meta"):
         lookahead = Lookahead(language, rows, rank)
     wanted = {name: tuple(p.shape) for name, p in lookahead.state_dict().items()}
@@ -87,12 +91,14 @@ def open_lookahead(path, language):
 def fill_lookahead(lookahead, path, language):
     """Load the rows' weights, in the dtype and on the device of a loaded `Llama`.
 
-    InputError if they were trained for a model with other weights.
+    InputError if they were trained for a model with other norm weights, or are not finite.
     """
     with safe_open(path, framework="pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     if about.get("model") != fingerprint(language):
         raise InputError(f"{path} was trained for other weights than these; {ADVICE}")
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise InputError(f"{path} holds NaN or infinity; {ADVICE}")
     norm = language.model.norm.weight
     tensors = {name: t.to(norm.device, norm.dtype) for name, t in tensors.items()}
     lookahead.load_state_dict(tensors, assign=True)
@@ -100,7 +106,7 @@ def fill_lookahead(lookahead, path, language):
 
 
 def fingerprint(language):
-    """16 hex digits that identify a model's weights, whatever their dtype: a hash of its norm weights in bf16."""
+    """16 hex digits that identify a model: a hash of its norm weights in bf16. The other weights are not compared."""
     norms = [p for name, p in language.named_parameters() if name.endswith("norm.weight")]
     whole = torch.cat([p.detach().float().cpu() for p in norms]).to(torch.bfloat16)
     return hashlib.sha256(bytes(whole.view(torch.uint8).tolist())).hexdigest()[:16]

@@ -2137,6 +2137,24 @@ MUTANTS = {
         'file.write("")',
         "test_run.py::test_peak_memory_leaves_out_the_measurement_of_the_bandwidth",
     ),
+    "an unpruned run computes the look-ahead rows": (
+        "model/generate.py",
+        '"lookahead": lookahead} if pruner else {}',
+        '"lookahead": lookahead} if pruner else {"lookahead": self.checkpoint.lookahead}',
+        "test_lookahead.py::test_rows_that_do_not_rank_are_not_touched",
+    ),
+    "rows that do not rank are computed": (
+        "model/generate.py",
+        "self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None",
+        "self.checkpoint.lookahead if self.prune else None",
+        "test_lookahead.py::test_rows_that_do_not_rank_are_not_touched",
+    ),
+    "a training goes on with other settings": (
+        "tools/train_lookahead.py",
+        "if begun != settings:",
+        "if False:",
+        "test_lookahead.py::test_a_run_goes_on_only_with_its_own_settings",
+    ),
     "stats of a turn count the whole conversation": (
         "tools/report.py",
         'of = whole if new == r["prompt_tokens"] else',

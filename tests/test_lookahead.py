@@ -162,8 +162,33 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
         save_file(changed, path, {"model": fingerprint(language)})
         refusal(read_lookahead, path, language)
+    for wrong, said in ((torch.int8, "of type I8"), (torch.bool, "of type BOOL")):
+        save_file({k: v.to(wrong) for k, v in tensors.items()}, path, {"model": fingerprint(language)})
+        assert said in refusal(read_lookahead, path, language)
+    save_file(tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, {"model": fingerprint(language)})
+    assert "NaN or infinity" in refusal(read_lookahead, path, language)
     path.write_bytes(b"no safetensors")
     assert "has no readable look-ahead rows" in refusal(read_lookahead, path, language)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
+    language = small_llama()
+    (tmp_path / "q1").write_text("one")
+    (tmp_path / "q2").write_text("two")
+
+    def settings(*flags, model=language, questions="q1"):
+        args = train_lookahead.parser().parse_args([*flags, "--questions", str(tmp_path / questions)])
+        return train_lookahead.settings_of(model, args)
+
+    other = small_llama()
+    other.model.norm.weight.data *= 1.5
+    train_lookahead.same_settings(tmp_path / "run", settings("--steps", "9"))
+    train_lookahead.same_settings(tmp_path / "run", settings("--steps", "9", "--report", "3"))  # the same rows
+    for changed in (
+        settings("--steps", "8"), settings("--steps", "9", "--rank", "2"), settings("--steps", "9", "--seed", "7"),
+        settings("--steps", "9", questions="q2"), settings("--steps", "9", model=other),
+    ):  # fmt: skip
+        assert "--steps 9" in refusal(train_lookahead.same_settings, tmp_path / "run", changed)
 
 
 # ---------------------------------------------------------------- training
@@ -314,6 +339,16 @@ def test_an_unpruned_answer_is_the_same_to_the_bit_without_the_file(checkpoint):
         logits = [asking(c).prefill() for c in (checkpoint, plain)]
     assert torch.equal(*logits)
     assert "".join(asking(checkpoint)) == "".join(asking(plain))
+
+
+@pytest.mark.parametrize("spec", ["none", "topk", "random"])
+def test_rows_that_do_not_rank_are_not_touched(checkpoint, spec):
+    class Untouchable:
+        def __getattr__(self, name):
+            raise AssertionError(name)
+
+    without = dataclasses.replace(checkpoint, lookahead=Untouchable())
+    assert "".join(asking(without, spec)) == "".join(asking(checkpoint, spec))
 
 
 @pytest.mark.parametrize("name", RANKING)

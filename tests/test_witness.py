@@ -15,7 +15,7 @@ from model.config import TextConfig
 from model.llama import Llama
 from model.pruning import make_method
 from tests.oracle import small_llama
-from tools import witness
+from tools import train_lookahead, witness
 from tools.replay import Asked
 from tools.witness import KINDS, LEFT_OUT, RETENTIONS, UNSEEN, Words, conditions, greedy, numbered, passage
 
@@ -112,11 +112,14 @@ def test_the_whole_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
 
 def test_a_run_with_other_settings_is_another_run(tmp_path):
     """Rows trained with other settings must not be reused."""
-    args = arguments(tmp_path)
-    witness.same_settings(args)
-    witness.same_settings(arguments(tmp_path, "--passages", "9"))  # does not affect the rows
+
+    def same(args):
+        return train_lookahead.same_settings(args.run, witness.settings_of(args))
+
+    same(arguments(tmp_path))
+    same(arguments(tmp_path, "--passages", "9"))  # does not affect the rows
     for more in (["--steps", "4"], ["--prompts", "21"], ["--rank", "3"], ["--seed", "1"]):
-        assert "--prompts 20 --steps 3 --rows 2 --rank 2" in refusal(witness.same_settings, arguments(tmp_path, *more))
+        assert "--prompts 20 --steps 3 --rows 2 --rank 2" in refusal(same, arguments(tmp_path, *more))
 
 
 @torch.inference_mode()

