@@ -9,8 +9,6 @@ This applies LookaheadKV (arXiv 2603.10899), a method for text, to vision tokens
 rows for any checkpoint.
 """
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -79,6 +77,8 @@ def open_lookahead(path, language):
         raise InputError(f"{path} has no readable look-ahead rows ({broken}); {ADVICE}") from broken
     if dtypes:
         raise InputError(f"{path} holds numbers of type {', '.join(sorted(dtypes))}, not floats; {ADVICE}")
+    if not rows or not rank:
+        raise InputError(f"{path} holds {rows} look-ahead rows of rank {rank}; {ADVICE}")
     with torch.device("meta"):
         lookahead = Lookahead(language, rows, rank)
     wanted = {name: tuple(p.shape) for name, p in lookahead.state_dict().items()}
@@ -91,22 +91,31 @@ def open_lookahead(path, language):
 def fill_lookahead(lookahead, path, language):
     """Load the rows' weights, in the dtype and on the device of a loaded `Llama`.
 
-    InputError if they were trained for a model with other norm weights, or are not finite.
+    InputError if they were trained for other weights, are not finite, or were never trained.
     """
     with safe_open(path, framework="pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    if about.get("model") != fingerprint(language):
+    if not same_weights(about.get("weights", ""), language):
         raise InputError(f"{path} was trained for other weights than these; {ADVICE}")
     if not all(t.isfinite().all() for t in tensors.values()):
         raise InputError(f"{path} holds NaN or infinity; {ADVICE}")
+    if not tensors["embeddings"].any(1).all():  # all tokens would get the same score
+        raise InputError(f"{path} holds rows of zeros; {ADVICE}")
     norm = language.model.norm.weight
     tensors = {name: t.to(norm.device, norm.dtype) for name, t in tensors.items()}
     lookahead.load_state_dict(tensors, assign=True)
     lookahead.requires_grad_(False)
 
 
-def fingerprint(language):
-    """16 hex digits that identify a model: a hash of its norm weights in bf16. The other weights are not compared."""
-    norms = [p for name, p in language.named_parameters() if name.endswith("norm.weight")]
-    whole = torch.cat([p.detach().float().cpu() for p in norms]).to(torch.bfloat16)
-    return hashlib.sha256(bytes(whole.view(torch.uint8).tolist())).hexdigest()[:16]
+def weights_sample(language):
+    """Text that identifies a model: 8 evenly spaced numbers of each of its parameters."""
+    places = [(p, torch.arange(8, device=p.device) * (p.numel() - 1) // 7) for p in language.parameters()]
+    found = [p.detach()[torch.unravel_index(place, p.shape)].float().cpu() for p, place in places]
+    return " ".join(f"{number:.8g}" for number in torch.cat(found).tolist())
+
+
+def same_weights(sample, language):
+    """True if a `weights_sample` is of this model, whatever the dtypes: rounding to bf16 changes a number by up to
+    1/512 of its size, rounding small ones to fp16 by up to 3e-8."""
+    theirs, ours = (torch.tensor([float(n) for n in text.split()]) for text in (sample, weights_sample(language)))
+    return len(theirs) == len(ours) and torch.allclose(theirs, ours, rtol=1 / 256, atol=1e-7)

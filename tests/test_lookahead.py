@@ -17,7 +17,7 @@ from model import Generation, Sampling, load
 from model.cache import RaggedCache
 from model.generate import Layout
 from model.llama import rope_table
-from model.lookahead import Lookahead, fill_lookahead, fingerprint, open_lookahead
+from model.lookahead import Lookahead, fill_lookahead, open_lookahead, weights_sample
 from model.pruning import make_method
 from model.pruning.budget import grid_phase
 from tools import train_lookahead
@@ -132,7 +132,7 @@ def read_lookahead(path, language):
 
 
 def saved(path, language, lookahead, **about):
-    save_file(dict(lookahead.state_dict()), path, {"model": fingerprint(language)} | about)
+    save_file(dict(lookahead.state_dict()), path, {"weights": weights_sample(language)} | about)
     return path
 
 
@@ -160,12 +160,12 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     tensors = dict(lookahead.state_dict())
     for change in ({"extra": torch.zeros(1)}, {"embeddings": None}, {"layers.2.up_proj.lora_B": None}):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
-        save_file(changed, path, {"model": fingerprint(language)})
+        save_file(changed, path, {"weights": weights_sample(language)})
         refusal(read_lookahead, path, language)
     for wrong, said in ((torch.int8, "of type I8"), (torch.bool, "of type BOOL")):
-        save_file({k: v.to(wrong) for k, v in tensors.items()}, path, {"model": fingerprint(language)})
+        save_file({k: v.to(wrong) for k, v in tensors.items()}, path, {"weights": weights_sample(language)})
         assert said in refusal(read_lookahead, path, language)
-    save_file(tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, {"model": fingerprint(language)})
+    save_file(tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, {"weights": weights_sample(language)})
     assert "NaN or infinity" in refusal(read_lookahead, path, language)
     path.write_bytes(b"no safetensors")
     assert "has no readable look-ahead rows" in refusal(read_lookahead, path, language)

@@ -68,8 +68,8 @@ PERIOD = 10  # seconds between two lines of progress
 
 TABLE = (  # conditions of the committed table; --only names others, or all
     "random", "grid", "objects", "topk", "shared", "snapkv", "adakv", "fastv", "plphp as shipped", "plphp", "plphp-ada",
-    "topk rows+values", "shared rows+values", "plphp ahead", "topk ahead", "shared ahead", "topk ahead+grid",
-    "evidence", "hindsight",
+    "topk rows+values", "shared rows+values", "plphp ahead", "plphp ahead+grid", "topk ahead", "topk ahead+grid",
+    "shared ahead", "evidence", "hindsight",
 )  # fmt: skip
 AT_EQUAL = 3  # percentage points: two kept fractions that differ by more are not compared
 GIVEN = "given: "  # prefix of the conditions that --methods adds
@@ -115,6 +115,7 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None,
         named["shared rows+values"] = _spec(f"shared:{ROWS_VALUES}", f)
         if ahead:
             named["plphp ahead"] = _spec(f"plphp:{AHEAD},{ahead}", f)
+            named["plphp ahead+grid"] = _spec(f"plphp:{AHEAD},{ahead},cover=0.5", f)
             named["topk ahead"] = _spec(f"topk:{AHEAD}", f)
             named["shared ahead"] = _spec(f"shared:{AHEAD}", f)
             named["topk ahead+grid"] = _spec(f"topk:{AHEAD},cover=0.5", f)
@@ -264,8 +265,7 @@ def evaluate_scene(checkpoint, made, number, mode):
     per layer]]}; attention kept: share of the answer's attention to the pictures that falls on kept tokens.
     bytes: K and V of [the prompt's text, its vision tokens].
     """
-    pair = number % 5 == 4  # one pair of pictures for every four single ones
-    drawn, questions = held_out_questions(number, pair, False, 0)
+    drawn, questions = held_out_questions(number, is_pair(number), False, 0)
     image_tokens, views, result = encode_scenes(checkpoint, drawn), views_of(checkpoint, drawn), []
     for i, q in enumerate(questions):
         second = questions[(i + 1) % len(questions)] if mode == "second" else None
@@ -332,23 +332,30 @@ def _evidence_kept(keep, layout, evidence):
 
 
 @torch.inference_mode()
-def thresholds(checkpoint, lookahead=None, number=24):
+def thresholds(checkpoint, lookahead=None, number=100):
     """(alpha, beta): the upper and lower tercile of gamma over all layers, on scenes that are not evaluated.
 
-    lookahead: use the gamma of these rows instead of the last prompt row's.
+    With them as many layers keep more as keep less, so the mean is the wanted fraction. The mixture of single pictures
+    and pairs is that of the evaluation, because gamma differs between them. lookahead: use the gamma of these rows
+    instead of the last prompt row's.
     """
     found, said = [], time.monotonic()
     for scene in range(number):
         if time.monotonic() > said + PERIOD:
             said = time.monotonic()
             say(f"thresholds of PLPHP: {scene}/{number} scenes")
-        drawn, questions = held_out_questions(scene, False, False, 0)
+        drawn, questions = held_out_questions(scene, is_pair(scene), False, 0)
         image_tokens = encode_scenes(checkpoint, drawn)
-        for q in questions[:3]:
-            ids, fed, _ = conversation(checkpoint, q, None, 1)
+        for q in questions:
+            ids, fed, _ = conversation(checkpoint, q, None, len(drawn))
             found += gammas_of(asked_with(checkpoint, ids, image_tokens, fed[:0]), lookahead)
     found.sort()
     return round(found[2 * len(found) // 3], 3), round(found[len(found) // 3], 3)
+
+
+def is_pair(scene):
+    """Does a scene have two pictures? One in five has."""
+    return scene % 5 == 4
 
 
 # ---------------------------------------------------------------- resumable runs
@@ -464,7 +471,7 @@ def scenes_for(questions):
     numbers, count = [], 0
     while count < questions:
         numbers.append(FIRST + len(numbers))
-        count += len(held_out_questions(numbers[-1], numbers[-1] % 5 == 4, False, 0)[1])
+        count += len(held_out_questions(numbers[-1], is_pair(numbers[-1]), False, 0)[1])
     return numbers
 
 
@@ -611,7 +618,9 @@ def row_of(condition, data, group, long, task, weights, sizes):
         "method": method, "retention": retention, "kept": f"{100 * kept:.1f}",
         "kv bytes": round(sizes[0] + kept * sizes[1]), "kv bytes, all kept": round(sum(sizes)),
     }  # fmt: skip
-    for label, where in (("long", long), ("all", torch.ones_like(long))):
+    for label, where in (("long", long), ("short", ~long), ("all", torch.ones_like(long))):
+        if not where.any():
+            continue
         mean, low, high = interval(d["exact"][where], group[where], weights)
         row |= {label: f"{100 * mean:.1f}", f"{label} low": f"{100 * low:.1f}", f"{label} high": f"{100 * high:.1f}"}
     lost = interval((d["exact"] - data["none"]["exact"])[long], group[long], weights)
@@ -635,7 +644,7 @@ PAIRS = (  # compared on the long answers: the first minus the second
     ("random", "random, same in all heads"), ("grid", "random"), ("objects", "random"), ("evidence", "grid"),
     ("evidence", "objects"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "random"),
     ("plphp as shipped", "random"), ("plphp as shipped", "grid"), ("plphp as shipped", "plphp"), ("plphp", "topk"),
-    ("plphp ahead", "topk ahead"), ("topk ahead", "shared ahead"), ("topk ahead+grid", "topk ahead"),
+    ("plphp ahead", "topk ahead"), ("plphp ahead+grid", "topk ahead+grid"), ("topk ahead", "shared ahead"), ("topk ahead+grid", "topk ahead"),
     ("topk ahead", "topk ahead, another question"), ("topk ahead", "topk ahead, another picture"),
     ("topk neutral rows", "topk"), ("topk ahead", "random"), ("topk ahead", "grid"), ("topk ahead", "hindsight"),
     ("plphp ahead", "plphp"), ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"),
@@ -667,6 +676,7 @@ LABELS = {  # condition: its name in the table and in the picture; what can be g
     "adakv": "`adakv`",
     "fastv": "`fastv`",
     "plphp ahead": "`plphp:query=lookahead`",
+    "plphp ahead+grid": "`plphp:query=lookahead,cover=0.5`",
     "topk ahead": "`topk:query=lookahead`",
     "shared ahead": "`shared:query=lookahead`",
     "topk ahead+grid": "`topk:query=lookahead,cover=0.5`",

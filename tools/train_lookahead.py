@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.llama import rope_table  # noqa: E402
-from model.lookahead import FILE, Lookahead, fingerprint  # noqa: E402
+from model.lookahead import FILE, Lookahead, weights_sample  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
@@ -370,11 +370,16 @@ def same_settings(folder, settings):
 
 
 def settings_of(language, args):
-    """What the rows depend on, by flag; the model by its fingerprint, the questions by a hash of the file."""
+    """What the rows depend on, by flag; the model and the file of questions by hashes."""
     names = ("rows", "rank", "steps", "batch", "seed", "leave_out", "max_new_tokens")
-    questions = args.questions and hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()[:16]
+    model = _hash(weights_sample(language).encode())
+    questions = args.questions and _hash(Path(args.questions).read_bytes())
     given = {name.replace("_", "-"): getattr(args, name) for name in names}
-    return {"model": fingerprint(language), "questions": questions} | given
+    return {"model": model, "questions": questions} | given
+
+
+def _hash(data):
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def train(language, source, args):
@@ -427,7 +432,7 @@ def measure(language, lookahead, held):
 
 def write(lookahead, language, args):
     """Write the file for a checkpoint's folder: fp32 tensors, and metadata that names the model."""
-    about = {"model": fingerprint(language), "steps": str(args.steps), "seed": str(args.seed)}
+    about = {"weights": weights_sample(language), "steps": str(args.steps), "seed": str(args.seed)}
     tensors = {name: t.detach().cpu().contiguous() for name, t in lookahead.state_dict().items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, args.out, about)
