@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import re
 
 import pytest
 import torch
@@ -314,6 +315,9 @@ def test_tables_say_what_the_answers_say(tmp_path, capsys):
     assert "| plphp against random like plphp | 0.5 | +100.0 | +100.0 to +100.0 | 10 | 0 | 0.002 |" in text
     assert text == capsys.readouterr().out.rstrip("\n") + "\n" and (tmp_path / "t.png").stat().st_size > 10_000
     rows = (tmp_path / "t.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    assert rows[1].split(",")[columns.index("long")] == "100.0" and rows[1].split(",")[columns.index("short")] == "0.0"
+    assert "`plphp:query=last,cover=0,alpha=0.7,beta=0.5,skip=0,dr=0.3`, as published" in text
     assert len(rows) == 7 and "loss low" in rows[0] and rows[1].split(",")[3:5] == ["2500", "4000"]  # bytes
 
 
@@ -400,6 +404,21 @@ def test_answers_of_another_run_are_refused_by_what_differs(tmp_path):
     assert path.read_text() == "a letter\n"
 
 
+def test_labels_of_the_table_can_be_given_to_prune():
+    """The methods that they make are those that were measured, also with the demo's plphp.json."""
+    fitted = (0.85, 0.71), (0.82, 0.74)
+    measured, compared = evaluate.conditions(fitted, 6, folder=DEMO), 0
+    for name in evaluate.TABLE:
+        label = evaluate.label_of(name, fitted)
+        spec = re.search("^`(.*)`", label)
+        if spec and name != "fastv":  # its label names no layer
+            mine, theirs = make_method(spec[1], 0.5, folder=DEMO), measured[f"{name}@0.5"](None, (), 0)
+            same = {"seed": 0, "r": 0}  # each question has its own seed; retention replaces r
+            assert mine.settings | same == theirs.settings | same and mine.name == theirs.name
+            compared += 1
+    assert compared == 17
+
+
 def test_labels_tell_methods_apart(tmp_path):
     files = [tmp_path / folder / "m.py" for folder in "ab"]
     for file in files:
@@ -412,7 +431,8 @@ def test_labels_tell_methods_apart(tmp_path):
     assert evaluate.label_specs([one, two, f"{two}:part=4"], DEMO) == {
         one: one, two: two, f"{two}:part=4": "m.py::keep:part=4",
     }  # fmt: skip
-    taken = evaluate.taken_labels(["none", "random@0.5"])
+    taken = evaluate.taken_labels(["none", "random@0.5", "given: topk@0.5"], ((1, 0), None))
+    assert sorted(taken) == ["random", "unpruned"]
     labels = evaluate.label_specs(["random"], DEMO, taken)  # the table draws another seed for each question
     assert labels == {"random": "random:pooled=false,shared=false,scope=image,seed=0"}
 
@@ -486,7 +506,7 @@ def test_help_lists_the_names(capsys):
 def test_the_table_has_its_rows_unless_others_are_named():
     every = evaluate.conditions(((0.7, 0.5), (0.7, 0.5)), 6)
     names = [name for name in every if evaluate.chosen(name, evaluate.TABLE)]
-    assert {evaluate.parts(name)[0] for name in names} == {"none", *evaluate.TABLE} and len(names) == 57
+    assert {evaluate.parts(name)[0] for name in names} == {"none", *evaluate.TABLE} and len(names) == 60
     assert all(evaluate.chosen(name, ["all"]) for name in every)
     assert [name for name in every if evaluate.chosen(name, ["topk@0.3"])] == ["none", "topk@0.3"]
 

@@ -25,6 +25,7 @@ from tools.replay import asked_with
 from tools.train_lookahead import Example, divergence, freeze, predict
 
 ROWS = 3
+RANKING = ("plphp", "plphp-ada", "topk", "shared", "snapkv", "adakv")
 
 
 def random_lookahead(language, rows=ROWS, rank=4, seed=0):
@@ -108,8 +109,13 @@ def test_scores_are_those_of_a_second_transformers_model_with_the_adapters_merge
         cache = frozen(inputs_embeds=x, use_cache=True).past_key_values
         rows = lookahead.embeddings[None]
         out = merged(inputs_embeds=rows, past_key_values=cache, output_attentions=True)
-    for ours, theirs in zip(rows_of(language, x, lookahead), out.attentions, strict=True):
-        torch.testing.assert_close(ours, theirs[0].mean(1), rtol=0, atol=1e-5)
+    layout = Layout(c.num_hidden_layers, 4, c.num_key_value_heads, 13, [(2, 11)], x.device)
+    for i, (ours, theirs) in enumerate(zip(rows_of(language, x, lookahead), out.attentions, strict=True)):
+        theirs = theirs[0].mean(1)  # (Hq, T + m): over the m rows
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        for spec in (name + ":query=lookahead" for name in RANKING):
+            kept = [make_method(spec, 0.5).choose(i, scores[:, :13], layout) for scores in (ours, theirs)]
+            assert kept[0] is None or kept[0].equal(kept[1])
 
 
 def test_only_the_rows_are_adapted():
@@ -143,8 +149,31 @@ def test_a_file_is_read_back_in_the_models_dtype(tmp_path):
     found = read_lookahead(path, language)
     assert found.rows == ROWS and not any(p.requires_grad for p in found.parameters())
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), lookahead.parameters(), strict=True))
-    half = copy.deepcopy(language).to(torch.bfloat16)
-    assert {p.dtype for p in read_lookahead(path, half).parameters()} == {torch.bfloat16}  # same weights, other dtype
+
+
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_fit_the_same_weights_in_other_dtypes(trained, loaded, tmp_path):
+    """Weights of all sizes; those that fp16 rounds to zero are not compared."""
+    language = small_llama()
+    for i, p in enumerate(language.parameters()):
+        p.data *= 10.0 ** -(i % 7)
+    path = saved(tmp_path / "lookahead.safetensors", copy.deepcopy(language).to(trained), random_lookahead(language))
+    found = read_lookahead(path, copy.deepcopy(language).to(loaded))
+    assert {p.dtype for p in found.parameters()} == {loaded}
+
+
+def test_rows_do_not_fit_other_weights_with_the_same_norms(tmp_path):
+    """A model that was fine-tuned in one kind of layer alone."""
+    language = small_llama()
+    path = saved(tmp_path / "lookahead.safetensors", language, random_lookahead(language))
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+        tuned = copy.deepcopy(language)
+        tuned.get_submodule(f"model.layers.0.{name}").weight.data *= 1.02
+        assert "other weights" in refusal(read_lookahead, path, tuned)
+    tuned = copy.deepcopy(language)
+    tuned.lm_head.weight.data *= 1.001  # less than rounding to bf16
+    read_lookahead(path, tuned)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -165,8 +194,18 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     for wrong, said in ((torch.int8, "of type I8"), (torch.bool, "of type BOOL")):
         save_file({k: v.to(wrong) for k, v in tensors.items()}, path, {"weights": weights_sample(language)})
         assert said in refusal(read_lookahead, path, language)
-    save_file(tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, {"weights": weights_sample(language)})
+    save_file(
+        tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, {"weights": weights_sample(language)}
+    )
     assert "NaN or infinity" in refusal(read_lookahead, path, language)
+    saved(path, language, random_lookahead(language, rank=0))
+    assert "3 look-ahead rows of rank 0" in refusal(read_lookahead, path, language)
+    tensors["embeddings"][1] = 0
+    save_file(tensors, path, {"weights": weights_sample(language)})
+    assert "rows of zeros" in refusal(read_lookahead, path, language)
+    for about in ({}, {"weights": "c9b6d8507dfa36f5"}, {"weights": ""}):  # of another program
+        save_file(dict(lookahead.state_dict()), path, about)
+        assert "other weights" in refusal(read_lookahead, path, language)
     path.write_bytes(b"no safetensors")
     assert "has no readable look-ahead rows" in refusal(read_lookahead, path, language)
 
@@ -313,9 +352,6 @@ def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- in an answer
-
-
-RANKING = ("plphp", "plphp-ada", "topk", "shared", "snapkv", "adakv")
 
 
 @pytest.fixture

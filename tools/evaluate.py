@@ -49,6 +49,7 @@ from model.pruning import (  # noqa: E402
     named,
     sets_budget,
 )  # fmt: skip
+from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from model.view import contrast_of, places_of  # noqa: E402
 from run import as_command, choose_device, say  # noqa: E402
@@ -68,8 +69,8 @@ PERIOD = 10  # seconds between two lines of progress
 
 TABLE = (  # conditions of the committed table; --only names others, or all
     "random", "grid", "objects", "topk", "shared", "snapkv", "adakv", "fastv", "plphp as shipped", "plphp", "plphp-ada",
-    "topk rows+values", "shared rows+values", "plphp ahead", "plphp ahead+grid", "topk ahead", "topk ahead+grid",
-    "shared ahead", "evidence", "hindsight",
+    "topk rows+values", "shared rows+values", "plphp ahead", "plphp ahead+grid", "topk ahead", "shared ahead",
+    "topk ahead+grid", "evidence", "hindsight",
 )  # fmt: skip
 AT_EQUAL = 3  # percentage points: two kept fractions that differ by more are not compared
 GIVEN = "given: "  # prefix of the conditions that --methods adds
@@ -86,7 +87,7 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None,
     applies to these. rows: {name: more look-ahead rows}, each tried alone and with half of the budget on a grid.
     """
     made = {"none": lambda *_: None, "plphp, defaults": _spec("plphp")}
-    plphp, ahead = (t and f"alpha={t[0]},beta={t[1]},skip=0" for t in thresholds)
+    plphp, ahead = (t and three_rates(t) for t in thresholds)
     for f in retentions:
         named = {
             "random": lambda asked, evidence, seed, f=f: make_method(f"random:seed={seed}", f),
@@ -145,6 +146,11 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None,
         else:
             made |= {f"{GIVEN}{spec}@{f}": _spec(spec, f, folder) for f in retentions}
     return made
+
+
+def three_rates(thresholds):
+    """Settings of PLPHP for fitted (alpha, beta), in the words of a SPEC."""
+    return f"alpha={thresholds[0]},beta={thresholds[1]},skip=0"
 
 
 def _spec(spec, retention=None, folder=None):
@@ -576,6 +582,8 @@ def summarise(head, done, folder, name, labels=None, made=None):
     data, group, long, task = columns_of(done)
     weights, sizes = resamples(int(group.max()) + 1), mean_bytes(done)
     rows = [row_of(condition, data, group, long, task, weights, sizes) for condition in data]
+    for row in rows:
+        row["label"] = label_of(row["method"], head["thresholds"], labels)
     folder.mkdir(parents=True, exist_ok=True)
     header = list(dict.fromkeys(k for row in rows for k in row))
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as f:
@@ -584,7 +592,7 @@ def summarise(head, done, folder, name, labels=None, made=None):
         writer.writerows(rows)
     text = markdown(head, rows, data, group, long, weights, labels)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    draw(rows, folder / f"{name}.png", second=head["mode"] == "second", labels=labels)
+    draw(rows, folder / f"{name}.png", second=head["mode"] == "second")
     print(text)
     for row in rows if made else ():
         missed = missed_budget(row, made, labels)
@@ -644,7 +652,8 @@ PAIRS = (  # compared on the long answers: the first minus the second
     ("random", "random, same in all heads"), ("grid", "random"), ("objects", "random"), ("evidence", "grid"),
     ("evidence", "objects"), ("plphp", "random like plphp"), ("plphp", "shared like plphp"), ("plphp", "random"),
     ("plphp as shipped", "random"), ("plphp as shipped", "grid"), ("plphp as shipped", "plphp"), ("plphp", "topk"),
-    ("plphp ahead", "topk ahead"), ("plphp ahead+grid", "topk ahead+grid"), ("topk ahead", "shared ahead"), ("topk ahead+grid", "topk ahead"),
+    ("plphp ahead", "topk ahead"), ("plphp ahead+grid", "topk ahead+grid"), ("plphp ahead+grid", "grid"),
+    ("topk ahead", "shared ahead"), ("topk ahead+grid", "topk ahead"),
     ("topk ahead", "topk ahead, another question"), ("topk ahead", "topk ahead, another picture"),
     ("topk neutral rows", "topk"), ("topk ahead", "random"), ("topk ahead", "grid"), ("topk ahead", "hindsight"),
     ("plphp ahead", "plphp"), ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"),
@@ -663,10 +672,10 @@ LABELS = {  # condition: its name in the table and in the picture; what can be g
     "grid": "`grid`",
     "objects": "`objects`",
     "plphp as shipped": "`plphp`, as shipped for the demo",
-    "plphp": "`plphp`, as published",
-    "plphp-ada": "`plphp-ada`",
-    "random like plphp": "control: as many tokens as `plphp`, at random",
-    "shared like plphp": "control: as many tokens as `plphp`, the same in all heads",
+    "plphp": "`plphp:query=last,cover=0,LAST`, as published",
+    "plphp-ada": "`plphp-ada:query=last,cover=0,LAST`",
+    "random like plphp": "control: as many tokens as PLPHP as published, at random",
+    "shared like plphp": "control: as many tokens as PLPHP as published, the same in all heads",
     "topk": "`topk`",
     "shared": "`shared`",
     "topk rows": "`topk:window=32`",
@@ -675,11 +684,11 @@ LABELS = {  # condition: its name in the table and in the picture; what can be g
     "snapkv": "`snapkv`",
     "adakv": "`adakv`",
     "fastv": "`fastv`",
-    "plphp ahead": "`plphp:query=lookahead`",
-    "plphp ahead+grid": "`plphp:query=lookahead,cover=0.5`",
+    "plphp ahead": "`plphp:query=lookahead,cover=0,AHEAD`",
+    "plphp ahead+grid": "`plphp:query=lookahead,cover=0.5,AHEAD`",
     "topk ahead": "`topk:query=lookahead`",
-    "shared ahead": "`shared:query=lookahead`",
     "topk ahead+grid": "`topk:query=lookahead,cover=0.5`",
+    "shared ahead": "`shared:query=lookahead`",
     "topk ahead, another question": "control: look-ahead rows of another question",
     "topk ahead, another picture": "control: look-ahead rows of another picture",
     "topk neutral rows": "control: 8 untrained look-ahead rows",
@@ -692,10 +701,18 @@ LABELS = {  # condition: its name in the table and in the picture; what can be g
 }
 
 
-def labels_of(rows, labels=None):
-    """{condition: name in the first table and in plots}: LABELS, and those of --methods (as in `label_specs`)."""
-    given = dict.fromkeys(r["method"] for r in rows if r["method"].startswith((GIVEN, "rows ")))
-    return LABELS | {name: f"`{title(name, labels).removeprefix(GIVEN)}`" for name in given}
+def label_of(name, thresholds, labels=None):
+    """The name of a condition in the first table and in plots, or None if it is not there.
+
+    thresholds: as in `conditions`. labels: of --methods, as in `label_specs`.
+    """
+    if name.startswith((GIVEN, "rows ")):
+        return f"`{title(name, labels).removeprefix(GIVEN)}`"
+    label = LABELS.get(name)
+    for word, fitted in zip(("LAST", "AHEAD"), thresholds, strict=True):
+        if label and fitted:
+            label = label.replace(word, f"{three_rates(fitted)},dr={Plphp.dr}")
+    return label
 
 
 def title(name, labels=None):
@@ -704,9 +721,10 @@ def title(name, labels=None):
     return GIVEN + (labels or {}).get(spec, spec) if name.startswith(GIVEN) else name
 
 
-def taken_labels(names):
+def taken_labels(names, thresholds):
     """Names that the table gives to the methods of these conditions, except for those of --methods."""
-    return [LABELS[method].strip("`") for method in {parts(name)[0] for name in names} if method in LABELS]
+    found = {parts(name)[0] for name in names if not name.startswith(GIVEN)}
+    return [label.strip("`") for label in (label_of(name, thresholds) for name in found) if label]
 
 
 def pairs_of(rows):
@@ -720,7 +738,7 @@ def nearest(row, retentions):
     return sorted(retentions, key=lambda r: abs(100 * float(r) - float(row["kept"])))[:1]
 
 
-def short(rows, labels=None):
+def short(rows):
     """Exact match of long answers, one row per method, one column per retention; 95 % intervals.
 
     A method of --methods with its own budget is in the column nearest to what it kept.
@@ -729,14 +747,19 @@ def short(rows, labels=None):
     lines = ["| long answers right, % | " + " | ".join(f"{r} kept" for r in retentions) + " |"]
     lines.append("|---|" + "---:|" * len(retentions))
     by_name = {(r["method"], r["retention"]): r for r in rows}
-    for method, label in labels_of(rows, labels).items():
+    for method, label in in_order(rows).items():
         once = by_name.get((method, ""))
         places = nearest(once, retentions) if once and method != "none" else retentions
         found = [once if once and r in places else by_name.get((method, r)) for r in retentions]
-        if any(found):
-            cells = (_cell(row, r) if row else "" for row, r in zip(found, retentions, strict=True))
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        cells = (_cell(row, r) if row else "" for row, r in zip(found, retentions, strict=True))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def in_order(rows):
+    """{method: label} of the rows that have one, in the order of LABELS; those of --methods last."""
+    labels = {r["method"]: r["label"] for r in rows if r["label"]}
+    return {name: labels[name] for name in [*LABELS, *labels] if name in labels}
 
 
 def _cell(row, retention):
@@ -763,7 +786,7 @@ def markdown(head, rows, data, group, long, weights, labels=None):
         f"{questions} questions about {scenes_seen} scenes, {int(long.sum())} of them with long answers; {plphp}"
         f"weights {head['weights']}.",
         "",
-        short(rows, labels),
+        short(rows),
         "",
         "| method | wanted | kept | long answers | all answers | tokens >= 2 | evidence kept | attention kept |",
         "|---|---:|---:|---:|---:|---:|---|---|",
@@ -800,7 +823,7 @@ def markdown(head, rows, data, group, long, weights, labels=None):
     return "\n".join(lines) + "\n"
 
 
-def draw(rows, path, second=False, labels=None):
+def draw(rows, path, second=False):
     """Exact match of long answers against the vision KV bytes that were really kept."""
     import matplotlib
 
@@ -810,13 +833,13 @@ def draw(rows, path, second=False, labels=None):
     styles = {  # colour-blind safe (Okabe and Ito); grey: oracles
         "hindsight": ("0.35", "*", ":"), "evidence": ("0.55", "^", "--"), "anti-evidence": ("0.55", "v", "--"),
         "random": ("black", "o", "-"), "random, same in all heads": ("black", "s", "--"),
-        "grid": ("black", "D", "-"), "objects": ("black", "^", "-."), "plphp as shipped": ("#D55E00", "v", ":"),
+        "grid": ("black", "D", "-"), "objects": ("black", "^", "-."), "plphp as shipped": ("#882255", "D", "-"),
         "topk rows+values": ("#0072B2", "o", "-"), "adakv": ("#009E73", "P", "-"), "snapkv": ("#56B4E9", "D", "-"),
         "fastv": ("#CC79A7", "X", "-"), "shared": ("#E69F00", "s", "-"), "plphp": ("#D55E00", "o", "-"),
-        "plphp-ada": ("#D55E00", "s", "--"), "plphp ahead": ("#882255", "o", "-"),
-        "topk ahead": ("#882255", "s", "--"), "topk ahead+grid": ("#882255", "D", ":"),
+        "plphp-ada": ("#D55E00", "s", "--"), "plphp ahead": ("#882255", "v", ":"),
+        "plphp ahead+grid": ("#882255", "o", "--"), "topk ahead": ("#882255", "s", "-."),
     }  # fmt: skip
-    labels = labels_of(rows, labels)
+    labels = in_order(rows)
     for i, name in enumerate(name for name in labels if name.startswith(GIVEN)):
         styles[name] = (f"C{i % 10}", "x", "-")
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -832,7 +855,7 @@ def draw(rows, path, second=False, labels=None):
         y = [float(r["long"]) for r in mine]
         spread = [[a - float(r["long low"]) for a, r in zip(y, mine, strict=True)],
                   [float(r["long high"]) - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
-        label = textwrap.fill(labels[method].replace("`", ""), 50)
+        label = textwrap.fill(labels[method].replace("`", "").replace(",", ", "), 50).replace(", ", ",")
         axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=line,
                       label=label, linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
     axis.set(
@@ -984,7 +1007,9 @@ def main(argv=None):
             return (premise if args.stage == "premise" else fidelity)(args)
         answers = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
         head, done, made = run_scenes(args, answers)
-        labels = label_specs(args.methods, find_folder(args.model), taken_labels(head["conditions"]))
+        labels = label_specs(
+            args.methods, find_folder(args.model), taken_labels(head["conditions"], head["thresholds"])
+        )
         say(f"answers: {answers}")
         summarise(head, done, args.out or answers.parent, f"pruning-{args.stage}", labels, made)
     except MethodError as wrong:
