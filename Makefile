@@ -25,7 +25,7 @@ mutants: .venv/test.stamp
 
 witness: .venv/test.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-witness.txt
-	$(BIN)/python tools/witness.py --out benchmarks
+	$(BIN)/python tools/witness.py
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

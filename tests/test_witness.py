@@ -16,6 +16,7 @@ from model.llama import Llama
 from model.pruning import make_method
 from tests.oracle import small_llama
 from tools import train_lookahead, witness
+from tools.calibrate import gammas_of
 from tools.replay import Asked
 from tools.witness import KINDS, LEFT_OUT, RETENTIONS, UNSEEN, Words, conditions, greedy, numbered, passage
 
@@ -97,17 +98,20 @@ def test_the_whole_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "witness.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     names = list(dict.fromkeys(row["ranked by"] for row in rows))
-    assert len(names) == 11 and len(rows) == 2 * 11 * 3
+    assert len(names) == 17 and len(rows) == 2 * 17 * 3
     lines = (tmp_path / "fidelity.jsonl").read_text().splitlines()
     assert len(lines) == 6
-    (tmp_path / "fidelity.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])  # killed while writing
+    partial_line = json.loads(lines[3])
+    del partial_line["results"]["grid@0.3"]  # of an earlier version, without this method
+    kept = [*lines[:3], json.dumps(partial_line)]
+    (tmp_path / "fidelity.jsonl").write_text("\n".join(kept) + "\n" + lines[4][:50])  # killed while writing
     for name in ("greedy", "train_lookahead"):  # these stages are complete
         monkeypatch.setattr(witness, name, None)
     witness.witness(language, Stub(), args)
     assert (tmp_path / "witness.md").read_text() == table
-    assert [json.loads(line) for line in lines] == [
-        json.loads(line) for line in (tmp_path / "fidelity.jsonl").read_text().splitlines()
-    ]
+    again = map(json.loads, (tmp_path / "fidelity.jsonl").read_text().splitlines())
+    again = {line["passage"]: line for line in again}  # the last line of each counts
+    assert [again[line["passage"]] for line in map(json.loads, lines)] == [json.loads(line) for line in lines]
 
 
 def test_a_run_with_other_settings_is_another_run(tmp_path):
@@ -129,25 +133,45 @@ def test_what_is_compared_is_pruned_as_said(tmp_path):
     prompt, span = witness.embedded(language, Stub(), 7, "colour")
     answer = greedy(language, [prompt], stop=-1, longest=6)[0]
     x = torch.cat((prompt, language.model.embed_tokens(torch.tensor(answer[:-1]))))
-    asked = Asked(language, x, len(prompt), [span])
+    rows, other = (witness.train_lookahead.Lookahead(language, 2, 2).requires_grad_(False) for _ in range(2))
+    asked = Asked(language, x, len(prompt), [span], rows)
     attention, inside = [asked.attention_of_fed(i)[:, slice(*span)] for i in range(3)], span[1] - span[0]
-    rows = {"rows": witness.train_lookahead.Lookahead(language, 2, 2).requires_grad_(False)}
+    made = conditions({"last": (0.5, 0.4), "lookahead": (0.5, 0.4)}, other)
     found = {}
-    for name, make in conditions(rows).items():
+    for name, make in made.items():
         for f in RETENTIONS:
-            _, keeps, _ = asked.cache(make(asked, f, 1))
+            method = make(asked, f, 1)
+            _, keeps, _ = asked.cache(method)
             assert all(keep[:, : span[0]].all() and keep[:, span[1] :].all() for keep in keeps)
+            if name.startswith("plphp"):  # a rate per layer
+                continue
             count = {int(keep[:, slice(*span)].sum()) for keep in keeps}
             assert count == {2 * max(1, int(f * inside + 0.5))}, name
             held = [(a * k[:, slice(*span)]).sum() / a.sum() for a, k in zip(attention, keeps, strict=True)]
             found[name, f] = float(sum(held))
     for f in RETENTIONS:
-        told = found.pop(("told what the answer attends to", f))
+        told = found.pop((witness.ORACLE, f))
         assert all(told >= other for (_, retention), other in found.items() if retention == f)
-    plain, same = (
-        asked.cache(m)[1] for m in (make_method("topk", 0.3), conditions(rows)["last prompt row"](asked, 0.3, 0))
-    )
-    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+
+    def keeps(method):
+        return torch.stack(asked.cache(method)[1])
+
+    ranked = {name: keeps(made[name](asked, 0.3, 0)) for name in ("topk", witness.OWN, witness.OTHER)}
+    assert ranked["topk"].equal(keeps(make_method("topk", 0.3)))
+    asked.lookahead = other
+    assert ranked[witness.OTHER].equal(keeps(make_method(witness.OWN, 0.3)))
+    assert not ranked[witness.OWN].equal(ranked[witness.OTHER])
+
+
+@torch.inference_mode()
+def test_fitted_thresholds_make_as_many_layers_keep_more_as_less():
+    language = small_llama()
+    rows, keys = witness.train_lookahead.Lookahead(language, 2, 2), numbered(20, 0)
+    for query, (alpha, beta) in witness.fit(language, Stub(), keys, rows).items():
+        asked = [witness.asked_of(language, Stub(), key, [0], rows) for key in keys]
+        gammas = torch.tensor([gammas_of(one, rows if query == "lookahead" else None) for one in asked])
+        assert (gammas >= alpha).float().mean() == pytest.approx(1 / 3, abs=0.05)
+        assert (gammas < beta).float().mean() == pytest.approx(1 / 3, abs=0.05)
 
 
 @pytest.mark.parametrize(

