@@ -92,9 +92,33 @@ MUTANTS = {
     ),
     "look-ahead rows of other weights": (
         "model/lookahead.py",
-        'if about.get("model") != fingerprint(language):',
-        'if about.get("model") is None:',
+        'if not same_weights(about.get("weights", ""), language):',
+        'if not about.get("weights"):',
+        "test_lookahead.py::test_rows_do_not_fit_other_weights_with_the_same_norms",
+    ),
+    "look-ahead rows fit only the dtype of their training": (
+        "model/lookahead.py",
+        "rtol=1 / 256, atol=1e-7",
+        "rtol=1e-6, atol=1e-7",
+        "test_lookahead.py::test_rows_fit_the_same_weights_in_other_dtypes",
+    ),
+    "look-ahead rows of zeros": (
+        "model/lookahead.py",
+        'if not tensors["embeddings"].any(1).all():',
+        'if not tensors["embeddings"].any():',
         "test_lookahead.py::test_a_file_of_something_else_is_refused",
+    ),
+    "witness: a rerun keeps results without new methods": (
+        "tools/witness.py",
+        "if made.keys() - done.get(key, {}).keys() and",
+        "if key not in done and",
+        "test_witness.py::test_the_whole_goes_on_where_it_was_cut_off",
+    ),
+    "evaluation: thresholds fitted without pairs of pictures": (
+        "tools/evaluate.py",
+        "held_out_questions(scene, is_pair(scene), False, 0)",
+        "held_out_questions(scene, False, False, 0)",
+        "test_evaluate.py::test_fitted_thresholds_divide_the_layers_into_thirds",
     ),
     "query is ignored": (
         "model/generate.py",

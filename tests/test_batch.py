@@ -55,7 +55,8 @@ def together(generations, size=None):
     return generations
 
 
-METHODS = [None, "plphp", "plphp-ada", "fastv"]
+AHEAD = "plphp-ada:query=lookahead,cover=0.5"
+METHODS = [None, "plphp", "plphp-ada", AHEAD, "fastv"]
 
 
 @pytest.mark.parametrize("spec", METHODS)
@@ -72,7 +73,7 @@ def test_a_batch_says_what_each_would_say_alone(demo, spec, size):
     assert {g.finish_reason for g in mates} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("spec", [None, "plphp", "plphp-ada"])
+@pytest.mark.parametrize("spec", [None, "plphp", "plphp-ada", AHEAD])
 def test_logits_of_a_batch_are_within_1e_4_of_those_alone(demo, monkeypatch, spec):
     """All logits of 12 steps for eight sequences, some of which finish on the way."""
     prune = make_method(spec, 0.3) if spec else None

@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kernels import window_scores
-from model import Generation, Sampling, load
+from model import Batch, Generation, Sampling, load
 from model.cache import RaggedCache
 from model.generate import Layout
 from model.llama import rope_table
@@ -341,23 +341,43 @@ def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, 
     assert read_lookahead(tmp_path / "whole" / "lookahead.safetensors", language).rows == 2
 
 
+@torch.inference_mode()
+def test_own_answers_go_on_after_a_line_that_was_cut_off(checkpoint, tmp_path, monkeypatch):
+    picture = tmp_path / "x.png"
+    Image.frombytes("RGB", (40, 40), random.Random(0).randbytes(4800)).save(picture)
+    asked = [(SimpleNamespace(text=text), [picture]) for text in ("what?", "where?", "who is it?")]
+    path = tmp_path / "answers.jsonl"
+    answers = train_lookahead.own_answers(checkpoint, asked, path, 5)
+    whole = path.read_bytes()
+    assert train_lookahead.kept_in(tmp_path) == f"{tmp_path} holds the answers so far" and len(answers) == 3
+    assert train_lookahead.kept_in(tmp_path / "new") == "nothing is stored yet"
+    for length in (0, 1, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:length])
+        assert train_lookahead.own_answers(checkpoint, asked, path, 5) == answers and path.read_bytes() == whole
+
+
 def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
-    tensors = make_checkpoint(tmp_path / "model")
+    large = {"hidden_size": 2560, "vocab_size": 8192}  # GB are printed with two decimals
+    tensors = make_checkpoint(tmp_path / "model", TEXT | large, {"hidden_size": 1600, "intermediate_size": 6400})
     train_lookahead.main(["--plan", "--model", str(tmp_path / "model"), "--rank", "2", "--rows", "4"])
     shown = capsys.readouterr().out
-    language = {k: v for k, v in tensors.items() if k.startswith("language_model") and v.ndim == 2}
-    assert f"{2 * sum(v.numel() for v in language.values()) / 1e9:.2f} GB  frozen weights" in shown
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["text_config"]["num_hidden_layers"] == 2 and "GB  total" in shown
+    language = [v.numel() for k, v in tensors.items() if k.startswith("language_model")]
+    others = [v.numel() for k, v in tensors.items() if not k.startswith("language_model")]
+    assert f"{2 * sum(language) / 1e9:.2f} GB  frozen weights" in shown
+    assert f"{2 * sum(others) / 1e9:.2f} GB  vision tower and projector" in shown
+    assert "GB  total" in shown and "each 1,000 questions" in shown
 
 
 # ---------------------------------------------------------------- in an answer
 
 
-@pytest.fixture
-def checkpoint(make_checkpoint, tmp_path):
+NEXT = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}  # LLaVA-NeXT, with tiles
+
+
+@pytest.fixture(params=["LLaVA"])
+def checkpoint(make_checkpoint, tmp_path, request):
     """A small checkpoint with look-ahead rows in its folder."""
-    make_checkpoint(tmp_path / "model", TEXT | {"num_hidden_layers": 3})
+    make_checkpoint(tmp_path / "model", TEXT | {"num_hidden_layers": 3}, top={"LLaVA": {}, "NeXT": NEXT}[request.param])
     language = load(tmp_path / "model", "fp32").model.language_model
     saved(tmp_path / "model" / "lookahead.safetensors", language, random_lookahead(language))
     return load(tmp_path / "model", "fp32")
@@ -377,6 +397,25 @@ def test_an_unpruned_answer_is_the_same_to_the_bit_without_the_file(checkpoint):
     assert "".join(asking(checkpoint)) == "".join(asking(plain))
 
 
+@pytest.mark.parametrize("checkpoint", ["LLaVA", "NeXT"], indirect=True)
+def test_a_batch_ranks_by_the_rows_of_each_question(checkpoint):
+    """With two pictures, tiled by NeXT, and with none: each answer is the one that its question gets alone."""
+
+    def questions():
+        spec = "topk:query=lookahead,cover=0.5"
+        return [asking(checkpoint, spec, 0.3, pictures=count, tokens=9) for count in (2, 0, 1)]
+
+    together, batch = questions(), Batch()
+    for one in together:
+        batch.add(one)
+    while batch:
+        batch.advance()
+    assert [one.text for one in together] == ["".join(one) for one in questions()]
+    assert [one.retention for one in together] == pytest.approx([0.3, 1, 0.3], abs=0.1)
+    tiled = checkpoint.config.image_grid_pinpoints is not None
+    assert (together[2].vision_tokens > checkpoint.config.image_tokens) == tiled
+
+
 @pytest.mark.parametrize("spec", ["none", "topk", "random"])
 def test_rows_that_do_not_rank_are_not_touched(checkpoint, spec):
     class Untouchable:
@@ -387,6 +426,7 @@ def test_rows_that_do_not_rank_are_not_touched(checkpoint, spec):
     assert "".join(asking(without, spec)) == "".join(asking(checkpoint, spec))
 
 
+@pytest.mark.parametrize("checkpoint", ["LLaVA", "NeXT"], indirect=True)
 @pytest.mark.parametrize("name", RANKING)
 def test_methods_rank_by_the_rows(checkpoint, name):
     """Each head keeps the best by the rows' scores, measured separately; the cache and positions contain no rows."""

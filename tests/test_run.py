@@ -132,7 +132,13 @@ def test_pruning_is_reported(capsys, flags, requested, kept):
     assert f"become at most {r['ceiling_speedup']:.2f} times as fast" in err
 
 
-@pytest.mark.parametrize("spec", ["random:retention=0.02", "random:retention=0.9", "fastv:layer=1,retention=0.05"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "random:retention=0.02", "random:retention=0.9", "fastv:layer=1,retention=0.05",
+        "topk:query=lookahead,retention=0.02",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("tokens", ["256", "5"])
 def test_compare_shows_both_answers_and_where_they_part(capsys, spec, tokens):
     asked = *ASK, "--max-new-tokens", tokens, "--json"

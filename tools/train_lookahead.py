@@ -13,6 +13,7 @@ over layers, heads and prompts. Runs resume from --run; --out is the file that `
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -340,9 +341,8 @@ class FileSource:
 
 def own_answers(checkpoint, asked, path, longest):
     """The model's greedy answers as ids, the stop id included. `path` gets a line per answer; a rerun resumes there."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines]
-    with open(path, "w" if not found else "a", encoding="utf-8") as file:
+    found = read_lines(path)
+    with open(path, "a", encoding="utf-8") as file:
         for question, images in asked[len(found) :]:
             generation = Generation(checkpoint, question.text, images, Sampling(longest))
             "".join(generation)
@@ -352,6 +352,15 @@ def own_answers(checkpoint, asked, path, longest):
             file.flush()
             print(f"own answers: {len(found)} of {len(asked)}", end="\r", file=sys.stderr, flush=True)
     return found
+
+
+def read_lines(path):
+    """The JSON values of a file, one per line. Removes a partial last line, left by a kill."""
+    whole = path.read_bytes() if path.exists() else b""
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        os.truncate(path, end)
+    return [json.loads(line) for line in whole[:end].splitlines()]
 
 
 # ---------------------------------------------------------------- training
@@ -439,28 +448,33 @@ def write(lookahead, language, args):
     print(f"wrote {args.out}: {args.rows} rows, rank {args.rank}", file=sys.stderr)
 
 
-def plan(config, args, tokens):
-    """Memory and time of training on one GPU, computed from shapes, as text. tokens: of one prompt and its answer."""
-    t, n, m = config.text_config, tokens, args.rows
+def plan(checkpoint, args):
+    """Memory and time of training on one GPU, computed from shapes, as text; the weights need not be loaded."""
+    t, n, m, batch = checkpoint.config.text_config, args.tokens, args.rows, args.batch
     c, f, layers = t.hidden_size, t.intermediate_size, t.num_hidden_layers
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    per_layer = 2 * c * (q + kv) + 3 * c * f
-    weights = layers * per_layer + 2 * c * t.vocab_size
+    weights = sum(p.numel() for p in checkpoint.model.language_model.parameters())
+    pictures = sum(p.numel() for p in checkpoint.model.parameters()) - weights
     trained = m * c + layers * args.rank * (4 * c + 2 * q + 2 * kv + 3 * (c + f))
     held = 2 * 2 * layers * kv * n  # K and V in bf16: frozen, and a copy joined with the rows' for the backward pass
     graph = layers * m * (8 * t.num_attention_heads * n + 2 * (10 * c + 4 * f))
-    flop = 2 * weights * n + 6 * weights * m
-    batch = args.batch
-    hours = args.steps * batch * flop / (args.tflops * 1e12) / 3600
     rows = [
         ("frozen weights, bf16", 2 * weights),
+        ("vision tower and projector, bf16", 2 * pictures),
         (f"look-ahead rows with Adam, fp32, {trained / 1e6:.1f} M numbers", 16 * trained),
         (f"K and V of {batch} prompts of {n} tokens, twice", 2 * held * batch),
         ("activations of the rows", graph * batch),
     ]
+    flop = 2 * weights * n + 6 * weights * m + 2 * pictures * checkpoint.config.vision_config.num_patches
+    hours = args.steps * batch * flop / (args.tflops * 1e12) / 3600
+    answer = args.max_new_tokens * 2 * weights / (args.gbps * 1e9)  # each token reads all weights
     lines = [f"{bytes_ / 1e9:9.2f} GB  {what}" for what, bytes_ in rows]
     lines.append(f"{sum(b for _, b in rows) / 1e9:9.2f} GB  total")
     lines.append(f"{hours:9.2f} h   {args.steps} steps at a sustained {args.tflops:g} TFLOP/s")
+    lines.append(
+        f"{1000 * answer / 3600:9.2f} h   to answer each 1,000 questions first, {args.max_new_tokens} tokens each, at a "
+        f"sustained {args.gbps:g} GB/s"
+    )
     return "\n".join(lines)
 
 
@@ -488,6 +502,7 @@ def parser():
     parser.add_argument("--plan", action="store_true", help="print memory and time of a run on one GPU and exit")
     parser.add_argument("--tokens", type=int, default=700, help="for --plan: tokens of a prompt and its answer")
     parser.add_argument("--tflops", type=float, default=200.0, help="for --plan: sustained TFLOP/s (default 200)")
+    parser.add_argument("--gbps", type=float, default=2000.0, help="for --plan: sustained GB/s (default 2000)")
     # fmt: on
     return parser
 
@@ -501,7 +516,7 @@ def main(argv=None):
                 "--rows, --rank, --steps, --batch, --held-out and --report must be at least 1; give larger numbers"
             )
         if args.plan:
-            print(plan(open_checkpoint(args.model).config, args, args.tokens))
+            print(plan(open_checkpoint(args.model), args))
             return
         checkpoint = load(args.model, args.dtype, choose_device(args.device))
         language = checkpoint.model.language_model
@@ -512,7 +527,14 @@ def main(argv=None):
     except (InputError, OSError) as wrong:
         parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
-        parser().exit(130, f"interrupted; the last checkpoint is in {args.run}, the same command resumes\n")
+        parser().exit(130, f"interrupted; {kept_in(args.run)}, the same command resumes\n")
+
+
+def kept_in(folder):
+    """What an interrupted run has stored, in words."""
+    found = [what for name, what in (("lookahead.pt", "the last checkpoint"), ("answers.jsonl", "the answers so far"))
+             if (folder / name).exists()]  # fmt: skip
+    return f"{folder} holds {' and '.join(found)}" if found else "nothing is stored yet"
 
 
 def source_of(checkpoint, args):

