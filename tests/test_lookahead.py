@@ -365,7 +365,7 @@ def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
     others = [v.numel() for k, v in tensors.items() if not k.startswith("language_model")]
     assert f"{2 * sum(language) / 1e9:.2f} GB  frozen weights" in shown
     assert f"{2 * sum(others) / 1e9:.2f} GB  vision tower and projector" in shown
-    assert "GB  total" in shown and "each 1,000 questions" in shown
+    assert "GB  total" in shown and "1,000 questions first" in shown
 
 
 # ---------------------------------------------------------------- in an answer

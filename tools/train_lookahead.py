@@ -472,7 +472,7 @@ def plan(checkpoint, args):
     lines.append(f"{sum(b for _, b in rows) / 1e9:9.2f} GB  total")
     lines.append(f"{hours:9.2f} h   {args.steps} steps at a sustained {args.tflops:g} TFLOP/s")
     lines.append(
-        f"{1000 * answer / 3600:9.2f} h   to answer each 1,000 questions first, {args.max_new_tokens} tokens each, at a "
+        f"{1000 * answer / 3600:9.2f} h   to answer 1,000 questions first, {args.max_new_tokens} tokens each, at a "
         f"sustained {args.gbps:g} GB/s"
     )
     return "\n".join(lines)
