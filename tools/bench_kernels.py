@@ -924,6 +924,7 @@ def prefill_case(shape, tokens, setting):
     case.add("kept all", partial(prefill, None), check)
     for spec in METHODS:
         case.add(spec, partial(prefill, make_method(spec, 0.5)), check)
+    case.rivals = {"plphp"}  # the same method without look-ahead rows
     return case
 
 

@@ -227,6 +227,8 @@ def stats(r, bandwidth, generation):
     first, new = t["vision"] + t["prefill"], generation.prefilled
     whole = f"{r['prompt_tokens']} prompt tokens"
     of = whole if new == r["prompt_tokens"] else f"{new} new of {whole}"  # in a later turn of a conversation
+    if generation.prune and generation.prune.looks_ahead and t["prune"]:
+        of += f" and {generation.checkpoint.lookahead.rows} look-ahead rows"
     lines.append(_line("prefill", t["prefill"], f"{of}; time to first token {first:.1f} ms"))
     lines += _pruned(r) + _decoded(r, bandwidth, generation) + _memory(r)
     return "\n".join(lines)

@@ -56,12 +56,11 @@ def summary():
     results = _results("pruning-accuracy")
     retentions = list(dict.fromkeys(row["retention"] for row in results if row["retention"]))
     right = {(row["method"], row["retention"]): float(row["long"]) for row in results}
-    kept = [f"{float(row['kept']):.0f}" for row in results if row["method"] == "plphp ahead"]
     rows = [["unpruned", *(3 * [f"{right['none', '']:.1f}"])]]
     for method, label in (
         ("plphp", "PLPHP as we read the paper: ranked by the prompt's last token"),
         ("plphp as shipped", "PLPHP with the demo's settings: look-ahead rows, one rate, half on an even grid"),
-        ("plphp ahead", f"look-ahead rows, a rate per layer as in the paper ({', '.join(kept)} % kept), no grid"),
+        ("plphp ahead+grid", "the same with three rates, chosen per layer as in the paper; same bytes"),
     ):
         rows.append([label, *(f"{right[method, r]:.1f}" for r in retentions)])
     chance = [max(right["random", r], right["grid", r]) for r in retentions]
