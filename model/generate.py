@@ -8,7 +8,6 @@ from functools import cached_property
 from numbers import Integral, Real
 
 import torch
-import torch.nn.functional as F
 
 from kernels import window_scores
 from kernels.backend import BACKENDS, choose_backend
@@ -17,7 +16,6 @@ from .api import choose_method
 from .cache import RaggedCache
 from .config import InputError, plain_text
 from .image import as_list, crop_note, kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
-from .llama import DecoderLayer, LayerParts, Llama, rope_turns
 from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
@@ -223,10 +221,10 @@ class Generation:
 
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method (`model.api.choose_method`): a
         name or SPEC as in `--prune`, with the checkpoint's settings for it; a function, class, instance or Method as
-        in `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: see
-        `DecodeStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device before each
-        clock reading; otherwise all of `timing` except `steps` measures only the launches. remember: keep `masks`, for
-        `model.show`.
+        in `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: use
+        torch.compile (`model.fast.FastStep`). anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a
+        CUDA device before each clock reading; otherwise all of `timing` except `steps` measures only the launches.
+        remember: keep `masks`, for `model.show`.
 
         before: the Generation whose answer this question follows in a conversation, with its template and image mode.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of
@@ -425,7 +423,7 @@ class Generation:
         logits = self.prefill()
         choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
         ids = choose(logits)
-        step = DecodeStep(self.checkpoint.model.language_model, self.cache, self.compile)
+        step = self.checkpoint.step(self.checkpoint.model.language_model, self.cache, self.compile)
         while True:
             if self._writer is not writer:
                 raise RuntimeError("another iteration restarted this answer; make one Generation for each")
@@ -559,75 +557,21 @@ def off_budget(method, kept, wanted):
     return f"{method.name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"
 
 
-class DecodeStep:
-    """A decode step: append one token per sequence to the cache, ids (B,) on its device -> next logits (B, V).
-
-    With the Triton kernels on CUDA, a step is replayed from a captured graph, which replaces hundreds of launches by
-    one. When the cache's `version` changes, the next step runs uncaptured (the first also compiles the kernels), and
-    the one after it is captured again.
-    """
+class PlainStep:
+    """A decode step: append one token per sequence to the cache, ids (B,) on its device -> next logits (B, V)."""
 
     def __init__(self, language, cache, compile=False):
-        """compile: use torch.compile for the layers, which makes the first step slow; see `_compile`."""
-        self.language, self.cache = language, cache
-        self.turns = rope_turns(language.config, cache.pos.device)
-        self.parts, self.logits_of = LayerParts(), Llama.logits
         if compile:
-            self._compile()
-        self.graph = self.ids = self.logits = None
-        self.seen = None  # version of the cache that the last step ran on
+            raise InputError("a plain step is not compiled; use model.fast.FastStep")
+        self.language, self.cache = language, cache
 
     def __call__(self, ids):
-        cache = self.cache
-        if self.captures and self.seen == cache.version and cache.room > 0:
-            return self._replay(ids)
-        self.graph = self.logits = None  # frees the graph's memory
-        logits = self._step(ids)
-        self.seen = cache.version
-        return logits
-
-    @property
-    def captures(self):
-        """True if steps can be captured; not with the torch backend, which reads lengths on the host."""
-        return self.cache.fused and self.cache.pos.is_cuda
-
-    def _step(self, ids):
-        """One step. Copies nothing between host and device, so that it can be captured."""
-        x = F.embedding(ids, self.language.model.embed_tokens.weight)
-        hidden = self.language.decode(x, self.cache, self.turns, self.parts)
+        hidden = self.language.decode(self.language.model.embed_tokens(ids), self.cache)
         try:
-            return self.logits_of(self.language, hidden)
+            return self.language.logits(hidden)
         except BaseException:  # no logits: undo the step
             self.cache.give_back()
             raise
-
-    def _compile(self):
-        """Wrap a layer's functions in torch.compile, once for all layers; compilation happens at the first call.
-
-        On a CPU, a layer whose cache is a rectangle is compiled as a whole, with a dynamic number of slots. Otherwise
-        the two halves around attention are compiled.
-        """
-        halves = DecoderLayer.before_attention, DecoderLayer.after_attention
-        before, after = (torch.compile(half, dynamic=False) for half in halves)
-        if self.cache.fused or not self.cache.pos.is_cpu:
-            self.parts = LayerParts(before, after)
-            return
-        self.language.lay_by_rows()
-        self.parts = LayerParts(before, after, torch.compile(DecoderLayer.whole, dynamic=True))
-        self.logits_of = torch.compile(Llama.logits, dynamic=False)
-
-    def _replay(self, ids):
-        device = self.cache.pos.device
-        if self.graph is None:
-            self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-                self.logits = self._step(self.ids)  # records the step; also counts its slots on the host
-            self.graph = graph
-        else:
-            self.ids.copy_(ids)
-            self.cache.reserve()
-        self.graph.replay()
-        return self.logits
 
 
 def _brief(value):
@@ -765,7 +709,7 @@ class Batch:
         self._ids = ids
         self.running.append(generation)
         self._choosers.append(chooser)
-        self._step = DecodeStep(generation.checkpoint.model.language_model, self.cache)
+        self._step = generation.checkpoint.step(generation.checkpoint.model.language_model, self.cache)
 
     @torch.inference_mode()
     def advance(self):

@@ -6,7 +6,7 @@ in the requested dtype is not copied. Missing and unexpected names are errors be
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
+from .fast import FastStep, arrange
 from .image import ImageSettings, image_processor_file, read_image_settings
 from .llava import Llava
 from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
@@ -42,6 +43,7 @@ class Checkpoint:
     stop_ids: tuple
     notes: tuple = ()  # one line each: files and settings that are not used, and which of two files was
     lookahead: Lookahead | None = None  # look-ahead rows, if the folder has them
+    step: Callable = FastStep  # (language, cache, compile) -> a decode step; or `model.generate.PlainStep`
 
     def __repr__(self):
         """One line; the fields have thousands of names."""
@@ -222,7 +224,7 @@ class Checkpoint:
             SAFETENSORS_DTYPES[stored] == dtype for _, _, stored in self.keys.values()
         )
         if not mapped:  # mapped weights are not rearranged: a copy would use additional memory
-            self.model.language_model.arrange()
+            arrange(self.model.language_model)
         self.model.requires_grad_(False)
         if self.lookahead is not None:
             fill_lookahead(self.lookahead, self.folder / FILE, self.model.language_model)

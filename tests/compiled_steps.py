@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from model import Generation, Sampling, load
 from model.cache import RaggedCache
-from model.generate import DecodeStep
-from model.llama import linear
+from model.fast import FastStep, matvec
 from tests.paths import DEMO, DEMO_PICTURE
 
 
@@ -49,7 +48,7 @@ def steps(language, twin, x, choose):
     twin: a model with the same weights that runs uncompiled.
     """
     before, caches = graphs(), [cache_of(language, x, choose) for _ in "ab"]
-    ways = DecodeStep(twin, caches[0]), DecodeStep(language, caches[1], compile=True)
+    ways = FastStep(twin, caches[0]), FastStep(language, caches[1], compile=True)
     off = size = 0.0
     for i in range(6):  # enough for a repack
         ids = torch.arange(len(x)) + 7 * i
@@ -60,14 +59,14 @@ def steps(language, twin, x, choose):
                 poison(cache)
     a, b = caches
     same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("kv_len", "kv_cap", "pos"))
-    whole = ways[1].parts.whole is not None
+    whole = ways[1].compiles_whole
     return {"off": off, "size": size, "same": same, "graphs": graphs() - before, "whole": whole}
 
 
 @torch.inference_mode()
 def work_of_a_step(language, x):
     """(compiled calls, allocations) of one step, from the profiler."""
-    step, ids = DecodeStep(language, cache_of(language, x, None), compile=True), torch.tensor([3])
+    step, ids = FastStep(language, cache_of(language, x, None), compile=True), torch.tensor([3])
     step(ids)
     with torch.profiler.profile(profile_memory=True) as profile:
         step(ids)
@@ -78,7 +77,7 @@ def work_of_a_step(language, x):
 @torch.inference_mode()
 def products():
     """{dtype: [error of the compiled matvec, error of F.linear]}: largest errors against float64."""
-    once, errors = torch.compile(linear, dynamic=False), {}
+    once, errors = torch.compile(matvec, dynamic=False), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight, bias, x = (torch.randn(s).to(dtype) for s in ((70, 300), (70,), (1, 300)))
         exact = F.linear(x.double(), weight.double(), bias.double())

@@ -8,9 +8,9 @@ from conftest import IMAGE_ID
 from PIL import Image
 from test_parity import noise
 
-import model.generate
 from model import Batch, Generation, InputError, Sampling, load
 from model.cache import RaggedCache
+from model.fast import FastStep
 from model.generate import Chooser
 from model.pruning import make_method
 from tests.paths import ROOT
@@ -79,17 +79,15 @@ def test_logits_of_a_batch_are_within_1e_4_of_those_alone(demo, monkeypatch, spe
     prune = make_method(spec, 0.3) if spec else None
     seen = {}
 
-    class Spy(model.generate.DecodeStep):
+    class Spy(FastStep):
         def __call__(self, ids):
             logits = super().__call__(ids)
             for pos, row in zip(self.cache.pos.tolist(), logits, strict=True):
                 seen.setdefault(pos, []).append(row)
             return logits
 
-    monkeypatch.setattr(model.generate, "DecodeStep", Spy)
-
     def shortened():
-        found = mixed(demo, prune=prune)
+        found = mixed(dataclasses.replace(demo, step=Spy), prune=prune)
         for generation in found:
             limit = min(generation.sampling.max_new_tokens, 12)
             generation.sampling = dataclasses.replace(generation.sampling, max_new_tokens=limit)

@@ -176,7 +176,7 @@ def test_a_process_that_dies_is_told():
 
 def test_sequences_of_a_batch_answer_as_if_alone():
     language = bench_decode.random_language(SMALL, torch.float32, "cpu")
-    language.arrange()
+    bench_decode.arrange(language)
     work = Workload("", 3, (6, 5), 7)
     task = types.SimpleNamespace(workload=work, seed=0)
     x = bench_decode.prompts(task, language)
@@ -196,7 +196,7 @@ def test_a_compiled_step_is_not_watched():
     language = bench_decode.random_language(SMALL, torch.float32, "cpu")
     cache = RaggedCache(2)
     language.prefill(torch.randn(1, 4, 64), cache)
-    step = bench_decode.partial(bench_decode.DecodeStep(language, cache, compile=True), torch.tensor([3]))
+    step = bench_decode.partial(bench_decode.FastStep(language, cache, compile=True), torch.tensor([3]))
     assert bench_decode.step_cost(step, cache) == {} and int(cache.pos) == 4
 
 
@@ -266,7 +266,7 @@ def test_calls_that_do_something_are_counted():
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_on_cuda_neither_allocates_nor_waits(batch):
     language = bench_decode.random_language(SMALL, torch.bfloat16, "cuda")
-    language.arrange()
+    bench_decode.arrange(language)
     task = types.SimpleNamespace(workload=Workload("", batch, (40,), 9), seed=0)
     x = bench_decode.prompts(task, language)
     checked = bench_decode.answer(language, x, task.workload.spans, None, "auto", 8)

@@ -447,18 +447,18 @@ def test_ctrl_c_while_a_question_is_read_takes_it_back(talk, monkeypatch, turn):
 
 
 def test_ctrl_c_stops_an_answer_between_two_tokens(talk, monkeypatch):
-    import model.generate
+    import model.fast
 
-    interrupting(monkeypatch, model.generate.DecodeStep, "__call__", 3)
+    interrupting(monkeypatch, model.fast.FastStep, "__call__", 3)
     code, out, err = talk([COUNT, SIGN], "--image", DEMO_PICTURE)
     assert (code, out) == (0, "The picture has four\n" + NET)
     assert "stopped; the conversation continues from the text so far" in err and "processed again" not in err
 
 
 def test_a_second_ctrl_c_breaks_off_the_step_and_the_cache_is_not_trusted(talk, monkeypatch):
-    import model.generate
+    import model.fast
 
-    interrupting(monkeypatch, model.generate.DecodeStep, "__call__", 3, times=2)
+    interrupting(monkeypatch, model.fast.FastStep, "__call__", 3, times=2)
     code, out, err = talk([COUNT, "/stats", SIGN, COUNT], "--image", DEMO_PICTURE)
     assert (code, out) == (0, "The picture has\n" + NET + FOUR)
     assert err.count("because the last answer was interrupted") == 1 and "no answer to report on" in err

@@ -17,8 +17,8 @@ from model import Generation, InputError, Sampling, ask, load, open_checkpoint
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.generate import Chooser, _Writer, probabilities
-from model.llama import DecoderLayer, LayerParts, RMSNorm, SideBySide, rope_table, rotate
-from tests.oracle import assert_as_exact, assert_within, small_llama
+from model.llama import rope_table, rotate
+from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import torch_random
 
@@ -57,85 +57,15 @@ def test_tensors_are_made_where_the_model_is(demo, spec):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("split", [1, 5, 11])
-@pytest.mark.parametrize("arranged", [False, True])
 @torch.no_grad()
-def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split, arranged):
+def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split):
     model = small_llama(kv_heads=kv_heads)
     x = torch.randn(2, 12, 32)  # two sequences
     whole = model.prefill(x)
-    if arranged:
-        model.arrange()
     cache = RaggedCache(3, slack=2)  # small, to force several repacks
     states = [model.prefill(x[:, :split], cache)] + [model.decode(x[:, t], cache)[:, None] for t in range(split, 12)]
     torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
     assert cache.pos.tolist() == [12, 12] and cache.kv_len.unique().tolist() == [12]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_arranged_weights_keep_names_and_values(dtype):
-    model = small_llama().to(dtype)
-    before = {name: w.clone() for name, w in model.state_dict().items()}
-    x = torch.randn(1, 6, 32).to(dtype)
-    with torch.no_grad():
-        plain = model.prefill(x)
-        model.arrange()
-        torch.testing.assert_close(model.prefill(x), plain, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[n], w) for n, w in before.items())
-    attn = model.model.layers[1].self_attn
-    assert len({p.weight.untyped_storage().data_ptr() for p in (attn.q_proj, attn.k_proj, attn.v_proj)}) == 1
-    assert attn.qkv.weight.stride(0) == (1 if dtype == torch.float32 else 32)
-
-
-@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
-@torch.no_grad()
-def test_a_weight_that_is_replaced_or_written_counts(name):
-    model, x = small_llama(), torch.randn(1, 6, 32)
-    model.arrange()
-    layer = model.model.layers[1].get_submodule(name)
-    layer.weight.mul_(3)  # in-place change
-    written = model.prefill(x)
-    other = copy.deepcopy(model)  # a copy, whose weights are separate again
-    layer.weight = torch.nn.Parameter(layer.weight / 3, requires_grad=False)
-    replaced, back = model.prefill(x), small_llama().prefill(x)
-    torch.testing.assert_close(replaced, back, rtol=1e-5, atol=1e-5)
-    assert (written - back).abs().max() > 1e-3
-    for p in other.parameters():
-        p.mul_(1)
-    torch.testing.assert_close(other.prefill(x), written, rtol=1e-5, atol=1e-5)
-    other.model.layers[1].get_submodule(name).weight.div_(3)
-    torch.testing.assert_close(other.prefill(x), back, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
-@torch.no_grad()
-def test_what_a_compiler_reads_is_the_same(bias, batch, monkeypatch):
-    """The decode step written for the compiler, run uncompiled; test_compile.py compiles it."""
-    model, x = small_llama(bias=bias), torch.randn(batch, 12, 32)
-    whole = model.prefill(x)
-    model.arrange()
-    model.lay_by_rows()
-    cache = RaggedCache(3, slack=2)
-    states = [model.prefill(x[:, :5], cache)]
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    parts = LayerParts(None, None, DecoderLayer.whole)
-    states += [model.decode(x[:, t], cache, parts=parts)[:, None] for t in range(5, 12)]
-    torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
-    assert model.logits(whole[:1, -1]).shape == (1, 97)
-
-
-def test_weights_by_rows_are_the_same_weights():
-    """No memory of the layout made by `arrange` remains."""
-    model = small_llama()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    model.arrange()
-    with torch.inference_mode():
-        model.lay_by_rows()
-    after = model.state_dict()
-    assert all(torch.equal(after[name], weight) and after[name].is_contiguous() for name, weight in before.items())
-    attn, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
-    assert [attn.qkv, attn.out, mlp.gate_up, mlp.down] == 4 * [None]
 
 
 @torch.no_grad()
@@ -145,45 +75,6 @@ def test_a_step_leaves_what_it_is_given():
     before = x.clone()
     model.decode(x[:, 0], cache)
     assert torch.equal(x, before)
-
-
-def test_mapped_weights_stay_mapped():
-    """Copying them would take memory; casting copies them in any case."""
-    assert load(DEMO, "bf16").model.language_model.model.layers[0].self_attn.qkv is None
-    cast = load(DEMO, "fp32").model.language_model.model.layers
-    for layer in cast:
-        sides = [layer.self_attn.qkv, layer.self_attn.out, *layer.mlp.gate_up, layer.mlp.down]
-        assert len(sides) == 5 and all(side.current() and side.bag for side in sides)
-
-
-@pytest.mark.parametrize("rows", [(7,), (512,), (300, 212), (513,), (400, 400)])
-@pytest.mark.parametrize("shape", [(1, 96), (3, 96), (1, 1, 96), (1, 5, 96)])
-@torch.inference_mode()
-def test_products_side_by_side_are_those_of_the_layers(rows, shape):
-    """For one x with few rows computed as a weighted sum of columns. Sums may be in any order."""
-    layers = [torch.nn.Linear(96, n, bias=False) for n in rows]
-    x = torch.randn(shape)
-    plain = [layer(x) for layer in layers]
-    exact = [x.double() @ layer.weight.double().T for layer in layers]
-    side = SideBySide(*layers)
-    assert (side.bag is not None) == (sum(rows) <= 512)
-    terms = [x.double().abs() @ layer.weight.double().abs().T for layer in layers]
-    for got, want, true, sums in zip(side.each(x), plain, exact, terms, strict=True):
-        assert_within(got, true, sums, 96)
-        assert_within(want, true, sums, 96)
-    assert torch.equal(side(x), torch.cat(side.each(x), -1))
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("shape", [(1, 192), (3, 192), (1, 1, 5), (1, 4097), (22, 192)])
-def test_the_norm_of_a_few_rows_is_that_of_many(scale, shape):
-    """On a CPU in fp32, few rows go through a layer norm of (x, -x)."""
-    norm, x = RMSNorm(shape[-1], 1e-5), scale * (3 + torch.randn(shape))
-    torch.nn.init.normal_(norm.weight)
-    plain = norm(x)  # with a gradient
-    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
-    with torch.no_grad():
-        assert_as_exact(norm(x), plain.detach(), exact.detach(), torch.float32)
 
 
 @torch.no_grad()

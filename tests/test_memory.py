@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import open_checkpoint
+from model import fast, open_checkpoint
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.generate import Layout, Pruner
-from model.llama import Llama, SideBySide
+from model.llama import Llama
 from model.pruning import make_method
 from tests.test_cache import live_bytes
 from tools.report import free_memory, measure_bandwidth
@@ -69,12 +69,13 @@ def test_loading_holds_every_weight_once(make_checkpoint, tmp_path, wanted, monk
     stored = torch.float32 if wanted == "bf16" else torch.bfloat16  # so that every weight is cast, not mapped
     save_file({name: t.to(stored) for name, t in tensors.items()}, tmp_path / "model.safetensors")
 
-    class Watched(SideBySide):
-        def __init__(self, *layers):
-            super().__init__(*layers)
-            seen.append(live_bytes()[0])
+    lay = fast.lay
 
-    monkeypatch.setattr("model.llama.SideBySide", Watched)
+    def watched(layers, columns):
+        lay(layers, columns)
+        seen.append(live_bytes()[0])
+
+    monkeypatch.setattr(fast, "lay", watched)
     model = open_checkpoint(tmp_path).read_weights(wanted).model.language_model
     copied = sum(p.nbytes for p in model.model.layers.parameters())
     assert len(seen) > 9 and max(seen) - min(seen) < copied // 9

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Generation, Sampling, load
 from model.cache import RaggedCache
-from model.generate import Batch, DecodeStep
+from model.fast import FastStep
+from model.generate import Batch, PlainStep
 from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import torch_random
@@ -110,7 +111,8 @@ STEPS = {
     "a step into larger arenas": (0, lambda model, cache: model.decode(torch.ones(2, 32), cache)),
     "a turn": (2, lambda model, cache: model.extend(torch.ones(2, 2, 32), cache)),
     "a turn into larger arenas": (1, lambda model, cache: model.extend(torch.ones(2, 5, 32), cache)),
-    "logits": (1, lambda model, cache: DecodeStep(model, cache)(torch.tensor([5, 6]))),
+    "logits": (1, lambda model, cache: FastStep(model, cache)(torch.tensor([5, 6]))),
+    "plain logits": (1, lambda model, cache: PlainStep(model, cache)(torch.tensor([5, 6]))),
 }
 
 

@@ -532,9 +532,9 @@ def test_ctrl_c_keeps_what_was_written():
 
 
 def test_ctrl_c_in_an_answer_still_reports(capsys, monkeypatch):
-    import model.generate
+    import model.fast
 
-    step, calls = model.generate.DecodeStep.__call__, []
+    step, calls = model.fast.FastStep.__call__, []
 
     def interrupted(self, token):
         calls.append(token)
@@ -542,7 +542,7 @@ def test_ctrl_c_in_an_answer_still_reports(capsys, monkeypatch):
             raise KeyboardInterrupt
         return step(self, token)
 
-    monkeypatch.setattr(model.generate.DecodeStep, "__call__", interrupted)
+    monkeypatch.setattr(model.fast.FastStep, "__call__", interrupted)
     code, out, err = inside(capsys, *ASK, "--json")
     r = json.loads(out)
     assert code == 130 and r["finish_reason"] == "interrupted" and r["new_tokens"] == 5 and "interrupted" in err

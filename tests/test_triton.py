@@ -17,7 +17,7 @@ from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_dec
 from kernels import ragged_decode_triton as triton_way
 from model import Generation, Sampling, load
 from model.cache import RaggedCache
-from model.generate import DecodeStep
+from model.fast import FastStep
 from tests.oracle import assert_as_exact, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import python_random, torch_random
@@ -287,12 +287,12 @@ class Replayed:
 
 @pytest.mark.parametrize(("slack", "batch"), [(1, 1), (2, 1), (5, 2)])
 def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
-    """The host side of `DecodeStep` with a stand-in graph: captures, replays, repacks, and a turn in between."""
+    """The host side of `FastStep` with a stand-in graph: captures, replays, repacks, and a turn in between."""
     model, x = small_llama().to(DEVICE), torch.randn(batch, 9, 32, device=DEVICE)
     caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
     for cache in caches:
         model.prefill(x, cache)
-    step = DecodeStep(model, caches[0])
+    step = FastStep(model, caches[0])
 
     @contextlib.contextmanager
     def record(graph, stream=None):
@@ -304,7 +304,7 @@ def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
         for table, old in zip(tables, before, strict=True):
             table.copy_(old)
 
-    monkeypatch.setattr(DecodeStep, "captures", property(lambda self: True))
+    monkeypatch.setattr(FastStep, "captures", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "device", type("device", (contextlib.nullcontext,), {}))

@@ -51,7 +51,8 @@ sys.path.insert(0, str(ROOT))
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
-from model.generate import DecodeStep, Layout, Pruner  # noqa: E402
+from model.fast import FastStep, arrange  # noqa: E402
+from model.generate import Layout, Pruner  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from run import Parser, as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
@@ -249,7 +250,7 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
     held, vision = cache.nbytes_held, sum(b - a for a, b in spans)
     # read now: a single sequence's cache is the one that decoding extends
     kept = [n / vision for p, c in zip(pruners, caches, strict=True) if p for n in p.kept(c)]
-    step = DecodeStep(language, cache, compile)
+    step = FastStep(language, cache, compile)
     for i in range(1, new_tokens):
         start = time.perf_counter()
         logits = step(ids)
@@ -265,7 +266,7 @@ def prepare_ours(task):
     """(facts for the checks, function that answers -> (seconds to the first token, seconds of each step))."""
     language = language_of(task)
     if task.shape:
-        language.arrange()  # as `load` does for weights that are not memory-mapped
+        arrange(language)  # as `load` does for weights that are not memory-mapped
     method, spans = method_of(task.prune, task.model), task.workload.spans
     x = prompts(task, language)
     compile = task.engine == "ours-compile"
@@ -362,7 +363,7 @@ def prepare_picture(task):
 
     again()
     ids = torch.ones(1, dtype=torch.long, device=checkpoint.device)
-    step = partial(DecodeStep(checkpoint.model.language_model, generation.cache, generation.compile), ids)
+    step = partial(FastStep(checkpoint.model.language_model, generation.cache, generation.compile), ids)
     facts = {
         "ids": [generation.token_ids[:WATCHED]],
         "finite": True,  # Generation raises an error otherwise
@@ -461,7 +462,7 @@ def step_cost(step, cache, steps=4):
 
     On a CPU, a launch is an outermost PyTorch call that computes or writes; views do not count.
     """
-    if step.func.parts.whole:
+    if step.func.compiles_whole:
         return {}  # counting would break up a compiled layer
     cache.slack = 64  # the next repack leaves free slots for all steps below
     for _ in range(cache.room + 3):  # run until that repack, and until a graph is captured again
@@ -879,7 +880,7 @@ def decode_seconds(language, lengths, rounds):
                 torch.randn(1, heads, tokens, config.head_dim, dtype=table.dtype, device=table.device) for _ in "kv"
             )
             cache.pack(layer, k, v, torch.rand(heads, tokens, device=table.device).argsort(1) < kept)
-        steps.append(DecodeStep(language, cache))
+        steps.append(FastStep(language, cache))
     times, ids = [[] for _ in lengths], torch.ones(1, dtype=torch.long, device=table.device)
     for _ in range(rounds + 3):
         for step, seconds in zip(steps, times, strict=True):

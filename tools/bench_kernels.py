@@ -59,6 +59,7 @@ from kernels.backend import choose_backend, interpreted  # noqa: E402
 from model import InputError, load  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
+from model.fast import arrange  # noqa: E402
 from model.generate import Layout, Pruner  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.lookahead import Lookahead  # noqa: E402
@@ -869,7 +870,7 @@ def prefill_model(shape, setting):
         checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
         return "demo model", checkpoint.model.language_model, checkpoint.lookahead
     language = random_language(TextConfig(num_hidden_layers=2), setting.dtype, setting.device)
-    language.arrange()
+    arrange(language)
     lookahead = Lookahead(language).to(setting.device, setting.dtype).requires_grad_(False)
     return "2 layers of the 7B shape", language, lookahead
 

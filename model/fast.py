@@ -1,0 +1,248 @@
+"""What is only speed: a decode step of few, large operations. Results differ from `Llama.decode` by rounding at most.
+
+`load` calls `arrange`, and Generation decodes with the `FastStep` that the checkpoint names; llama.py and generate.py
+import nothing from here. kernels/NOTES.md has the measurements behind each part.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.ragged_decode_torch import rectangle_step
+
+from .llama import rotate
+
+
+def arrange(language):
+    """Move weights side by side: those of q, k and v, and those of gate and up. Copies each once, for inference.
+
+    In fp32 on a CPU they are stored column by column, which `Product` reads faster.
+    """
+    columns = language.model.norm.weight.is_cpu and language.model.norm.weight.dtype == torch.float32
+    for layer in language.model.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        groups = [(attn.q_proj, attn.k_proj, attn.v_proj)]
+        groups += [(attn.o_proj,), (mlp.gate_proj,), (mlp.up_proj,), (mlp.down_proj,)] if columns else []
+        groups += [] if columns else [(mlp.gate_proj, mlp.up_proj)]
+        for group in groups:
+            lay(group, columns)
+    if language.lm_head is not None and language.model.norm.weight.is_cpu:
+        lay([language.lm_head], columns)
+
+
+def lay(layers, columns):
+    """Make the weights (N, C) of linear layers views of one matrix, stored column by column or row by row."""
+    weights = [layer.weight for layer in layers]
+    whole = torch.cat([w.t() for w in weights], 1).t() if columns else torch.cat(weights)
+    for layer, part in zip(layers, whole.split([len(w) for w in weights]), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+
+
+def lay_by_rows(language):
+    """Undo the order by columns, because compiled steps read weights row by row. Copies the weights once.
+
+    Steps that are not compiled are slower afterwards, until `arrange` is called again.
+    """
+    if any(not p.is_contiguous() for p in language.parameters()):
+        with torch.inference_mode(False), torch.no_grad():  # the parameters stay trainable
+            for weight in language.parameters():
+                weight.data = weight.data.contiguous()
+
+
+def joined(layers):
+    """The weights (N, C) of linear layers as one matrix, or None if they do not lie side by side or have a bias."""
+    first, stop = layers[0].weight, layers[0].weight.storage_offset()
+    for layer in layers:
+        w = layer.weight
+        same = w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and w.stride() == first.stride()
+        if layer.bias is not None or not same or w.storage_offset() != stop:
+            return None
+        stop += len(w) * w.stride(0)
+    return first.detach().as_strided((sum(len(layer.weight) for layer in layers), first.shape[1]), first.stride())
+
+
+class Product:
+    """Several linear layers of one input, computed as one product if their weights lie side by side.
+
+    If these are stored column by column and have at most `FEW` rows, the product with a single x is the sum of the
+    columns weighted by x, by `embedding_bag`: two to four times as fast as the BLAS matvec.
+    """
+
+    FEW = 512
+
+    def __init__(self, *layers):
+        self.layers, self.weight, self.bag = layers, joined(layers), None
+        self.sizes = [layer.out_features for layer in layers]
+        if self.weight is not None and self.weight.stride(0) == 1 and len(self.weight) <= self.FEW:
+            columns = torch.arange(self.weight.shape[1], device=self.weight.device)
+            self.bag = columns, torch.zeros(1, dtype=torch.long, device=self.weight.device)
+
+    def __call__(self, x):
+        """x (B, C) -> the output (B, N) of each layer."""
+        if self.weight is None or in_loops(x):
+            return [matvec(x, layer.weight, layer.bias) for layer in self.layers]
+        return self.whole(x).split(self.sizes, -1)
+
+    def whole(self, x):
+        """x (B, C) -> the joined weights' product, (B, N of all layers)."""
+        if self.bag is None or len(x) > 1:
+            return F.linear(x, self.weight)
+        return torch.embedding_bag(self.weight.t(), *self.bag, False, 0, False, x[0])[0]  # mode 0: sum
+
+    def add(self, x, y):
+        """x (B, N) plus the output of one layer for y (B, C), in place."""
+        if self.weight is None or in_loops(x) or (self.bag and len(y) == 1):
+            return x.add_(self(y)[0])
+        return x.addmm_(y, self.weight.t())
+
+
+def in_loops(x):
+    """True while torch.compile generates CPU loops for a single x (1, C)."""
+    return torch.compiler.is_compiling() and x.is_cpu and len(x) == 1
+
+
+def matvec(x, weight, bias=None):
+    """x (B, C) times a weight (N, C), plus a bias -> (B, N).
+
+    When compiled for a CPU, a single x is multiplied and summed in a generated loop, which reads the weights at 50 to
+    85 % of memory bandwidth; PyTorch's own CPU matvec reaches 20 to 45 %.
+    """
+    if not in_loops(x):
+        return F.linear(x, weight, bias)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    # as_strided reads memory, so the compiler stores x once instead of recomputing it for each of the N outputs
+    row = x.contiguous().as_strided(x.shape[-1:], (1,))
+    y = (weight.to(compute) * row.to(compute)).sum(-1)
+    y = y if bias is None else y + bias.to(compute)
+    return y.to(x.dtype)[None]
+
+
+def norm(rms, x):
+    """RMSNorm of x (B, C). On a CPU F.rms_norm is six small calls; in fp32 this is one.
+
+    (x, -x) has mean 0 and the mean square of x, so the first half of its layer norm is x / rms(x).
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.float32 or x.numel() > 4096:
+        return rms(x)
+    pair = torch.cat((x, -x), -1)
+    return F.layer_norm(pair, pair.shape[-1:], eps=rms.eps)[..., : x.shape[-1]] * rms.weight
+
+
+class FastLayer:
+    """The decode step of a DecoderLayer: x (B, C), one token per sequence -> x, updated in place."""
+
+    def __init__(self, layer):
+        attn, mlp = layer.self_attn, layer.mlp
+        self.layer, self.head_dim = layer, attn.head_dim
+        self.qkv, self.out = Product(attn.q_proj, attn.k_proj, attn.v_proj), Product(attn.o_proj)
+        self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
+        if self.gate_up.weight is None:  # two products
+            self.gate_up = None
+            self.gate, self.up = Product(mlp.gate_proj), Product(mlp.up_proj)
+
+    def before(self, x, rope):
+        """The half before attention -> q (B, Hq, D), k and v (B, Hkv, D), q and k rotated by rope unless it is None."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(norm(self.layer.input_layernorm, x)))
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+
+    def after(self, x, y):
+        """The half after attention, whose output is y (B, Hq, D)."""
+        x = self.out.add(x, y.flatten(1))
+        h = norm(self.layer.post_attention_layernorm, x)
+        gate, up = self.gate_up(h) if self.gate_up else (self.gate(h)[0], self.up(h)[0])
+        return self.down.add(x, F.silu(gate) * up)
+
+    def whole(self, x, rope, k, v, kv_len):
+        """The layer in one function. k, v (S, n, D): its `rectangle` of the cache; kv_len (S,) with the new ones."""
+        q, k_new, v_new = self.before(x, rope)
+        return self.after(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
+
+    def __call__(self, x, rope, cache, i):
+        q, k, v = self.before(x, None if cache.fused else rope)
+        return self.after(x, cache.append_attend(i, q, k, v, rope))
+
+
+class Compiled:
+    """FastLayer with compiled functions. On a CPU a layer whose cache is a rectangle is compiled as a whole."""
+
+    def __init__(self, layer, functions):
+        self.layer, self.functions = FastLayer(layer), functions
+
+    def __call__(self, x, rope, cache, i):
+        before, after, whole = self.functions
+        rectangle = whole and cache.rectangle(i)
+        if rectangle:
+            return whole(self.layer, x, rope, *rectangle, cache.lengths[i])
+        q, k, v = before(self.layer, x, None if cache.fused else rope)
+        return after(self.layer, x, cache.append_attend(i, q, k, v, rope))
+
+
+class FastStep:
+    """A decode step: append one token per sequence to the cache, ids (B,) on its device -> next logits (B, V).
+
+    With the Triton kernels on CUDA, a step is replayed from a captured graph, which replaces hundreds of launches by
+    one. When the cache's `version` changes, the next step runs uncaptured (the first also compiles the kernels), and
+    the one after it is captured again.
+    """
+
+    def __init__(self, language, cache, compile=False):
+        """compile: use torch.compile for the layers, once for all of them; the first step is then slow."""
+        self.language, self.cache, self.compiles_whole = language, cache, False
+        self.logits_of = type(language).logits
+        if compile:
+            self.layers = self._compiled()
+        else:
+            self.layers = [FastLayer(layer) for layer in language.model.layers]
+        self.graph = self.ids = self.logits = None
+        self.seen = None  # version of the cache that the last step ran on
+
+    def _compiled(self):
+        halves = [torch.compile(half, dynamic=False) for half in (FastLayer.before, FastLayer.after)]
+        whole = None
+        if not self.cache.fused and self.cache.pos.is_cpu:
+            lay_by_rows(self.language)
+            self.compiles_whole, whole = True, torch.compile(FastLayer.whole, dynamic=True)  # any number of slots
+            self.logits_of = torch.compile(logits_by_loops, dynamic=False)
+        return [Compiled(layer, (*halves, whole)) for layer in self.language.model.layers]
+
+    def __call__(self, ids):
+        cache = self.cache
+        if self.captures and self.seen == cache.version and cache.room > 0:
+            return self._replay(ids)
+        self.graph = self.logits = None  # frees the graph's memory
+        logits = self._step(ids)
+        self.seen = cache.version
+        return logits
+
+    @property
+    def captures(self):
+        """True if steps can be captured; not with the torch backend, which reads lengths on the host."""
+        return self.cache.fused and self.cache.pos.is_cuda
+
+    def _step(self, ids):
+        """One step. Copies nothing between host and device, so that it can be captured."""
+        x = F.embedding(ids, self.language.model.embed_tokens.weight)
+        hidden = self.language.decode(x, self.cache, self.layers)
+        try:
+            return self.logits_of(self.language, hidden)
+        except BaseException:  # no logits: undo the step
+            self.cache.give_back()
+            raise
+
+    def _replay(self, ids):
+        device = self.cache.pos.device
+        if self.graph is None:
+            self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+                self.logits = self._step(self.ids)  # records the step; also counts its slots on the host
+            self.graph = graph
+        else:
+            self.ids.copy_(ids)
+            self.cache.reserve()
+        self.graph.replay()
+        return self.logits
+
+
+def logits_by_loops(language, hidden):
+    """`Llama.logits` for the compiler: hidden (B, C) -> (B, V)."""
+    return matvec(hidden, language.head.weight)

@@ -1,0 +1,176 @@
+"""model/fast.py: the fast decode step computes what the plain one does, however weights lie in memory."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from oracle import assert_as_exact, assert_within, small_llama
+
+from model import Generation, InputError, fast, load
+from model.cache import RaggedCache
+from model.fast import FastLayer, FastStep, Product, arrange, lay_by_rows
+from model.generate import PlainStep
+from model.llama import RMSNorm
+from tests.paths import DEMO, DEMO_PICTURE
+
+
+def prompted(model, batch=1, slack=2, keep=None):
+    """A cache with a prompt of 7 tokens, the same for every call."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(batch, 7, model.config.hidden_size, generator=generator)
+    cache = RaggedCache(model.config.num_hidden_layers, slack=slack)
+    model.prefill(x.to(model.model.norm.weight.dtype), cache, choose=None if keep is None else lambda *_: keep)
+    return cache
+
+
+def logits_of(model, make, steps=6, batch=1, keep=None):
+    """Logits of several decode steps (steps, B, V); few free slots, so that the cache is repacked on the way."""
+    step = make(model, prompted(model, batch, keep=keep))
+    return torch.stack([step(torch.arange(batch) + 7 * i).clone() for i in range(steps)])
+
+
+@pytest.mark.parametrize("arranged", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("kv_heads", "bias", "dtype"), [
+    (4, False, torch.float32), (2, True, torch.float32), (1, False, torch.float32), (2, False, torch.bfloat16),
+])  # fmt: skip
+@torch.no_grad()
+def test_the_fast_step_is_the_plain_step(kv_heads, bias, dtype, batch, arranged):
+    model = small_llama(kv_heads=kv_heads, bias=bias).to(dtype)
+    exact = logits_of(copy.deepcopy(model).double(), PlainStep, batch=batch)
+    plain = logits_of(model, PlainStep, batch=batch)
+    if arranged:
+        arrange(model)
+    assert_as_exact(logits_of(model, FastStep, batch=batch), plain, exact, dtype)
+
+
+@torch.no_grad()
+def test_the_fast_step_reads_a_ragged_cache():
+    model = small_llama(kv_heads=2)
+    keep = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0, 1]], dtype=torch.bool)
+    plain = logits_of(model, PlainStep, keep=keep)
+    arrange(model)
+    torch.testing.assert_close(logits_of(model, FastStep, keep=keep), plain, rtol=1e-4, atol=1e-5)
+    assert (plain - logits_of(model, PlainStep)).abs().max() > 1e-3  # otherwise the test could not fail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arranged_weights_keep_names_and_values(dtype):
+    model = small_llama().to(dtype)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    arrange(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[n], w) for n, w in before.items())
+    attn, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    whole = fast.joined((attn.q_proj, attn.k_proj, attn.v_proj))
+    assert torch.equal(whole, torch.cat([w.weight for w in (attn.q_proj, attn.k_proj, attn.v_proj)]))
+    assert whole.data_ptr() == attn.q_proj.weight.data_ptr()
+    assert whole.stride(0) == (1 if dtype == torch.float32 else 32)
+    assert (fast.joined((mlp.gate_proj, mlp.up_proj)) is None) == (dtype == torch.float32)  # there one by one
+
+
+def test_weights_that_do_not_lie_side_by_side_are_not_joined():
+    whole = torch.randn(10, 4)
+    layers = [torch.nn.Linear(4, n, bias=False) for n in (3, 2, 5)]
+    for layer, part in zip(layers, whole.split([3, 2, 5]), strict=True):
+        layer.weight = torch.nn.Parameter(part)
+    assert torch.equal(fast.joined(layers), whole) and torch.equal(fast.joined(layers[1:]), whole[3:])
+    assert fast.joined(layers[::2]) is None and fast.joined(layers[::-1]) is None
+    layers[1].weight = torch.nn.Parameter(layers[1].weight.detach().clone())  # the same numbers elsewhere
+    assert fast.joined(layers) is None
+    assert fast.joined([torch.nn.Linear(4, 3)]) is None  # a bias
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
+@torch.no_grad()
+def test_a_weight_that_is_replaced_or_written_counts(name):
+    model = small_llama()
+    arrange(model)
+    layer = model.model.layers[1].get_submodule(name)
+    layer.weight.mul_(3)  # in-place change
+    for changed in (model, copy.deepcopy(model)):  # a copy, whose weights are separate again
+        other = logits_of(small_llama(), PlainStep)
+        written = logits_of(changed, FastStep)
+        torch.testing.assert_close(written, logits_of(changed, PlainStep), rtol=1e-4, atol=1e-5)
+        assert (written - other).abs().max() > 1e-3
+        layer = changed.model.layers[1].get_submodule(name)
+        layer.weight = torch.nn.Parameter(layer.weight / 3, requires_grad=False)
+        torch.testing.assert_close(logits_of(changed, FastStep), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_what_a_compiler_reads_is_the_same(bias, batch, monkeypatch):
+    """The functions written for the compiler, run uncompiled; test_compile.py compiles them."""
+    model = small_llama(bias=bias)
+    plain = logits_of(model, PlainStep, batch=batch)
+    arrange(model)
+    lay_by_rows(model)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    found = logits_of(model, lambda *given: FastStep(*given, compile=True), batch=batch)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_by_rows_are_the_same_weights():
+    """No memory of the order by columns remains."""
+    model = small_llama()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    arrange(model)
+    with torch.inference_mode():
+        lay_by_rows(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weight) and after[name].is_contiguous() for name, weight in before.items())
+    sizes = {p.untyped_storage().nbytes() == p.nbytes for p in model.parameters()}
+    assert sizes == {True} and Product(model.model.layers[1].self_attn.q_proj).bag is None
+
+
+def test_mapped_weights_stay_mapped():
+    """Copying them would take memory; casting copies them in any case."""
+    mapped, cast = (load(DEMO, dtype).model.language_model.model.layers for dtype in ("bf16", "fp32"))
+    assert all(FastLayer(layer).qkv.weight is None for layer in mapped)
+    for layer in map(FastLayer, cast):
+        assert all(product.bag for product in (layer.qkv, layer.out, layer.gate, layer.up, layer.down))
+
+
+@pytest.mark.parametrize("rows", [(7,), (512,), (300, 212), (513,), (400, 400)])
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.inference_mode()
+def test_products_side_by_side_are_those_of_the_layers(rows, columns, batch):
+    """For one x and few rows computed as a weighted sum of columns. Sums may be in any order."""
+    layers = [torch.nn.Linear(96, n, bias=False) for n in rows]
+    x = torch.randn(batch, 96)
+    plain = [layer(x) for layer in layers]
+    exact = [x.double() @ layer.weight.double().T for layer in layers]
+    fast.lay(layers, columns)
+    product = Product(*layers)
+    assert (product.bag is not None) == (columns and sum(rows) <= 512)
+    terms = [x.double().abs() @ layer.weight.double().abs().T for layer in layers]
+    for got, want, true, sums in zip(product(x), plain, exact, terms, strict=True):
+        assert_within(got, true, sums, 96)
+        assert_within(want, true, sums, 96)
+    first, y = torch.randn(batch, rows[0]), layers[0]
+    assert_within(Product(y).add(first.clone(), x), first + exact[0], first.abs() + terms[0], 97)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(1, 192), (3, 192), (1, 5), (1, 4097), (22, 192)])
+def test_the_norm_of_a_few_rows_is_that_of_many(scale, shape):
+    """On a CPU in fp32, few rows go through a layer norm of (x, -x)."""
+    rms, x = RMSNorm(shape[-1], 1e-5), scale * (3 + torch.randn(shape))
+    torch.nn.init.normal_(rms.weight)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * rms.weight.double()
+    with torch.no_grad():
+        assert_as_exact(fast.norm(rms, x), rms(x), exact, torch.float32)
+
+
+def test_the_model_is_right_without_it():
+    checkpoint = load(DEMO, "fp32")
+    plain = dataclasses.replace(checkpoint, step=PlainStep)
+    texts = ["".join(Generation(c, "How many objects are there?", DEMO_PICTURE)) for c in (checkpoint, plain)]
+    assert texts == 2 * ["The picture has four objects."]
+    with pytest.raises(InputError, match="FastStep"):
+        "".join(Generation(plain, "How many?", DEMO_PICTURE, compile=True))
