@@ -14,39 +14,19 @@ from .llama import rotate
 
 
 def arrange(language):
-    """Move weights side by side: those of q, k and v, and those of gate and up. Copies each once, for inference.
-
-    In fp32 on a CPU they are stored column by column, which `Product` reads faster.
-    """
-    columns = language.model.norm.weight.is_cpu and language.model.norm.weight.dtype == torch.float32
+    """Move weights side by side: those of q, k and v, and those of gate and up. Copies each once, for inference."""
     for layer in language.model.layers:
         attn, mlp = layer.self_attn, layer.mlp
-        groups = [(attn.q_proj, attn.k_proj, attn.v_proj)]
-        groups += [(attn.o_proj,), (mlp.gate_proj,), (mlp.up_proj,), (mlp.down_proj,)] if columns else []
-        groups += [] if columns else [(mlp.gate_proj, mlp.up_proj)]
-        for group in groups:
-            lay(group, columns)
-    if language.lm_head is not None and language.model.norm.weight.is_cpu:
-        lay([language.lm_head], columns)
+        for group in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            lay(group)
 
 
-def lay(layers, columns):
-    """Make the weights (N, C) of linear layers views of one matrix, stored column by column or row by row."""
+def lay(layers):
+    """Make the weights (N, C) of linear layers views of one matrix."""
     weights = [layer.weight for layer in layers]
-    whole = torch.cat([w.t() for w in weights], 1).t() if columns else torch.cat(weights)
-    for layer, part in zip(layers, whole.split([len(w) for w in weights]), strict=True):
+    parts = torch.cat(weights).split([len(w) for w in weights])
+    for layer, part in zip(layers, parts, strict=True):
         layer.weight = nn.Parameter(part, requires_grad=False)
-
-
-def lay_by_rows(language):
-    """Undo the order by columns, because compiled steps read weights row by row. Copies the weights once.
-
-    Steps that are not compiled are slower afterwards, until `arrange` is called again.
-    """
-    if any(not p.is_contiguous() for p in language.parameters()):
-        with torch.inference_mode(False), torch.no_grad():  # the parameters stay trainable
-            for weight in language.parameters():
-                weight.data = weight.data.contiguous()
 
 
 def joined(layers):
@@ -54,44 +34,29 @@ def joined(layers):
     first, stop = layers[0].weight, layers[0].weight.storage_offset()
     for layer in layers:
         w = layer.weight
-        same = w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and w.stride() == first.stride()
-        if layer.bias is not None or not same or w.storage_offset() != stop:
+        same = w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if layer.bias is not None or not same or not w.is_contiguous() or w.storage_offset() != stop:
             return None
-        stop += len(w) * w.stride(0)
+        stop += w.numel()
     return first.detach().as_strided((sum(len(layer.weight) for layer in layers), first.shape[1]), first.stride())
 
 
 class Product:
-    """Several linear layers of one input, computed as one product if their weights lie side by side.
-
-    If these are stored column by column and have at most `FEW` rows, the product with a single x is the sum of the
-    columns weighted by x, by `embedding_bag`: two to four times as fast as the BLAS matvec.
-    """
-
-    FEW = 512
+    """Linear layers of one input, computed as one product if their weights lie side by side."""
 
     def __init__(self, *layers):
-        self.layers, self.weight, self.bag = layers, joined(layers), None
+        self.layers, self.weight = layers, joined(layers)
         self.sizes = [layer.out_features for layer in layers]
-        if self.weight is not None and self.weight.stride(0) == 1 and len(self.weight) <= self.FEW:
-            columns = torch.arange(self.weight.shape[1], device=self.weight.device)
-            self.bag = columns, torch.zeros(1, dtype=torch.long, device=self.weight.device)
 
     def __call__(self, x):
         """x (B, C) -> the output (B, N) of each layer."""
         if self.weight is None or in_loops(x):
             return [matvec(x, layer.weight, layer.bias) for layer in self.layers]
-        return self.whole(x).split(self.sizes, -1)
-
-    def whole(self, x):
-        """x (B, C) -> the joined weights' product, (B, N of all layers)."""
-        if self.bag is None or len(x) > 1:
-            return F.linear(x, self.weight)
-        return torch.embedding_bag(self.weight.t(), *self.bag, False, 0, False, x[0])[0]  # mode 0: sum
+        return F.linear(x, self.weight).split(self.sizes, -1)
 
     def add(self, x, y):
-        """x (B, N) plus the output of one layer for y (B, C), in place."""
-        if self.weight is None or in_loops(x) or (self.bag and len(y) == 1):
+        """x (B, N) plus the output of one layer for y (B, C), in place and in one call."""
+        if self.weight is None or in_loops(x):
             return x.add_(self(y)[0])
         return x.addmm_(y, self.weight.t())
 
@@ -117,17 +82,6 @@ def matvec(x, weight, bias=None):
     return y.to(x.dtype)[None]
 
 
-def norm(rms, x):
-    """RMSNorm of x (B, C). On a CPU F.rms_norm is six small calls; in fp32 this is one.
-
-    (x, -x) has mean 0 and the mean square of x, so the first half of its layer norm is x / rms(x).
-    """
-    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.float32 or x.numel() > 4096:
-        return rms(x)
-    pair = torch.cat((x, -x), -1)
-    return F.layer_norm(pair, pair.shape[-1:], eps=rms.eps)[..., : x.shape[-1]] * rms.weight
-
-
 class FastLayer:
     """The decode step of a DecoderLayer: x (B, C), one token per sequence -> x, updated in place."""
 
@@ -136,20 +90,16 @@ class FastLayer:
         self.layer, self.head_dim = layer, attn.head_dim
         self.qkv, self.out = Product(attn.q_proj, attn.k_proj, attn.v_proj), Product(attn.o_proj)
         self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
-        if self.gate_up.weight is None:  # two products
-            self.gate_up = None
-            self.gate, self.up = Product(mlp.gate_proj), Product(mlp.up_proj)
 
     def before(self, x, rope):
         """The half before attention -> q (B, Hq, D), k and v (B, Hkv, D), q and k rotated by rope unless it is None."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(norm(self.layer.input_layernorm, x)))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(self.layer.input_layernorm(x)))
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
     def after(self, x, y):
         """The half after attention, whose output is y (B, Hq, D)."""
         x = self.out.add(x, y.flatten(1))
-        h = norm(self.layer.post_attention_layernorm, x)
-        gate, up = self.gate_up(h) if self.gate_up else (self.gate(h)[0], self.up(h)[0])
+        gate, up = self.gate_up(self.layer.post_attention_layernorm(x))
         return self.down.add(x, F.silu(gate) * up)
 
     def whole(self, x, rope, k, v, kv_len):
@@ -200,7 +150,6 @@ class FastStep:
         halves = [torch.compile(half, dynamic=False) for half in (FastLayer.before, FastLayer.after)]
         whole = None
         if not self.cache.fused and self.cache.pos.is_cpu:
-            lay_by_rows(self.language)
             self.compiles_whole, whole = True, torch.compile(FastLayer.whole, dynamic=True)  # any number of slots
             self.logits_of = torch.compile(logits_by_loops, dynamic=False)
         return [Compiled(layer, (*halves, whole)) for layer in self.language.model.layers]

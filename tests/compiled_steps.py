@@ -96,7 +96,6 @@ def main(seed):
     cases = {"all": (x[:1], None), "halves": (x[:1], halves), "uneven": (x[:1], uneven), "batch": (x, None)}
     found["steps"] = {name: steps(language, twin, *case) for name, case in cases.items()}
     found["calls"], found["allocations"] = work_of_a_step(language, x[:1])
-    found["by_rows"] = all(p.is_contiguous() for p in language.parameters())
     print(json.dumps(found | {"products": products()}))
 
 

@@ -54,7 +54,3 @@ def test_a_compiled_step_is_a_call_per_layer(found):
 def test_compiled_products_of_a_row_are_as_exact_as_others(found):
     for compiled, plain in found["products"].values():
         assert compiled <= 2 * plain + 1e-5
-
-
-def test_weights_lie_by_rows_for_a_compiler(found):
-    assert found["by_rows"]

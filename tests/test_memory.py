@@ -71,8 +71,8 @@ def test_loading_holds_every_weight_once(make_checkpoint, tmp_path, wanted, monk
 
     lay = fast.lay
 
-    def watched(layers, columns):
-        lay(layers, columns)
+    def watched(layers):
+        lay(layers)
         seen.append(live_bytes()[0])
 
     monkeypatch.setattr(fast, "lay", watched)
