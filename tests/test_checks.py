@@ -1,6 +1,7 @@
 """Test infrastructure: seeds that follow from test names, a cover of all pairs, transformers next to our `kernels`."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import subprocess
@@ -54,6 +55,19 @@ def test_every_pair_of_values_is_covered(sizes):
     chosen = pairwise(cases)
     assert set().union(*(pairs(cases[i]) for i in chosen)) == set().union(*map(pairs, cases))
     assert len(chosen) < len(cases) or len(sizes) < 3
+
+
+# ---------------------------------------------------------------- mutants
+
+
+def test_tests_of_mutants_may_start_workers():
+    from tests.mutants import in_processes  # not above, because it imports transformers
+
+    def absolute(number):
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            return pool.apply(abs, [number])
+
+    assert sorted(in_processes(absolute, [-1, -2, -3], 2)) == [1, 2, 3]
 
 
 # ---------------------------------------------------------------- transformers
