@@ -610,7 +610,7 @@ def draw_curve(folder, path):
             if name not in ("step", "seconds", "loss"):
                 axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name, linewidth=1.2)
         axis.set(
-            title=f"{stage}: {rows[-1]['seconds'] / 60:.0f} min",
+            title=stage,
             xlabel="step",
             ylabel=what + " (fresh training scenes)",
             ylim=(0, 1.01),
