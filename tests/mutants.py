@@ -1988,6 +1988,18 @@ MUTANTS = {
         "(block[:, :, None] >= block[:, None, :]) |",
         "test_train_demo.py::test_the_mask_shows_pictures_and_own_past_only",
     ),
+    "a tool's default overwrites what is committed": (
+        "tools/train_demo.py",
+        'type=Path, default=ROOT / "runs" / "demo"',
+        'type=Path, default=ROOT / "assets"',
+        "test_repo.py::test_no_default_overwrites_what_is_committed[tools.train_demo]",
+    ),
+    "the figure is silent about what was not measured": (
+        "tools/plot_bench.py",
+        "names = [name for name in others if name not in points]",
+        "names = []",
+        "test_bench.py::test_the_committed_figure_says_whose_lengths_and_what_is_absent",
+    ),
     "the worse of two baselines in the first table": (
         "tools/tables.py",
         'max(right["random", r], right["grid", r])',
