@@ -26,10 +26,10 @@ FORMATS = (".png", ".html")
 CLASSES = {"attentive": "#0072b2", "balanced": "#777777", "indifferent": "#d55e00"}  # Okabe and Ito
 FIRST, SECOND = "#d55e00", "#0072b2"  # frames around tokens that only one of two questions keeps
 
-# in pixels; the width is twice that of an image in a GitHub README
+# in pixels; pages show the picture at a third of its size or more, where the smallest letters have 11 pixels
 WIDTH, MARGIN, GAP, COLUMNS = 1640, 32, 24, 4
 CELL = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
-HUGE, LARGE, SMALL = 40, 30, 24  # font sizes
+HUGE, LARGE, SMALL = 52, 42, 38  # font sizes
 GREY = "#555555"
 FONTS = (None, "DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc")  # None: Pillow's
 
@@ -192,8 +192,8 @@ def draw(shown, second=None, layers=None, heads=None):
     for view in shown.views:
         count = shown.of_view(view).sum((0, 1))
         cells += [
-            _titled(view.name or "as the model sees it", _framed(panel(view, count >= 0))),
-            _titled("how many heads keep each token", _framed(heat(count, total, CELL, CELL)), _scale(total, CELL)),
+            _titled((view.name or "the picture") + " as\nthe model sees it", _framed(panel(view, count >= 0))),
+            _titled("how many heads\nkeep each token", _framed(heat(count, total, CELL, CELL)), _scale(total, CELL)),
         ]
     rows = [_lines(shown.title, HUGE), _lines(shown.flags, SMALL, GREY), _lines(f"“{shown.prompt}”", LARGE)]
     if second is not None:
@@ -214,8 +214,7 @@ def draw(shown, second=None, layers=None, heads=None):
             for view in shown.views:
                 kept = shown.of_view(view)[layer, head]
                 other = None if second is None else second.of_view(view)[layer, head]
-                title = f"layer {layer}, head {head}" + (view.name and f"\n{view.name}")
-                title += f": {int(kept.sum())} of {kept.numel()}"
+                title = f"layer {layer}, head {head}\n{view.name or 'kept'}: {int(kept.sum())} of {kept.numel()}"
                 cells.append(_titled(title, _framed(panel(view, kept, other))))
         rows += _in_rows(cells)
     return _page(rows)
@@ -280,7 +279,7 @@ def _counts(shown):
     """Kept tokens of each layer and head and, if known, gamma of each layer on their right: two cells wide."""
     counts, most = shown.keep.sum(2), shown.keep.shape[2]
     font = ImageFont.load_default(SMALL)
-    left, below = 40, 36  # space for layer and head numbers
+    left, below = 2 * SMALL, SMALL + 12  # space for layer and head numbers
     width = (CELL if shown.gammas else 2 * CELL + GAP) - left
     table = heat(counts, most, width, CELL - below, written=True)
     block = Image.new("RGB", (2 * CELL + GAP, CELL), "white")
@@ -288,14 +287,16 @@ def _counts(shown):
     pen = ImageDraw.Draw(block)
     layers, heads = counts.shape
     high, wide = table.height / layers, table.width / heads
-    for layer in range(0, layers, 1 + int(24 / high)):
+    for layer in range(0, layers, 1 + int(SMALL / high)):
         pen.text((left - 8, (layer + 0.5) * high), str(layer), "black", font, anchor="rm")
-    for head in range(0, heads, 1 + int(32 / wide)):
+    for head in range(0, heads, 1 + int(1.5 * SMALL / wide)):
         pen.text((left + (head + 0.5) * wide, table.height + 4), str(head), "black", font, anchor="ma")
-    title = "tokens kept, by layer (down) and KV head (across)"
+    title = "tokens kept, by layer (down)\nand KV head (across)"
     if shown.gammas:
         _bars(pen, shown, CELL + GAP, high, table.height)
-        title = f"tokens kept, by layer and KV head; gamma: attention\nof {shown.rows} to pictures, from 0 to 1"
+        title += f". Bars: gamma, attention of {shown.rows} to pictures, 0 to 1"
+        if shown.thresholds:
+            title += ". Lines: beta {1:g}, alpha {0:g}".format(*shown.thresholds)
     return _titled(title, block, _scale(most, CELL))
 
 
@@ -311,21 +312,18 @@ def _bars(pen, shown, left, high, bottom):
             pen.text((x, (layer + 0.5) * high), f"{gamma:.2f} {shown.classes[layer]}", ink, font, anchor="lm")
     for value in shown.thresholds or ():
         pen.line((left + value * CELL, 0, left + value * CELL, bottom), fill="black", width=2)
-    if shown.thresholds:
-        lines = "lines: beta {1:g} and alpha {0:g}".format(*shown.thresholds)
-        pen.text((left + CELL, bottom + 4), lines, "black", font, anchor="ra")
 
 
 def _scale(most, width):
     """The colour scale, from 0 to most."""
     font = ImageFont.load_default(SMALL)
-    bar = Image.new("RGB", (width, 34), "white")
+    bar, middle = Image.new("RGB", (width, SMALL + 10), "white"), SMALL // 2 + 5
     pen = ImageDraw.Draw(bar)
     right = width - font.getlength(str(most)) - 10
-    for x in range(24, int(right)):
-        pen.line((x, 8, x, 28), fill=colour((x - 24) / (right - 25)))
-    pen.text((0, 18), "0", "black", font, anchor="lm")
-    pen.text((width, 18), str(most), "black", font, anchor="rm")
+    for x in range(SMALL, int(right)):
+        pen.line((x, middle - 10, x, middle + 10), fill=colour((x - SMALL) / (right - SMALL - 1)))
+    pen.text((0, middle), "0", "black", font, anchor="lm")
+    pen.text((width, middle), str(most), "black", font, anchor="rm")
     return bar
 
 

@@ -10,7 +10,8 @@ A surviving mutant means that no test checks some promise. Runs in a copy; the w
 
 import argparse
 import gc
-import multiprocessing
+import itertools
+import multiprocessing.connection
 import os
 import runpy
 import shutil
@@ -1987,6 +1988,18 @@ MUTANTS = {
         "(block[:, :, None] >= block[:, None, :]) |",
         "test_train_demo.py::test_the_mask_shows_pictures_and_own_past_only",
     ),
+    "a tool's default overwrites what is committed": (
+        "tools/train_demo.py",
+        'type=Path, default=ROOT / "runs" / "demo"',
+        'type=Path, default=ROOT / "assets"',
+        "test_repo.py::test_no_default_overwrites_what_is_committed[tools.train_demo]",
+    ),
+    "the figure is silent about what was not measured": (
+        "tools/plot_bench.py",
+        "names = [name for name in others if name not in points]",
+        "names = []",
+        "test_bench.py::test_the_committed_figure_says_whose_lengths_and_what_is_absent",
+    ),
     "the worse of two baselines in the first table": (
         "tools/tables.py",
         'max(right["random", r], right["grid", r])',
@@ -2278,6 +2291,7 @@ def run_tests(tree, tests):
     """
     os.chdir(tree)
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT / "tests"]
+    sys.modules["__main__"].__file__ = None  # processes that a test spawns need not run this file
     with open("output.txt", "wb") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
@@ -2313,20 +2327,50 @@ def third(names):
     return [name for group in by_file.values() for name in group[::3]]
 
 
+def in_processes(work, todo, processes):
+    """Yield work(item) for each item as soon as it is done, each in a forked process of its own.
+
+    Not with a Pool: its processes are daemons, which may not start the workers that some tests start.
+    """
+    fork, todo, running = multiprocessing.get_context("fork"), iter(todo), {}
+
+    def start(item):
+        ours, theirs = fork.Pipe(duplex=False)
+        running[ours] = process = fork.Process(target=lambda: theirs.send(work(item)))
+        process.start()
+        theirs.close()
+
+    try:
+        for item in itertools.islice(todo, processes):
+            start(item)
+        while running:
+            for ours in multiprocessing.connection.wait(list(running)):
+                try:
+                    yield ours.recv()
+                except EOFError:
+                    sys.exit("a process ended without a result; run its test alone")
+                running.pop(ours).join()
+                for item in itertools.islice(todo, 1):
+                    start(item)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
 def try_all(names, tests, clean, processes):
     """Names of the mutants that were not killed. Prints each result; exits at once if tests fail without a fault."""
     alive = []
     gc.freeze()  # keep the objects so far out of later garbage collections
-    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        halves = [(clean, half) for half in (tests[::2], tests[1::2]) if half]
-        for code, output in pool.imap_unordered(try_healthy, halves):
-            if code:
-                sys.exit(f"the tests fail without a fault, exit code {code}\n{output}")
-        tried = pool.imap_unordered(try_mutant, [(clean, name) for name in names])
-        for count, (name, verdict, seconds) in enumerate(tried, 1):
-            print(f"{count:3} of {len(names)}: {verdict:9} {name} ({seconds:.0f} s)", flush=True)
-            if verdict != "killed":
-                alive.append(name)
+    halves = [(clean, half) for half in (tests[::2], tests[1::2]) if half]
+    for code, output in in_processes(try_healthy, halves, processes):
+        if code:
+            sys.exit(f"the tests fail without a fault, exit code {code}\n{output}")
+    tried = in_processes(try_mutant, [(clean, name) for name in names], processes)
+    for count, (name, verdict, seconds) in enumerate(tried, 1):
+        print(f"{count:3} of {len(names)}: {verdict:9} {name} ({seconds:.0f} s)", flush=True)
+        if verdict != "killed":
+            alive.append(name)
     return alive
 
 

@@ -46,23 +46,78 @@ def reordered(model, channels, inner):
     return twin
 
 
-def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3):
+def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3, place=str):
     """Assert that the error of `got` is at most twice that of `plain`, plus 2 ulp of the dtype (64 ulp in float64).
 
     plain: the same maths in plain PyTorch; several results, for other orders of the sums, may be stacked.
 
     exact: float64. NaN always fails; infinities must agree. floor: smallest magnitude whose ulp is used; 1 for a
-    log-sum-exp, where the absolute error counts.
+    log-sum-exp, where the absolute error counts. place: words for an index into `got`.
     """
-    assert got.shape == exact.shape and not got.isnan().any(), what
     finite = exact.isfinite()
-    assert torch.equal(got.isfinite(), finite), what
-    if finite.any():
-        got, plain, exact = (t[..., finite].double() for t in (got, plain, exact))
-        ulps = 64 if dtype == torch.float64 else 2
-        allowed = 2 * (plain - exact).abs().max() + ulps * ULP[dtype] * exact.abs().max().clamp(min=floor)
-        error = (got - exact).abs().max()
-        assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+    largest, off = (torch.where(finite, t.abs(), 0.0).max() for t in (exact, plain.double() - exact))
+    ulps = 64 if dtype == torch.float64 else 2
+    assert_near(got, exact, 2 * off + ulps * ULP[dtype] * largest.clamp(min=floor), what, place)
+
+
+def assert_near(got, wanted, allowed, what="", place=str):
+    """Assert that each value is at most `allowed` (a number or a tensor) away. The message names the worst value.
+
+    NaN always fails; infinities must agree. place: words for an index into `got`.
+    """
+    assert got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    got, wanted = got.double(), wanted.double()
+    error = torch.where(got == wanted, 0.0, (got - wanted).abs()).nan_to_num(float("inf"), float("inf"))
+    allowed = torch.as_tensor(allowed, dtype=torch.float64, device=got.device).expand(got.shape)
+    wrong = ~(error <= allowed)
+    if wrong.any():
+        at = tuple(int(i) for i in torch.unravel_index(torch.where(wrong, error - allowed, -1.0).argmax(), got.shape))
+        raise AssertionError(
+            f"{what}: {place(at)}: got {got[at]:.9g}, expected {wanted[at]:.9g}, error {error[at]:.3g}, "
+            f"allowed {allowed[at]:.3g}; {wrong.sum()} of {wrong.numel()} values are wrong, shape {tuple(got.shape)}"
+        )
+
+
+def assert_attends(got, plain, exact, length, what=""):
+    """`assert_as_exact` for [out, lse], or [out], of segments with `length` (S,) tokens. The message names the segment.
+
+    out (B, [rows,] Hq, D), lse (B, [rows,] Hq).
+    """
+    for name, heads, floor, *results in zip(("out", "lse"), (-2, -1), (1e-3, 1.0), got, plain, exact, strict=False):
+        place = of_segments(length, results[0].shape, heads)
+        assert_as_exact(*results, results[0].dtype, f"{name} {what}".strip(), floor, place)
+
+
+def of_segments(length, shape, heads):
+    """Words for an index into a result of this shape; length (S,): tokens per segment; heads: the dimension of Hq."""
+
+    def place(index):
+        kv_heads, head = len(length) // shape[0], index[heads]
+        kv_head = head * kv_heads // shape[heads]
+        segment = index[0] * kv_heads + kv_head
+        row = f", row {index[1]}" if len(shape) + heads == 2 else ""
+        channel = f", channel {index[-1]}" if heads == -2 else ""
+        return (
+            f"segment {segment} (sequence {index[0]}, KV head {kv_head}, {int(length[segment])} tokens)"
+            f", query head {head}{row}{channel}"
+        )
+
+    return place
+
+
+def assert_stored(got, wanted, start, length, cap, what="", rtol=0.0, atol=0.0):
+    """Assert that arenas [k, v] of segments (S,) hold the same, NaN where nothing was stored."""
+
+    def place(index):
+        for s, (a, n, c) in enumerate(zip(start.tolist(), length.tolist(), cap.tolist(), strict=True)):
+            if a <= index[0] < a + c:
+                return f"segment {s} ({n} tokens, {c} slots), slot {index[0] - a}, channel {index[1]}"
+        return f"slot {index[0]}, which is of no segment, channel {index[1]}"
+
+    for name, a, b in zip("kv", got, wanted, strict=True):
+        unset = a.isnan() & b.isnan()
+        a, b = a.masked_fill(unset, 0.0), b.masked_fill(unset, 0.0)
+        assert_near(a, b, atol + rtol * b.abs().nan_to_num(), f"stored {name} {what}".strip(), place)
 
 
 def assert_within(got, exact, terms, count, dtype=torch.float32):

@@ -19,6 +19,7 @@ from PIL import Image
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.lookahead import Lookahead
+from tests.paths import ROOT
 from tests.seeds import torch_random
 from tools import bench_kernels, plot_bench
 
@@ -702,6 +703,16 @@ def test_points_of_the_plot_are_the_measured_ones(smoke):
     assert skews["ours, torch"][0] == ("skew 1", 1.0)
 
 
+def test_the_committed_figure_says_whose_lengths_and_what_is_absent():
+    about, rows = plot_bench.read([ROOT / "benchmarks" / "kernels-h200.json"])
+    page = plot_bench.figure(about, rows, "ragged_decode_append", "gqa8", "plphp")
+    assert page.get_suptitle().startswith("ragged_decode_append --shapes gqa8 --layouts plphp: ")
+    size, skew = page.axes
+    assert "lengths as in a layer of plphp-ada;\n512 MB: several sequences, plphp" in size.get_title()
+    assert "(sdpa, all tokens: reads dropped tokens too" in size.get_xlabel()
+    assert "(flex attention: not measured here)" in skew.get_xlabel()
+
+
 def decode_rows(tmp_path, *names):
     """A file in the format of bench_decode.py with two workloads."""
     shape = {"batch": 1, "vision_tokens": 8, "text_tokens": 4}
@@ -725,8 +736,8 @@ def test_decoding_can_be_drawn(tmp_path, capsys):
     page = plot_bench.decode_figure(about, rows)
     assert len(page.axes) == 2 and page.axes[0].get_xlim() == page.axes[1].get_xlim()
     labels = [label.get_text() for label in page.axes[0].get_yticklabels()]
-    assert labels == ["ours", "ours\n--prune plphp --retention 0.5", "hf-eager", "hf-sdpa"]
-    assert "black line" in page.get_supxlabel()
+    assert labels == ["ours", "ours\n--prune plphp --retention 0.5", "transformers eager", "transformers sdpa"]
+    assert "black line" in page.get_supxlabel() and "not a bound" in page.get_supxlabel()
     for axes in page.axes:
         assert [bar.get_width() for bar in axes.patches] == [2, 4, 8 / 9, 1]  # relative to hf-sdpa
         assert [line.get_xdata()[0] for line in axes.lines] == [3]  # 1.5 times the unpruned speed

@@ -1,6 +1,7 @@
 """Test infrastructure: seeds that follow from test names, a cover of all pairs, transformers next to our `kernels`."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.cover import pairs, pairwise
+from tests.oracle import assert_attends, assert_stored
 from tests.paths import ROOT
 from tests.seeds import seed_all
 
@@ -54,6 +56,56 @@ def test_every_pair_of_values_is_covered(sizes):
     chosen = pairwise(cases)
     assert set().union(*(pairs(cases[i]) for i in chosen)) == set().union(*map(pairs, cases))
     assert len(chosen) < len(cases) or len(sizes) < 3
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def test_a_wrong_kernel_is_reported_by_segment():
+    """Two sequences, two KV heads, four query heads: segment 3 is read by query heads 2 and 3 of the second."""
+    length, out, lse = torch.tensor([5, 0, 7, 70]), torch.rand(2, 4, 8), torch.rand(2, 4)
+    lse[0, 2:] = -torch.inf
+    exact = out.double(), lse.double()
+    assert_attends((out, lse), (out, lse), exact, length)
+    wrong = out.clone()
+    wrong[1, 2, 6], wrong[1, 1, 0] = 3.5, 1.5
+    with pytest.raises(AssertionError) as told:
+        assert_attends([wrong], [out], exact, length, "seed 4")
+    place = "out seed 4: segment 3 (sequence 1, KV head 1, 70 tokens), query head 2, channel 6: got 3.5, expected 0."
+    assert str(told.value).startswith(place) and "; 2 of 64 values are wrong, shape (2, 4, 8)" in str(told.value)
+    for value in (torch.nan, torch.inf, 0.0):  # of no keys the log-sum-exp is -inf
+        wrong = lse.clone()
+        wrong[0, 3] = value
+        with pytest.raises(
+            AssertionError, match=r"lse: segment 1 \(sequence 0, KV head 1, 0 tokens\), query head 3: got "
+        ):
+            assert_attends((out, wrong), (out, lse), exact, length)
+
+
+def test_a_wrong_slot_is_reported_by_segment():
+    start, length, cap = torch.tensor([4, 0]), torch.tensor([2, 3]), torch.tensor([3, 4])
+    k = torch.rand(7, 2)
+    k[6] = torch.nan
+    v = k.clone()
+    assert_stored((k, v), (k.clone(), v.clone()), start, length, cap)
+    v[6, 1] = 0.5  # behind the length, where nothing was stored
+    with pytest.raises(
+        AssertionError, match=r"stored v: segment 0 \(2 tokens, 3 slots\), slot 2, channel 1: got 0.5, "
+    ):
+        assert_stored((k, v), (k, k), start, length, cap)
+
+
+# ---------------------------------------------------------------- mutants
+
+
+def test_tests_of_mutants_may_start_workers():
+    from tests.mutants import in_processes  # not above, because it imports transformers
+
+    def absolute(number):
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            return pool.apply(abs, [number])
+
+    assert sorted(in_processes(absolute, [-1, -2, -3], 2)) == [1, 2, 3]
 
 
 # ---------------------------------------------------------------- transformers

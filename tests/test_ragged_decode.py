@@ -20,7 +20,7 @@ from kernels.backend import choose_backend, interpreted
 from kernels.ragged_decode import work_items
 from model.config import TextConfig
 from model.llama import rope_table, rotate
-from tests.oracle import ULP, assert_as_exact, masked_attention
+from tests.oracle import ULP, assert_as_exact, assert_attends, assert_stored, masked_attention
 from tests.seeds import python_random, torch_random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -110,10 +110,10 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
         reference = ragged_decode_ref(*call, scale=scale, return_lse=True)
         for name, got in (("ours", alone), ("ours with lse", out), ("reference", reference[0])):
             assert got.dtype == q.dtype and got.shape == q.shape
-            assert_as_exact(got, plain, exact, dtype, f"{name}, seed {seed}")
-        for got in (lse, reference[1]):
-            assert got.dtype == torch.promote_types(dtype, torch.float32)
-            assert_as_exact(got, plain_lse, exact_lse, got.dtype, f"lse, seed {seed}", floor=1.0)
+            assert_attends([got], [plain], [exact], length, f"{name}, seed {seed}")
+        for got in ((out, lse), reference):
+            assert got[1].dtype == torch.promote_types(dtype, torch.float32)
+            assert_attends(got, (plain, plain_lse), (exact, exact_lse), length, f"seed {seed}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,9 +135,8 @@ def test_a_rectangle_is_stepped_in_one_piece(dtype):
         plain = ragged_decode_append_ref(q, k_new, v_new, *arenas[0], *tail)
         out = torch_way.rectangle_step(q, k_new, v_new, *(t.view(k.shape) for t in arenas[1]), length + 1)
         assert out.dtype == dtype and out.shape == q.shape
-        assert_as_exact(out, plain, exact, dtype, f"seed {seed}")
-        for wanted, got in zip(*arenas, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+        assert_attends([out], [plain], [exact], length, f"seed {seed}")
+        assert_stored(arenas[1], arenas[0], *tail, f"seed {seed}")
 
 
 def some_rope(b, d, dtype):
@@ -172,11 +171,10 @@ def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend,
         plain = ragged_decode_append_ref(q, k_new, v_new, *wanted, *tail, **options)
         plan = decode_plan(start, cap, split=32) if seed % 4 else None
         got = ragged_decode_append(q, k_new, v_new, *ours, *tail, **options, plan=plan, backend=backend)
-        assert_as_exact(got[0], plain[0], exact[0], dtype, f"seed {seed}")
-        assert_as_exact(got[1], plain[1], exact[1], got[1].dtype, f"lse, seed {seed}", floor=1.0)
-        for a, b in zip(wanted, ours, strict=True):  # a GPU uses fused multiply-add
-            off, ulp = (0, 0) if rope is None else (ULP[torch.promote_types(dtype, torch.float32)], ULP[dtype])
-            torch.testing.assert_close(b, a, rtol=ulp, atol=8 * off, equal_nan=True, msg=f"seed {seed}: stored")
+        assert_attends(got, plain, exact, length, f"seed {seed}")
+        # a GPU uses fused multiply-add
+        off, ulp = (0, 0) if rope is None else (ULP[torch.promote_types(dtype, torch.float32)], ULP[dtype])
+        assert_stored(ours, wanted, *tail, f"seed {seed}", rtol=ulp, atol=8 * off)
 
 
 def test_rope_may_be_one_tensor(backend):
@@ -243,9 +241,8 @@ def test_heads_of_one_length_in_each_sequence_are_read_where_they_lie(monkeypatc
     alone = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap))
     exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
     plain, plain_lse = in_orders(q, k, v, keep)
-    for got in (out, alone):
-        assert_as_exact(got, plain, exact, dtype)
-    assert_as_exact(lse, plain_lse, exact_lse, lse.dtype, floor=1.0)
+    assert_attends([alone], [plain], [exact], length)
+    assert_attends((out, lse), (plain, plain_lse), (exact, exact_lse), length)
 
 
 def test_runs_are_segments_of_one_length_at_even_distances():
@@ -275,8 +272,7 @@ def test_large_caches_are_read_in_chunks(monkeypatch):
         out, lse = ragged_decode(q, *call[:4], plan=decode_plan(call[2], call[4]), return_lse=True)
         exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
         plain, plain_lse = in_orders(q, k, v, keep)
-        assert_as_exact(out, plain, exact, torch.float32)
-        assert_as_exact(lse, plain_lse, exact_lse, torch.float32)
+        assert_attends((out, lse), (plain, plain_lse), (exact, exact_lse), call[3])
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -296,8 +292,7 @@ def test_segments_may_share_rows(backend, planned, start, lengths, cap, monkeypa
     got = ragged_decode(q, k, v, start, lengths, **options, backend=backend)
     exact = ragged_decode_ref(q.double(), k.double(), v.double(), start, lengths, return_lse=True)
     plain = ragged_decode_ref(q, k, v, start, lengths, return_lse=True)
-    assert_as_exact(got[0], plain[0], exact[0], torch.float32)
-    assert_as_exact(got[1], plain[1], exact[1], torch.float32, floor=1.0)
+    assert_attends(got, plain, exact, lengths)
 
 
 def test_a_step_over_shared_slots_is_refused(backend):

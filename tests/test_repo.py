@@ -1,7 +1,9 @@
 """Promises of the repository: which folder imports which; that the pages' commands and tables are right."""
 
+import argparse
 import ast
 import csv
+import importlib
 import itertools
 import re
 import runpy
@@ -147,6 +149,28 @@ def test_no_command_of_the_pages_overwrites_what_is_committed():
             written = flag in WRITES and (ROOT / value).resolve()
             committed = written and written.relative_to(ROOT).parts[0] in COMMITTED
             assert not committed, f"{named(page)}: {command}"
+
+
+TOOLS = ["run", *sorted(f"tools.{p.stem}" for p in (ROOT / "tools").glob("*.py") if "Parser(" in p.read_text())]
+
+
+class Parsed(Exception):
+    """Raised with the parser instead of parsing."""
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_no_default_overwrites_what_is_committed(name, monkeypatch):
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(Parsed) as parsed:
+        importlib.import_module(name).main()
+    for action in parsed.value.args[0]._actions:
+        default = action.default if WRITES & set(action.option_strings) else None
+        committed = default and (ROOT / default).resolve().relative_to(ROOT).parts[:1]
+        assert not committed or committed[0] not in COMMITTED, f"{name} writes {action.dest} to {default} by default"
 
 
 RUNNABLE = {}  # command: what a page shows below it

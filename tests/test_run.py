@@ -197,6 +197,16 @@ def test_stats_leave_out_what_there_is_nothing_to_say_about(capsys):
     assert "2 pictures, 512 vision tokens" in err and err.count("demo.png: 448 x 448 pixels, 256 tokens") == 2
 
 
+def test_the_page_shows_the_stats_of_today(capsys):
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    shown = re.search(r"^### One answer.*?```text\n(.*?)```", page, flags=re.M | re.S)[1]
+    _, _, err = inside(capsys, *ASK, "--stats", "--device", "cpu")
+    said = [line for line in err.splitlines() if not line.startswith(("note: ", "the demo model: "))]
+    assert [re.sub(r"[\d.]+", "N", " ".join(line.split())) for line in shown.splitlines()] == [
+        re.sub(r"[\d.]+", "N", " ".join(line.split())) for line in said
+    ]
+
+
 def test_peak_memory_leaves_out_the_measurement_of_the_bandwidth():
     """It takes up to 512 MB, after the first answer."""
     asked = "How many objects are there?\nWhat does the sign say?\nHow many objects are there?\n"

@@ -238,6 +238,15 @@ def test_a_picture_in_four_parts_is_joined_in_its_order():
     assert tiles.tokens[1, 0] == 16 + 9
 
 
+def test_the_committed_figure_is_current_and_readable_where_it_is_shown():
+    shown = Shown.of(answered("plphp:retention=0.3", prompt="Describe the picture."))
+    drawn, committed = draw(shown), Image.open(ROOT / "assets" / "kept.png").convert("RGB")
+    assert drawn.size == committed.size
+    assert (pixels_of(drawn) - pixels_of(committed)).abs().float().mean() < 3  # other versions draw letters differently
+    width = int(re.search(r'assets/kept.png" width="(\d+)"', (ROOT / "README.md").read_text())[1])
+    assert module.SMALL * width / module.WIDTH > 11
+
+
 @pytest.mark.parametrize("text", ["short", "many words " * 200, "x" * 3000, "a\nb\n\nc\nd\ne", "é 你 \u202e", ""])
 def test_a_title_of_any_length_and_letters_fits(text):
     lines = module._lines(text, 28)

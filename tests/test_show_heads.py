@@ -90,3 +90,15 @@ def test_the_measured_attention_is_the_models(tmp_path, capsys):
         show_heads.main(["--prompt", "What?", "--image", "/nowhere.png"])
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert left.value.code == 2 and line.startswith("error: ") and "/nowhere.png" in line
+
+
+def test_the_marks_are_explained_in_the_panel_that_has_them(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    drawn = {}
+    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.update({a.get_title(): a for a in figure.axes}))
+    heads = [measure(*planted(sink=1), spans=[(1, 3)])]
+    show_heads.draw(heads, [2.0], [(1, 3)], 0.3, tmp_path / "a.png")
+    for mark, words in (("v", "v: that token is one of a picture"), ("d", "d: dormant, below 0.3")):
+        (axis,) = (axis for title, axis in drawn.items() if words in title)
+        assert [text.get_text() for text in axis.texts if text.get_text()] == [mark]

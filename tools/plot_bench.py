@@ -5,7 +5,8 @@
     python tools/plot_bench.py decode.json --out decode.png
 
 bench_decode.py: decode speed relative to transformers, one panel per workload on one scale. A black line marks the
-limit of a pruned run: the speed of the same engine unpruned times the reduction in bytes.
+speed of the same engine unpruned times the reduction in bytes. It is an expectation, not a bound: a step that is far
+from the memory bandwidth may gain more or less.
 
 bench_kernels.py, left: fraction of memory bandwidth reached by the useful bytes, over MB of K and V per layer (log
 scale). Right, with a --skew sweep: time relative to equal lengths at the same bytes. Each provider has one line and
@@ -141,8 +142,9 @@ def figure(about, rows, op, shape, layout):
     from matplotlib import pyplot
 
     rows = [row for row in rows if row["op"] == op and row["shape"] == shape]
+    cases = [row for row in rows if row["layout"] == layout]
     sizes = lines(
-        [row for row in rows if row["layout"] == layout],
+        cases,
         lambda row: row["megabytes"],
         lambda row: None if row["ceiling"] is None else 100 * row["ceiling"],
     )
@@ -151,33 +153,51 @@ def figure(about, rows, op, shape, layout):
         lambda row: float(row["layout"].split()[1]),
         lambda row: row.get("over_uniform"),
     )
-    panels = [panel for panel, points in ((by_size, sizes), (by_skew, skews)) if points]
     # 9 inches at 100 dpi is the width of a README; a larger figure would be scaled down and its text with it
-    page, grid = pyplot.subplots(1, len(panels), figsize=(9, 4.3), squeeze=False, layout="constrained")
-    for axes, panel in zip(grid[0], panels, strict=True):
-        panel(axes, sizes if panel is by_size else skews, layout)
+    both = bool(sizes and skews)
+    page, grid = pyplot.subplots(1, 1 + both, figsize=(9, 4.3), squeeze=False, layout="constrained")
+    if sizes:
+        by_size(grid[0][0], sizes, lengths_of(layout, cases), skews)
+    if skews:
+        by_skew(grid[0][-1], skews, sizes)
     handles = {}
     for axes in grid[0]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     page.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     bandwidth = f"{about['bandwidth_GBps']:.0f} GB/s measured"
     dtype = about["dtype"].removeprefix("torch.")
-    page.suptitle(f"{op}, shape {shape}, {dtype}, {about['machine']} ({bandwidth})", fontsize=11)
+    flags = f"{op} --shapes {shape} --layouts {layout}" if sizes else f"{op} --shapes {shape}"
+    page.suptitle(f"{flags}: {dtype}, {about['machine']} ({bandwidth})", fontsize=11)
     return page
 
 
-def by_size(axes, points, layout):
+def lengths_of(layout, cases):
+    """How the heads of these cases differ in length, in words."""
+    if layout == "equal":
+        return "heads of equal length"
+    if layout != "plphp":
+        return f"heads of different lengths ({layout})"
+    several = sorted({round(row["megabytes"]) for row in cases if " x " in row["case"]})
+    if not several:
+        return "head lengths as in a layer of plphp-ada"
+    return f"head lengths as in a layer of plphp-ada;\n{', '.join(map(str, several))} MB: several sequences, plphp"
+
+
+def by_size(axes, points, lengths, others):
+    """others: the lines of the other panel; those without a line here read more than the useful bytes."""
     draw(axes, points)
     axes.set_xscale("log")
     ticks(axes.xaxis, apart(sorted({x for line in points.values() for x, _ in line})))
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("MB of K and V per layer")
-    axes.set_ylabel("% of memory bandwidth")
-    more = "" if layout in ("equal", "ragged") else f" ({layout})"
-    axes.set_title(f"size, heads of {'equal' if layout == 'equal' else 'different'} lengths{more}", fontsize=10)
+    axes.set_xlabel(
+        "MB of K and V per layer" + absent("reads dropped tokens too, so without a line here", others, points)
+    )
+    axes.set_ylabel("useful bytes: % of memory bandwidth")
+    axes.set_title(f"by size; {lengths}", fontsize=10)
 
 
-def by_skew(axes, points, layout):
+def by_skew(axes, points, others):
+    """others: the lines of the other panel; those without a line here were not measured."""
     draw(axes, points)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -185,9 +205,15 @@ def by_skew(axes, points, layout):
     values = [y for line in points.values() for _, y in line]
     doubled = [2.0**i for i in range(-10, 11)]
     ticks(axes.yaxis, [t for t in doubled if min(values) / 2 < t < 2 * max(values)])
-    axes.set_xlabel("longest head over mean")
+    axes.set_xlabel("longest head over mean" + absent("not measured here", others, points))
     axes.set_ylabel("time over that of equal lengths")
-    axes.set_title("skew, at the same bytes", fontsize=10)
+    axes.set_title("by skew; one head longer, the same bytes", fontsize=10)
+
+
+def absent(why, others, points):
+    """A line that names the providers of the other panel that have no line here, or nothing."""
+    names = [name for name in others if name not in points]
+    return f"\n({', '.join(names)}: {why})" if names else ""
 
 
 def decode_figure(about, rows):
@@ -199,7 +225,7 @@ def decode_figure(about, rows):
 
     work = list(dict.fromkeys(row["workload"] for row in rows))
     names = list(dict.fromkeys((row["engine"], row["prune"]) for row in rows))
-    size = 9, 1.7 + 0.32 * len(names)
+    size = 9, 2.2 + 0.34 * len(names)
     shared = {"sharex": True, "sharey": True}
     page, grid = pyplot.subplots(1, len(work), figsize=size, squeeze=False, layout="constrained", **shared)
     base = base_of(names)
@@ -211,20 +237,30 @@ def decode_figure(about, rows):
             row, unpruned = found[name], found.get((name[0], "none"))
             speed = found[base]["ms_per_token"] / row["ms_per_token"]
             axes.barh(y, speed, color=ENGINES.get(name[0], "#999999"))
-            axes.text(0, y, f" {speed:.2f}", va="center", fontsize=8)
+            axes.text(0, y, f" {speed:.2f}", va="center", fontsize=9)
             if unpruned and name[1] != "none":
                 reach = found[base]["ms_per_token"] / unpruned["ms_per_token"] * row["ceiling_speedup"]
                 axes.plot([reach, reach], [y - 0.45, y + 0.45], color="#000000", linewidth=1.5)
         one = next(iter(found.values()))
-        axes.set_title(f"{one['batch']} x {one['vision_tokens']} + {one['text_tokens']} tokens", fontsize=9)
+        sequences = "1 sequence" if one["batch"] == 1 else f"{one['batch']} sequences"
+        tokens = f"{one['vision_tokens']:,} vision tokens,\n{one['text_tokens']} text tokens"
+        axes.set_title(f"{sequences}:\n{tokens}", fontsize=10)
         axes.grid(alpha=0.3, axis="x")
-    labels = [engine if prune == "none" else f"{engine}\n{flags_of(prune)}" for engine, prune in names]
-    grid[0][0].set_yticks(range(len(names)), labels, fontsize=8)
+    labels = [called(engine) if prune == "none" else f"{called(engine)}\n{flags_of(prune)}" for engine, prune in names]
+    grid[0][0].set_yticks(range(len(names)), labels, fontsize=9)
     grid[0][0].invert_yaxis()
-    about_lines = "; black line: the bound that the saved bytes set" if any(p != "none" for _, p in names) else ""
-    page.supxlabel(f"decode speed, {base[0]} = 1{about_lines}", fontsize=10)
+    about_lines = (
+        "\nblack line: speed of the unpruned run above times the reduction in bytes; an expectation, not a bound"
+    )
+    pruned = any(prune != "none" for _, prune in names)
+    page.supxlabel(f"decode speed, {called(base[0])} = 1{about_lines if pruned else ''}", fontsize=10)
     page.suptitle(f"{about['model']}, {about['dtype']}, {about['machine']}", fontsize=11)
     return page
+
+
+def called(engine):
+    """An engine in words; ours with the flag of run.py that selects it."""
+    return {"ours-compile": "ours --compile"}.get(engine, engine.replace("hf-", "transformers "))
 
 
 def flags_of(prune):

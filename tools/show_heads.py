@@ -114,9 +114,9 @@ def summary(heads, spans, dormant, what="a picture"):
 
 MAPS = (  # field, title, top of the colour scale
     ("first", "attention on the first token", None),  # None: maximum of the next map
-    ("most", "attention on the most attended token", None),
-    ("drain", "length of its value / median token's", 2.0),
-    ("out", "length of the head's output / layer mean", 2.0),
+    ("most", "attention on the most attended token\nv: that token is one of {what}", None),
+    ("drain", "norm of the most attended token's value\n/ median token's", 2.0),
+    ("out", "norm of the head's output / layer mean\nd: dormant, below {dormant:g}", 2.0),
     ("vision", "fraction of the output from {what}", 1.0),
 )
 
@@ -137,7 +137,7 @@ def draw(heads, peaks, spans, dormant, path, what="a picture"):
         top = top or max(h.most.max().item() for h in heads)
         shown = axis.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         figure.colorbar(shown, ax=axis, extend="max" if values.max() > top else "neither")
-        axis.set_title(title.format(what=what), fontsize=9)
+        axis.set_title(title.format(what=what, dormant=dormant), fontsize=10)
         axis.set(xlabel="query head", ylabel="layer")
         for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
             locator.set_params(integer=True)
@@ -149,17 +149,13 @@ def draw(heads, peaks, spans, dormant, path, what="a picture"):
                 elif name == "out" and h.out[head] < dormant:
                     mark = "d"
                 colour = "black" if values[layer, head] > 0.6 * top else "white"
-                axis.text(head, layer, mark, ha="center", va="center", fontsize=8, color=colour)
+                axis.text(head, layer, mark, ha="center", va="center", fontsize=9, color=colour)
     last = axes.flat[5]
     last.bar(range(len(peaks)), peaks, color="#0072B2")
     last.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
-    last.annotate("1: as large", (0, 1), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.4")
-    last.set_title("residual norm of token 0 / largest other token", fontsize=9)
+    last.set_title("residual norm of the first token\n/ largest other token; dashed: equal", fontsize=10)
     last.set(xlabel="after layer")
     last.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(
-        f"v: the most attended token is one of {what}    d: dormant, output below {dormant:g} x layer mean", fontsize=9
-    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -2,8 +2,8 @@
 
     python tools/train_demo.py tower        # 1. the vision tower alone, from dense labels on every patch
     python tools/train_demo.py decoder      # 2. projector and Llama on questions and captions, the tower frozen
-    python tools/train_demo.py export       # 3. write the llava-hf folder assets/demo and the curve
-    python tools/train_demo.py evaluate     # 4. the accuracy table on held-out scenes, from that folder
+    python tools/train_demo.py export       # 3. write the llava-hf folder and the curve, like assets/demo
+    python tools/train_demo.py evaluate     # 4. the accuracy table of assets/demo, or of --model, on held-out scenes
 
 Stages 1 and 2 resume after an interruption (checkpoints in --run) and run on CPU or CUDA. They use the modules of
 model/. Recipe: first train the tower with cheap dense supervision, then train on many independent questions per
@@ -523,7 +523,7 @@ def train_decoder(args):
 
 def export(args):
     """Write the llava-hf folder from a run's checkpoints: sparse config, original key names, bf16 weights."""
-    source, folder = Path(args.run), Path(args.out)
+    source, folder = args.run, args.out or args.run / "model"
     model = new_model()
     model.load_state_dict(torch.load(source / "decoder.pt", weights_only=True, map_location="cpu")["modules"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -610,7 +610,7 @@ def draw_curve(folder, path):
             if name not in ("step", "seconds", "loss"):
                 axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name, linewidth=1.2)
         axis.set(
-            title=f"{stage}: {rows[-1]['seconds'] / 60:.0f} min",
+            title=stage,
             xlabel="step",
             ylabel=what + " (fresh training scenes)",
             ylim=(0, 1.01),
@@ -640,12 +640,12 @@ CONDITIONS = ("normal", "blind", "vision dropped")
 
 
 def evaluate(args):
-    """Accuracy on held-out scenes -> assets/demo-accuracy.{csv,md}.
+    """Accuracy on held-out scenes -> demo-accuracy.{csv,md} in the folder --out.
 
     Greedy decoding gives an answer if and only if each token is the most likely one after the correct tokens before it.
     So one pass over the packed answers gives the exact match of greedy decoding; a test compares real generations.
     """
-    checkpoint = load(args.out, "fp32", args.device)
+    checkpoint = load(args.model, "fp32", args.device)
     rows = []
     for unseen in (False, True):
         scenes_wanted = args.scenes if not unseen else args.scenes // 5
@@ -657,7 +657,7 @@ def evaluate(args):
             done = sum(not r["unseen"] for r in rows)
             print(f"\revaluate {len(rows)} questions ({done} of the main table)", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    write_table(rows, Path(args.out).parent)
+    write_table(rows, args.out or args.run)
 
 
 def held_out_questions(number, pair, unseen, seed):
@@ -722,7 +722,8 @@ def majority(rows):
 
 
 def write_table(rows, folder):
-    """Write the README's accuracy table: a row per task, then totals."""
+    """Write the accuracy table of assets/README.md: a row per task, then totals."""
+    folder.mkdir(parents=True, exist_ok=True)
     main_rows, unseen_rows = [r for r in rows if not r["unseen"]], [r for r in rows if r["names_unseen"]]
     groups = {task: [r for r in main_rows if r["task"] == task] for task in TASKS}
     groups["all"] = main_rows
@@ -766,9 +767,18 @@ def main(argv=None):
     )
     parser.add_argument("stage", choices=("tower", "decoder", "export", "evaluate"))
     parser.add_argument(
-        "--run", default=ROOT / "runs" / "demo", help="folder of checkpoints and curves (default runs/demo)"
+        "--run", type=Path, default=ROOT / "runs" / "demo", help="folder of checkpoints and curves (default runs/demo)"
     )
-    parser.add_argument("--out", default=ROOT / "assets" / "demo", help="the llava-hf folder (default assets/demo)")
+    parser.add_argument(
+        "--model",
+        default=ROOT / "assets" / "demo",
+        help="evaluate: the llava-hf folder to measure (default assets/demo)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="export: folder of the model (default: model in --run); evaluate: folder of the table (default: --run)",
+    )
     parser.add_argument("--scenes", type=int, default=800, help="held-out scenes of the table (default 800)")
     parser.add_argument("--steps", type=int, help="optimizer steps of the stage")
     parser.add_argument("--batch", type=int, help="pictures per step")
@@ -776,7 +786,12 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     training = {"run", "steps", "batch", "seed"}
-    used = {"tower": training, "decoder": training, "export": {"run", "out"}, "evaluate": {"out", "scenes", "seed"}}
+    used = {
+        "tower": training,
+        "decoder": training,
+        "export": {"run", "out"},
+        "evaluate": {"model", "run", "out", "scenes", "seed"},
+    }
     for name, value in vars(args).items():
         if name not in used[args.stage] | {"stage", "device"} and value != parser.get_default(name):
             parser.error(f"{args.stage} does not use --{name}; leave it out")
