@@ -2125,6 +2125,48 @@ MUTANTS = {
         '{"prune": prune}, True',
         "test_chat.py::test_pruning_that_is_set_before_the_first_question_is_no_change",
     ),
+    "chat: retention is lost at the next method": (
+        "model/chat.py",
+        "        self.budget = budget\n",
+        "",
+        "test_chat.py::test_retention_holds_for_every_method_that_follows",
+    ),
+    "a SPEC loses its own budget": (
+        "model/api.py",
+        "    if not sets_budget(spec):\n",
+        "    if True:\n",
+        "test_chat.py::test_retention_holds_for_every_method_that_follows",
+    ),
+    "chat: retention resets the other settings": (
+        "model/api.py",
+        "choose_method(without_amounts(method), folder, **budget)",
+        "choose_method(method.name, folder, **budget)",
+        "test_chat.py::test_retention_leaves_the_other_settings",
+    ),
+    "chat: the file of settings is named each time": (
+        "model/chat.py",
+        "if note and (before is None or before.name != prune.name):",
+        "if note:",
+        "test_chat.py::test_the_file_of_settings_is_named_once_for_each_change_of_method",
+    ),
+    "chat: places of pictures are not checked": (
+        "model/chat.py",
+        "if found not in (0, new):",
+        "if False:",
+        "test_chat.py::test_places_of_pictures_are_explained_for_a_conversation",
+    ),
+    "a method far from its name is suggested": (
+        "model/pruning/__init__.py",
+        "written, 1, 0.8)",
+        "written, 1, 0.7)",
+        "test_pruning.py::test_what_cannot_be_meant_is_refused_in_one_line",
+    ),
+    "the opposite of a flag is suggested": (
+        "run.py",
+        "flags, 1, 0.85)",
+        "flags, 1, 0.65)",
+        "test_run.py::test_bad_flags",
+    ),
     "chat: dropped tokens are noted each time": (
         "model/chat.py",
         "self.noted, dropped = True,",

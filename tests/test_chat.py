@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_tokenizer import CHAT_TEMPLATES, PREPEND
 
 import run
-from model import Generation, Sampling, chat, load
+from model import Checkpoint, Generation, Sampling, chat, load
 from model.llama import DecoderLayer
 from model.tokenizer import BETWEEN, TEMPLATES, Tokenizer, build_prompt
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
@@ -343,6 +343,56 @@ def test_a_path_with_spaces_needs_no_quotes(talk, tmp_path, tiny_folder):
     assert "of 12, layer by layer: 12 12" in err
 
 
+def test_retention_holds_for_every_method_that_follows(talk):
+    """Except one whose SPEC sets its own budget, which is said."""
+    lines = ["/retention 0.3", "/prune topk", "/prune random:keep_tokens=9", "/prune none", "/prune plphp:r=0.2"]
+    _, _, err = talk([*lines, "/prune grid"], "--prune", "random:retention=0.9")
+    assert re.findall(r"^(?:from the next question on: |note: (?=retention))(.*)", err, re.MULTILINE) == [
+        "random, retention 0.3",
+        "topk, retention 0.3",
+        "random, keep_tokens 9",
+        "retention 0.3 has no effect, because SPEC sets its own budget",
+        "no pruning",
+        "plphp, r 0.2",
+        "retention 0.3 has no effect, because SPEC sets its own budget",
+        "grid, retention 0.3",
+    ]
+    _, _, err = talk(["/prune topk:window=4", "/retention 0.4", "/prune grid"], "--prune", "grid", "--keep-tokens", "7")
+    assert "topk, keep_tokens 7\n" in err and "topk, retention 0.4\n" in err and "grid, retention 0.4\n" in err
+
+
+def test_retention_leaves_the_other_settings(talk):
+    lines = ["/prune random:seed=5,keep_tokens=9", "/retention 0.4", COUNT, "/prune random:seed=5,retention=0.4", COUNT]
+    _, out, _ = talk([*lines, "/prune random:seed=6,retention=0.4", COUNT], "--image", DEMO_PICTURE, "--json")
+    kept = [run.json.loads(line)["prune"] for line in out.splitlines()]
+    assert kept[0]["settings"] == kept[1]["settings"] != kept[2]["settings"]
+
+
+def test_the_file_of_settings_is_named_once_for_each_change_of_method(talk):
+    lines = ["/retention 0.3", COUNT, "/prune plphp", "/retention 0.4", "/prune topk", "/prune plphp", COUNT]
+    _, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "plphp")
+    assert err.count("settings from") == 2
+    assert err.rindex("settings from") < err.rindex("from the next question on: plphp, retention 0.4\n")
+
+
+def test_places_of_pictures_are_explained_for_a_conversation(talk, tiny_folder):
+    _, out, err = talk(["which <image>?", "what <image><image>?"], "--image", DEMO_PICTURE, "--model", tiny_folder)
+    assert out.count("\n") == 1 and "--image" not in err
+    message = "the question has 2 <image>, and the number of new pictures is 0; add pictures with /image PATH, or leave"
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "interrupted"), (("--prompt", "a?"), "interrupted; nothing was written")]
+)
+def test_ctrl_c_while_the_model_is_loading(talk, monkeypatch, flags, said):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "read_weights", pressed)
+    assert talk([], *flags) == (130, "", f"error: {said}\n")
+
+
 def test_clear_forgets_everything(talk):
     lines = [COUNT, "/clear all", "/stats", f"/image {DEMO_PICTURE}", SIGN, "/stats"]
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
@@ -483,7 +533,7 @@ def test_what_fails_while_running_does_not_end_the_conversation(talk, monkeypatc
 
 def test_show_hands_the_last_answer_and_the_path_on(capsys):
     shown = []
-    talked = chat.Chat(None, {}, [], None, None, None, None, lambda *given: shown.append(given) or "drawn")
+    talked = chat.Chat(None, {}, [], {}, None, None, None, lambda *given: shown.append(given) or "drawn")
     talked.last = SimpleNamespace(kept=[3.25, 4.0], vision_tokens=8, cache=1)
     talked.command("/show"), talked.command("/show a b.png ")
     assert [path for _, path in shown] == ["a b.png"]

@@ -338,6 +338,18 @@ def sets_budget(spec):
     return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
 
 
+def amounts(method):
+    """The settings by which a Method determines how much is kept: ["retention=0.5"]."""
+    return [pair for pair in _split(method.spec)[1] if _pair(pair)[0] in AMOUNTS]
+
+
+def without_amounts(method):
+    """The SPEC of a Method without the settings that determine how much is kept."""
+    name, pairs = _split(method.spec)
+    rest = [pair for pair in pairs if _pair(pair)[0] not in AMOUNTS]
+    return name + (":" if rest else "") + ",".join(rest)
+
+
 def _split(spec):
     """SPEC -> (METHOD, ["key=value", ...]). Does not split at the "::" of FILE.py::NAME or at commas in brackets."""
     file, twice, rest = spec.rpartition("::")
@@ -425,8 +437,9 @@ def _own_names(module):
 
 def _near(name, known):
     """The question whether a similar known name was meant, followed by a space; or an empty string."""
-    near = get_close_matches(name, known, 1, 0.65)
-    return f"did you mean {near[0]}? " if near else ""
+    written = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), written, 1, 0.8)  # a lower cutoff suggests none for nope
+    return f"did you mean {written[near[0]]}? " if near else ""
 
 
 def settings_of(function):
@@ -453,7 +466,7 @@ def _complete(name, function, given):
         raise ValueError(f"method {name} has no setting {unknown[0]!r}; {near}it has {', '.join(defaults)}")
     missing = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in given]
     if missing:
-        raise ValueError(f"method {name} needs {missing[0]}; give --set {missing[0]}=VALUE")
+        raise ValueError(f"method {name} needs {missing[0]}; give the setting {missing[0]}=VALUE")
     settings = {}
     for key, value in (defaults | given).items():
         settings[key] = _like(name, key, value, defaults[key])
