@@ -1712,8 +1712,8 @@ MUTANTS = {
     ),
     "a hidden name is suggested": (
         "run.py",
-        "self._option_string_actions[near[0]].option_strings[0]}?",
-        "near[0]}?",
+        'flag.lstrip("-"): action.option_strings[0] for',
+        'flag.lstrip("-"): flag for',
         "test_run.py::test_bad_flags",
     ),
     "errors begin with all names of a flag": (
