@@ -2167,6 +2167,18 @@ MUTANTS = {
         "flags, 1, 0.65)",
         "test_run.py::test_bad_flags",
     ),
+    "questions with one id go unnoticed": (
+        "tools/questions.py",
+        ".items() if count > 1]",
+        ".items() if count > 9]",
+        "test_questions.py::test_questions_with_one_id_keep_their_own_answers_and_are_noted",
+    ),
+    "answers are found by their id alone": (
+        "tools/questions.py",
+        "return json.dumps(self.id), self.text, self.image_names",
+        "return json.dumps(self.id), self.text, ()",
+        "test_questions.py::test_questions_with_one_id_keep_their_own_answers_and_are_noted",
+    ),
     "chat: dropped tokens are noted each time": (
         "model/chat.py",
         "self.noted, dropped = True,",
