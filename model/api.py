@@ -1,15 +1,21 @@
 """Choose a pruning method by name, for both Python and run.py. Only this module of model/ imports model.pruning."""
 
+from collections.abc import Callable
+from typing import Any
+
 from .config import InputError
-from .pruning import amounts, calibrated, make_method, sets_budget, without_amounts
+from .pruning import Method, Narrowing, amounts, calibrated, make_method, sets_budget, without_amounts
+
+# What `prune` accepts: None or "none"; a SPEC as in `--prune`; a Method; or a function, a class or an instance as
+# `model.pruning` describes them
+PruneLike = str | Method | Callable[..., Any] | Narrowing | None
 
 
-def choose_method(prune, folder=None, retention=None, keep_tokens=None, settings=()):
+def choose_method(prune: PruneLike, folder=None, retention=None, keep_tokens=None, settings=()) -> Method | None:
     """The `model.pruning.Method` for the arguments, or None to keep everything. InputError if they are invalid.
 
-    prune: None, "none", a SPEC of `--prune`, a Method, or a function, class or instance as `model.pruning`
-    describes them; folder: the checkpoint's; methods given by name use its settings files, such as plphp.json;
-    retention, keep_tokens, settings: as in `make_method`.
+    folder: the checkpoint's; methods given by name use its settings files, such as plphp.json. retention, keep_tokens,
+    settings: as in `make_method`.
     """
     try:
         return make_method(prune, retention, keep_tokens, settings, folder)

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -96,6 +97,14 @@ COMMON = {
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
     "sink_keys": ("tokens most attended by a head's last 32 prompt rows, which it may not drop", *COUNT),
 }
+
+
+class Narrowing(Protocol):
+    """An object that implements the second stage, such as a `FastV`."""
+
+    layer: int
+
+    def narrow(self, scores: torch.Tensor, layout: object) -> torch.Tensor: ...
 
 
 class MethodError(RuntimeError):
