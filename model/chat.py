@@ -19,7 +19,7 @@ HELP = """\
 /image PATH ...  add pictures to the next question
 /prune SPEC      prune with another method, as --prune; none keeps every token
 /retention F     keep this fraction of the vision tokens, with each method of a later /prune too
-/fresh           process the whole conversation again for each question; /fresh again turns it off
+/fresh [on|off]  process the whole conversation again for each question; /fresh again turns it off
 /show [FILE]     print how many vision tokens each layer kept, and draw them into FILE.png or FILE.html
 /stats           print times and memory of the last answer
 /clear [all]     start a new conversation about the same pictures; all: without pictures
@@ -116,6 +116,19 @@ class Chat:
 
     # ------------------------------------------------------------ commands
 
+    def take(self, line):
+        """Run a command or answer a question. Returns True if it ends the conversation."""
+        text = line.strip()
+        if os.path.isfile(text.strip("'\"")):  # such as a path that was dragged into the window
+            raise InputError(f"{text[:200]} is a file; add it as a picture with /image {text[:200]}")
+        if text.startswith("/"):
+            return self.command(text)
+        if text in ("help", "quit", "exit"):
+            say(f"commands begin with a slash: /{text}")
+        elif text:
+            self.ask(line)
+        return False
+
     def command(self, line):
         """Run a line that starts with a slash. Returns True if it ends the conversation."""
         name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
@@ -173,9 +186,11 @@ class Chat:
             say(note)
         say(f"from the next question on: {named_with_budget(prune) if prune else 'no pruning'}")
 
-    def toggle_fresh(self, _):
-        """/fresh: prefill the whole conversation for each question, or stop doing so."""
-        self.fresh = not self.fresh
+    def toggle_fresh(self, which):
+        """/fresh: prefill the whole conversation for each question, or stop doing so. which: "", "on" or "off"."""
+        if which not in ("", "on", "off"):
+            raise InputError(f"/fresh {which[:40]} is unknown; give /fresh on or /fresh off")
+        self.fresh = which == "on" or not (which or self.fresh)
         say("each question processes the whole conversation again" if self.fresh
             else "each question reuses the cache of the previous answer")  # fmt: skip
 
@@ -226,13 +241,8 @@ class Chat:
                 say("error: the line is not UTF-8 text; type it again")
                 continue
             try:
-                if line.startswith("/"):
-                    if self.command(line):
-                        return 0
-                elif line.strip() in ("help", "quit", "exit"):
-                    say(f"commands begin with a slash: /{line.strip()}")
-                elif line.strip():
-                    self.ask(line)
+                if self.take(line):
+                    return 0
             except KeyboardInterrupt:
                 say("stopped")
             except BrokenPipeError:

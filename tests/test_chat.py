@@ -2,9 +2,11 @@
 
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -414,6 +416,20 @@ def test_clear_keeps_the_pictures(talk):
     assert f"Ask a question about {DEMO_PICTURE}; /image PATH" in err
 
 
+def test_a_file_is_no_question_and_no_command(talk):
+    picture = f"'{DEMO_PICTURE}'"  # as a file manager drops it
+    _, out, err = talk([str(DEMO_PICTURE), f" {picture} ", " /image " + picture, SIGN])
+    assert out == NET and err.count("is a file; add it as a picture with /image ") == 2 and "no command" not in err
+
+
+def test_fresh_may_say_on_or_off(talk):
+    _, _, err = talk(["/fresh on", "/fresh on", "/fresh off", "/fresh off", "/fresh", "/fresh", "/fresh of"])
+    again, reuse = "each question processes the whole conversation again\n", "each question reuses the cache of the "
+    places = [i for i in range(len(err)) if err.startswith((again, reuse), i)]
+    assert [err.startswith(again, i) for i in places] == [True, True, False, False, True, False]
+    assert err.rstrip().endswith("error: /fresh of is unknown; give /fresh on or /fresh off")
+
+
 def test_words_of_commands_are_no_questions(talk):
     code, out, err = talk(["quit", " help ", "exit"])
     assert (code, out) == (0, "") and err.count("commands begin with a slash: /") == 3
@@ -745,6 +761,74 @@ def test_terminal_with_stdout_in_a_file_has_the_answers_only(tmp_path):
         t.type("\x04")
         assert t.leave() == 0
     assert (tmp_path / "answers").read_text() == FOUR + NET
+
+
+def test_terminal_two_pictures_and_two_drawings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # short paths: readline scrolls long lines
+    for name in ("demo.png", "pair-a.png"):
+        shutil.copy(ROOT / "assets" / name, name)
+    with Terminal("--prune", "topk", "--retention", "0.5") as t:
+        t.wait_for("> ")
+        assert t.enter("/image demo.png") == "pictures for the next question: demo.png\n"
+        assert t.enter("/image pair-a.png") == "pictures for the next question: demo.png, pair-a.png\n"
+        refused = t.enter("What is in <image>?")
+        assert refused.startswith(
+            "error: the question has 1 <image>, and the number of new pictures is 2; add pictures"
+        )
+        t.enter("How do <image> and <image> differ?")
+        for name in ("kept.png", "kept.html"):
+            assert f"{name}: which vision tokens each head kept\n" in t.enter(f"/show {name}")
+            assert (tmp_path / name).stat().st_size > 10_000
+        assert t.enter("/retention 0.25") == "from the next question on: topk, retention 0.25\n"
+        assert t.enter("/prune grid") == "from the next question on: grid, retention 0.25\n"
+        assert "processed again, because the pruning has changed" in t.enter(SIGN)
+        t.type("/quit\n")
+        assert t.leave() == 0
+
+
+def test_terminal_an_impatient_beginner():
+    """Types ahead, lines without meaning, Ctrl-D in the middle of a line, and looks up the last question."""
+    with Terminal("--image", DEMO_PICTURE) as t:
+        t.type(f"\n   \n{SIGN}\n")  # before the prompt is there
+        assert t.wait_for(NET)
+        t.wait_for("> ")
+        t.type("How many\x04 objects are there?\n")
+        t.wait_for(FOUR)
+        t.wait_for("> ")
+        t.type("\x1b[A\n")  # arrow up
+        t.wait_for(FOUR)
+        t.wait_for("> ")
+        assert t.enter("hep") != "" and t.enter("/hepl") == "error: there is no command /hepl; /help lists them\n"
+        t.type("/" + "q" * 5000 + "\n")
+        assert t.wait_for("q; /help lists them\n").count("no command /" + "q" * 39) == 1
+        t.wait_for("> ")
+        assert "error" not in t.enter("Wie viele Dinge? äöü 日本語 🙂")
+        t.type("\x04")
+        assert t.leave() == 0 and "Traceback" not in t.everything
+
+
+def test_terminal_ctrl_c_while_the_model_is_loading(monkeypatch):
+    def load(*_):
+        print("loading", file=sys.stderr, flush=True)
+        time.sleep(100)
+
+    monkeypatch.setattr(Checkpoint, "read_weights", load)
+    with Terminal("--image", DEMO_PICTURE) as t:
+        t.wait_for("loading\n")
+        t.type("\x03")
+        assert t.leave() == 130 and t.everything.endswith("^Cerror: interrupted\n")
+
+
+def test_terminal_with_stdout_into_head():
+    """head ends after the first answer, and the conversation ends, quietly, with the second."""
+    head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with head, Terminal("--image", DEMO_PICTURE, stdout=head.stdin) as t:
+        head.stdin.close()
+        t.wait_for("> ")
+        t.enter(COUNT)
+        assert head.stdout.read() == FOUR and head.wait() == 0
+        t.type(SIGN + "\n")
+        assert t.leave() == 0 and t.everything.endswith(f"> {SIGN}\n")
 
 
 def test_terminal_wrong_flags_end_at_once():

@@ -401,9 +401,11 @@ def _find(name):
             own = ", ".join(_own_names(_import(name))) or "no function"
             raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
         if name not in METHODS:
-            raise ValueError(
-                f"there is no method {name!r}; {_near(name, METHODS)}use {', '.join(METHODS)} or FILE.py::NAME"
-            )
+            first, *more = name.split() or [""]
+            if more and first in METHODS:
+                raise ValueError(f"{name[:80]!r} has spaces; settings follow a colon, as in {first}:retention=0.5")
+            near = _near(name, METHODS)
+            raise ValueError(f"there is no method {name[:80]!r}; {near}use {', '.join(METHODS)} or FILE.py::NAME")
         return METHODS[name]
     path, _, attribute = name.rpartition("::")
     module = _import(path)
