@@ -2179,6 +2179,36 @@ MUTANTS = {
         "return json.dumps(self.id), self.text, ()",
         "test_questions.py::test_questions_with_one_id_keep_their_own_answers_and_are_noted",
     ),
+    "chat: a path is a question": (
+        "model/chat.py",
+        "if os.path.isfile(text.strip",
+        "if False and os.path.isfile(text.strip",
+        "test_chat.py::test_a_file_is_no_question_and_no_command",
+    ),
+    "chat: fresh on turns it off": (
+        "model/chat.py",
+        'which == "on" or not (which or self.fresh)',
+        "not self.fresh",
+        "test_chat.py::test_fresh_may_say_on_or_off",
+    ),
+    "chat: Ctrl-C while loading speaks of files": (
+        "run.py",
+        "if args.prompt or args.questions else",
+        "if True else",
+        "test_chat.py::test_ctrl_c_while_the_model_is_loading",
+    ),
+    "settings after a space are a name": (
+        "model/pruning/__init__.py",
+        "if more and first in METHODS:",
+        "if False:",
+        "test_pruning.py::test_what_cannot_be_meant_is_refused_in_one_line",
+    ),
+    "a public function has no type hints": (
+        "model/generate.py",
+        "def take(self, token: int) -> str:",
+        "def take(self, token: int):",
+        "test_api.py::test_everything_public_has_type_hints",
+    ),
     "chat: dropped tokens are noted each time": (
         "model/chat.py",
         "self.noted, dropped = True,",
