@@ -61,10 +61,9 @@ class Parser(argparse.ArgumentParser):
         name = one_line(word.partition("=")[0])
         if not name.startswith("-"):
             return f"{word[:80]!r} belongs to no flag; put text with spaces in quotes"
-        near = get_close_matches(name, self._option_string_actions, 1, 0.65)
-        if not near:
-            return f"there is no flag {name}"
-        return f"there is no flag {name}; did you mean {self._option_string_actions[near[0]].option_strings[0]}?"
+        flags = {flag.lstrip("-"): action.option_strings[0] for flag, action in self._option_string_actions.items()}
+        near = get_close_matches(name.lstrip("-"), flags, 1, 0.85)  # a lower cutoff suggests --no-stream for --stream
+        return f"there is no flag {name}" + (f"; did you mean {flags[near[0]]}?" if near else "")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -168,7 +167,8 @@ def parser():
     many.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
                       help="file to write; adds the answers missing in it")
     many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: FILE.jsonl's)")
-    many.add_argument("--batch", type=number(int, 1), metavar="N", help="questions answered together (default 1)")
+    many.add_argument("--batch", "--batch-size", type=number(int, 1), metavar="N",
+                      help="questions answered together (default 1)")
     many.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="split the questions into N parts ...")
     many.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="... and answer part I, counted from 0")
     many.add_argument("--keep-errors", action="store_true", help="do not retry questions that failed before")
@@ -230,13 +230,18 @@ def main(argv=None):
         check_flags(args)
         return answer(args) if args.questions is None else answer_file(args)
     except KeyboardInterrupt:  # while loading; `write` catches it during an answer
-        return fail("interrupted; nothing was written", 130)
+        return fail(interrupted(args), 130)
     except BrokenPipeError:
         raise  # see `as_command`
     except Exception as broken:
         if args.debug:
             raise
         return fail(*explain(broken))
+
+
+def interrupted(args):
+    """The message after Ctrl-C. Only one prompt or a file of questions could have written something."""
+    return "interrupted" + ("; nothing was written" if args.prompt or args.questions else "")
 
 
 def versions():
@@ -375,7 +380,7 @@ def explain(broken):
     """(message, exit code) of an exception."""
     text = one_line(broken)
     if "cannot load module more than once" in text:  # an import, broken off by Ctrl-C, was tried again
-        return "interrupted; nothing was written", 130
+        return "interrupted", 130
     if isinstance(broken, ImportError):
         return f"{text}; run `make run` once and then use .venv/bin/python", 2
     from model import InputError, out_of_memory
@@ -543,11 +548,6 @@ def converse(args, checkpoint, given, pictures, load_seconds, memory):
     from model.chat import Chat
     from tools.report import report, stats
 
-    def choose(spec, retention):
-        """The Method for the SPEC of /prune (None: for the flags) with this retention."""
-        changed = {"retention": retention, "keep_tokens": None} | ({"prune": spec, "set": []} if spec else {})
-        return choose_method(argparse.Namespace(**vars(args) | changed), checkpoint.folder)
-
     def numbers(generation):
         took = report(generation, args.model, args.seed, load_seconds, memory.peak())
         return stats(took, memory.bandwidth(), generation)
@@ -558,9 +558,9 @@ def converse(args, checkpoint, given, pictures, load_seconds, memory):
         fail(*explain(broken))
 
     return Chat(
-        checkpoint, given, pictures, choose=choose, stats=numbers, fail=failed,
+        checkpoint, given, pictures, stats=numbers, fail=failed, show=draw,
+        budget={"retention": args.retention, "keep_tokens": args.keep_tokens},
         deliver=lambda generation: deliver(args, generation, load_seconds, memory),
-        show=draw,
     ).run()  # fmt: skip
 
 
@@ -667,12 +667,11 @@ def compare(generation, took):
 def choose_method(args, folder):
     """The pruning method of --prune, or None; InputError if there is no such method."""
     from model import api
-    from model.pruning import calibrated
 
     method = api.choose_method(args.prune, folder, args.retention, args.keep_tokens, args.set)
-    own = calibrated(folder, method.name) if method else None
-    if own:
-        say(f"{method.name}: settings from {own}, overridden by those given here")
+    note = api.note_on_settings(method, folder)
+    if note:
+        say(note)
     return method
 
 

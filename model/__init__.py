@@ -5,12 +5,15 @@
 Reading order: generate, llama, cache, llava, clip, image, tokenizer, load, config (as in README.md).
 """
 
+from .api import PruneLike
 from .config import InputError
 from .generate import Batch, Generation, Sampling, ask, out_of_memory
+from .image import PictureLike
 from .load import Checkpoint, load, open_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch", "Checkpoint", "Generation", "InputError", "Sampling", "ask", "load", "open_checkpoint", "out_of_memory",
+    "Batch", "Checkpoint", "Generation", "InputError", "PictureLike", "PruneLike", "Sampling", "ask", "load",
+    "open_checkpoint", "out_of_memory",
 ]  # fmt: skip

@@ -1,17 +1,54 @@
 """Choose a pruning method by name, for both Python and run.py. Only this module of model/ imports model.pruning."""
 
+from collections.abc import Callable
+from typing import Any
+
 from .config import InputError
-from .pruning import make_method
+from .pruning import Method, Narrowing, amounts, calibrated, make_method, sets_budget, without_amounts
+
+# What `prune` accepts: None or "none"; a SPEC as in `--prune`; a Method; or a function, a class or an instance as
+# `model.pruning` describes them
+PruneLike = str | Method | Callable[..., Any] | Narrowing | None
 
 
-def choose_method(prune, folder=None, retention=None, keep_tokens=None, settings=()):
+def choose_method(prune: PruneLike, folder=None, retention=None, keep_tokens=None, settings=()) -> Method | None:
     """The `model.pruning.Method` for the arguments, or None to keep everything. InputError if they are invalid.
 
-    prune: None, "none", a SPEC of `--prune`, a Method, or a function, class or instance as `model.pruning`
-    describes them; folder: the checkpoint's; methods given by name use its settings files, such as plphp.json;
-    retention, keep_tokens, settings: as in `make_method`.
+    folder: the checkpoint's; methods given by name use its settings files, such as plphp.json. retention, keep_tokens,
+    settings: as in `make_method`.
     """
     try:
         return make_method(prune, retention, keep_tokens, settings, folder)
     except ValueError as wrong:
         raise InputError(str(wrong)) from wrong
+
+
+def change_method(spec, folder, budget):
+    """The Method of a SPEC with the budget {"retention": F or None, "keep_tokens": N or None}, and a note or None.
+
+    A SPEC that sets its own budget keeps it; the note says so. InputError as in `choose_method`.
+    """
+    method = choose_method(spec, folder)
+    given = [f"{key} {value:g}" for key, value in budget.items() if value is not None]
+    if method is None or not given:
+        return method, None
+    if not sets_budget(spec):
+        return choose_method(spec, folder, **budget), None
+    why = "SPEC sets its own budget" if "retention" in method.settings else f"{method.name} has no setting retention"
+    return method, f"{given[0]} has no effect, because {why}"
+
+
+def change_budget(method, folder, budget):
+    """A Method with another budget, in place of its own, and otherwise the same settings. InputError."""
+    return choose_method(without_amounts(method), folder, **budget)
+
+
+def named_with_budget(method):
+    """A Method's name and how much it keeps: "topk, retention 0.5"."""
+    return ", ".join([method.name, *(pair.replace("=", " ") for pair in amounts(method))])
+
+
+def note_on_settings(method, folder):
+    """One line if a file in the checkpoint's folder has settings for the Method, else None."""
+    file = method and calibrated(folder, method.name)
+    return f"{method.name}: settings from {file}, overridden by those given here" if file else None

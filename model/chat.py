@@ -8,16 +8,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from .api import change_budget, change_method, named_with_budget, note_on_settings
 from .config import InputError
 from .generate import Generation
 from .image import read_image
 from .load import Checkpoint
+from .tokenizer import IMAGE
 
 HELP = """\
 /image PATH ...  add pictures to the next question
 /prune SPEC      prune with another method, as --prune; none keeps every token
-/retention F     keep this fraction of the vision tokens
-/fresh           process the whole conversation again for each question; /fresh again turns it off
+/retention F     keep this fraction of the vision tokens, with each method of a later /prune too
+/fresh [on|off]  process the whole conversation again for each question; /fresh again turns it off
 /show [FILE]     print how many vision tokens each layer kept, and draw them into FILE.png or FILE.html
 /stats           print times and memory of the last answer
 /clear [all]     start a new conversation about the same pictures; all: without pictures
@@ -36,15 +38,14 @@ class Chat:
     checkpoint: Checkpoint
     options: dict  # keyword arguments of every `Generation`
     pictures: list  # pictures for the next question
+    budget: dict  # {"retention": F or None, "keep_tokens": N or None}, of the command line or the last /retention
     deliver: Callable  # (generation) -> exit code: prints the answer as it is generated; 130 if Ctrl-C interrupted it
-    choose: Callable  # (SPEC or None for the command line's, retention or None) -> Method or None
     stats: Callable  # (generation) -> the text of /stats
     fail: Callable  # (exception) -> None: prints the error in one line
     show: Callable  # (generation, path) -> one line: draws the kept tokens into a file
     seen: list = field(default_factory=list, init=False)  # pictures of the conversation so far
     last: Generation = field(default=None, init=False)  # the answer that the next question follows
     turn: int = field(default=0, init=False)
-    spec: str = field(default=None, init=False)  # argument of the last /prune
     fresh: bool = field(default=False, init=False)
     changed: bool = field(default=False, init=False)  # has the pruning changed since the last full prefill?
     noted: bool = field(default=False, init=False)  # was the user told what that prefill dropped?
@@ -53,6 +54,7 @@ class Chat:
 
     def ask(self, question):
         """Answer one question. After an InputError the conversation is unchanged."""
+        self.check_places(question)
         sampling = self.options["sampling"]
         sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # different random numbers in each turn
         options = self.options | {"sampling": sampling, "before": self.last}
@@ -69,6 +71,15 @@ class Chat:
         if code == 130:  # interrupted in the middle of a step
             generation.cache = None
         self.end_turn(generation)
+
+    def check_places(self, question):
+        """InputError if the question places other pictures than the new ones."""
+        found, new = question.count(IMAGE), len(self.pictures)
+        if found not in (0, new):
+            raise InputError(
+                f"the question has {found} {IMAGE}, and the number of new pictures is {new}; "
+                f"add pictures with /image PATH, or leave {IMAGE} out"
+            )
 
     def choose_way(self):
         """Keep the last answer's cache, or free it so that everything is prefilled again. Prints a note on either."""
@@ -105,6 +116,19 @@ class Chat:
 
     # ------------------------------------------------------------ commands
 
+    def take(self, line):
+        """Run a command or answer a question. Returns True if it ends the conversation."""
+        text = line.strip()
+        if os.path.isfile(text.strip("'\"")):  # such as a path that was dragged into the window
+            raise InputError(f"{text[:200]} is a file; add it as a picture with /image {text[:200]}")
+        if text.startswith("/"):
+            return self.command(text)
+        if text in ("help", "quit", "exit"):
+            say(f"commands begin with a slash: /{text}")
+        elif text:
+            self.ask(line)
+        return False
+
     def command(self, line):
         """Run a line that starts with a slash. Returns True if it ends the conversation."""
         name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
@@ -132,33 +156,41 @@ class Chat:
         say(f"pictures for the next question: {', '.join(picture.path for picture in self.pictures)}")
 
     def set_prune(self, spec):
-        """/prune: use another method, with the retention in its SPEC or that of the command line."""
+        """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line."""
         if not spec:
             raise InputError("/prune needs a method; give /prune SPEC, as in --prune")
-        self.use(self.choose(spec, None))
-        self.spec = spec
+        method, note = change_method(spec, self.checkpoint.folder, self.budget)
+        self.use(method)
+        if note:
+            say(f"note: {note}")
 
     def set_retention(self, text):
-        """/retention: change the fraction that the method in use keeps."""
+        """/retention: change the fraction that the method in use keeps, and those of later /prune."""
         if not self.options["prune"]:
             raise InputError("no pruning method is set; give /prune METHOD first")
         try:
             share = float(text)
         except ValueError:
             raise InputError("/retention needs a fraction above 0, up to 1; give for example /retention 0.5") from None
-        self.use(self.choose(self.spec, share))
+        budget = {"retention": share, "keep_tokens": None}
+        self.use(change_budget(self.options["prune"], self.checkpoint.folder, budget))
+        self.budget = budget
 
     def use(self, prune):
         """Prune with this method from the next question on. InputError if it does not fit the model."""
         Generation(self.checkpoint, "?", **self.options | {"prune": prune})
+        before = self.options["prune"]
         self.options, self.changed = self.options | {"prune": prune}, self.last is not None
-        share = prune and prune.settings.get("retention")
-        say(f"from the next question on: {prune.name if prune else 'no pruning'}"
-            + (f", retention {share:g}" if share else ""))  # fmt: skip
+        note = note_on_settings(prune, self.checkpoint.folder)
+        if note and (before is None or before.name != prune.name):
+            say(note)
+        say(f"from the next question on: {named_with_budget(prune) if prune else 'no pruning'}")
 
-    def toggle_fresh(self, _):
-        """/fresh: prefill the whole conversation for each question, or stop doing so."""
-        self.fresh = not self.fresh
+    def toggle_fresh(self, which):
+        """/fresh: prefill the whole conversation for each question, or stop doing so. which: "", "on" or "off"."""
+        if which not in ("", "on", "off"):
+            raise InputError(f"/fresh {which[:40]} is unknown; give /fresh on or /fresh off")
+        self.fresh = which == "on" or not (which or self.fresh)
         say("each question processes the whole conversation again" if self.fresh
             else "each question reuses the cache of the previous answer")  # fmt: skip
 
@@ -209,13 +241,8 @@ class Chat:
                 say("error: the line is not UTF-8 text; type it again")
                 continue
             try:
-                if line.startswith("/"):
-                    if self.command(line):
-                        return 0
-                elif line.strip() in ("help", "quit", "exit"):
-                    say(f"commands begin with a slash: /{line.strip()}")
-                elif line.strip():
-                    self.ask(line)
+                if self.take(line):
+                    return 0
             except KeyboardInterrupt:
                 say("stopped")
             except BrokenPipeError:

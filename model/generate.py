@@ -3,19 +3,33 @@
 import copy
 import math
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
+from typing import Any
 
 import torch
+from PIL import Image
 
 from kernels import window_scores
 from kernels.backend import BACKENDS, choose_backend
 
-from .api import choose_method
+from .api import Method, PruneLike, choose_method
 from .cache import RaggedCache
 from .config import InputError, plain_text
-from .image import as_list, crop_note, kept_of_tiles, normalise, read_image, tile_tokens, to_square, to_tiles, with_mode
+from .image import (
+    Pictures,
+    as_list,
+    crop_note,
+    kept_of_tiles,
+    normalise,
+    read_image,
+    tile_tokens,
+    to_square,
+    to_tiles,
+    with_mode,
+)
 from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
@@ -28,10 +42,10 @@ class Sampling:
 
     max_new_tokens: int = 256  # at least 1
     temperature: float = 0.0  # 0: greedy
-    top_k: int = None  # at least 1; None: all tokens
-    top_p: float = None  # above 0, up to 1; None: no limit
+    top_k: int | None = None  # at least 1; None: all tokens
+    top_p: float | None = None  # above 0, up to 1; None: no limit
     seed: int = 0  # 0 to 2**64 - 1
-    stop: tuple = ()  # strings that end the answer, themselves excluded; or one such string
+    stop: str | Collection[str] | None = ()  # strings that end the answer, themselves excluded; or one such string
 
     def __post_init__(self):
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -65,16 +79,20 @@ class Layout:
     q_heads: int  # Hq
     kv_heads: int  # Hkv
     tokens: int  # T, with each picture as its vision tokens
-    spans: list  # [(start, stop)] of each picture among the T tokens
+    spans: list[tuple[int, int]]  # [(start, stop)] of each picture among the T tokens
     device: torch.device
-    attended: torch.Tensor = None  # (Hkv, T) fp32, attention of the last 32 rows, if `sink_keys` is set
-    last: torch.Tensor = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
-    norms: torch.Tensor = None  # (Hkv, T) fp32, L1 norms of the layer's values, if `values` is set
-    places: list = None  # per picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
-    contrast: list = None  # per picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
+    attended: torch.Tensor | None = None  # (Hkv, T) fp32, attention of the last 32 rows, if `sink_keys` is set
+    last: torch.Tensor | None = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
+    norms: torch.Tensor | None = None  # (Hkv, T) fp32, L1 norms of the layer's values, if `values` is set
+    places: list[torch.Tensor] | None = (
+        None  # per picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
+    )
+    contrast: list[torch.Tensor] | None = (
+        None  # per picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
+    )
 
     @cached_property
-    def text(self):
+    def text(self) -> torch.Tensor:
         """(T,) bool: True for tokens outside pictures."""
         mask = torch.ones(self.tokens, dtype=torch.bool, device=self.device)
         for start, stop in self.spans:
@@ -210,21 +228,29 @@ class Generation:
     """
 
     def __init__(
-        self, checkpoint, prompt, images=(), sampling=None, template="auto", image_mode="auto", system=None,
-        prune=None, backend="auto", compile=False, anyres_order="auto", timed=False, remember=False,
-        before=None,
-    ):  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        prompt: str,
+        images: Pictures = (),
+        sampling: Sampling | None = None,
+        template: str = "auto",
+        image_mode: str = "auto",
+        system: str | None = None,
+        prune: PruneLike = None,
+        backend: str = "auto",
+        compile: bool = False,
+        anyres_order: str = "auto",
+        timed: bool = False,
+        remember: bool = False,
+        before: "Generation | None" = None,
+    ) -> None:
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
-        A picture is anything that `read_image` accepts: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL
-        image, or a uint8 array or tensor.
-
-        template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method (`model.api.choose_method`): a
-        name or SPEC as in `--prune`, with the checkpoint's settings for it; a function, class, instance or Method as
-        in `model.pruning`; None keeps all tokens. backend: "auto", "triton" or "torch" kernels. compile: use
-        torch.compile (`model.fast.FastStep`). anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a
-        CUDA device before each clock reading; otherwise all of `timing` except `steps` measures only the launches.
-        remember: keep `masks`, for `model.show`.
+        template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method; a name or
+        SPEC uses the checkpoint's settings for it; None keeps all tokens. backend: "auto", "triton" or "torch" kernels.
+        compile: see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device
+        before each clock reading; otherwise all of `timing` except `steps` measures only the launches. remember: keep
+        `masks`, for `model.show`.
 
         before: the Generation whose answer this question follows in a conversation, with its template and image mode.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of
@@ -318,14 +344,14 @@ class Generation:
             f"{window if text.context < text.max_position_embeddings else ''}; use fewer pictures or a shorter prompt"
         )
 
-    def unpruned(self):
+    def unpruned(self) -> "Generation":
         """A new Generation of the same question without pruning."""
         twin = copy.copy(self)
         twin.prune = None
         twin._begin()
         return twin
 
-    def check_method(self, prune):
+    def check_method(self, prune: Method) -> None:
         """InputError if the method does not fit the model; adds a note if there is nothing to drop."""
         text = self.checkpoint.config.text_config
         try:
@@ -341,22 +367,22 @@ class Generation:
             self.notes.append(f"there is no picture, so {prune.name} has nothing to drop")
 
     @property
-    def pixels(self):
+    def pixels(self) -> list[torch.Tensor]:
         """Pixel values of the pictures, (3, S, S) fp32 each; recomputed per call, so that no tensor is kept alive."""
         return [normalise(square, self.image_settings) for square in self.squares]
 
     @property
-    def squares(self):
+    def squares(self) -> list[Image.Image]:
         """The vision tower's input: one PIL image per picture, followed by the picture's tiles if it has any."""
         return [square for squares, _ in self.looks for square in squares]
 
     @property
-    def places(self):
+    def places(self) -> list[torch.Tensor]:
         """Each token's row and column in its picture, (n, 2) int64 on the CPU per picture: `places_of`."""
         return [places_of(*of_picture[1:]) for of_picture in self._views()]
 
     @property
-    def contrast(self):
+    def contrast(self) -> list[torch.Tensor]:
         """How far each token's pixels are from its picture's usual colour: (n,) fp32 on the CPU each, `contrast_of`."""
         return [
             contrast_of(torch.stack([normalise(s, self.image_settings) for s in squares]), side, tokens, cut, grid)
@@ -371,7 +397,7 @@ class Generation:
             cut = grid and kept_of_tiles(grid, side, image["size"], self.image_settings.order)
             yield squares, side, image["tokens"], cut
 
-    def encode_images(self, first=0):
+    def encode_images(self, first: int = 0) -> list[torch.Tensor]:
         """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
         model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
         looks, images = self.looks[first:], self.images[first:]
@@ -389,7 +415,7 @@ class Generation:
         ]
 
     @property
-    def way(self):
+    def way(self) -> str:
         """The kernel backend on the checkpoint's device: "triton" or "torch". InputError if it is not available."""
         if self.checkpoint.device.type == "meta":
             raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
@@ -399,7 +425,7 @@ class Generation:
             raise InputError(str(wrong)) from wrong
 
     @property
-    def unfed(self):
+    def unfed(self) -> list[int]:
         """Ids of the answer that are not in the cache yet: the model has not processed the last token."""
         if self.cache is None or self.cache.pos is None:  # the prefill did not run, or did not complete
             return []
@@ -417,7 +443,7 @@ class Generation:
         self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
 
     @torch.inference_mode()
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         self._begin()  # a second iteration generates the answer again
         writer = self._writer
         logits = self.prefill()
@@ -438,11 +464,11 @@ class Generation:
             self.timing["steps"].append(time.perf_counter() - start)
 
     @property
-    def over(self):
+    def over(self) -> bool:
         """True if the answer has ended, complete or failed."""
         return self.finish_reason != "interrupted" or self.failure is not None
 
-    def take(self, token):
+    def take(self, token: int) -> str:
         """Append one id to the answer -> the text that can be shown now. Sets `finish_reason` if it was the last id.
 
         RuntimeError for an id below 0, which means that the logits were not finite.
@@ -463,17 +489,17 @@ class Generation:
         return piece
 
     @property
-    def retention(self):
+    def retention(self) -> float:
         """Fraction kept of all (head, vision token) pairs; 1.0 before the prefill or without pictures."""
         total = len(self.kept) * self.vision_tokens
         return sum(self.kept) / total if total else 1.0
 
     @property
-    def wanted(self):
+    def wanted(self) -> float | None:
         """The requested fraction of vision tokens, or None; see `Method.wanted`."""
         return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
 
-    def prefill(self):
+    def prefill(self) -> torch.Tensor:
         """Run the model on pictures and prompt and fill the cache -> logits (V,) of the first new token."""
         before, self.before = self.before, None
         if before is not None and before.goes_on:
@@ -506,7 +532,7 @@ class Generation:
         return logits
 
     @property
-    def goes_on(self):
+    def goes_on(self) -> bool:
         """True if the cache holds this prompt, at most its answer and nothing else, so that a turn can follow."""
         if self.cache is None or self.cache.pos is None:
             return False
@@ -532,7 +558,7 @@ class Generation:
         self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
         return logits
 
-    def never(self):
+    def never(self) -> list[int]:
         """Ids that must not be generated: embedding rows without a token, `<image>` and `<pad>`."""
         tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
@@ -580,7 +606,7 @@ def _brief(value):
     return repr(value)[:60] if simple else f"a {type(value).__name__}"
 
 
-def ask(checkpoint, prompt, images=(), prune=None, **options):
+def ask(checkpoint: Checkpoint, prompt: str, images: Pictures = (), prune: PruneLike = None, **options: Any) -> str:
     """Return the whole answer as a string. images, prune, errors: see `Generation`; options: fields of Sampling."""
     generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
     return "".join(generation)
@@ -649,7 +675,7 @@ class Chooser:
         return torch.where(best.isfinite(), token, -1), logits  # a NaN makes the maximum NaN
 
 
-def out_of_memory(error):
+def out_of_memory(error: BaseException) -> bool:
     """True if the exception is an out-of-memory error, of the host or of a device."""
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory")
@@ -672,17 +698,17 @@ class Batch:
     A generation with non-finite logits is removed too; its `failure` is the exception.
     """
 
-    def __init__(self):
-        self.running = []  # generations, in the order of the cache's sequences
+    def __init__(self) -> None:
+        self.running: list[Generation] = []  # generations, in the order of the cache's sequences
         self._choosers, self._over = [], []
         self.cache = self._step = self._ids = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Number of generations that were added and not yet returned by `advance`."""
         return len(self.running) + len(self._over)
 
     @torch.inference_mode()
-    def add(self, generation):
+    def add(self, generation: Generation) -> None:
         """Prefill a generation and add it. If its first token was its last, the next `advance` returns it.
 
         InputError for another checkpoint or backend, ValueError if it is already in the batch.
@@ -712,7 +738,7 @@ class Batch:
         self._step = generation.checkpoint.step(generation.checkpoint.model.language_model, self.cache)
 
     @torch.inference_mode()
-    def advance(self):
+    def advance(self) -> list[Generation]:
         """Decode one token for each generation -> those that have ended, in no particular order.
 
         Each entry of `timing["steps"]` is the duration of the whole batch's step. If memory runs out, the step is

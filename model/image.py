@@ -12,9 +12,11 @@ import re
 import stat
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, unquote_to_bytes
 
 import torch
@@ -145,21 +147,44 @@ class Picture:
 
     path: str
     image: Image.Image
-    note: str = None
+    note: str | None = None
 
 
-def as_list(images):
+class PixelArray(Protocol):
+    """An array of NumPy, or of another library with NumPy's array interface."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+# A picture as `read_image` accepts it: a path, "-" (stdin) or a data: URI; the bytes of a file; an open binary file; a
+# PIL image; a uint8 tensor or array, (H, W) or (H, W, C) with C 1, 3 or 4, tensors also (C, H, W)
+PictureLike = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | Image.Image
+    | torch.Tensor
+    | PixelArray
+    | Picture
+)
+Pictures = PictureLike | Sequence[PictureLike] | None  # the pictures of a question, in the order of their `<image>`
+
+
+def as_list(images: Pictures) -> list[PictureLike]:
     """The pictures of a question as a list: [] for None, a list of one for a single picture."""
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def read_image(source):
-    """Read a Picture from a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or an array or tensor.
+def read_image(source: PictureLike) -> Picture:
+    """Read a picture from any of the sources in `PictureLike`.
 
-    Arrays and tensors: uint8, (H, W) or (H, W, C) with C 1, 3 or 4; tensors also (C, H, W). The EXIF orientation is
-    applied, and transparent pixels are shown on white. InputError if the picture cannot be used.
+    The EXIF orientation is applied, and transparent pixels are shown on white. InputError if it cannot be used.
     """
     if isinstance(source, Picture):
         return source

@@ -9,13 +9,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .api import PruneLike, choose_method
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
 from .fast import FastStep, arrange
-from .image import ImageSettings, image_processor_file, read_image_settings
+from .image import ImageSettings, Pictures, image_processor_file, read_image_settings
 from .llava import Llava
 from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
 from .tokenizer import Tokenizer, find_template
@@ -35,17 +37,17 @@ class Checkpoint:
     folder: Path
     config: LlavaConfig
     model: Llava
-    keys: dict  # canonical name -> (file, name in the file, stored dtype)
+    keys: dict[str, tuple[Path, str, str]]  # canonical name -> (file, name in the file, stored dtype)
     tokenizer: Tokenizer
     image_settings: ImageSettings
     template: str
     template_note: str  # how the template was found
-    stop_ids: tuple
-    notes: tuple = ()  # one line each: files and settings that are not used, and which of two files was
+    stop_ids: tuple[int, ...]
+    notes: tuple[str, ...] = ()  # one line each: files and settings that are not used, and which of two files was
     lookahead: Lookahead | None = None  # look-ahead rows, if the folder has them
     step: Callable = FastStep  # (language, cache, compile) -> a decode step; or `model.generate.PlainStep`
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         """One line; the fields have thousands of names."""
         count = sum(p.numel() for p in self.model.parameters())
         return f"<Checkpoint {self.folder}: {count:,} parameters in {self.dtype} on {self.device}>"
@@ -53,12 +55,12 @@ class Checkpoint:
     def ask(
         self,
         prompt: str,
-        images=(),
+        images: Pictures = (),
         *,
-        prune=None,
+        prune: PruneLike = None,
         retention: float | None = None,
         keep_tokens: int | None = None,
-        settings: dict | None = None,
+        settings: dict[str, Any] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float | None = None,
@@ -72,8 +74,7 @@ class Checkpoint:
         """The whole answer.
 
         prompt: the question; `<image>` in it places the pictures, otherwise they come first.
-        images: one picture or a list of them: a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or
-            a uint8 array or tensor (H, W, 3).
+        images: one picture or a list of them: paths, PIL images, arrays and more, see `model.PictureLike`.
         prune: a method of `run.py --list-methods`, a SPEC such as "topk:window=4", "FILE.py::NAME", a function,
             class or instance as in `model.pruning`, or None to keep all tokens.
         retention: fraction of the vision tokens to keep, above 0 and up to 1; or keep_tokens: vision tokens that each
@@ -95,12 +96,12 @@ class Checkpoint:
     def stream(
         self,
         prompt: str,
-        images=(),
+        images: Pictures = (),
         *,
-        prune=None,
+        prune: PruneLike = None,
         retention: float | None = None,
         keep_tokens: int | None = None,
-        settings: dict | None = None,
+        settings: dict[str, Any] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float | None = None,
@@ -112,8 +113,7 @@ class Checkpoint:
         image_mode: str = "auto",
     ) -> Iterator[str]:
         """Yields the answer in pieces as it is generated. Arguments and errors as in `ask`; InputError at the call."""
-        from .api import choose_method
-        from .generate import Generation, Sampling, off_budget  # these import this module
+        from .generate import Generation, Sampling, off_budget  # imports this module
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
@@ -131,13 +131,13 @@ class Checkpoint:
 
     def ask_many(
         self,
-        questions: Sequence[str | tuple],
+        questions: Sequence[str | tuple[str, Pictures]],
         *,
         batch: int = 8,
-        prune=None,
+        prune: PruneLike = None,
         retention: float | None = None,
         keep_tokens: int | None = None,
-        settings: dict | None = None,
+        settings: dict[str, Any] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float | None = None,
@@ -155,7 +155,6 @@ class Checkpoint:
         A question that cannot be answered does not stop the others: its place in the list holds the InputError, or the
         RuntimeError if the model produced NaN. Errors in other arguments and lack of memory are raised.
         """
-        from .api import choose_method
         from .generate import Generation, Sampling, answer_together
 
         if not isinstance(questions, list | tuple):
@@ -178,16 +177,16 @@ class Checkpoint:
         return answer_together(begin, questions, batch)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """torch.device of the weights; meta before `read_weights`."""
         return self.model.language_model.model.norm.weight.device
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """torch.dtype of the weights, after `read_weights`."""
         return self.model.language_model.model.norm.weight.dtype
 
-    def choose_dtype(self, name, device):
+    def choose_dtype(self, name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
         """The torch dtype that `read_weights` would use. InputError for names that are not supported."""
         name, names = str(name).removeprefix("torch.").lower(), {**DTYPES, **FILE_DTYPES, "half": torch.float16}
         if name in names:
@@ -202,7 +201,7 @@ class Checkpoint:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16e9
         return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
 
-    def read_weights(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> "Checkpoint":
+    def read_weights(self, dtype: str | torch.dtype = "auto", device: str | int | torch.device = "cpu") -> "Checkpoint":
         """Load the weights: mapped from the files, cast and moved one tensor at a time. Returns self.
 
         dtype: "auto" | "bf16" | "fp16" | "fp32", torch's names ("float16") or torch's own (torch.float16). auto is the
@@ -231,7 +230,7 @@ class Checkpoint:
         return self
 
 
-def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> Checkpoint:
+def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | int | torch.device = "cpu") -> Checkpoint:
     """A Checkpoint with its weights, from a folder or from an id in the local Hugging Face cache.
 
     dtype and device: as in `Checkpoint.read_weights`. InputError for anything that cannot be used.
@@ -240,7 +239,7 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torc
     return open_checkpoint(name).read_weights(dtype, device)
 
 
-def choose_device(name):
+def choose_device(name: str | int | torch.device) -> torch.device:
     """The torch.device for "auto", "cpu", "cuda", "cuda:1", a CUDA index or a torch.device.
 
     InputError if the device is unknown or not available.

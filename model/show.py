@@ -127,7 +127,7 @@ def check_path(path, generation):
     pictures = [local_path(name) for name in pictures if name[:5].lower() != "data:"]
     for file in (*pictures, *generation.checkpoint.folder.iterdir()):
         if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
-            raise InputError(f"{path} is {file}, which this run reads; give another name")
+            raise InputError(f"the drawing would replace {file}, which this run reads; give another name")
 
 
 def write(path, shown, second=None, layers=None, heads=None):

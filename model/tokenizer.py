@@ -379,7 +379,7 @@ def build_prompt(question, images, template, system=None, follows=False):
         raise InputError(f"the system text contains {IMAGE}; place pictures in the prompt")
     if found and found != images:
         raise InputError(
-            f"the prompt has {found} {IMAGE} for {images} --image; "
+            f"the prompt has {found} {IMAGE}, and the number of pictures is {images}; "
             f"give one picture for each, or leave {IMAGE} out of the prompt"
         )
     if not found:

@@ -47,7 +47,7 @@ class Terminal:
     def enter(self, line):
         """Type a line -> all that is shown until the next prompt, without the line's echo."""
         self.type(line + "\n")
-        return self.wait_for("> ").partition("\n")[2]
+        return (self.wait_for("\n> ") + "\n").partition("\n")[2]
 
     def wait_for(self, text):
         """What is shown before the text appears, which it may have already."""

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import re
 import shutil
+import typing
 import warnings
 
 import pytest
 import torch
 from PIL import Image
 
+import model
 import run
 from model import Generation, InputError, Sampling, ask, load
 from model.api import choose_method
@@ -18,6 +21,38 @@ from model.pruning import METHODS, make_method
 from tests.paths import DEMO, DEMO_PICTURE
 
 QUESTION = "Count the objects."
+
+
+def public():
+    """(name, function) of all functions, methods and properties of `from model import *`."""
+    for name in model.__all__:
+        value = getattr(model, name)
+        if inspect.isfunction(value):
+            yield name, value
+        for own, member in vars(value).items() if inspect.isclass(value) else ():
+            function = getattr(member, "fget", member)
+            if inspect.isfunction(function) and (own[0] != "_" or own in ("__init__", "__iter__", "__len__")):
+                yield f"{name}.{own}", function
+
+
+@pytest.mark.parametrize(("name", "function"), public(), ids=lambda value: value if isinstance(value, str) else "")
+def test_everything_public_has_type_hints(name, function):
+    hints = typing.get_type_hints(function)  # a NameError for a name that does not exist
+    method = "." in name
+    missing = {*list(inspect.signature(function).parameters)[method:], "return"} - hints.keys()
+    assert not missing
+
+
+def test_hints_name_what_is_accepted():
+    """Each kind of picture and of method once, for all functions."""
+    hints = [typing.get_type_hints(function) for _, function in public()]
+    pictures = {h["images"] for h in hints if "images" in h}
+    assert pictures == {model.image.Pictures} and len([h for h in hints if "prune" in h]) >= 5
+    assert {h["prune"] for h in hints if "prune" in h} == {model.PruneLike, model.api.Method}  # of check_method
+    kinds = typing.get_args(model.PictureLike)
+    assert {str, bytes, Image.Image, torch.Tensor} <= set(kinds)
+    for name, hint in typing.get_type_hints(Sampling).items():
+        assert getattr(Sampling(), name) is not None or type(None) in typing.get_args(hint), name
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +349,6 @@ def test_a_file_of_questions_says_it_once(bare, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     flags = ["--questions", str(tmp_path / "q.jsonl"), "--image-folder", str(DEMO_PICTURE.parent)]
     flags += ["--max-new-tokens", "2", "--prune", "plphp-ada", "--retention", "0.5"]
-    for model, times in ((bare, 1), (DEMO, 0)):
-        assert run.main([*flags, "--model", str(model), "--answers", str(tmp_path / f"{times}.jsonl")]) == 0
+    for folder, times in ((bare, 1), (DEMO, 0)):
+        assert run.main([*flags, "--model", str(folder), "--answers", str(tmp_path / f"{times}.jsonl")]) == 0
         assert capsys.readouterr().err.count("plphp-ada kept 83.") == times

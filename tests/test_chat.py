@@ -2,9 +2,11 @@
 
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from test_tokenizer import CHAT_TEMPLATES, PREPEND
 
 import run
-from model import Generation, Sampling, chat, load
+from model import Checkpoint, Generation, Sampling, chat, load
 from model.llama import DecoderLayer
 from model.tokenizer import BETWEEN, TEMPLATES, Tokenizer, build_prompt
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
@@ -343,6 +345,56 @@ def test_a_path_with_spaces_needs_no_quotes(talk, tmp_path, tiny_folder):
     assert "of 12, layer by layer: 12 12" in err
 
 
+def test_retention_holds_for_every_method_that_follows(talk):
+    """Except one whose SPEC sets its own budget, which is said."""
+    lines = ["/retention 0.3", "/prune topk", "/prune random:keep_tokens=9", "/prune none", "/prune plphp:r=0.2"]
+    _, _, err = talk([*lines, "/prune grid"], "--prune", "random:retention=0.9")
+    assert re.findall(r"^(?:from the next question on: |note: (?=retention))(.*)", err, re.MULTILINE) == [
+        "random, retention 0.3",
+        "topk, retention 0.3",
+        "random, keep_tokens 9",
+        "retention 0.3 has no effect, because SPEC sets its own budget",
+        "no pruning",
+        "plphp, r 0.2",
+        "retention 0.3 has no effect, because SPEC sets its own budget",
+        "grid, retention 0.3",
+    ]
+    _, _, err = talk(["/prune topk:window=4", "/retention 0.4", "/prune grid"], "--prune", "grid", "--keep-tokens", "7")
+    assert "topk, keep_tokens 7\n" in err and "topk, retention 0.4\n" in err and "grid, retention 0.4\n" in err
+
+
+def test_retention_leaves_the_other_settings(talk):
+    lines = ["/prune random:seed=5,keep_tokens=9", "/retention 0.4", COUNT, "/prune random:seed=5,retention=0.4", COUNT]
+    _, out, _ = talk([*lines, "/prune random:seed=6,retention=0.4", COUNT], "--image", DEMO_PICTURE, "--json")
+    kept = [run.json.loads(line)["prune"] for line in out.splitlines()]
+    assert kept[0]["settings"] == kept[1]["settings"] != kept[2]["settings"]
+
+
+def test_the_file_of_settings_is_named_once_for_each_change_of_method(talk):
+    lines = ["/retention 0.3", COUNT, "/prune plphp", "/retention 0.4", "/prune topk", "/prune plphp", COUNT]
+    _, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "plphp")
+    assert err.count("settings from") == 2
+    assert err.rindex("settings from") < err.rindex("from the next question on: plphp, retention 0.4\n")
+
+
+def test_places_of_pictures_are_explained_for_a_conversation(talk, tiny_folder):
+    _, out, err = talk(["which <image>?", "what <image><image>?"], "--image", DEMO_PICTURE, "--model", tiny_folder)
+    assert out.count("\n") == 1 and "--image" not in err
+    message = "the question has 2 <image>, and the number of new pictures is 0; add pictures with /image PATH, or leave"
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "interrupted"), (("--prompt", "a?"), "interrupted; nothing was written")]
+)
+def test_ctrl_c_while_the_model_is_loading(talk, monkeypatch, flags, said):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "read_weights", pressed)
+    assert talk([], *flags) == (130, "", f"error: {said}\n")
+
+
 def test_clear_forgets_everything(talk):
     lines = [COUNT, "/clear all", "/stats", f"/image {DEMO_PICTURE}", SIGN, "/stats"]
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
@@ -362,6 +414,20 @@ def test_clear_keeps_the_pictures(talk):
     assert f"new conversation about {DEMO_PICTURE}, {ROOT}/assets/pair-a.png\n" in err
     assert "a KV head keeps, of 512" in err and "error: /clear nothing is unknown; give /clear" in err
     assert f"Ask a question about {DEMO_PICTURE}; /image PATH" in err
+
+
+def test_a_file_is_no_question_and_no_command(talk):
+    picture = f"'{DEMO_PICTURE}'"  # as a file manager drops it
+    _, out, err = talk([str(DEMO_PICTURE), f" {picture} ", " /image " + picture, SIGN])
+    assert out == NET and err.count("is a file; add it as a picture with /image ") == 2 and "no command" not in err
+
+
+def test_fresh_may_say_on_or_off(talk):
+    _, _, err = talk(["/fresh on", "/fresh on", "/fresh off", "/fresh off", "/fresh", "/fresh", "/fresh of"])
+    again, reuse = "each question processes the whole conversation again\n", "each question reuses the cache of the "
+    places = [i for i in range(len(err)) if err.startswith((again, reuse), i)]
+    assert [err.startswith(again, i) for i in places] == [True, True, False, False, True, False]
+    assert err.rstrip().endswith("error: /fresh of is unknown; give /fresh on or /fresh off")
 
 
 def test_words_of_commands_are_no_questions(talk):
@@ -483,7 +549,7 @@ def test_what_fails_while_running_does_not_end_the_conversation(talk, monkeypatc
 
 def test_show_hands_the_last_answer_and_the_path_on(capsys):
     shown = []
-    talked = chat.Chat(None, {}, [], None, None, None, None, lambda *given: shown.append(given) or "drawn")
+    talked = chat.Chat(None, {}, [], {}, None, None, None, lambda *given: shown.append(given) or "drawn")
     talked.last = SimpleNamespace(kept=[3.25, 4.0], vision_tokens=8, cache=1)
     talked.command("/show"), talked.command("/show a b.png ")
     assert [path for _, path in shown] == ["a b.png"]
@@ -695,6 +761,74 @@ def test_terminal_with_stdout_in_a_file_has_the_answers_only(tmp_path):
         t.type("\x04")
         assert t.leave() == 0
     assert (tmp_path / "answers").read_text() == FOUR + NET
+
+
+def test_terminal_two_pictures_and_two_drawings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # short paths: readline scrolls long lines
+    for name in ("demo.png", "pair-a.png"):
+        shutil.copy(ROOT / "assets" / name, name)
+    with Terminal("--prune", "topk", "--retention", "0.5") as t:
+        t.wait_for("> ")
+        assert t.enter("/image demo.png") == "pictures for the next question: demo.png\n"
+        assert t.enter("/image pair-a.png") == "pictures for the next question: demo.png, pair-a.png\n"
+        refused = t.enter("What is in <image>?")
+        assert refused.startswith(
+            "error: the question has 1 <image>, and the number of new pictures is 2; add pictures"
+        )
+        t.enter("How do <image> and <image> differ?")
+        for name in ("kept.png", "kept.html"):
+            assert f"{name}: which vision tokens each head kept\n" in t.enter(f"/show {name}")
+            assert (tmp_path / name).stat().st_size > 10_000
+        assert t.enter("/retention 0.25") == "from the next question on: topk, retention 0.25\n"
+        assert t.enter("/prune grid") == "from the next question on: grid, retention 0.25\n"
+        assert "processed again, because the pruning has changed" in t.enter(SIGN)
+        t.type("/quit\n")
+        assert t.leave() == 0
+
+
+def test_terminal_an_impatient_beginner():
+    """Types ahead, lines without meaning, Ctrl-D in the middle of a line, and looks up the last question."""
+    with Terminal("--image", DEMO_PICTURE) as t:
+        t.type(f"\n   \n{SIGN}\n")  # before the prompt is there
+        assert t.wait_for(NET)
+        t.wait_for("> ")
+        t.type("How many\x04 objects are there?\n")
+        t.wait_for(FOUR)
+        t.wait_for("> ")
+        t.type("\x1b[A\n")  # arrow up
+        t.wait_for(FOUR)
+        t.wait_for("> ")
+        assert t.enter("hep") != "" and t.enter("/hepl") == "error: there is no command /hepl; /help lists them\n"
+        t.type("/" + "q" * 5000 + "\n")
+        assert t.wait_for("q; /help lists them\n").count("no command /" + "q" * 39) == 1
+        t.wait_for("> ")
+        assert "error" not in t.enter("Wie viele Dinge? äöü 日本語 🙂")
+        t.type("\x04")
+        assert t.leave() == 0 and "Traceback" not in t.everything
+
+
+def test_terminal_ctrl_c_while_the_model_is_loading(monkeypatch):
+    def load(*_):
+        print("loading", file=sys.stderr, flush=True)
+        time.sleep(100)
+
+    monkeypatch.setattr(Checkpoint, "read_weights", load)
+    with Terminal("--image", DEMO_PICTURE) as t:
+        t.wait_for("loading\n")
+        t.type("\x03")
+        assert t.leave() == 130 and t.everything.endswith("^Cerror: interrupted\n")
+
+
+def test_terminal_with_stdout_into_head():
+    """head ends after the first answer, and the conversation ends, quietly, with the second."""
+    head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with head, Terminal("--image", DEMO_PICTURE, stdout=head.stdin) as t:
+        head.stdin.close()
+        t.wait_for("> ")
+        t.enter(COUNT)
+        assert head.stdout.read() == FOUR and head.wait() == 0
+        t.type(SIGN + "\n")
+        assert t.leave() == 0 and t.everything.endswith(f"> {SIGN}\n")
 
 
 def test_terminal_wrong_flags_end_at_once():

@@ -208,7 +208,14 @@ def own(tmp_path):
 NAMES = "first, ids, placed, anything, grouped, wide"
 BAD = {
     "unknown name": (["plphd"], "there is no method 'plphd'; did you mean plphp? use none, plphp, "),
-    "an unknown name like no other": (["zebra"], "there is no method 'zebra'; use none, "),
+    "an unknown name like no other": (["nope"], "there is no method 'nope'; use none, "),
+    "settings after a space": (
+        ["topk 0.3"],
+        "'topk 0.3' has spaces; settings follow a colon, as in topk:retention=0.5",
+    ),
+    "a very long name": (["q" * 3000], f"there is no method '{'q' * 80}'; use none"),
+    "a name in capitals": (["PLPHP"], "'PLPHP'; did you mean plphp? use none, "),
+    "a long unknown name": (["zebra"], "there is no method 'zebra'; use none, "),
     "a setting that is not keyword-only": (["{own}/own.py::placed"], "window of placed is not keyword-only"),
     "advice on it": (["{own}/own.py::placed:part=3"], "put *, before window"),
     "settings of any name": (["{own}/own.py::anything:part=3"], "anything takes settings of any name"),

@@ -90,7 +90,11 @@ def test_every_question_has_its_line_in_order_and_bad_ones_say_why(folder, capsy
     assert all(list(line) == KEYS for line in lines) and len({line["answer_id"] for line in lines}) == 8
     assert {line["model_id"] for line in lines} == {"demo"}
     errors = {i: line["metadata"].get("error", "") for i, line in enumerate(lines)}
-    assert "no picture" in errors[3] and "2 <image> for 1" in errors[4] and "broken" in errors[5]
+    assert (
+        "no picture" in errors[3]
+        and "2 <image>, and the number of pictures is 1" in errors[4]
+        and "broken" in errors[5]
+    )
     assert "2312 tokens" in errors[7].replace(",", "") or "context" in errors[7]
     assert [bool(error) for error in errors.values()] == [False, False, False, True, True, True, False, True]
     assert all((line["text"] == "") == bool(errors[i]) for i, line in enumerate(lines))
@@ -130,6 +134,30 @@ def test_chunks_are_those_of_llava_and_cover_everything_once(folder, capsys, chu
 
 
 # ---------------------------------------------------------------- resuming
+
+
+def test_questions_with_one_id_keep_their_own_answers_and_are_noted(folder, capsys):
+    """Two texts and two pictures, and one question twice, all with one id; each answer is missing once."""
+    asked = [
+        {"question_id": 7, "image": name, "text": text}
+        for name in ("demo.png", "pair-a.png")
+        for text in ("How many objects are there?", "What does the sign say?")
+    ]
+    asked.append(asked[0])
+    shutil.copy(ROOT / "assets" / "pair-a.png", folder)
+    write_lines(folder / "q.jsonl", asked)
+    note = "note: 1 of the question_ids belong to several questions, the first is 7; answers are also told apart by"
+    code, _, err = inside(capsys, *flags(folder))
+    assert code == 0 and err.count(note) == 1
+    whole = (folder / "a.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 5 and len({json.loads(line)["text"] for line in lines}) == 4
+    for missing in range(len(lines)):
+        left = lines[:missing] + lines[missing + 1 :]
+        (folder / "a.jsonl").write_bytes(b"".join(reversed(left)))
+        assert inside(capsys, *flags(folder))[0] == 0 and (folder / "a.jsonl").read_bytes() == whole
+    write_lines(folder / "q.jsonl", asked[:1] + [asked[1] | {"question_id": "7"}])  # a string is another id
+    assert "question_ids" not in inside(capsys, *flags(folder, "--answers", folder / "b.jsonl"))[2]
 
 
 def test_a_second_run_answers_only_what_is_missing(folder, capsys):

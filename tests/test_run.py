@@ -658,6 +658,8 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--retention"], "--retention needs a value; write --retention=VALUE if the value begins with a dash\n"),
         (["--retntion", "0.5"], "there is no flag --retntion; did you mean --retention?\n"),
         (["--conv-modes=llava"], "there is no flag --conv-modes; did you mean --template?\n"),  # of a hidden name
+        (["--stream"], "there is no flag --stream; see run.py -h\n"),  # not its opposite, --no-stream
+        (["--gpu", "0"], "there is no flag --gpu; see run.py -h\n"),
         (["--xyz"], "there is no flag --xyz; see run.py -h\n"),
         (["stray"], "'stray' belongs to no flag; put text with spaces in quotes\n"),
         (["--json=yes"], "--json"),
@@ -737,7 +739,7 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--model", "/nowhere"], "/nowhere"),
         (["--model", "nobody/nothing"], "nobody/nothing"),
         (["--prompt", "@/nowhere/q.txt"], "/nowhere/q.txt"),
-        (["--prompt", "<image> and <image>"], "2 <image> for 1 --image"),
+        (["--prompt", "<image> and <image>"], "2 <image>, and the number of pictures is 1;"),
         (["--prompt", "circle " * 2500], "2048"),
     ],
 )

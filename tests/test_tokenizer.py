@@ -522,7 +522,7 @@ def test_pictures_come_first_unless_the_prompt_places_them(question, images, wan
 def test_a_count_that_does_not_match_is_refused_with_both_numbers(question, images):
     for template in TEMPLATES:
         message = refusal(build_prompt, question, images, template)
-        assert f"has {question.count('<image>')} <image> for {images} " in message
+        assert f"has {question.count('<image>')} <image>, and the number of pictures is {images};" in message
 
 
 def test_a_system_text_replaces_the_templates_own():

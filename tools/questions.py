@@ -431,8 +431,22 @@ def about(generation):
     }
 
 
+def repeated_ids(questions):
+    """One line if several questions have the same id, else None. Some LLaVA files have such ids (TextVQA)."""
+    repeated = [name for name, count in Counter(json.dumps(q.id) for q in questions).items() if count > 1]
+    if not repeated:
+        return None
+    return (
+        f"note: {len(repeated)} of the question_ids belong to several questions, the first is {repeated[0][:50]}; "
+        "answers are also told apart by text and picture, but a scorer may read only the id"
+    )
+
+
 def run_file(questions, answers, ask, size, say, wait):
     """Answer all questions and print a summary -> exit code. Answers written before an interruption stay."""
+    repeated = repeated_ids(questions)
+    if repeated:
+        say(repeated)
     try:
         desk = answer_all(questions, answers, ask, size, say, wait)
         try:

@@ -58,7 +58,10 @@ def score(questions, answers, annotations=None):
     for answer in sorted(answers, key=failed):
         before = said.setdefault(answer["question_id"], answer)
         if before is not answer and not failed(answer):
-            raise ValueError(f"question {answer['question_id']} has two answers; score one run at a time")
+            raise ValueError(
+                f"question {answer['question_id']} has two answers; score one run at a time, and "
+                "give each question its own id"
+            )
     pairs = {}
     for category, asked in by_category(questions).items():
         for question, label in zip(asked, labels(category, asked, annotations), strict=True):

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -96,6 +97,14 @@ COMMON = {
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
     "sink_keys": ("tokens most attended by a head's last 32 prompt rows, which it may not drop", *COUNT),
 }
+
+
+class Narrowing(Protocol):
+    """An object that implements the second stage, such as a `FastV`."""
+
+    layer: int
+
+    def narrow(self, scores: torch.Tensor, layout: object) -> torch.Tensor: ...
 
 
 class MethodError(RuntimeError):
@@ -338,6 +347,18 @@ def sets_budget(spec):
     return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
 
 
+def amounts(method):
+    """The settings by which a Method determines how much is kept: ["retention=0.5"]."""
+    return [pair for pair in _split(method.spec)[1] if _pair(pair)[0] in AMOUNTS]
+
+
+def without_amounts(method):
+    """The SPEC of a Method without the settings that determine how much is kept."""
+    name, pairs = _split(method.spec)
+    rest = [pair for pair in pairs if _pair(pair)[0] not in AMOUNTS]
+    return name + (":" if rest else "") + ",".join(rest)
+
+
 def _split(spec):
     """SPEC -> (METHOD, ["key=value", ...]). Does not split at the "::" of FILE.py::NAME or at commas in brackets."""
     file, twice, rest = spec.rpartition("::")
@@ -380,9 +401,11 @@ def _find(name):
             own = ", ".join(_own_names(_import(name))) or "no function"
             raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
         if name not in METHODS:
-            raise ValueError(
-                f"there is no method {name!r}; {_near(name, METHODS)}use {', '.join(METHODS)} or FILE.py::NAME"
-            )
+            first, *more = name.split() or [""]
+            if more and first in METHODS:
+                raise ValueError(f"{name[:80]!r} has spaces; settings follow a colon, as in {first}:retention=0.5")
+            near = _near(name, METHODS)
+            raise ValueError(f"there is no method {name[:80]!r}; {near}use {', '.join(METHODS)} or FILE.py::NAME")
         return METHODS[name]
     path, _, attribute = name.rpartition("::")
     module = _import(path)
@@ -425,8 +448,9 @@ def _own_names(module):
 
 def _near(name, known):
     """The question whether a similar known name was meant, followed by a space; or an empty string."""
-    near = get_close_matches(name, known, 1, 0.65)
-    return f"did you mean {near[0]}? " if near else ""
+    written = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), written, 1, 0.8)  # a lower cutoff suggests none for nope
+    return f"did you mean {written[near[0]]}? " if near else ""
 
 
 def settings_of(function):
@@ -453,7 +477,7 @@ def _complete(name, function, given):
         raise ValueError(f"method {name} has no setting {unknown[0]!r}; {near}it has {', '.join(defaults)}")
     missing = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in given]
     if missing:
-        raise ValueError(f"method {name} needs {missing[0]}; give --set {missing[0]}=VALUE")
+        raise ValueError(f"method {name} needs {missing[0]}; give the setting {missing[0]}=VALUE")
     settings = {}
     for key, value in (defaults | given).items():
         settings[key] = _like(name, key, value, defaults[key])
