@@ -248,9 +248,9 @@ class Generation:
 
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method; a name or
         SPEC uses the checkpoint's settings for it; None keeps all tokens. backend: "auto", "triton" or "torch" kernels.
-        compile: see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device
-        before each clock reading; otherwise all of `timing` except `steps` measures only the launches. remember: keep
-        `masks`, for `model.show`.
+        compile: see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA
+        device before each clock reading; otherwise all of `timing` except `steps` measures only the launches. remember:
+        keep `masks`, for `model.show`.
 
         before: the Generation whose answer this question follows in a conversation, with its template and image mode.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of
