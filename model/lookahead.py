@@ -118,7 +118,8 @@ def same_weights(sample, language):
     """True if a `weights_sample` is of this model, whatever the dtypes: rounding to bf16 changes a number by up to
     1/512 of its size, rounding small ones to fp16 by up to 3e-8."""
     try:
-        theirs, ours = (torch.tensor([float(n) for n in text.split()]) for text in (sample, weights_sample(language)))
+        numbers = ([float(n) for n in text.split()] for text in (sample, weights_sample(language)))
+        theirs, ours = (torch.tensor(row, device="cpu") for row in numbers)
     except ValueError:  # not written by train_lookahead
         return False
     return len(theirs) == len(ours) and torch.allclose(theirs, ours, rtol=1 / 256, atol=1e-7)
