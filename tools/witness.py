@@ -17,6 +17,7 @@ import csv
 import json
 import random
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,20 +419,28 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
     names = list(dict.fromkeys(row["ranked by"] for row in rows))
     for i, name in enumerate(names):
         mine = sorted((r for r in rows if r["ranked by"] == name), key=lambda r: r["retention"])
         y = [r["kl"] for r in mine]
         spread = [[a - r["kl low"] for a, r in zip(y, mine, strict=True)],
                   [r["kl high"] - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
-        axis.errorbar([100 * r["retention"] for r in mine], y, spread, label=name, marker="osD^vPX*<>h"[i % 11],
-                      color=plt.get_cmap("tab20")(i % 20), markersize=4, linewidth=1.2, capsize=2)  # fmt: skip
-    axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None), xlim=(0, None),
-             title="SmolLM2-135M: what pruning a passage costs")  # fmt: skip
+        label = textwrap.fill(name.replace(",", ", "), 50).replace(", ", ",")
+        axis.errorbar([100 * r["kept"] for r in mine], y, spread, label=label, marker="osD^vPX*<>h"[i % 11],
+                      color=colour(name), linestyle=("-", "--", ":")[i % 3], markersize=4, capsize=2)  # fmt: skip
+    axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None), xlim=(0, None))
+    axis.set_title("SmolLM2-135M: what pruning a passage costs, by --prune (bars: 95 % intervals)", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title="purple: look-ahead rows")
     figure.savefig(path, dpi=120)
+
+
+def colour(name):
+    """Of a line in the figure: by what tokens are ranked by."""
+    if name in ("random", "grid"):
+        return "black"
+    return "0.55" if name == ORACLE else "#882255" if "query=lookahead" in name else "#0072B2"
 
 
 # ---------------------------------------------------------------- command
