@@ -2,14 +2,16 @@
 
     load("assets/demo").ask("How many objects are there?", "x.png", prune="plphp", retention=0.5)
 
-Reading order: generate, llama, cache, llava, clip, image, tokenizer, load, config (as in README.md).
+Reading order: generate, llama, cache, view, llava, clip, image, tokenizer, load, config (as in README.md).
 """
 
 from .api import PruneLike
+from .batch import Batch, out_of_memory
 from .config import InputError
-from .generate import Batch, Generation, Sampling, ask, out_of_memory
+from .generate import Generation, ask
 from .image import PictureLike
 from .load import Checkpoint, load, open_checkpoint
+from .sampling import Sampling
 
 __version__ = "0.1.0"
 

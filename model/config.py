@@ -297,3 +297,9 @@ def _refuse_unknown(config):
     for holds, what, understood in known:
         if not holds:
             raise InputError(f"config.json asks for {what}; only {understood} can be used")
+
+
+def brief(value):
+    """A value for an error message: simple values are shown, up to 60 characters, others by their type."""
+    simple = value is None or isinstance(value, str | bool | int | float)
+    return repr(value)[:60] if simple else f"a {type(value).__name__}"

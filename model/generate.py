@@ -1,23 +1,19 @@
 """Ask a loaded checkpoint a question: generate an answer from prompt and pictures, as a stream of text."""
 
 import copy
-import math
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from numbers import Integral, Real
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
-from kernels import window_scores
 from kernels.backend import BACKENDS, choose_backend
 
 from .api import Method, PruneLike, choose_method
 from .cache import RaggedCache
-from .config import InputError, plain_text
+from .config import InputError, brief, plain_text
 from .image import (
     Pictures,
     as_list,
@@ -32,174 +28,9 @@ from .image import (
 )
 from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
+from .sampling import Chooser, Sampling, Writer
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
-from .view import contrast_of, places_of
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen and when the answer ends. InputError for invalid values."""
-
-    max_new_tokens: int = 256  # at least 1
-    temperature: float = 0.0  # 0: greedy
-    top_k: int | None = None  # at least 1; None: all tokens
-    top_p: float | None = None  # above 0, up to 1; None: no limit
-    seed: int = 0  # 0 to 2**64 - 1
-    stop: str | Collection[str] | None = ()  # strings that end the answer, themselves excluded; or one such string
-
-    def __post_init__(self):
-        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, list | tuple | set | frozenset) or not all(
-            isinstance(s, str) and plain_text(s) for s in stop
-        ):
-            raise InputError(f"stop is {_brief(self.stop)}; give a non-empty string or a list of such strings")
-        object.__setattr__(self, "stop", tuple(map(plain_text, stop)))  # the class is frozen
-        for name, kind, low, high, wanted in (
-            ("max_new_tokens", Integral, 1, math.inf, "an integer of at least 1"),
-            ("temperature", Real, 0, 1e4, "a number from 0 (greedy) to 10000"),
-            ("top_k", Integral, 1, math.inf, "an integer of at least 1, or None for all tokens"),
-            ("top_p", Real, 5e-324, 1, "a number above 0 and up to 1, or None for no limit"),
-            ("seed", Integral, 0, 2**64 - 1, "an integer from 0 to 2**64 - 1"),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("top_k", "top_p"):
-                continue
-            # NaN fails the comparison
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                raise InputError(f"{name} is {_brief(value)}; give {wanted}")
-            if kind is Integral:  # NumPy's integers too
-                object.__setattr__(self, name, int(value))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a pruning method receives besides the scores: the prompt's layout and, if it asks for them, layer values."""
-
-    num_layers: int  # L
-    q_heads: int  # Hq
-    kv_heads: int  # Hkv
-    tokens: int  # T, with each picture as its vision tokens
-    spans: list[tuple[int, int]]  # [(start, stop)] of each picture among the T tokens
-    device: torch.device
-    attended: torch.Tensor | None = None  # (Hkv, T) fp32, attention of the last 32 rows, if `sink_keys` is set
-    last: torch.Tensor | None = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
-    norms: torch.Tensor | None = None  # (Hkv, T) fp32, L1 norms of the layer's values, if `values` is set
-    places: list[torch.Tensor] | None = (
-        None  # per picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
-    )
-    contrast: list[torch.Tensor] | None = (
-        None  # per picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
-    )
-
-    @cached_property
-    def text(self) -> torch.Tensor:
-        """(T,) bool: True for tokens outside pictures."""
-        mask = torch.ones(self.tokens, dtype=torch.bool, device=self.device)
-        for start, stop in self.spans:
-            mask[start:stop] = False
-        return mask
-
-
-class Pruner:
-    """Applies a pruning method to the layers of one prefill: scores from a layer's q and k -> tokens that are kept.
-
-    text      per layer, number of text tokens that it saw; they are always kept
-    layout    the prompt as the current layer sees it
-    seconds   time spent on scoring and choosing; see `timed` in Generation
-    masks     with `remember`: (Hkv, T) bool per layer, the tokens of the whole prompt that each head keeps
-    """
-
-    def __init__(self, method, layout, backend="auto", timed=False, ahead=0, remember=False):
-        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v."""
-        self.method, self.layout, self.backend, self.timed, self.ahead = method, layout, backend, timed, ahead
-        self.text, self.seconds = [], 0.0
-        self.masks = [] if remember else None
-        self.tokens = layout.tokens  # in the whole prompt
-        self.rows = torch.arange(layout.tokens, device=layout.device)  # indices of those that the current layer sees
-
-    def choose(self, layer, q, k, v):
-        """Which of the T prompt tokens each head keeps: (Hkv, T) bool, or None for all.
-
-        q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D).
-        """
-        keep = None
-        if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
-            start = clock(k.device, self.timed)
-            layout = self._guarded(q, k)
-            if self.method.settings.get("values"):
-                layout = replace(layout, norms=v[0, :, : layout.tokens].float().norm(1, dim=-1))
-            if getattr(self.method.rule, "wants_last_row", False):
-                layout = replace(layout, last=self._scores(q, k, 1))
-            keep = self._heed(self.method.choose, layer, self._ranking(q, k), layout)
-            self.seconds += clock(k.device, self.timed) - start
-        self.text.append(self.layout.tokens - sum(b - a for a, b in self.layout.spans))
-        if self.masks is not None:
-            self.masks.append(self._of_the_prompt(keep))
-        return keep
-
-    def _of_the_prompt(self, keep):
-        """keep (Hkv, tokens that the layer sees) or None for all -> (Hkv, T) bool over the whole prompt."""
-        mask = torch.zeros(self.layout.kv_heads, self.tokens, dtype=torch.bool, device=self.rows.device)
-        mask[:, self.rows] = True if keep is None else keep
-        return mask
-
-    def kept(self, cache):
-        """Vision tokens kept per KV head in the prompt's cache: a float per layer, averaged over its heads."""
-        return [n - text for n, text in zip(cache.kv_len.double().mean(1).tolist(), self.text, strict=True)]
-
-    def narrow(self, layer, q, k, v):
-        """The tokens that later layers process: ascending indices (T',), or None for all. q, k, v: as in `choose`."""
-        if not self.layout.spans or self.method.layer != layer + 1:
-            return None
-        start = clock(k.device, self.timed)
-        keep = self._heed(self.method.narrow, self._ranking(q, k), self._guarded(q, k))
-        rows = keep.nonzero()[:, 0]
-        self.rows = self.rows[rows]
-        before = [0, *keep.cumsum(0).tolist()]
-        spans, left = self.layout.spans, keep.cpu()
-
-        def thinned(views):
-            return views and [view[left[a:b]] for view, (a, b) in zip(views, spans, strict=True)]
-
-        self.layout = replace(
-            self.layout, tokens=len(rows), spans=[(before[a], before[b]) for a, b in spans],
-            places=thinned(self.layout.places), contrast=thinned(self.layout.contrast),
-        )  # fmt: skip
-        self.seconds += clock(k.device, self.timed) - start
-        return rows
-
-    def _guarded(self, q, k):
-        """The layout, with `attended` filled in if the setting `sink_keys` is not 0."""
-        if not self.method.settings.get("sink_keys"):
-            return self.layout
-        attended = self._scores(q, k, 32).view(self.layout.kv_heads, -1, self.layout.tokens).mean(1)
-        return replace(self.layout, attended=attended)
-
-    def _ranking(self, q, k):
-        """What the method ranks by, (Hq, T) fp32, or None."""
-        return self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
-
-    def _scores(self, q, k, window):
-        """(Hq, T) fp32: mean attention of the last `window` rows that follow the last picture. None if window is 0."""
-        behind = self.layout.tokens - self.layout.spans[-1][1]
-        rows = min(window, max(1, behind))
-        if not rows:
-            return None
-        end = q.shape[2] - self.ahead
-        asking, keys = q[0, :, end - rows : end], k[0, :, : self.layout.tokens]
-        return window_scores(asking, keys, group="none", backend=self.backend)
-
-    def _ahead(self, q, k):
-        """(Hq, T) fp32: attention of the look-ahead rows to the prompt, averaged over them."""
-        scores = window_scores(q[0, :, -self.ahead :], k[0], group="none", backend=self.backend)
-        return scores[:, : self.layout.tokens]
-
-    def _heed(self, ask, *arguments):
-        """Call a function of the method; the ValueError for what it returned becomes an InputError."""
-        try:
-            return ask(*arguments)
-        except ValueError as wrong:
-            raise InputError(str(wrong)) from wrong
+from .view import Layout, Pruner, clock, contrast_of, places_of
 
 
 class Generation:
@@ -266,7 +97,7 @@ class Generation:
             ("before", before, Generation | None, "the Generation that this question follows"),
         ):
             if not isinstance(given, kinds):
-                raise InputError(f"{what} is {_brief(given)}; give {wanted}")
+                raise InputError(f"{what} is {brief(given)}; give {wanted}")
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.prune = choose_method(prune, checkpoint.folder)
         self.backend, self.compile, self.timed, self.remember = backend, compile, timed, remember
@@ -440,7 +271,7 @@ class Generation:
         self.failure = None  # in a Batch: the exception that ended this generation
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.room)
-        self._writer = _Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
+        self._writer = Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[str]:
@@ -600,12 +431,6 @@ class PlainStep:
             raise
 
 
-def _brief(value):
-    """A value for an error message: simple values are shown, up to 60 characters, others by their type."""
-    simple = value is None or isinstance(value, str | bool | int | float)
-    return repr(value)[:60] if simple else f"a {type(value).__name__}"
-
-
 def ask(checkpoint: Checkpoint, prompt: str, images: Pictures = (), prune: PruneLike = None, **options: Any) -> str:
     """Return the whole answer as a string. images, prune, errors: see `Generation`; options: fields of Sampling."""
     generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
@@ -641,222 +466,3 @@ def next_turn(checkpoint, cache, ids, pixels=()):
     if len(x) > room:
         raise InputError(f"the turn needs {len(x)} tokens, the context has room for {room}; start a new conversation")
     return model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
-
-
-def clock(device, wait):
-    """The time in seconds. wait: first synchronise a CUDA device, so that the time includes its work."""
-    if wait and device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-class Chooser:
-    """Chooses the next token of one answer: logits -> id, on their device; -1 if they are not finite."""
-
-    def __init__(self, sampling, never, device):
-        """never: ids that must not be chosen."""
-        self.sampling, self.never = sampling, torch.tensor(never, dtype=torch.long, device=device)
-        self.generator = torch.Generator(device).manual_seed(sampling.seed)
-
-    def __call__(self, logits):
-        """logits (V,) -> id (1,)."""
-        sampling, (token, logits) = self.sampling, self.greedy(logits[None])
-        if sampling.temperature > torch.finfo(logits.dtype).tiny:  # below that, sampling is greedy
-            weights = probabilities(logits[0], sampling.temperature, sampling.top_k, sampling.top_p)
-            noise = torch.empty_like(weights).exponential_(generator=self.generator)
-            # the same as multinomial, without the synchronisation of its checks
-            token = torch.where(token < 0, token, (weights / noise).argmax(-1))
-        return token
-
-    def greedy(self, logits):
-        """logits (B, V) -> the best ids (B,), and the logits (B, V) in fp32 with -inf for `never`."""
-        logits = logits.float().index_fill(-1, self.never, float("-inf"))
-        best, token = logits.max(-1)
-        return torch.where(best.isfinite(), token, -1), logits  # a NaN makes the maximum NaN
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """True if the exception is an out-of-memory error, of the host or of a device."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
-
-
-class Batch:
-    """Generations that decode together, so that each step reads the weights once for all of them.
-
-    Each one is prefilled separately when it is added, at any time. When its answer ends, it is removed and its K and V
-    are freed: there is no padding and no waiting for the longest. Answers do not depend on each other, except for the
-    rounding of matrix products of different sizes. All must use the same checkpoint and backend.
-
-        batch = Batch()
-        batch.add(Generation(...))
-        while batch:
-            for generation in batch.advance():
-                print(generation.text)
-
-    A generation with non-finite logits is removed too; its `failure` is the exception.
-    """
-
-    def __init__(self) -> None:
-        self.running: list[Generation] = []  # generations, in the order of the cache's sequences
-        self._choosers, self._over = [], []
-        self.cache = self._step = self._ids = None
-
-    def __len__(self) -> int:
-        """Number of generations that were added and not yet returned by `advance`."""
-        return len(self.running) + len(self._over)
-
-    @torch.inference_mode()
-    def add(self, generation: Generation) -> None:
-        """Prefill a generation and add it. If its first token was its last, the next `advance` returns it.
-
-        InputError for another checkpoint or backend, ValueError if it is already in the batch.
-        """
-        if not isinstance(generation, Generation):
-            raise InputError(f"a batch takes one Generation at a time, not {_brief(generation)}; add one")
-        if self.running and generation.checkpoint is not self.running[0].checkpoint:
-            raise InputError("a batch has one checkpoint; start another batch for this one")
-        if self.running and generation.way != self.running[0].way:
-            raise InputError("a batch has one backend; start another batch for this one")
-        if any(generation is other for other in (*self.running, *self._over)):
-            raise ValueError("this generation is already in the batch; add another")
-        generation._begin()
-        logits = generation.prefill()
-        chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
-        ids = chooser(logits)
-        self._take(generation, ids.item())
-        own, generation.cache = generation.cache, None  # its K and V move to the batch's cache
-        if generation.over:
-            self._over.append(generation)
-            return
-        ids = torch.cat((self._ids, ids)) if self.running else ids
-        self.cache = RaggedCache.join([self.cache, own]) if self.running else own
-        self._ids = ids
-        self.running.append(generation)
-        self._choosers.append(chooser)
-        self._step = generation.checkpoint.step(generation.checkpoint.model.language_model, self.cache)
-
-    @torch.inference_mode()
-    def advance(self) -> list[Generation]:
-        """Decode one token for each generation -> those that have ended, in no particular order.
-
-        Each entry of `timing["steps"]` is the duration of the whole batch's step. If memory runs out, the step is
-        either undone or complete; in both cases call `advance` again to continue.
-        """
-        self._dismiss()  # removes generations that could not be removed before, when memory ran out
-        if self.running:
-            start = time.perf_counter()
-            logits = self._step(self._ids)
-            try:
-                ids = self._next(logits)
-                tokens = ids.tolist()
-            except BaseException:  # out of memory: undo the step, so that it can be repeated
-                self.cache.give_back()
-                raise
-            self._ids = ids
-            seconds = time.perf_counter() - start
-            for generation, token in zip(self.running, tokens, strict=True):
-                self._take(generation, token)
-                generation.timing["steps"].append(seconds)  # shared
-            self._dismiss()
-        over, self._over = self._over, []
-        return over
-
-    def _take(self, generation, token):
-        """`generation.take`; an error ends only this generation."""
-        try:
-            generation.take(token)
-        except RuntimeError as broken:
-            generation.failure = broken
-
-    def _next(self, logits):
-        """logits (B, V) -> next ids (B,)."""
-        if all(chooser.sampling.temperature == 0 for chooser in self._choosers):
-            return self._choosers[0].greedy(logits)[0]
-        return torch.cat([chooser(row) for chooser, row in zip(self._choosers, logits, strict=True)])
-
-    def _dismiss(self):
-        """Remove the generations that have ended and free their memory."""
-        stay = [i for i, generation in enumerate(self.running) if not generation.over]
-        if len(stay) == len(self.running):
-            return
-        ids = self._ids[stay]
-        if stay:
-            self.cache.select(stay)  # nothing below can fail before all fields are updated
-        self._over += [generation for generation in self.running if generation.over]
-        self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
-        self._ids = ids
-        if stay:
-            self.cache.repack(max(1, self.cache.room))
-        else:
-            self.cache = self._step = self._ids = None
-
-
-def answer_together(begin, questions, size):
-    """Answer the questions, `size` at a time. Returns a list: for each question its answer, or the exception.
-
-    begin(question): returns its Generation or raises InputError.
-    """
-    batch, answers, places = Batch(), [None] * len(questions), {}
-
-    def collect():
-        for generation in batch.advance():
-            answers[places.pop(generation)] = generation.failure or generation.text
-
-    for place, question in enumerate(questions):
-        try:
-            generation = begin(question)
-            batch.add(generation)
-            places[generation] = place
-        except InputError as wrong:
-            answers[place] = wrong
-        while len(batch) >= size:
-            collect()
-    while batch:
-        collect()
-    return answers
-
-
-def probabilities(logits, temperature, top_k=None, top_p=None):
-    """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set of these with mass top_p.
-
-    Returns (V,) in the dtype of logits. top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, even if
-    it alone exceeds top_p. Ties go to the lower index, as in greedy decoding.
-    """
-    limits = torch.finfo(logits.dtype)  # the temperature must not round to 0 or infinity
-    logits = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)  # the best is 0
-    if top_k is not None or top_p is not None:
-        logits, order = logits.sort(descending=True, stable=True)
-        if top_k is not None:
-            logits[top_k:] = float("-inf")
-        if top_p is not None and top_p < 1:
-            weights = logits.softmax(-1)
-            before = weights.cumsum(-1) - weights  # mass of all better tokens
-            before[0] = -1.0  # a tiny top_p rounds to 0 in fp32
-            logits = logits.masked_fill(before >= top_p, float("-inf"))
-        logits = torch.empty_like(logits).scatter_(0, order, logits)
-    return logits.softmax(-1)
-
-
-class _Writer:
-    """Converts ids to text; holds back text that might be the start of a stop string."""
-
-    def __init__(self, detokenizer, stop):
-        self.detokenizer, self.stop, self.held, self.stopped = detokenizer, tuple(stop), "", False
-
-    def push(self, token):
-        """The text that can be shown after one more id; sets `stopped` when a stop string is complete."""
-        self.held += self.detokenizer.push(token)
-        found = [self.held.find(s) for s in self.stop if s in self.held]
-        if found:
-            self.held, self.stopped = self.held[: min(found)], True
-            return self.flush()
-        keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return ready
-
-    def flush(self):
-        """The text still held back, at the end of the answer."""
-        rest, self.held = self.held + ("" if self.stopped else self.detokenizer.flush()), ""
-        return rest

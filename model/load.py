@@ -113,7 +113,8 @@ class Checkpoint:
         image_mode: str = "auto",
     ) -> Iterator[str]:
         """Yields the answer in pieces as it is generated. Arguments and errors as in `ask`; InputError at the call."""
-        from .generate import Generation, Sampling, off_budget  # imports this module
+        from .generate import Generation, off_budget  # imports this module
+        from .sampling import Sampling  # imports this module
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
@@ -155,7 +156,9 @@ class Checkpoint:
         A question that cannot be answered does not stop the others: its place in the list holds the InputError, or the
         RuntimeError if the model produced NaN. Errors in other arguments and lack of memory are raised.
         """
-        from .generate import Generation, Sampling, answer_together
+        from .batch import answer_together
+        from .generate import Generation
+        from .sampling import Sampling
 
         if not isinstance(questions, list | tuple):
             raise InputError(f"questions is {str(questions)[:80]!r}; give a list of strings or pairs (text, pictures)")

@@ -122,7 +122,7 @@ MUTANTS = {
         "test_evaluate.py::test_fitted_thresholds_divide_the_layers_into_thirds",
     ),
     "query is ignored": (
-        "model/generate.py",
+        "model/view.py",
         "self._ahead(q, k) if self.method.looks_ahead else",
         "self._ahead(q, k) if self.method.layer else",
         "test_lookahead.py::test_methods_rank_by_the_rows",
@@ -500,7 +500,7 @@ MUTANTS = {
         "test_methods.py::test_fastv_is_hiding_columns_from_every_row_of_later_layers",
     ),
     "text counts as kept": (
-        "model/generate.py",
+        "model/view.py",
         "return [n - text for",
         "return [n for",
         "test_methods.py::test_fastv_frees_the_later_layers",
@@ -656,7 +656,7 @@ MUTANTS = {
         "test_memory.py::test_the_bandwidth_is_measured_within_what_is_free",
     ),
     "every answer is timed": (
-        "model/generate.py",
+        "model/view.py",
         'if wait and device.type == "cuda":',
         'if device.type == "cuda":',
         "test_run.py::test_the_clock_waits_for_cuda_and_only_if_asked",
@@ -758,13 +758,13 @@ MUTANTS = {
         "test_next.py::test_sparse_configs_resolve_to_the_published_shapes",
     ),
     "a finished sequence stays in the batch": (
-        "model/generate.py",
+        "model/batch.py",
         "if not generation.over]",
         "]",
         "test_batch.py::test_a_batch_needs_no_padding_and_gives_memory_back",
     ),
     "a sequence leaves the batch with another's ids": (
-        "model/generate.py",
+        "model/batch.py",
         "ids = self._ids[stay]",
         "ids = self._ids[: len(stay)]",
         "test_batch.py::test_a_batch_says_what_each_would_say_alone",
@@ -776,7 +776,7 @@ MUTANTS = {
         "test_batch.py::test_keep_moves_the_rows_of_those_who_stay",
     ),
     "one generator for all of a batch": (
-        "model/generate.py",
+        "model/batch.py",
         "return torch.cat([chooser(row) for chooser, row in zip(self._choosers, logits, strict=True)])",
         "return torch.cat([self._choosers[0](row) for row in logits])",
         "test_batch.py::test_sampling_in_a_batch_is_that_of_each_alone",
@@ -992,7 +992,7 @@ MUTANTS = {
         "test_pruning.py::test_ties_go_to_the_lower_index",
     ),
     "text is dropped": (
-        "model/generate.py",
+        "model/view.py",
         "mask = torch.ones(self.tokens",
         "mask = torch.zeros(self.tokens",
         f"{METHOD}test_guards_and_text_wherever_the_pictures_are",
@@ -1034,7 +1034,7 @@ MUTANTS = {
         "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
     ),
     "a prompt is narrowed by its last row": (
-        "model/generate.py",
+        "model/view.py",
         "self._heed(self.method.narrow, self._ranking(q, k),",
         "self._heed(self.method.narrow, self._scores(q, k, 1),",
         "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
@@ -1058,19 +1058,19 @@ MUTANTS = {
         f"{METHOD}test_an_error_in_ones_own_code_is_told_with_its_line",
     ),
     "FastV looks a layer too late": (
-        "model/generate.py",
+        "model/view.py",
         "self.method.layer != layer + 1",
         "self.method.layer != layer",
         f"{METHOD}test_fastv_is_hiding_columns_from_every_row_of_later_layers",
     ),
     "the window reaches into the picture": (
-        "model/generate.py",
+        "model/view.py",
         "rows = min(window, max(1, behind))",
         "rows = min(window, self.layout.tokens)",
         f"{METHOD}test_kept_sets_and_ids_are_those_of_transformers_with_masks",
     ),
     "values are weighed by their L2 norm": (
-        "model/generate.py",
+        "model/view.py",
         ".float().norm(1, dim=-1)",
         ".float().norm(2, dim=-1)",
         f"{METHOD}test_value_norms_weigh_the_attention",
@@ -1166,7 +1166,7 @@ MUTANTS = {
         "test_show.py::test_a_picture_in_four_parts_is_joined_in_its_order",
     ),
     "masks forget which tokens have left the prompt": (
-        "model/generate.py",
+        "model/view.py",
         "        self.rows = self.rows[rows]\n",
         "        self.rows = self.rows[: len(rows)]\n",
         "test_show.py::test_fastv_drops_for_all_later_layers_and_the_last_row_goes_on",
@@ -1286,7 +1286,7 @@ MUTANTS = {
         "test_view.py::test_tiles_say_where_in_the_picture_they_look",
     ),
     "places stay when tokens leave": (
-        "model/generate.py",
+        "model/view.py",
         "places=thinned(self.layout.places)",
         "places=self.layout.places",
         "test_view.py::test_places_follow_what_leaves_the_prompt",
@@ -1388,7 +1388,7 @@ MUTANTS = {
         "test_plphp.py::test_ada_divides_the_same_budget_unevenly",
     ),
     "scores of the wrong rows": (
-        "model/generate.py",
+        "model/view.py",
         "q[0, :, end - rows : end]",
         "q[0, :, :rows]",
         "test_pruning.py::test_scores_are_the_attention_of_the_last_rows",
@@ -1472,7 +1472,7 @@ MUTANTS = {
         "test_generate.py::test_length_and_stop_are_told_apart",
     ),
     "stop string not held back": (
-        "model/generate.py",
+        "model/sampling.py",
         "range(1, len(s))",
         "range(1, 1)",
         "test_generate.py::test_stop_strings_are_found_however_the_text_arrives",
@@ -1484,31 +1484,31 @@ MUTANTS = {
         "test_generate.py::test_padding_vocabulary_and_image_ids_are_never_said",
     ),
     "top_p drops the token that crosses it": (
-        "model/generate.py",
+        "model/sampling.py",
         "before = weights.cumsum(-1) - weights",
         "before = weights.cumsum(-1)",
         TOP,
     ),
     "top_k keeps one more": (
-        "model/generate.py",
+        "model/sampling.py",
         'logits[top_k:] = float("-inf")',
         'logits[top_k + 1 :] = float("-inf")',
         TOP,
     ),
     "a tiny temperature is 0": (
-        "model/generate.py",
+        "model/sampling.py",
         "min(max(temperature, limits.tiny), limits.max)",
         "min(temperature, limits.max)",
         "test_generate.py::test_tiny_numbers_leave_the_best_token",
     ),
     "a tiny top_p leaves nothing": (
-        "model/generate.py",
+        "model/sampling.py",
         "            before[0] = -1.0",
         "            before[0] = 0.0",
         "test_generate.py::test_tiny_numbers_leave_the_best_token",
     ),
     "a denormal temperature samples": (
-        "model/generate.py",
+        "model/sampling.py",
         "if sampling.temperature > torch.finfo(logits.dtype).tiny:",
         "if sampling.temperature > 0:",
         "test_generate.py::test_of_equal_logits_the_greedy_one_is_the_best",
@@ -1520,7 +1520,7 @@ MUTANTS = {
         "test_run.py::test_an_empty_question_is_refused_wherever_it_comes_from",
     ),
     "global random state": (
-        "model/generate.py",
+        "model/sampling.py",
         ".exponential_(generator=self.generator)",
         ".exponential_()",
         "test_generate.py::test_sampling_is_repeatable_and_depends_on_the_seed",
@@ -1790,13 +1790,13 @@ MUTANTS = {
         "test_api.py::test_arguments_that_cannot_be_used_are_refused_in_one_line",
     ),
     "a broken answer is an empty text": (
-        "model/generate.py",
+        "model/batch.py",
         "= generation.failure or generation.text",
         "= generation.text",
         "test_api.py::test_many_questions_are_answered_in_order_whatever_befalls_one",
     ),
     "a bad question ends the others": (
-        "model/generate.py",
+        "model/batch.py",
         "            answers[place] = wrong\n",
         "            raise wrong\n",
         "test_api.py::test_many_questions_are_answered_in_order_whatever_befalls_one",
@@ -1935,19 +1935,19 @@ MUTANTS = {
         "test_image.py::test_a_crop_that_drops_more_than_a_tenth_says_so",
     ),
     "a stop text split into letters": (
-        "model/generate.py",
+        "model/sampling.py",
         "else (self.stop,) if isinstance(self.stop, str) else self.stop",
         "else self.stop if not isinstance(self.stop, str) else tuple(self.stop)",
         "test_generate.py::test_a_stop_text_is_one_text",
     ),
     "no limit of new tokens": (
-        "model/generate.py",
+        "model/sampling.py",
         '("max_new_tokens", Integral, 1, math.inf,',
         '("max_new_tokens", Integral, 0, math.inf,',
         "test_generate.py::test_sampling_without_sense_is_refused",
     ),
     "booleans are numbers": (
-        "model/generate.py",
+        "model/sampling.py",
         "if isinstance(value, bool) or not isinstance(value, kind)",
         "if not isinstance(value, kind)",
         "test_generate.py::test_sampling_without_sense_is_refused",
@@ -1959,7 +1959,7 @@ MUTANTS = {
         "test_generate.py::test_one_answer_cannot_be_written_twice_at_once",
     ),
     "a batch of two backends": (
-        "model/generate.py",
+        "model/batch.py",
         "if self.running and generation.way != self.running[0].way:",
         "if False:",
         "test_batch.py::test_a_batch_is_of_one_backend",

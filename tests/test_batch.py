@@ -11,8 +11,8 @@ from test_parity import noise
 from model import Batch, Generation, InputError, Sampling, load
 from model.cache import RaggedCache
 from model.fast import FastStep
-from model.generate import Chooser
 from model.pruning import make_method
+from model.sampling import Chooser
 from tests.paths import ROOT
 
 DEMO = ROOT / "assets" / "demo"

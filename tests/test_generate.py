@@ -16,8 +16,8 @@ from PIL import Image
 from model import Generation, InputError, Sampling, ask, load, open_checkpoint
 from model.cache import RaggedCache
 from model.config import TextConfig
-from model.generate import Chooser, _Writer, probabilities
 from model.llama import rope_table, rotate
+from model.sampling import Chooser, Writer, probabilities
 from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import torch_random
@@ -334,7 +334,7 @@ class Letters:
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
 @settings(max_examples=200, deadline=None)
 def test_stop_strings_are_found_however_the_text_arrives(text, stop):
-    writer, out = _Writer(Letters(), stop), ""
+    writer, out = Writer(Letters(), stop), ""
     for letter in text:
         out += writer.push(letter)
         if writer.stopped:

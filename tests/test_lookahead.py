@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from kernels import window_scores
 from model import Batch, Generation, Sampling, load
 from model.cache import RaggedCache
-from model.generate import Layout
 from model.llama import rope_table
 from model.lookahead import Lookahead, fill_lookahead, open_lookahead, weights_sample
 from model.pruning import make_method
 from model.pruning.budget import grid_phase
+from model.view import Layout
 from tools import train_lookahead
 from tools.replay import asked_with
 from tools.train_lookahead import Example, divergence, freeze, predict

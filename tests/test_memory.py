@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from model import fast, open_checkpoint
 from model.cache import RaggedCache
 from model.config import TextConfig
-from model.generate import Layout, Pruner
 from model.llama import Llama
 from model.pruning import make_method
+from model.view import Layout, Pruner
 from tests.test_cache import live_bytes
 from tools.report import free_memory, measure_bandwidth
 from tools.roofline import shape_of

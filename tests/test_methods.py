@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 import run
 from model import Generation, Sampling, load, out_of_memory
 from model.cache import RaggedCache
-from model.generate import Layout, Pruner
 from model.pruning import GUARDS, METHODS, Method, MethodError, guarded, make_method, settings_of
 from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
 from model.pruning.describe import describe, meanings, shown
+from model.view import Layout, Pruner
 from tests.oracle import masked_batch, masked_ids, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import torch_random

@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Generation, Sampling, load
+from model.batch import Batch
 from model.cache import RaggedCache
 from model.fast import FastStep
-from model.generate import Batch, PlainStep
+from model.generate import PlainStep
 from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import torch_random

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model import Generation, Sampling, load
-from model.generate import Layout
 from model.pruning import make_method
 from model.pruning.plphp import Plphp, PlphpAda, gamma
+from model.view import Layout
 from tests.oracle import masked_ids
 from tests.paths import DEMO, DEMO_PICTURE
 

@@ -11,9 +11,9 @@ import torch
 
 from model import Generation, InputError, Sampling, load
 from model.cache import RaggedCache
-from model.generate import Layout
 from model.pruning import METHODS, Method, make_method
 from model.pruning.budget import best, budget
+from model.view import Layout
 from tests.oracle import masked_ids
 from tests.paths import DEMO, DEMO_PICTURE
 

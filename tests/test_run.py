@@ -280,10 +280,10 @@ def shown(encoding, *args):
     ("encoding", "end"), [("utf-8", "é→😀"), ("cp1252", "é\\u2192\\U0001f600"), ("ascii", "\\xe9\\u2192\\U0001f600")]
 )
 def test_an_answer_that_the_terminal_cannot_show_is_not_lost(monkeypatch, tmp_path, encoding, end):
-    import model.generate
+    import model.sampling
 
-    flush = model.generate._Writer.flush
-    monkeypatch.setattr(model.generate._Writer, "flush", lambda writer: flush(writer) + "é→😀")
+    flush = model.sampling.Writer.flush
+    monkeypatch.setattr(model.sampling.Writer, "flush", lambda writer: flush(writer) + "é→😀")
     picture = os.fsencode(tmp_path) + b"/\xff.png"  # not UTF-8
     try:
         shutil.copy(PICTURE, picture)
@@ -341,7 +341,7 @@ def test_windows_text_is_the_same_prompt(capsys, tmp_path, monkeypatch, source):
 def test_windows_text_is_the_same_prompt_however_it_is_given():
     """Line ends and byte-order marks from a shell variable, from Python or in a line of questions."""
     from model import Generation, InputError, load
-    from model.generate import Sampling
+    from model.sampling import Sampling
 
     checkpoint, text = load(DEMO), "What is\nthis?"
     for template in ("auto", "raw"):
@@ -896,13 +896,13 @@ def test_what_can_be_refused_is_refused_before_weights_are_read(refused, monkeyp
 @pytest.mark.parametrize("flags", [[], ["--no-stream"], ["--stats"], ["--json"], ["--compare"]])
 def test_only_who_reports_times_waits_for_the_device(capsys, monkeypatch, flags):
     waits = []
-    monkeypatch.setattr("model.generate.clock", lambda device, wait: waits.append(wait) or 0.0)
+    monkeypatch.setattr("model.view.clock", lambda device, wait: waits.append(wait) or 0.0)
     assert inside(capsys, *ASK, "--max-new-tokens", "2", "--prune", "fastv", *flags)[0] == 0
     assert len(waits) >= 5 and any(waits) == (flags not in ([], ["--no-stream"]))
 
 
 def test_the_clock_waits_for_cuda_and_only_if_asked(monkeypatch):
-    from model.generate import clock
+    from model.view import clock
 
     waited = []
     monkeypatch.setattr("torch.cuda.synchronize", waited.append)

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.config import InputError, read_config
-from model.generate import Generation, Sampling
+from model.generate import Generation
 from model.load import load
+from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 from tools import make_checkpoint, verify_checkpoint
 

@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from model import Generation, load
-from model.generate import Layout, Pruner
 from model.image import ImageSettings, kept_of_tiles, normalise, to_tiles
 from model.pruning import Method, make_method
-from model.view import contrast_of, places_of
+from model.view import Layout, Pruner, contrast_of, places_of
 from tests.paths import DEMO
 from tests.seeds import torch_random
 from tools import evaluate, scenes

@@ -52,8 +52,8 @@ from model import Generation, InputError, Sampling, load, open_checkpoint  # noq
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.fast import FastStep, arrange  # noqa: E402
-from model.generate import Layout, Pruner  # noqa: E402
 from model.pruning import make_method  # noqa: E402
+from model.view import Layout, Pruner  # noqa: E402
 from run import Parser, as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
 from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, random_language, version  # noqa: E402

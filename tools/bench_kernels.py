@@ -60,11 +60,11 @@ from model import InputError, load  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.fast import arrange  # noqa: E402
-from model.generate import Layout, Pruner  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.lookahead import Lookahead  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import PlphpAda  # noqa: E402
+from model.view import Layout, Pruner  # noqa: E402
 from run import Parser, as_command, choose_device, number  # noqa: E402
 from tools.report import measure_bandwidth  # noqa: E402
 

@@ -8,8 +8,8 @@ import torch
 
 from kernels import window_scores
 from model.cache import RaggedCache
-from model.generate import Layout, Pruner
 from model.pruning.budget import by_kv_head
+from model.view import Layout, Pruner
 
 
 class Asked:

@@ -14,7 +14,7 @@ scores (Hq, T) fp32: attention of each query head, averaged over the last `windo
 last picture. If the setting query is "lookahead", it is averaged over the look-ahead rows instead (`model.lookahead`).
 If a method has neither setting, `narrow` gets the attention of the last row, and the first stage gets None.
 
-layout: a `model.generate.Layout`; README.md lists its fields. A class may also have
+layout: a `model.view.Layout`; README.md lists its fields. A class may also have
 
     wants(layer, num_layers)       False for a layer that keeps all tokens and needs no scores
     check(num_layers, kv_heads)    raises a ValueError for an unsuitable model

@@ -1,0 +1,153 @@
+"""Many answers at a time, in one cache without padding."""
+
+import time
+
+import torch
+
+from .cache import RaggedCache
+from .config import InputError, brief
+from .generate import Generation
+from .sampling import Chooser
+
+
+class Batch:
+    """Generations that decode together, so that each step reads the weights once for all of them.
+
+    Each one is prefilled separately when it is added, at any time. When its answer ends, it is removed and its K and V
+    are freed: there is no padding and no waiting for the longest. Answers do not depend on each other, except for the
+    rounding of matrix products of different sizes. All must use the same checkpoint and backend.
+
+        batch = Batch()
+        batch.add(Generation(...))
+        while batch:
+            for generation in batch.advance():
+                print(generation.text)
+
+    A generation with non-finite logits is removed too; its `failure` is the exception.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Generation] = []  # generations, in the order of the cache's sequences
+        self._choosers, self._over = [], []
+        self.cache = self._step = self._ids = None
+
+    def __len__(self) -> int:
+        """Number of generations that were added and not yet returned by `advance`."""
+        return len(self.running) + len(self._over)
+
+    @torch.inference_mode()
+    def add(self, generation: Generation) -> None:
+        """Prefill a generation and add it. If its first token was its last, the next `advance` returns it.
+
+        InputError for another checkpoint or backend, ValueError if it is already in the batch.
+        """
+        if not isinstance(generation, Generation):
+            raise InputError(f"a batch takes one Generation at a time, not {brief(generation)}; add one")
+        if self.running and generation.checkpoint is not self.running[0].checkpoint:
+            raise InputError("a batch has one checkpoint; start another batch for this one")
+        if self.running and generation.way != self.running[0].way:
+            raise InputError("a batch has one backend; start another batch for this one")
+        if any(generation is other for other in (*self.running, *self._over)):
+            raise ValueError("this generation is already in the batch; add another")
+        generation._begin()
+        logits = generation.prefill()
+        chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
+        ids = chooser(logits)
+        self._take(generation, ids.item())
+        own, generation.cache = generation.cache, None  # its K and V move to the batch's cache
+        if generation.over:
+            self._over.append(generation)
+            return
+        ids = torch.cat((self._ids, ids)) if self.running else ids
+        self.cache = RaggedCache.join([self.cache, own]) if self.running else own
+        self._ids = ids
+        self.running.append(generation)
+        self._choosers.append(chooser)
+        self._step = generation.checkpoint.step(generation.checkpoint.model.language_model, self.cache)
+
+    @torch.inference_mode()
+    def advance(self) -> list[Generation]:
+        """Decode one token for each generation -> those that have ended, in no particular order.
+
+        Each entry of `timing["steps"]` is the duration of the whole batch's step. If memory runs out, the step is
+        either undone or complete; in both cases call `advance` again to continue.
+        """
+        self._dismiss()  # removes generations that could not be removed before, when memory ran out
+        if self.running:
+            start = time.perf_counter()
+            logits = self._step(self._ids)
+            try:
+                ids = self._next(logits)
+                tokens = ids.tolist()
+            except BaseException:  # out of memory: undo the step, so that it can be repeated
+                self.cache.give_back()
+                raise
+            self._ids = ids
+            seconds = time.perf_counter() - start
+            for generation, token in zip(self.running, tokens, strict=True):
+                self._take(generation, token)
+                generation.timing["steps"].append(seconds)  # shared
+            self._dismiss()
+        over, self._over = self._over, []
+        return over
+
+    def _take(self, generation, token):
+        """`generation.take`; an error ends only this generation."""
+        try:
+            generation.take(token)
+        except RuntimeError as broken:
+            generation.failure = broken
+
+    def _next(self, logits):
+        """logits (B, V) -> next ids (B,)."""
+        if all(chooser.sampling.temperature == 0 for chooser in self._choosers):
+            return self._choosers[0].greedy(logits)[0]
+        return torch.cat([chooser(row) for chooser, row in zip(self._choosers, logits, strict=True)])
+
+    def _dismiss(self):
+        """Remove the generations that have ended and free their memory."""
+        stay = [i for i, generation in enumerate(self.running) if not generation.over]
+        if len(stay) == len(self.running):
+            return
+        ids = self._ids[stay]
+        if stay:
+            self.cache.select(stay)  # nothing below can fail before all fields are updated
+        self._over += [generation for generation in self.running if generation.over]
+        self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
+        self._ids = ids
+        if stay:
+            self.cache.repack(max(1, self.cache.room))
+        else:
+            self.cache = self._step = self._ids = None
+
+
+def answer_together(begin, questions, size):
+    """Answer the questions, `size` at a time. Returns a list: for each question its answer, or the exception.
+
+    begin(question): returns its Generation or raises InputError.
+    """
+    batch, answers, places = Batch(), [None] * len(questions), {}
+
+    def collect():
+        for generation in batch.advance():
+            answers[places.pop(generation)] = generation.failure or generation.text
+
+    for place, question in enumerate(questions):
+        try:
+            generation = begin(question)
+            batch.add(generation)
+            places[generation] = place
+        except InputError as wrong:
+            answers[place] = wrong
+        while len(batch) >= size:
+            collect()
+    while batch:
+        collect()
+    return answers
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True if the exception is an out-of-memory error, of the host or of a device."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
