@@ -430,7 +430,7 @@ def answer(args):
 
     from model import Generation, open_checkpoint
     from model.image import read_image
-    from tools.report import CoreWait, Memory
+    from model.report import CoreWait, Memory
 
     device = choose_device(args.device)
     use_threads(args.threads)
@@ -477,7 +477,7 @@ def answer(args):
 def deliver(args, generation, load_seconds, memory):
     """Print the answer as it is generated, then the output of --json, --compare and --stats. Returns the exit code."""
     from model.generate import off_budget
-    from tools.report import report, stats
+    from model.report import report, stats
 
     stream = not (args.json or args.no_stream or args.lines)
     code = write(generation, stream)
@@ -546,7 +546,7 @@ def answer_lines(args, ask, load_seconds, memory):
 def converse(args, checkpoint, given, pictures, load_seconds, memory):
     """A conversation on the terminal. Returns the exit code."""
     from model.chat import Chat
-    from tools.report import report, stats
+    from model.report import report, stats
 
     def numbers(generation):
         took = report(generation, args.model, args.seed, load_seconds, memory.peak())
@@ -600,8 +600,8 @@ def introduce(args, checkpoint, generation):
 def answer_file(args):
     """Answer --questions into --answers. Returns the exit code."""
     from model import Generation, open_checkpoint
-    from tools.questions import Answers, in_folder, read_questions, run_file
-    from tools.report import CoreWait
+    from model.questions import Answers, in_folder, read_questions, run_file
+    from model.report import CoreWait
 
     questions = read_questions(args.questions, args.num_chunks or 1, args.chunk_idx or 0)
     device = choose_device(args.device)
@@ -647,16 +647,15 @@ def named_method(prune):
 
 def compare(generation, took):
     """Answer again without pruning; print the differences to stderr and add them to `took`. Returns the exit code."""
-    from tools.replay import along
-    from tools.report import comparison, differences
+    from model.report import comparison, differences
 
     if not generation.vision_tokens:
         say("there is no picture, so there is nothing to compare")
         return 0
     try:
-        reference = generation.unpruned()
+        reference = generation.again(None)
         "".join(reference)
-        took["compare"] = comparison(generation, reference, *along(reference, [generation.prune]))
+        took["compare"] = comparison(generation, reference)
     except KeyboardInterrupt:
         say("interrupted; the comparison is missing")
         return 130

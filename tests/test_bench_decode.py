@@ -12,11 +12,11 @@ import types
 import pytest
 import torch
 
-from model import load
+from model import load, report
 from model.cache import RaggedCache
 from model.config import TextConfig
 from tests.paths import DEMO
-from tools import bench_decode, report
+from tools import bench_decode
 from tools.bench_decode import Workload
 
 SMALL = TextConfig(

@@ -215,7 +215,7 @@ def test_what_was_dropped_stays_dropped_and_is_counted(demo):
     assert second.timing["prune"] == 0
     lengths = second.cache.kv_len.unique().tolist()
     assert lengths == [int(second.cache.pos[0]) - (256 - 77)]
-    again = second.unpruned()
+    again = second.again(None)
     "".join(again)
     assert again.retention == 1 and again.ids == second.ids
 
@@ -273,7 +273,7 @@ def talk(capsys, monkeypatch):
             return line
 
         monkeypatch.setattr(chat, "read_line", read)
-        monkeypatch.setattr("tools.report.measure_bandwidth", lambda device: 1e9)  # which takes a second
+        monkeypatch.setattr("model.report.measure_bandwidth", lambda device: 1e9)  # which takes a second
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
         code = run.main([*map(str, flags), "--device", "cpu"])
         return code, *capsys.readouterr()

@@ -11,13 +11,13 @@ import torch
 from model import Generation, Sampling, load
 from model.generate import next_turn
 from model.pruning import make_method
+from model.report import step_bytes
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tools import evaluate, roofline, scenes
 from tools.controls import Evidence, Like, ValuesDropped, neutral_rows, worth_of_rows
 from tools.evaluate import conversation, encode_scenes
 from tools.paired import interval, mcnemar, resamples
 from tools.replay import along, asked_by, asked_with, compare, replay
-from tools.report import step_bytes
 
 FULL = "plphp:dr=0.0,alpha=0.8177,beta=0.7349,skip=0,group=mean,values=false,scope=image,query=lookahead,cover=0.5"
 SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")

@@ -11,9 +11,9 @@ from model.cache import RaggedCache
 from model.config import TextConfig
 from model.llama import Llama
 from model.pruning import make_method
+from model.report import free_memory, measure_bandwidth
 from model.view import Layout, Pruner
 from tests.test_cache import live_bytes
-from tools.report import free_memory, measure_bandwidth
 from tools.roofline import shape_of
 
 CONFIG = TextConfig(

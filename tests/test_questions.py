@@ -478,7 +478,7 @@ def test_ctrl_c_keeps_what_is_answered(folder, capsys, monkeypatch):
 KILLER = """
 import os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
-import torch, run, tools.questions, tools.report, model, model.pruning
+import torch, run, model.questions, model.report, model, model.pruning
 torch.set_num_threads(1)
 rng, kills, wanted, argv = random.Random(5), 0, int(sys.argv[1]), sys.argv[2:]
 path = argv[argv.index("--answers") + 1]

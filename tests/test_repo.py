@@ -51,6 +51,11 @@ def test_folders_import_only_what_the_design_allows(folder):
         assert not foreign, f"{path.name} imports {foreign}"
 
 
+def test_what_run_py_needs_is_not_among_the_tools():
+    for path in (ROOT / "run.py", *(ROOT / "model").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        assert not {"tools", "tests", "run"} & set(imported(path)), path
+
+
 def test_flags_are_written_out():
     """Abbreviations are disabled, because a later flag could change their meaning."""
     for path in (ROOT / "run.py", *(ROOT / "tools").glob("*.py")):

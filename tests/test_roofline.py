@@ -141,7 +141,7 @@ def test_bandwidth_can_be_given_or_measured(capsys, monkeypatch):
     assert f"| {1e3 * DEMO_SHAPE.decode_flops(1) / 1e9:.3g} | products |" in given and "| memory |" not in given
     roofline.main([*stages, "--gpu", "L4", "--bandwidth", "2"])
     assert f"| {1e3 * decode:.3g} | memory |" in capsys.readouterr().out
-    monkeypatch.setattr("tools.report.measure_bandwidth", lambda device: 3e9)
+    monkeypatch.setattr("model.report.measure_bandwidth", lambda device: 3e9)
     roofline.main([*stages, "--measure"])
     measured = capsys.readouterr().out
     assert "3 GB/s, flops unknown" in measured and "by bytes alone" in measured

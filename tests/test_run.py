@@ -158,7 +158,7 @@ def test_compare_shows_both_answers_and_where_they_part(capsys, spec, tokens):
 
 
 def test_compare_without_a_picture_or_with_ctrl_c(capsys, monkeypatch):
-    from tools import replay
+    from model import report
 
     code, out, err = inside(
         capsys, "--prompt", "What?", "--max-new-tokens", "3", "--prune", "fastv", "--compare", "--json"
@@ -168,7 +168,7 @@ def test_compare_without_a_picture_or_with_ctrl_c(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(replay, "along", interrupt)
+    monkeypatch.setattr(report, "logits_along", interrupt)
     code, out, err = inside(capsys, *ASK, "--prune", "random", "--compare", "--json")
     assert code == 130 and json.loads(out)["text"] and "the comparison is missing" in err
 
@@ -426,7 +426,7 @@ def test_pictures_by_address(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("waits", "threads", "said"), [(1e4, 2, 1), (0.05, 2, 0), (1e4, 1, 0)])
 @pytest.mark.parametrize("file", [False, True])
 def test_threads_are_set_and_waiting_is_said_once(capsys, monkeypatch, tmp_path, waits, threads, said, file):
-    from tools import report
+    from model import report
 
     seconds, seen = iter((0.0, waits, waits, waits)), []
     monkeypatch.setattr(report, "_waited", lambda: next(seconds))
@@ -444,7 +444,7 @@ def test_waiting_is_what_the_system_counts():
     if not os.path.exists("/proc/self/schedstat") or not hasattr(os, "sched_setaffinity"):
         pytest.skip("the system does not say how long threads wait")
     code = (
-        "import os, threading, time, torch; from tools.report import CoreWait\n"
+        "import os, threading, time, torch; from model.report import CoreWait\n"
         "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); torch.set_num_threads(2)\n"
         "def compute():\n"
         "    while not over: torch.ones(400, 400).mm(torch.ones(400, 400))\n"
@@ -896,7 +896,8 @@ def test_what_can_be_refused_is_refused_before_weights_are_read(refused, monkeyp
 @pytest.mark.parametrize("flags", [[], ["--no-stream"], ["--stats"], ["--json"], ["--compare"]])
 def test_only_who_reports_times_waits_for_the_device(capsys, monkeypatch, flags):
     waits = []
-    monkeypatch.setattr("model.view.clock", lambda device, wait: waits.append(wait) or 0.0)
+    for module in ("generate", "view"):
+        monkeypatch.setattr(f"model.{module}.clock", lambda device, wait: waits.append(wait) or 0.0)
     assert inside(capsys, *ASK, "--max-new-tokens", "2", "--prune", "fastv", *flags)[0] == 0
     assert len(waits) >= 5 and any(waits) == (flags not in ([], ["--no-stream"]))
 

@@ -53,13 +53,13 @@ from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.fast import FastStep, arrange  # noqa: E402
 from model.pruning import make_method  # noqa: E402
+from model.report import percentile  # noqa: E402
 from model.view import Layout, Pruner  # noqa: E402
 from run import Parser, as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
 from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, random_language, version  # noqa: E402
 from tools.compare_hf import AnonymousMemory, hf_inputs  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
-from tools.report import percentile  # noqa: E402
 
 SHAPES = {  # decoder, context and rope_theta of random weights
     "llava-1.5-7b": (roofline.SHAPES[0], 4096, 1e4),

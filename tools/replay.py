@@ -9,6 +9,7 @@ import torch
 from kernels import window_scores
 from model.cache import RaggedCache
 from model.pruning.budget import by_kv_head
+from model.report import compare
 from model.view import Layout, Pruner
 
 
@@ -154,20 +155,3 @@ def along(reference, methods, batch=8):
             result = compare(full, pruned.index_fill(1, never, float("-inf")), ids)
             found.append({"steps": len(ids), "kept": share, **result})
     return found
-
-
-def compare(full, pruned, ids):
-    """Compare pruned with unpruned logits, (F + 1, V) each, at the steps of the same greedy answer.
-
-    ids: the answer, F + 1 long. Returns a dict: same, the share of tokens that pruned logits would also choose;
-    diverges, the index of the first token they would not choose, or None; kl, (F + 1,) nats, KL(unpruned || pruned).
-    """
-    same = pruned.argmax(-1) == torch.tensor(ids, device=full.device)
-    ours, theirs = full.log_softmax(-1), pruned.log_softmax(-1)
-    gap = torch.where(ours == float("-inf"), 0, ours - theirs)  # ids that are never generated do not count
-    wrong = (~same).nonzero()
-    return {
-        "same": same.float().mean().item(),
-        "diverges": wrong[0].item() if len(wrong) else None,
-        "kl": (ours.exp() * gap).sum(-1).clamp(min=0),
-    }

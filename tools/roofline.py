@@ -267,8 +267,8 @@ def measured(name):
     """The Machine of a torch device. Bandwidth: the faster of a copy and a read-only sum; flops are not measured."""
     import torch
 
+    from model.report import measure_bandwidth
     from run import choose_device
-    from tools.report import measure_bandwidth
 
     device = choose_device(name)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"

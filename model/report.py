@@ -58,8 +58,20 @@ def report(generation, model, seed, load_seconds, peak_bytes):
     }
 
 
-def comparison(generation, reference, found):
-    """The `compare` object of --json: the unpruned answer, and where the pruned one (`generation`) departs from it."""
+def comparison(generation, reference):
+    """The `compare` object of --json: the unpruned answer, and where the pruned one departs from it.
+
+    generation, reference: the pruned and the unpruned Generation after their iteration.
+    """
+    ended = not reference.unfed  # by the stop id; that step counts too
+    fed = reference.token_ids if ended else reference.token_ids[:-1]
+    never = torch.tensor(reference.never(), dtype=torch.long, device=generation.checkpoint.device)
+    full, pruned = (
+        logits_along(generation.again(prune), fed).index_fill(1, never, float("-inf"))
+        for prune in (None, generation.prune)
+    )
+    ids = reference.token_ids + ([full[-1].argmax().item()] if ended else [])
+    found = compare(full, pruned, ids)
     return {
         "text": reference.text,
         "token_ids": reference.token_ids,
@@ -68,12 +80,39 @@ def comparison(generation, reference, found):
         "first_divergence": found["diverges"],  # index of a step, None if there is none
         "kl_mean": found["kl"].mean().item(),
         "kl_max": found["kl"].max().item(),
-        "steps": found["steps"],
+        "steps": len(ids),
         "kv_bytes_held": reference.bytes_held,
         "timing_ms": {
             "prefill": 1e3 * reference.timing["prefill"],
             "decode_p50": 1e3 * percentile(sorted(reference.timing["steps"]), 0.5),
         },
+    }
+
+
+@torch.inference_mode()
+def logits_along(generation, fed):
+    """Logits (F + 1, V) fp32 after the prompt of a new Generation and after each of the F ids in `fed`."""
+    language, logits = generation.checkpoint.model.language_model, [generation.prefill()[None]]
+    if fed:
+        x = language.model.embed_tokens(torch.tensor(fed, device=generation.checkpoint.device))
+        logits.append(language.logits(language.extend(x[None], generation.cache)[0]))
+    return torch.cat(logits).float()
+
+
+def compare(full, pruned, ids):
+    """Compare pruned with unpruned logits, (F + 1, V) each, at the steps of the same greedy answer.
+
+    ids: the answer, F + 1 long. Returns a dict: same, the share of tokens that pruned logits would also choose;
+    diverges, the index of the first token they would not choose, or None; kl, (F + 1,) nats, KL(unpruned || pruned).
+    """
+    same = pruned.argmax(-1) == torch.tensor(ids, device=full.device)
+    ours, theirs = full.log_softmax(-1), pruned.log_softmax(-1)
+    gap = torch.where(ours == float("-inf"), 0, ours - theirs)  # ids that are never generated do not count
+    wrong = (~same).nonzero()
+    return {
+        "same": same.float().mean().item(),
+        "diverges": wrong[0].item() if len(wrong) else None,
+        "kl": (ours.exp() * gap).sum(-1).clamp(min=0),
     }
 
 

@@ -20,10 +20,10 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import Batch, InputError, out_of_memory
-from model.config import decode_text
-from model.generate import off_budget
-from model.image import local_path
+from .batch import Batch, out_of_memory
+from .config import InputError, decode_text
+from .generate import off_budget
+from .image import local_path
 
 try:
     import fcntl
