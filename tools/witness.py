@@ -420,27 +420,28 @@ def draw(rows, path):
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
-    names = list(dict.fromkeys(row["ranked by"] for row in rows))
-    for i, name in enumerate(names):
+    for name in dict.fromkeys(row["ranked by"] for row in rows):
+        if name.partition(":")[0] not in COLOURS or "cover" in name or name.endswith("window=32"):  # in the table
+            continue
         mine = sorted((r for r in rows if r["ranked by"] == name), key=lambda r: r["retention"])
         y = [r["kl"] for r in mine]
         spread = [[a - r["kl low"] for a, r in zip(y, mine, strict=True)],
                   [r["kl high"] - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
         label = textwrap.fill(name.replace(",", ", "), 50).replace(", ", ",")
-        axis.errorbar([100 * r["kept"] for r in mine], y, spread, label=label, marker="osD^vPX*<>h"[i % 11],
-                      color=colour(name), linestyle=("-", "--", ":")[i % 3], markersize=4, capsize=2)  # fmt: skip
+        line = ":" if "window" in name or name == OTHER else "-" if "lookahead" in name or name == ORACLE else "--"
+        axis.errorbar([100 * r["kept"] for r in mine], y, spread, label=label, marker="o", markersize=4, linestyle=line,
+                      color=COLOURS[name.partition(":")[0]], linewidth=1.4, capsize=2)  # fmt: skip
     axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None), xlim=(0, None))
     axis.set_title("SmolLM2-135M: what pruning a passage costs, by --prune (bars: 95 % intervals)", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title="purple: look-ahead rows")
+    axis.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
-def colour(name):
-    """Of a line in the figure: by what tokens are ranked by."""
-    if name in ("random", "grid"):
-        return "black"
-    return "0.55" if name == ORACLE else "#882255" if "query=lookahead" in name else "#0072B2"
+COLOURS = {  # of the methods in the figure; colour-blind safe (Okabe and Ito)
+    "random": "black", "grid": "0.6", "topk": "#0072B2", "shared": "#E69F00", "plphp": "#D55E00",
+    "plphp-ada": "#009E73", "oracle": "#CC79A7",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- command
