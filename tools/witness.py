@@ -421,7 +421,7 @@ def draw(rows, path):
 
     figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
     for name in dict.fromkeys(row["ranked by"] for row in rows):
-        if name.partition(":")[0] not in COLOURS or "cover" in name or name.endswith("window=32"):  # in the table
+        if name.partition(":")[0] not in PALETTE or "cover" in name or name.endswith("window=32"):  # in the table
             continue
         mine = sorted((r for r in rows if r["ranked by"] == name), key=lambda r: r["retention"])
         y = [r["kl"] for r in mine]
@@ -430,7 +430,7 @@ def draw(rows, path):
         label = textwrap.fill(name.replace(",", ", "), 50).replace(", ", ",")
         line = ":" if "window" in name or name == OTHER else "-" if "lookahead" in name or name == ORACLE else "--"
         axis.errorbar([100 * r["kept"] for r in mine], y, spread, label=label, marker="o", markersize=4, linestyle=line,
-                      color=COLOURS[name.partition(":")[0]], linewidth=1.4, capsize=2)  # fmt: skip
+                      color=PALETTE[name.partition(":")[0]], linewidth=1.4, capsize=2)  # fmt: skip
     axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None), xlim=(0, None))
     axis.set_title("SmolLM2-135M: what pruning a passage costs, by --prune (bars: 95 % intervals)", fontsize=10)
     axis.grid(alpha=0.3)
@@ -438,7 +438,7 @@ def draw(rows, path):
     figure.savefig(path, dpi=120)
 
 
-COLOURS = {  # of the methods in the figure; colour-blind safe (Okabe and Ito)
+PALETTE = {  # of the methods in the figure; colour-blind safe (Okabe and Ito)
     "random": "black", "grid": "0.6", "topk": "#0072B2", "shared": "#E69F00", "plphp": "#D55E00",
     "plphp-ada": "#009E73", "oracle": "#CC79A7",
 }  # fmt: skip
