@@ -588,7 +588,7 @@ def introduce(args, checkpoint, generation):
     if demo:
         say("note: the demo model knows only drawn shapes and signs, and single questions as in assets/README.md; "
             "--model loads another")  # fmt: skip
-        if not generation.images:
+        if not generation.images and args.questions is None:
             say("note: there is no picture, and the demo model can answer only questions about pictures")
     for note in checkpoint.notes:
         say(f"note: {note}")

@@ -9,6 +9,8 @@ This applies LookaheadKV (arXiv 2603.10899), a method for text, to vision tokens
 rows for any checkpoint.
 """
 
+import json
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -95,7 +97,7 @@ def fill_lookahead(lookahead, path, language):
     """
     with safe_open(path, framework="pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    if not same_weights(about.get("weights", ""), language):
+    if not same_weights(about.get("about", ""), language):
         raise InputError(f"{path} was trained for other weights than these; {ADVICE}")
     if not all(t.isfinite().all() for t in tensors.values()):
         raise InputError(f"{path} holds NaN or infinity; {ADVICE}")
@@ -107,19 +109,26 @@ def fill_lookahead(lookahead, path, language):
     lookahead.requires_grad_(False)
 
 
+def describe_model(language, **more):
+    """The metadata of a file: {"about": JSON of `weights_sample` and more}. One key, because safetensors does not keep
+    the order of several, and equal rows should be equal files."""
+    return {"about": json.dumps({"weights": weights_sample(language)} | more)}
+
+
 def weights_sample(language):
-    """Text that identifies a model: 8 evenly spaced numbers of each of its parameters."""
+    """8 evenly spaced numbers of each of the model's parameters, as text."""
     places = [(p, torch.arange(8, device=p.device) * (p.numel() - 1) // 7) for p in language.parameters()]
     found = [p.detach()[torch.unravel_index(place, p.shape)].float().cpu() for p, place in places]
     return " ".join(f"{number:.8g}" for number in torch.cat(found).tolist())
 
 
-def same_weights(sample, language):
-    """True if a `weights_sample` is of this model, whatever the dtypes: rounding to bf16 changes a number by up to
-    1/512 of its size, rounding small ones to fp16 by up to 3e-8."""
+def same_weights(about, language):
+    """True if `describe_model` wrote this JSON for the model, whatever the dtypes: rounding to bf16 changes a number by
+    up to 1/512 of its size, rounding small ones to fp16 by up to 3e-8."""
     try:
-        theirs, ours = ([float(n) for n in text.split()] for text in (sample, weights_sample(language)))
-    except ValueError:  # not written by train_lookahead
+        samples = json.loads(about)["weights"], weights_sample(language)
+        theirs, ours = ([float(n) for n in sample.split()] for sample in samples)
+    except (ValueError, TypeError, KeyError, AttributeError):  # not written by train_lookahead
         return False
     pairs = zip(theirs, ours, strict=False)
     return len(theirs) == len(ours) and all(abs(a - b) <= 1e-7 + abs(b) / 256 for a, b in pairs)

@@ -93,8 +93,8 @@ MUTANTS = {
     ),
     "look-ahead rows of other weights": (
         "model/lookahead.py",
-        'if not same_weights(about.get("weights", ""), language):',
-        'if not about.get("weights"):',
+        'if not same_weights(about.get("about", ""), language):',
+        'if not about.get("about"):',
         "test_lookahead.py::test_rows_do_not_fit_other_weights_with_the_same_norms",
     ),
     "look-ahead rows fit only the dtype of their training": (

@@ -16,7 +16,7 @@ from kernels import window_scores
 from model import Batch, Generation, Sampling, load
 from model.cache import RaggedCache
 from model.llama import rope_table
-from model.lookahead import Lookahead, fill_lookahead, open_lookahead, weights_sample
+from model.lookahead import Lookahead, describe_model, fill_lookahead, open_lookahead
 from model.pruning import make_method
 from model.pruning.budget import grid_phase
 from model.view import Layout
@@ -138,7 +138,7 @@ def read_lookahead(path, language):
 
 
 def saved(path, language, lookahead, **about):
-    save_file(dict(lookahead.state_dict()), path, {"weights": weights_sample(language)} | about)
+    save_file(dict(lookahead.state_dict()), path, describe_model(language) | about)
     return path
 
 
@@ -189,22 +189,20 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     tensors = dict(lookahead.state_dict())
     for change in ({"extra": torch.zeros(1)}, {"embeddings": None}, {"layers.2.up_proj.lora_B": None}):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
-        save_file(changed, path, {"weights": weights_sample(language)})
+        save_file(changed, path, describe_model(language))
         refusal(read_lookahead, path, language)
     for wrong, said in ((torch.int8, "of type I8"), (torch.bool, "of type BOOL")):
-        save_file({k: v.to(wrong) for k, v in tensors.items()}, path, {"weights": weights_sample(language)})
+        save_file({k: v.to(wrong) for k, v in tensors.items()}, path, describe_model(language))
         assert said in refusal(read_lookahead, path, language)
-    save_file(
-        tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, {"weights": weights_sample(language)}
-    )
+    save_file(tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, describe_model(language))
     assert "NaN or infinity" in refusal(read_lookahead, path, language)
     saved(path, language, random_lookahead(language, rank=0))
     assert "3 look-ahead rows of rank 0" in refusal(read_lookahead, path, language)
     tensors["embeddings"][1] = 0
-    save_file(tensors, path, {"weights": weights_sample(language)})
+    save_file(tensors, path, describe_model(language))
     assert "rows of zeros" in refusal(read_lookahead, path, language)
-    for about in ({}, {"weights": "c9b6d8507dfa36f5"}, {"weights": ""}):  # of another program
-        save_file(dict(lookahead.state_dict()), path, about)
+    for text in ("c9b6d8507dfa36f5", "", "[1]", '{"weights": 3}', "null"):  # of another program
+        save_file(dict(lookahead.state_dict()), path, {"about": text})
         assert "other weights" in refusal(read_lookahead, path, language)
     path.write_bytes(b"no safetensors")
     assert "has no readable look-ahead rows" in refusal(read_lookahead, path, language)

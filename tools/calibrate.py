@@ -6,7 +6,7 @@
     python tools/calibrate.py --rates-only ...       # leave skip, window and values as they are
 
 The attention that each layer pays to pictures differs between models, so no fixed alpha and beta fit all of them. This
-prints its distribution, then tries about a hundred settings (14 with --rates-only), including look-ahead rows where the
+prints its distribution, then tries some 170 settings (14 with --rates-only), including look-ahead rows where the
 model has them (tools/train_lookahead.py). For each setting, r is solved so that the wanted fraction is kept on average.
 The setting closest to the unpruned model (KL along the unpruned answers) is written to --out, with the share of the
 budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15. A file plphp.json (or plphp-ada.json) in a

@@ -29,6 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -368,10 +369,12 @@ def is_pair(scene):
 
 
 def fingerprint(folder):
-    """Hash of the weights: answers of two models must not share a file."""
+    """Hash of all tensors in a folder, look-ahead rows included: answers of two models must not share a file."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(path.read_bytes())
+        for name, tensor in sorted(load_file(path).items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ import json
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.llama import rope_table  # noqa: E402
-from model.lookahead import FILE, Lookahead, weights_sample  # noqa: E402
+from model.lookahead import FILE, Lookahead, describe_model, weights_sample  # noqa: E402
 from model.questions import read_questions  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from run import as_command, choose_device  # noqa: E402
@@ -51,6 +51,7 @@ class Example:
     opening: int = 0  # tokens up to the end of the pictures; computed once for all questions about them
     pictures: object = None  # key of the pictures; None: the opening is not shared
     evidence: list | None = None  # rows of x that show what the answer is about; None: unknown
+    own: bool = False  # the answer is known to be the model's own; else `freeze` checks
 
 
 @dataclass
@@ -153,7 +154,8 @@ def _own(language, hidden, examples):
     """(B,) bool: is each token of the answer the model's most likely one, so that greedy decoding gives this answer?"""
     rows = [hidden[i, e.prompt - 1 - e.opening : len(e.x) - e.opening] for i, e in enumerate(examples)]
     said = language.logits(torch.cat(rows)).argmax(-1).split([len(r) for r in rows])
-    return torch.tensor([s.tolist() == e.answer for s, e in zip(said, examples, strict=True)], device=hidden.device)
+    own = [e.own or s.tolist() == e.answer for s, e in zip(said, examples, strict=True)]
+    return torch.tensor(own, device=hidden.device)
 
 
 def answer_attention(q, k, fed, vision, allowed):
@@ -336,7 +338,8 @@ class FileSource:
         # text before the pictures may differ between questions; then the opening is not shared
         place = generation.ids.index(self.checkpoint.config.image_token_index)
         same = *map(str, images), *generation.ids[:place]
-        return example(self.checkpoint, generation.ids, generation.encode_images(), self.answers[number], same)
+        made = example(self.checkpoint, generation.ids, generation.encode_images(), self.answers[number], same)
+        return replace(made, own=True)
 
 
 def own_answers(checkpoint, asked, path, longest):
@@ -372,10 +375,18 @@ def same_settings(folder, settings):
     path = folder / "settings.json"
     begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     if begun != settings:
-        given = " ".join(f"--{name} {value}" for name, value in begun.items())
+        other = [name for name in begun if begun[name] != settings.get(name) and name in ("model", "questions")]
+        flags = {name: value for name, value in begun.items() if name not in ("model", "questions")}
+        given = " ".join(
+            [f"another {name}," for name in other] + [f"--{name} {_words(v)}" for name, v in flags.items()]
+        )
         raise InputError(f"{folder} was started with {given}; give those, or another --run")
     path.write_text(json.dumps(settings), encoding="utf-8")
     return settings
+
+
+def _words(value):
+    return " ".join(value) or "(none)" if isinstance(value, list) else value
 
 
 def settings_of(language, args):
@@ -403,19 +414,29 @@ def train(language, source, args):
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     run = Run(args.run, "lookahead", args.steps, lookahead, optimizer)
-    held = [source.batch(-1 - i) for i in range(args.held_out)]
+    held = [batch for batch in (source.batch(-1 - i) for i in range(args.held_out)) if batch]
+    learned = False  # since the last report
     while run.step < args.steps:
         loss, own = step(language, lookahead, source.batch(run.step), run)
+        learned = learned or own > 0
         if run.step % args.report == 0 or run.step == args.steps:
+            if not learned:
+                raise InputError(
+                    "none of the last answers is the model's own, so nothing was learned; use --dtype fp32"
+                )
+            learned = False
             run.save()
             run.log({"kl": loss, "own": own, **measure(language, lookahead, held)})
     write(lookahead, language, args)
 
 
 def step(language, lookahead, examples, run):
-    """One optimizer step -> (loss, share of answers that the model itself gives)."""
+    """One optimizer step -> (loss, share of answers that the model itself gives). Without such answers, no step."""
     with precision(examples[0].x.device):
         frozen = freeze(language, examples)
+        if not frozen.own:
+            run.step += 1
+            return float("nan"), 0.0
         loss, _ = loss_of(language, lookahead, frozen)
     for group in run.optimizer.param_groups:
         group["lr"] = rate_at(run.step, run.steps, group["peak"], warmup=20, decay=0.6)
@@ -434,14 +455,17 @@ def measure(language, lookahead, held):
     for examples in held:
         with precision(examples[0].x.device):
             frozen = freeze(language, examples)
+            if not frozen.own:
+                continue
             loss, predicted = loss_of(language, lookahead, frozen)
         rows.append({"held-out kl": loss.item(), **recalls(frozen, predicted)})
-    return {k: None if rows[0][k] is None else sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+    names = rows[0] if rows else ("held-out kl",)
+    return {k: sum(r[k] for r in rows) / len(rows) if rows and rows[0][k] is not None else None for k in names}
 
 
 def write(lookahead, language, args):
     """Write the file for a checkpoint's folder: fp32 tensors, and metadata that names the model."""
-    about = {"weights": weights_sample(language), "steps": str(args.steps), "seed": str(args.seed)}
+    about = describe_model(language, steps=args.steps, seed=args.seed)
     tensors = {name: t.detach().cpu().contiguous() for name, t in lookahead.state_dict().items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, args.out, about)
@@ -456,13 +480,13 @@ def plan(checkpoint, args):
     weights = sum(p.numel() for p in checkpoint.model.language_model.parameters())
     pictures = sum(p.numel() for p in checkpoint.model.parameters()) - weights
     trained = m * c + layers * args.rank * (4 * c + 2 * q + 2 * kv + 3 * (c + f))
-    held = 2 * 2 * layers * kv * n  # K and V in bf16: frozen, and a copy joined with the rows' for the backward pass
+    held = 2 * 2 * layers * kv * n  # K and V in bf16: of the pictures, of the rest, and of the answers that teach
     graph = layers * m * (8 * t.num_attention_heads * n + 2 * (10 * c + 4 * f))
     rows = [
         ("frozen weights, bf16", 2 * weights),
         ("vision tower and projector, bf16", 2 * pictures),
         (f"look-ahead rows with Adam, fp32, {trained / 1e6:.1f} M numbers", 16 * trained),
-        (f"K and V of {batch} prompts of {n} tokens, twice", 2 * held * batch),
+        (f"K and V of {batch} prompts of {n} tokens, three times", 3 * held * batch),
         ("activations of the rows", graph * batch),
     ]
     flop = 2 * weights * n + 6 * weights * m + 2 * pictures * checkpoint.config.vision_config.num_patches
@@ -540,6 +564,8 @@ def kept_in(folder):
 def source_of(checkpoint, args):
     """The FileSource or SceneSource that the flags ask for."""
     if args.questions:
+        if args.leave_out:
+            raise InputError("--leave-out is for the built-in scenes; leave those questions out of the file")
         folder = args.image_folder or Path(args.questions).parent
         args.run.mkdir(parents=True, exist_ok=True)
         questions = read_questions(args.questions, 1, 0)
