@@ -27,7 +27,7 @@ class RaggedCache:
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     pos (B,) int64     position of the next token of each sequence
     live (B,) bool     False after `finish`: the sequence takes no more tokens
-    slack              free slots per segment after packing; a full segment grows by at least as many
+    slack              free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
     """
 
     def __init__(self, num_layers, slack=64, backend="auto"):
@@ -160,9 +160,14 @@ class RaggedCache:
     def _make_room(self, tokens):
         """Repack into larger arenas if this many tokens do not fit."""
         if self._somebody_is_live and self.room < tokens:
-            slack = max(self.slack, min(64, 2 * self.slack))  # so that repacking becomes rare
-            self.repack(max(slack, tokens))
-            self.slack = slack
+            self.repack(max(self._larger_slack(), tokens))
+
+    def _larger_slack(self):
+        """Half of a segment's mean length, so that repacking becomes rare, but at most what was dropped: a pruned cache
+        then reserves less than an unpruned one. At least twice the first slack, up to 64."""
+        length, position = float(self.kv_len.float().mean()), float(self.pos.float().mean())
+        half = length / 2 if position - length < 1 else min(length / 2, position - length)
+        return max(int(half), self.slack, min(64, 2 * self.slack))
 
     def reserve(self, tokens=1):
         """Subtract tokens from `room`: the host's part of `grow`, to be called when a captured graph is replayed."""

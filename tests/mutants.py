@@ -955,6 +955,18 @@ MUTANTS = {
         "        total = None\n        self.dense = [*getattr(self, 'dense', []), k, v]\n",
         "test_cache.py::test_after_prefill_nothing_lives_but_the_kept_rows",
     ),
+    "a full cache grows by a few slots": (
+        "model/cache.py",
+        "return max(int(half), self.slack, min(64, 2 * self.slack))",
+        "return max(self.slack, min(64, 2 * self.slack))",
+        "test_cache.py::test_a_long_answer_moves_the_cache_a_few_times",
+    ),
+    "a pruned cache grows like an unpruned one": (
+        "model/cache.py",
+        "half = length / 2 if position - length < 1 else min(length / 2, position - length)",
+        "half = position / 2",
+        "test_cache.py::test_a_long_answer_moves_the_cache_a_few_times",
+    ),
     "dense K and V live until the next layer": (
         "model/llama.py",
         "del q, k, v",

@@ -268,19 +268,39 @@ def broken_off(method, module):
     return run
 
 
+@torch.no_grad()
+def test_a_long_answer_moves_the_cache_a_few_times(backend, monkeypatch):
+    """Pruned or not; a pruned cache always reserves fewer bytes than an unpruned one."""
+    moves, reserved = [], []
+    repack = RaggedCache.repack
+    monkeypatch.setattr(RaggedCache, "repack", lambda cache, slack: (moves.append(slack), repack(cache, slack)))
+    for retention, most in ((1.0, 4), (0.8, 9), (0.3, 5)):
+        cache, moves[:] = RaggedCache(LAYERS, backend=backend), []
+        k, v = torch.randn(2, 1, 2, 600, 8)
+        for layer in range(LAYERS):
+            cache.pack(layer, k, v, torch.rand(2, 600).argsort(1) < round(600 * retention))
+        sizes = []
+        for _ in range(1000):
+            cache.grow()
+            sizes.append(cache.nbytes_reserved)
+        assert len(moves) <= most and cache.kv_len.unique().tolist() == [round(600 * retention) + 1000]
+        reserved.append(torch.tensor(sizes))
+    assert (reserved[1] <= reserved[0]).all() and (reserved[2] < reserved[0]).all()
+
+
 def test_when_all_are_finished_nothing_grows(backend):
     model, x = small_llama(), torch.randn(2, 8, 32)
     cache = RaggedCache(LAYERS, slack=1, backend=backend)
     model.prefill(x, cache)
     cache.finish(0)
-    for t in range(5):  # repacked: only the live sequence gets free slots
+    for t in range(4):  # repacked after the first: only the live sequence gets free slots, half of (8 + 9) / 2
         model.decode(x[:, t], cache)
-    assert (cache.kv_cap - cache.kv_len)[0].tolist() == [0, 0, 2, 2]
+    assert (cache.kv_cap - cache.kv_len)[0].tolist() == [0, 0, 1, 1]
     cache.finish(1)
     arenas = [k.data_ptr() for k in cache.k]
     for t in range(5):
         model.decode(x[:, t], cache)
-    assert [k.data_ptr() for k in cache.k] == arenas and cache.pos.tolist() == [8, 13]
+    assert [k.data_ptr() for k in cache.k] == arenas and cache.pos.tolist() == [8, 12]
 
 
 def test_misuse_is_refused():
