@@ -103,6 +103,24 @@ MUTANTS = {
         "<= 1e-7",
         "test_lookahead.py::test_rows_fit_the_same_weights_in_other_dtypes",
     ),
+    "look-ahead rows that learned nothing are written": (
+        "tools/train_lookahead.py",
+        "            if not learned:\n",
+        "            if False:\n",
+        "test_lookahead.py::test_rows_that_learned_nothing_are_not_written",
+    ),
+    "own answers of a file are checked in another precision": (
+        "tools/train_lookahead.py",
+        "return replace(made, own=True)",
+        "return made",
+        "test_lookahead.py::test_a_few_questions_are_enough",
+    ),
+    "empty held-out batches are measured": (
+        "tools/train_lookahead.py",
+        "for i in range(args.held_out)) if batch]",
+        "for i in range(args.held_out))]",
+        "test_lookahead.py::test_a_few_questions_are_enough",
+    ),
     "look-ahead rows of zeros": (
         "model/lookahead.py",
         'if not tensors["embeddings"].any(1).all():',
@@ -964,7 +982,7 @@ MUTANTS = {
     "a pruned cache grows like an unpruned one": (
         "model/cache.py",
         "half = length / 2 if position - length < 1 else min(length / 2, position - length)",
-        "half = position / 2",
+        "half = length / 2",
         "test_cache.py::test_a_long_answer_moves_the_cache_a_few_times",
     ),
     "dense K and V live until the next layer": (

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model import Generation, Sampling, load
 from model.generate import next_turn
@@ -359,6 +360,20 @@ def test_fitted_thresholds_divide_the_layers_into_thirds(demo):
         alpha, beta = evaluate.thresholds(demo, lookahead, number=10)
         ordered = sorted(found)
         assert (alpha, beta) == (round(ordered[2 * len(found) // 3], 3), round(ordered[len(found) // 3], 3))
+
+
+def test_the_fingerprint_is_that_of_the_tensors(tmp_path):
+    """Not of the metadata, which safetensors may write in another order."""
+
+    def written(folder, change, **about):
+        folder.mkdir()
+        save_file(
+            {"a": torch.arange(4.0) + change, "b": torch.ones(2, dtype=torch.bfloat16)}, folder / "m.safetensors", about
+        )
+        return evaluate.fingerprint(folder)
+
+    same = [written(tmp_path / name, 0, note=name) for name in ("x", "y")]
+    assert same[0] == same[1] != written(tmp_path / "z", 1)
 
 
 # ---------------------------------------------------------------- files

@@ -1,7 +1,9 @@
 """Look-ahead rows: what they compute, that they change nothing else, and how they are trained."""
 
 import copy
+import csv
 import dataclasses
+import json
 import random
 from types import SimpleNamespace
 
@@ -337,6 +339,54 @@ def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, 
     assert [line.split(",")[column] for line in again[1:]] == [line.split(",")[column] for line in curve[1:]]
     assert all(torch.equal(p, before[name]) for name, p in language.named_parameters())
     assert read_lookahead(tmp_path / "whole" / "lookahead.safetensors", language).rows == 2
+
+
+def asking_file(folder, count):
+    """A file of questions about `count` pictures, one each."""
+    lines = []
+    for i in range(count):
+        Image.frombytes("RGB", (40, 40), random.Random(i).randbytes(4800)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"question_id": i, "image": f"{i}.png", "text": "what is this?"}))
+    (folder / "q.jsonl").write_text("\n".join(lines))
+    return str(folder / "q.jsonl")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_few_questions_are_enough(checkpoint, tmp_path, capsys, dtype):
+    """Held-out batches that stay empty are left out; own answers teach whatever the precision of training."""
+    flags = ["--model", str(checkpoint.folder), "--questions", asking_file(tmp_path, 12), "--max-new-tokens", "4"]
+    flags += ["--steps", "4", "--report", "2", "--batch", "2", "--rank", "2", "--dtype", dtype]
+    files = []
+    for name in ("one", "two"):
+        run = tmp_path / f"run {name}"
+        assert train_lookahead.main([*flags, "--run", str(run), "--out", str(run / "rows.safetensors")]) is None
+        files.append((run / "rows.safetensors").read_bytes())
+        curve = list(csv.DictReader((run / "lookahead.csv").read_text().splitlines()))
+        assert [float(row["own"]) for row in curve] == [1.0, 1.0]
+        assert all(float(row["held-out kl"]) >= 0 for row in curve)
+    assert files[0] == files[1]
+    language = load(checkpoint.folder, dtype).model.language_model
+    assert read_lookahead(tmp_path / "run one" / "rows.safetensors", language).rows == 8
+    with pytest.raises(SystemExit):
+        train_lookahead.main([*flags, "--run", str(tmp_path / "run one"), "--rank", "3"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "was started with --rows 8 --rank 2 --steps 4" in line and "--leave-out (none)" in line
+    with pytest.raises(SystemExit):
+        train_lookahead.main([*flags, "--run", str(tmp_path / "three"), "--leave-out", "describe"])
+    assert "--leave-out is for the built-in scenes" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_that_learned_nothing_are_not_written(tmp_path):
+    """No answer is the model's own."""
+    language = small_llama()
+    made = examples(language)
+    for one in made:
+        one.answer[1] = (one.answer[1] + 1) % 97
+    source = SimpleNamespace(batch=lambda step: made)
+    out = tmp_path / "lookahead.safetensors"
+    options = ["--rows", "2", "--rank", "2", "--steps", "3", "--held-out", "1", "--report", "2"]
+    args = train_lookahead.parser().parse_args([*options, "--run", str(tmp_path), "--out", str(out)])
+    assert "nothing was learned" in refusal(train_lookahead.train, language, source, args) and not out.exists()
 
 
 @torch.inference_mode()
