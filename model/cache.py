@@ -165,7 +165,7 @@ class RaggedCache:
             self.slack = slack
 
     def reserve(self, tokens=1):
-        """Subtract tokens from `room`: the host's part of `grow`, to be called when a captured graph is replayed."""
+        """Host side of `grow`: subtract tokens from `room`. To be called when a captured graph is replayed."""
         self.room -= tokens if self._somebody_is_live else 0
 
     def give_back(self, tokens=1):
