@@ -156,7 +156,7 @@ def parser():
     look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
                       help="%(type)s (anyres: in tiles)")
     look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
-                      help="%(type)s: hf has sizes as (height, width)")
+                      help="order of the canvas sizes: %(type)s; hf (height, width), orig (width, height)")
     look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
                       metavar="NAME", help="%(type)s")
     look.add_argument("--system", metavar="TEXT", help="system text (default: that of the template)")
@@ -165,7 +165,7 @@ def parser():
     many.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
                       help="JSON line per question: question_id, image, text")
     many.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
-                      help="file to write; adds the answers missing in it")
+                      help="output file; an existing one is continued")
     many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: FILE.jsonl's)")
     many.add_argument("--batch", "--batch-size", type=number(int, 1), metavar="N",
                       help="questions answered together (default 1)")

@@ -39,7 +39,7 @@ def change_method(spec, folder, budget):
 
 
 def change_budget(method, folder, budget):
-    """A Method with another budget, in place of its own, and otherwise the same settings. InputError."""
+    """A copy of the Method with another budget. InputError."""
     return choose_method(without_amounts(method), folder, **budget)
 
 
@@ -51,4 +51,4 @@ def named_with_budget(method):
 def note_on_settings(method, folder):
     """One line if a file in the checkpoint's folder has settings for the Method, else None."""
     file = method and calibrated(folder, method.name)
-    return f"{method.name}: settings from {file}, overridden by those given here" if file else None
+    return f"{method.name} uses the settings in {file}; explicit settings override them" if file else None

@@ -170,7 +170,7 @@ class RaggedCache:
         return max(int(half), self.slack, min(64, 2 * self.slack))
 
     def reserve(self, tokens=1):
-        """Subtract tokens from `room`: the host's part of `grow`, to be called when a captured graph is replayed."""
+        """Host side of `grow`: subtract tokens from `room`. To be called when a captured graph is replayed."""
         self.room -= tokens if self._somebody_is_live else 0
 
     def give_back(self, tokens=1):

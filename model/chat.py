@@ -18,7 +18,7 @@ from .tokenizer import IMAGE
 HELP = """\
 /image PATH ...  add pictures to the next question
 /prune SPEC      prune with another method, as --prune; none keeps every token
-/retention F     keep this fraction of the vision tokens, with each method of a later /prune too
+/retention F     keep this fraction of the vision tokens, now and after any later /prune
 /fresh [on|off]  process the whole conversation again for each question; /fresh again turns it off
 /show [FILE]     print how many vision tokens each layer kept, and draw them into FILE.png or FILE.html
 /stats           print times and memory of the last answer

@@ -1,4 +1,4 @@
-"""What is only speed: a decode step of few, large operations. Results differ from `Llama.decode` by rounding at most.
+"""Optimised decode steps, of few large operations. Results equal those of `Llama.decode` up to rounding.
 
 `load` calls `arrange`, and Generation decodes with the `FastStep` that the checkpoint names; llama.py and generate.py
 import nothing from here. kernels/NOTES.md has the measurements behind each part.
@@ -97,7 +97,7 @@ class FastLayer:
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
     def after(self, x, y):
-        """The half after attention, whose output is y (B, Hq, D)."""
+        """The half of a layer after attention. y (B, Hq, D) is the attention output."""
         x = self.out.add(x, y.flatten(1))
         gate, up = self.gate_up(self.layer.post_attention_layernorm(x))
         return self.down.add(x, F.silu(gate) * up)

@@ -364,7 +364,7 @@ class Generation:
 
     @property
     def goes_on(self) -> bool:
-        """True if the cache holds this prompt, at most its answer and nothing else, so that a turn can follow."""
+        """True if the cache holds exactly this prompt and part of its answer, so that a turn can follow."""
         if self.cache is None or self.cache.pos is None:
             return False
         return 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
@@ -398,9 +398,10 @@ class Generation:
 
 
 def off_budget(method, kept, wanted):
-    """One line if kept and wanted (fractions; wanted may be None) differ by more than 0.03, else None.
+    """A one-line warning, or None. kept, wanted: fractions of the vision tokens; wanted is None if none was requested.
 
-    Also if no vision token is kept, or if all are although the fraction was not given.
+    Warns if kept differs from wanted by more than 0.03, if no vision token was kept, or if all were kept although no
+    fraction was requested.
     """
     if method is None:
         return None

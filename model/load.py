@@ -477,7 +477,7 @@ def _same_values(*stored):
 
 
 def match_keys(folder, stored, model):
-    """{canonical name: (file, name in the file, dtype)}, from headers only. InputError unless names, shapes fit."""
+    """{canonical name: (file, name in the file, dtype)}, from headers. InputError unless all names and shapes match."""
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     _refuse_quantised(stored)
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())

@@ -296,7 +296,7 @@ def _pruned(r):
     text = f"{when}{prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
     return [
         _line("pruning", r["timing_ms"]["prune"], text),
-        f"{'':25}decoding can become at most {r['ceiling_speedup']:.2f} times as fast, by the bytes that a step reads",
+        f"{'':25}upper bound on the decoding speed-up, from the bytes read: {r['ceiling_speedup']:.2f}x",
     ]
 
 

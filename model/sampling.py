@@ -71,10 +71,11 @@ class Chooser:
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
-    """Softmax of logits (V,) / temperature over the top_k best, then over the smallest set of these with mass top_p.
+    """Keep the top_k logits, then the smallest set with probability mass top_p.
 
-    Returns (V,) in the dtype of logits. top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, even if
-    it alone exceeds top_p. Ties go to the lower index, as in greedy decoding.
+    logits (V,) -> softmax (V,) of logits / temperature over this set, 0 elsewhere, in the dtype of logits.
+    top_p (nucleus sampling, arXiv 1904.09751) always keeps the best token, even if it alone exceeds top_p. Ties go to
+    the lower index, as in greedy decoding.
     """
     limits = torch.finfo(logits.dtype)  # the temperature must not round to 0 or infinity
     logits = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)  # the best is 0

@@ -247,8 +247,9 @@ def veiled(picture):
 
 
 def heat(counts, most, width, height, written=False):
-    """A table of counts (rows, columns), 0 to most, as a coloured image of width x height pixels (a square: at most).
+    """counts (rows, columns), integers from 0 to most -> a coloured image of width x height pixels.
 
+    If width equals height, it is the largest size of the image, whose cells are then squares.
     written: also write the numbers, if they fit.
     """
     rows, columns = counts.shape
@@ -276,7 +277,7 @@ def colour(share):
 
 
 def _counts(shown):
-    """Kept tokens of each layer and head and, if known, gamma of each layer on their right: two cells wide."""
+    """shown -> an image, two cells wide: kept tokens per layer and head; if known, gamma per layer to the right."""
     counts, most = shown.keep.sum(2), shown.keep.shape[2]
     font = ImageFont.load_default(SMALL)
     left, below = 2 * SMALL, SMALL + 12  # space for layer and head numbers
@@ -376,7 +377,10 @@ def _framed(image):
 
 
 def _in_rows(cells, last=()):
-    """Cells side by side, COLUMNS per row. last: one two columns wide, in the last row if it fits, else in its own."""
+    """cells, each one column wide -> rows with COLUMNS cells side by side.
+
+    last: a list with at most one cell, two columns wide; it is put into the last row if it fits, else into its own row.
+    """
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
     if len(rows[-1]) <= COLUMNS - 2:
         rows[-1] = [*rows[-1], *last]

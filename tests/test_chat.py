@@ -373,8 +373,8 @@ def test_retention_leaves_the_other_settings(talk):
 def test_the_file_of_settings_is_named_once_for_each_change_of_method(talk):
     lines = ["/retention 0.3", COUNT, "/prune plphp", "/retention 0.4", "/prune topk", "/prune plphp", COUNT]
     _, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "plphp")
-    assert err.count("settings from") == 2
-    assert err.rindex("settings from") < err.rindex("from the next question on: plphp, retention 0.4\n")
+    assert err.count("uses the settings in") == 2
+    assert err.rindex("uses the settings in") < err.rindex("from the next question on: plphp, retention 0.4\n")
 
 
 def test_places_of_pictures_are_explained_for_a_conversation(talk, tiny_folder):

@@ -395,7 +395,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
     evaluate.main([*words, *only, "uniform"])
     again = capsys.readouterr()
     assert answers.read_text().splitlines() == whole and again.out == table and "1/1 scenes" in again.err
-    assert "plphp:dr=0: settings from " in again.err and str(tmp_path / "pruning-accuracy.md") in again.err
+    assert "plphp:dr=0 uses the settings in " in again.err and str(tmp_path / "pruning-accuracy.md") in again.err
     assert json.loads(whole[0])["conditions"][0] == "none"
     (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None  # changed\n")
     differing = ("with topk", [*words, *only]), (f"({tmp_path / 'mine.py'} has changed)", [*words, *only, "uniform"])

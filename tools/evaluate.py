@@ -212,7 +212,7 @@ def say_own_settings(specs, folder):
     for spec in specs:
         file = own_settings(spec, folder)
         if file:
-            say(f"{spec}: settings from {file}, overridden by those given here")
+            say(f"{spec} uses the settings in {file}; explicit settings override them")
 
 
 def parts(condition):
