@@ -71,8 +71,8 @@ def summary():
     about = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text(encoding="utf-8")
     questions, scenes, long = re.match(r"(\d+) questions about (\d+) scenes, (\d+) of them", about).groups()
     return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
-        f"\n\nOf {int(questions):,} questions about {int(scenes):,} drawn scenes, {int(long):,} have long answers: six or "
-        "more words that only the picture tells. All tokens must be right "
+        f"\n\nOf {int(questions):,} questions about {int(scenes):,} drawn scenes, {int(long):,} have long answers: six "
+        "or more words that only the picture tells. All tokens must be right "
         f"(`python tools/evaluate.py accuracy --questions {int(questions) // 1000 * 1000}`)."
     )
 
