@@ -351,13 +351,13 @@ def test_fitted_thresholds_divide_the_layers_into_thirds(demo):
     """Over all questions about singles and pairs, by prefill alone; the first thresholds were those of singles."""
     for lookahead in (None, demo.lookahead):
         found = []
-        for scene in range(10):
+        for scene in range(5):
             drawn, questions = evaluate.held_out_questions(scene, scene % 5 == 4, False, 0)
             tokens = evaluate.encode_scenes(demo, drawn)
             for q in questions:
                 ids, _, _ = conversation(demo, q, None, len(drawn))
                 found += evaluate.gammas_of(evaluate.asked_with(demo, ids, tokens, []), lookahead)
-        alpha, beta = evaluate.thresholds(demo, lookahead, number=10)
+        alpha, beta = evaluate.thresholds(demo, lookahead, number=5)
         ordered = sorted(found)
         assert (alpha, beta) == (round(ordered[2 * len(found) // 3], 3), round(ordered[len(found) // 3], 3))
 
