@@ -156,7 +156,7 @@ def parser():
     look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
                       help="%(type)s (anyres: in tiles)")
     look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
-                      help="order of the canvas sizes: %(type)s; hf (height, width), orig (width, height)")
+                      help="auto, hf (canvas height first), orig (width first)")
     look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
                       metavar="NAME", help="%(type)s")
     look.add_argument("--system", metavar="TEXT", help="system text (default: that of the template)")

@@ -186,7 +186,7 @@ def test_plphp_answers_a_long_question_right_with_half_of_the_bytes(capsys):
     code, out, err = inside(capsys, *question, "--prune", "plphp", "--stats", "--json")
     r = json.loads(out)
     assert code == 0 and r["text"] == "The sign says NET: N, E, T."
-    assert r["prune"]["retention_actual"] < 0.51 and "times as fast" in err
+    assert r["prune"]["retention_actual"] < 0.51 and "upper bound on the decoding speed-up" in err
 
 
 def test_stats_leave_out_what_there_is_nothing_to_say_about(capsys):
