@@ -193,6 +193,8 @@ def test_stats_leave_out_what_there_is_nothing_to_say_about(capsys):
     """No pictures, a single token, a pruning that has nothing to prune; then several pictures."""
     _, _, err = inside(capsys, "--prompt", "What?", "-n", "1", "--prune", "topk", "--stats")
     assert not re.search(r"^(vision|pruning|decode)", err, flags=re.M) and "prefill" in err and "KV cache" in err
+    _, _, err = inside(capsys, "--prompt", "What?", "-n", "2", "--stats")
+    assert ", 1 step of one token, " in err.replace("ms  ", "ms, ") and "percentile" not in err
     _, _, err = inside(capsys, "--image", PICTURE, PICTURE, "-p", "Compare the two pictures.", "-n", "2", "--stats")
     assert "2 pictures, 512 vision tokens" in err and err.count("demo.png: 448 x 448 pixels, 256 tokens") == 2
 
