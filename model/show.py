@@ -316,7 +316,7 @@ def _bars(pen, shown, left, high, bottom):
             x, ink = (6, "white") if long + 12 < end else (min(end + 6, CELL - long - 6), "black")
             y = (layer + 0.5) * high
             if ink == "black":  # on white, also where it reaches into its bar
-                pen.rectangle((left + x - 4, y - 0.3 * high, left + x + long + 4, y + 0.3 * high), fill="white")
+                pen.rectangle((left + x - 4, y - SMALL // 2, left + x + long + 4, y + SMALL // 2), fill="white")
             pen.text((left + x, y), text, ink, font, anchor="lm")
     for value in shown.thresholds or ():
         pen.line((left + value * CELL, 0, left + value * CELL, bottom), fill="black", width=2)

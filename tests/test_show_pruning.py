@@ -62,7 +62,7 @@ def test_labels_of_bars_are_read_on_one_ground(monkeypatch):
     _bars(pen, shown, 0, 100, 600)
     for gamma, (x, text, ink) in zip(shown.gammas, labels, strict=True):
         end = x + ImageFont.load_default(SMALL).getlength(text)
-        assert 0 < x and end < CELL and (end < gamma * CELL if ink == "white" else True), text
+        assert x > 0 and end < CELL and (end < gamma * CELL if ink == "white" else True), text
     inks = [ink for *_, ink in labels]
     assert inks[:2] == ["black", "black"] and inks[3] == "white"
 

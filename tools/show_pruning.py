@@ -2,7 +2,7 @@
 
     python tools/show_pruning.py --image assets/demo.png --prompt "Describe the picture." --prune plphp --out kept.png
     python tools/show_pruning.py ... --layers 0 5 --heads 2    # these panels
-    python tools/show_pruning.py ... --html kept.html          # the page, to step through layers and heads; with --out both
+    python tools/show_pruning.py ... --html kept.html          # a page, to step through layers and heads
     python tools/show_pruning.py ... --second "Spell the word on the sign."    # what another question keeps instead
 
 Beside the table of kept tokens stands gamma, the attention of each layer to the pictures, with PLPHP's two thresholds
