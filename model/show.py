@@ -315,9 +315,8 @@ def _bars(pen, shown, left, high, bottom):
             long = font.getlength(text)
             x, ink = (6, "white") if long + 12 < end else (min(end + 6, CELL - long - 6), "black")
             y = (layer + 0.5) * high
-            if ink == "black":  # on white, also where it reaches into its bar
-                pen.rectangle((left + x - 4, y - SMALL // 2, left + x + long + 4, y + SMALL // 2), fill="white")
-            pen.text((left + x, y), text, ink, font, anchor="lm")
+            edge = 2 if ink == "black" else 0  # a white one, where the label reaches into its bar
+            pen.text((left + x, y), text, ink, font, anchor="lm", stroke_width=edge, stroke_fill="white")
     for value in shown.thresholds or ():
         pen.line((left + value * CELL, 0, left + value * CELL, bottom), fill="black", width=2)
 

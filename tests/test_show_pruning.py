@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from kernels import window_scores
 from model import Generation, Sampling, load
@@ -50,8 +50,6 @@ def test_bars_end_at_gamma_and_lines_stand_at_the_thresholds():
 
 def test_labels_of_bars_are_read_on_one_ground(monkeypatch):
     """White only inside a bar that is long enough, else black on white, and always within the frame."""
-    from PIL import ImageDraw, ImageFont
-
     from model.show import CELL, SMALL, _bars
 
     shown = look(load(DEMO, "fp32"), "Count the objects.", [DEMO_PICTURE], make_method("plphp:alpha=0.7,beta=0.65"))
