@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args, rest = self.parse_known_args(args, namespace)
         if rest:
-            self.error(self._unknown(rest[0]))
+            self.error(self._unknown(*rest[:2]))
         return args
 
     def error(self, message):
@@ -54,16 +54,41 @@ class Parser(argparse.ArgumentParser):
         cure = "" if "; " in message else f"; see {self.prog} -h"
         self.exit(2, f"error: {message}{cure}\n")
 
-    def _unknown(self, word):
-        """The error message for an argument that is neither a flag nor a flag's value."""
+    def _unknown(self, word, following="-"):
+        """The error message for an argument that is neither a flag nor a flag's value, and the one that follows it."""
         from difflib import get_close_matches
 
-        name = one_line(word.partition("=")[0])
+        name, _, value = one_line(word).partition("=")
         if not name.startswith("-"):
             return f"{word[:80]!r} belongs to no flag; put text with spaces in quotes"
+        key = name.lstrip("-").replace("-", "_")
+        if "--" + key.replace("_", "-") not in self._option_string_actions and key in known_settings():
+            value = value or (one_line(following)[:80] if not following.startswith("-") else "VALUE")
+            return f"{key} is a setting of the method; write --set {key}={value}"
         flags = {flag.lstrip("-"): action.option_strings[0] for flag, action in self._option_string_actions.items()}
         near = get_close_matches(name.lstrip("-"), flags, 1, 0.85)  # a lower cutoff suggests --no-stream for --stream
         return f"there is no flag {name}" + (f"; did you mean {flags[near[0]]}?" if near else "")
+
+
+def known_settings():
+    """The names of all settings of the built-in methods; none if torch is not installed."""
+    try:
+        from model.pruning import COMMON, GUARDS, METHODS, settings_of
+    except ImportError:
+        return set()
+    return {*COMMON, *GUARDS}.union(*(settings_of(method) for method in METHODS.values() if method))
+
+
+class Once(argparse.Action):
+    """Stores the prompt. A second prompt is an error, because its aliases are also names of settings."""
+
+    def __call__(self, parser, namespace, value, name=None):
+        if namespace.prompt is not None:
+            parser.error(
+                f"{name} gives a second prompt (--query and --question are other names of --prompt); give one prompt, "
+                "and write the method's setting as --set query=VALUE"
+            )
+        namespace.prompt = value
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -123,7 +148,7 @@ def parser():
                      help="folder or cached Hugging Face id (default: the demo)")
     ask.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[],
                      metavar="PATH ...", help='pictures; "-" is stdin, data: URIs work too')
-    ask.add_argument("--prompt", "-p", "--query", "--question", metavar="TEXT",
+    ask.add_argument("--prompt", "-p", "--query", "--question", action=Once, metavar="TEXT",
                      help='the question; "-" reads stdin, @FILE reads a file')
 
     answer = p.add_argument_group("the answer")

@@ -16,15 +16,15 @@ from .load import Checkpoint
 from .tokenizer import IMAGE
 
 HELP = """\
-/image PATH ...  add pictures to the next question
-/prune SPEC      prune with another method, as --prune; none keeps every token
+/image PATH ...  add pictures to the next question; /image - takes the last one back
+/prune SPEC      prune with another method, as --prune; none keeps every token; alone: print the method in use
 /retention F     keep this fraction of the vision tokens, now and after any later /prune
 /fresh [on|off]  process the whole conversation again for each question; /fresh again turns it off
 /show [FILE]     print how many vision tokens each layer kept, and draw them into FILE.png or FILE.html
 /stats           print times and memory of the last answer
 /clear [all]     start a new conversation about the same pictures; all: without pictures
 /help            print this list
-/quit            leave, like Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves"""
+/quit            leave, like Ctrl-D. Ctrl-C stops an answer or clears the line; on an empty line it leaves"""
 
 
 @dataclass
@@ -150,22 +150,38 @@ class Chat:
         paths = [text] if os.path.exists(text) else split(text)
         if not paths:
             raise InputError("/image needs a path; give /image PATH")
-        if "-" in paths:
+        if paths == ["-"]:
+            if not self.pictures:
+                raise InputError("no picture waits for the next question; /image PATH adds one")
+            self.pictures = self.pictures[:-1]
+        elif "-" in paths:
             raise InputError("a picture cannot be read from the terminal; give the path of a picture")
-        self.pictures = self.pictures + [read_image(path) for path in paths]
-        say(f"pictures for the next question: {', '.join(picture.path for picture in self.pictures)}")
+        else:
+            self.pictures = self.pictures + [read_image(path) for path in paths]
+        names = [picture.path for picture in self.pictures]
+        say(f"pictures for the next question: {', '.join(names) or 'none'}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice and paths != ["-"]:
+            say(f"note: {', '.join(twice)} was added more than once; /image - takes the last picture back")
 
     def set_prune(self, spec):
-        """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line."""
+        """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line.
+
+        Without a SPEC it prints the method in use.
+        """
         if not spec:
-            raise InputError("/prune needs a method; give /prune SPEC, as in --prune")
+            self.say_pruning("in use: ")
+            return
         method, note = change_method(spec, self.checkpoint.folder, self.budget)
         self.use(method)
         if note:
             say(f"note: {note}")
 
     def set_retention(self, text):
-        """/retention: change the fraction that the method in use keeps, and those of later /prune."""
+        """/retention: change the fraction that the method in use keeps, and those of later /prune; "" prints it."""
+        if not text:
+            self.say_pruning("in use: ")
+            return
         if not self.options["prune"]:
             raise InputError("no pruning method is set; give /prune METHOD first")
         try:
@@ -180,11 +196,18 @@ class Chat:
         """Prune with this method from the next question on. InputError if it does not fit the model."""
         Generation(self.checkpoint, "?", **self.options | {"prune": prune})
         before = self.options["prune"]
-        self.options, self.changed = self.options | {"prune": prune}, self.last is not None
+        same = str(before and before.spec) == str(prune and prune.spec) and "::" not in str(prune and prune.name)
+        if not same:
+            self.options, self.changed = self.options | {"prune": prune}, self.last is not None
         note = note_on_settings(prune, self.checkpoint.folder)
         if note and (before is None or before.name != prune.name):
             say(note)
-        say(f"from the next question on: {named_with_budget(prune) if prune else 'no pruning'}")
+        self.say_pruning("as before: " if same else "from the next question on: ")
+
+    def say_pruning(self, when):
+        """Print the method in use and its budget."""
+        prune = self.options["prune"]
+        say(when + (named_with_budget(prune) if prune else "no pruning"))
 
     def toggle_fresh(self, which):
         """/fresh: prefill the whole conversation for each question, or stop doing so. which: "", "on" or "off"."""
@@ -234,9 +257,14 @@ class Chat:
         while True:
             try:
                 line = read_line()
-            except (EOFError, KeyboardInterrupt) as left:
+            except EOFError:
                 say("")
-                return 0 if isinstance(left, EOFError) else 130
+                return 0
+            except KeyboardInterrupt:
+                say("")
+                if not typed():
+                    return 130
+                continue
             except UnicodeDecodeError:
                 say("error: the line is not UTF-8 text; type it again")
                 continue
@@ -279,6 +307,12 @@ def read_line():
     if not line:
         raise EOFError
     return line.rstrip("\n")
+
+
+def typed():
+    """What was typed of the line that Ctrl-C broke off; "" if that is unknown."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""
 
 
 def split(text):

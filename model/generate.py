@@ -405,14 +405,15 @@ def off_budget(method, kept, wanted):
     """
     if method is None:
         return None
+    name = "the method" if method.name == "<lambda>" else method.name
     if kept == 0:
-        return f"{method.name} kept no vision token; return True for those that the answer needs"
+        return f"{name} kept no vision token; return True for those that the answer needs"
     if kept == 1 and wanted is None:
-        return f"{method.name} dropped no vision token; check its settings, and that it returns what to keep"
+        return f"{name} dropped no vision token; check its settings, and that it returns what to keep"
     if wanted is None or abs(kept - wanted) <= 0.03:
         return None
     hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
-    return f"{method.name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"
+    return f"{name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"
 
 
 class PlainStep:

@@ -5,9 +5,11 @@ in the requested dtype is not copied. Missing and unexpected names are errors be
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ class Checkpoint:
         InputError, a ValueError with a one-line message, for invalid input, before computing starts. RuntimeError if
         the model produces NaN or memory runs out.
         """
-        pieces = self.stream(
+        pieces = self._pieces(
             prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
             system=system, template=template, image_mode=image_mode,
@@ -113,20 +115,36 @@ class Checkpoint:
         image_mode: str = "auto",
     ) -> Iterator[str]:
         """Yields the answer in pieces as it is generated. Arguments and errors as in `ask`; InputError at the call."""
+        return self._pieces(
+            prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
+            system=system, template=template, image_mode=image_mode,
+        )  # fmt: skip
+
+    def _pieces(
+        self, prompt, images, *, prune, retention, keep_tokens, settings, max_new_tokens, temperature, top_p, top_k,
+        seed, stop, system, template, image_mode,
+    ):  # fmt: skip
+        """The iterator of `stream`. Warnings name the line that called `ask` or `stream`."""
         from .generate import Generation, off_budget  # imports this module
         from .sampling import Sampling  # imports this module
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
         generation = Generation(self, prompt, images, sampling, template, image_mode, system, method)
+        caller = sys._getframe(2)
+        warn = partial(
+            warnings.warn_explicit, category=UserWarning, filename=caller.f_code.co_filename, lineno=caller.f_lineno,
+            registry=caller.f_globals.setdefault("__warningregistry__", {}),
+        )  # fmt: skip
         for note in generation.notes:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
 
         def pieces():
             yield from generation
             off = off_budget(generation.prune, generation.retention, generation.wanted)
             if off and generation.vision_tokens:
-                warnings.warn(off, stacklevel=2)
+                warn(off)
 
         return pieces()
 

@@ -342,7 +342,8 @@ class Desk:
         """One line about this run."""
         seconds, totals = time.perf_counter() - self.start, self.totals
         rate = self.next / seconds
-        line = f"{self.next} questions in {seconds:.1f} s ({rate:.2f} per second, {totals['tokens']} tokens)"
+        count = "1 question" if self.next == 1 else f"{self.next} questions"
+        line = f"{count} in {seconds:.1f} s ({rate:.2f} per second, {totals['tokens']} tokens)"
         if self.done:
             line += f", {self.done} already answered"
         if totals["failed"]:

@@ -257,15 +257,18 @@ def step_bytes(checkpoint, kv_bytes):
 def stats(r, bandwidth, generation):
     """The table of --stats. r: the --json object; bandwidth: bytes per second, 0 if unknown."""
     t = r["timing_ms"]
-    pictures = "1 picture" if len(r["images"]) == 1 else f"{len(r['images'])} pictures"
-    lines = [_line("load", t["load"], "")]
-    if r["images"]:
-        lines.append(_line("vision", t["vision"], f"{pictures}, {r['vision_tokens']} vision tokens"))
-    if len(r["images"]) > 1 or r["image_mode"] == "anyres":
-        lines += [_of_picture(image, r) for image in r["images"]]
     first, new = t["vision"] + t["prefill"], generation.prefilled
+    known = r["prompt_tokens"] - new  # in the cache already, in a later turn of a conversation
+    seen = [image for image, (start, _) in zip(r["images"], generation.spans, strict=True) if start >= known]
+    pictures = "1 picture" if len(seen) == 1 else f"{len(seen)} pictures"
+    lines = [_line("load", t["load"], "")]
+    if seen:
+        tokens = sum(image["tokens"] for image in seen)
+        lines.append(_line("vision", t["vision"], f"{pictures}, {tokens} vision tokens"))
+    if len(seen) > 1 or r["image_mode"] == "anyres":
+        lines += [_of_picture(image, r) for image in seen]
     whole = f"{r['prompt_tokens']} prompt tokens"
-    of = whole if new == r["prompt_tokens"] else f"{new} new of {whole}"  # in a later turn of a conversation
+    of = f"{new} new of {whole}" if known else whole
     if generation.prune and generation.prune.looks_ahead and t["prune"]:
         of += f" and {generation.checkpoint.lookahead.rows} look-ahead rows"
     lines.append(_line("prefill", t["prefill"], f"{of}; time to first token {first:.1f} ms"))
@@ -287,13 +290,12 @@ def _of_picture(image, r):
 
 
 def _pruned(r):
-    """Two lines on what pruning kept; none without pruning."""
+    """Two lines on what pruning kept; none without pruning, or in a turn that keeps everything new."""
     prune, kept = r["prune"], r["prune"]["kept_per_layer"]
-    if prune["method"] == "none" or not r["vision_tokens"] or not kept:
+    if prune["method"] == "none" or not r["vision_tokens"] or not kept or not r["timing_ms"]["prune"]:
         return []
     share, per_head = 100 * prune["retention_actual"], sum(kept) / len(kept)
-    when = "of the prefill; " if r["timing_ms"]["prune"] else "in this turn; earlier "
-    text = f"{when}{prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
+    text = f"of the prefill; {prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
     return [
         _line("pruning", r["timing_ms"]["prune"], text),
         f"{'':25}upper bound on the decoding speed-up, from the bytes read: {r['ceiling_speedup']:.2f}x",
@@ -306,10 +308,10 @@ def _decoded(r, bandwidth, generation):
     if not steps:
         return []
     speed, ended = 1e3 * steps / t["decode_total"], r["finish_reason"]
-    lines = [
-        _line("decode", t["decode_total"], f"{steps} steps of one token, {speed:.1f} tokens/s; finish reason: {ended}"),
-        f"  per token{t['decode_p50']:9.2f} ms  median; 95th percentile {t['decode_p95']:.2f} ms",
-    ]
+    count = "1 step" if steps == 1 else f"{steps} steps"
+    lines = [_line("decode", t["decode_total"], f"{count} of one token, {speed:.1f} tokens/s; finish reason: {ended}")]
+    if steps > 1:
+        lines.append(f"  per token{t['decode_p50']:9.2f} ms  median; 95th percentile {t['decode_p95']:.2f} ms")
     if not bandwidth:
         return [*lines, "  limit                  not measured: too little memory is free"]
     size = step_bytes(generation.checkpoint, generation.cache.nbytes_held)

@@ -204,6 +204,9 @@ def draw(shown, second=None, layers=None, heads=None):
         rows += _in_rows(cells[::2])
         return _page(rows)
     rows += [_lines(f"Hatched: dropped. {shown.memory}.", SMALL, GREY)]
+    if shown.gammas and shown.thresholds:
+        words = "Attentive: gamma is alpha or more, the layer keeps more. Indifferent: below beta, it keeps less. "
+        rows.append(_lines(words + "Balanced: between them.", SMALL, GREY))
     rows += _in_rows(cells, [_counts(shown)])
     layers = sorted({min(1, number - 1), number // 2, number - 1}) if layers is None else layers
     some = max(1, COLUMNS // len(shown.views))
@@ -309,8 +312,12 @@ def _bars(pen, shown, left, high, bottom):
         fill = CLASSES[shown.classes[layer] or "balanced"]
         pen.rectangle((left, layer * high + 0.2 * high, left + gamma * CELL, layer * high + 0.8 * high), fill=fill)
         if high > SMALL:
-            x, ink = (left + 6, "white") if gamma > 0.5 else (left + gamma * CELL + 6, "black")
-            pen.text((x, (layer + 0.5) * high), f"{gamma:.2f} {shown.classes[layer]}", ink, font, anchor="lm")
+            text, end = f"{gamma:.2f} {shown.classes[layer]}", gamma * CELL
+            long = font.getlength(text)
+            x, ink = (6, "white") if long + 12 < end else (min(end + 6, CELL - long - 6), "black")
+            y = (layer + 0.5) * high
+            edge = 2 if ink == "black" else 0  # a white one, where the label reaches into its bar
+            pen.text((left + x, y), text, ink, font, anchor="lm", stroke_width=edge, stroke_fill="white")
     for value in shown.thresholds or ():
         pen.line((left + value * CELL, 0, left + value * CELL, bottom), fill="black", width=2)
 

@@ -1809,8 +1809,8 @@ MUTANTS = {
     ),
     "the system text is dropped": (
         "model/load.py",
-        "template, image_mode, system, method)\n        for note",
-        "template, image_mode, None, method)\n        for note",
+        "template, image_mode, system, method)\n        caller",
+        "template, image_mode, None, method)\n        caller",
         "test_api.py::test_ask_and_stream_mean_what_the_flags_mean",
     ),
     "what one option does to all questions is said for each": (
@@ -2308,8 +2308,8 @@ MUTANTS = {
     ),
     "stats of a turn count the whole conversation": (
         "model/report.py",
-        'of = whole if new == r["prompt_tokens"] else',
-        "of = whole if True else",
+        '{whole}" if known else whole',
+        '{whole}" if False else whole',
         "test_chat.py::test_stats_of_a_later_turn_count_only_what_it_read",
     ),
     "chat: a question without an answer counts": (
@@ -2336,16 +2336,34 @@ MUTANTS = {
         "if generation.cancelled:",
         "test_chat.py::test_ctrl_c_while_a_question_is_read_takes_it_back",
     ),
+    "a warning names the library": (
+        "model/load.py",
+        "sys._getframe(2)",
+        "sys._getframe(1)",
+        "test_api.py::test_a_warning_names_the_line_of_the_caller_and_no_lambda",
+    ),
+    "a second prompt replaces the first": (
+        "run.py",
+        "if namespace.prompt is not None:",
+        "if False:",
+        "test_run.py::test_bad_flags",
+    ),
+    "chat: the same pruning is a change": (
+        "model/chat.py",
+        "        if not same:",
+        "        if True:",
+        "test_chat.py::test_the_same_method_again_is_no_change_and_the_one_in_use_is_shown",
+    ),
     "chat: Ctrl-C at the prompt is no signal": (
         "model/chat.py",
-        "return 0 if isinstance(left, EOFError) else 130",
-        "return 0",
+        "                    return 130",
+        "                    return 0",
         "test_chat.py::test_terminal_ctrl_c_at_the_prompt_leaves",
     ),
     "chat: a picture from the terminal": (
         "model/chat.py",
-        'if "-" in paths:',
-        "if False:",
+        'elif "-" in paths:',
+        "elif False:",
         "test_chat.py::test_mistakes_are_one_line_each_and_the_conversation_goes_on",
     ),
     "lines: an answer over several lines": (

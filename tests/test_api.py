@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+import sys
 import typing
 import warnings
 
@@ -207,7 +208,7 @@ def test_many_questions_are_answered_in_order_whatever_befalls_one(demo, monkeyp
 
 BAD_CALLS = {
     "prune": ({"prune": "nope"}, "no method 'nope'"),
-    "no prune": ({"retention": 0.5}, "retention was given, but method none takes no settings"),
+    "no prune": ({"retention": 0.5}, "retention was given, but prune is missing; give a method"),
     "retention": ({"prune": "topk", "retention": 1.5}, "give a number above 0 and up to 1"),
     "two budgets": ({"prune": "topk", "retention": 0.5, "keep_tokens": 3}, "give one of them"),
     "setting": ({"prune": "topk", "settings": {"depth": 1}}, "no setting 'depth'"),
@@ -254,6 +255,24 @@ def test_what_is_cropped_is_a_warning(demo):
     wide = Image.new("RGB", (400, 100))
     with pytest.warns(UserWarning, match="the centre crop removes 75 %"):
         demo.ask(QUESTION, wide, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("way", ["ask", "stream"])
+def test_a_warning_names_the_line_of_the_caller_and_no_lambda(demo, way):
+    wide = Image.new("RGB", (400, 100))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drop_all = lambda layer, scores, layout: layout.text.expand(layout.kv_heads, -1)  # noqa: E731
+        line = sys._getframe().f_lineno + 1
+        "".join(getattr(demo, way)(QUESTION, wide, prune=drop_all, max_new_tokens=1))
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line)] * 2
+    assert str(caught[1].message).startswith("the method kept no vision token")
+
+
+def test_a_budget_without_a_method_is_told_what_is_missing(demo):
+    for way in (demo.ask, demo.stream, lambda *asked, **given: demo.ask_many([asked], **given)):
+        with pytest.raises(InputError, match="retention was given, but prune is missing; give a method"):
+            way(QUESTION, DEMO_PICTURE, retention=0.5)
 
 
 def test_a_checkpoint_is_shown_in_one_line(demo):

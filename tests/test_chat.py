@@ -302,6 +302,27 @@ def test_the_method_of_the_flags_holds_and_new_pictures_are_pruned(talk):
     assert err.rstrip().endswith("no pruning method is set; give /prune METHOD first")
 
 
+def test_the_same_method_again_is_no_change_and_the_one_in_use_is_shown(talk):
+    spec = "/prune random:retention=0.3"
+    _, _, err = talk([spec, COUNT, spec, "/retention 0.3", COUNT, "/prune", "/retention"], "--image", DEMO_PICTURE)
+    assert "processed again" not in err and err.count("as before: random, retention 0.3\n") == 2
+    assert err.count("in use: random, retention 0.3\n") == 2
+    _, _, err = talk(["/prune", "/prune none", COUNT, "/prune none", COUNT], "--image", DEMO_PICTURE)
+    assert "in use: no pruning\n" in err and "processed again" not in err
+
+
+def test_a_picture_can_be_taken_back_and_one_that_is_added_twice_is_noted(talk):
+    pair = f"{ROOT}/assets/pair-a.png"
+    lines = [f"/image {pair}", f"/image {DEMO_PICTURE}", "/image -", "/image -", "/image -"]
+    _, _, err = talk(lines, "--image", DEMO_PICTURE)
+    told = re.findall("^(?:pictures for the next question: |note: (?=/)|error: )(.*)", err, re.MULTILINE)
+    assert told == [
+        f"{DEMO_PICTURE}, {pair}", f"{DEMO_PICTURE}, {pair}, {DEMO_PICTURE}",
+        f"{DEMO_PICTURE} was added more than once; /image - takes the last picture back",
+        f"{DEMO_PICTURE}, {pair}", f"{DEMO_PICTURE}", "none",
+    ]  # fmt: skip
+
+
 def test_pruning_that_is_set_before_the_first_question_is_no_change(talk):
     _, _, err = talk(["/prune random", COUNT, COUNT], "--image", DEMO_PICTURE)
     assert "processed again" not in err and "50 % of the vision tokens" in err
@@ -312,14 +333,14 @@ def test_mistakes_are_one_line_each_and_the_conversation_goes_on(talk, tiny_fold
     utf8 = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
     wrong = [
         "/", "/nope x", "/image", "/image /nowhere/x.png", f"/image '{tmp_path}/no picture.png'", "/image 'a",
-        "/image -", f"/image {tmp_path}/no picture.png", "/image a\0b", "/prune", "/prune plphp:alpha=x",
+        "/image -", f"/image {tmp_path}/no picture.png", "/image a\0b", "/image - -", "/prune plphp:alpha=x",
         "/prune fastv:layer=99", "/retention 0.5", "/show", "/stats", "a" * 3000, "<image>?", "\udcff", utf8, "  ", "",
     ]  # fmt: skip
-    code, out, err = talk([*wrong, "what?", "/show", "/prune random", "/retention x", "/retention 1.5", "/retention"],
+    code, out, err = talk([*wrong, "what?", "/show", "/prune random", "/retention x", "/retention 1.5"],
                           "--model", tiny_folder, "-n", "3")  # fmt: skip
     assert code == 0 and out.count("\n") == 1
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(wrong) - 2 + 4 and "Traceback" not in err
+    assert len(errors) == len(wrong) - 2 + 3 and "Traceback" not in err
     assert all(";" in line or "," in line for line in errors), errors
     for words in (
         "no command /nope",
@@ -449,6 +470,16 @@ def test_stats_of_a_later_turn_count_only_what_it_read(talk):
     first, second = re.findall(r"^prefill .* ms  (.*) prompt tokens", err, re.MULTILINE)
     new, whole = map(int, second.split(" new of "))
     assert int(first) > 256 and whole > int(first) and 0 < new < 40
+
+
+def test_stats_of_a_later_turn_leave_out_what_was_not_done(talk):
+    lines = [COUNT, "/stats", SIGN, "/stats", "/prune none", SIGN, f"/image {ROOT}/assets/pair-a.png", SIGN, "/stats"]
+    _, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.5")
+    tables = err.split("\nload ")[1:]
+    assert [re.findall("^(vision|pruning) ", table, re.MULTILINE) for table in tables] == [
+        ["vision", "pruning"], [], ["vision"],
+    ]  # fmt: skip
+    assert "1 picture, 256 vision tokens" in tables[2]
 
 
 def test_a_full_context_says_what_is_needed_and_what_there_is(talk, tiny_folder):
@@ -738,7 +769,18 @@ def test_terminal_resized_at_the_prompt_and_during_an_answer(endless):
 def test_terminal_ctrl_c_at_the_prompt_leaves():
     with Terminal() as t:
         t.wait_for("> ")
-        t.type("half a line\x03")
+        t.type("\x03")
+        assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
+
+
+def test_terminal_ctrl_c_clears_a_line_and_leaves_at_an_empty_one():
+    with Terminal() as t:
+        t.wait_for("> ")
+        t.type("half a line")
+        t.wait_for("half a line")  # readline waits for keys now
+        t.type("\x03")
+        t.wait_for("\n> ")
+        assert t.enter("/retention") == "in use: no pruning\n"
         assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
 
 

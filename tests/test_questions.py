@@ -240,7 +240,7 @@ def test_a_question_inserted_in_front_is_answered_in_front(folder, capsys):
     os.symlink(folder / "elsewhere.jsonl", folder / "a.jsonl")  # a link stays a link
     write_lines(folder / "q.jsonl", QUESTIONS[:3])
     code, _, err = inside(capsys, *flags(folder, "-n", 3))
-    assert code == 0 and "1 questions in" in err and (folder / "a.jsonl").is_symlink()
+    assert code == 0 and "1 question in" in err and (folder / "a.jsonl").is_symlink()
     assert [line["question_id"] for line in read_lines(folder / "elsewhere.jsonl")] == [7, "b", 3]
 
 
@@ -315,7 +315,7 @@ def test_answers_to_other_pictures_do_not_count(folder, capsys):
     (folder / "other.png").write_bytes((ROOT / "assets" / "pair-a.png").read_bytes())
     write_lines(folder / "q.jsonl", [QUESTIONS[0] | {"image": "other.png"}])
     code, _, err = inside(capsys, *flags(folder, "-n", 3))
-    assert code == 0 and "1 questions in" in err and "note: 1 answers" in err
+    assert code == 0 and "1 question in" in err and "note: 1 answers" in err
     images = [line["metadata"]["images"] for line in read_lines(folder / "a.jsonl")]
     assert images == [["other.png"], ["demo.png"]]  # answers to other questions come last
     assert "image_folder" in refused(capsys, *flags(folder, "-n", 3, "--image-folder", ROOT / "assets"))

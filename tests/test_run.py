@@ -193,6 +193,8 @@ def test_stats_leave_out_what_there_is_nothing_to_say_about(capsys):
     """No pictures, a single token, a pruning that has nothing to prune; then several pictures."""
     _, _, err = inside(capsys, "--prompt", "What?", "-n", "1", "--prune", "topk", "--stats")
     assert not re.search(r"^(vision|pruning|decode)", err, flags=re.M) and "prefill" in err and "KV cache" in err
+    _, _, err = inside(capsys, "--prompt", "What?", "-n", "2", "--stats")
+    assert ", 1 step of one token, " in err.replace("ms  ", "ms, ") and "percentile" not in err
     _, _, err = inside(capsys, "--image", PICTURE, PICTURE, "-p", "Compare the two pictures.", "-n", "2", "--stats")
     assert "2 pictures, 512 vision tokens" in err and err.count("demo.png: 448 x 448 pixels, 256 tokens") == 2
 
@@ -659,6 +661,12 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
         (["--retntion", "0.5"], "there is no flag --retntion; did you mean --retention?\n"),
         (["--conv-modes=llava"], "there is no flag --conv-modes; did you mean --template?\n"),  # of a hidden name
         (["--stream"], "there is no flag --stream; see run.py -h\n"),  # not its opposite, --no-stream
+        (["--window", "32"], "window is a setting of the method; write --set window=32\n"),
+        (["--cover=0.5"], "cover is a setting of the method; write --set cover=0.5\n"),
+        (["--sink-keys", "--stats"], "sink_keys is a setting of the method; write --set sink_keys=VALUE\n"),
+        (["--keep_tokens", "9"], "there is no flag --keep_tokens; did you mean --keep-tokens?\n"),
+        (["--prompt", "a?", "--query", "lookahead"], "write the method's setting as --set query=VALUE\n"),
+        (["--question", "a?", "-p", "b?"], "write the method's setting as --set query=VALUE\n"),
         (["--gpu", "0"], "there is no flag --gpu; see run.py -h\n"),
         (["--xyz"], "there is no flag --xyz; see run.py -h\n"),
         (["stray"], "'stray' belongs to no flag; put text with spaces in quotes\n"),
@@ -744,7 +752,7 @@ def test_a_failure_while_running_is_exit_1(capsys, monkeypatch):
     ],
 )
 def test_bad_flags(refused, extra, naming):
-    refused(*ASK, *extra, naming=naming)
+    refused(*ASK[: 2 if "--prompt" in extra else None], *extra, naming=naming)
 
 
 @pytest.mark.parametrize("alias", ["-m", "--model-path", "--weights", "--checkpoint", "--pretrained"])
@@ -885,7 +893,7 @@ def test_what_can_be_refused_is_refused_before_weights_are_read(refused, monkeyp
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(Checkpoint, "read_weights", too_late)
-    refused(*ASK, "--prompt", "circle " * 2500, naming="2048")
+    refused(*ASK[:2], "--prompt", "circle " * 2500, naming="2048")
     refused("--image", PICTURE, "--prompt", "<image><image>", naming="2 <image>")
     refused("--image", str(ROOT / "README.md"), "--prompt", "What?", naming="README.md")
 

@@ -264,6 +264,24 @@ def test_classes_have_plphps_borders():
 # ---------------------------------------------------------------- the page
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser")
+def test_dropped_tokens_of_the_page_are_grey_and_hatched_on_every_colour(tmp_path):
+    image = Image.new("RGB", (240, 120), (185, 185, 185))
+    image.paste((220, 20, 20), (0, 0, 120, 120))
+    keep = torch.arange(18).view(1, 1, 18) % 2 == 0
+    shown = Shown("What?", "topk", "", 0.5, [View("", image, torch.arange(18).view(3, 6))], keep, 1e6, 5e5)
+    (tmp_path / "a.html").write_text(page(shown))
+    shot = [f"--screenshot={tmp_path}/a.png", f"file://{tmp_path}/a.html"]
+    subprocess.run([CHROMIUM, *BROWSER, *shot], capture_output=True, check=True, timeout=60)
+    pixels = pixels_of(Image.open(tmp_path / "a.png").convert("RGB")).int()
+    red = (pixels - torch.tensor([220, 20, 20])).abs().amax(2) < 3
+    rows, columns = red.any(1).nonzero().flatten(), red.any(0).nonzero().flatten()
+    top, bottom, left, step = rows[0] + 2, rows[-1] - 2, columns[0], (columns[-1] - columns[0] + 1) // 3
+    for place in (1, 3, 5):  # columns of dropped tokens
+        part = pixels[top:bottom, left + place * step + 4 : left + (place + 1) * step - 4]
+        assert (part.amax(2) - part.amin(2)).max() < 5 and part.max() > 245 and part.min() < 80
+
+
 def dom(tmp_path, html, fragment, script=""):
     """The page's tree after its script ran, in a real browser; script runs behind it."""
     if CHROMIUM is None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from kernels import window_scores
 from model import Generation, Sampling, load
@@ -46,6 +46,32 @@ def test_bars_end_at_gamma_and_lines_stand_at_the_thresholds():
     black = (pixels[row + 1, left:] == 0).all(1).nonzero().flatten()
     assert abs(grey.max().item() - 0.5 * CELL) <= 1
     assert all((black - value * CELL).abs().min() <= 1 for value in (0.3, 0.7)) and len(black) <= 4
+
+
+def test_labels_of_bars_are_read_on_one_ground(monkeypatch):
+    """White only inside a bar that is long enough, else black on white, and always within the frame."""
+    from model.show import CELL, SMALL, _bars
+
+    shown = look(load(DEMO, "fp32"), "Count the objects.", [DEMO_PICTURE], make_method("plphp:alpha=0.7,beta=0.65"))
+    shown.gammas = [0.63, 0.05, 0.95, 0.99, 0.5, 0.66]
+    page, labels = Image.new("RGB", (CELL, 600), "white"), []
+    pen = ImageDraw.Draw(page)
+    monkeypatch.setattr(pen, "text", lambda at, text, ink, *_, **__: labels.append((at[0], text, ink)))
+    _bars(pen, shown, 0, 100, 600)
+    for gamma, (x, text, ink) in zip(shown.gammas, labels, strict=True):
+        end = x + ImageFont.load_default(SMALL).getlength(text)
+        assert x > 0 and end < CELL and (end < gamma * CELL if ink == "white" else True), text
+    inks = [ink for *_, ink in labels]
+    assert inks[:2] == ["black", "black"] and inks[3] == "white"
+
+
+def test_with_only_a_page_no_picture_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--prune", "random"]
+    show_pruning.main([*asked, "--html", "kept.html"])
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.html"]
+    show_pruning.main(asked)
+    assert (tmp_path / "kept.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     python tools/show_pruning.py --image assets/demo.png --prompt "Describe the picture." --prune plphp --out kept.png
     python tools/show_pruning.py ... --layers 0 5 --heads 2    # these panels
-    python tools/show_pruning.py ... --html kept.html          # also the page: step through layers and heads
+    python tools/show_pruning.py ... --html kept.html          # a page, to step through layers and heads
     python tools/show_pruning.py ... --second "Spell the word on the sign."    # what another question keeps instead
 
 Beside the table of kept tokens stands gamma, the attention of each layer to the pictures, with PLPHP's two thresholds
@@ -55,12 +55,13 @@ def main(argv=None):
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE|@FILE.json")
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="of the panels (default: three of them)")
     parser.add_argument("--heads", type=int, nargs="+", metavar="H", help="KV heads of the panels (default: 4)")
-    parser.add_argument("--out", default="kept.png", metavar="FILE.png")
+    parser.add_argument("--out", metavar="FILE.png", help="default: kept.png, none with --html")
     parser.add_argument("--html", metavar="FILE.html")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     # fmt: on
     args = parser.parse_args(argv)
+    out = args.out or (None if args.html else "kept.png")
     try:
         if args.second is not None and not args.second.strip():
             raise InputError("--second is empty; give another question or leave it out")
@@ -76,7 +77,8 @@ def main(argv=None):
         for given, limit, word in ((args.layers, layers, "--layers"), (args.heads, heads, "--heads")):
             if not all(0 <= n < limit for n in given or ()):
                 raise InputError(f"{word} is {given}, the model has {limit}; give numbers from 0 to {limit - 1}")
-        write(args.out, shown, second, args.layers, args.heads)
+        if out:
+            write(out, shown, second, args.layers, args.heads)
         if args.html:
             write(args.html, shown, second)
     except MethodError as wrong:
@@ -85,7 +87,7 @@ def main(argv=None):
         parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; nothing was written\n")
-    print("\n".join(filter(None, (args.out, args.html))), file=sys.stderr)
+    print("\n".join(filter(None, (out, args.html))), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -244,6 +244,8 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         _add(given, settings)
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
     made = not (function is None or _takes_settings(function))  # a Method, or an instance of a class
+    if given and spec is None:
+        raise ValueError(f'{", ".join(given)} was given, but prune is missing; give a method, such as prune="plphp"')
     if given and (made or function is None):
         why = "already has its settings; give its name or class" if made else "takes no settings; give a method by name"
         raise ValueError(f"{', '.join(given)} was given, but method {name} {why}")
