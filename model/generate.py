@@ -175,10 +175,10 @@ class Generation:
             f"{window if text.context < text.max_position_embeddings else ''}; use fewer pictures or a shorter prompt"
         )
 
-    def again(self, prune: Method | None) -> "Generation":
+    def again(self, method: Method | None) -> "Generation":
         """A new Generation of the same question with another pruning method, or None."""
         twin = copy.copy(self)
-        twin.prune = prune
+        twin.prune = method
         twin._begin()
         return twin
 

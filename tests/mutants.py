@@ -1245,7 +1245,7 @@ MUTANTS = {
     ),
     "the unpruned answer of a comparison is pruned": (
         "model/generate.py",
-        "twin.prune = prune",
+        "twin.prune = method",
         "pass",
         "test_run.py::test_compare_shows_both_answers_and_where_they_part",
     ),
