@@ -15,6 +15,7 @@ import multiprocessing.connection
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ import sentencepiece  # noqa: E402, F401
 import torch  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 300  # seconds for the test of one mutant
 
 # not imported as a module: a forked process must find tools/ in its own tree
 transformers = runpy.run_path(str(ROOT / "tools" / "hf.py"))["import_transformers"]()
@@ -2427,6 +2429,8 @@ def run_tests(tree, tests):
     with open("output.txt", "wb") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.exit(f"no result after {LIMIT} s", returncode=99))
+    signal.alarm(LIMIT if len(tests) == 1 else 0)
     options = ["-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(tree)]
     code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
     sys.stdout.flush()

@@ -598,8 +598,9 @@ def test_files_of_one_name_are_told_apart(tmp_path):
 )
 def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        own = [] if flags[0] in ("fidelity", "premise") else ["--answers", str(tmp_path / "a.jsonl"), "--workers", "1"]
-        evaluate.main([*flags, *(own if "--workers" not in flags else own[:2])])
+        small = {"--answers": str(tmp_path / "a.jsonl"), "--questions": "1", "--workers": "1", "--only": "random"}
+        own = [] if flags[0] in ("fidelity", "premise") else [w for pair in small.items() for w in pair]
+        evaluate.main([flags[0], *own, *flags[1:]])  # of two, the later flag counts
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and line.startswith("error: ") and word in line and not list(tmp_path.iterdir())
 
