@@ -3,7 +3,6 @@
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ from .config import InputError, brief, plain_text
 from .image import (
     Pictures,
     as_list,
+    contrast_of,
     crop_note,
     kept_of_tiles,
     normalise,
+    places_of,
     read_image,
     tile_tokens,
     to_square,
@@ -30,7 +31,7 @@ from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
 from .sampling import Chooser, Sampling, Writer
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
-from .view import Layout, Pruner, clock, contrast_of, places_of
+from .view import Pruning, clock
 
 
 class Generation:
@@ -339,27 +340,23 @@ class Generation:
         start = clock(device, self.timed)
         x, self.spans = model.splice(self.ids, self.encode_images())
         seen, self.prefilled = clock(device, self.timed), len(x)
-        config = self.checkpoint.config.text_config
-        self.cache = RaggedCache(config.num_hidden_layers, slack=min(self.limit, 64), backend=self.way)
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
-        layout = Layout(layers, heads, config.num_key_value_heads, len(x), self.spans, x.device, places=self.places)
-        if getattr(self.prune and self.prune.rule, "wants_contrast", False):
-            layout = replace(layout, contrast=self.contrast)
+        layers = self.checkpoint.config.text_config.num_hidden_layers
+        self.cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.way)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
-        pruner = None
-        if self.prune:
-            ahead = lookahead.rows if lookahead else 0
-            pruner = Pruner(self.prune, layout, self.backend, self.timed, ahead, self.remember)
-        asked = {"choose": pruner.choose, "narrow": pruner.narrow, "lookahead": lookahead} if pruner else {}
-        hidden = model.language_model.prefill(x[None], self.cache, **asked)
+        pruning = self.prune and Pruning(
+            self.prune, layers, self.spans, self.places, lambda: self.contrast, lookahead.rows if lookahead else 0,
+            self.backend, self.timed, self.remember,
+        )  # fmt: skip
+        hidden = model.language_model.prefill(x[None], self.cache, prune=pruning, lookahead=lookahead)
         logits = model.language_model.logits(hidden[0, -1])
         self.bytes_held = self.cache.nbytes_held
-        self.kept = pruner.kept(self.cache) if pruner else [float(self.vision_tokens)] * layers
+        text = len(x) - self.vision_tokens  # tokens that every head keeps
+        self.kept = [n - text for n in self.cache.kv_len.double().mean(1).tolist()]
         if self.remember:
-            everything = torch.ones(layers, layout.kv_heads, len(x), dtype=torch.bool)
-            self.masks = torch.stack(pruner.masks).cpu() if pruner else everything
+            everything = torch.ones(layers, self.cache.kv_len.shape[1], len(x), dtype=torch.bool)
+            self.masks = torch.stack(pruning.masks).cpu() if pruning else everything
         self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
-        self.timing["prune"] = pruner.seconds if pruner else 0.0
+        self.timing["prune"] = pruning.seconds if pruning else 0.0
         return logits
 
     @property

@@ -177,22 +177,22 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def prefill(self, x, cache=None, positions=None, mask=None, choose=None, narrow=None, lookahead=None):
+    def prefill(self, x, cache=None, positions=None, mask=None, prune=None, lookahead=None):
         """Embedded tokens x (B, T, C) -> final hidden states (B, T, C), after the final norm.
 
         Attention is causal. With a cache, each layer's K and V are packed into it when the layer is done, and the dense
-        K and V are freed. After each layer, two optional functions get its q (B, Hq, T, D), k and v (B, Hkv, T, D):
+        K and V are freed.
 
-            choose(layer, q, k, v)   returns which tokens every head keeps, (B * Hkv, T) bool, or None for all. Hidden
-                                     states do not change, so dropped tokens affect decoding only
-            narrow(layer, q, k, v)   returns the tokens that later layers process, indices (T',), or None for all; the
-                                     result is then (B, T', C)
+        prune(layer, q, k, v) is called after each layer with its q (B, Hq, T, D), k and v (B, Hkv, T, D). It returns
+        which tokens every head keeps in the cache, (B * Hkv, T) bool, and which tokens later layers process, indices
+        (T',); None in place of either for all. If tokens leave, the result is (B, T', C). Keeping fewer in the cache
+        does not change hidden states: dropped tokens affect decoding only.
 
         positions (B, T) or (T,) default to 0..T-1. mask replaces the causal mask: bool (True = may attend), or floats
-        to add to the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences, without `narrow`.
+        to add to the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences.
 
-        lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt in every layer: `choose` and `narrow`
-        receive T + m rows of q, k and v; the cache and the result have only the prompt's tokens.
+        lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt in every layer: `prune` receives T + m
+        rows of q, k and v; the cache and the result have only the prompt's tokens.
         """
         tokens = x.shape[1]
         if lookahead is not None:
@@ -201,10 +201,9 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
         for i, layer in enumerate(self.model.layers):
             x, q, k, v = layer.prefill(x, rope, mask, lookahead and lookahead.layers[i])
+            keep, rows = (None, None) if prune is None else prune(i, q, k, v)
             if cache is not None:
-                keep = None if choose is None else choose(i, q, k, v)
                 cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
-            rows = None if narrow is None else narrow(i, q, k, v)
             if rows is not None:  # tokens keep their positions
                 rows, tokens = torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device))), len(rows)
                 x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)

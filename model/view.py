@@ -1,145 +1,143 @@
 """What a pruning method sees of a prompt and a layer, and how its choice is applied during the prefill."""
 
 import time
-from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 
 from kernels import window_scores
 
 from .config import InputError
+from .image import cells
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a pruning method receives besides the scores: the prompt's layout and, if it asks for them, layer values."""
+class View:
+    """One layer of a prompt. Attention and norms are measured when a method asks for them, and kept for the layer.
 
-    num_layers: int  # L
-    q_heads: int  # Hq
-    kv_heads: int  # Hkv
-    tokens: int  # T, with each picture as its vision tokens
-    spans: list[tuple[int, int]]  # [(start, stop)] of each picture among the T tokens
-    device: torch.device
-    attended: torch.Tensor | None = None  # (Hkv, T) fp32, attention of the last 32 rows, if `sink_keys` is set
-    last: torch.Tensor | None = None  # (Hq, T) fp32, attention of the last row alone, for rules with `wants_last_row`
-    norms: torch.Tensor | None = None  # (Hkv, T) fp32, L1 norms of the layer's values, if `values` is set
-    places: list[torch.Tensor] | None = (
-        None  # per picture (n, 2): row and column of its tokens (`model.view.places_of`), on the CPU
-    )
-    contrast: list[torch.Tensor] | None = (
-        None  # per picture (n,) fp32 (`model.view.contrast_of`), for rules with `wants_contrast`
-    )
+    layer, num_layers   index of the layer, from 0; L
+    q_heads, kv_heads   Hq, Hkv
+    tokens, device      T, the tokens that this layer sees; of all tensors that are not on the CPU
+    spans               [(start, stop)] of each picture among the T tokens
+    places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
+    keys, values        (Hkv, T, D); keys are rotated by RoPE
+    """
+
+    def __init__(self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto"):
+        """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
+
+        places: None for spans of text, which are one row each; contrast: function () -> what `contrast` returns.
+        """
+        self.layer, self.num_layers, self.spans = layer, num_layers, spans
+        self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
+        self.keys, self.values, self.device = k[0, :, : self.tokens], v[0, :, : self.tokens], k.device
+        self.places = [cells(1, stop - start) for start, stop in spans] if places is None else places
+        self._q, self._k, self._contrast, self._ahead, self._backend = q[0], k[0], contrast, ahead, backend
+        self._attention = {}
 
     @cached_property
-    def text(self) -> torch.Tensor:
+    def text(self):
         """(T,) bool: True for tokens outside pictures."""
         mask = torch.ones(self.tokens, dtype=torch.bool, device=self.device)
         for start, stop in self.spans:
             mask[start:stop] = False
         return mask
 
+    def queries(self, rows=1):
+        """(Hq, rows, D): the queries of the prompt's last rows, rotated by RoPE. Only rows that follow the last picture
+        are counted, but at least one."""
+        rows = max(1, min(rows, self.tokens - self.spans[-1][1]))
+        end = self._q.shape[1] - self._ahead
+        return self._q[:, end - rows : end]
 
-class Pruner:
-    """Applies a pruning method to the layers of one prefill: scores from a layer's q and k -> tokens that are kept.
+    def attention(self, rows=1, query="last"):
+        """(Hq, T) fp32: attention of each query head to each token, averaged over the rows of `queries(rows)`.
 
-    text      per layer, number of text tokens that it saw; they are always kept
-    layout    the prompt as the current layer sees it
-    seconds   time spent on scoring and choosing; see `timed` in Generation
+        query: "lookahead" for the look-ahead rows instead (`model.lookahead`); only for a method whose setting `query`
+        has this value. ValueError if they were not computed.
+        """
+        ahead = query == "lookahead"
+        if ahead and not self._ahead:
+            raise ValueError('there are no look-ahead rows; the method needs a setting query="lookahead"')
+        q, k = (self._q[:, -self._ahead :], self._k) if ahead else (self.queries(rows), self.keys)
+        asked = query, q.shape[1]
+        if asked not in self._attention:
+            scores = window_scores(q, k, group="none", backend=self._backend)
+            self._attention[asked] = scores[:, : self.tokens]
+        return self._attention[asked]
+
+    def value_norms(self):
+        """(Hkv, T) fp32: the L1 norm of each token's value vector."""
+        return self.values.float().norm(1, dim=-1)
+
+    def contrast(self):
+        """Per picture (n,) fp32 on the CPU: how far each token's pixels are from the picture's usual colour
+        (`model.image.contrast_of`). ValueError if the pixels are not known."""
+        if self._contrast is None:
+            raise ValueError("the method needs the pictures' pixels, and there are none here; use grid or random")
+        return self._contrast()
+
+
+class Pruning:
+    """A method applied to each layer of one prefill.
+
+    seconds   time spent on measuring and choosing; see `timed` in Generation
     masks     with `remember`: (Hkv, T) bool per layer, the tokens of the whole prompt that each head keeps
     """
 
-    def __init__(self, method, layout, backend="auto", timed=False, ahead=0, remember=False):
-        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v."""
-        self.method, self.layout, self.backend, self.timed, self.ahead = method, layout, backend, timed, ahead
-        self.text, self.seconds = [], 0.0
-        self.masks = [] if remember else None
-        self.tokens = layout.tokens  # in the whole prompt
-        self.rows = torch.arange(layout.tokens, device=layout.device)  # indices of those that the current layer sees
+    def __init__(
+        self, method, num_layers, spans, places=None, contrast=None, ahead=0, backend="auto", timed=False,
+        remember=False,
+    ):  # fmt: skip
+        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`."""
+        self.method, self.num_layers, self.spans, self.places = method, num_layers, spans, places
+        self.contrast = contrast and cache(contrast)
+        self.ahead, self.backend, self.timed = ahead, backend, timed
+        self.seconds, self.masks = 0.0, [] if remember else None
+        self.rows = None  # (T',) indices of the tokens that the current layer sees; None: the whole prompt
 
-    def choose(self, layer, q, k, v):
-        """Which of the T prompt tokens each head keeps: (Hkv, T) bool, or None for all.
+    def __call__(self, layer, q, k, v):
+        """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer, of which q may be only the last rows.
 
-        q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D).
+        -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
+        later layers process; None in place of either for all.
         """
-        keep = None
-        if self.layout.spans and self.method.wants(layer, self.layout.num_layers):
-            start = clock(k.device, self.timed)
-            layout = self._guarded(q, k)
-            if self.method.settings.get("values"):
-                layout = replace(layout, norms=v[0, :, : layout.tokens].float().norm(1, dim=-1))
-            if getattr(self.method.rule, "wants_last_row", False):
-                layout = replace(layout, last=self._scores(q, k, 1))
-            keep = self._heed(self.method.choose, layer, self._ranking(q, k), layout)
-            self.seconds += clock(k.device, self.timed) - start
-        self.text.append(self.layout.tokens - sum(b - a for a, b in self.layout.spans))
-        if self.masks is not None:
-            self.masks.append(self._of_the_prompt(keep))
-        return keep
-
-    def _of_the_prompt(self, keep):
-        """keep (Hkv, tokens that the layer sees) or None for all -> (Hkv, T) bool over the whole prompt."""
-        mask = torch.zeros(self.layout.kv_heads, self.tokens, dtype=torch.bool, device=self.rows.device)
-        mask[:, self.rows] = True if keep is None else keep
-        return mask
-
-    def kept(self, cache):
-        """Vision tokens kept per KV head in the prompt's cache: a float per layer, averaged over its heads."""
-        return [n - text for n, text in zip(cache.kv_len.double().mean(1).tolist(), self.text, strict=True)]
-
-    def narrow(self, layer, q, k, v):
-        """The tokens that later layers process: ascending indices (T',), or None for all. q, k, v: as in `choose`."""
-        if not self.layout.spans or self.method.layer != layer + 1:
-            return None
         start = clock(k.device, self.timed)
-        keep = self._heed(self.method.narrow, self._ranking(q, k), self._guarded(q, k))
-        rows = keep.nonzero()[:, 0]
-        self.rows = self.rows[rows]
-        before = [0, *keep.cumsum(0).tolist()]
-        spans, left = self.layout.spans, keep.cpu()
-
-        def thinned(views):
-            return views and [view[left[a:b]] for view, (a, b) in zip(views, spans, strict=True)]
-
-        self.layout = replace(
-            self.layout, tokens=len(rows), spans=[(before[a], before[b]) for a, b in spans],
-            places=thinned(self.layout.places), contrast=thinned(self.layout.contrast),
-        )  # fmt: skip
+        keep, left = self._choose(layer, q, k, v) if self.spans else (None, None)
+        if self.masks is not None:
+            self.masks.append(self._of_the_prompt(keep, k))
+        rows = None if left is None else left.nonzero()[:, 0]
+        if rows is not None:
+            self._narrow(left, rows)
         self.seconds += clock(k.device, self.timed) - start
-        return rows
+        return keep, rows
 
-    def _guarded(self, q, k):
-        """The layout, with `attended` filled in if the setting `sink_keys` is not 0."""
-        if not self.method.settings.get("sink_keys"):
-            return self.layout
-        attended = self._scores(q, k, 32).view(self.layout.kv_heads, -1, self.layout.tokens).mean(1)
-        return replace(self.layout, attended=attended)
-
-    def _ranking(self, q, k):
-        """What the method ranks by, (Hq, T) fp32, or None."""
-        return self._ahead(q, k) if self.method.looks_ahead else self._scores(q, k, self.method.window)
-
-    def _scores(self, q, k, window):
-        """(Hq, T) fp32: mean attention of the last `window` rows that follow the last picture. None if window is 0."""
-        behind = self.layout.tokens - self.layout.spans[-1][1]
-        rows = min(window, max(1, behind))
-        if not rows:
-            return None
-        end = q.shape[2] - self.ahead
-        asking, keys = q[0, :, end - rows : end], k[0, :, : self.layout.tokens]
-        return window_scores(asking, keys, group="none", backend=self.backend)
-
-    def _ahead(self, q, k):
-        """(Hq, T) fp32: attention of the look-ahead rows to the prompt, averaged over them."""
-        scores = window_scores(q[0, :, -self.ahead :], k[0], group="none", backend=self.backend)
-        return scores[:, : self.layout.tokens]
-
-    def _heed(self, ask, *arguments):
-        """Call a function of the method; the ValueError for what it returned becomes an InputError."""
+    def _choose(self, layer, q, k, v):
+        """keep (Hkv, T') and left (T',), bool or None for all. InputError for the method's own refusals."""
+        pictures = self.spans, self.places, self.contrast
+        view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend)
         try:
-            return ask(*arguments)
+            return self.method.keep(view), self.method.narrow(view)
         except ValueError as wrong:
             raise InputError(str(wrong)) from wrong
+
+    def _of_the_prompt(self, keep, k):
+        """keep (Hkv, T') or None for all -> a mask over the whole prompt."""
+        here = torch.ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool, device=k.device)
+        here = here if keep is None else keep
+        return here if self.rows is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.rows, here)
+
+    def _narrow(self, left, rows):
+        """Later layers see only the tokens where left (T',) is True: those at `rows`."""
+        self.rows = rows if self.rows is None else self.rows[rows]
+        before, spans, left = [0, *left.cumsum(0).tolist()], self.spans, left.cpu()
+        contrast = self.contrast
+
+        def thinned(pictures):
+            return [of_one[left[a:b]] for of_one, (a, b) in zip(pictures, spans, strict=True)]
+
+        self.spans = [(before[a], before[b]) for a, b in spans]
+        self.places = self.places and thinned(self.places)
+        self.contrast = contrast and cache(lambda: thinned(contrast()))
 
 
 def clock(device, wait):
@@ -147,41 +145,3 @@ def clock(device, wait):
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def places_of(side, tokens, cut=None):
-    """(n, 2) int64 on the CPU: row and column of each of a picture's n tokens, in the model's order.
-
-    side: tokens per side of a square; tokens: n; cut: for LLaVA-NeXT, `kept_of_tiles`: that part of the joined tiles
-    is placed below the square of the whole picture and has a newline after each row's last column. A CLS token is
-    placed above the square.
-    """
-    square = _cells(side, side)
-    if cut is not None:
-        rows, columns = (part.stop - part.start for part in cut)
-        return torch.cat((square, _cells(rows, columns + 1) + square.new_tensor([side, 0])))
-    return torch.cat((square.new_tensor([[-1, 0]] * (tokens - len(square))).view(-1, 2), square))
-
-
-def _cells(rows, columns):
-    """(rows * columns, 2) int64 on the CPU: row and column of each cell of a table, row by row."""
-    return torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
-
-
-def contrast_of(squares, side, tokens, cut=None, grid=None):
-    """(n,) fp32: distance of the pixels of each of a picture's n tokens from the picture's usual colour.
-
-    squares (1 + tiles, 3, S, S) fp32: its pixel values; side, tokens, cut: as in `places_of`; grid: (rows, columns) of
-    tiles. The usual colour is the median over the patches' means. The distance is the root mean square over a patch's
-    pixels; it is 0 for tokens without pixels (newlines and CLS).
-    """
-    patch = squares.shape[-1] // side
-    pixels = squares[..., : side * patch, : side * patch].unflatten(-1, (side, patch)).unflatten(-3, (side, patch))
-    usual = pixels[0].mean((-3, -1)).flatten(1).median(1).values  # (3,)
-    far = (pixels - usual[:, None, None, None, None]).square().sum(1).mean((-3, -1)).sqrt()  # (1 + tiles, side, side)
-    whole = far[0].flatten()
-    if grid is None:
-        return torch.cat((whole.new_zeros(tokens - len(whole)), whole))
-    joined = far[1:].unflatten(0, grid).transpose(1, 2).flatten(2, 3).flatten(0, 1)[cut]
-    newlines = joined.new_zeros(len(joined), 1)
-    return torch.cat((whole, torch.cat((joined, newlines), 1).flatten()))

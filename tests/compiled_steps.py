@@ -12,10 +12,10 @@ from model.fast import FastStep, matvec
 from tests.paths import DEMO, DEMO_PICTURE
 
 
-def cache_of(language, x, choose):
+def cache_of(language, x, prune):
     """A prompt's cache with 2 free slots per segment, filled with NaN."""
     cache = RaggedCache(language.config.num_hidden_layers, slack=2, backend="torch")
-    language.prefill(x, cache, choose=choose)
+    language.prefill(x, cache, prune=prune)
     poison(cache)
     return cache
 
@@ -28,13 +28,13 @@ def poison(cache):
 
 def halves(layer, q, k, v):
     """Keep every second token of each head, and every third in odd layers, so that layers differ."""
-    return (torch.arange(k.shape[2]) % (2 + layer % 2) == 0).expand(k.shape[0] * k.shape[1], -1)
+    return (torch.arange(k.shape[2]) % (2 + layer % 2) == 0).expand(k.shape[0] * k.shape[1], -1), None
 
 
 def uneven(layer, q, k, v):
     """Keep a different number of tokens in each head."""
     heads = k.shape[0] * k.shape[1]
-    return torch.arange(k.shape[2]) < 5 + torch.arange(heads)[:, None]
+    return torch.arange(k.shape[2]) < 5 + torch.arange(heads)[:, None], None
 
 
 def graphs():
@@ -42,12 +42,12 @@ def graphs():
 
 
 @torch.inference_mode()
-def steps(language, twin, x, choose):
+def steps(language, twin, x, prune):
     """Compare 6 steps: largest difference of logits, largest logit, whether the caches agree, number of new graphs.
 
     twin: a model with the same weights that runs uncompiled.
     """
-    before, caches = graphs(), [cache_of(language, x, choose) for _ in "ab"]
+    before, caches = graphs(), [cache_of(language, x, prune) for _ in "ab"]
     ways = FastStep(twin, caches[0]), FastStep(language, caches[1], compile=True)
     off = size = 0.0
     for i in range(6):  # enough for a repack

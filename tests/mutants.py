@@ -143,8 +143,8 @@ MUTANTS = {
     ),
     "query is ignored": (
         "model/view.py",
-        "self._ahead(q, k) if self.method.looks_ahead else",
-        "self._ahead(q, k) if self.method.layer else",
+        'ahead = query == "lookahead"',
+        "ahead = False",
         "test_lookahead.py::test_methods_rank_by_the_rows",
     ),
     "cover is ignored": (
@@ -520,9 +520,9 @@ MUTANTS = {
         "test_methods.py::test_fastv_is_hiding_columns_from_every_row_of_later_layers",
     ),
     "text counts as kept": (
-        "model/view.py",
-        "return [n - text for",
-        "return [n for",
+        "model/generate.py",
+        "self.kept = [n - text for",
+        "self.kept = [n for",
         "test_methods.py::test_fastv_frees_the_later_layers",
     ),
     "Triton: packed heads have no free slots between them": (
@@ -707,7 +707,7 @@ MUTANTS = {
     ),
     "the first token of a pruned run is not checked": (
         "tools/bench_decode.py",
-        'return None if same or method_of(task.prune).layer else "the first',
+        'return None if same or method_of(task.prune).narrows else "the first',
         'return None if True else "the first',
         "test_bench_decode.py::test_a_pruned_run_begins_as_the_unpruned_one",
     ),
@@ -1031,8 +1031,8 @@ MUTANTS = {
     ),
     "only the first picture is pruned": (
         "model/pruning/budget.py",
-        "    for columns in _columns(layout, scope):",
-        "    for columns in _columns(layout, scope)[:1]:",
+        "    for columns in _columns(view, scope):",
+        "    for columns in _columns(view, scope)[:1]:",
         "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
     ),
     "pictures that share a budget are ranked separately": (
@@ -1043,8 +1043,8 @@ MUTANTS = {
     ),
     "the recent window is one token short": (
         "model/pruning/__init__.py",
-        "layout.tokens - recent) :",
-        "layout.tokens - recent + 1) :",
+        "view.tokens - recent) :",
+        "view.tokens - recent + 1) :",
         f"{METHOD}test_guards_and_text_wherever_the_pictures_are",
     ),
     "the last token may leave the prompt": (
@@ -1065,16 +1065,40 @@ MUTANTS = {
         "rows, tokens",
         "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
     ),
-    "a prompt is narrowed by its last row": (
+    "a method narrows a prompt only once": (
         "model/view.py",
-        "self._heed(self.method.narrow, self._ranking(q, k),",
-        "self._heed(self.method.narrow, self._scores(q, k, 1),",
-        "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
+        "self.rows = rows if self.rows is None else self.rows[rows]",
+        "self.rows = rows",
+        "test_view.py::test_places_follow_what_leaves_the_prompt",
+    ),
+    "attention is measured again at each request": (
+        "model/view.py",
+        "if asked not in self._attention:",
+        "if True:",
+        "test_view.py::test_attention_is_measured_once_per_layer_and_query",
+    ),
+    "a query before the measured ones answers for it": (
+        "model/view.py",
+        "asked = query, q.shape[1]",
+        "asked = query",
+        "test_view.py::test_attention_is_measured_once_per_layer_and_query",
+    ),
+    "keys include the look-ahead rows": (
+        "model/view.py",
+        "self.keys, self.values, self.device = k[0, :, : self.tokens],",
+        "self.keys, self.values, self.device = k[0],",
+        "test_view.py::test_attention_is_measured_once_per_layer_and_query",
+    ),
+    "a stage that cannot take a view is accepted": (
+        "model/pruning/__init__.py",
+        "inspect.signature(function).bind(None)",
+        "pass",
+        f"{METHOD}test_a_class_that_is_no_method_is_refused",
     ),
     "a replay narrows without look-ahead rows": (
         "tools/replay.py",
-        "narrow=pruner.narrow, lookahead=lookahead)",
-        "narrow=pruner.narrow)",
+        "prune=pruning, lookahead=lookahead)",
+        "prune=pruning)",
         "test_lookahead.py::test_the_rows_follow_a_prompt_that_is_narrowed",
     ),
     "errors of a method become invalid input": (
@@ -1090,15 +1114,15 @@ MUTANTS = {
         f"{METHOD}test_an_error_in_ones_own_code_is_told_with_its_line",
     ),
     "FastV looks a layer too late": (
-        "model/view.py",
-        "self.method.layer != layer + 1",
-        "self.method.layer != layer",
+        "model/pruning/fastv.py",
+        "if view.layer != self.layer - 1:",
+        "if view.layer != self.layer:",
         f"{METHOD}test_fastv_is_hiding_columns_from_every_row_of_later_layers",
     ),
     "the window reaches into the picture": (
         "model/view.py",
-        "rows = min(window, max(1, behind))",
-        "rows = min(window, self.layout.tokens)",
+        "min(rows, self.tokens - self.spans[-1][1])",
+        "min(rows, self.tokens)",
         f"{METHOD}test_kept_sets_and_ids_are_those_of_transformers_with_masks",
     ),
     "values are weighed by their L2 norm": (
@@ -1121,7 +1145,7 @@ MUTANTS = {
     ),
     "kept bytes of the evaluation count text": (
         "tools/replay.py",
-        "- segments * (layout.tokens - vision) for cache",
+        "- segments * (asked.tokens - vision) for cache",
         "for cache",
         "test_evaluate.py::test_exact_match_is_that_of_greedy_decoding",
     ),
@@ -1139,14 +1163,14 @@ MUTANTS = {
     ),
     "a guarded key may be dropped": (
         "model/pruning/__init__.py",
-        "return keep | (sinks if keep.ndim == 2 else sinks.any(0))",
-        "return keep",
+        "return mask | (attended if dims == 2 else attended.any(0))",
+        "return mask",
         f"{METHOD}test_the_key_that_attention_is_parked_on_stays",
     ),
     "gamma is averaged over the window": (
         "model/pruning/plphp.py",
-        "gamma(layout.last if self.wants_last_row else scores, layout)",
-        "gamma(scores, layout)",
+        "gamma(view.attention(query=self.query), view.spans)",
+        "gamma(view.attention(self.window, self.query), view.spans)",
         "test_plphp.py::test_more_rows_rank_but_gamma_is_the_last_ones",
     ),
     "rates are not clamped when r is solved for": (
@@ -1199,8 +1223,8 @@ MUTANTS = {
     ),
     "masks forget which tokens have left the prompt": (
         "model/view.py",
-        "        self.rows = self.rows[rows]\n",
-        "        self.rows = self.rows[: len(rows)]\n",
+        ".index_copy_(1, self.rows, here)",
+        ".index_copy_(1, torch.arange(len(self.rows)), here)",
         "test_show.py::test_fastv_drops_for_all_later_layers_and_the_last_row_goes_on",
     ),
     "a drawing replaces a picture given by its address": (
@@ -1306,21 +1330,21 @@ MUTANTS = {
         "test_view.py::test_objects_come_first_and_the_rest_is_drawn",
     ),
     "contrast is taken from one channel": (
-        "model/view.py",
+        "model/image.py",
         ".square().sum(1)",
         ".square()[:, 2]",
         "test_view.py::test_what_stands_out_is_what_was_drawn",
     ),
     "tiles are read column by column": (
-        "model/view.py",
+        "model/image.py",
         "far[1:].unflatten(0, grid).transpose(1, 2)",
         "far[1:].unflatten(0, grid).transpose(1, 3)",
         "test_view.py::test_tiles_say_where_in_the_picture_they_look",
     ),
     "places stay when tokens leave": (
         "model/view.py",
-        "places=thinned(self.layout.places)",
-        "places=self.layout.places",
+        "self.places = self.places and thinned(self.places)",
+        "self.places = self.places and self.places",
         "test_view.py::test_places_follow_what_leaves_the_prompt",
     ),
     "a setting that is given twice is dropped": (
@@ -1391,7 +1415,7 @@ MUTANTS = {
     ),
     "every layer draws the same noise": (
         "model/pruning/random_tokens.py",
-        "seed * layout.num_layers + layer",
+        "seed * view.num_layers + view.layer",
         "seed",
         "test_pruning.py::test_random_keeps_its_budget_of_every_picture_and_all_text",
     ),
@@ -1403,14 +1427,14 @@ MUTANTS = {
     ),
     "PLPHP: gamma is summed over heads": (
         "model/pruning/plphp.py",
-        "for start, stop in layout.spans).mean())",
-        "for start, stop in layout.spans).sum())",
+        "for start, stop in spans).mean())",
+        "for start, stop in spans).sum())",
         "test_plphp.py::test_each_head_keeps_its_own_best_of_each_picture",
     ),
     "PLPHP: one ranking for all heads": (
         "model/pruning/budget.py",
-        'heads = heads.mean(1) if group == "mean"',
-        'heads = heads.mean((0, 1))[None].expand(layout.kv_heads, -1) if group == "mean"',
+        'return heads.mean(1) if group == "mean"',
+        'return heads.mean((0, 1))[None].expand(kv_heads, -1) if group == "mean"',
         "test_plphp.py::test_each_head_keeps_its_own_best_of_each_picture",
     ),
     "PLPHP-ada: no floor": (
@@ -1421,8 +1445,8 @@ MUTANTS = {
     ),
     "scores of the wrong rows": (
         "model/view.py",
-        "q[0, :, end - rows : end]",
-        "q[0, :, :rows]",
+        "return self._q[:, end - rows : end]",
+        "return self._q[:, :rows]",
         "test_pruning.py::test_scores_are_the_attention_of_the_last_rows",
     ),
     "pruned bytes not counted": (
@@ -2292,8 +2316,8 @@ MUTANTS = {
     ),
     "an unpruned run computes the look-ahead rows": (
         "model/generate.py",
-        '"lookahead": lookahead} if pruner else {}',
-        '"lookahead": lookahead} if pruner else {"lookahead": self.checkpoint.lookahead}',
+        "lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None",
+        "lookahead = self.checkpoint.lookahead",
         "test_lookahead.py::test_rows_that_do_not_rank_are_not_touched",
     ),
     "rows that do not rank are computed": (

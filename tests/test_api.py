@@ -18,7 +18,7 @@ import model
 import run
 from model import Generation, InputError, Sampling, ask, load
 from model.api import choose_method
-from model.pruning import METHODS, make_method
+from model.pruning import GUARDS, METHODS, make_method
 from tests.paths import DEMO, DEMO_PICTURE
 
 QUESTION = "Count the objects."
@@ -86,9 +86,9 @@ def test_the_checkpoints_own_settings_hold(demo):
     assert Generation(demo, QUESTION, [DEMO_PICTURE], prune=method).prune is method  # passed through unchanged
 
 
-def first_ten(layer, scores, layout, *, window=2, part=10):
-    keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool)
-    for start, stop in layout.spans:
+def first_ten(view, *, window=2, part=10):
+    keep = torch.ones(view.kv_heads, view.tokens, dtype=torch.bool)
+    for start, stop in view.spans:
         keep[:, start + part : stop] = False
     return keep
 
@@ -96,13 +96,13 @@ def first_ten(layer, scores, layout, *, window=2, part=10):
 def test_a_function_and_a_class_are_methods(demo):
     assert kept_by(demo, first_ten)[0] == [10.0] * 6
     method = choose_method(first_ten, settings=["part=7"])
-    assert kept_by(demo, method)[0] == [7.0] * 6 and method.name == "first_ten" and method.window == 2
+    assert kept_by(demo, method)[0] == [7.0] * 6 and method.name == "first_ten" and method.settings["window"] == 2
     assert kept_by(demo, METHODS["grid"])[0] == kept_by(demo, "grid")[0] == [128.0] * 6
     assert choose_method(METHODS["topk"], DEMO, 0.25).name == "topk"
     assert choose_method(None) is choose_method("none") is None
 
 
-def needs(layer, scores, layout, *, part):
+def needs(view, *, part):
     return None
 
 
@@ -111,15 +111,15 @@ class Firsts:
     part: int
     window: int = 2
 
-    def __call__(self, layer, scores, layout):
-        return first_ten(layer, scores, layout, part=self.part)
+    def keep(self, view):
+        return first_ten(view, part=self.part)
 
 
 def test_an_instance_and_a_partial_are_methods(demo):
     few, topk = Firsts(7), METHODS["topk"]
     assert kept_by(demo, few)[0] == kept_by(demo, functools.partial(first_ten, part=7))[0] == [7.0] * 6
     method = choose_method(few)
-    assert (method.name, method.rule, method.window) == ("Firsts", few, 2) and method.settings["part"] == 7
+    assert (method.name, method.rule) == ("Firsts", few) and method.settings == {"part": 7, "window": 2} | GUARDS
     assert choose_method(topk(retention=0.25)).settings == choose_method(topk, retention=0.25).settings
     assert choose_method(functools.partial(topk, window=4), retention=0.25).settings["window"] == 4
     assert kept_by(demo, METHODS["fastv"](keep_tokens=5))[0] == [256.0] * 2 + [5.0] * 4
@@ -262,7 +262,7 @@ def test_a_warning_names_the_line_of_the_caller_and_no_lambda(demo, way):
     wide = Image.new("RGB", (400, 100))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        drop_all = lambda layer, scores, layout: layout.text.expand(layout.kv_heads, -1)  # noqa: E731
+        drop_all = lambda view: view.text.expand(view.kv_heads, -1)  # noqa: E731
         line = sys._getframe().f_lineno + 1
         "".join(getattr(demo, way)(QUESTION, wide, prune=drop_all, max_new_tokens=1))
     assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line)] * 2
@@ -317,14 +317,14 @@ def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, capsys, spec,
 FORGETFUL = """
 import torch
 
-def forgets(layer, scores, layout):
-    keep = layout.text.expand(layout.kv_heads, -1)
+def forgets(view):
+    keep = view.text.expand(view.kv_heads, -1)
 
-def blind(layer, scores, layout):
-    return layout.text.expand(layout.kv_heads, -1)
+def blind(view):
+    return view.text.expand(view.kv_heads, -1)
 
-def some(layer, scores, layout):
-    return layout.text.expand(layout.kv_heads, -1) if layer else None
+def some(view):
+    return view.text.expand(view.kv_heads, -1) if view.layer else None
 """
 
 

@@ -142,7 +142,7 @@ def test_bytes_are_those_of_the_kept_rows(smoke):
 
 def test_engines_work_in_processes_of_their_own(tmp_path, capsys):
     """One of them runs a method from a file, which prints to stdout."""
-    (tmp_path / "mine.py").write_text("def keep(layer, scores, layout):\n    print('{', layer)\n")
+    (tmp_path / "mine.py").write_text("def keep(view):\n    print('{', layer)\n")
     path, mine = tmp_path / "a.json", f"{tmp_path}/mine.py::keep"
     flags = ["--smoke", "--engines", "ours", "--prune", mine, "--workloads", "1x4+4", "--device", "cpu"]
     assert bench_decode.main([*flags, "--json", str(path)]) == 0

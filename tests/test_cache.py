@@ -64,7 +64,7 @@ def poison(cache, value=float("nan")):
 def prefilled(model, x, keep, slack, backend):
     """A cache of one sequence after its prompt x (P, C)."""
     cache = RaggedCache(LAYERS, slack, backend)
-    hidden = model.prefill(x[None], cache, choose=lambda layer, q, k, v: keep[layer])
+    hidden = model.prefill(x[None], cache, prune=lambda layer, q, k, v: (keep[layer], None))
     poison(cache)
     return cache, hidden[0]
 
@@ -355,20 +355,21 @@ def test_prefill_never_holds_two_dense_layers(backend):
     cache, seen = RaggedCache(LAYERS, 4, backend=backend), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda *_: seen.append(live_bytes()[0] - cache.nbytes_reserved))
-    model.prefill(x, cache, choose=lambda layer, q, k, v: keep[layer])
+    model.prefill(x, cache, prune=lambda layer, q, k, v: (keep[layer], None))
     assert len(seen) == LAYERS and max(seen) - seen[0] <= x.nbytes + 2000
 
 
 def test_dense_k_and_v_die_when_their_layer_is_packed(backend):
     model, x, old = small_llama(), torch.randn(1, 9, 32), []
 
-    def choose(layer, q, k, v):
+    def prune(layer, q, k, v):
         gc.collect()
         assert not any(reference() is not None for reference in old)
         old.append(weakref.ref(k))
+        return None, None
 
     cache = RaggedCache(LAYERS, backend=backend)
-    model.prefill(x, cache, choose=choose)
+    model.prefill(x, cache, prune=prune)
     assert len(old) == LAYERS and cache.kv_len.unique().tolist() == [9]
 
 

@@ -13,6 +13,7 @@ from model import Generation, Sampling, load
 from model.generate import next_turn
 from model.pruning import make_method
 from model.report import step_bytes
+from tests.given import given_view
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tools import evaluate, roofline, scenes
 from tools.controls import Evidence, Like, ValuesDropped, neutral_rows, worth_of_rows
@@ -88,18 +89,17 @@ def test_a_second_question_meets_what_the_first_one_left(demo):
 @torch.inference_mode()
 def test_controls_keep_what_they_say(demo):
     asked, _, _, questions = asked_about(demo, 3, 0)
-    layout, evidence = asked.layout, questions[0].evidence
-    start = layout.spans[0][0]
+    evidence, start = questions[0].evidence, asked.spans[0][0]
+    view = given_view(asked.spans, asked.tokens, 8, 4, 6, layer=2)
     columns = [start + p for p in evidence[0]]
-    shown, hidden = (Evidence(evidence, 0.5, 7, anti)(2, None, layout) for anti in (False, True))
-    assert not shown.equal(Evidence(evidence, 0.5, 8)(2, None, layout))  # other questions draw other numbers
+    shown, hidden = (Evidence(evidence, 0.5, 7, anti).keep(view) for anti in (False, True))
+    assert not shown.equal(Evidence(evidence, 0.5, 8).keep(view))  # other questions draw other numbers
     assert shown[:, columns].all() and not hidden[:, columns].any()
     assert shown[:, start : start + 256].sum(1).tolist() == hidden[:, start : start + 256].sum(1).tolist() == [128] * 4
     other = make_method("plphp-ada:r=0.3,dr=0.1").rule
-    scores = torch.rand(8, layout.tokens).softmax(-1)
     for shared in (False, True):
-        like = Like(other, shared, 7)(2, scores, layout)
-        assert torch.equal(like.sum(1), other(2, scores, layout).sum(1)) and not like.equal(other(2, scores, layout))
+        like = Like(other, shared, 7).keep(view)
+        assert torch.equal(like.sum(1), other.keep(view).sum(1)) and not like.equal(other.keep(view))
     for condition in ("random like plphp@0.3", "plphp rows+values@0.3"):
         kept = replay(asked, [evaluate.conditions(((0.7, 0.5), None), 6)[condition](asked, evidence, 7)])[1]
         assert kept == pytest.approx([0.3], abs=0.15)
@@ -118,7 +118,7 @@ def test_a_dropped_value_leaves_the_keys_where_they_are(demo):
     asked, *_ = asked_about(demo, 3, 0)
     cache, *_ = asked.cache(values(0.25))
     full, *_ = asked.cache(None)
-    keep = make_method("random", 0.25).choose(3, None, asked.layout)
+    keep = make_method("random", 0.25).keep(given_view(asked.spans, asked.tokens, 8, 4, 6, layer=3))
     rows = torch.stack([full.v[3][s : s + n] for s, n in zip(full.kv_start[3], full.kv_len[3], strict=True)])
     got = torch.stack([cache.v[3][s : s + n] for s, n in zip(cache.kv_start[3], cache.kv_len[3], strict=True)])
     torch.testing.assert_close(got, rows * keep[..., None])
@@ -151,7 +151,7 @@ def test_more_rows_and_what_ranks_instead(demo):
         question = torch.equal(of.x[: of.tokens][last], asked.x[: asked.tokens][last])
         picture = torch.equal(of.x[5:100], asked.x[5:100])
         assert (question, picture) == ((False, True) if name == other[0] else (True, False))
-        spans = slice(*asked.layout.spans[0]), slice(*of.layout.spans[0])
+        spans = slice(*asked.spans[0]), slice(*of.spans[0])
         theirs = of.attention_of_rows(demo.lookahead, 3).view(4, 2, -1).mean(1)[:, spans[1]]
         assert torch.equal(worth_of_rows(asked, demo.lookahead, of)(3)[:, spans[0]], theirs)
 
@@ -167,8 +167,9 @@ def test_neutral_rows_are_that_token_behind_the_prompt(demo):
         scores = q @ k.transpose(1, 2) * 32**-0.5
         future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)[-8:]
         wanted.append(scores.masked_fill(future, float("-inf")).softmax(-1).mean(1)[:, : asked.tokens])
+        return None, None
 
-    demo.model.language_model.prefill(x[None], asked, choose=look)
+    demo.model.language_model.prefill(x[None], prune=look)
     neutral = neutral_rows(demo)
     for layer in range(6):
         got = asked.attention_of_rows(neutral, layer).double()
@@ -176,7 +177,7 @@ def test_neutral_rows_are_that_token_behind_the_prompt(demo):
 
 
 def test_the_premise_takes_methods_with_a_budget_of_their_own(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text("def keep(layer, scores, layout):\n    return None\n")
+    (tmp_path / "mine.py").write_text("def keep(view):\n    return None\n")
     flags = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2", "--retentions", "0.5"]
     evaluate.main(["premise", *flags, "--methods", "grid", f"{tmp_path / 'mine.py'}::keep", "topk:retention=0.25"])
     head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
@@ -207,7 +208,7 @@ def test_the_premise_is_a_table_of_what_is_found(demo, capsys):
     "".join(generation)
     with torch.inference_mode():
         asked = asked_by(generation, generation.token_ids[:-1])
-        (start, stop), keeps = asked.layout.spans[0], asked.cache(make_method("topk", 0.1))[1]
+        (start, stop), keeps = asked.spans[0], asked.cache(make_method("topk", 0.1))[1]
         for layer, (keep, shown) in enumerate(zip(keeps, found["topk, 0.1 asked for"], strict=True)):
             attention = asked.attention_of_fed(layer)[:, start:stop]
             share = (attention * keep[:, start:stop]).sum() / attention.sum()
@@ -253,7 +254,7 @@ def test_fidelity_of_any_checkpoint(capsys):
 
 
 def test_fidelity_gives_a_method_with_its_own_budget_one_row(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text("def keep(layer, scores, layout):\n    return None\n")
+    (tmp_path / "mine.py").write_text("def keep(view):\n    return None\n")
     mine = f"{tmp_path / 'mine.py'}::keep"
     specs = ["none", "random:keep_tokens=20", "plphp:r=0.4", mine, "random"]
     asked = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2"]
@@ -382,7 +383,7 @@ def test_the_fingerprint_is_that_of_the_tensors(tmp_path):
 def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
     """A partial last line is redone, whole lines are not; lines of other conditions are rejected."""
     answers = tmp_path / "a.jsonl"
-    (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None\n")
+    (tmp_path / "mine.py").write_text("def all_of_it(view):\n    return None\n")
     mine = f"{tmp_path / 'mine.py'}::all_of_it"
     words = "accuracy", "--questions", "9", "--workers", "1", "--answers", str(answers), "--methods", mine, "plphp:dr=0"
     only = "--only", "random", "shared"
@@ -397,7 +398,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, capsys):
     assert answers.read_text().splitlines() == whole and again.out == table and "1/1 scenes" in again.err
     assert "plphp:dr=0 uses the settings in " in again.err and str(tmp_path / "pruning-accuracy.md") in again.err
     assert json.loads(whole[0])["conditions"][0] == "none"
-    (tmp_path / "mine.py").write_text("def all_of_it(layer, scores, layout):\n    return None  # changed\n")
+    (tmp_path / "mine.py").write_text("def all_of_it(view):\n    return None  # changed\n")
     differing = ("with topk", [*words, *only]), (f"({tmp_path / 'mine.py'} has changed)", [*words, *only, "uniform"])
     for what, other in differing:
         with pytest.raises(SystemExit) as left:
@@ -454,7 +455,7 @@ def test_labels_tell_methods_apart(tmp_path):
     files = [tmp_path / folder / "m.py" for folder in "ab"]
     for file in files:
         file.parent.mkdir()
-        file.write_text("def keep(layer, scores, layout, *, part=3):\n    return None\n")
+        file.write_text("def keep(view, *, part=3):\n    return None\n")
     one, two = (f"{file}::keep" for file in files)
     assert evaluate.label_specs([one, "topk", "plphp"], DEMO, ["random"]) == {
         one: "m.py::keep", "topk": "topk", "plphp": FULL,  # the demo's plphp.json
@@ -470,16 +471,16 @@ def test_labels_tell_methods_apart(tmp_path):
 
 # ---------------------------------------------------------------- methods of a file that fail
 
-FAILING = """def keep(layer, scores, layout, *, part=3):
-    if layer == 2:
+FAILING = """def keep(view, *, part=3):
+    if view.layer == 2:
         raise KeyError("no\\nkey")
 
 
-def refuse(layer, scores, layout):
+def refuse(view):
     raise ValueError("not me")
 
 
-def five(layer, scores, layout):
+def five(view):
     return 5
 """
 FAULTS = {
@@ -554,7 +555,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     paths = [tmp_path / folder / "m.py" for folder in "ab"]
     for path in paths:
         path.parent.mkdir()
-        path.write_text("def keep(layer, scores, layout):\n    return None\n")
+        path.write_text("def keep(view):\n    return None\n")
     specs, found = [f"{path}::keep" for path in paths], []
     for changed in (None, *paths):
         if changed:

@@ -19,7 +19,7 @@ def prompted(model, batch=1, slack=2, keep=None):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(batch, 7, model.config.hidden_size, generator=generator)
     cache = RaggedCache(model.config.num_hidden_layers, slack=slack)
-    model.prefill(x.to(model.model.norm.weight.dtype), cache, choose=None if keep is None else lambda *_: keep)
+    model.prefill(x.to(model.model.norm.weight.dtype), cache, prune=None if keep is None else lambda *_: (keep, None))
     return cache
 
 

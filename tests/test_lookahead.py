@@ -21,7 +21,7 @@ from model.llama import rope_table
 from model.lookahead import Lookahead, describe_model, fill_lookahead, open_lookahead
 from model.pruning import make_method
 from model.pruning.budget import grid_phase
-from model.view import Layout
+from tests.given import given_view
 from tools import train_lookahead
 from tools.replay import asked_with
 from tools.train_lookahead import Example, divergence, freeze, predict
@@ -42,7 +42,12 @@ def random_lookahead(language, rows=ROWS, rank=4, seed=0):
 def looked(language, x, lookahead=None):
     """Final hidden states of a prefill, its cache, and q, k, v of each layer."""
     cache, layers = RaggedCache(len(language.model.layers), backend="torch"), []
-    hidden = language.prefill(x, cache, choose=lambda i, *qkv: layers.append(qkv), lookahead=lookahead)
+
+    def look(layer, *qkv):
+        layers.append(qkv)
+        return None, None
+
+    hidden = language.prefill(x, cache, prune=look, lookahead=lookahead)
     return hidden, cache, layers
 
 
@@ -111,12 +116,13 @@ def test_scores_are_those_of_a_second_transformers_model_with_the_adapters_merge
         cache = frozen(inputs_embeds=x, use_cache=True).past_key_values
         rows = lookahead.embeddings[None]
         out = merged(inputs_embeds=rows, past_key_values=cache, output_attentions=True)
-    layout = Layout(c.num_hidden_layers, 4, c.num_key_value_heads, 13, [(2, 11)], x.device)
+    shape = 13, 4, c.num_key_value_heads, c.num_hidden_layers
     for i, (ours, theirs) in enumerate(zip(rows_of(language, x, lookahead), out.attentions, strict=True)):
         theirs = theirs[0].mean(1)  # (Hq, T + m): over the m rows
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
         for spec in (name + ":query=lookahead" for name in RANKING):
-            kept = [make_method(spec, 0.5).choose(i, scores[:, :13], layout) for scores in (ours, theirs)]
+            views = [given_view([(2, 11)], *shape, i, scores[:, :13]) for scores in (ours, theirs)]
+            kept = [make_method(spec, 0.5).keep(view) for view in views]
             assert kept[0] is None or kept[0].equal(kept[1])
 
 
@@ -485,12 +491,10 @@ def test_methods_rank_by_the_rows(checkpoint, name):
         torch.testing.assert_close(logits, plain.prefill(), rtol=1e-4, atol=1e-5)
         x, spans = checkpoint.model.splice(generation.ids, generation.encode_images())
         scores = rows_of(checkpoint.model.language_model, x[None], checkpoint.lookahead)
-    layout = Layout(3, 4, 2, len(x), spans, x.device, places=generation.places)
     for layer in range(3):
-        keep = None
-        if generation.prune.wants(layer, 3):
-            layout = dataclasses.replace(layout, norms=None)
-            keep = generation.prune.choose(layer, scores[layer][:, : len(x)], layout)
+        given = scores[layer][:, : len(x)]
+        view = given_view(spans, len(x), 4, 2, 3, layer, given, generation.places)
+        keep = generation.prune.keep(view)
         count = torch.full((2,), len(x)) if keep is None else keep.sum(1)
         assert generation.cache.kv_len[layer].tolist() == count.tolist()
         if keep is not None:
@@ -524,14 +528,17 @@ class Half:
     every: int = 2
     seen = []
 
-    def narrow(self, scores, layout):
+    def narrow(self, view):
+        if view.layer != self.layer - 1:
+            return None
+        scores = view.attention(query=self.query)
         self.seen.append(scores)
-        worth = scores.mean(0).masked_fill(layout.text, float("inf"))
-        count = layout.tokens - int(layout.text.logical_not().sum()) * (self.every - 1) // self.every
-        return torch.zeros(layout.tokens, dtype=torch.bool).scatter(0, worth.topk(count).indices, True)
+        worth = scores.mean(0).masked_fill(view.text, float("inf"))
+        count = view.tokens - int(view.text.logical_not().sum()) * (self.every - 1) // self.every
+        return torch.zeros(view.tokens, dtype=torch.bool).scatter(0, worth.topk(count).indices, True)
 
 
-def keep_all(layer, scores, layout, *, query="lookahead"):
+def keep_all(view, *, query="lookahead"):
     return None
 
 
@@ -585,10 +592,9 @@ def test_look_ahead_without_a_file_is_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize("scope", ["image", "vision"])
 def test_cover_puts_a_share_on_the_grid_and_keeps_the_number(name, scope):
     torch.manual_seed(3)
-    layout = Layout(4, 4, 2, 60, [(2, 27), (30, 55)], torch.device("cpu"))
-    scores = torch.rand(4, 60).softmax(-1)
-    kept = {c: make_method(f"{name}:cover={c},scope={scope}", 0.4).choose(3, scores, layout) for c in (0, 0.5, 1)}
-    phase = grid_phase(3, layout)
+    view = given_view([(2, 27), (30, 55)], 60, layer=3, scores=torch.rand(4, 60).softmax(-1))
+    kept = {c: make_method(f"{name}:cover={c},scope={scope}", 0.4).keep(view) for c in (0, 0.5, 1)}
+    phase = grid_phase(view)
     phase = phase[:1].expand_as(phase) if name == "shared" else phase
     for columns in [list(range(2, 27)), list(range(30, 55))] if scope == "image" else [[*range(2, 27), *range(30, 55)]]:
         counts = {c: k[:, columns].sum(1) for c, k in kept.items()}

@@ -12,7 +12,7 @@ from model.config import TextConfig
 from model.llama import Llama
 from model.pruning import make_method
 from model.report import free_memory, measure_bandwidth
-from model.view import Layout, Pruner
+from model.view import Pruning
 from tests.test_cache import live_bytes
 from tools.roofline import shape_of
 
@@ -49,9 +49,7 @@ def test_prefill_of_ten_pictures_holds_what_is_kept_one_dense_layer_and_activati
     cache = RaggedCache(3, slack=64)
 
     def pruned():
-        layout = Layout(3, 2, 1, tokens, spans, x.device)
-        pruner = Pruner(make_method("plphp:dr=0,skip=0", 0.3), layout)
-        model.prefill(x, cache, choose=pruner.choose, narrow=pruner.narrow)
+        model.prefill(x, cache, prune=Pruning(make_method("plphp:dr=0,skip=0", 0.3), 3, spans))
 
     most = most_bytes(pruned)
     assert cache.nbytes_held == size * shape.kv_numbers * (tokens - 10 * each + round(0.3 * each) * 10)

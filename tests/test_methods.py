@@ -20,23 +20,18 @@ from torch.utils._pytree import tree_leaves
 import run
 from model import Generation, Sampling, load, out_of_memory
 from model.cache import RaggedCache
-from model.pruning import GUARDS, METHODS, Method, MethodError, guarded, make_method, settings_of
-from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select, shared
+from model.pruning import GUARDS, METHODS, Method, MethodError, make_method, settings_of
+from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select
 from model.pruning.describe import describe, meanings, shown
-from model.view import Layout, Pruner
+from model.view import Pruning
+from tests.given import given_view
 from tests.oracle import masked_batch, masked_ids, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
-from tests.seeds import torch_random
 from tests.test_plphp import plphp_by_hand
 
 NAMES = [name for name in METHODS if name != "none"]
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
 NARROWING = {"fastv"}  # tokens leave the prompt
-
-
-def layout(spans, tokens, q_heads=4, kv_heads=2, num_layers=4):
-    contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]  # only the later half has contrast
-    return Layout(num_layers, q_heads, kv_heads, tokens, spans, torch.device("cpu"), contrast=contrast)
 
 
 # ---------------------------------------------------------------- pieces
@@ -79,7 +74,9 @@ def test_a_table_of_rates_has_a_number_for_each_layer_or_head():
 def test_shared_rows_keep_the_best_of_their_sum(rows, count):
     sums = [sum(column) for column in zip(*rows, strict=True)]
     wanted = {(h, j) for h in range(len(rows)) for j in ranked(sums)[:count]}
-    assert pairs(shared(torch.tensor(rows).float(), count)) == wanted
+    heads, tokens = len(rows), len(rows[0])
+    view = given_view([(0, tokens)], tokens, heads, heads, scores=torch.tensor(rows).float())
+    assert pairs(make_method("shared", keep_tokens=count).keep(view)) == wanted
 
 
 @FEW
@@ -124,7 +121,7 @@ def test_mass_of_everything_is_every_token_that_has_any():
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_a_picture_is_starved_only_where_all_are_ranked_together(kv_heads):
-    place = layout([(0, 4), (6, 8), (8, 12)], 12, kv_heads=kv_heads)  # two pictures are adjacent
+    place = given_view([(0, 4), (6, 8), (8, 12)], 12, kv_heads=kv_heads)  # two pictures are adjacent
     scores = torch.arange(12.0).expand(kv_heads, 12)  # the last picture has the best scores
     asked = []
 
@@ -137,32 +134,39 @@ def test_a_picture_is_starved_only_where_all_are_ranked_together(kv_heads):
     assert asked == [[0, 1, 2, 3], [6, 7], [8, 9, 10, 11], [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]]
     assert each[0].int().tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1]
     assert together[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
-    assert select(scores, layout([], 12, kv_heads=kv_heads), choose, "vision").all()
+    assert select(scores, given_view([], 12, kv_heads=kv_heads), choose, "vision").all()
 
 
 @FEW
 @given(st.data())
 def test_guards_and_text_wherever_the_pictures_are(data):
     """Also for a picture at the start or end of the prompt, and for guards longer than the prompt."""
-    assert guarded(layout([(0, 6)], 6), 1, 2).tolist() == [True, False, False, False, True, True]
+    assert guarded([(0, 6)], 6, 1, 2) == [True, False, False, False, True, True]
     kinds = data.draw(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=1, max_size=5))
     sink, recent = data.draw(st.tuples(st.integers(0, 22), st.integers(0, 22)))
     vision = [picture for picture, n in kinds for _ in range(n)]
     ends = list(itertools.accumulate(n for _, n in kinds))
     spans = [(end - n, end) for (picture, n), end in zip(kinds, ends, strict=True) if picture]
     wanted = [not v or i < sink or i >= len(vision) - recent for i, v in enumerate(vision)]
-    assert guarded(layout(spans, len(vision)), sink, recent).tolist() == wanted
+    assert guarded(spans, len(vision), sink, recent) == wanted
+
+
+def guarded(spans, tokens, sink, recent):
+    """What is left of a prompt if a method drops all that it may, in its only head."""
+    guards = {"sink": sink, "recent": recent}
+    view = given_view(spans, tokens, 1, 1)
+    nothing = make_method(lambda view: torch.zeros(1, tokens, dtype=torch.bool), settings=guards)
+    return nothing.keep(view)[0].tolist()
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_the_query_heads_of_a_kv_head_agree(q_heads, kv_heads):
     scores, size = torch.rand(q_heads, 5), q_heads // kv_heads
-    place = layout([(0, 5)], 5, q_heads, kv_heads)
     for h in range(kv_heads):
         for j in range(5):
             own = [scores[h * size + g, j].item() for g in range(size)]
-            assert by_kv_head(scores, place)[h, j].item() == pytest.approx(sum(own) / size)
-            assert by_kv_head(scores, place, "max")[h, j].item() == max(own)
+            assert by_kv_head(scores, kv_heads)[h, j].item() == pytest.approx(sum(own) / size)
+            assert by_kv_head(scores, kv_heads, "max")[h, j].item() == max(own)
 
 
 @torch.inference_mode()
@@ -178,19 +182,20 @@ def test_value_norms_weigh_the_attention(small):
 
     generation = Generation(small, "what is left?", pictures(1), Sampling(1))
     x, (span,) = small.model.splice(generation.ids, small.model.encode_images(torch.stack(generation.pixels)))
-    place = layout([span], len(x), num_layers=4)
-    pruner = Pruner(make_method("topk:values=true", keep_tokens=9), place, "torch")
-    plain, differ = Pruner(make_method("topk", keep_tokens=9), place, "torch"), 0
+    method = make_method("topk:values=true", keep_tokens=9)
+    plain, differ = Pruning(make_method("topk", keep_tokens=9), 4, [span], backend="torch"), 0
+    pruning = Pruning(method, 4, [span], backend="torch")
 
-    def choose(layer, q, k, v):
+    def prune(layer, q, k, v):
         look(layer, q, k, v)
-        keep = pruner.choose(layer, q, k, v)
+        keep, _ = pruning(layer, q, k, v)
         for h, row in enumerate(seen[layer][:, slice(*span)].tolist()):
             assert keep[h, slice(*span)].nonzero()[:, 0].tolist() == sorted(ranked(row)[:9])
         nonlocal differ
-        differ += not keep.equal(plain.choose(layer, q, k, v))
+        differ += not keep.equal(plain(layer, q, k, v)[0])
+        return keep, None
 
-    small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), choose=choose)
+    small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), prune=prune)
     assert differ  # otherwise the test could not fail
 
 
@@ -200,7 +205,7 @@ def test_the_key_that_attention_is_parked_on_stays(small, name):
     """In each KV head, the most attended keys of the last 32 rows, or of all rows after the picture if fewer."""
     generation = Generation(small, "what is left?", pictures(1), Sampling(1))
     x, (span,) = small.model.splice(generation.ids, small.model.encode_images(torch.stack(generation.pixels)))
-    pruner = Pruner(make_method(f"{name}:sink_keys=3", keep_tokens=1), layout([span], len(x)), "torch")
+    pruning = Pruning(make_method(f"{name}:sink_keys=3", keep_tokens=1), 4, [span], backend="torch")
     kept = {}
 
     def parked(q, k):
@@ -211,53 +216,43 @@ def test_the_key_that_attention_is_parked_on_stays(small, name):
         top = scores.softmax(-1).mean(1).view(2, 2, -1).mean(1).topk(3).indices
         return torch.zeros(2, len(x), dtype=torch.bool).scatter(1, top, True)
 
-    def choose(layer, q, k, v):
-        keep = pruner.choose(layer, q, k, v)
+    def prune(layer, q, k, v):
+        keep, rows = pruning(layer, q, k, v)
         if keep is not None:
             sinks = parked(q, k)
             assert keep[sinks].all() and (keep[:, slice(*span)].sum(1) <= 4).all()
             kept[layer] = sinks[:, slice(*span)].any()
-        return keep
-
-    def narrow(layer, q, k, v):
-        rows = pruner.narrow(layer, q, k, v)
         if rows is not None:
             wanted = parked(q, k).any(0).nonzero()[:, 0]
             assert torch.isin(wanted, rows).all()
             kept[layer] = ((wanted >= span[0]) & (wanted < span[1])).any()
-        return rows
+        return keep, rows
 
-    small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), choose=choose, narrow=narrow)
+    small.model.language_model.prefill(x[None], RaggedCache(4, backend="torch"), prune=prune)
     assert any(kept.values())  # otherwise the sinks are all text
 
 
 # ---------------------------------------------------------------- any method
 
 
-def answer(method, scores, place, layer=1):
+def answer(method, place):
     """keep (Hkv, T); for a method that narrows the prompt, the same in every head."""
-    if method.layer is None:
-        return method.choose(layer, scores, place)
-    return method.narrow(scores, place).expand(place.kv_heads, -1)
-
-
-def attention(place):
-    return torch.randn(place.q_heads, place.tokens, generator=torch_random(0)).softmax(-1)
+    return method.narrow(place).expand(place.kv_heads, -1) if method.narrows else method.keep(place)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rate", [0.01, 0.37, 0.5, 1.0])
 def test_every_picture_keeps_its_rounded_share(name, rate):
     """Pictures of one token, of an even and of an odd number; for an uneven method only the sum is checked."""
-    place = layout([(3, 4), (6, 40), (40, 55)], 60, 8, 4)
+    place = given_view([(3, 4), (6, 40), (40, 55)], 60, 8, 4)
     method = make_method(f"{name}:dr=0" if name.startswith("plphp") else name, rate)
-    keep = answer(method, attention(place), place)
+    keep = answer(method, place)
     for a, b in place.spans:
         count = min(b - a, max(1, math.floor(rate * (b - a) + 0.5)))
         kept = keep[:, a:b].sum(1)
         assert kept.sum() == 4 * count and kept.min() >= 1
         assert name in UNEVEN or kept.tolist() == [count] * 4
-    assert keep[:, guarded(place)].all()
+    assert keep[:, place.text].all()
 
 
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)  # rows, columns of pictures
@@ -275,22 +270,22 @@ def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
         spans.append((end, end + rows * columns))
         places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
         end += rows * columns + gap
-    place = dataclasses.replace(layout(spans, end + 3, *heads), places=places)
+    place = given_view(spans, end + 3, *heads, places=places)
     method = make_method(f"{name}:dr=0" if name.startswith("plphp") and "retention" in wanted else name, **wanted)
-    keep = answer(method, attention(place), place)
+    keep = answer(method, place)
     for a, b in spans:
         count = wanted["keep_tokens"] if "keep_tokens" in wanted else math.floor(wanted["retention"] * (b - a) + 0.5)
         count, kept = max(1, min(count, b - a)), keep[:, a:b].sum(1)
         assert kept.sum() == heads[1] * count and (name in UNEVEN or kept.tolist() == [count] * heads[1])
-    assert keep[:, guarded(place)].all() and keep.equal(answer(method, attention(place), place))
+    assert keep[:, place.text].all() and keep.equal(answer(method, place))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_may_share_a_budget(name):
     """20 of all their tokens; separate budgets would keep 20 of each."""
-    place = layout([(3, 40), (45, 70), (70, 100)], 110, 8, 4)
-    keep = answer(make_method(f"{name}:scope=vision", keep_tokens=20), attention(place), place)
-    assert keep[:, ~guarded(place)].sum() == 4 * 20 and keep[:, guarded(place)].all()
+    place = given_view([(3, 40), (45, 70), (70, 100)], 110, 8, 4)
+    keep = answer(make_method(f"{name}:scope=vision", keep_tokens=20), place)
+    assert keep[:, ~place.text].sum() == 4 * 20 and keep[:, place.text].all()
     assert name in UNEVEN or keep.sum(1).unique().tolist() == [110 - 92 + 20]
 
 
@@ -298,8 +293,8 @@ def test_pictures_may_share_a_budget(name):
 @pytest.mark.parametrize("spans", [[(0, 30)], [(10, 40)], [(0, 12), (25, 40)]])
 @pytest.mark.parametrize("guards", ["sink=0,recent=0", "sink=5,recent=0", "sink=15,recent=13", "sink=99"])
 def test_protected_tokens_are_never_dropped(name, spans, guards):
-    place, method = layout(spans, 40), make_method(f"{name}:{guards}", keep_tokens=1)
-    keep = answer(method, attention(place), place)
+    place, method = given_view(spans, 40), make_method(f"{name}:{guards}", keep_tokens=1)
+    keep = answer(method, place)
     sink, recent = method.settings["sink"], method.settings["recent"]
     outside = {t for t in range(40) if not any(a <= t < b for a, b in spans)}
     safe = outside | set(range(min(sink, 40))) | set(range(40 - recent, 40))
@@ -395,11 +390,11 @@ LONG = 700  # tokens; many more than the 32 channels
 @torch.no_grad()
 def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):
     model, cache = small_llama(kv_heads=kv_heads), RaggedCache(3, backend="torch")
-    method, place = make_method(name), layout([(20, 320), (320, 650)], LONG, 4, kv_heads, 3)
-    pruner = Pruner(method, place, "torch") if method else None
-    asked = {"choose": pruner.choose, "narrow": pruner.narrow} if method else {}
+    method, spans = make_method(name), [(20, 320), (320, 650)]
+    contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]
+    pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch")
     with Sizes() as sizes:
-        model.prefill(torch.randn(1, LONG, 32), cache, **asked)
+        model.prefill(torch.randn(1, LONG, 32), cache, prune=pruning)
     assert sizes.where and sizes.largest < LONG**2, sizes.where
     assert not method or cache.kv_len.min() < LONG  # something was pruned
 
@@ -437,9 +432,14 @@ def answers(monkeypatch):
     found = []
 
     def listening(ask):
-        return lambda *arguments: found.append(ask(*arguments)) or found[-1]
+        def asked(method, view):
+            keep = ask(method, view)
+            found.extend([] if keep is None else [keep])
+            return keep
 
-    for name in ("choose", "narrow"):
+        return asked
+
+    for name in ("keep", "narrow"):
         monkeypatch.setattr(Method, name, listening(getattr(Method, name)))
     return found
 
@@ -696,20 +696,23 @@ class Thin:
     layer: int = 1
     step: int = 2
 
-    def narrow(self, scores, layout):
-        assert scores.shape == (layout.q_heads, layout.tokens) and scores.dtype == torch.float32
-        torch.testing.assert_close(scores.sum(1), torch.ones(layout.q_heads))
-        keep = torch.zeros(layout.tokens, dtype=torch.bool)
-        for start, stop in layout.spans:
+    def narrow(self, view):
+        if view.layer != self.layer - 1:
+            return None
+        scores = view.attention()
+        assert scores.shape == (view.q_heads, view.tokens) and scores.dtype == torch.float32
+        torch.testing.assert_close(scores.sum(1), torch.ones(view.q_heads))
+        keep = torch.zeros(view.tokens, dtype=torch.bool)
+        for start, stop in view.spans:
             keep[start : stop : self.step] = True
         return keep
 
 @dataclass(frozen=True, kw_only=True)
 class Both(Thin):
-    def __call__(self, layer, scores, layout):
-        assert scores.shape == (layout.q_heads, layout.tokens)
-        keep = torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.bool)
-        for start, stop in layout.spans:
+    def keep(self, view):
+        assert view.attention().shape == (view.q_heads, view.tokens)
+        keep = torch.zeros(view.kv_heads, view.tokens, dtype=torch.bool)
+        for start, stop in view.spans:
             keep[:, start : start + 5] = True
         return keep
 
@@ -718,21 +721,32 @@ class Neither:
     layer: int = 1
 
 @dataclass(frozen=True, kw_only=True)
-class NoLayer:
+class Called:
+    def __call__(self, view):
+        return None
+
+@dataclass(frozen=True, kw_only=True)
+class Former:
     def narrow(self, scores, layout):
         return None
 
-def everything(layer, scores, layout):
+def former(layer, scores, layout, *, window=1):
     return None
 
-def forgets_text(layer, scores, layout):
-    return torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.bool)
+def no_view(*, window=1):
+    return None
+
+def everything(view):
+    return None
+
+def forgets_text(view):
+    return torch.zeros(view.kv_heads, view.tokens, dtype=torch.bool)
 
 @dataclass(frozen=True)
 class Short:
     step: int
 
-    def __call__(self, layer, scores, layout):
+    def keep(self, view):
         return None
 """
 
@@ -755,10 +769,11 @@ def test_a_class_of_ones_own_may_narrow(small, mine):
 
 
 def test_a_class_that_is_no_method_is_refused(mine):
-    for name in ("Neither", "NoLayer"):
+    for name in ("Neither", "Called", "Former", "former", "no_view"):
         with pytest.raises(ValueError) as caught:
             mine(name)
-        assert name in str(caught.value) and "; " in str(caught.value) and "\n" not in str(caught.value)
+        said = str(caught.value)
+        assert name in said and "; " in said and "\n" not in said and "view" in said
 
 
 def test_a_function_of_ones_own_may_keep_all_or_forget(small, mine):
@@ -770,45 +785,106 @@ def test_a_function_of_ones_own_may_keep_all_or_forget(small, mine):
     assert few.kept == [2.0] * 4
 
 
+DIVERSE = """
+import torch
+import torch.nn.functional as F
+
+
+def divprune(view, *, retention=0.5):
+    \"\"\"Tokens whose keys are far apart (2503.02175): repeatedly the one farthest from those kept so far.\"\"\"
+    keys = F.normalize(view.keys.float().mean(0), dim=-1)  # (T, D), one choice for all heads
+    mask = view.text.clone()
+    for start, stop in view.spans:
+        far = 1 - keys[start:stop] @ keys[start:stop].T
+        kept = [int((far + 9 * torch.eye(stop - start)).amin(1).argmax())]
+        while len(kept) < max(1, round(retention * (stop - start))):
+            nearest = far[:, kept].amin(1)
+            nearest[kept] = -1
+            kept.append(int(nearest.argmax()))
+        mask[torch.tensor(kept) + start] = True
+    return mask.expand(view.kv_heads, -1)
+
+
+def keydiff(view, *, retention=0.5):
+    \"\"\"Keys that are least like the mean key of their head (2504.15364).\"\"\"
+    keys = F.normalize(view.keys.float(), dim=-1)  # (Hkv, T, D)
+    mask = view.text.expand(view.kv_heads, -1).clone()
+    for start, stop in view.spans:
+        likeness = F.cosine_similarity(keys[:, start:stop], keys[:, start:stop].mean(1, keepdim=True), -1)
+        few = likeness.topk(max(1, round(retention * (stop - start))), largest=False).indices
+        mask[:, start:stop] = mask[:, start:stop].scatter(1, few, True)
+    return mask
+"""
+
+
+def far_apart(keys, count):
+    """DivPrune in loops over float64: indices of `count` rows of keys (n, D)."""
+    rows = F.normalize(keys.double(), dim=-1).tolist()
+    far = [[1 - sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
+    kept = [max(range(len(rows)), key=lambda i: min(far[i][:i] + far[i][i + 1 :]))]
+    while len(kept) < count:
+        kept.append(max((i for i in range(len(rows)) if i not in kept), key=lambda i: min(far[i][j] for j in kept)))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("name", ["divprune", "keydiff"])
+def test_methods_of_other_papers_are_a_few_lines_over_the_keys(small, tmp_path, name):
+    """They need no attention, so none is computed; what they keep is that of loops over the layer's own keys."""
+    (tmp_path / "diverse.py").write_text(DIVERSE)
+    seen, method = [], make_method(f"{tmp_path}/diverse.py::{name}", 0.25)
+
+    def watched(view):
+        seen.append((view, method.keep(view)))
+        return seen[-1][1]
+
+    generation = answered(small, "three", 2, watched)
+    assert generation.kept == [27.0] * 4 and len(seen) == 4
+    for view, keep in seen:
+        assert not view._attention
+        for a, b in view.spans:
+            if name == "divprune":
+                wanted = [far_apart(view.keys.mean(0)[a:b], 9)] * 2
+            else:
+                unit = F.normalize(view.keys.double(), dim=-1)[:, a:b]
+                like = F.normalize(unit.mean(1), dim=-1)[:, None].mul(unit).sum(-1)
+                wanted = [sorted(row.argsort()[:9].tolist()) for row in like]
+            assert [row.nonzero()[:, 0].tolist() for row in keep[:, a:b]] == wanted
+
+
 FAULTY = """
 from dataclasses import dataclass
 import torch
 from model.pruning.budget import by_kv_head
 
-def torn(layer, scores, layout):
-    return pair(layout.spans[0] + (1,))
+def torn(view):
+    return pair(view.spans[0] + (1,))
 
-def blind(layer, scores, layout, *, part=3):
-    return scores.view(2, 2, -1) > part
+def unknown(view, *, part=3):
+    return view.scores > part
 
-def lent(layer, scores, layout):
+def lent(view):
     return (
-        by_kv_head(scores, layout))
+        by_kv_head(None, view.kv_heads))
 
 def pair(values):
     first, second = values
 
 @torch.no_grad()
-def wrapped(layer, scores, layout, *, window=1):
+def wrapped(view, *, window=1):
     return {}["key"]
 
-def short(layer, scores):
-    return None
+def ahead(view):
+    return view.attention(query="lookahead") > 0
 
 @dataclass(frozen=True)
 class Thin:
-    layer: int = 1
-
-    def narrow(self, scores, layout):
+    def narrow(self, view):
         return int("x")
 
 @dataclass(frozen=True)
-class Wants:
-    def wants(self, layer, num_layers):
-        return 1 / 0
-
-    def __call__(self, layer, scores, layout):
-        return None
+class Skips:
+    def keep(self, view):
+        return 1 / (view.layer - 1) and None
 
 @dataclass(frozen=True)
 class Own:
@@ -821,18 +897,17 @@ class Own:
     def check(self, num_layers, kv_heads):
         raise ValueError(f"the model has {num_layers} layers; give one with 40")
 
-    def __call__(self, layer, scores, layout):
+    def keep(self, view):
         return None
 """
 FAULTS = {  # name: what is said behind the method's name
     "torn": "ValueError in line 17: too many values to unpack",
-    "blind": "AttributeError in line 10: 'NoneType' object has no attribute 'view' "
-             "(scores is None without the setting window)",
-    "lent": "AttributeError in line 14: 'NoneType' object has no attribute 'view' (scores is None",
+    "unknown": "AttributeError in line 10: 'View' object has no attribute 'scores'",
+    "lent": "AttributeError in line 14: 'NoneType' object has no attribute 'unflatten'",
     "wrapped": "KeyError in line 21: 'key'",
-    "short": "TypeError: short() takes 2 positional arguments but 3 were given",
-    "Thin": "ValueError in line 31: invalid literal for int()",
-    "Wants": "ZeroDivisionError in line 36: division by zero",
+    "ahead": 'ValueError in line 24: there are no look-ahead rows; the method needs a setting query="lookahead"',
+    "Thin": "ValueError in line 29: invalid literal for int()",
+    "Skips": "ZeroDivisionError in line 34: division by zero",
 }  # fmt: skip
 
 
@@ -855,10 +930,10 @@ def test_what_a_class_of_ones_own_refuses_stays_in_its_words(small, tmp_path):
 
 
 def test_memory_that_runs_out_in_ones_own_code_is_still_that(small):
-    def greedy(layer, scores, layout):
+    def greedy(view):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def vast(layer, scores, layout):
+    def vast(view):
         raise MemoryError
 
     for method in (greedy, vast):
@@ -922,7 +997,7 @@ def test_a_method_of_ones_own_is_listed(mine, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     (tmp_path / "own.py").write_text(
         "from dataclasses import dataclass\n\n"
-        "def keep(layer, scores, layout, *, part=7, window=2, other=None):\n"
+        "def keep(view, *, part=7, window=2, other=None):\n"
         '    """Keep a part.\n\n    More words: of no setting.\n\n'
         '    part: how many tokens stay, which takes more than a line\n        to say\n    window: rows\n    """\n\n'
         "@dataclass(frozen=True)\nclass Old:\n"

@@ -9,13 +9,9 @@ import torch
 from model import Generation, Sampling, load
 from model.pruning import make_method
 from model.pruning.plphp import Plphp, PlphpAda, gamma
-from model.view import Layout
+from tests.given import given_view
 from tests.oracle import masked_ids
 from tests.paths import DEMO, DEMO_PICTURE
-
-
-def layout(spans, tokens, q_heads=4, kv_heads=2, num_layers=6):
-    return Layout(num_layers, q_heads, kv_heads, tokens, spans, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +33,10 @@ def test_rates_stay_between_nothing_and_everything():
 
 
 def test_the_first_layers_are_spared():
-    pruned = lambda method, num_layers: [method.wants(i, num_layers) for i in range(num_layers)]  # noqa: E731
+    def pruned(method, num_layers):
+        views = [given_view([(1, 5)], 6, layer=i, num_layers=num_layers) for i in range(num_layers)]
+        return [method.keep(view) is not None for view in views]
+
     assert pruned(Plphp(), 6) == [False] + [True] * 5
     assert pruned(Plphp(), 12) == [False] * 2 + [True] * 10
     assert all(pruned(Plphp(skip=0), 6)) and not any(pruned(Plphp(skip=6), 6))
@@ -51,32 +50,33 @@ def test_each_head_keeps_its_own_best_of_each_picture():
         [9, 0, 0, 8, 8, 9, 0, 9],  # KV head 1
         [9, 0, 0, 0, 8, 9, 0, 9],
     ]) / 64  # fmt: skip
-    place = layout([(1, 5), (6, 7)], 8)
-    assert gamma(scores, place) == pytest.approx(float((scores[:, 1:5].sum() + scores[:, 6].sum()) / 4))
+    view = given_view([(1, 5), (6, 7)], 8, layer=3, scores=scores)
+    assert gamma(scores, view.spans) == pytest.approx(float((scores[:, 1:5].sum() + scores[:, 6].sum()) / 4))
     half = {"r": 0.5, "dr": 0.0, "skip": 0}
-    mean, most = (Plphp(**half, group=g)(3, scores, place).int().tolist() for g in ("mean", "max"))
+    mean, most = (Plphp(**half, group=g).keep(view).int().tolist() for g in ("mean", "max"))
     assert mean == [[1, 0, 1, 1, 0, 1, 1, 1], [1, 0, 0, 1, 1, 1, 1, 1]]
     assert most == [[1, 0, 1, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1, 1, 1]]
-    none = Plphp(r=0.0, dr=0.0, skip=0)(3, scores, place)
+    none = Plphp(r=0.0, dr=0.0, skip=0).keep(view)
     assert none.sum(1).tolist() == [5, 5]  # text, and at least one token of each picture
 
 
 def test_ties_go_to_the_lower_index_and_counts_round_half_up():
-    scores, place = torch.full((4, 12), 1 / 12), layout([(1, 11)], 12)
+    view = given_view([(1, 11)], 12, scores=torch.full((4, 12), 1 / 12))
     for rate, count in ((0.25, 3), (0.24, 2), (0.05, 1), (0.95, 10)):
-        keep = Plphp(r=rate, dr=0.0, skip=0)(0, scores, place)[:, 1:11]
+        keep = Plphp(r=rate, dr=0.0, skip=0).keep(view)[:, 1:11]
         assert keep.int().tolist() == [[1] * count + [0] * (10 - count)] * 2
-    assert make_method("plphp:skip=0", keep_tokens=4).choose(0, scores, place)[:, 1:11].sum(1).tolist() == [4, 4]
+    assert make_method("plphp:skip=0", keep_tokens=4).keep(view)[:, 1:11].sum(1).tolist() == [4, 4]
 
 
 def test_ada_divides_the_same_budget_unevenly():
-    scores, place = torch.rand(4, 42), layout([(1, 41)], 42)
+    scores = torch.rand(4, 42)
     scores[:2] *= 5  # KV head 0 attends more to the picture
-    even, uneven = (m(r=0.5, dr=0.0, skip=0)(0, scores, place) for m in (Plphp, PlphpAda))
+    view = given_view([(1, 41)], 42, scores=scores)
+    even, uneven = (m(r=0.5, dr=0.0, skip=0).keep(view) for m in (Plphp, PlphpAda))
     assert (
         even.sum() == uneven.sum() and uneven[0].sum() > uneven[1].sum() == 2 + 4
     )  # text and the floor: a fifth of 20
-    assert PlphpAda(r=0.5, dr=0.0, skip=0, floor=1.0)(0, scores, place).equal(even)
+    assert PlphpAda(r=0.5, dr=0.0, skip=0, floor=1.0).keep(view).equal(even)
     heads = scores.view(2, 2, 42).mean(1)
     for keep, row in zip(uneven, heads, strict=True):  # within a head the best are kept
         assert row[1:41][keep[1:41]].min() >= row[1:41][~keep[1:41]].max()
@@ -142,11 +142,12 @@ class Spy:
     """Wraps a method's rule and records its masks."""
 
     def __init__(self, rule, answers):
-        self.rule, self.answers, self.wants = rule, answers, rule.wants
+        self.rule, self.answers = rule, answers
 
-    def __call__(self, *asked):
-        self.answers.append(self.rule(*asked))
-        return self.answers[-1]
+    def keep(self, view):
+        keep = self.rule.keep(view)
+        self.answers.extend([] if keep is None else [keep])
+        return keep
 
 
 def share(count, ada):

@@ -13,11 +13,16 @@ from model import Generation, InputError, Sampling, load
 from model.cache import RaggedCache
 from model.pruning import METHODS, Method, make_method
 from model.pruning.budget import best, budget
-from model.view import Layout
+from tests.given import given_view
 from tests.oracle import masked_ids
 from tests.paths import DEMO, DEMO_PICTURE
 
-LAYOUT = Layout(num_layers=3, q_heads=4, kv_heads=2, tokens=60, spans=[(5, 30), (33, 58)], device=torch.device("cpu"))
+SPANS = [(5, 30), (33, 58)]
+
+
+def keeps_of(method, layers):
+    """What a method keeps of 60 tokens in each layer of a model with 3 layers and 2 KV heads."""
+    return [method.keep(given_view(SPANS, 60, num_layers=3, layer=layer)) for layer in layers]
 
 
 @pytest.fixture
@@ -46,22 +51,22 @@ def test_ties_go_to_the_lower_index():
 
 def test_random_keeps_its_budget_of_every_picture_and_all_text():
     method = make_method("random", retention=0.3)
-    keeps = [method.choose(layer, None, LAYOUT) for layer in range(3)]
+    keeps = keeps_of(method, range(3))
     text = torch.ones(60, dtype=torch.bool)
-    for start, stop in LAYOUT.spans:
+    for start, stop in SPANS:
         text[start:stop] = False
         assert all((k[:, start:stop].sum(1) == math.floor(0.3 * 25 + 0.5)).all() for k in keeps)
     assert all(k[:, text].all() for k in keeps)
     assert not any(torch.equal(a, b) for a, b in ((keeps[0], keeps[1]), (keeps[0][:1], keeps[0][1:])))
-    assert torch.equal(method.choose(1, None, LAYOUT), keeps[1])  # the same again
+    assert torch.equal(keeps_of(method, [1])[0], keeps[1])  # the same again
     other = make_method("random:seed=7", retention=0.3)
-    assert not torch.equal(other.choose(1, None, LAYOUT), keeps[1])
+    assert not torch.equal(keeps_of(other, [1])[0], keeps[1])
 
 
 def test_heads_may_draw_together():
     method = make_method("random:shared=true", keep_tokens=6)
-    keeps = [method.choose(layer, None, LAYOUT) for layer in range(2)]
-    assert all((k == k[:1]).all() and k[:, slice(*LAYOUT.spans[0])].sum() == 12 for k in keeps)
+    keeps = keeps_of(method, range(2))
+    assert all((k == k[:1]).all() and k[:, slice(*SPANS[0])].sum() == 12 for k in keeps)
     assert not keeps[0].equal(keeps[1])
     with pytest.raises(ValueError, match="one of them"):
         make_method("random:shared=true,pooled=true")
@@ -69,8 +74,8 @@ def test_heads_may_draw_together():
 
 def test_a_pooled_budget_is_spread_unevenly():
     method = make_method("random:pooled=true", keep_tokens=6)
-    keeps = torch.stack([method.choose(layer, None, LAYOUT) for layer in range(3)])
-    first = keeps[:, :, slice(*LAYOUT.spans[0])].sum(2)
+    keeps = torch.stack(keeps_of(method, range(3)))
+    first = keeps[:, :, slice(*SPANS[0])].sum(2)
     assert (first.sum(1) == 12).all() and (first[:, 0] != first[:, 1]).any()
 
 
@@ -92,15 +97,15 @@ def test_commas_within_brackets_do_not_part_settings():
     rates = [[0.5, [0.25, 1]], [0.1, 0.2]][1]
     assert make_method(f"topk:rates={rates},window=3".replace(" ", "")).rule.rates == [0.1, 0.2]
     nested = make_method("topk:window=3,rates=[[0.1,0.9],0.3],group=max")
-    assert nested.rule.rates == [[0.1, 0.9], 0.3] and nested.settings["group"] == "max" and nested.window == 3
+    assert nested.rule.rates == [[0.1, 0.9], 0.3] and nested.settings["group"] == "max" and nested.settings["window"] == 3
 
 
 def test_the_former_name_of_a_method_is_as_good(tmp_path):
     assert make_method("uniform", 0.3) == make_method("topk", 0.3) and make_method("uniform").name == "topk"
     (tmp_path / "uniform.json").write_text('{"window": 4}')
-    assert make_method("topk", folder=tmp_path).window == make_method("uniform", folder=tmp_path).window == 4
+    assert all(make_method(n, folder=tmp_path).settings["window"] == 4 for n in ("topk", "uniform"))
     (tmp_path / "topk.json").write_text('{"window": 5}')
-    assert make_method("uniform", folder=tmp_path).window == 5
+    assert make_method("uniform", folder=tmp_path).settings["window"] == 5
 
 
 GIVEN = {  # setting: a value; two that cannot be combined are rejected wherever they are given
@@ -162,31 +167,32 @@ def test_a_checkpoints_own_budget_gives_way_to_what_is_given(tmp_path):
 OWN = """
 import torch
 
-def first(layer, scores, layout, *, window=2, part):
-    assert scores.shape == (layout.q_heads, layout.tokens) and scores.dtype == torch.float32
-    torch.testing.assert_close(scores.sum(1), torch.ones(layout.q_heads))
-    keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool)
-    for start, stop in layout.spans:
+def first(view, *, window=2, part):
+    scores = view.attention(window)
+    assert scores.shape == (view.q_heads, view.tokens) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores.sum(1), torch.ones(view.q_heads))
+    keep = torch.ones(view.kv_heads, view.tokens, dtype=torch.bool)
+    for start, stop in view.spans:
         keep[:, start + part : stop] = False
     return keep
 
-def ids(layer, scores, layout):
+def ids(view):
     return [0, 1]
 
-def placed(layer, scores, layout, window=1, part=7):
+def placed(view, window=1, part=7):
     return None
 
-def anything(layer, scores, layout, **settings):
+def anything(view, **settings):
     return None
 
-def grouped(layer, scores, layout, *, group=3):
+def grouped(view, *, group=3):
     return None
 
-def _hidden(layer, scores, layout):
+def _hidden(view):
     return None
 
-def wide(layer, scores, layout):
-    return torch.ones(layout.kv_heads, layout.tokens + 1, dtype=torch.bool)
+def wide(view):
+    return torch.ones(view.kv_heads, view.tokens + 1, dtype=torch.bool)
 
 number = 3
 """
@@ -198,7 +204,7 @@ def own(tmp_path):
     (tmp_path / "broken.py").write_text("1 +")
     (tmp_path / "copied.py").write_text("from .budget import best")
     (tmp_path / "helped.py").write_text("from helper import keep")
-    (tmp_path / "helper.py").write_text("def keep(layer, scores, layout):\n    return None\n")
+    (tmp_path / "helper.py").write_text("def keep(view):\n    return None\n")
     (tmp_path / "ends.py").write_text("import sys; sys.exit('bye')")
     (tmp_path / "own.txt").write_text("")
     (tmp_path / "list.json").write_text("[1]")
@@ -216,7 +222,7 @@ BAD = {
     "a very long name": (["q" * 3000], f"there is no method '{'q' * 80}'; use none"),
     "a name in capitals": (["PLPHP"], "'PLPHP'; did you mean plphp? use none, "),
     "a long unknown name": (["zebra"], "there is no method 'zebra'; use none, "),
-    "a setting that is not keyword-only": (["{own}/own.py::placed"], "window of placed is not keyword-only"),
+    "a setting that is not keyword-only": (["{own}/own.py::placed"], "placed takes view, window, part, but a method is called with one"),
     "advice on it": (["{own}/own.py::placed:part=3"], "put *, before window"),
     "settings of any name": (["{own}/own.py::anything:part=3"], "anything takes settings of any name"),
     "a setting with another meaning": (["{own}/own.py::grouped"], "give mean or max (or rename it: retention, keep_"),
@@ -310,8 +316,8 @@ def test_scores_are_the_attention_of_the_last_rows(backend):
     demo, seen, wanted = load(DEMO, "fp32", torch.get_default_device()), [], []
     method = Method(
         "look",
-        lambda layer, scores, layout: seen.append(scores) or torch.ones(4, 269, dtype=torch.bool),
-        {"window": 3},
+        lambda view: seen.append(view.attention(rows=3)) or torch.ones(4, 269, dtype=torch.bool),
+        {},
     )
     asked = demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=1)
     generation = Generation(*asked, prune=method, backend=backend)
@@ -320,9 +326,10 @@ def test_scores_are_the_attention_of_the_last_rows(backend):
     def look(layer, q, k, v):
         scores = q[0, :, -3:].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * 32**-0.5
         wanted.append((scores + torch.full((3, 269), float("-inf"), dtype=torch.float64).triu(267)).softmax(-1).mean(1))
+        return None, None
 
     x, _ = demo.model.splice(generation.ids, generation.encode_images())
-    demo.model.language_model.prefill(x[None], RaggedCache(6), choose=look)
+    demo.model.language_model.prefill(x[None], RaggedCache(6), prune=look)
     torch.testing.assert_close(torch.stack(seen).double(), torch.stack(wanted), rtol=1e-3, atol=1e-6)
 
 
@@ -353,8 +360,8 @@ def test_pruned_ids_are_those_of_transformers_with_masks(make_hf_checkpoint, tmp
     asked = checkpoint, "what is left?", [DEMO_PICTURE] * pictures, Sampling(max_new_tokens=count)
     generation = Generation(*asked, prune=method, backend=backend)
     "".join(generation)
-    layout = Layout(4, 8, 4, generation.prompt_tokens, generation.spans, torch.get_default_device())
-    keeps = [method.choose(layer, None, layout) for layer in range(4)]
+    shape = generation.spans, generation.prompt_tokens, 8, 4, 4
+    keeps = [method.keep(given_view(*shape, layer)) for layer in range(4)]
     text_tokens = generation.prompt_tokens - generation.vision_tokens
     assert generation.kept == [k.sum().item() / 4 - text_tokens for k in keeps]
     unpruned = Generation(*asked)

@@ -431,7 +431,7 @@ def test_pictures_may_be_named_in_other_ways(folder, capsys, monkeypatch):
 
 def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monkeypatch):
     shutil.copytree(run.DEMO, folder / "model")
-    (folder / "mine.py").write_text("def keep(layer, scores, layout, *, window=1):\n    return None\n")
+    (folder / "mine.py").write_text("def keep(view, *, window=1):\n    return None\n")
     write_lines(folder / "q.jsonl", QUESTIONS[:2])
     for name in (".", folder.name, f"./{folder.name}/../{folder.name}"):
         monkeypatch.chdir(folder if name == "." else folder.parent)

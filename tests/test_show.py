@@ -103,8 +103,8 @@ def by_last_row(generation, retention):
     for q, k, *_ in asked.layers:
         k = k[0].repeat_interleave(q.shape[1] // k.shape[1], 0)
         row = (q[0, :, -1:].double() @ k.double().mT * q.shape[3] ** -0.5).softmax(-1)[:, 0]
-        heads = row.view(asked.layout.kv_heads, -1, row.shape[1]).mean(1)
-        spans = [heads[:, a:b] for a, b in asked.layout.spans]
+        heads = row.view(asked.kv_heads, -1, row.shape[1]).mean(1)
+        spans = [heads[:, a:b] for a, b in asked.spans]
         counts = [int(retention * part.shape[1] + 0.5) for part in spans]
         best = [part.topk(n).indices for part, n in zip(spans, counts, strict=True)]
         layers.append(
@@ -158,7 +158,7 @@ def by_attention_of_all_heads(generation, layer):
     q, k, *_ = asked.layers[layer]
     k = k[0].repeat_interleave(q.shape[1] // k.shape[1], 0)
     row = (q[0, :, -1:].double() @ k.double().mT * q.shape[3] ** -0.5).softmax(-1)[:, 0].mean(0)
-    ((start, stop),) = asked.layout.spans
+    ((start, stop),) = asked.spans
     return row[start:stop]
 
 

@@ -26,7 +26,7 @@ def test_what_is_shown_is_what_run_py_keeps():
     assert [k.sum().item() / 4 for k in shown.keep] == pytest.approx(generation.kept)
     assert shown.bytes_held == generation.bytes_held and shown.keep[2].sum(1).unique().numel() > 1
     asked = asked_by(generation, [])
-    (start, stop) = asked.layout.spans[0]
+    (start, stop) = asked.spans[0]
     gammas = [window_scores(q[0, :, -1:], k[0])[:, start:stop].sum(1).mean().item() for q, k, *_ in asked.layers]
     assert shown.gammas == pytest.approx(gammas, abs=1e-5) and shown.thresholds == (0.25, 0.1)
     assert shown.rows == "the last prompt row"

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from model import Generation, load
-from model.image import ImageSettings, kept_of_tiles, normalise, to_tiles
+from model.image import ImageSettings, contrast_of, kept_of_tiles, normalise, places_of, to_tiles
 from model.pruning import Method, make_method
-from model.view import Layout, Pruner, contrast_of, places_of
+from model.view import Pruning, View
+from tests.given import given_view
 from tests.paths import DEMO
 from tests.seeds import torch_random
 from tools import evaluate, scenes
@@ -23,11 +24,11 @@ def demo():
     return load(DEMO, "fp32")
 
 
-def board(rows, columns, **more):
-    """The layout of one picture with 4 layers of 4 heads."""
+def board(rows, columns, layer=1, contrast=None):
+    """The view of one picture in one of 4 layers with 4 heads."""
     places = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns))]
     n = rows * columns
-    return Layout(4, 4, 4, n + 5, [(3, n + 3)], torch.device("cpu"), places=places, **more)
+    return given_view([(3, n + 3)], n + 5, 4, 4, 4, layer, places=places, contrast=contrast)
 
 
 # ---------------------------------------------------------------- places and contrast
@@ -102,25 +103,48 @@ def test_places_follow_what_leaves_the_prompt():
     seen = []
 
     class Both:
-        layer = 1
+        def keep(self, view):
+            seen.append(view)
 
-        def narrow(self, scores, layout):
-            keep = torch.ones(layout.tokens, dtype=torch.bool)
-            keep[3 : 3 + 12 : 3] = False
+        def narrow(self, view):
+            if view.layer == 2:
+                return None
+            keep = torch.ones(view.tokens, dtype=torch.bool)
+            keep[3 : 3 + (12, 8)[view.layer] : (3, 4)[view.layer]] = False
             return keep
 
-        def __call__(self, layer, scores, layout):
-            seen.append(layout)
+    places = [torch.cartesian_prod(torch.arange(3), torch.arange(4))]
+    pruning = Pruning(
+        Method("both", Both(), {}), 3, [(3, 15)], places, lambda: [torch.arange(12.0)], backend="torch", remember=True
+    )
+    q, k = torch.randn(2, 1, 4, 17, 8, generator=torch_random(0))
+    left, stays = [*range(12)], torch.arange(17)
+    for layer, after in enumerate(([1, 2, 4, 5, 7, 8, 10, 11], [2, 4, 5, 8, 10, 11], None)):
+        _, rows = pruning(layer, q, k, k)
+        assert seen[layer].spans == [(3, 3 + len(left))] and seen[layer].contrast()[0].tolist() == left
+        assert seen[layer].places[0].tolist() == [[i // 4, i % 4] for i in left] and seen[layer].keys.equal(k[0])
+        assert pruning.masks[layer].nonzero()[:, 1].view(4, -1)[0].tolist() == stays.tolist()  # of the whole prompt
+        if after is None:
+            assert rows is None
+            break
+        q, k, stays, left = q[:, :, rows], k[:, :, rows], stays[rows], after
 
-    place = board(3, 4, contrast=[torch.arange(12.0)])
-    pruner = Pruner(Method("both", Both(), {}), place, "torch")
-    q, k = torch.randn(2, 1, 4, place.tokens, 8, generator=torch_random(0))
-    pruner.choose(0, q, k, k)
-    rows = pruner.narrow(0, q, k, k)
-    pruner.choose(1, q[:, :, rows], k[:, :, rows], k[:, :, rows])
-    left = [i for i in range(12) if i % 3]
-    assert seen[0] is place and seen[1].spans == [(3, 11)] and seen[1].contrast[0].tolist() == left
-    assert seen[1].places[0].tolist() == [[i // 4, i % 4] for i in left]
+
+def test_attention_is_measured_once_per_layer_and_query():
+    """Against a softmax in float64; the rows stop after the last picture, and look-ahead rows see each other."""
+    q, k, v = torch.randn(3, 1, 4, 12, 8, generator=torch_random(0))
+    k, v = k[:, :2], v[:, :2]
+    view = View(0, 3, q, k, v, [(1, 4), (5, 7)], ahead=2, backend="torch")
+    weights = q[0].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * 8**-0.5
+    weights = weights.masked_fill(torch.ones(12, 12).triu(1).bool(), float("-inf")).softmax(-1)[..., :10]
+    for asked, rows in (((), [9]), ((2,), [8, 9]), ((99,), [7, 8, 9]), ((1, "lookahead"), [10, 11])):
+        torch.testing.assert_close(view.attention(*asked).double(), weights[:, rows].mean(1), rtol=1e-5, atol=1e-6)
+        assert view.attention(*asked) is view.attention(*asked)
+    assert view.attention(3) is view.attention(99)
+    assert view.queries(2).equal(q[0, :, 8:10]) and view.keys.equal(k[0, :, :10]) and view.tokens == 10
+    torch.testing.assert_close(view.value_norms(), v[0, :, :10].abs().sum(-1))
+    with pytest.raises(ValueError, match='setting query="lookahead"'):
+        View(0, 3, q, k, v, [(1, 4)]).attention(query="lookahead")
 
 
 # ---------------------------------------------------------------- grid, objects
@@ -132,9 +156,9 @@ def test_a_grid_is_even_in_both_directions(rate, size):
     """Every 5 x 5 window holds its share within 2 tokens, and every token is kept by its share of heads."""
     windows = {}
     for name in ("grid", "random"):
-        place = board(*size)
-        keep = torch.stack([make_method(name, rate).choose(layer, None, place) for layer in range(4)]).flatten(0, 1)
-        keep = keep[:, slice(*place.spans[0])].view(16, *size).float()
+        views = [board(*size, layer) for layer in range(4)]
+        keep = torch.stack([make_method(name, rate).keep(view) for view in views]).flatten(0, 1)
+        keep = keep[:, slice(*views[0].spans[0])].view(16, *size).float()
         held = torch.nn.functional.avg_pool2d(keep[:, None], 5, 1) * 25
         windows[name] = (held - rate * 25).abs().max()
         across = (keep.sum(0) - 16 * rate).abs().max()  # number of the 16 heads that keep a token
@@ -145,8 +169,7 @@ def test_a_grid_is_even_in_both_directions(rate, size):
 
 def test_a_grid_needs_no_map():
     """Tokens of unknown place count as one row, with nearly even gaps between kept ones."""
-    place = Layout(4, 4, 4, 105, [(3, 103)], torch.device("cpu"))
-    keep = make_method("grid", 0.25).choose(2, None, place)
+    keep = make_method("grid", 0.25).keep(given_view([(3, 103)], 105, 4, 4, layer=2))
     for head in keep[:, 3:103]:
         gaps = head.nonzero()[:, 0].diff()
         assert head.sum() == 25 and gaps.max() <= 5 and (gaps < 4).sum() <= 2
@@ -155,14 +178,14 @@ def test_a_grid_needs_no_map():
 def test_objects_come_first_and_the_rest_is_drawn():
     contrast = torch.zeros(256)
     contrast[40:80] = torch.linspace(0.5, 2, 40)
-    place = board(16, 16, contrast=[contrast])
-    half = make_method("objects", 0.5).choose(1, None, place)[:, 3:259]
+    view = board(16, 16, contrast=[contrast])
+    half = make_method("objects", 0.5).keep(view)[:, 3:259]
     assert half[:, 40:80].all() and half.sum(1).tolist() == [128] * 4
     shares = half.float().mean(0)
     assert 0.3 < shares[:40].mean() < 0.5 and len({tuple(head.tolist()) for head in half}) == 4
-    few = make_method("objects", keep_tokens=10).choose(1, None, place)[:, 3:259]
+    few = make_method("objects", keep_tokens=10).keep(view)[:, 3:259]
     stand_out = contrast > contrast.mean()
     assert not few[:, ~stand_out].any() and few.sum(1).tolist() == [10] * 4
     assert math.isclose(few.float().sum(), 40) and few.any(0).sum() > 20  # each head draws its own
     with pytest.raises(ValueError, match="pixels"):
-        make_method("objects").choose(1, None, board(4, 4))
+        make_method("objects").keep(board(4, 4))

@@ -54,7 +54,7 @@ from model.config import TextConfig  # noqa: E402
 from model.fast import FastStep, arrange  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.report import percentile  # noqa: E402
-from model.view import Layout, Pruner  # noqa: E402
+from model.view import Pruning  # noqa: E402
 from run import Parser, as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
 from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, random_language, version  # noqa: E402
@@ -232,16 +232,12 @@ class Answer:
 def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=False):
     """Greedy ids for the prompts x (B, T, C), prefilled one by one and decoded together -> Answer."""
     start, config = time.perf_counter(), language.config
-    layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
-    layout = Layout(layers, *heads, x.shape[1], spans, x.device)
-    caches, pruners, last = [], [], []
+    layers, caches, last = config.num_hidden_layers, [], []
     for sequence in x:
         cache = RaggedCache(layers, slack=min(new_tokens, 64), backend=backend)
-        pruner = Pruner(method, layout, backend) if method else None
-        asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
-        last.append(language.prefill(sequence[None], cache, **asked)[0, -1].clone())  # the rest is freed
+        pruning = Pruning(method, layers, spans, backend=backend) if method else None
+        last.append(language.prefill(sequence[None], cache, prune=pruning)[0, -1].clone())  # the rest is freed
         caches.append(cache)
-        pruners.append(pruner)
     cache = caches[0] if len(caches) == 1 else RaggedCache.join(caches)
     logits = language.logits(torch.stack(last))
     ids = logits.argmax(-1)
@@ -249,7 +245,8 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
     first, seen, steps = time.perf_counter() - start, [logits[0].clone()], []
     held, vision = cache.nbytes_held, sum(b - a for a, b in spans)
     # read now: a single sequence's cache is the one that decoding extends
-    kept = [n / vision for p, c in zip(pruners, caches, strict=True) if p for n in p.kept(c)]
+    text = x.shape[1] - vision
+    kept = [(n - text) / vision for c in caches for n in c.kv_len.double().mean(1).tolist()] if method else []
     step = FastStep(language, cache, compile)
     for i in range(1, new_tokens):
         start = time.perf_counter()
@@ -336,9 +333,8 @@ class MaskedCache:
 def error_of_pruned_steps(language, x, spans, method, checked):
     """Largest error of the step logits against steps with a `MaskedCache` of prompt x (T, C)."""
     config = language.config
-    layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
-    pruner, cache = Pruner(method, Layout(layers, *heads, len(x), spans, x.device)), MaskedCache(layers)
-    language.prefill(x[None], cache, choose=pruner.choose, narrow=pruner.narrow)
+    cache = MaskedCache(config.num_hidden_layers)
+    language.prefill(x[None], cache, prune=Pruning(method, config.num_hidden_layers, spans))
     errors = []
     for ids, got in zip(checked.ids, checked.logits[1:], strict=False):
         token = language.model.embed_tokens(torch.tensor(ids[:1], device=x.device))
@@ -628,7 +624,7 @@ def is_wrong(task, facts, unpruned, reference, plain=None):
         return f"greedy ids {facts['ids']} differ from those without the compiler, {plain['ids']}"
     if task.prune != "none":  # prefill equals the unpruned one, except for methods that drop tokens during prefill
         same = not unpruned or [ids[:1] for ids in facts["ids"]] == [ids[:1] for ids in unpruned["ids"]]
-        return None if same or method_of(task.prune).layer else "the first token differs from the unpruned run"
+        return None if same or method_of(task.prune).narrows else "the first token differs from the unpruned run"
     if reference is None or reference[1] is facts:
         return None
     name, wanted = reference
@@ -894,13 +890,11 @@ def decode_seconds(language, lengths, rounds):
 def prefill_peak(language, tokens):
     """Peak bytes of a pruned prefill of `tokens` tokens, excluding the model and its input."""
     config, table = language.config, language.model.embed_tokens.weight
-    heads = config.num_attention_heads, config.num_key_value_heads
-    layout = Layout(config.num_hidden_layers, *heads, tokens, [(1, tokens - tokens // 8)], table.device)
     x = torch.randn(1, tokens, config.hidden_size, dtype=table.dtype, device=table.device)
 
     def prefill():
-        choose = Pruner(method_of("plphp:dr=0@0.5"), layout).choose
-        return language.prefill(x, RaggedCache(config.num_hidden_layers), choose=choose)
+        pruning = Pruning(method_of("plphp:dr=0@0.5"), config.num_hidden_layers, [(1, tokens - tokens // 8)])
+        return language.prefill(x, RaggedCache(config.num_hidden_layers), prune=pruning)
 
     prefill()  # one-time allocations
     before = peak_from_now(x.device)

@@ -65,7 +65,7 @@ from model.lookahead import Lookahead  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import PlphpAda  # noqa: E402
 from model.report import measure_bandwidth  # noqa: E402
-from model.view import Layout, Pruner  # noqa: E402
+from model.view import Pruning  # noqa: E402
 from run import Parser, as_command, choose_device, number  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -839,11 +839,11 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
     x = model.model.embed_tokens.weight[ids.to(setting.device)]
     heads, steps = config.num_key_value_heads, 2 * rounds + 8
 
-    def choose(layer, q, k, v):
+    def prune(layer, q, k, v):
         generator = torch.Generator().manual_seed(layer)  # same choice for every cache
         lengths = lengths_of(layout, batch, heads, tokens, retention, generator)
         draw = torch.rand(batch * heads, tokens, generator=generator).argsort(-1).argsort(-1)
-        return (draw < lengths[:, None]).to(setting.device)
+        return (draw < lengths[:, None]).to(setting.device), None
 
     caches = {"dense cache": DenseCache(config.num_hidden_layers, tokens + steps)}
     caches["ours, torch"] = ragged = RaggedCache(config.num_hidden_layers, slack=steps, backend="torch")
@@ -852,7 +852,7 @@ def step_case(batch, tokens, retention, layout, rounds, setting):
         name = f"ours, {triton_name(setting.device)}"
         caches[name] = RaggedCache(config.num_hidden_layers, slack=steps, backend="triton")
     for cache in caches.values():
-        model.prefill(x, cache, choose=choose if retention < 1 and cache is not caches["dense cache"] else None)
+        model.prefill(x, cache, prune=prune if retention < 1 and cache is not caches["dense cache"] else None)
     q = torch.randn(batch, config.num_attention_heads, config.head_dim, generator=generator).to(setting.device)
     weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith(("lm_head", "model.embed_tokens")))
     name = f"demo model, {batch} x {tokens} tokens, {retention:g} kept, {layout}"
@@ -895,7 +895,6 @@ def prefill_case(shape, tokens, setting):
     x = torch.randn(1, tokens, config.hidden_size, generator=generator).to(setting.device, dtype)
     q = torch.randn(1, heads[0], config.head_dim, generator=generator).to(setting.device, dtype)
     span = min(4, tokens - 1), max(5, tokens - 12)
-    layout = Layout(config.num_hidden_layers, *heads, tokens, [span], setting.device)
     plain = model.prefill(x)
     wider = copy.deepcopy(model).to(torch.float64 if dtype == torch.float32 else torch.float32)
     exact = wider.prefill(x.to(wider.model.norm.weight.dtype)).double()
@@ -906,8 +905,8 @@ def prefill_case(shape, tokens, setting):
         if method is None:
             return cache, model.prefill(x, cache)
         lookahead = rows if method.looks_ahead else None
-        pruner = Pruner(method, layout, ahead=lookahead.rows if lookahead else 0)
-        return cache, model.prefill(x, cache, choose=pruner.choose, lookahead=lookahead)
+        pruning = Pruning(method, config.num_hidden_layers, [span], ahead=lookahead.rows if lookahead else 0)
+        return cache, model.prefill(x, cache, prune=pruning, lookahead=lookahead)
 
     def check(call):
         """Checks the hidden states against a prefill without a cache, and attention over the cache against its rows.

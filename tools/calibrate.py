@@ -68,8 +68,8 @@ def sample(checkpoint, prompt, images, longest):
 def gammas_of(asked, lookahead=None):
     """gamma of every layer: attention of the prompt's last row, or of look-ahead rows, to pictures; mean over heads."""
     if lookahead is not None:
-        return [gamma(asked.attention_of_rows(lookahead, i), asked.layout) for i in range(len(asked.layers))]
-    return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.layout) for q, k, _, _ in asked.layers]
+        return [gamma(asked.attention_of_rows(lookahead, i), asked.spans) for i in range(len(asked.layers))]
+    return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.spans) for q, k, _, _ in asked.layers]
 
 
 def candidates(samples, retention, wide=True):

@@ -1,7 +1,7 @@
 """Controls for pruning methods: rules that use what no method can see, or that copy the budget of another rule.
 
-Each is a rule of `model.pruning.Method`: rule(layer, scores, layout) -> keep (Hkv, T). Random rules take a seed, so
-that every question has its own draws.
+Each is a rule of `model.pruning.Method` with a stage `keep`. Random rules take a seed, so that every question has its
+own draws.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ from collections.abc import Callable
 import torch
 
 from model.lookahead import Lookahead
-from model.pruning.budget import best, budget, by_kv_head, grid_phase, select
+from model.pruning.budget import best, budget, by_kv_head, select
 
 
-def _draw(seed, layer, layout):
+def _draw(seed, view):
     """(Hkv, T) uniform noise, drawn on the CPU so that it is the same on every device."""
-    generator = torch.Generator("cpu").manual_seed(1000 * seed + layer + 500)
-    return torch.rand(layout.kv_heads, layout.tokens, generator=generator, device="cpu").to(layout.device)
+    generator = torch.Generator("cpu").manual_seed(1000 * seed + view.layer + 500)
+    return torch.rand(view.kv_heads, view.tokens, generator=generator, device="cpu").to(view.device)
 
 
 @dataclasses.dataclass
@@ -28,11 +28,11 @@ class Evidence:
     seed: int
     anti: bool = False
 
-    def __call__(self, layer, scores, layout):
-        worth = _draw(self.seed, layer, layout)
-        for (start, _), patches in zip(layout.spans, self.patches, strict=True):
+    def keep(self, view):
+        worth = _draw(self.seed, view)
+        for (start, _), patches in zip(view.spans, self.patches, strict=True):
             worth[:, [start + p for p in patches]] += -1 if self.anti else 1
-        return select(worth, layout, lambda s: best(s, budget(s.shape[1], self.retention)))
+        return select(worth, view, lambda s: best(s, budget(s.shape[1], self.retention)))
 
 
 @dataclasses.dataclass
@@ -43,13 +43,11 @@ class Ranked:
     retention: float
     cover: float = 0.0
 
-    def __call__(self, layer, scores, layout):
-        phase = grid_phase(layer, layout) if self.cover else None
-
+    def keep(self, view):
         def choose(part):
             return best(part, budget(part.shape[1], self.retention))
 
-        return select(self.worth(layer), layout, choose, "image", self.cover, phase)
+        return select(self.worth(view.layer), view, choose, "image", self.cover)
 
 
 def worth_of_rows(asked, lookahead, of=None):
@@ -58,11 +56,11 @@ def worth_of_rows(asked, lookahead, of=None):
     of = of or asked
 
     def worth(layer):
-        heads = by_kv_head(of.attention_of_rows(lookahead, layer), of.layout)
+        heads = by_kv_head(of.attention_of_rows(lookahead, layer), of.kv_heads)
         if of is asked:
             return heads
         mine = heads.new_zeros(len(heads), asked.tokens)
-        for (start, stop), (first, last) in zip(asked.layout.spans, of.layout.spans, strict=True):
+        for (start, stop), (first, last) in zip(asked.spans, of.spans, strict=True):
             mine[:, start:stop] = heads[:, first:last]
         return mine
 
@@ -78,40 +76,28 @@ def neutral_rows(checkpoint, text=".", rows=8):
     return neutral.requires_grad_(False)
 
 
-class Obeying:
-    """Base of rules that wrap another rule, `other`: they need the same inputs."""
-
-    @property
-    def wants_last_row(self):
-        return getattr(self.other, "wants_last_row", False)
-
-    def wants(self, layer, num_layers):
-        return not hasattr(self.other, "wants") or self.other.wants(layer, num_layers)
-
-
 @dataclasses.dataclass
-class Like(Obeying):
-    """Keeps as many tokens per layer, head and picture as `other`, but chosen at random, or (shared) by the mean score
-    of all heads."""
+class Like:
+    """Keeps as many tokens per layer, head and picture as `other`, but chosen at random, or (shared) by the mean
+    attention of all heads."""
 
     other: object
     shared: bool
     seed: int = 0
 
-    def __call__(self, layer, scores, layout):
-        kept = self.other(layer, scores, layout)
-        if self.shared:
-            worth = by_kv_head(scores, layout).mean(0, keepdim=True).expand(layout.kv_heads, -1)
-        else:
-            worth = _draw(self.seed, layer, layout)
+    def keep(self, view):
+        kept = self.other.keep(view)
+        if kept is None:
+            return None
+        worth = view.attention().mean(0).expand(view.kv_heads, -1) if self.shared else _draw(self.seed, view)
         result = torch.ones_like(kept)
-        for start, stop in layout.spans:
+        for start, stop in view.spans:
             result[:, start:stop] = best(worth[:, start:stop], kept[:, start:stop].sum(1, keepdim=True))
         return result
 
 
 @dataclasses.dataclass
-class ValuesDropped(Obeying):
+class ValuesDropped:
     """A diagnostic that saves no memory: a dropped token keeps its key, and its value becomes zero.
 
     Every head keeps the attention weights of the unpruned model; the share of dropped tokens contributes zero. If this
@@ -121,5 +107,5 @@ class ValuesDropped(Obeying):
     other: object
     only_values = True
 
-    def __call__(self, layer, scores, layout):
-        return self.other(layer, scores, layout)
+    def keep(self, view):
+        return self.other.keep(view)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.generate import off_budget  # noqa: E402
-from model.image import normalise, read_image, to_square  # noqa: E402
+from model.image import contrast_of, normalise, places_of, read_image, to_square  # noqa: E402
 from model.load import find_folder  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import (  # noqa: E402
@@ -52,7 +52,6 @@ from model.pruning import (  # noqa: E402
 )  # fmt: skip
 from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
-from model.view import contrast_of, places_of  # noqa: E402
 from run import as_command, choose_device, say  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
@@ -286,15 +285,15 @@ def evaluate_scene(checkpoint, made, number, mode):
         targets = torch.tensor(targets, device=logits.device)
         rows = targets != IGNORED
         right = (logits[:, rows].argmax(-1) == targets[rows]).cpu()
-        attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
+        attention = [asked.attention_of_fed(layer) for layer in range(asked.num_layers)]
         results = {}
         for name, hits, share, layers in zip(made, right, kept, keeps, strict=True):
-            shown = [_evidence_kept(k, asked.layout, counted.evidence) for k in layers]
-            looked = [_attention_kept(k, asked.layout, a) for k, a in zip(layers, attention, strict=True)]
+            shown = [_evidence_kept(k, asked.spans, counted.evidence) for k in layers]
+            looked = [_attention_kept(k, asked.spans, a) for k, a in zip(layers, attention, strict=True)]
             tokens = round(hits[1:].float().mean().item(), 4)
             results[name] = [int(hits.all()), tokens, round(share, 4), shown, looked]
         row = sum(2 * k[0, :, 0].numel() * k.element_size() for _, k, _, _ in asked.layers)  # bytes of a token
-        vision = sum(stop - start for start, stop in asked.layout.spans)
+        vision = sum(stop - start for start, stop in asked.spans)
         size = [row * (asked.tokens - vision), row * vision]
         result.append({"task": counted.task, "words": counted.dependent_words, "bytes": size, "results": results})
     return result
@@ -321,20 +320,20 @@ def others_of(checkpoint, ids, image_tokens, another, number, pictures):
     return {name: functools.cache(make) for name, make in found.items()}
 
 
-def _attention_kept(keep, layout, attention):
+def _attention_kept(keep, spans, attention):
     """Share of the attention (Hkv, T) to pictures that falls on what is kept."""
     if keep is None:
         return 1.0
-    spans = [slice(start, stop) for start, stop in layout.spans]
-    held = sum((attention[:, s] * keep[:, s]).sum() for s in spans)
-    return round((held / sum(attention[:, s].sum() for s in spans)).item(), 3)
+    pictures = [slice(start, stop) for start, stop in spans]
+    held = sum((attention[:, s] * keep[:, s]).sum() for s in pictures)
+    return round((held / sum(attention[:, s].sum() for s in pictures)).item(), 3)
 
 
-def _evidence_kept(keep, layout, evidence):
+def _evidence_kept(keep, spans, evidence):
     """Share of the evidence patches that a layer's heads keep, on average."""
     if keep is None:
         return 1.0
-    columns = [start + p for (start, _), patches in zip(layout.spans, evidence, strict=True) for p in patches]
+    columns = [start + p for (start, _), patches in zip(spans, evidence, strict=True) for p in patches]
     return round(keep[:, columns].float().mean().item(), 3) if columns else 1.0
 
 
@@ -896,7 +895,7 @@ def premise(args):
         raise InputError("the answer has fewer than two tokens, so none attends to the picture; ask for more")
     print(f"unpruned: {answer}", file=sys.stderr)
     asked = asked_by(reference, reference.token_ids[:-1])
-    attention = [asked.attention_of_fed(layer) for layer in range(asked.layout.num_layers)]
+    attention = [asked.attention_of_fed(layer) for layer in range(asked.num_layers)]
     layers = " | ".join(f"layer {i}" for i in range(len(attention)))
     lines = [f"| attention of the answer found, % | kept, % | mean | {layers} |"]
     lines.append("|---|" + "---:|" * (len(attention) + 2))
@@ -907,7 +906,7 @@ def premise(args):
             rows.append(("told what the answer attends to", told))
         for label, method in rows:
             (share,), (keeps,) = replay(asked, [method])[1:]
-            found = [100 * _attention_kept(k, asked.layout, a) for k, a in zip(keeps, attention, strict=True)]
+            found = [100 * _attention_kept(k, asked.spans, a) for k, a in zip(keeps, attention, strict=True)]
             numbers = " | ".join(f"{x:.0f}" for x in [100 * share, sum(found) / len(found), *found])
             lines.append(f"| {label}{'' if f is None else f', {f:g} asked for'} | {numbers} |")
     print("\n".join(lines))

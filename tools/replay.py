@@ -10,7 +10,7 @@ from kernels import window_scores
 from model.cache import RaggedCache
 from model.pruning.budget import by_kv_head
 from model.report import compare
-from model.view import Layout, Pruner
+from model.view import Pruning
 
 
 class Asked:
@@ -19,7 +19,7 @@ class Asked:
     layers    per layer: q (1, Hq, W, D) of the prompt's rows after the last picture, the most that any window covers;
               k and v (1, Hkv, T, D) of the prompt; q_fed (1, Hq, F, D)
     logits    (F + 1, V) fp32, after the prompt and after each fed token
-    layout    of the prompt
+    spans     [(start, stop)] of the tokens that may be pruned
     others    alternative rankings for some controls: {name: function () -> Asked or look-ahead rows}
     """
 
@@ -28,12 +28,9 @@ class Asked:
         trained rows; places, contrast: of the pictures, as in `Generation`."""
         self.language, self.x, self.lookahead, self.backend = language, x, lookahead, backend
         self.tokens, self.fed, self.layers, self.others = prompt, x[prompt:], [], {}
-        text = language.config
-        heads = text.num_attention_heads, text.num_key_value_heads
-        self.layout = Layout(
-            text.num_hidden_layers, *heads, self.tokens, spans, self.x.device, places=places, contrast=contrast
-        )
-        hidden = language.prefill(x[None], self, choose=self._look)
+        self.spans, self.places, self.contrast = spans, places, contrast
+        self.num_layers, self.kv_heads = language.config.num_hidden_layers, language.config.num_key_value_heads
+        hidden = language.prefill(x[None], prune=self._look)
         self.logits = language.logits(hidden[0, self.tokens - 1 :]).float()
         self._ahead = {}
 
@@ -44,8 +41,9 @@ class Asked:
 
             def look(layer, q, k, v):
                 found.append((q[:, :, t:], k[:, :, t:]))
+                return None, None
 
-            self.language.prefill(self.x[None, :t], self, choose=look, lookahead=lookahead)
+            self.language.prefill(self.x[None, :t], prune=look, lookahead=lookahead)
             self._ahead[id(lookahead)] = lookahead, found  # the reference keeps the id from being reused
         return self._ahead[id(lookahead)][1]
 
@@ -63,16 +61,14 @@ class Asked:
         _, k, _, q = self.layers[layer]
         q = q[:, :, :first]
         end = torch.full((q.shape[2],), self.tokens - 1, device=q.device)
-        return by_kv_head(window_scores(q[0], k[0], q_pos=end, group="none", backend=self.backend), self.layout)
+        return by_kv_head(window_scores(q[0], k[0], q_pos=end, group="none", backend=self.backend), self.kv_heads)
 
     def _look(self, layer, q, k, v):
         """Store a layer's tensors; prune nothing."""
-        t, spans = self.tokens, self.layout.spans
-        first = min(t - 1, spans[-1][1] if spans else 0)
+        t = self.tokens
+        first = min(t - 1, self.spans[-1][1] if self.spans else 0)
         self.layers.append((q[:, :, first:t], k[:, :, :t], v[:, :, :t], q[:, :, t:]))
-
-    def pack(self, layer, k, v, keep):
-        """Stands in for a cache; packs nothing."""
+        return None, None
 
     def cache(self, method):
         """Prune the prompt with a method.
@@ -80,29 +76,31 @@ class Asked:
         Returns the cache, each layer's keep mask as (Hkv, T) bool or None for all, and the logits (1, V) of the first
         new token. Only methods that narrow the prompt change these logits.
         """
-        cache = RaggedCache(self.layout.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
+        cache = RaggedCache(self.num_layers, slack=max(1, len(self.fed)), backend=self.backend)
         lookahead = self.lookahead if method is not None and method.looks_ahead else None
-        narrows, ahead = method is not None and method.layer is not None, lookahead.rows if lookahead else 0
-        pruner = Pruner(method, self.layout, self.backend, ahead=ahead, remember=narrows) if method else None
-        if narrows:
-            return self._narrowed(pruner, cache, lookahead)
+        pruning = method and Pruning(
+            method, self.num_layers, self.spans, self.places, self.contrast and (lambda: self.contrast),
+            lookahead.rows if lookahead else 0, self.backend, remember=method.narrows,
+        )  # fmt: skip
+        if method is not None and method.narrows:
+            return self._narrowed(pruning, cache, lookahead)
         keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
             seen = q, k, v
             if lookahead is not None:
                 seen = *(torch.cat(pair, 2) for pair in zip((q, k), self.rows(lookahead)[layer], strict=True)), v
-            keep = pruner.choose(layer, *seen) if pruner else None
+            keep, _ = pruning(layer, *seen) if pruning else (None, None)
             keeps.append(keep)
             if keep is not None and getattr(method.rule, "only_values", False):  # an experiment of tools/controls.py
                 v, keep = v * keep[None, ..., None], None
             cache.pack(layer, k, v, keep)
         return cache, keeps, self.logits[:1]
 
-    def _narrowed(self, pruner, cache, lookahead):
+    def _narrowed(self, pruning, cache, lookahead):
         """As `cache`, for methods that drop hidden tokens during prefill: run the whole prompt again."""
         language, prompt = self.language, self.x[None, : self.tokens]
-        hidden = language.prefill(prompt, cache, choose=pruner.choose, narrow=pruner.narrow, lookahead=lookahead)
-        return cache, pruner.masks, language.logits(hidden[0, -1:]).float()
+        hidden = language.prefill(prompt, cache, prune=pruning, lookahead=lookahead)
+        return cache, pruning.masks, language.logits(hidden[0, -1:]).float()
 
 
 def asked_with(checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):
@@ -125,9 +123,8 @@ def replay(asked, methods):
     (Hkv, T) bool or None per layer.
     """
     caches, keeps, first = zip(*(asked.cache(method) for method in methods), strict=True)
-    layout, segments = asked.layout, asked.layout.num_layers * asked.layout.kv_heads
-    vision = sum(stop - start for start, stop in layout.spans)
-    held = [cache.kv_len.sum().item() - segments * (layout.tokens - vision) for cache in caches]
+    segments, vision = asked.num_layers * asked.kv_heads, sum(stop - start for start, stop in asked.spans)
+    held = [cache.kv_len.sum().item() - segments * (asked.tokens - vision) for cache in caches]
     kept = [h / (segments * vision) if vision else 1.0 for h in held]
     logits = torch.stack(first)
     if len(asked.fed):

@@ -87,7 +87,12 @@ def freeze(language, examples):
     which = [list(openings).index(_key(i, e)) for i, e in enumerate(examples)]
     first = padded(openings.values())  # (n, P, C); no row attends to the padding at the end
     past = []
-    language.prefill(first, Listener(), choose=lambda layer, q, k, v: past.append((k[which], v[which])))
+
+    def listen(layer, q, k, v):
+        past.append((k[which], v[which]))
+        return None, None
+
+    language.prefill(first, prune=listen)
     rest = padded([e.x[e.opening :] for e in examples])  # (B, M, C)
 
     start = torch.tensor([[e.opening] for e in examples], device=device)
@@ -141,13 +146,6 @@ def sum_of_spans(position, spans):
 def _key(number, example):
     """Key of an example's opening within a batch."""
     return number if example.pictures is None else (example.pictures, example.opening)
-
-
-class Listener:
-    """Stands in for a cache; packs nothing."""
-
-    def pack(self, layer, k, v, keep):
-        pass
 
 
 def _own(language, hidden, examples):

@@ -1,25 +1,20 @@
 """The pruning methods, and how to name one.
 
-A method is one small file here and one row of METHODS: a function whose keyword-only arguments are its settings, or a
-frozen dataclass whose fields are its settings (`__post_init__` may raise a ValueError). Its docstring begins with one
+A method is one small file here and one row of METHODS: a function keep(view, *, SETTING=DEFAULT, ...), or a frozen
+dataclass whose fields are its settings (`__post_init__` may raise a ValueError). Its docstring begins with one
 sentence and has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods` prints
-them. It implements one of two stages:
+them. A class has one or both of these stages, and a function is the first:
 
-    method(layer, scores, layout) -> keep (Hkv, T) bool, or None to keep all
-        after a layer's attention: whose K and V each KV head keeps. Hidden states do not change.
-    method.narrow(scores, layout) -> keep (T,) bool
-        once, before layer `method.layer`: the tokens that remain in this layer and all later ones.
+    keep(view)     after a layer's attention: whose K and V each KV head keeps, (Hkv, T) bool, or None for all. Hidden
+                   states do not change
+    narrow(view)   after a layer: the tokens that later layers process, (T,) bool, or None for all
 
-scores (Hq, T) fp32: attention of each query head, averaged over the last `window` rows of the prompt that follow the
-last picture. If the setting query is "lookahead", it is averaged over the look-ahead rows instead (`model.lookahead`).
-If a method has neither setting, `narrow` gets the attention of the last row, and the first stage gets None.
+view: a `model.view.View` of the layer, from which the method takes what it needs. Text is always kept. A class may also
+have
 
-layout: a `model.view.Layout`; README.md lists its fields. A class may also have
-
-    wants(layer, num_layers)       False for a layer that keeps all tokens and needs no scores
     check(num_layers, kv_heads)    raises a ValueError for an unsuitable model
 
-Text is always kept.
+The look-ahead rows are computed only for a method whose setting query is "lookahead".
 """
 
 import importlib.util
@@ -35,7 +30,7 @@ from typing import Protocol
 
 import torch
 
-from .budget import GROUPS, QUERIES, SCOPES, best
+from .budget import GROUPS, QUERIES, SCOPES, best, by_kv_head
 from .fastv import FastV
 from .grid import grid_tokens
 from .objects import Objects
@@ -102,9 +97,7 @@ COMMON = {
 class Narrowing(Protocol):
     """An object that implements the second stage, such as a `FastV`."""
 
-    layer: int
-
-    def narrow(self, scores: torch.Tensor, layout: object) -> torch.Tensor: ...
+    def narrow(self, view: object) -> torch.Tensor | None: ...
 
 
 class MethodError(RuntimeError):
@@ -118,11 +111,6 @@ class Method:
     name: str
     rule: object
     settings: dict
-
-    @property
-    def window(self):
-        """Number of rows at the prompt's end from whose attention the scores are computed; 0 for none."""
-        return self.settings.get("window", 1 if self.layer else 0)
 
     @property
     def spec(self):
@@ -140,14 +128,12 @@ class Method:
         return self.settings.get("query") == "lookahead"
 
     @property
-    def layer(self):
-        """The first layer without the dropped tokens, or None if the method drops only K and V."""
-        return self.rule.layer if hasattr(self.rule, "narrow") else None
+    def narrows(self):
+        """True if the method drops hidden states too, so that the first new token may differ."""
+        return "narrow" in stages(self.rule)
 
     def check(self, num_layers, kv_heads):
         """ValueError if the method does not fit the model."""
-        if self.layer is not None and not 1 <= self.layer < num_layers:
-            raise ValueError(f"layer is {self.layer}, the model has {num_layers}; give one from 1 to {num_layers - 1}")
         if hasattr(self.rule, "check"):
             self.rule.check(num_layers, kv_heads)
 
@@ -159,69 +145,72 @@ class Method:
         pots = [sum(tokens)] if self.settings.get("scope") == "vision" else tokens
         return sum(min(count, n) for n in pots) / sum(tokens)
 
-    def wants(self, layer, num_layers):
-        """True if the method chooses K and V in this layer."""
-        return callable(self.rule) and (
-            not hasattr(self.rule, "wants") or self._ask(self.rule.wants, layer, num_layers)
-        )
+    def keep(self, view):
+        """-> the tokens that each head keeps, (Hkv, T) bool, or None for all. ValueError for anything else."""
+        return self._ask("keep", view, (view.kv_heads, view.tokens))
 
-    def choose(self, layer, scores, layout):
-        """scores (Hq, T) fp32 or None -> keep (Hkv, T) bool, None for all. ValueError if the rule returns neither."""
-        keep = self._ask(self.rule, layer, scores, layout)
-        return None if keep is None else self._guarded(keep, layout, (layout.kv_heads, layout.tokens))
+    def narrow(self, view):
+        """-> the tokens that later layers process, (T,) bool, or None for all. ValueError for anything else.
 
-    def narrow(self, scores, layout):
-        """scores (Hq, T) fp32 -> keep (T,) bool; the last token is always kept, because it predicts the answer."""
-        keep = self._guarded(self._ask(self.rule.narrow, scores, layout), layout, (layout.tokens,))
-        keep[-1] = True
+        The last token stays, because it predicts the answer.
+        """
+        keep = self._ask("narrow", view, (view.tokens,))
+        if keep is not None:
+            keep[-1] = True
         return keep
 
-    def _ask(self, function, *arguments):
-        """Call a function of the rule; its exceptions become a MethodError, except the ValueErrors of METHODS."""
+    def _ask(self, stage, view, shape):
+        """What a stage of the rule returns, with text and guards added; None if there is no such stage. Its exceptions
+        become a MethodError, except the ValueErrors of METHODS."""
+        function = stages(self.rule).get(stage)
         try:
-            return function(*arguments)
+            keep = function and function(view)
         except MemoryError:
             raise
         except Exception as wrong:
             if isinstance(wrong, ValueError) and self.name in METHODS:
                 raise  # a refusal in one line
             what, line = " ".join(str(wrong).split()), _line(function, wrong)
-            if "NoneType" in what and any(argument is None for argument in arguments):
-                what += " (scores is None without the setting window)"
             where = f" in line {line}" if line else ""
-            raise MethodError(f"method {self.name}: {type(wrong).__name__}{where}: {what}") from wrong
-
-    def _guarded(self, keep, layout, shape):
-        """keep with text and guards added; ValueError unless it is bool of this shape."""
+            raise MethodError(f"{titled(self.name)}: {type(wrong).__name__}{where}: {what}") from wrong
+        if keep is None:
+            return None
         if not isinstance(keep, torch.Tensor) or keep.shape != shape or keep.dtype != torch.bool:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
-            raise ValueError(f"method {self.name} returned {found}; return bool {shape}")
-        keep = keep.to(layout.device) | guarded(layout, self.settings.get("sink", 0), self.settings.get("recent", 0))
-        if layout.attended is None:
-            return keep
+            raise ValueError(f"{titled(self.name)} returned {found}; return bool {shape}")
+        return keep.to(view.device) | self._guarded(view, keep.ndim)
+
+    def _guarded(self, view, dims):
+        """(T,) or (Hkv, T) bool: tokens that a stage may not drop: text, and those that the settings GUARDS protect."""
+        sink, recent, keys = (self.settings.get(name, 0) for name in GUARDS)
+        mask = view.text
+        if sink or recent:
+            mask = mask.clone()
+            mask[:sink] = True
+            mask[max(0, view.tokens - recent) :] = True
+        if not keys:
+            return mask
         # such keys absorb attention of heads that need no token; without them it would go to other tokens
-        sinks = best(layout.attended, self.settings["sink_keys"])
-        return keep | (sinks if keep.ndim == 2 else sinks.any(0))
+        attended = best(by_kv_head(view.attention(rows=32), view.kv_heads), keys)
+        return mask | (attended if dims == 2 else attended.any(0))
+
+
+def titled(name):
+    """A method in an error message: "method topk"; a lambda has no name."""
+    return "the method" if name == "<lambda>" else f"method {name}"
+
+
+def _bare(rule):
+    """The function of a `functools.partial`, or the rule itself."""
+    return rule.func if isinstance(rule, partial) else rule
 
 
 def _line(function, wrong):
     """Number of the last line of a function's file that an exception passed through, or None."""
-    function = function.func if isinstance(function, partial) else function
-    function = function if inspect.isroutine(function) else type(function).__call__
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    code = getattr(inspect.unwrap(_bare(function)), "__code__", None)
     steps = traceback.walk_tb(wrong.__traceback__)
     lines = [line for frame, line in steps if code and frame.f_code.co_filename == code.co_filename]
     return lines[-1] if lines else None
-
-
-def guarded(layout, sink=0, recent=0):
-    """(T,) bool: True for tokens that are never dropped: text, the prompt's first `sink` and last `recent` tokens."""
-    if not sink and not recent:
-        return layout.text
-    mask = layout.text.clone()
-    mask[:sink] = True
-    mask[max(0, layout.tokens - recent) :] = True
-    return mask
 
 
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
@@ -255,6 +244,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         fields = settings_of(type(function))
         settings = GUARDS | {key: getattr(function, key) for key in fields if hasattr(function, key)}
         _check_common(name, settings)
+        _check_stages(name, function)
         return Method(name, function, settings)
     _check_budget(name, given)
     file = calibrated(folder, name)
@@ -265,14 +255,31 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         rule = function(**own) if isinstance(function, type) else partial(function, **own)
     except ValueError as wrong:
         raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
-    if not _is_rule(rule):
-        raise ValueError(f"method {name} is not callable and has no `layer` and `narrow`; see model/pruning")
+    _check_stages(name, rule)
     return Method(name, rule, settings)
 
 
-def _is_rule(rule):
-    """True if an object implements a stage."""
-    return callable(rule) or (hasattr(rule, "narrow") and type(getattr(rule, "layer", None)) is int)
+def stages(rule):
+    """{"keep" or "narrow": function of a view} of what a rule implements; a function is the stage keep."""
+    if inspect.isroutine(_bare(rule)):
+        return {"keep": rule}
+    return {name: getattr(rule, name) for name in ("keep", "narrow") if callable(getattr(rule, name, None))}
+
+
+def _check_stages(name, rule):
+    """ValueError if a rule implements no stage, or one that cannot be called with a view."""
+    if not stages(rule):
+        raise ValueError(
+            f"{titled(name)} has neither keep(self, view) nor narrow(self, view); see model/pruning/README.md"
+        )
+    for stage, function in stages(rule).items():
+        try:
+            inspect.signature(function).bind(None)
+        except TypeError:
+            taken = str(inspect.signature(function))[:80]
+            raise ValueError(
+                f"{stage} of {titled(name)} is {stage}{taken}; it must take one argument, the view"
+            ) from None
 
 
 def _takes_settings(spec):
@@ -301,7 +308,7 @@ def named(spec):
     if not isinstance(spec, str):
         rule = spec.func if isinstance(spec, partial) else spec
         kind = rule if _takes_settings(rule) else type(rule)
-        if kind.__module__ == "builtins" or not (kind is rule or _is_rule(rule)):
+        if kind.__module__ == "builtins" or not (kind is rule or stages(rule)):
             found = type(spec).__name__
             raise ValueError(f"a {found} is no pruning method; give a name, SPEC, function, class, instance or Method")
         return next((name for name, known in METHODS.items() if known is kind), kind.__name__), spec, []
@@ -412,7 +419,7 @@ def _find(name):
     path, _, attribute = name.rpartition("::")
     module = _import(path)
     function = getattr(module, attribute, None)
-    if not callable(function):
+    if not callable(function) and not stages(function):
         own = _own_names(module)
         raise ValueError(
             f"{path} has no function {attribute!r}; {_near(attribute, own)}it has {', '.join(own) or 'none'}"
@@ -464,9 +471,12 @@ def settings_of(function):
         raise ValueError(f"{title} takes settings of any name; name each, such as *, window=1")
     if isinstance(function, type):
         return {p.name: p.default for p in parameters if p.kind in (by_name, places)}  # every field of a dataclass
-    beyond = [p.name for p in parameters if p.kind is places][3:]
-    if beyond:
-        raise ValueError(f"{beyond[0]} of {title} is not keyword-only, as settings are; put *, before {beyond[0]}")
+    taken = [p.name for p in parameters if p.kind is places]
+    if len(taken) > 1:
+        raise ValueError(
+            f"{title} takes {', '.join(taken)}, but a method is called with one argument, the view; "
+            f"put *, before {taken[1]} if the others are settings, else get their values from the view"
+        )
     return {p.name: p.default for p in parameters if p.kind is by_name}
 
 

@@ -1,9 +1,9 @@
 """Building blocks for methods: how many vision tokens a head keeps, and which.
 
+    by what      ranking    attention, combined for the query heads that share a KV head
     how many     budget     from a fraction or a number of tokens: 1 to n tokens of n; half is rounded up
                  by_head    a budget per head, from a table of fractions per layer, or per layer and head
     which        best       each head keeps its own highest scores
-                 shared     all heads keep the same tokens
                  pooled     the heads share one budget, with a minimum for each, so their lengths differ
                  mass       each head keeps the fewest tokens that hold a given share of its attention
     among        select     each picture separately, or all vision tokens together
@@ -56,11 +56,6 @@ def best(scores, count):
     return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 
-def shared(scores, count):
-    """scores (H, n) -> bool (H, n): the same `count` tokens in every row, those with the highest mean over rows."""
-    return best(scores.mean(0, keepdim=True), count).expand(scores.shape)
-
-
 def pooled(scores, count, floor):
     """scores (H, n) -> bool (H, n): the H * count best (row, token) pairs, with a minimum for each row.
 
@@ -87,18 +82,18 @@ def mass(scores, share):
     return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 
-def grid_phase(layer, layout):
+def grid_phase(view):
     """(Hkv, T) float64: a phase per vision token; the tokens with the lowest phases form an even grid in each picture.
 
     A token at row y and column x has the phase y * DOWN + x * RIGHT + h * SHIFT, modulo 1, where h numbers all heads of
     all layers, so that every head has a different grid. For any n, the n lowest phases are evenly spaced.
     """
-    phase = torch.zeros(layout.kv_heads, layout.tokens, dtype=torch.float64, device="cpu")
-    heads = torch.arange(layout.kv_heads, device="cpu").double()[:, None] + layer * layout.kv_heads
-    for i, (start, stop) in enumerate(layout.spans):
-        rows, columns = layout.places[i].T if layout.places else (0, torch.arange(stop - start, device="cpu"))
+    phase = torch.zeros(view.kv_heads, view.tokens, dtype=torch.float64, device="cpu")
+    heads = torch.arange(view.kv_heads, device="cpu").double()[:, None] + view.layer * view.kv_heads
+    for (start, stop), places in zip(view.spans, view.places, strict=True):
+        rows, columns = places.T
         phase[:, start:stop] = (rows * DOWN + columns * RIGHT + heads * SHIFT) % 1
-    return phase.to(layout.device)
+    return phase.to(view.device)
 
 
 def covered(scores, keep, phase, share):
@@ -111,34 +106,40 @@ def covered(scores, keep, phase, share):
     return best(scores.masked_fill(grid, float("inf")), count)
 
 
-def select(scores, layout, choose, scope="image", cover=0.0, phase=None):
-    """scores (Hkv, T) -> keep (Hkv, T) bool: all text, and the vision tokens that choose(scores (Hkv, n)) returns.
+def select(scores, view, choose, scope="image", cover=0.0):
+    """scores (H, T) -> keep (H, T) bool: all text, and the vision tokens that choose(scores (H, n)) returns.
 
-    scope: "image" calls choose once per picture, so that every picture keeps its share; "vision" once for all pictures.
-    cover: this share of each head's tokens is chosen by lowest phase (Hkv, T) (`grid_phase`) instead of by scores.
-    phase is required if cover is not 0.
+    H is Hkv, or 1 if all heads keep the same tokens; `expand` the result then. scope: "image" calls choose once per
+    picture, so that every picture keeps its share; "vision" once for all pictures. cover: this share of each head's
+    tokens is chosen from an even grid (`grid_phase`) instead of by scores.
     """
-    keep = torch.ones(layout.kv_heads, layout.tokens, dtype=torch.bool, device=layout.device)
-    for columns in _columns(layout, scope):
+    keep = torch.ones(scores.shape, dtype=torch.bool, device=view.device)
+    phase = grid_phase(view)[: len(scores)] if cover else None
+    for columns in _columns(view, scope):
         chosen = choose(scores[:, columns])
         keep[:, columns] = covered(scores[:, columns], chosen, phase[:, columns], cover) if cover else chosen
     return keep
 
 
-def _columns(layout, scope):
+def _columns(view, scope):
     """Indices into T for each call of choose: a slice per picture, or one tensor for all pictures."""
-    pictures = [slice(start, stop) for start, stop in layout.spans]
+    pictures = [slice(start, stop) for start, stop in view.spans]
     if scope == "vision" and len(pictures) > 1:
-        return [torch.cat([torch.arange(s.start, s.stop) for s in pictures]).to(layout.device)]
+        return [torch.cat([torch.arange(s.start, s.stop) for s in pictures]).to(view.device)]
     return pictures
 
 
-def by_kv_head(scores, layout, group="mean", values=False):
-    """scores (Hq, T) fp32 -> (Hkv, T) fp32: the mean or maximum (group) over the query heads of each KV head.
+def ranking(view, rows=1, query="last", group="mean", values=False):
+    """(Hkv, T) fp32: `view.attention(rows, query)`, its mean or maximum (group) over the query heads of each KV head.
 
-    values: multiply by layout.norms, the L1 norm of each token's value vector, as in VATP (arXiv 2406.12335), because
-    a head's output is attention times value, and surplus attention goes to tokens whose values are near zero.
+    values: multiply by the L1 norm of each token's value vector, as in VATP (arXiv 2406.12335), because a head's output
+    is attention times value, and surplus attention goes to tokens whose values are near zero.
     """
-    heads = scores.view(layout.kv_heads, -1, layout.tokens)  # (Hkv, G, T)
-    heads = heads.mean(1) if group == "mean" else heads.amax(1)
-    return heads * layout.norms if values else heads
+    heads = by_kv_head(view.attention(rows, query), view.kv_heads, group)
+    return heads * view.value_norms() if values else heads
+
+
+def by_kv_head(scores, kv_heads, group="mean"):
+    """scores (Hq, T) -> (Hkv, T): the mean or maximum (group) over the query heads of each KV head."""
+    heads = scores.unflatten(0, (kv_heads, -1))  # (Hkv, G, T)
+    return heads.mean(1) if group == "mean" else heads.amax(1)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .budget import budget, select, shared
+from .budget import best, budget, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,16 @@ class FastV:
         if self.layer < 1:
             raise ValueError(f"layer is {self.layer}; give a whole number of 1 or more")
 
-    def narrow(self, scores, layout):
-        """Attention (Hq, T) fp32 in layer `layer` - 1 -> keep (T,) bool. Called once."""
-        heads = scores.mean(0, keepdim=True).expand(layout.kv_heads, -1)
-        return select(
-            heads, layout, lambda s: shared(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
-        )[0]
+    def check(self, num_layers, kv_heads):
+        """ValueError if the model has no such layer."""
+        if self.layer >= num_layers:
+            raise ValueError(f"layer is {self.layer}, the model has {num_layers}; give one from 1 to {num_layers - 1}")
+
+    def narrow(self, view):
+        """-> the tokens that remain after this layer, keep (T,) bool, or None for all."""
+        if view.layer != self.layer - 1:
+            return None
+        mean = view.attention().mean(0, keepdim=True)  # (1, T)
+        return select(mean, view, lambda s: best(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope)[
+            0
+        ]

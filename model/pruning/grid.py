@@ -3,10 +3,9 @@
 from .budget import best, budget, grid_phase, select
 
 
-def grid_tokens(layer, scores, layout, *, retention=0.5, keep_tokens=None, scope="image"):
+def grid_tokens(view, *, retention=0.5, keep_tokens=None, scope="image"):
     """A baseline: each head keeps evenly spaced tokens, with a different offset in each head.
 
-    The order of the tokens is given by `budget.grid_phase`. Returns keep (Hkv, T) bool; scores is not used.
+    The order of the tokens is given by `budget.grid_phase`. Returns keep (Hkv, T) bool.
     """
-    phase = grid_phase(layer, layout)
-    return select(-phase, layout, lambda s: best(s, budget(s.shape[1], retention, keep_tokens)), scope)
+    return select(-grid_phase(view), view, lambda s: best(s, budget(s.shape[1], retention, keep_tokens)), scope)

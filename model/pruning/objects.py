@@ -22,15 +22,9 @@ class Objects:
     scope: str = "image"
     seed: int = 0
 
-    wants_contrast = True
-
-    def __call__(self, layer, scores, layout):
-        """-> keep (Hkv, T) bool; scores is not used. ValueError without pixels."""
-        worth = draw(self.seed, layer, layout)
-        if layout.contrast is None:
-            raise ValueError("method objects needs the pictures' pixels, and there are none here; use grid or random")
-        for (start, stop), contrast in zip(layout.spans, layout.contrast, strict=True):
+    def keep(self, view):
+        """-> keep (Hkv, T) bool. ValueError without pixels."""
+        worth = draw(self.seed, view)
+        for (start, stop), contrast in zip(view.spans, view.contrast(), strict=True):
             worth[:, start:stop] += (contrast > contrast.mean()).to(worth)
-        return select(
-            worth, layout, lambda s: best(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
-        )
+        return select(worth, view, lambda s: best(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope)

@@ -15,7 +15,7 @@ r, dr, which layers are not pruned, the query row and averaging over the query h
 
 from dataclasses import dataclass
 
-from .budget import best, budget, by_kv_head, check_floor, grid_phase, pooled, select
+from .budget import best, budget, check_floor, pooled, ranking, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +56,18 @@ class Plphp:
         if self.skip is not None and (type(self.skip) is not int or self.skip < 0):
             raise ValueError(f"skip is {self.skip!r}; give a whole number of 0 or more")
 
-    @property
-    def wants_last_row(self):
-        """True if gamma needs the last row separately, because the scores are a mean over several prompt rows."""
-        return self.window > 1 and self.query == "last"
-
-    def wants(self, layer, num_layers):
-        """True if the layer is pruned; the others need no scores."""
-        return layer >= ((2 if num_layers >= 12 else 1) if self.skip is None else self.skip)
-
-    def __call__(self, layer, scores, layout):
-        """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        rate = self.rate(gamma(layout.last if self.wants_last_row else scores, layout))
-        heads = by_kv_head(scores, layout, self.group, self.values)
-        phase = grid_phase(layer, layout) if self.cover else None
+    def keep(self, view):
+        """-> keep (Hkv, T) bool, or None in the first layers."""
+        skip = (2 if view.num_layers >= 12 else 1) if self.skip is None else self.skip
+        if view.layer < skip:
+            return None
+        rate = self.rate(gamma(view.attention(query=self.query), view.spans))
+        heads = ranking(view, self.window, self.query, self.group, self.values)
 
         def choose(part):
             return self.choose(part, budget(part.shape[1], rate, self.keep_tokens))
 
-        return select(heads, layout, choose, self.scope, self.cover, phase)
+        return select(heads, view, choose, self.scope, self.cover)
 
     def rate(self, gamma):
         """The fraction that a layer keeps, from 0 to 1."""
@@ -107,6 +100,6 @@ class PlphpAda(Plphp):
         return pooled(scores, count, self.floor)
 
 
-def gamma(scores, layout):
+def gamma(scores, spans):
     """Share of attention that goes to vision tokens, a float. scores (Hq, T): of the last row or of look-ahead rows."""
-    return float(sum(scores[:, start:stop].sum(1) for start, stop in layout.spans).mean())
+    return float(sum(scores[:, start:stop].sum(1) for start, stop in spans).mean())

@@ -27,20 +27,21 @@ class Random:
         if self.pooled and self.shared:
             raise ValueError("pooled and shared are both true; give one of them")
 
-    def __call__(self, layer, scores, layout):
-        """-> keep (Hkv, T) bool; scores is not used."""
-        noise = draw(self.seed, layer, layout)
-        noise = noise[:1].expand_as(noise) if self.shared else noise
+    def keep(self, view):
+        """-> keep (Hkv, T) bool."""
+        noise = draw(self.seed, view)
+        noise = noise[:1] if self.shared else noise
         divide = _one_pot if self.pooled else best
-        return select(
-            noise, layout, lambda s: divide(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
+        keep = select(
+            noise, view, lambda s: divide(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
         )
+        return keep.expand(view.kv_heads, -1)
 
 
-def draw(seed, layer, layout):
+def draw(seed, view):
     """(Hkv, T) fp32 uniform noise, different in each layer; drawn on the CPU, so the same on every device."""
-    generator = torch.Generator("cpu").manual_seed((seed * layout.num_layers + layer) % 2**63)
-    return torch.rand(layout.kv_heads, layout.tokens, generator=generator, device="cpu").to(layout.device)
+    generator = torch.Generator("cpu").manual_seed((seed * view.num_layers + view.layer) % 2**63)
+    return torch.rand(view.kv_heads, view.tokens, generator=generator, device="cpu").to(view.device)
 
 
 def _one_pot(scores, count):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from .budget import best, budget, by_kv_head, check_floor, grid_phase, pooled, select
+from .budget import best, budget, check_floor, pooled, ranking, select
 
 POOLS = ("avg", "max")
 
@@ -40,16 +40,16 @@ class SnapKV:
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; use {' or '.join(POOLS)}")
 
-    def __call__(self, layer, scores, layout):
-        """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        heads = by_kv_head(scores, layout, self.group, self.values).clone()
-        for start, stop in layout.spans:
+    def keep(self, view):
+        """-> keep (Hkv, T) bool."""
+        heads = ranking(view, self.window, self.query, self.group, self.values).clone()
+        for start, stop in view.spans:
             heads[:, start:stop] = self.smooth(heads[:, start:stop])
-        phase = grid_phase(layer, layout) if self.cover else None
-        return select(
-            heads, layout, lambda s: self.choose(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope,
-            self.cover, phase,
-        )  # fmt: skip
+
+        def choose(part):
+            return self.choose(part, budget(part.shape[1], self.retention, self.keep_tokens))
+
+        return select(heads, view, choose, self.scope, self.cover)
 
     def smooth(self, scores):
         """scores (Hkv, n) of a picture -> the same shape; the mean treats positions outside the picture as 0."""

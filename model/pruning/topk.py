@@ -6,7 +6,7 @@ with `mass` it keeps as many tokens as hold a given share of its attention, as i
 
 from dataclasses import dataclass
 
-from .budget import best, budget, by_head, by_kv_head, grid_phase, mass, select
+from .budget import best, budget, by_head, mass, ranking, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,10 @@ class TopK:
         if self.rates is not None and len(self.rates) != num_layers:
             raise ValueError(f"rates has {len(self.rates)} layers, the model {num_layers}; give one for each")
 
-    def __call__(self, layer, scores, layout):
-        """scores (Hq, T) fp32 -> keep (Hkv, T) bool."""
-        heads = by_kv_head(scores, layout, self.group, self.values)
-        phase = grid_phase(layer, layout) if self.cover else None
-        return select(heads, layout, lambda s: self.choose(layer, s), self.scope, self.cover, phase)
+    def keep(self, view):
+        """-> keep (Hkv, T) bool."""
+        heads = ranking(view, self.window, self.query, self.group, self.values)
+        return select(heads, view, lambda s: self.choose(view.layer, s), self.scope, self.cover)
 
     def choose(self, layer, scores):
         """scores (Hkv, n) of a picture -> bool (Hkv, n): the best in each head."""
