@@ -25,7 +25,7 @@ from itertools import pairwise
 import torch
 
 from .backend import DTYPES, check_alike, choose_backend
-from .ragged_decode_torch import attend, chunk_owners
+from .ragged_decode_torch import attend
 
 
 def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False):
@@ -56,7 +56,6 @@ class DecodePlan:
     kv_start, kv_cap (S,) int32; starts, caps: the same as lists
     split: slots per work item of the Triton kernels, None for `split_size`
     segments: S; shortest, longest: smallest and largest capacity; end: slots that the arena must have
-    step: slots between consecutive starts if constant (segments of equal length are then a strided view), else None
     room: work items, ticket counters and workspaces of the Triton kernels, allocated on first use (but see `items`).
         Calls share them, so no two calls may use a plan at the same time.
     """
@@ -70,14 +69,7 @@ class DecodePlan:
     shortest: int
     longest: int
     end: int
-    step: int | None
     room: dict = field(default_factory=dict)
-
-    @cached_property
-    def owner(self):
-        """`chunk_owners`, computed on first use. None on CUDA, where computing it would synchronise, and where segments
-        overlap, because a chunk then has several owners."""
-        return None if self.kv_start.is_cuda or self.overlap else chunk_owners(self.kv_start, self.kv_cap)
 
     @cached_property
     def overlap(self):
@@ -200,9 +192,7 @@ def _plan(kv_start, kv_cap, starts, caps, split):
     if min(starts) < 0 or min(caps) < 0:
         raise ValueError(f"starts {starts} or capacities {caps} are negative; give slot numbers from 0")
     ends = [start + cap for start, cap in zip(starts, caps, strict=True)]
-    steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [0]
-    step = steps[0] if min(steps) == max(steps) >= 0 else None
-    return DecodePlan(kv_start, kv_cap, starts, caps, split, len(caps), min(caps), max(caps), max(ends), step)
+    return DecodePlan(kv_start, kv_cap, starts, caps, split, len(caps), min(caps), max(caps), max(ends))
 
 
 def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto"):

@@ -1,10 +1,9 @@
-"""`ragged_decode` in PyTorch, without a loop over heads or tokens. The segments are read in one of four ways:
+"""`ragged_decode` in PyTorch. The segments are read in one of two ways:
 
-rectangle   segments of equal length at equal distances are a strided view of the arena; no copy
-rectangles  several runs of such segments, for example the heads of each sequence in a batch; a loop over runs, no copy
-chunks      the arena is viewed as chunks of 64 slots: chunks that lie in one segment are read in place, the two ends of
-            each segment are gathered, and the partial results are merged
-gather      each segment is copied and padded to the longest; cheapest for small caches, needed if segments overlap
+in place   segments of equal length at equal distances are a strided view of the arena: all of them if the cache is a
+           rectangle, the heads of a sequence in a batch, or a single segment. A loop over these runs; no copy
+gathered   each segment is copied and padded to the longest: cheaper for many short segments, and on CUDA with a plan,
+           where the lengths are not known to the host
 
 The thresholds between them were measured (NOTES.md). Free slots may hold NaN and must not affect a result, so a weight
 of 0 is not enough to exclude them: 0 * NaN is NaN.
@@ -13,19 +12,8 @@ of 0 is not enough to exclude them: 0 * NaN is NaN.
 import torch
 import torch.nn.functional as F
 
-CHUNK = 64  # slots
-GATHER = 2**20  # bytes of padded keys below which the gather is cheaper than the chunks
-
-
-def chunk_owners(kv_start, kv_cap):
-    """Segment of each whole chunk up to the end of the last segment, -1 if it crosses a border: (S,), (S,) -> (W,)."""
-    first = -(-kv_start.long() // CHUNK)
-    last = (kv_start + kv_cap).long() // CHUNK
-    count = (last - first).clamp(min=0)
-    chunk = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
-    owner = torch.full((int(last.max()),), -1, device=kv_start.device)
-    owner[chunk + torch.arange(len(chunk), device=chunk.device)] = torch.repeat_interleave(count)
-    return owner
+FEW = 8  # runs that are always read in place
+SHORT = 2**15  # bytes of a segment's keys; many runs are gathered if the longest segment has fewer
 
 
 def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
@@ -33,23 +21,16 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
 
     lengths: kv_len as a list, or None on CUDA with a plan, where reading it would synchronise.
     """
-    _, segments, _, d = q.shape
-    longest = plan.longest if lengths is None else max(lengths)
-    if lengths is not None and plan.step is not None and longest == min(lengths) > 0:
-        return _rectangle(q, k, v, plan.starts[0], plan.step, longest, scale, return_lse)
-    runs = [] if lengths is None or min(lengths) == 0 else runs_of(plan.starts, lengths)
-    if 0 < 2 * len(runs) <= segments:
+    runs = None if lengths is None else runs_of(plan.starts, lengths)
+    if runs and (len(runs) <= FEW or max(lengths) * q.shape[3] * q.element_size() >= SHORT):
         parts = [
             _rectangle(q[:, a:b], k, v, plan.starts[a], step, lengths[a], scale, return_lse) for a, b, step in runs
         ]
+        if len(parts) == 1:
+            return parts[0]
         out, lse = zip(*parts, strict=True)
         return torch.cat(out, 1), torch.cat(lse, 1) if return_lse else None
-    small = segments * longest * d * q.element_size() < GATHER
-    way = _gathered if plan.owner is None or small or q.element_size() < 4 else _chunked
-    k, v = (x if len(x) else x.new_zeros(1, d) for x in (k, v))  # indices need at least one slot
-    out, lse = way(q, k, v, kv_start, kv_len, max(longest, 1), plan, scale, return_lse)
-    empty = (kv_len == 0)[:, None]
-    return out.masked_fill(empty[..., None], 0), lse if lse is None else lse.masked_fill(empty, float("-inf"))
+    return _gathered(q, k, v, kv_start, kv_len, plan.longest if lengths is None else max(lengths), scale, return_lse)
 
 
 def runs_of(starts, lengths):
@@ -95,10 +76,32 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
 
 def _rectangle(q, k, v, start, step, length, scale, return_lse):
     """`attend` over S segments of `length` slots: the first begins at slot `start`, each next `step` slots later."""
+    if length == 0:
+        return torch.zeros_like(q), _no_keys(q) if return_lse else None
     shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
     # as_strided counts from the start of the storage, but an arena may be a view that begins later
     keys, values = (x.as_strided(shape, strides, x.storage_offset() + start * q.shape[3]) for x in (k, v))
     return _dense(q, keys, values, None, scale, return_lse)
+
+
+def _no_keys(q):
+    """The log-sum-exp (1, S, M) of rows that see no key."""
+    return q.new_full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _gathered(q, k, v, kv_start, kv_len, longest, scale, return_lse):
+    """`attend` over a copy of each segment, padded to `longest` with its own last row, so that no free slot is read."""
+    if longest == 0:
+        return torch.zeros_like(q), _no_keys(q) if return_lse else None
+    column = torch.arange(longest, device=k.device)
+    slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
+    keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))
+    bias = torch.zeros(len(kv_len), 1, longest, dtype=k.dtype, device=k.device)
+    bias.masked_fill_((column >= kv_len[:, None])[:, None], float("-inf"))
+    shape = (1, len(kv_len), longest, k.shape[1])
+    out, lse = _dense(q, keys.view(shape), values.view(shape), bias, scale, return_lse)
+    empty = (kv_len == 0)[:, None]
+    return out.masked_fill(empty[..., None], 0), lse if lse is None else lse.masked_fill(empty, float("-inf"))
 
 
 def _dense(q, k, v, bias, scale, return_lse):
@@ -109,49 +112,3 @@ def _dense(q, k, v, bias, scale, return_lse):
     scores = scale * (q.to(compute) @ k.to(compute).transpose(2, 3))  # (1, S, M, n)
     scores = scores if bias is None else scores + bias
     return (scores.softmax(-1) @ v.to(compute)).to(q.dtype), scores.logsumexp(-1)
-
-
-def _gathered(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
-    """`attend` over a copy of each segment, padded to `longest` with its own last row, so that no free slot is read."""
-    column = torch.arange(longest, device=k.device)
-    slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
-    keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))
-    bias = torch.zeros(len(kv_len), 1, longest, dtype=k.dtype, device=k.device)
-    bias.masked_fill_((column >= kv_len[:, None])[:, None], float("-inf"))
-    shape = (1, len(kv_len), longest, k.shape[1])
-    return _dense(q, keys.view(shape), values.view(shape), bias, scale, return_lse)
-
-
-def _chunked(q, k, v, kv_start, kv_len, longest, plan, scale, return_lse):
-    """`attend` with whole chunks read in place and the ends of each segment gathered; merged as in Flash-Decoding."""
-    q, d, end = q[0], k.shape[1], (kv_start + kv_len).long()
-    chunks = len(plan.owner)
-    whole_k, whole_v = (x[: chunks * CHUNK].view(chunks, CHUNK, d) for x in (k, v))
-    owner = plan.owner.clamp(min=0)
-    border = torch.arange(1, chunks + 1, device=k.device) * CHUNK  # the end of each chunk
-    dead = ((plan.owner < 0) | (border > end[owner]))[:, None, None]  # crosses a border or contains free slots
-    scores = torch.bmm(q[owner], whole_k.transpose(1, 2)).mul_(scale).masked_fill_(dead, float("-inf"))  # (W, M, CHUNK)
-    slot, taken = _ends(kv_start.long(), end, len(k))
-    rest = torch.bmm(q, k[slot].transpose(1, 2)).mul_(scale)  # (S, M, 2 * CHUNK)
-    rest = rest.masked_fill_(~taken[:, None], float("-inf"))
-    where = owner[:, None].expand(-1, q.shape[1])
-    top = rest.amax(-1).scatter_reduce(0, where, scores.amax(-1), "amax")  # (S, M)
-    top = top.masked_fill(top == float("-inf"), 0)
-    scores, rest = (scores - top[owner][..., None]).exp_(), (rest - top[..., None]).exp_()
-    parts = torch.bmm(scores, whole_v).masked_fill_(dead, 0)
-    out = torch.bmm(rest, v[slot]).index_add_(0, owner, parts)
-    total = rest.sum(-1).index_add_(0, owner, scores.sum(-1))
-    return (out / total[..., None])[None], (top + total.log())[None] if return_lse else None
-
-
-def _ends(start, end, slots):
-    """Slots of each segment outside its whole chunks, (S, 2 * CHUNK) int64, and a bool mask of the valid entries.
-
-    Invalid entries are the segment's first slot, which is safe to read.
-    """
-    head_end = torch.minimum(end, -(-start // CHUNK) * CHUNK)
-    tail = torch.maximum(end // CHUNK * CHUNK, head_end)
-    column = torch.arange(CHUNK, device=start.device)
-    slot = torch.cat((start[:, None] + column, tail[:, None] + column), 1)
-    taken = slot < torch.stack((head_end, end), 1).repeat_interleave(CHUNK, 1)
-    return torch.where(taken, slot, start[:, None]).clamp(max=slots - 1), taken

@@ -140,7 +140,7 @@ class RaggedCache:
 
         If memory runs out, nothing is claimed.
         """
-        self._make_room(tokens)
+        self.make_room(tokens)
         slots = self.newest_rows
         if tokens > 1:
             ahead = torch.arange(1, tokens + 1, device=self.newest.device)
@@ -157,8 +157,8 @@ class RaggedCache:
     def _somebody_is_live(self):
         return self.rows is None or len(self.rows) > 0
 
-    def _make_room(self, tokens):
-        """Repack into larger arenas if this many tokens do not fit."""
+    def make_room(self, tokens):
+        """Repack into larger arenas if this many tokens per live sequence do not fit."""
         if self._somebody_is_live and self.room < tokens:
             self.repack(max(self._larger_slack(), tokens))
 

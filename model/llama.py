@@ -11,6 +11,8 @@ from torch import nn
 
 from kernels import merge_states
 
+BLOCK = 512  # tokens of a new turn that are processed together
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv 1910.07467)."""
@@ -101,7 +103,8 @@ class Attention(nn.Module):
 def causal_attention(q, k, v):
     """Causal attention among T tokens, computed in fp32 (float64 for float64), and its log-sum-exp.
 
-    Written out because PyTorch's SDPA does not return the log-sum-exp. Materialises B * Hq * T * T scores.
+    Written out because PyTorch's SDPA does not return the log-sum-exp. Materialises B * Hq * T * T scores; T is at most
+    BLOCK.
 
     q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D) in v's dtype, (B, T, Hq) in the compute dtype.
     """
@@ -228,8 +231,21 @@ class Llama(nn.Module):
     def extend(self, x, cache):
         """A new turn: T embedded tokens per sequence, x (B, T, C), after a cache -> final hidden states (B, T, C).
 
-        Each new token attends to the whole cache and to the new tokens up to itself. The cache grows by T tokens.
+        Each new token attends to the whole cache and to the new tokens up to itself. The cache grows by T tokens. Long
+        turns are processed in blocks, so that no T x T matrix is stored.
         """
+        hidden = []
+        cache.make_room(x.shape[1])  # at once; then the blocks move nothing
+        try:
+            for block in x.split(BLOCK, 1):
+                hidden.append(self._extend(block, cache))
+        except BaseException:
+            cache.give_back(sum(block.shape[1] for block in hidden))
+            raise
+        return torch.cat(hidden, 1)
+
+    def _extend(self, x, cache):
+        """`extend` for a block of at most BLOCK tokens."""
         positions = cache.pos[:, None] + torch.arange(x.shape[1], device=x.device)
         rope = rope_table(positions, self.config, x.dtype)  # (B, T, 1, D)
         past = cache.kv_len.clone()

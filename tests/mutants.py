@@ -225,29 +225,11 @@ MUTANTS = {
         "any(t.requires_grad for t in inputs[1:])",
         "test_views.py::test_gradients_are_kept_or_refused",
     ),
-    "uneven segments taken for a rectangle": (
-        "kernels/ragged_decode.py",
-        "steps[0] if min(steps) == max(steps) >= 0 else None",
-        "steps[0] if steps[0] >= 0 else None",
-        RAGGED,
-    ),
     "empty segments are not detected": (
         "kernels/ragged_decode_torch.py",
         "empty = (kv_len == 0)[:, None]",
         "empty = (kv_len < 0)[:, None]",
         RAGGED,
-    ),
-    "partly filled chunks count as full": (
-        "kernels/ragged_decode_torch.py",
-        "(border > end[owner])",
-        "(border - CHUNK > end[owner])",
-        RAGGED,
-    ),
-    "chunks have one owner where segments overlap": (
-        "kernels/ragged_decode.py",
-        "if self.kv_start.is_cuda or self.overlap else",
-        "if self.kv_start.is_cuda else",
-        "test_ragged_decode.py::test_segments_may_share_rows",
     ),
     "segments out of order count as overlapping": (
         "kernels/ragged_decode.py",
@@ -279,11 +261,29 @@ MUTANTS = {
         "    if False:",
         "test_ragged_decode.py::test_a_step_over_shared_slots_is_refused",
     ),
-    "the tail of a segment is not read": (
+    "a run of empty segments attends to a free slot": (
         "kernels/ragged_decode_torch.py",
-        "tail = torch.maximum(end // CHUNK * CHUNK, head_end)",
-        "tail = torch.maximum(end, head_end)",
+        "    if length == 0:\n",
+        "    length = max(length, 1)\n    if False:\n",
         RAGGED,
+    ),
+    "segments are gathered up to the shortest": (
+        "kernels/ragged_decode_torch.py",
+        "plan.longest if lengths is None else max(lengths), scale",
+        "plan.longest if lengths is None else min(lengths), scale",
+        RAGGED,
+    ),
+    "a long turn is one block": (
+        "model/llama.py",
+        "for block in x.split(BLOCK, 1):",
+        "for block in [x]:",
+        "test_cache.py::test_a_long_turn_stores_no_matrix_of_its_length_squared",
+    ),
+    "blocks of a turn that failed stay in the cache": (
+        "model/llama.py",
+        "cache.give_back(sum(block.shape[1] for block in hidden))",
+        "pass",
+        "test_out_of_memory.py::test_a_step_that_finds_no_memory_has_not_happened",
     ),
     "runs of unequal lengths": (
         "kernels/ragged_decode_torch.py",
@@ -296,12 +296,6 @@ MUTANTS = {
         "k, v, plan.starts[a], step, lengths[a]",
         "k, v, plan.starts[0], step, lengths[a]",
         "test_ragged_decode.py::test_heads_of_one_length_in_each_sequence_are_read_where_they_lie",
-    ),
-    "chunks of the neighbour are read": (
-        "kernels/ragged_decode_torch.py",
-        "first = -(-kv_start.long() // CHUNK)",
-        "first = kv_start.long() // CHUNK",
-        RAGGED,
     ),
     "log-sum-exp of another row": (
         "kernels/ragged_decode.py",

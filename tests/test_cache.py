@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from model import Generation, InputError, Sampling, load
+from model import Generation, InputError, Sampling, llama, load
 from model.cache import RaggedCache
 from model.generate import next_turn
 from model.llama import rope_table
@@ -19,6 +19,7 @@ from model.pruning import make_method
 from tests.oracle import ULP, assert_as_exact, reordered, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import python_random
+from tests.sizes import Sizes
 
 LAYERS = 3  # of small_llama
 
@@ -154,8 +155,10 @@ def test_a_finished_sequence_never_writes_into_its_neighbour(backend):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("slack", [1, 40])
-def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack, backend):
+@pytest.mark.parametrize(("slack", "block"), [(1, 512), (40, 512), (1, 2), (40, 4)])
+def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack, block, backend, monkeypatch):
+    """block: tokens of a turn that are processed together."""
+    monkeypatch.setattr(llama, "BLOCK", block)
     model, x = small_llama(kv_heads=kv_heads), torch.randn(2, 21, 32)
     cache = RaggedCache(LAYERS, slack, backend=backend)
     states = [model.prefill(x[:, :8], cache), model.decode(x[:, 8], cache)[:, None]]
@@ -167,7 +170,17 @@ def test_two_turns_through_the_cache_are_one_long_prompt(kv_heads, slack, backen
     assert cache.pos.tolist() == [21, 21] and cache.kv_len.unique().tolist() == [21]
 
 
-def test_a_new_turn_of_one_sequence_while_another_is_finished(backend):
+def test_a_long_turn_stores_no_matrix_of_its_length_squared():
+    model, cache = small_llama(), RaggedCache(LAYERS, backend="torch")
+    model.prefill(torch.randn(1, 20, 32), cache)
+    with Sizes() as sizes:
+        model.extend(torch.randn(1, 2900, 32), cache)
+    assert sizes.largest < 2900**2 and cache.pos.item() == 2920
+
+
+@pytest.mark.parametrize("block", [512, 2])
+def test_a_new_turn_of_one_sequence_while_another_is_finished(backend, block, monkeypatch):
+    monkeypatch.setattr(llama, "BLOCK", block)
     model, x = small_llama(), torch.randn(2, 14, 32)
     cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)

@@ -14,8 +14,6 @@ from conftest import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import run
 from model import Generation, Sampling, load, out_of_memory
@@ -27,6 +25,7 @@ from model.view import Pruning
 from tests.given import given_view
 from tests.oracle import masked_batch, masked_ids, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
+from tests.sizes import Sizes
 from tests.test_plphp import plphp_by_hand
 
 NAMES = [name for name in METHODS if name != "none"]
@@ -367,19 +366,6 @@ def test_without_a_picture_nothing_is_dropped_and_a_note_says_so(small, name):
 
 
 # ---------------------------------------------------------------- no T x T
-
-
-class Sizes(TorchDispatchMode):
-    """Records the largest tensor that any operation returns: elements and operation."""
-
-    largest, where = 0, None
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() > self.largest:
-                self.largest, self.where = tensor.numel(), str(function)
-        return out
 
 
 LONG = 700  # tokens; many more than the 32 channels

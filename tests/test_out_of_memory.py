@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Generation, Sampling, load
+from model import Generation, Sampling, llama, load
 from model.batch import Batch
 from model.cache import RaggedCache
 from model.fast import FastStep
@@ -111,6 +111,7 @@ STEPS = {
     "a step": (1, lambda model, cache: model.decode(torch.ones(2, 32), cache)),
     "a step into larger arenas": (0, lambda model, cache: model.decode(torch.ones(2, 32), cache)),
     "a turn": (2, lambda model, cache: model.extend(torch.ones(2, 2, 32), cache)),
+    "a turn in blocks": (5, lambda model, cache: model.extend(torch.ones(2, 5, 32), cache)),
     "a turn into larger arenas": (1, lambda model, cache: model.extend(torch.ones(2, 5, 32), cache)),
     "logits": (1, lambda model, cache: FastStep(model, cache)(torch.tensor([5, 6]))),
     "plain logits": (1, lambda model, cache: PlainStep(model, cache)(torch.tensor([5, 6]))),
@@ -118,9 +119,11 @@ STEPS = {
 
 
 @pytest.mark.parametrize(("name", "finished"), [*((name, None) for name in STEPS), ("a step into larger arenas", 1)])
-def test_a_step_that_finds_no_memory_has_not_happened(name, finished):
+def test_a_step_that_finds_no_memory_has_not_happened(name, finished, monkeypatch):
+    if name == "a turn in blocks":
+        monkeypatch.setattr(llama, "BLOCK", 2)
     room, step = STEPS[name]
-    model, before = prompted(finished=finished, room=room)
+    model, before = prompted(slack=max(2, room), finished=finished, room=room)
     after = copy.deepcopy(before)
     wanted = torch.cat([step(model, after).flatten(), decoded(model, after, 3).flatten()])
     tried, every = 0, 1 if name in ("a step into larger arenas", "logits") and finished is None else 4

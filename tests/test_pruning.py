@@ -97,7 +97,9 @@ def test_commas_within_brackets_do_not_part_settings():
     rates = [[0.5, [0.25, 1]], [0.1, 0.2]][1]
     assert make_method(f"topk:rates={rates},window=3".replace(" ", "")).rule.rates == [0.1, 0.2]
     nested = make_method("topk:window=3,rates=[[0.1,0.9],0.3],group=max")
-    assert nested.rule.rates == [[0.1, 0.9], 0.3] and nested.settings["group"] == "max" and nested.settings["window"] == 3
+    assert (
+        nested.rule.rates == [[0.1, 0.9], 0.3] and nested.settings["group"] == "max" and nested.settings["window"] == 3
+    )
 
 
 def test_the_former_name_of_a_method_is_as_good(tmp_path):
@@ -222,7 +224,10 @@ BAD = {
     "a very long name": (["q" * 3000], f"there is no method '{'q' * 80}'; use none"),
     "a name in capitals": (["PLPHP"], "'PLPHP'; did you mean plphp? use none, "),
     "a long unknown name": (["zebra"], "there is no method 'zebra'; use none, "),
-    "a setting that is not keyword-only": (["{own}/own.py::placed"], "placed takes view, window, part, but a method is called with one"),
+    "a setting that is not keyword-only": (
+        ["{own}/own.py::placed"],
+        "placed takes view, window, part, but a method is called with one",
+    ),
     "advice on it": (["{own}/own.py::placed:part=3"], "put *, before window"),
     "settings of any name": (["{own}/own.py::anything:part=3"], "anything takes settings of any name"),
     "a setting with another meaning": (["{own}/own.py::grouped"], "give mean or max (or rename it: retention, keep_"),

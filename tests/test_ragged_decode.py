@@ -92,12 +92,10 @@ def in_orders(q, k, v, keep, scale=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk", [None, 4, 16])
-def test_it_is_dense_attention_with_the_keep_mask(dtype, chunk, monkeypatch):
-    """chunk: chunk size for segments that form no rectangle; None: they are gathered."""
-    if chunk:
-        monkeypatch.setattr(torch_way, "CHUNK", chunk)
-        monkeypatch.setattr(torch_way, "GATHER", 0)
+@pytest.mark.parametrize("few", [0, 8, 1000])
+def test_it_is_dense_attention_with_the_keep_mask(dtype, few, monkeypatch):
+    """few: number of runs up to which all are read in place; with 0 all segments are gathered."""
+    monkeypatch.setattr(torch_way, "FEW", few)
     for seed in range(80):
         q, k, v, keep, k_arena, v_arena, start, length, cap = case(seed, dtype)
         scale = [None, 0.3][seed % 2]
@@ -234,9 +232,7 @@ def test_heads_of_one_length_in_each_sequence_are_read_where_they_lie(monkeypatc
     k_arena, v_arena, start, length, cap = arena(
         k, v, keep, [int(n) + m for n, m in zip(keep.sum(1), slack, strict=True)]
     )
-    if 0 not in lengths:
-        monkeypatch.setattr(torch_way, "_gathered", None)
-        monkeypatch.setattr(torch_way, "_chunked", None)
+    monkeypatch.setattr(torch_way, "_gathered", None)
     out, lse = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap), return_lse=True)
     alone = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap))
     exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
@@ -256,14 +252,9 @@ def test_runs_are_segments_of_one_length_at_even_distances():
     assert runs([4, 4, 4], [2, 2, 2]) == [(0, 3, 0)]  # all share the same rows
 
 
-def test_owners_are_segments_around_whole_chunks():
-    start, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 100, 700, 1000], [100, 192, 64, 0]))
-    owner = torch_way.chunk_owners(start, cap)  # chunks of 64: slot 100 is in the second, 292 in the fifth
-    assert owner.tolist() == [0, -1, 1, 1, *[-1] * 11]
-
-
-def test_large_caches_are_read_in_chunks(monkeypatch):
-    """At real sizes a segment has several whole chunks, and nothing is gathered as a whole."""
+def test_large_caches_are_read_in_place(monkeypatch):
+    """At real sizes nothing is gathered."""
+    monkeypatch.setattr(torch_way, "FEW", 0)
     monkeypatch.setattr(torch_way, "_gathered", None)
     for seed in range(4):
         k, v, q = torch.randn(4, 3000, 32), torch.randn(4, 3000, 32), torch.randn(1, 8, 32)
@@ -275,6 +266,7 @@ def test_large_caches_are_read_in_chunks(monkeypatch):
         assert_attends((out, lse), (plain, plain_lse), (exact, exact_lse), call[3])
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize(
     ("start", "lengths", "cap"),
@@ -284,8 +276,8 @@ def test_large_caches_are_read_in_chunks(monkeypatch):
         ([700, 0], [300, 800], [300, 1000]),  # backwards
     ],
 )
-def test_segments_may_share_rows(backend, planned, start, lengths, cap, monkeypatch):
-    monkeypatch.setattr(torch_way, "GATHER", 0)
+def test_segments_may_share_rows(backend, planned, gathered, start, lengths, cap, monkeypatch):
+    monkeypatch.setattr(torch_way, "FEW", 0 if gathered else 8)
     start, lengths, cap = (torch.tensor(x, dtype=torch.int32) for x in (start, lengths, cap))
     k, v, q = torch.randn(1100, 16), torch.randn(1100, 16), torch.randn(1, 2 * len(start), 16)
     options = {"plan": decode_plan(start, cap) if planned else None, "return_lse": True}
@@ -448,7 +440,7 @@ def test_plans_of_several_layers_are_those_of_each():
         plans = decode_plans(starts, caps, split=split)
         for i, (plan, start, cap) in enumerate(zip(plans, starts, caps, strict=True)):
             one = decode_plan(start, cap, split=split)
-            assert (plan.starts, plan.caps, plan.step) == (one.starts, one.caps, one.step)
+            assert (plan.starts, plan.caps) == (one.starts, one.caps)
             assert torch.equal(plan.kv_start, start) and torch.equal(plan.kv_cap, cap)
             together = work_items(caps.tolist(), split, cap.device)[i]
             for name in ("work", "firsts", "sizes"):
