@@ -239,10 +239,10 @@ class Llama(nn.Module):
         try:
             for block in x.split(BLOCK, 1):
                 hidden.append(self._extend(block, cache))
+            return torch.cat(hidden, 1)
         except BaseException:
             cache.give_back(sum(block.shape[1] for block in hidden))
             raise
-        return torch.cat(hidden, 1)
 
     def _extend(self, x, cache):
         """`extend` for a block of at most BLOCK tokens."""
