@@ -23,27 +23,23 @@ from kernels.backend import choose_backend
 class RaggedCache:
     """K and V of B sequences. S = B * Hkv segments, L layers.
 
-    k, v               L arenas (N, D) each
+    k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
-    pos (B,) int64     position of the next token of each sequence
-    live (B,) bool     False after `finish`: the sequence takes no more tokens
-    slack              free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
+    past       (L, S) int32: kv_len before the current step
+    pos        (B,) int64: position of the next token of each sequence
+    plans      a decode plan per layer, or None until it is needed
+    slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
+    room       tokens that fit before a segment is full
+    fused      True: one kernel appends and attends
+    version    increases when a captured graph becomes invalid: arenas move or sequences leave
     """
 
     def __init__(self, num_layers, slack=64, backend="auto"):
         self.slack, self.backend = max(1, slack), backend
         self.k, self.v, self.plans = [None] * num_layers, [None] * num_layers, [None] * num_layers
-        self.kv_start = self.kv_len = self.kv_cap = self.pos = self.live = None
-        self.takes = None  # (S,) int32: 1 where a step adds a token, 0 in finished sequences
-        self.rows = None  # segments that take tokens; None: all
-        self.newest = None  # (L, S) int64: slot of each segment's last token
+        self.kv_start = self.kv_len = self.kv_cap = self.past = self.pos = None
         self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) per layer packed so far; [] after all
-        self.lengths = self.newest_rows = ()  # views of kv_len and newest, one per layer
-        self.slots = ()  # per layer: the slots (S,) or (S, T) claimed for this step's tokens
-        self.room = 0  # tokens that fit before a live segment is full
-        self.fused = False  # True: one kernel appends and attends
-        self.past = None  # (L, S) int32: lengths before the step, for that kernel
-        self.version = 0  # increases when a captured graph becomes invalid: arenas move, sequences finish or leave
+        self.room, self.fused, self.version = 0, False, 0
 
     # ------------------------------------------------------------ prefill
 
@@ -67,29 +63,21 @@ class RaggedCache:
             seen, *tables = zip(*packed, strict=True)
             start, length = map(torch.stack, tables)
             pos = torch.full((b,), seen[0], device=k.device)  # later layers may see fewer tokens
-            self._set_tables(start, length, length + self.slack, pos, torch.ones_like(pos, dtype=torch.bool))
+            self._set_tables(start, length, length + self.slack, pos)
             self.room, packed = self.slack, []
         self.k[layer], self.v[layer], self.packed = k, v, packed
 
-    def _set_tables(self, kv_start, kv_len, kv_cap, pos, live):
-        """Replace the tables of all segments, (L, S) each, and of all sequences, (B,) each. Discards the plans."""
-        newest, past = (kv_start + kv_len - 1).long(), kv_len.clone()
-        of_live = self._of_live(live, kv_len.shape[1])
+    def _set_tables(self, kv_start, kv_len, kv_cap, pos):
+        """Replace the tables of all segments, (L, S) each, and of all sequences, (B,). Discards the plans."""
         self.kv_start, self.kv_len, self.kv_cap, self.pos = kv_start, kv_len, kv_cap, pos
-        self.newest, self.past = newest, past
-        # views of single layers, made once; a step updates the tables in place
-        self.lengths, self.newest_rows = kv_len.unbind(), newest.unbind()
         self.plans = [None] * len(self.plans)
-        self._set_live(live, *of_live)
+        self.version += 1
 
     def _settle(self, layer, k, v, start, length, slack):
-        """Replace a layer's arenas. start, length, slack (S,): first slot, taken and free slots of each segment."""
-        cap, newest = length + slack, (start + length - 1).long()
-        plan = decode_plan(start, cap)
+        """Replace a layer's arenas. start, length (S,): first slot and taken slots of each segment."""
+        plan = decode_plan(start, length + slack)
         self.k[layer], self.v[layer], self.plans[layer] = k, v, plan
-        for table, row in zip(
-            (self.kv_start, self.kv_len, self.kv_cap, self.newest), (start, length, cap, newest), strict=True
-        ):
+        for table, row in ((self.kv_start, start), (self.kv_len, length), (self.kv_cap, plan.kv_cap)):
             table[layer].copy_(row)
         self.version += 1
 
@@ -119,8 +107,7 @@ class RaggedCache:
             starts.append(cache.kv_start + before)
             before += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=before.device)
         lengths, caps = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
-        pos, live = torch.cat([c.pos for c in caches]), torch.cat([c.live for c in caches])
-        joined._set_tables(torch.cat(starts, 1), lengths, caps, pos, live)
+        joined._set_tables(torch.cat(starts, 1), lengths, caps, torch.cat([c.pos for c in caches]))
         joined.room, joined.fused = min(c.room for c in caches), first.fused
         for i in layers:
             k, v = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
@@ -136,30 +123,19 @@ class RaggedCache:
     # ------------------------------------------------------------ decode
 
     def grow(self, tokens=1):
-        """Claim the next slots of every live sequence, in all layers at once; `append` fills them layer by layer.
+        """Claim the next slots of every segment, in all layers at once; `append` fills them layer by layer.
 
         If memory runs out, nothing is claimed.
         """
         self.make_room(tokens)
-        slots = self.newest_rows
-        if tokens > 1:
-            ahead = torch.arange(1, tokens + 1, device=self.newest.device)
-            slots = (self.newest[..., None] + ahead).unbind()
-        self.slots = slots  # nothing below allocates
+        self.past = self.kv_len.clone()  # nothing below allocates
         self.reserve(tokens)
-        self.newest.add_(self.takes, alpha=tokens)
-        if self.fused:
-            self.past.copy_(self.kv_len)
-        self.kv_len.add_(self.takes, alpha=tokens)
-        self.pos.add_(self.live, alpha=tokens)
-
-    @property
-    def _somebody_is_live(self):
-        return self.rows is None or len(self.rows) > 0
+        self.kv_len.add_(tokens)
+        self.pos.add_(tokens)
 
     def make_room(self, tokens):
-        """Repack into larger arenas if this many tokens per live sequence do not fit."""
-        if self._somebody_is_live and self.room < tokens:
+        """Repack into larger arenas if this many tokens do not fit."""
+        if self.room < tokens:
             self.repack(max(self._larger_slack(), tokens))
 
     def _larger_slack(self):
@@ -171,34 +147,32 @@ class RaggedCache:
 
     def reserve(self, tokens=1):
         """Host side of `grow`: subtract tokens from `room`. To be called when a captured graph is replayed."""
-        self.room -= tokens if self._somebody_is_live else 0
+        self.room -= tokens
 
     def give_back(self, tokens=1):
         """Undo `grow` if a step failed before all layers had filled their slots."""
         if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # a capture executes nothing
-            for table, step in ((self.newest, self.takes), (self.kv_len, self.takes), (self.pos, self.live)):
-                table.add_(step, alpha=-tokens)
-        self.room += tokens if self._somebody_is_live else 0
+            self.kv_len.sub_(tokens)
+            self.pos.sub_(tokens)
+        self.room += tokens
 
     def append(self, layer, k, v):
         """Write k, v into the slots that `grow` claimed: (B, Hkv, D), one token per sequence, or (B, T, Hkv, D)."""
-        slots = self.slots[layer]
+        slots = (self.kv_start[layer] + self.past[layer]).long()
         if k.ndim == 4:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (S, [T,] D)
-        if self.rows is not None:  # a full segment of a finished sequence has no free slot
-            k, v, slots = k[self.rows], v[self.rows], slots[self.rows]
-        if k.ndim == 3:
-            k, v, slots = k.flatten(0, 1), v.flatten(0, 1), slots.flatten()
-        self.k[layer].index_copy_(0, slots, k)
-        self.v[layer].index_copy_(0, slots, v)
+            k, v = k.transpose(1, 2).flatten(0, 2), v.transpose(1, 2).flatten(0, 2)  # (S * T, D)
+            slots = slots[:, None] + torch.arange(len(k) // len(slots), device=slots.device)
+        else:
+            k, v = k.flatten(0, 1), v.flatten(0, 1)  # (S, D)
+        self.k[layer].index_copy_(0, slots.flatten(), k)
+        self.v[layer].index_copy_(0, slots.flatten(), v)
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
         """Attention of q (B, [T,] Hq, D) over all taken and claimed slots -> like q; kv_len (S,) overrides the lengths.
 
         return_lse: also return the log-sum-exp, (B, [T,] Hq) fp32.
         """
-        plan, length = self.plan(layer), self.lengths[layer] if kv_len is None else kv_len
+        plan, length = self.plan(layer), self.kv_len[layer] if kv_len is None else kv_len
         return ragged_decode(
             q, self.k[layer], self.v[layer], plan.kv_start, length,
             return_lse=return_lse, plan=plan, backend=self.backend,
@@ -212,25 +186,19 @@ class RaggedCache:
         if not self.fused:
             self.append(layer, k, v)
             return self.attend(layer, q.contiguous())
-        plan = self.plan(layer)  # a finished sequence writes to a free slot if it has one; it is never counted
+        plan = self.plan(layer)
         return ragged_decode_append(
             q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.past[layer], plan.kv_cap,
             plan=plan, backend=self.backend, rope=rope,
         )  # fmt: skip
 
     def rectangle(self, layer):
-        """The layer's arenas as (S, n, D) views if all segments have n slots and take tokens, else None."""
+        """The layer's arenas as (S, n, D) views if all segments have n slots, else None."""
         plan, k, v = self.plan(layer), self.k[layer], self.v[layer]
-        if self.rows is not None or plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:
+        if plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:
             return None
         shape = plan.segments, plan.longest, k.shape[1]
         return k.view(shape), v.view(shape)
-
-    def finish(self, sequence):
-        """Stop a sequence: it no longer grows, its `pos` stays, and tokens passed for it are ignored."""
-        live = self.live.clone()
-        live[sequence] = False
-        self._set_live(live, *self._of_live(live, self.kv_len.shape[1]))
 
     def keep(self, sequences):
         """Keep only these sequences (a list of ascending indices) and free the memory of the others."""
@@ -242,33 +210,24 @@ class RaggedCache:
         heads = self.kv_len.shape[1] // len(self.pos)
         rows = [b * heads + h for b in sequences for h in range(heads)]
         tables = [t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap)]
-        self._set_tables(*tables, self.pos[sequences], self.live[sequences])
-
-    def _of_live(self, live, segments):
-        """`takes` and `rows` for a given `live`."""
-        takes = live.repeat_interleave(segments // len(live)).int()
-        return takes, None if live.all() else takes.nonzero()[:, 0]
-
-    def _set_live(self, live, takes, rows):
-        self.live, self.takes, self.rows, self.version = live, takes, rows, self.version + 1
+        self._set_tables(*tables, self.pos[sequences])
 
     def repack(self, slack):
-        """Move every layer to arenas with `slack` free slots in each live segment, one layer after the other.
+        """Move every layer to arenas with `slack` free slots in each segment, one layer after the other.
 
         If memory runs out, the earlier layers have moved and the others have not.
         """
-        free = self.takes * slack
         self.room = min(self.room, slack)  # until all have moved
         for layer in range(len(self.k)):
             length = self.kv_len[layer].clone()
-            start = ((length + free).cumsum(0) - (length + free)).int()
+            start = ((length + slack).cumsum(0) - (length + slack)).int()
             source, slot = _taken(self.kv_start[layer], length), _taken(start, length)
-            slots = len(slot) + int(free.sum())
+            slots = len(slot) + slack * len(length)
             moved = [
                 old.new_empty(slots, old.shape[1]).index_copy_(0, slot, old[source])
                 for old in (self.k[layer], self.v[layer])
             ]
-            self._settle(layer, *moved, start, length, free)
+            self._settle(layer, *moved, start, length, slack)
         self.room = slack
 
     # ------------------------------------------------------------ bytes

@@ -122,7 +122,7 @@ class Compiled:
         before, after, whole = self.functions
         rectangle = whole and cache.rectangle(i)
         if rectangle:
-            return whole(self.layer, x, rope, *rectangle, cache.lengths[i])
+            return whole(self.layer, x, rope, *rectangle, cache.kv_len[i])
         q, k, v = before(self.layer, x, None if cache.fused else rope)
         return after(self.layer, x, cache.append_attend(i, q, k, v, rope))
 

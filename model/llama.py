@@ -91,11 +91,12 @@ class Attention(nn.Module):
         q, k, v = self.project(x, None if cache.fused else rope)  # the fused kernel rotates
         return self.o_proj(cache.append_attend(layer, q, k, v, rope).flatten(1))
 
-    def extend(self, x, rope, cache, layer, past):
-        """x (B, T, C), T new tokens per sequence after `past` (S,) cached ones -> y (B, T, C). Appends k and v."""
+    def extend(self, x, rope, cache, layer):
+        """x (B, T, C), T new tokens per sequence after those in the cache -> y (B, T, C). Appends k and v."""
         q, k, v = self.project(x, rope)  # (B, T, H, D)
         cache.append(layer, k, v)
-        y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)  # every row attends to the whole past
+        past = cache.past[layer]  # (S,); every row attends to the whole past
+        y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)
         y, _ = merge_states(y, lse, *causal_attention(q, k, v))
         return self.o_proj(y.flatten(2))
 
@@ -155,9 +156,9 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def extend(self, x, rope, cache, layer, past):
+    def extend(self, x, rope, cache, layer):
         """Like `Attention.extend`, for the whole layer: x (B, T, C) -> x (B, T, C)."""
-        x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer, past)
+        x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -248,11 +249,10 @@ class Llama(nn.Module):
         """`extend` for a block of at most BLOCK tokens."""
         positions = cache.pos[:, None] + torch.arange(x.shape[1], device=x.device)
         rope = rope_table(positions, self.config, x.dtype)  # (B, T, 1, D)
-        past = cache.kv_len.clone()
         cache.grow(x.shape[1])
         try:
             for i, layer in enumerate(self.model.layers):
-                x = layer.extend(x, rope, cache, i, past[i])
+                x = layer.extend(x, rope, cache, i)
             return self.model.norm(x)
         except BaseException:
             cache.give_back(len(positions[0]))

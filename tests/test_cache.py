@@ -120,38 +120,19 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
     reserved = sum(c.nbytes_reserved for c in alone)
     cache = RaggedCache.join(alone)
     assert cache.nbytes_reserved == reserved and all(k is None for c in alone for k in (*c.k, *c.v))
-    for step in range(9):  # repacked at 3, 6 and 9; the second sequence ends after 4 tokens, its segments full
+    live = [0, 1, 2]
+    for step in range(9):  # repacked at 3, 6 and 9; the second sequence leaves after 4 tokens
         if step == 4:
-            cache.finish(1)
-            ended = cache.kv_len.view(LAYERS, 3, 2)[:, 1].clone()
-        new = model.decode(torch.stack([x[p + step] for x, p in zip(xs, prompts, strict=True)]), cache)
+            live = [0, 2]
+            cache.keep(live)
+        new = model.decode(torch.stack([xs[i][prompts[i] + step] for i in live]), cache)
         poison(cache)
-        for sequence, row in enumerate(new):
-            if cache.live[sequence]:
-                states[sequence].append(row[None])
-    assert torch.equal(cache.kv_len.view(LAYERS, 3, 2)[:, 1], ended)
-    assert cache.pos.tolist() == [14, 5, 21]
+        for sequence, row in zip(live, new, strict=True):
+            states[sequence].append(row[None])
+    assert cache.pos.tolist() == [14, 21]
     for x, keep, rows in zip(xs, keeps, states, strict=True):
         got = torch.cat(rows)
         check(model, x[: len(got)], keep, got)
-
-
-def test_a_finished_sequence_never_writes_into_its_neighbour(backend):
-    """Its segments are full when it ends, so the slot after them belongs to the next sequence."""
-    model, x = small_llama(), torch.randn(2, 12, 32)
-    cache = RaggedCache(LAYERS, slack=4, backend=backend)
-    model.prefill(x[:, :6], cache)
-    for t in range(6, 9):
-        model.decode(x[:, t], cache)
-    cache.finish(0)
-    poison(cache, 7.0)  # a number, because NaN never equals itself
-    cache.kv_len.view(LAYERS, 2, 2)[:, 0] += 1  # as if it had taken the last slot
-    before = [k.clone() for k in cache.k]
-    model.decode(x[:, 9], cache)
-    other = torch.zeros(len(before[0]), dtype=torch.bool)
-    other[(cache.kv_start[0] + cache.kv_len[0] - 1)[2:].long()] = True  # what sequence 1 has written
-    for old, new in zip(before, cache.k, strict=True):
-        assert torch.equal(old[~other], new[~other]) and not torch.equal(old[other], new[other])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -179,16 +160,16 @@ def test_a_long_turn_stores_no_matrix_of_its_length_squared():
 
 
 @pytest.mark.parametrize("block", [512, 2])
-def test_a_new_turn_of_one_sequence_while_another_is_finished(backend, block, monkeypatch):
+def test_a_new_turn_after_another_sequence_has_left(backend, block, monkeypatch):
     monkeypatch.setattr(llama, "BLOCK", block)
     model, x = small_llama(), torch.randn(2, 14, 32)
     cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)
-    cache.finish(0)
-    states = [model.prefill(x[:, :6])[1], model.extend(x[:, 6:11], cache)[1], model.decode(x[:, 11], cache)[1:]]
+    cache.keep([1])
+    states = [model.prefill(x[:, :6])[1], model.extend(x[1:, 6:11], cache)[0], model.decode(x[1:, 11], cache)]
     poison(cache)
     check(model, x[1, :12], torch.ones(LAYERS, 2, 1, dtype=torch.bool), torch.cat(states))
-    assert cache.pos.tolist() == [6, 12] and cache.kv_len[0].tolist() == [6, 6, 12, 12]
+    assert cache.pos.tolist() == [12] and cache.kv_len[0].tolist() == [12, 12]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -301,21 +282,6 @@ def test_a_long_answer_moves_the_cache_a_few_times(backend, monkeypatch):
     assert (reserved[1] <= reserved[0]).all() and (reserved[2] < reserved[0]).all()
 
 
-def test_when_all_are_finished_nothing_grows(backend):
-    model, x = small_llama(), torch.randn(2, 8, 32)
-    cache = RaggedCache(LAYERS, slack=1, backend=backend)
-    model.prefill(x, cache)
-    cache.finish(0)
-    for t in range(4):  # repacked after the first: only the live sequence gets free slots, half of (8 + 9) / 2
-        model.decode(x[:, t], cache)
-    assert (cache.kv_cap - cache.kv_len)[0].tolist() == [0, 0, 1, 1]
-    cache.finish(1)
-    arenas = [k.data_ptr() for k in cache.k]
-    for t in range(5):
-        model.decode(x[:, t], cache)
-    assert [k.data_ptr() for k in cache.k] == arenas and cache.pos.tolist() == [8, 12]
-
-
 def test_misuse_is_refused():
     model, cache = small_llama(), RaggedCache(LAYERS)
     assert cache.nbytes_held == cache.nbytes_reserved == 0
@@ -397,8 +363,6 @@ def test_a_rectangle_is_the_arenas_and_nothing_less(backend):
         assert view.shape == (4, 8, 8) and view.data_ptr() == arena.data_ptr()
         assert torch.equal(view[:, :5], rows.flatten(0, 1))
     assert uneven.rectangle(0) is None
-    even.finish(1)
-    assert even.rectangle(0) is None
 
 
 def test_repacking_frees_the_old_arenas(backend):
