@@ -8,9 +8,7 @@ small tokenizer has a few words and falls back to bytes. --tokenizer copies the 
 that, because it numbers added tokens without the gap after a small vocabulary. Memory needed: one shard.
 """
 
-import argparse
 import io
-import json
 import math
 import os
 import shutil
@@ -21,46 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command  # noqa: E402
-from tools.verify_checkpoint import exit_code, gigabytes  # noqa: E402
+from tools.command import as_command, exit_code, flags, write_json  # noqa: E402
+from tools.shapes import SHAPES  # noqa: E402
+from tools.verify_checkpoint import gigabytes  # noqa: E402
 
-# Only fields that differ from the class defaults, as in the published files; the defaults are the 7B text model.
-_TEXT = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
-_WIDE = {
-    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-    "num_key_value_heads": 40,
-}  # fmt: skip
-_CLIP_L_336 = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-}  # fmt: skip
-_TINY_TEXT = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "vocab_size": 512,
-}  # fmt: skip
-_TINY_VISION = {
-    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 32,
-}  # fmt: skip
-_MISTRAL = {
-    "model_type": "mistral", "intermediate_size": 14336, "max_position_embeddings": 32768, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32064,
-}  # fmt: skip
-_TINY_LONG = {**_TINY_TEXT, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the next one)
-    "llava-1.5-7b": (_TEXT, _CLIP_L_336, 32000),
-    "llava-1.5-13b": ({**_TEXT, **_WIDE}, _CLIP_L_336, 32000),
-    "next-vicuna-7b": (_TEXT, _CLIP_L_336, 32000),
-    "next-vicuna-13b": ({**_TEXT, **_WIDE}, _CLIP_L_336, 32000),
-    "next-mistral-7b": (_MISTRAL, _CLIP_L_336, 32000),
-    "tiny": (_TINY_TEXT, _TINY_VISION, 510),
-    "tiny-next": (_TINY_LONG, {**_TINY_VISION, "image_size": 56}, 510),
-}
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = flags(__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; it must be empty or not exist")
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp16", help="default fp16, as published")
@@ -72,7 +39,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.shard_gb < math.inf:
         parser.error(f"--shard-gb {args.shard_gb:g} must be above 0")
-    return exit_code(lambda: make(args.out, args.shape, args.dtype, args.seed, args.shard_gb, args.tokenizer))
+    return exit_code(make, args.out, args.shape, args.dtype, args.seed, args.shard_gb, args.tokenizer)
 
 
 def make(folder, shape, dtype="fp16", seed=0, shard_gb=5.0, tokenizer=None):
@@ -167,14 +134,14 @@ def preprocessor_json(side):
 
 def write_small_files(folder, raw, tokenizer, added):
     """Write every file except the weights."""
-    write_json(folder / "config.json", raw)
+    write_published(folder / "config.json", raw)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": added["<pad>"]}
-    write_json(folder / "generation_config.json", generation)
+    write_published(folder / "generation_config.json", generation)
     preprocessor = preprocessor_json(raw["vision_config"]["image_size"])
     if "image_grid_pinpoints" in raw:
         preprocessor |= {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
         preprocessor |= {"image_grid_pinpoints": raw["image_grid_pinpoints"], "do_pad": True}
-    write_json(folder / "preprocessor_config.json", preprocessor)
+    write_published(folder / "preprocessor_config.json", preprocessor)
     if tokenizer is None:
         write_tokenizer(folder, added, raw["text_config"]["max_position_embeddings"])
     else:
@@ -183,8 +150,8 @@ def write_small_files(folder, raw, tokenizer, added):
                 shutil.copyfile(tokenizer / name, folder / name)
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_published(path, value):
+    write_json(path, value, indent=2, sort_keys=True)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -244,9 +211,9 @@ def write_tokenizer(folder, added, length):
         "tokenizer_class": "LlamaTokenizer",
         **names,
     }
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "special_tokens_map.json", names)
-    write_json(folder / "added_tokens.json", added)
+    write_published(folder / "tokenizer_config.json", settings)
+    write_published(folder / "special_tokens_map.json", names)
+    write_published(folder / "added_tokens.json", added)
 
 
 # ---------------------------------------------------------------- weights
@@ -280,7 +247,8 @@ def write_weights(folder, shards, shapes, dtype, seed):
         total += sum(t.nbytes for t in weights.values())
         del weights  # free them before the next shard is made
         print(f"{file}: {gigabytes(total)} written, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_published(folder / "model.safetensors.index.json", index)
 
 
 def random_tensor(name, shape, dtype, generator):

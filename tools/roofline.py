@@ -3,7 +3,6 @@
     python tools/roofline.py                                     # what pruning can win, as in benchmarks/README.md
     python tools/roofline.py --retention 0.5 0.3 --batch 1 8     # other fractions kept, other batches
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
-    python tools/roofline.py --stages --shape llava-1.5-7b --measure    # at the bandwidth of this machine
     python tools/roofline.py --stages --bandwidth 4300 --tflops 700     # at a given GB/s and TFLOP/s
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
 
@@ -20,7 +19,6 @@ matrix products, attention included (causal: half of the square). The least time
 flops / peak. Activations, norms and softmax are not counted, so real stages take longer.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command, number  # noqa: E402
+from tools.command import as_command, flags, number  # noqa: E402
+from tools.shapes import SHAPES as CONFIGS  # noqa: E402
+from tools.shapes import text_config  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Tower:
         return pictures * 2 * self.patches * (self.hidden + wide) * wide
 
 
-CLIP_L_336 = Tower(23, 1024, 4096, 576, 14)  # the 24th layer does not run
-DEMO_TOWER = Tower(4, 192, 768, 256, 14)
+def tower_of(vision):
+    """The Tower of a vision_config, a dict. LLaVA uses the output of the last layer but one."""
+    side, patch = vision["image_size"], vision["patch_size"]
+    layers = vision["num_hidden_layers"] - 1
+    return Tower(layers, vision["hidden_size"], vision["intermediate_size"], (side // patch) ** 2, patch)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Shape:
     vocabulary: int
     vision: int  # tokens of the pictures
     text: int  # tokens of the rest
-    tower: Tower = CLIP_L_336
+    tower: Tower | None = None
 
     @property
     def layer_numbers(self):
@@ -125,22 +128,24 @@ class Shape:
         return batch * (2 * (self.layer_numbers + self.vocabulary * self.hidden) + attention)
 
 
-def shape_of(config, vision, text, name=""):
+def shape_of(config, vision, text, name="", tower=None):
     """The Shape of a config with the fields of a Llama's config.json. Biases are not counted."""
     return Shape(
         name, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-        config.num_key_value_heads, config.head_dim, config.vocab_size, vision, text,
+        config.num_key_value_heads, config.head_dim, config.vocab_size, vision, text, tower,
     )  # fmt: skip
 
 
-SEVEN = (32, 4096, 11008, 32, 32, 128, 32064)
-SHAPES = (
-    Shape("llava-1.5-7b, 1 picture", *SEVEN, 576, 64),
-    Shape("llava-1.5-13b, 1 picture", 40, 5120, 13824, 40, 40, 128, 32064, 576, 64),
-    Shape("next-vicuna-7b, 1 picture in tiles", *SEVEN, 2880, 64),
-    Shape("7b, 8 pictures", *SEVEN, 8 * 576, 64),
-    Shape("next-mistral-7b, 1 picture in tiles", 32, 4096, 14336, 32, 8, 128, 32064, 2880, 64),
-    Shape("the demo model", 6, 192, 512, 8, 4, 32, 640, 256, 13, DEMO_TOWER),
+SHAPES = tuple(
+    shape_of(text_config(config), vision, text, name, tower_of(CONFIGS[config][1]))
+    for config, name, vision, text in (
+        ("llava-1.5-7b", "llava-1.5-7b, 1 picture", 576, 64),
+        ("llava-1.5-13b", "llava-1.5-13b, 1 picture", 576, 64),
+        ("next-vicuna-7b", "next-vicuna-7b, 1 picture in tiles", 2880, 64),
+        ("llava-1.5-7b", "7b, 8 pictures", 8 * 576, 64),
+        ("next-mistral-7b", "next-mistral-7b, 1 picture in tiles", 2880, 64),
+        ("demo", "the demo model", 256, 13),
+    )
 )
 
 
@@ -263,21 +268,9 @@ def short(x):
     return f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
 
 
-def measured(name):
-    """The Machine of a torch device. Bandwidth: the faster of a copy and a read-only sum; flops are not measured."""
-    import torch
-
-    from model.report import measure_bandwidth
-    from run import choose_device
-
-    device = choose_device(name)
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    return Machine(f"{what}, measured", measure_bandwidth(device), None)
-
-
 def chosen_machine(args):
-    """The Machine from the flags, None without them. --bandwidth and --tflops override the others."""
-    machine = GPUS[args.gpu] if args.gpu else measured("auto") if args.measure else Machine("", 0.0, None)
+    """The Machine from the flags, None without them. --bandwidth and --tflops override a data sheet."""
+    machine = GPUS[args.gpu] if args.gpu else Machine("", 0.0, None)
     if args.bandwidth:
         machine = replace(machine, name=f"{machine.name}, bandwidth given".strip(", "), bandwidth=1e9 * args.bandwidth)
     if args.tflops:
@@ -286,7 +279,7 @@ def chosen_machine(args):
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = flags(__doc__)
     # fmt: off
     p.add_argument("--batch", type=number(int, 1), nargs="+", default=[1, 8, 32], metavar="B")
     p.add_argument("--retention", type=number(float, 0, 1), nargs="+", default=[0.5, 0.2], metavar="F",
@@ -295,7 +288,6 @@ def parser():
     p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
     p.add_argument("--stages", action="store_true", help="a row for each of tower, projector, prefill, decode step")
     p.add_argument("--gpu", choices=GPUS, help="for --stages: least times by this GPU's data sheet")
-    p.add_argument("--measure", action="store_true", help="or at this machine's measured bandwidth (needs torch)")
     p.add_argument("--bandwidth", type=number(float, 0, open_low=True), metavar="GBps", help="or at this bandwidth")
     p.add_argument("--tflops", type=number(float, 0, open_low=True), metavar="T", help="peak of dense bf16 products")
     # fmt: on
@@ -309,15 +301,13 @@ def main(argv=None):
     if args.vision:
         names = [f"{shape.name.partition(',')[0]}, {args.vision} vision tokens" for shape in shapes]
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
-    timed = args.gpu or args.measure or args.bandwidth
+    timed = args.gpu or args.bandwidth
     if not shapes:
         p.error(f"no shape's name contains {args.shape}; use one of {'; '.join(shape.name for shape in SHAPES)}")
     if (timed or args.tflops) and not args.stages:
-        p.error("--gpu, --measure, --bandwidth and --tflops need --stages; add it")
-    if args.gpu and args.measure:
-        p.error("--gpu and --measure exclude each other; give one")
+        p.error("--gpu, --bandwidth and --tflops need --stages; add it")
     if args.tflops and not timed:
-        p.error("--tflops needs a bandwidth too; add --bandwidth, --measure or --gpu")
+        p.error("--tflops needs a bandwidth too; add --bandwidth or --gpu")
     if not args.stages:
         print(table(args.batch, args.retention, shapes))
         return

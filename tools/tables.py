@@ -6,7 +6,6 @@
 A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`, where NAME is a key of TABLES.
 """
 
-import argparse
 import csv
 import inspect
 import json
@@ -18,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.pruning import GUARDS, METHODS, describe, settings_of  # noqa: E402
-from run import as_command  # noqa: E402
 from tools import evaluate, roofline  # noqa: E402
+from tools.command import as_command, flags  # noqa: E402
 
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in ("model/pruning", "kernels", "benchmarks", "assets")))
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
@@ -306,9 +305,7 @@ TABLES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags(__doc__)
     parser.add_argument("--write", action="store_true", help="write them into the READMEs")
     args = parser.parse_args()
     if not args.write:
