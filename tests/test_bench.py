@@ -21,7 +21,7 @@ from model.config import TextConfig
 from model.lookahead import Lookahead
 from tests.paths import ROOT
 from tests.seeds import torch_random
-from tools import bench_kernels, plot_bench
+from tools import bench_kernels, harness, plot_bench, rivals
 
 SMALL = ["--device", "cpu", "--shapes", "demo", "--tokens", "64", "--retention", "1", "0.3"]
 SMALL += ["--rounds", "2", "--copies", "2"]
@@ -50,7 +50,7 @@ def quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_kernels, "measure_bandwidth", lambda device: 1e10)
+        patch.setattr(harness, "measure_bandwidth", lambda device: 1e10)
         patch.setattr(bench_kernels, "interpreted", lambda: False)
         yield
     torch.set_num_threads(threads)
@@ -157,16 +157,16 @@ def test_in_16_bits_too_prefill_is_wrong_if_its_cache_is(monkeypatch):
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    model = bench_kernels.random_language(config, torch.bfloat16, "cpu")
+    model = harness.random_language(config, torch.bfloat16, "cpu")
     rows = Lookahead(model, 2, 2).to(torch.bfloat16).requires_grad_(False)
     monkeypatch.setattr(bench_kernels, "prefill_model", lambda shape, setting: ("a small model", model, rows))
     setting, right = bench_kernels.Setting(torch.bfloat16, torch.device("cpu"), {}, 1), RaggedCache.append_attend
     with torch.inference_mode():
         case = bench_kernels.prefill_case("7b", 60, setting)
-        assert [bench_kernels.judge(checks)[0] for checks in case.checks.values()] == [None] * len(case.checks)
+        assert [harness.judge(checks)[0] for checks in case.checks.values()] == [None] * len(case.checks)
         monkeypatch.setattr(RaggedCache, "append_attend", lambda *given, **more: 0.7 * right(*given, **more))
         for name in ("kept all", *bench_kernels.METHODS):
-            assert bench_kernels.judge(case.checks[name])[0].startswith("WRONG RESULT: off by"), name
+            assert harness.judge(case.checks[name])[0].startswith("WRONG RESULT: off by"), name
 
 
 def test_a_skew_sweep_is_compared_with_equal_lengths(smoke):
@@ -293,11 +293,11 @@ def test_heads_become_sequences(group, knows_groups):
     older = lambda q, k, v, ends_q, ends_k, max_q, max_k: varlen(q, k, v, ends_q, ends_k, max_q, max_k)  # noqa: E731
     lengths = torch.tensor([5, 1, 9, 3, 7, 2])  # B 2, Hkv 3
     q, k, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3 * group, 8), (27, 8), (27, 8)))
-    attend = bench_kernels.heads_as_batch(varlen if knows_groups else older, lengths, group, q.device)
+    attend = rivals.heads_as_batch(varlen if knows_groups else older, lengths, group, q.device)
     mask = torch.arange(9) < lengths[:, None]
     keys, values = (torch.zeros(6, 9, 8, dtype=torch.float64) for _ in range(2))
     keys[mask], values[mask] = k, v
-    wanted = bench_kernels.exact_attention(q, keys.view(2, 3, 9, 8), values.view(2, 3, 9, 8), mask.view(2, 3, 1, 9))
+    wanted = harness.exact_attention(q, keys.view(2, 3, 9, 8), values.view(2, 3, 9, 8), mask.view(2, 3, 1, 9))
     assert torch.allclose(attend(q, k, v), wanted, rtol=1e-12)
 
 
@@ -345,8 +345,8 @@ class FlashInfer:
 def guests(monkeypatch):
     """FlexAttention uncompiled, and a stand-in for FlashInfer, which is returned; both can be timed on a CPU."""
     stand_in = FlashInfer()
-    monkeypatch.setattr(bench_kernels, "flex_missing", lambda setting: None)
-    monkeypatch.setattr(bench_kernels, "flashinfer_missing", lambda setting: None)
+    monkeypatch.setattr(rivals, "flex_missing", lambda device, wanted: None)
+    monkeypatch.setattr(rivals, "flashinfer_missing", lambda dtype, device: None)
     stand_in.compiled = []  # names; flex_attention compiles something itself
     monkeypatch.setattr(torch, "compile", lambda f, **_: stand_in.compiled.append(f.__name__) or f)
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
@@ -371,13 +371,12 @@ def test_flex_and_flashinfer_attend_to_what_heads_keep(op, guests, tmp_path):
 def test_pages_hold_the_rows_of_each_head(guests):
     lengths = torch.tensor([16, 1, 32, 17, 40, 15])  # B 2, Hkv 3
     q, k, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 12, 8), (2, 3, 40, 8), (2, 3, 40, 8)))
-    pages = bench_kernels.paged(k, lengths)
+    pages = rivals.paged(k, lengths)
     assert pages.shape == (1 + 1 + 2 + 2 + 3 + 1, 16, 1, 8)
-    assert torch.equal(pages[bench_kernels.last_slots(lengths)], k.flatten(0, 1)[torch.arange(6), lengths - 1])
-    setting = bench_kernels.Setting(q.dtype, q.device, {}, 1)
-    got = bench_kernels.flashinfer_over(lengths, 4, 8, setting)(q, pages, bench_kernels.paged(v, lengths))
+    assert torch.equal(pages[rivals.last_slots(lengths)], k.flatten(0, 1)[torch.arange(6), lengths - 1])
+    got = rivals.flashinfer_over(lengths, 4, 8, q.dtype, q.device)(q, pages, rivals.paged(v, lengths))
     mask = (torch.arange(40) < lengths[:, None]).view(2, 3, 1, 40)
-    assert torch.allclose(got, bench_kernels.exact_attention(q, k, v, mask), rtol=1e-12)
+    assert torch.allclose(got, harness.exact_attention(q, k, v, mask), rtol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -388,7 +387,7 @@ def test_what_guests_cannot_do_is_said(fails, guests, tmp_path, monkeypatch, cap
 
     flags = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", *ONCE, "--layouts", "zipf"]
     guests.fails = fails
-    monkeypatch.setattr(bench_kernels, "flex_over", no_flex)
+    monkeypatch.setattr(rivals, "flex_over", no_flex)
     _, rows = measured(tmp_path, *flags)
     found = by_name(rows)
     assert len(found) == len(rows) and found["ours, torch"]["right"]
@@ -398,9 +397,8 @@ def test_what_guests_cannot_do_is_said(fails, guests, tmp_path, monkeypatch, cap
 
 
 def test_why_guests_are_left_out():
-    for flags, why in (({}, None), ({"flex": False}, "skipped by --no-flex")):
-        setting = bench_kernels.Setting(torch.bfloat16, torch.device("cuda"), {}, 1, **flags)
-        assert bench_kernels.flex_missing(setting) == why
+    assert rivals.flex_missing(torch.device("cuda"), True) is None
+    assert rivals.flex_missing(torch.device("cuda"), False) == "skipped by --no-flex"
 
 
 def test_a_wrong_guest_is_no_failure_of_ours(guests, tmp_path, capsys):
@@ -423,7 +421,8 @@ def test_percentiles_and_speeds_are_those_of_the_rounds(monkeypatch, capsys):
     for name in times:
         check = lambda call: (torch.ones(2), torch.zeros(2), torch.tensor([1, 1 + 1e-9], dtype=torch.float64))  # noqa: E731
         case.add(name, None, check, rival=name != "ours, torch")
-    monkeypatch.setattr(bench_kernels, "take_turns", lambda *_: (times, dict.fromkeys(times, False), {}))
+    warm = {name: [1.0, *found] for name, found in times.items()}
+    monkeypatch.setattr(harness, "take_turns", lambda runs, rounds: (warm, {}))
     rows = bench_kernels.measure("op", case, 6, 1e10, torch.device("cpu"), "again")
     plain, _, ours, _ = rows
     assert [plain[k] for k in ("p20_us", "us", "p80_us")] == pytest.approx([4, 7, 10])
@@ -449,7 +448,7 @@ def again(command):
     [
         ["--preset", "smoke"],
         ["--preset", "gpu"],
-        ["all", "--batch", "1", "3", "--layouts", "ragged", "plphp", "--no-flex", "--rounds", "4", "--copies", "3"],
+        ["all", "--layouts", "ragged", "plphp", "--no-flex", "--rounds", "4", "--copies", "3"],
         ["--skew", "3", "1.23456789", "--shapes", "gqa8 x 8", "--mbytes", "0.5", "7"],
     ],
     ids=["smoke", "gpu", "all", "skew"],
@@ -538,10 +537,9 @@ def test_a_commit_without_kernels_is_refused(history, tmp_path, monkeypatch, cap
     monkeypatch.setattr(bench_kernels, "ROOT", history)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for rev in ("HEAD", "nosuch", "-x", "HEAD:kernels"):
-        with pytest.raises(SystemExit) as stopped:
-            bench_kernels.main([f"--base={rev}"])
+        assert bench_kernels.main([f"--base={rev}"]) == 2
         out, err = capsys.readouterr()
-        assert stopped.value.code == 2 and not out and err.startswith("error: --base") and err.count("\n") == 1
+        assert not out and err.startswith("error: --base") and err.count("\n") == 1
         assert f" {rev} " in err and not list(tmp_path.iterdir())
 
 
@@ -567,11 +565,8 @@ def test_without_a_gpu_a_triton_kernel_names_the_interpreter(tmp_path, capsys):
 
 @pytest.mark.parametrize("op", ["prefill", "decode"])
 def test_whole_models_have_no_base(op, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench_kernels.main([op, "--base", "HEAD"])
-    assert (
-        stopped.value.code == 2 and capsys.readouterr().err == f"error: --base is not for {op}; time them without it\n"
-    )
+    assert bench_kernels.main([op, "--base", "HEAD"]) == 2
+    assert capsys.readouterr().err == f"error: --base is not for {op}; time them without it\n"
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, capsys):
@@ -651,10 +646,12 @@ def test_a_step_has_to_store_its_token(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_timed_is_said(flags, word, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench_kernels.main(flags)
+    try:
+        code = bench_kernels.main(flags)
+    except SystemExit as stopped:  # by argparse
+        code = stopped.code
     out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and not out
+    assert code == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and word in err
 
 

@@ -47,6 +47,12 @@ SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the nex
     "tiny-next": (_TINY_LONG, {**_TINY_VISION, "image_size": 56}, 510),
 }
 
+# B, Hkv, G, D of layers on which the kernels are timed
+LAYERS = {
+    "demo": (1, 4, 2, 32), "7b": (1, 32, 1, 128), "gqa8": (1, 8, 4, 128), "gqa8 x 8": (8, 8, 4, 128),
+    "qwen": (1, 4, 7, 128), "g8": (1, 8, 8, 128),
+}  # fmt: skip
+
 
 def text_config(name):
     """The dimensions of a shape's decoder, defaults filled in, as attributes with the names of config.json."""
