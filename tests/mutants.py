@@ -694,9 +694,9 @@ MUTANTS = {
         "test_bench.py::test_what_is_wrong_has_no_numbers_anywhere",
     ),
     "the median is another percentile": (
-        "tools/bench_kernels.py",
-        "us.quantile(torch.tensor([0.2, 0.5, 0.8]",
-        "us.quantile(torch.tensor([0.2, 0.8, 0.8]",
+        "tools/harness.py",
+        "quantile(torch.tensor([0.2, 0.5, 0.8]",
+        "quantile(torch.tensor([0.2, 0.8, 0.8]",
         "test_bench.py::test_percentiles_and_speeds_are_those_of_the_rounds",
     ),
     "broken steps are timed": (

@@ -16,7 +16,7 @@ from model import load, report
 from model.cache import RaggedCache
 from model.config import TextConfig
 from tests.paths import DEMO
-from tools import bench_decode
+from tools import bench_decode, harness, roofline, shapes
 from tools.bench_decode import Workload
 
 SMALL = TextConfig(
@@ -44,7 +44,7 @@ def in_this_process(patch):
     """The benchmark in this process, on a machine of 10 GB/s."""
     memory = types.SimpleNamespace(start=lambda: None, peak=0)
     patch.setattr(bench_decode, "Child", Local)
-    patch.setattr(bench_decode, "memory_bandwidth", lambda device: 1e10)
+    patch.setattr(harness, "memory_bandwidth", lambda device: 1e10)
     patch.setattr(bench_decode, "AnonymousMemory", lambda: memory)
     patch.setattr(bench_decode.time, "sleep", lambda seconds: None)  # for memory sampling
 
@@ -84,7 +84,7 @@ def told(here, monkeypatch, capsys):
 
         saved = []
         monkeypatch.setattr(bench_decode, "prepare", prepare)
-        monkeypatch.setattr(bench_decode, "save", lambda args, about, rows: saved.append(rows))
+        monkeypatch.setattr(harness, "save", lambda args, about, rows: saved.append(rows))
         engines, prunes = (list(dict.fromkeys(key[i] for key in answers)) for i in (0, 1))
         names = "--engines", *engines, "--prune", *prunes
         asked = "--shape", "demo", "--workloads", "2x20+5", "--rounds", "3", "--device", "cpu", "--dtype", "fp32"
@@ -175,8 +175,7 @@ def test_a_process_that_dies_is_told():
 
 
 def test_sequences_of_a_batch_answer_as_if_alone():
-    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
-    bench_decode.arrange(language)
+    language = harness.random_language(SMALL, torch.float32, "cpu")
     work = Workload("", 3, (6, 5), 7)
     task = types.SimpleNamespace(workload=work, seed=0)
     x = bench_decode.prompts(task, language)
@@ -193,7 +192,7 @@ def test_sequences_of_a_batch_answer_as_if_alone():
 
 def test_a_compiled_step_is_not_watched():
     """Counting would break up the compiled step for good."""
-    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
+    language = harness.random_language(SMALL, torch.float32, "cpu")
     cache = RaggedCache(2)
     language.prefill(torch.randn(1, 4, 64), cache)
     step = bench_decode.partial(bench_decode.FastStep(language, cache, compile=True), torch.tensor([3]))
@@ -241,16 +240,17 @@ def test_engines_take_turns_where_there_is_room(room, told, monkeypatch):
 
 
 def test_random_weights_are_made_in_their_dtype():
-    language = bench_decode.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
-    again = bench_decode.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
+    language = harness.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
+    again = harness.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
     for (name, p), q in zip(language.named_parameters(), again.parameters(), strict=True):
         assert p.dtype == torch.bfloat16 and torch.equal(p, q)
         assert (p == 1).all() if p.ndim == 1 else p.float().std().item() == pytest.approx(0.02, rel=0.1), name
-    for name in bench_decode.SHAPES:
-        config, shape = bench_decode.text_config(name), bench_decode.SHAPES[name][0]
-        assert name in shape.name
-        assert bench_decode.roofline.shape_of(config, shape.vision, shape.text).weight_numbers == shape.weight_numbers
-    assert bench_decode.text_config("next-mistral-7b").num_key_value_heads == 8
+    for name in ("llava-1.5-7b", "llava-1.5-13b", "next-mistral-7b", "demo"):
+        config = bench_decode.random_config(name)
+        shape = next(shape for shape in roofline.SHAPES if name in shape.name)
+        assert roofline.shape_of(config, shape.vision, shape.text).weight_numbers == shape.weight_numbers
+        assert vars(config).items() >= vars(shapes.text_config(name)).items()
+    assert bench_decode.random_config("next-mistral-7b").num_key_value_heads == 8
 
 
 def test_calls_that_do_something_are_counted():
@@ -265,8 +265,7 @@ def test_calls_that_do_something_are_counted():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_on_cuda_neither_allocates_nor_waits(batch):
-    language = bench_decode.random_language(SMALL, torch.bfloat16, "cuda")
-    bench_decode.arrange(language)
+    language = harness.random_language(SMALL, torch.bfloat16, "cuda")
     task = types.SimpleNamespace(workload=Workload("", batch, (40,), 9), seed=0)
     x = bench_decode.prompts(task, language)
     checked = bench_decode.answer(language, x, task.workload.spans, None, "auto", 8)
@@ -474,7 +473,7 @@ def test_growth_times_what_was_kept(monkeypatch):
         pack(self, layer, k, v, keep)
 
     monkeypatch.setattr(RaggedCache, "pack", watched)
-    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
+    language = harness.random_language(SMALL, torch.float32, "cpu")
     assert len(bench_decode.decode_seconds(language, [7, 10], 1)) == 2
     assert [keep.sum(1).tolist() for keep in seen] == [[7, 7], [7, 7], [10, 10], [10, 10]]  # two layers of two heads
     assert seen[0].shape == (2, 20) and not torch.equal(seen[0][0], seen[0][1])

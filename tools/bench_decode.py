@@ -27,15 +27,14 @@ attend to pictures alike.
 
 import argparse
 import contextlib
-import csv
 import json
 import math
 import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -51,22 +50,15 @@ sys.path.insert(0, str(ROOT))
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
-from model.fast import FastStep, arrange  # noqa: E402
+from model.fast import FastStep  # noqa: E402
+from model.load import DTYPES  # noqa: E402
 from model.pruning import make_method  # noqa: E402
-from model.report import percentile  # noqa: E402
-from model.view import Layout, Pruner  # noqa: E402
-from run import Parser, as_command, check_backend, choose_device, number, one_line  # noqa: E402
-from tools import roofline  # noqa: E402
-from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, random_language, version  # noqa: E402
-from tools.compare_hf import AnonymousMemory, hf_inputs  # noqa: E402
-from tools.hf import import_transformers  # noqa: E402
+from run import check_backend, choose_device  # noqa: E402
+from tools import harness, roofline  # noqa: E402
+from tools.command import as_command, exit_code, flags, number, one_line, unwritable, write_json  # noqa: E402
+from tools.hf import hf_inputs, import_transformers  # noqa: E402
+from tools.shapes import SHAPES  # noqa: E402
 
-SHAPES = {  # decoder, context and rope_theta of random weights
-    "llava-1.5-7b": (roofline.SHAPES[0], 4096, 1e4),
-    "llava-1.5-13b": (roofline.SHAPES[1], 4096, 1e4),
-    "next-mistral-7b": (roofline.SHAPES[4], 32768, 1e6),
-    "demo": (roofline.SHAPES[5], 2048, 1e4),
-}
 USUAL = ("one", "one-b8", "one-b32", "tiles", "eight-images", "long")  # default workloads; `long` on GPUs only
 OURS = ("ours", "ours-compile")
 ENGINES = (*OURS, "hf-eager", "hf-sdpa", "hf-static")
@@ -78,7 +70,7 @@ WATCHED = 8  # number of tokens compared
 
 
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = flags(__doc__)
     # fmt: off
     p.add_argument("--model", metavar="DIR|ID", help="a checkpoint (default: the demo model)")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
@@ -182,14 +174,9 @@ def method_of(spec, folder=None, config=None):
     return method
 
 
-def text_config(name):
+def random_config(shape):
     """TextConfig of a shape."""
-    s, context, theta = SHAPES[name]
-    return TextConfig(
-        vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers,
-        num_attention_heads=s.q_heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim,
-        max_position_embeddings=context, rms_norm_eps=1e-5, rope_theta=theta,
-    )  # fmt: skip
+    return TextConfig(**SHAPES[shape][0])
 
 
 # ---------------------------------------------------------------- one engine in its process
@@ -198,7 +185,7 @@ def text_config(name):
 def language_of(task):
     """The Llama of a task."""
     if task.shape:
-        return random_language(text_config(task.shape), DTYPES[task.dtype], task.device, task.seed)
+        return harness.random_language(random_config(task.shape), DTYPES[task.dtype], task.device, task.seed)
     return load(task.model, task.dtype, task.device).model.language_model
 
 
@@ -231,17 +218,15 @@ class Answer:
 @torch.inference_mode()
 def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=False):
     """Greedy ids for the prompts x (B, T, C), prefilled one by one and decoded together -> Answer."""
-    start, config = time.perf_counter(), language.config
-    layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
-    layout = Layout(layers, *heads, x.shape[1], spans, x.device)
+    start = time.perf_counter()
     caches, pruners, last = [], [], []
     for sequence in x:
-        cache = RaggedCache(layers, slack=min(new_tokens, 64), backend=backend)
-        pruner = Pruner(method, layout, backend) if method else None
-        asked = {"choose": pruner.choose, "narrow": pruner.narrow} if pruner else {}
-        last.append(language.prefill(sequence[None], cache, **asked)[0, -1].clone())  # the rest is freed
+        cache = RaggedCache(language.config.num_hidden_layers, slack=min(new_tokens, 64), backend=backend)
+        hidden, pruner = harness.prefill(language, sequence[None], cache, method, spans, backend)
+        last.append(hidden[0, -1].clone())  # the rest is freed
         caches.append(cache)
         pruners.append(pruner)
+        del hidden
     cache = caches[0] if len(caches) == 1 else RaggedCache.join(caches)
     logits = language.logits(torch.stack(last))
     ids = logits.argmax(-1)
@@ -265,8 +250,6 @@ def answer(language, x, spans, method, backend, new_tokens, watched=0, compile=F
 def prepare_ours(task):
     """(facts for the checks, function that answers -> (seconds to the first token, seconds of each step))."""
     language = language_of(task)
-    if task.shape:
-        arrange(language)  # as `load` does for weights that are not memory-mapped
     method, spans = method_of(task.prune, task.model), task.workload.spans
     x = prompts(task, language)
     compile = task.engine == "ours-compile"
@@ -303,42 +286,11 @@ def error_of_steps(language, x, checked):
     return max(error(a.tolist(), b.tolist()) for a, b in zip(checked.logits, wanted, strict=True))
 
 
-class MaskedCache:
-    """Reference for a pruned cache of one sequence: keeps every row and masks the dropped ones."""
-
-    fused = False  # q and k arrive with RoPE applied
-
-    def __init__(self, num_layers):
-        self.k, self.v, self.seen = [None] * num_layers, [None] * num_layers, [None] * num_layers
-        self.pos = None
-
-    def pack(self, layer, k, v, keep=None):
-        self.k[layer], self.v[layer] = k[0], v[0]  # (Hkv, T, D)
-        self.seen[layer] = torch.ones_like(k[0, ..., 0], dtype=torch.bool) if keep is None else keep
-        if self.pos is None:
-            self.pos = torch.tensor([k.shape[2]], device=k.device)
-
-    def grow(self):
-        self.pos = self.pos + 1
-
-    def append_attend(self, layer, q, k, v, rope):
-        new = k.transpose(0, 1), v.transpose(0, 1), torch.ones_like(k[0, :, :1], dtype=torch.bool)
-        for rows, row in zip((self.k, self.v, self.seen), new, strict=True):
-            rows[layer] = torch.cat((rows[layer], row), 1)
-        group = q.shape[1] // k.shape[1]
-        keys, values, seen = (x[layer].repeat_interleave(group, 0) for x in (self.k, self.v, self.seen))  # (Hq, T, ...)
-        scores = (keys.float() @ q[0, :, :, None].float())[..., 0] * q.shape[2] ** -0.5  # (Hq, T)
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        return (weights[:, None] @ values.float()).transpose(0, 1).to(q.dtype)
-
-
 @torch.inference_mode()
 def error_of_pruned_steps(language, x, spans, method, checked):
-    """Largest error of the step logits against steps with a `MaskedCache` of prompt x (T, C)."""
-    config = language.config
-    layers, heads = config.num_hidden_layers, (config.num_attention_heads, config.num_key_value_heads)
-    pruner, cache = Pruner(method, Layout(layers, *heads, len(x), spans, x.device)), MaskedCache(layers)
-    language.prefill(x[None], cache, choose=pruner.choose, narrow=pruner.narrow)
+    """Largest error of the step logits against steps with a masked `DenseCache` of prompt x (T, C)."""
+    cache = harness.DenseCache(language.config.num_hidden_layers, len(x) + len(checked.logits))
+    harness.prefill(language, x[None], cache, method, spans)
     errors = []
     for ids, got in zip(checked.ids, checked.logits[1:], strict=False):
         token = language.model.embed_tokens(torch.tensor(ids[:1], device=x.device))
@@ -517,6 +469,21 @@ class Calls(TorchDispatchMode):
 # ---------------------------------------------------------------- alternating processes
 
 
+class AnonymousMemory(threading.Thread):
+    """Largest RssAnon of this process in bytes, sampled every 20 ms (Linux)."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self):
+        while True:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.peak = max(self.peak, int(line.split()[1]) * 1024)
+            time.sleep(0.02)
+
+
 def worker(task):
     """Child process: write the facts, then a reply for each line of stdin, as JSON on stdout."""
     channel = os.fdopen(os.dup(1), "w")
@@ -579,7 +546,7 @@ class Child:
         self.process.communicate()
 
 
-def take_turns(tasks, rounds, start):
+def run_tasks(tasks, rounds, start):
     """Run all tasks, alternating rounds -> {task: {"facts", "rounds", "why"}}. start: function task -> Child."""
     found, running = {}, {}
     try:
@@ -588,12 +555,12 @@ def take_turns(tasks, rounds, start):
             running[task] = start(task)
         for task, child in running.items():
             found[task] = {"facts": {}, "rounds": [], "why": None} | child.reply()
-        for _ in range(rounds):
-            for task, child in running.items():
-                if not found[task]["why"]:
-                    reply = child.ask()
-                    found[task]["why"] = reply.get("why")
-                    found[task]["rounds"] += [reply] if "first" in reply else []
+        ready = {task: child.ask for task, child in running.items() if not found[task]["why"]}
+        replies, broken = harness.take_turns(ready, rounds)
+        for task, answers in replies.items():
+            found[task]["rounds"] = [answer for answer in answers if "first" in answer]
+            reasons = [answer["why"] for answer in answers if "why" in answer]
+            found[task]["why"] = next(iter(reasons), task in broken and harness.said(broken[task]) or None)
     finally:
         for child in running.values():
             child.close()
@@ -672,13 +639,13 @@ def make_rows(found, context, shape, itemsize, bandwidth):
 
 def speeds(batch, facts, rounds, shape, itemsize, bandwidth):
     """The measured columns of a correct row. K and V are those of the prompt after prefill."""
-    steps = sorted(1e3 * s for r in rounds for s in r["steps"])
+    low, median, high = harness.spread([1e3 * s for r in rounds for s in r["steps"]])
     full = itemsize * batch * (shape.vision + shape.text) * shape.kv_numbers
     held, weights = facts.get("kv_bytes_held", full), itemsize * shape.weight_numbers
-    floor, median = 1e3 * (weights + held) / bandwidth, statistics.median(steps)
+    floor = 1e3 * (weights + held) / bandwidth
     return {
         "kept": facts.get("kept", 1.0), "ttft_ms": 1e3 * statistics.median(r["first"] for r in rounds),
-        "ms_per_token": median, "ms_p20": percentile(steps, 0.2), "ms_p80": percentile(steps, 0.8),
+        "ms_per_token": median, "ms_p20": low, "ms_p80": high,
         "tokens_per_s": 1e3 * batch / median, "kv_bytes_held": held, "kv_bytes_full": full,
         "peak_bytes": max(r["peak"] for r in rounds), "bytes_per_step": weights + held, "roofline_ms": floor,
         "roofline_reached": floor / median, "ceiling_speedup": (weights + full) / (weights + held),
@@ -735,7 +702,7 @@ def show(rows):
 # ---------------------------------------------------------------- the whole run
 
 
-def bench(args):
+def bench(args, argv):
     """Run all workloads -> exit code."""
     device, (text, picture, asked) = choose_device(args.device), chosen_model(args)
     check_backend(args.backend, device)
@@ -749,10 +716,11 @@ def bench(args):
     if args.smoke:
         usual, args.new_tokens, args.rounds = ["2x24,8+8"], min(args.new_tokens, 3), 1
     work = list(workloads(args.workloads or [*(["picture"] if asked else []), *usual], picture, asked))
-    touch(args.json, args.csv)
-    about = about_run(args, device, dtype, args.shape or Path(args.model).name)
+    if wrong := unwritable(args.json, args.csv):
+        raise InputError(wrong)
+    about = about_run(args, argv, device, dtype, args.shape or Path(args.model).name)
     print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
-    save(args, about, [])
+    harness.save(args, about, [])
     rows, itemsize = [], DTYPES[dtype].itemsize
     for w in work:
         ours = Task(
@@ -766,9 +734,9 @@ def bench(args):
         found, known = {}, []
         together = not cuda and fits(len(tasks) * size, "SC_AVPHYS_PAGES")  # on a GPU times hardly vary
         for group in [tasks] if together else [[task] for task in tasks]:
-            found |= take_turns(group, args.rounds, Child)
+            found |= run_tasks(group, args.rounds, Child)
             known = make_rows(found, text.max_position_embeddings, shape, itemsize, 1e9 * about["bandwidth_GBps"])
-            save(args, about, rows + known)  # keep partial results of an interrupted run
+            harness.save(args, about, rows + known)  # keep partial results of an interrupted run
         rows += known
         print("", *show(known), sep="\n", flush=True)
     return 1 if any(row["right"] is False for row in rows) else 0
@@ -779,7 +747,7 @@ def chosen_model(args):
     if args.shape:
         if args.model or args.image:
             raise InputError("--shape uses random weights without a vision tower; leave out --model and --image")
-        return text_config(args.shape), SHAPES[args.shape][0].tower.patches, None
+        return random_config(args.shape), roofline.tower_of(SHAPES[args.shape][1]).patches, None
     if args.model is None:
         args.model, args.image = ROOT / "assets" / "demo", args.image or str(ROOT / "assets" / "demo.png")
     checkpoint = open_checkpoint(args.model)
@@ -797,60 +765,34 @@ def fits(size, pages, share=0.5):
     return size <= share * (os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) if known else 16e9)
 
 
-def touch(*paths):
-    """Create the output files before measuring; InputError if that fails."""
-    try:
-        for path in filter(None, paths):
-            open(path, "a").close()
-    except OSError as wrong:
-        raise InputError(f"{wrong}; name another file") from wrong
-
-
-def about_run(args, device, dtype, model):
+def about_run(args, argv, device, dtype, model):
     """Model, machine, versions and settings of this run. Measures the bandwidth."""
-    bandwidth = memory_bandwidth(device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the child processes need the memory
-    return {
-        "model": model, "weights": "random" if args.shape or args.growth else "of the checkpoint",
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(), "device": str(device),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": version("triton"),
-        "transformers": version("transformers"), "dtype": dtype, "backend": args.backend,
-        "bandwidth_GBps": round(bandwidth / 1e9, 1), "new_tokens": args.new_tokens, "rounds": args.rounds,
-        "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", "tools/bench_decode.py", *args.words]),
-    }  # fmt: skip
-
-
-def save(args, about, rows):
-    """Write the files of --json and --csv."""
-    if args.json:
-        Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in [*rows, about] for k in row)))
-            writer.writeheader()
-            writer.writerows(row | about for row in rows)
+    about = {"model": model, "weights": "random" if args.shape or args.growth else "of the checkpoint"}
+    about |= harness.about_run("bench_decode", argv, device, dtype, args.rounds)
+    about |= {"device": str(device), "transformers": harness.version("transformers"), "backend": args.backend}
+    return about | {"new_tokens": args.new_tokens}
 
 
 # ---------------------------------------------------------------- growth
 
 
-def growth(args):
+def growth(args, argv):
     """Measure a small model: decode step time over kept tokens, prefill memory over prompt tokens -> exit code."""
     device = choose_device(args.device)
     if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         # allocate and free large blocks directly with the system, so that process size equals live memory
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        return subprocess.run([sys.executable, __file__, *args.words], env=environment).returncode
+        return subprocess.run([sys.executable, __file__, *argv], env=environment).returncode
     if device.type == "cpu" and sys.platform != "linux":
         raise InputError("--growth on a CPU reads process memory from Linux; give --device cuda or run it on Linux")
-    touch(args.json, args.plot)
+    if wrong := unwritable(args.json, args.plot):
+        raise InputError(wrong)
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     tokens = args.tokens or ([64, 128, 192] if args.smoke else [1024, 2048, 4096, 8192, 16384])
     if len(set(tokens)) < 2:
         raise InputError("--tokens needs at least two different numbers to fit a line; give more")
     thin = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    language = random_language(TextConfig(vocab_size=512, **thin), DTYPES[dtype], device, args.seed)
+    language = harness.random_language(TextConfig(vocab_size=512, **thin), DTYPES[dtype], device, args.seed)
     measured = {
         "decode ms": [1e3 * s for s in decode_seconds(language, tokens, 3 if args.smoke else 30)],
         "prefill MB": [1e-6 * prefill_peak(language, n) for n in tokens],
@@ -860,9 +802,9 @@ def growth(args):
         values = ", ".join(f"{n}: {v:.3f}" for n, v in zip(tokens, fit["values"], strict=True))
         found = f"{fit['intercept']:.3f} + {1e3 * fit['slope']:.3f} per 1000 tokens, R^2 {fit['r2']:.4f}"
         print(f"{what:12}{found}    ({values})")
-    about = about_run(args, device, dtype, "2 layers, 256 wide, 4 heads")
+    about = about_run(args, argv, device, dtype, "2 layers, 256 wide, 4 heads")
     if args.json:
-        Path(args.json).write_text(json.dumps({"about": about, "tokens": tokens, **lines}, indent=1) + "\n")
+        write_json(args.json, {"about": about, "tokens": tokens, **lines})
     if args.plot:
         plot(about, tokens, lines, args.plot)
     return 0
@@ -871,36 +813,34 @@ def growth(args):
 @torch.inference_mode()
 def decode_seconds(language, lengths, rounds):
     """Median seconds of a decode step of one sequence for each kept length; heads keep different tokens."""
-    config, table, steps = language.config, language.model.embed_tokens.weight, []
+    config, table, runs = language.config, language.model.embed_tokens.weight, {}
     heads, tokens = config.num_key_value_heads, 2 * max(lengths)  # before pruning
+    ids = torch.ones(1, dtype=torch.long, device=table.device)
+
+    def once(step):
+        start = time.perf_counter()
+        step(ids).argmax(-1).tolist()  # waits for the device
+        return time.perf_counter() - start
+
     for kept in lengths:
         cache = RaggedCache(config.num_hidden_layers)
         for layer in range(config.num_hidden_layers):
-            k, v = (
-                torch.randn(1, heads, tokens, config.head_dim, dtype=table.dtype, device=table.device) for _ in "kv"
-            )
+            k, v = torch.randn(2, 1, heads, tokens, config.head_dim, dtype=table.dtype, device=table.device)
             cache.pack(layer, k, v, torch.rand(heads, tokens, device=table.device).argsort(1) < kept)
-        steps.append(FastStep(language, cache))
-    times, ids = [[] for _ in lengths], torch.ones(1, dtype=torch.long, device=table.device)
-    for _ in range(rounds + 3):
-        for step, seconds in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step(ids).argmax(-1).tolist()  # waits for the device
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[3:]) for seconds in times]  # the first three warm up and capture
+        runs[kept] = partial(once, FastStep(language, cache))
+    times, _ = harness.take_turns(runs, 3 + rounds)
+    return [statistics.median(seconds[3:]) for seconds in times.values()]  # the first three warm up and capture
 
 
 @torch.inference_mode()
 def prefill_peak(language, tokens):
     """Peak bytes of a pruned prefill of `tokens` tokens, excluding the model and its input."""
     config, table = language.config, language.model.embed_tokens.weight
-    heads = config.num_attention_heads, config.num_key_value_heads
-    layout = Layout(config.num_hidden_layers, *heads, tokens, [(1, tokens - tokens // 8)], table.device)
     x = torch.randn(1, tokens, config.hidden_size, dtype=table.dtype, device=table.device)
+    method, spans = method_of("plphp:dr=0@0.5"), [(1, tokens - tokens // 8)]
 
     def prefill():
-        choose = Pruner(method_of("plphp:dr=0@0.5"), layout).choose
-        return language.prefill(x, RaggedCache(config.num_hidden_layers), choose=choose)
+        return harness.prefill(language, x, RaggedCache(config.num_hidden_layers), method, spans)
 
     prefill()  # one-time allocations
     before = peak_from_now(x.device)
@@ -957,7 +897,7 @@ def plot(about, tokens, lines, path):
 
 def check_growth(args):
     """InputError for a flag that this mode would ignore."""
-    own, both = {"tokens", "plot"}, {"growth", "smoke", "device", "dtype", "seed", "json", "worker", "words"}
+    own, both = {"tokens", "plot"}, {"growth", "smoke", "device", "dtype", "seed", "json", "worker"}
     for name, value in vars(args).items():
         unused = name not in own | both if args.growth else name in own
         if unused and value != parser().get_default(name):
@@ -965,19 +905,19 @@ def check_growth(args):
             raise InputError(f"{flag} works only {'without' if args.growth else 'with'} --growth; see -h")
 
 
+def run(args, argv):
+    check_growth(args)
+    return growth(args, argv) if args.growth else bench(args, argv)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    args.words = argv
+    if args.worker:
+        task = json.loads(args.worker)
+        return worker(Task(**task | {"workload": Workload(**task["workload"])}))
     try:
-        if args.worker:
-            task = json.loads(args.worker)
-            return worker(Task(**task | {"workload": Workload(**task["workload"])}))
-        check_growth(args)
-        return growth(args) if args.growth else bench(args)
-    except InputError as wrong:
-        say(f"error: {one_line(wrong)}")
-        return 2
+        return exit_code(run, args, argv)
     except KeyboardInterrupt:
         kept = " and ".join(filter(None, (args.json, args.csv)))
         say(f"interrupted; {f'the results so far are in {kept}' if kept else 'use --json to keep partial results'}")
