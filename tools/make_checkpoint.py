@@ -4,8 +4,8 @@
     python tools/make_checkpoint.py /tmp/llava-tiny --shape tiny                        # half a megabyte
 
 For testing loading and measuring speed: its answers are nonsense, its time and memory those of the real model. Its
-small tokenizer has a few words and falls back to bytes. --tokenizer copies the files of a real one; transformers needs
-that, because it numbers added tokens without the gap after a small vocabulary. Memory needed: one shard.
+small tokenizer has a few words and falls back to bytes; transformers cannot read it, because it numbers added tokens
+without the gap after a small vocabulary. Memory needed: one shard.
 """
 
 import io
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.command import as_command, exit_code, flags, write_json  # noqa: E402
+from tools.command import as_command, exit_code, flags, number, write_json  # noqa: E402
 from tools.shapes import SHAPES  # noqa: E402
 from tools.verify_checkpoint import gigabytes  # noqa: E402
 
@@ -32,27 +32,22 @@ def main(argv=None):
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp16", help="default fp16, as published")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="GB", help="largest size of a weight file (default 5)"
-    )
-    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="copy the tokenizer files of this folder")
+    above_0 = number(float, 0, open_low=True)
+    parser.add_argument("--shard-gb", type=above_0, default=5.0, metavar="GB", help="limit of a file (default 5)")
     args = parser.parse_args(argv)
-    if not 0 < args.shard_gb < math.inf:
-        parser.error(f"--shard-gb {args.shard_gb:g} must be above 0")
-    return exit_code(make, args.out, args.shape, args.dtype, args.seed, args.shard_gb, args.tokenizer)
+    return exit_code(make, args.out, args.shape, args.dtype, args.seed, args.shard_gb)
 
 
-def make(folder, shape, dtype="fp16", seed=0, shard_gb=5.0, tokenizer=None):
+def make(folder, shape, dtype="fp16", seed=0, shard_gb=5.0):
     """Write the whole folder. Raises InputError before writing anything if it cannot."""
     from model.config import parse_config
     from model.load import DTYPES, empty_model
 
-    added = added_tokens(shape, tokenizer)
-    raw = config_json(shape, dtype, added)
+    raw = config_json(shape, dtype)
     shapes = {name: tuple(p.shape) for name, p in empty_model(parse_config(raw)).state_dict().items()}
     sizes = {name: math.prod(s) * DTYPES[dtype].itemsize for name, s in shapes.items()}
     prepare(folder, sum(sizes.values()))
-    write_small_files(folder, raw, tokenizer, added)
+    write_small_files(folder, raw)
     shards = plan(sizes, shard_gb * 1e9)
     write_weights(folder, shards, shapes, DTYPES[dtype], seed)
     print(f"{folder}: {sum(map(math.prod, shapes.values())):,} parameters, {gigabytes(sum(sizes.values()))}")
@@ -79,15 +74,15 @@ def prepare(folder, size):
 # ---------------------------------------------------------------- the small files
 
 
-def config_json(shape, dtype, added):
+def config_json(shape, dtype):
     """config.json, with only the fields that the published ones have."""
-    text, vision, _ = SHAPES[shape]
+    text, vision, image = SHAPES[shape]
     kind = next_json(vision["image_size"]) if "next" in shape else LLAVA
     return {
         **kind,
         "ignore_index": -100,
-        "image_token_index": added["<image>"],
-        "pad_token_id": added["<pad>"],
+        "image_token_index": image,
+        "pad_token_id": image + 1,
         "projector_hidden_act": "gelu",
         "text_config": {**text, "torch_dtype": DTYPE_NAMES[dtype]},
         "tie_word_embeddings": False,
@@ -132,22 +127,18 @@ def preprocessor_json(side):
     }
 
 
-def write_small_files(folder, raw, tokenizer, added):
+def write_small_files(folder, raw):
     """Write every file except the weights."""
     write_published(folder / "config.json", raw)
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": added["<pad>"]}
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": raw["pad_token_id"]}
     write_published(folder / "generation_config.json", generation)
     preprocessor = preprocessor_json(raw["vision_config"]["image_size"])
     if "image_grid_pinpoints" in raw:
         preprocessor |= {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
         preprocessor |= {"image_grid_pinpoints": raw["image_grid_pinpoints"], "do_pad": True}
     write_published(folder / "preprocessor_config.json", preprocessor)
-    if tokenizer is None:
-        write_tokenizer(folder, added, raw["text_config"]["max_position_embeddings"])
-    else:
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, folder / name)
+    added = {"<image>": raw["image_token_index"], "<pad>": raw["pad_token_id"]}
+    write_tokenizer(folder, added, raw["text_config"]["max_position_embeddings"])
 
 
 def write_published(path, value):
@@ -156,35 +147,11 @@ def write_published(path, value):
 
 # ---------------------------------------------------------------- tokenizer
 
-TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 WORDS = (
     "USER ASSISTANT a the what is are there in this that picture image of and or to red blue green yellow white black "
     "square circle triangle left right above below describe answer question how many one two three four yes no not it"
 )
 PIECES = 400  # 3 control pieces, 256 bytes, then words; ids from here up to <image> are unused
-
-
-def added_tokens(shape, tokenizer):
-    """{text: id} of `<image>` and `<pad>`, from the shape or from the given tokenizer folder."""
-    from model.config import InputError
-    from model.tokenizer import Tokenizer
-
-    text, _, image = SHAPES[shape]
-    added = {"<image>": image, "<pad>": image + 1}
-    if tokenizer is None:
-        return added
-    given = Tokenizer(tokenizer)
-    if "<image>" not in given.added:
-        raise InputError(f"the tokenizer of {tokenizer} has no <image> token; use one of a llava-hf checkpoint")
-    if len(given.sp) > text["vocab_size"]:
-        raise InputError(
-            f"the tokenizer of {tokenizer} has {len(given.sp)} pieces for the {text['vocab_size']} rows of {shape}; "
-            "use another shape or tokenizer"
-        )
-    return {name: given.added.get(name, default) for name, default in added.items()}
 
 
 def write_tokenizer(folder, added, length):
@@ -238,8 +205,8 @@ def write_weights(folder, shards, shapes, dtype, seed):
 
     generator = torch.Generator().manual_seed(seed)
     weight_map, total, start = {}, 0, time.time()
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         weights = {name: random_tensor(name, shapes[name], dtype, generator) for name in names}
         save_file(weights, folder / (file + ".tmp"), metadata={"format": "pt"})
         os.replace(folder / (file + ".tmp"), folder / file)

@@ -3,7 +3,6 @@
     python tools/roofline.py                                     # what pruning can win, as in benchmarks/README.md
     python tools/roofline.py --retention 0.5 0.3 --batch 1 8     # other fractions kept, other batches
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
-    python tools/roofline.py --stages --bandwidth 4300 --tflops 700     # at a given GB/s and TFLOP/s
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
 
 A decode step reads the decoder's weights once and, for each sequence, the K and V of all its tokens:
@@ -151,11 +150,11 @@ SHAPES = tuple(
 
 @dataclass(frozen=True)
 class Machine:
-    """Limits of a machine: memory bandwidth in bytes/s; flop/s of dense bf16 products, None if unknown."""
+    """Limits of a machine: memory bandwidth in bytes/s; flop/s of dense bf16 products."""
 
     name: str
     bandwidth: float
-    flops: float | None
+    flops: float
 
 
 # Peaks from the vendors' data sheets: dense (no 2:4 sparsity) bf16 products accumulated in fp32. A copy reaches about
@@ -219,8 +218,7 @@ class Stage:
     def seconds(self, machine):
         """(least time, what limits it: "memory" or "products")."""
         memory = (self.weights + self.kv) / machine.bandwidth
-        products = self.flops / machine.flops if machine.flops else 0.0
-        return max((memory, "memory"), (products, "products"))
+        return max((memory, "memory"), (self.flops / machine.flops, "products"))
 
 
 def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
@@ -240,16 +238,15 @@ def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
 
 
 def stage_table(shape, machine, batches, retentions):
-    """Markdown. No times without a machine; without its flops, times follow from bytes alone."""
-    head = [shape.name, "weights MB", "KV MB", "GFLOP", "flop/byte"]
-    head += [] if machine is None else ["least ms", "set by"] if machine.flops else ["least ms, by bytes alone"]
+    """Markdown. No times without a machine."""
+    head = [shape.name, "weights MB", "KV MB", "GFLOP", "flop/byte", *(["least ms", "set by"] if machine else [])]
     rows = []
     for stage in stages(shape, batches, retentions):
         numbers = 1e-6 * stage.weights, 1e-6 * stage.kv, 1e-9 * stage.flops, stage.flops / (stage.weights + stage.kv)
         row = [stage.name, *map(short, numbers)]
         if machine:
-            seconds, bound = stage.seconds(machine)
-            row += [short(1e3 * seconds), bound][: len(head) - 5]
+            least, bound = stage.seconds(machine)
+            row += [short(1e3 * least), bound]
         rows.append(row)
     return markdown(head, rows) + "\n\n" + prefill_memory(shape, retentions)
 
@@ -268,16 +265,6 @@ def short(x):
     return f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
 
 
-def chosen_machine(args):
-    """The Machine from the flags, None without them. --bandwidth and --tflops override a data sheet."""
-    machine = GPUS[args.gpu] if args.gpu else Machine("", 0.0, None)
-    if args.bandwidth:
-        machine = replace(machine, name=f"{machine.name}, bandwidth given".strip(", "), bandwidth=1e9 * args.bandwidth)
-    if args.tflops:
-        machine = replace(machine, name=f"{machine.name}, flops given", flops=1e12 * args.tflops)
-    return machine if machine.bandwidth else None
-
-
 def parser():
     p = flags(__doc__)
     # fmt: off
@@ -288,8 +275,6 @@ def parser():
     p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
     p.add_argument("--stages", action="store_true", help="a row for each of tower, projector, prefill, decode step")
     p.add_argument("--gpu", choices=GPUS, help="for --stages: least times by this GPU's data sheet")
-    p.add_argument("--bandwidth", type=number(float, 0, open_low=True), metavar="GBps", help="or at this bandwidth")
-    p.add_argument("--tflops", type=number(float, 0, open_low=True), metavar="T", help="peak of dense bf16 products")
     # fmt: on
     return p
 
@@ -301,20 +286,16 @@ def main(argv=None):
     if args.vision:
         names = [f"{shape.name.partition(',')[0]}, {args.vision} vision tokens" for shape in shapes]
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
-    timed = args.gpu or args.bandwidth
     if not shapes:
         p.error(f"no shape's name contains {args.shape}; use one of {'; '.join(shape.name for shape in SHAPES)}")
-    if (timed or args.tflops) and not args.stages:
-        p.error("--gpu, --bandwidth and --tflops need --stages; add it")
-    if args.tflops and not timed:
-        p.error("--tflops needs a bandwidth too; add --bandwidth or --gpu")
+    if args.gpu and not args.stages:
+        p.error("--gpu needs --stages; add it")
     if not args.stages:
         print(table(args.batch, args.retention, shapes))
         return
-    machine = chosen_machine(args)
+    machine = GPUS.get(args.gpu)
     if machine:
-        flops = f"{short(1e-12 * machine.flops)} TFLOP/s" if machine.flops else "flops unknown"
-        print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {flops}\n")
+        print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {short(1e-12 * machine.flops)} TFLOP/s\n")
     print("\n\n".join(stage_table(shape, machine, args.batch, args.retention) for shape in shapes))
 
 

@@ -20,7 +20,8 @@ _CLIP_L_336 = {
 }  # fmt: skip
 _DEMO = {
     "model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 640,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5, "vocab_size": 640,
 }  # fmt: skip
 _DEMO_VISION = {
     "model_type": "clip_vision_model", "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5,
