@@ -719,8 +719,8 @@ MUTANTS = {
     ),
     "flops of keys and values forgotten": (
         "tools/roofline.py",
-        "attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim",
-        "attention = 2 * self.hidden * self.q_heads * self.head_dim",
+        "attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim",
+        "attention = 2 * c.hidden_size * c.num_attention_heads * c.head_dim",
         "test_roofline.py::test_weights_are_those_of_the_modules",
     ),
     "calibration ignores the standard error": (

@@ -286,7 +286,7 @@ def bench(args, argv):
     """Run all workloads -> exit code."""
     device, (text, picture, asked) = choose_device(args.device), chosen_model(args)
     check_backend(args.backend, device)
-    cuda, wide = device.type == "cuda", 4 * roofline.shape_of(text, 0, 0).weight_numbers
+    cuda, wide = device.type == "cuda", 4 * roofline.Shape("", text, 0, 0).weight_numbers
     dtype = args.dtype or ("fp32" if not cuda and fits(wide, "SC_PHYS_PAGES") else "bf16")
     chosen = args.engines or (ENGINES if cuda else ("ours", "hf-eager", "hf-sdpa"))
     prunes = ["none", *(spec for spec in args.prune if spec != "none")]
@@ -309,7 +309,7 @@ def bench(args, argv):
         )  # fmt: skip
         tasks = [replace(ours, engine=e, prune=prune) for e in OURS if e in chosen for prune in prunes]
         tasks += [replace(ours, engine=e) for e in chosen if e not in OURS]
-        shape = roofline.shape_of(text, sum(w.pictures), w.text)
+        shape = roofline.Shape("", text, sum(w.pictures), w.text)
         size = itemsize * (shape.weight_numbers + 2 * w.batch * w.tokens * shape.kv_numbers) + 2**29  # of one process
         found, known = {}, []
         together = not cuda and fits(len(tasks) * size, "SC_AVPHYS_PAGES")  # on a GPU times hardly vary

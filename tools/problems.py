@@ -110,14 +110,13 @@ class Case:
         options: function (package) -> keyword arguments; it takes the package because a plan works only with the
         kernels of its own commit. Options that a function does not accept are dropped.
         """
-        ours, function = options(kernels), getattr(kernels, op)
-        needs = triton_missing(setting.dtype, setting.device)
-        backends = [("torch", triton_name(setting.device)), ("torch", "triton"), (None, needs)]
-        for label, backend, why in zip(*backends, strict=True):
+        needs, ours = triton_missing(setting.dtype, setting.device), options(kernels)
+        backends = ("torch", "torch", None), ("triton", triton_name(setting.device), needs)
+        for backend, name, why in backends:
             if why:
-                self.missing[f"ours, {label}"] = why
+                self.missing[f"ours, {name}"] = why
             else:
-                self.add(f"ours, {label}", bound(partial(function, backend=backend), arguments, ours), check)
+                self.add(f"ours, {name}", bound(partial(getattr(kernels, op), backend=backend), arguments, ours), check)
         if op in setting.own:
             self.own, function = setting.own[op]
             self.add(self.own, bound(function, arguments, ours), check)
@@ -125,12 +124,12 @@ class Case:
             return
         rev, sha, package = setting.base
         function = getattr(package, op, None)
-        for label, backend, why in zip(*backends, strict=True):
+        for backend, name, why in backends:
 
             def build(backend=backend):
                 return bound(partial(function, backend=backend), arguments, options(package))
 
-            self.add_guest(f"base {rev}, {label}", why if function else f"{sha} has no {op}", build, check)
+            self.add_guest(f"base {rev}, {name}", why if function else f"{sha} has no {op}", build, check)
 
 
 def bound(function, arguments, options):

@@ -69,16 +69,10 @@ def tower_of(vision):
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder and a typical prompt."""
+    """A decoder and a typical prompt. config: an object with the fields of a Llama's config.json; biases do not count."""
 
     name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
+    config: object
     vision: int  # tokens of the pictures
     text: int  # tokens of the rest
     tower: Tower | None = None
@@ -86,19 +80,25 @@ class Shape:
     @property
     def layer_numbers(self):
         """Attention and MLP weights of all layers."""
-        attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        c = self.config
+        attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        return c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+
+    @property
+    def head_numbers(self):
+        """Weights of the output head."""
+        return self.config.vocab_size * self.config.hidden_size
 
     @property
     def weight_numbers(self):
         """Weights read in a step: attention and MLP of every layer, norms, the head, and one row of the embedding."""
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.layer_numbers + norms + (self.vocabulary + 1) * self.hidden
+        norms_and_row = (2 * self.config.num_hidden_layers + 1 + 1) * self.config.hidden_size
+        return self.layer_numbers + self.head_numbers + norms_and_row
 
     @property
     def kv_numbers(self):
         """K and V of one token, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
 
     @property
     def prefill_numbers(self):
@@ -106,37 +106,33 @@ class Shape:
 
         Prompt, layer input and normed rows; q, k and v of the layer; cos and sin; four intermediate rows of the MLP.
         """
-        attention = (self.q_heads + 2 * self.kv_heads) * self.head_dim
-        return 3 * self.hidden + attention + 2 * self.head_dim + 4 * self.intermediate
+        c = self.config
+        attention = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        return 3 * c.hidden_size + attention + 2 * c.head_dim + 4 * c.intermediate_size
 
     @property
     def pictures(self):
         """Pictures, or tiles of one, that the tower encodes."""
         return self.vision // self.tower.patches
 
+    def attention_flops(self, rows, tokens):
+        """Flops of `rows` query rows that each attend to `tokens` tokens, all layers."""
+        c = self.config
+        return 4 * rows * tokens * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+
     def prefill_flops(self):
-        """Flops of one sequence; the head runs on the last token only."""
+        """Flops of one sequence; attention is causal, and the head runs on the last token only."""
         tokens = self.vision + self.text
-        attention = 2 * tokens**2 * self.layers * self.q_heads * self.head_dim
-        return 2 * tokens * self.layer_numbers + attention + 2 * self.vocabulary * self.hidden
+        return 2 * tokens * self.layer_numbers + self.attention_flops(tokens, tokens) // 2 + 2 * self.head_numbers
 
     def decode_flops(self, batch, kept=1.0):
         """Flops of one step of `batch` sequences that hold the fraction `kept` of their vision tokens."""
         tokens = self.text + kept * self.vision
-        attention = 4 * tokens * self.layers * self.q_heads * self.head_dim
-        return batch * (2 * (self.layer_numbers + self.vocabulary * self.hidden) + attention)
-
-
-def shape_of(config, vision, text, name="", tower=None):
-    """The Shape of a config with the fields of a Llama's config.json. Biases are not counted."""
-    return Shape(
-        name, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-        config.num_key_value_heads, config.head_dim, config.vocab_size, vision, text, tower,
-    )  # fmt: skip
+        return batch * (2 * (self.layer_numbers + self.head_numbers) + self.attention_flops(1, tokens))
 
 
 SHAPES = tuple(
-    shape_of(text_config(config), vision, text, name, tower_of(CONFIGS[config][1]))
+    Shape(name, text_config(config), vision, text, tower_of(CONFIGS[config][1]))
     for config, name, vision, text in (
         ("llava-1.5-7b", "llava-1.5-7b, 1 picture", 576, 64),
         ("llava-1.5-13b", "llava-1.5-13b, 1 picture", 576, 64),
@@ -224,11 +220,11 @@ class Stage:
 def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
     """The Stages of answering the shape's prompt. Stages before decoding run one sequence at a time."""
     size, tower, tokens = bytes_per_number, shape.tower, shape.vision + shape.text
-    tower_bytes, projector_bytes = size * tower.tower_numbers, size * tower.projector_numbers(shape.hidden)
+    tower_bytes, projector_bytes = size * tower.tower_numbers, size * tower.projector_numbers(shape.config.hidden_size)
     weights, row = size * shape.weight_numbers, size * shape.kv_numbers
     seen = f"{shape.pictures} x {tower.patches + 1} tokens"
     yield Stage(f"vision tower, {seen}", tower_bytes, 0, tower.tower_flops(shape.pictures))
-    yield Stage("projector", projector_bytes, 0, tower.projector_flops(shape.pictures, shape.hidden))
+    yield Stage("projector", projector_bytes, 0, tower.projector_flops(shape.pictures, shape.config.hidden_size))
     yield Stage(f"prefill, {tokens} tokens", weights, tokens * row, shape.prefill_flops())
     for batch in batches:
         for kept in (1.0, *retentions):
