@@ -69,7 +69,7 @@ def tower_of(vision):
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder and a typical prompt. config: an object with the fields of a Llama's config.json; biases do not count."""
+    """A decoder and a typical prompt. config: has the fields of a Llama's config.json; biases are ignored."""
 
     name: str
     config: object
