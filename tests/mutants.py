@@ -705,6 +705,12 @@ MUTANTS = {
         'if facts.get("error", 0.0) > allowed:',  # NaN is not larger
         "test_bench_decode.py::test_what_differs_from_transformers_is_not_timed",
     ),
+    "the reference of pruned steps hides nothing": (
+        "tools/harness.py",
+        "None if mask is None else mask[..., :n]",
+        "None",
+        "test_bench_decode.py::test_the_smoke_run_has_all_rows",
+    ),
     "the first token of a pruned run is not checked": (
         "tools/bench_decode.py",
         'return None if same or method_of(task.prune).layer else "the first',
