@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from kernels import decode_plan  # noqa: E402
-from tools.command import as_command, flags, number, unwritable, write_json  # noqa: E402
+from tools.command import as_command, flags, number, one_of, unwritable, write_json  # noqa: E402
 
 ARCHS = {  # Triton backend, its name for the architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
@@ -519,8 +519,8 @@ def table(rows):
 
 def parser():
     p = flags(__doc__)
-    p.add_argument("--arch", nargs="+", default=list(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
-    p.add_argument("--kernel", nargs="+", default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS))
+    p.add_argument("--arch", nargs="+", type=one_of(*ARCHS), default=list(ARCHS), metavar="ARCH", help="%(type)s")
+    p.add_argument("--kernel", nargs="+", type=one_of(*KERNELS), default=list(KERNELS), metavar="NAME", help="%(type)s")
     p.add_argument("--all", action="store_true", help="every head dimension, group and dtype")
     p.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
     p.add_argument("--processes", type=number(int, 1), default=2, metavar="N", help="parallel compilations (default 2)")
@@ -529,9 +529,6 @@ def parser():
 
 def objection(args):
     """The error message for these arguments, or None if they are valid."""
-    for kind, asked, known in (("architecture", args.arch, ARCHS), ("kernel", args.kernel, KERNELS)):
-        if unknown := [name for name in asked if name not in known]:
-            return f"unknown {kind} {unknown[0]!r}; use {', '.join(known)}"
     source = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*_triton.py")))
     if forgotten := set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M)) - set(KERNELS):
         return f"{', '.join(sorted(forgotten))} missing from KERNELS; add it in {Path(__file__).name}"
