@@ -406,7 +406,9 @@ def decode_seconds(language, lengths, rounds):
             k, v = torch.randn(2, 1, heads, tokens, config.head_dim, dtype=table.dtype, device=table.device)
             cache.pack(layer, k, v, torch.rand(heads, tokens, device=table.device).argsort(1) < kept)
         runs[kept] = partial(once, FastStep(language, cache))
-    times, _ = harness.take_turns(runs, 3 + rounds)
+    times, broken = harness.take_turns(runs, 3 + rounds)
+    for why in broken.values():
+        raise why
     return [statistics.median(seconds[3:]) for seconds in times.values()]  # the first three warm up and capture
 
 
