@@ -682,9 +682,9 @@ MUTANTS = {
         "test_bench.py::test_what_is_wrong_has_no_numbers_anywhere",
     ),
     "the median is another percentile": (
-        "tools/bench_kernels.py",
-        "us.quantile(torch.tensor([0.2, 0.5, 0.8]",
-        "us.quantile(torch.tensor([0.2, 0.8, 0.8]",
+        "tools/harness.py",
+        "quantile(torch.tensor([0.2, 0.5, 0.8]",
+        "quantile(torch.tensor([0.2, 0.8, 0.8]",
         "test_bench.py::test_percentiles_and_speeds_are_those_of_the_rounds",
     ),
     "broken steps are timed": (
@@ -692,6 +692,12 @@ MUTANTS = {
         'if not facts.get("error", 0.0) <= allowed:',
         'if facts.get("error", 0.0) > allowed:',  # NaN is not larger
         "test_bench_decode.py::test_what_differs_from_transformers_is_not_timed",
+    ),
+    "the reference of pruned steps hides nothing": (
+        "tools/harness.py",
+        "None if mask is None else mask[..., :n]",
+        "None",
+        "test_bench_decode.py::test_the_smoke_run_has_all_rows",
     ),
     "the first token of a pruned run is not checked": (
         "tools/bench_decode.py",
@@ -707,8 +713,8 @@ MUTANTS = {
     ),
     "flops of keys and values forgotten": (
         "tools/roofline.py",
-        "attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim",
-        "attention = 2 * self.hidden * self.q_heads * self.head_dim",
+        "attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim",
+        "attention = 2 * c.hidden_size * c.num_attention_heads * c.head_dim",
         "test_roofline.py::test_weights_are_those_of_the_modules",
     ),
     "calibration ignores the standard error": (

@@ -16,8 +16,8 @@ from model import load, report
 from model.cache import RaggedCache
 from model.config import TextConfig
 from tests.paths import DEMO
-from tools import bench_decode
-from tools.bench_decode import Workload
+from tools import bench_decode, engines, harness, roofline, shapes
+from tools.engines import Workload
 
 SMALL = TextConfig(
     vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -29,7 +29,7 @@ class Local:
     """Replaces Child in this process; starting another takes seconds."""
 
     def __init__(self, task):
-        self.replies = bench_decode.replies(task, itertools.repeat("go"))
+        self.replies = engines.replies(task, itertools.repeat("go"))
 
     def reply(self):
         return next(self.replies)
@@ -44,9 +44,9 @@ def in_this_process(patch):
     """The benchmark in this process, on a machine of 10 GB/s."""
     memory = types.SimpleNamespace(start=lambda: None, peak=0)
     patch.setattr(bench_decode, "Child", Local)
-    patch.setattr(bench_decode, "memory_bandwidth", lambda device: 1e10)
-    patch.setattr(bench_decode, "AnonymousMemory", lambda: memory)
-    patch.setattr(bench_decode.time, "sleep", lambda seconds: None)  # for memory sampling
+    patch.setattr(harness, "memory_bandwidth", lambda device: 1e10)
+    patch.setattr(engines, "AnonymousMemory", lambda: memory)
+    patch.setattr(engines.time, "sleep", lambda seconds: None)  # for memory sampling
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def told(here, monkeypatch, capsys):
             return facts, lambda: (first, steps)
 
         saved = []
-        monkeypatch.setattr(bench_decode, "prepare", prepare)
-        monkeypatch.setattr(bench_decode, "save", lambda args, about, rows: saved.append(rows))
-        engines, prunes = (list(dict.fromkeys(key[i] for key in answers)) for i in (0, 1))
-        names = "--engines", *engines, "--prune", *prunes
+        monkeypatch.setattr(engines, "prepare", prepare)
+        monkeypatch.setattr(harness, "save", lambda args, about, rows: saved.append(rows))
+        names_of_engines, prunes = (list(dict.fromkeys(key[i] for key in answers)) for i in (0, 1))
+        names = "--engines", *names_of_engines, "--prune", *prunes
         asked = "--shape", "demo", "--workloads", "2x20+5", "--rounds", "3", "--device", "cpu", "--dtype", "fp32"
         code = bench_decode.main([*asked, *names, *flags])
         return code, saved[-1], capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_bytes_are_those_of_the_kept_rows(smoke):
 
 def test_engines_work_in_processes_of_their_own(tmp_path, capsys):
     """One of them runs a method from a file, which prints to stdout."""
-    (tmp_path / "mine.py").write_text("def keep(view):\n    print('{', layer)\n")
+    (tmp_path / "mine.py").write_text("def keep(view):\n    print('{', view.layer)\n")
     path, mine = tmp_path / "a.json", f"{tmp_path}/mine.py::keep"
     flags = ["--smoke", "--engines", "ours", "--prune", mine, "--workloads", "1x4+4", "--device", "cpu"]
     assert bench_decode.main([*flags, "--json", str(path)]) == 0
@@ -175,16 +175,15 @@ def test_a_process_that_dies_is_told():
 
 
 def test_sequences_of_a_batch_answer_as_if_alone():
-    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
-    bench_decode.arrange(language)
+    language = harness.random_language(SMALL, torch.float32, "cpu")
     work = Workload("", 3, (6, 5), 7)
     task = types.SimpleNamespace(workload=work, seed=0)
-    x = bench_decode.prompts(task, language)
+    x = engines.prompts(task, language)
     assert work.spans == [(1, 7), (7, 12)] and x.shape == (3, 18, 64)
-    method = bench_decode.method_of("random@0.5")
-    together = bench_decode.answer(language, x, work.spans, method, "auto", 6, 6)
+    method = engines.method_of("random@0.5")
+    together = engines.answer(language, x, work.spans, method, "auto", 6, watched=6)
     for i in range(3):
-        alone = bench_decode.answer(language, x[i : i + 1], work.spans, method, "auto", 6, 6)
+        alone = engines.answer(language, x[i : i + 1], work.spans, method, "auto", 6, watched=6)
         assert [ids[0] for ids in alone.ids] == [ids[i] for ids in together.ids]
         assert alone.kept == pytest.approx(6 / 11)  # fraction of the prompt; later tokens do not count
     assert len(together.ids) == 6 and len(together.steps) == 5
@@ -193,11 +192,11 @@ def test_sequences_of_a_batch_answer_as_if_alone():
 
 def test_a_compiled_step_is_not_watched():
     """Counting would break up the compiled step for good."""
-    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
+    language = harness.random_language(SMALL, torch.float32, "cpu")
     cache = RaggedCache(2)
     language.prefill(torch.randn(1, 4, 64), cache)
-    step = bench_decode.partial(bench_decode.FastStep(language, cache, compile=True), torch.tensor([3]))
-    assert bench_decode.step_cost(step, cache) == {} and int(cache.pos) == 4
+    step = engines.partial(engines.FastStep(language, cache, compile=True), torch.tensor([3]))
+    assert engines.step_cost(step, cache) == {} and int(cache.pos) == 4
 
 
 def test_any_checkpoint_can_be_timed(here, make_checkpoint, tmp_path, capsys):
@@ -241,21 +240,22 @@ def test_engines_take_turns_where_there_is_room(room, told, monkeypatch):
 
 
 def test_random_weights_are_made_in_their_dtype():
-    language = bench_decode.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
-    again = bench_decode.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
+    language = harness.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
+    again = harness.random_language(SMALL, torch.bfloat16, "cpu", seed=3)
     for (name, p), q in zip(language.named_parameters(), again.parameters(), strict=True):
         assert p.dtype == torch.bfloat16 and torch.equal(p, q)
         assert (p == 1).all() if p.ndim == 1 else p.float().std().item() == pytest.approx(0.02, rel=0.1), name
-    for name in bench_decode.SHAPES:
-        config, shape = bench_decode.text_config(name), bench_decode.SHAPES[name][0]
-        assert name in shape.name
-        assert bench_decode.roofline.shape_of(config, shape.vision, shape.text).weight_numbers == shape.weight_numbers
-    assert bench_decode.text_config("next-mistral-7b").num_key_value_heads == 8
+    for name in ("llava-1.5-7b", "llava-1.5-13b", "next-mistral-7b", "demo"):
+        config = engines.random_config(name)
+        shape = next(shape for shape in roofline.SHAPES if name in shape.name)
+        assert roofline.Shape("", config, shape.vision, shape.text).weight_numbers == shape.weight_numbers
+        assert vars(config).items() >= vars(shapes.text_config(name)).items()
+    assert engines.random_config("next-mistral-7b").num_key_value_heads == 8
 
 
 def test_calls_that_do_something_are_counted():
     x = torch.zeros(4, 8)
-    with bench_decode.Calls() as calls:
+    with engines.Calls() as calls:
         y = x + 1  # 128 bytes
         y.view(8, 4)[2:].t()
         y += 1
@@ -265,12 +265,11 @@ def test_calls_that_do_something_are_counted():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_on_cuda_neither_allocates_nor_waits(batch):
-    language = bench_decode.random_language(SMALL, torch.bfloat16, "cuda")
-    bench_decode.arrange(language)
+    language = harness.random_language(SMALL, torch.bfloat16, "cuda")
     task = types.SimpleNamespace(workload=Workload("", batch, (40,), 9), seed=0)
-    x = bench_decode.prompts(task, language)
-    checked = bench_decode.answer(language, x, task.workload.spans, None, "auto", 8)
-    cost = bench_decode.step_cost(checked.step, checked.cache)
+    x = engines.prompts(task, language)
+    checked = engines.answer(language, x, task.workload.spans, None, "auto", 8)
+    cost = engines.step_cost(checked.step, checked.cache)
     assert cost["allocations"] == cost["mallocs"] == cost["syncs"] == 0
     assert cost["launches"] <= 3 and cost["kernels"] > 10  # the ids, and the graph
 
@@ -398,7 +397,7 @@ def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
             raise KeyboardInterrupt
         return facts(), lambda: (0.1, [0.01])
 
-    monkeypatch.setattr(bench_decode, "prepare", prepare)
+    monkeypatch.setattr(engines, "prepare", prepare)
     path = tmp_path / "a.json"
     flags = ["--workloads", "1x4+4", "1x5+5", "--engines", "ours", "--prune", "none", "--json", str(path)]
     assert bench_decode.main(["--shape", "demo", *flags]) == 130
@@ -420,10 +419,8 @@ def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
         ("--image /nowhere.png", "/nowhere.png"),
         ("--json /nowhere/a.json", "/nowhere/a.json"),
         ("--device foo", "foo"),
-        ("--device cpu --growth --tokens 8 8", "--tokens"),
         ("--device cpu --growth --prune plphp", "--prune"),
         ("--device cpu --growth --csv a.csv", "--csv"),
-        ("--tokens 8 16", "--tokens"),
         ("--plot a.png", "--plot"),
     ],
 )
@@ -474,7 +471,7 @@ def test_growth_times_what_was_kept(monkeypatch):
         pack(self, layer, k, v, keep)
 
     monkeypatch.setattr(RaggedCache, "pack", watched)
-    language = bench_decode.random_language(SMALL, torch.float32, "cpu")
+    language = harness.random_language(SMALL, torch.float32, "cpu")
     assert len(bench_decode.decode_seconds(language, [7, 10], 1)) == 2
     assert [keep.sum(1).tolist() for keep in seen] == [[7, 7], [7, 7], [10, 10], [10, 10]]  # two layers of two heads
     assert seen[0].shape == (2, 20) and not torch.equal(seen[0][0], seen[0][1])

@@ -1,7 +1,6 @@
 """The shipped model is a standard llava-hf folder: transformers loads it unchanged and answers the same."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from PIL import Image
 
 from model import Generation, load
 from tests.paths import DEMO, DEMO_PICTURE
-from tools import compare_hf, scenes
+from tools import scenes
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
@@ -70,13 +69,6 @@ def test_the_demo_is_right_about_its_picture(demo):
     assert scenes.draw_scene(scene, 448).tobytes() == Image.open(DEMO_PICTURE).convert("RGB").tobytes()
     for q in questions:
         assert "".join(Generation(demo, q.question, [str(DEMO_PICTURE)])) == q.answer
-
-
-def test_the_comparison_with_transformers_agrees_and_measures(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["compare_hf.py", "-n", "8", "--repeat", "1"])
-    assert compare_hf.main() == 0
-    out = capsys.readouterr().out
-    assert "greedy ids agree over 8 tokens" in out and "anonymous MB" in out
 
 
 def test_config_says_what_the_weights_are():

@@ -14,7 +14,7 @@ from model.pruning import make_method
 from model.report import free_memory, measure_bandwidth
 from model.view import Pruning
 from tests.test_cache import live_bytes
-from tools.roofline import shape_of
+from tools.roofline import Shape
 
 CONFIG = TextConfig(
     vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
@@ -44,7 +44,7 @@ def test_prefill_of_ten_pictures_holds_what_is_kept_one_dense_layer_and_activati
     tokens = spans[-1][1] + 20
     x, size = torch.randn(1, tokens, 32), 4
     activations = most_bytes(lambda: model.prefill(x))
-    shape = shape_of(CONFIG, 10 * each, tokens - 10 * each)
+    shape = Shape("", CONFIG, 10 * each, tokens - 10 * each)
     assert abs(activations + x.nbytes - size * tokens * shape.prefill_numbers) < 0.03 * activations
     cache = RaggedCache(3, slack=64)
 

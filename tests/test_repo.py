@@ -156,7 +156,10 @@ def test_no_command_of_the_pages_overwrites_what_is_committed():
             assert not committed, f"{named(page)}: {command}"
 
 
-TOOLS = ["run", *sorted(f"tools.{p.stem}" for p in (ROOT / "tools").glob("*.py") if "Parser(" in p.read_text())]
+TOOLS = [
+    "run",
+    *sorted(f"tools.{p.stem}" for p in (ROOT / "tools").glob("*.py") if "as_command(main)" in p.read_text()),
+]
 
 
 class Parsed(Exception):

@@ -153,24 +153,6 @@ def test_tokenizer_falls_back_to_bytes(made):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_tokenizer_of_another_folder(copy, tmp_path, capsys, monkeypatch):
-    edit_json(copy / "added_tokens.json", **{"<image>": 505})
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    settings["added_tokens_decoder"]["505"] = settings["added_tokens_decoder"].pop("510")
-    edit_json(copy / "tokenizer_config.json", **settings)
-    arguments = ["--shape", "tiny", "--tokenizer", str(copy)]
-    assert make_checkpoint.main([str(tmp_path / "new"), *arguments]) == 0
-    assert read_config(tmp_path / "new").image_token_index == 505
-    assert (tmp_path / "new" / "tokenizer.model").read_bytes() == (copy / "tokenizer.model").read_bytes()
-    assert verify_checkpoint.main([str(tmp_path / "new")]) == 0
-    capsys.readouterr()
-    text, vision, image = make_checkpoint.SHAPES["tiny"]
-    monkeypatch.setitem(make_checkpoint.SHAPES, "tiny", ({**text, "vocab_size": 399}, vision, image))
-    assert make_checkpoint.main([str(tmp_path / "small"), *arguments]) == 2
-    assert "400 pieces for the 399 rows" in only_error(capsys)
-    assert not (tmp_path / "small").exists()
-
-
 # ---------------------------------------------------------------- refused output folders
 
 

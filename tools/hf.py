@@ -1,4 +1,4 @@
-"""Import transformers although this project has a package called `kernels`.
+"""transformers beside this project: its import, and the arguments of its generate().
 
 transformers 5 uses Hugging Face's package `kernels` if a distribution of that name is installed. The import then finds
 ours, which is first on the path, and fails; transformers has no option against that. So `kernels` is made impossible
@@ -6,6 +6,8 @@ to import while transformers checks for it; transformers caches the result of th
 """
 
 import sys
+
+import torch
 
 
 def import_transformers():
@@ -22,3 +24,15 @@ def import_transformers():
         if ours is not None:
             sys.modules["kernels"] = ours
     return transformers
+
+
+def hf_inputs(asked, dtype, device="cpu"):
+    """Arguments of transformers' generate() for a Generation with one picture."""
+    image, (picture,) = asked.checkpoint.config.image_token_index, asked.images
+    ids = [i for t in asked.ids for i in [t] * (picture["tokens"] if t == image else 1)]
+    ids, pixels = torch.tensor([ids], device=device), torch.stack(asked.pixels).to(device, dtype)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "suppress_tokens": asked.never()}
+    if not asked.checkpoint.config.image_grid_pinpoints:
+        return inputs | {"pixel_values": pixels}
+    # LLaVA-NeXT: (pictures, squares, 3, S, S) and (height, width)
+    return inputs | {"pixel_values": pixels[None], "image_sizes": torch.tensor([picture["size"][::-1]])}

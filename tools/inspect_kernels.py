@@ -26,10 +26,8 @@ The loads of K and V are found by the names `keys` and `values` in a kernel's mo
 GPU: it cannot show races, times or wrong results. Exit codes: 0 all variants pass; 1 one fails; 2 wrong arguments.
 """
 
-import argparse
 import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -43,10 +41,13 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import DEFAULT, patch
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command  # noqa: E402
+from kernels import decode_plan  # noqa: E402
+from tools.command import as_command, flags, number, one_of, unwritable, write_json  # noqa: E402
 
 ARCHS = {  # Triton backend, its name for the architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
@@ -113,48 +114,36 @@ SLOTS = 300  # per segment: several splits
 PROMPT = 1500  # tokens: two parts of window_scores
 
 
-def launch_decode(variant, dtype):
-    import torch
-
-    from kernels import decode_plan, ragged_decode_triton
-
+def segments(variant, dtype):
+    """K and V arenas of HEADS segments; first slot, length and capacity of each."""
     start, cap = SLOTS * torch.arange(HEADS, dtype=torch.int32), torch.full((HEADS,), SLOTS, dtype=torch.int32)
+    return *torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype), start, cap
+
+
+def launch_decode(module, variant, dtype):
+    k, v, start, cap = segments(variant, dtype)
     q = torch.empty(1, variant.tokens, HEADS * variant.group, variant.d, dtype=dtype)
-    k, v = torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype)
-    ragged_decode_triton.attend(q, k, v, start, cap, decode_plan(start, cap), 1.0)
+    module.attend(q, k, v, start, cap, decode_plan(start, cap), 1.0)
 
 
-def launch_append(variant, dtype):
-    import torch
-
-    from kernels import decode_plan, ragged_decode_triton
-
-    start, cap = SLOTS * torch.arange(HEADS, dtype=torch.int32), torch.full((HEADS,), SLOTS, dtype=torch.int32)
+def launch_append(module, variant, dtype):
+    k, v, start, cap = segments(variant, dtype)
     q, new = (torch.empty(1, heads, variant.d, dtype=dtype) for heads in (HEADS * variant.group, HEADS))
-    k, v = torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype)
     rope = torch.empty(2, 1, 1, variant.d, dtype=dtype).unbind()
-    ragged_decode_triton.append_attend(q, new, new, k, v, start, cap, decode_plan(start, cap), 1.0, rope)
+    module.append_attend(q, new, new, k, v, start, cap, decode_plan(start, cap), 1.0, rope)
 
 
-def launch_scores(variant, dtype):
+def launch_scores(module, variant, dtype):
     """q and k have the memory layout of a prefill, (T, H, D)."""
-    import torch
-
-    from kernels import window_scores_triton
-
     q, k = (torch.empty(PROMPT, h, variant.d, dtype=dtype).transpose(0, 1) for h in (HEADS * variant.group, HEADS))
     positions = torch.arange(PROMPT - variant.tokens, PROMPT)
-    window_scores_triton.scores(q[:, -variant.tokens :], k, positions, 1.0, "none")
+    module.scores(q[:, -variant.tokens :], k, positions, 1.0, "none")
 
 
-def launch_pack(variant, dtype):
+def launch_pack(module, variant, dtype):
     """k and v have the memory layout of a prefill, (T, H, D)."""
-    import torch
-
-    from kernels import ragged_pack_triton
-
     k, v = torch.empty(2, PROMPT, HEADS, variant.d, dtype=dtype).transpose(1, 2)
-    ragged_pack_triton.pack(k, v, torch.ones(HEADS, PROMPT, dtype=torch.bool), 64, HEADS * PROMPT)
+    module.pack(k, v, torch.ones(HEADS, PROMPT, dtype=torch.bool), 64, HEADS * PROMPT)
 
 
 @dataclass(frozen=True)
@@ -187,8 +176,6 @@ TYPES = {
 
 def launched(variant, arch):
     """(jitted function, arguments, options) of a launch: runs the launcher on a CPU with mocks in place of kernels."""
-    import torch
-
     module = importlib.import_module(f"kernels.{KERNELS[variant.kernel].module}")
     function = getattr(module, variant.kernel)
     siblings = [name for name in KERNELS if hasattr(module, name)]
@@ -197,7 +184,7 @@ def launched(variant, arch):
     if hasattr(module, "stages"):
         stand_ins["stages"] = lambda device: 3 if arch in ROOMY else 2
     with patch.multiple(module, **stand_ins) as stand_ins:
-        KERNELS[variant.kernel].launch(variant, dtype)
+        KERNELS[variant.kernel].launch(module, variant, dtype)
     arguments, options = stand_ins[variant.kernel].__getitem__.return_value.call_args
     return function, arguments, options
 
@@ -207,8 +194,6 @@ def specialise(function, arguments, options):
 
     Tensors aligned to 16 bytes and integers divisible by 16 get an attribute; the integer 1 becomes a constant.
     """
-    import torch
-
     values = dict(zip(function.arg_names, arguments, strict=False)) | options
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
@@ -533,22 +518,17 @@ def table(rows):
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.add_argument("--arch", nargs="+", default=list(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
-    p.add_argument("--kernel", nargs="+", default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS))
+    p = flags(__doc__)
+    p.add_argument("--arch", nargs="+", type=one_of(*ARCHS), default=list(ARCHS), metavar="ARCH", help="%(type)s")
+    p.add_argument("--kernel", nargs="+", type=one_of(*KERNELS), default=list(KERNELS), metavar="NAME", help="%(type)s")
     p.add_argument("--all", action="store_true", help="every head dimension, group and dtype")
     p.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
-    p.add_argument("--processes", type=int, default=2, metavar="N", help="parallel compilations (default 2)")
+    p.add_argument("--processes", type=number(int, 1), default=2, metavar="N", help="parallel compilations (default 2)")
     return p
 
 
 def objection(args):
     """The error message for these arguments, or None if they are valid."""
-    for kind, asked, known in (("architecture", args.arch, ARCHS), ("kernel", args.kernel, KERNELS)):
-        if unknown := [name for name in asked if name not in known]:
-            return f"unknown {kind} {unknown[0]!r}; use {', '.join(known)}"
     source = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*_triton.py")))
     if forgotten := set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M)) - set(KERNELS):
         return f"{', '.join(sorted(forgotten))} missing from KERNELS; add it in {Path(__file__).name}"
@@ -556,19 +536,12 @@ def objection(args):
         return unnamed
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (it has no wheels for macOS and Windows)"
-    if args.processes < 1:
-        return f"--processes is {args.processes}; use 1 or more"
+    return unwritable(args.json)
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    wrong = objection(args)
-    try:
-        if args.json and not wrong:
-            open(args.json, "a").close()  # fail now, not after minutes of compilation
-    except OSError as refused:
-        wrong = f"cannot write {args.json} ({refused.strerror}); give another --json FILE"
-    if wrong:
+    if wrong := objection(args):
         print(f"error: {wrong}", file=sys.stderr)
         return 2
     os.environ.pop("TRITON_INTERPRET", None)  # the worker processes must compile, not interpret
@@ -583,8 +556,7 @@ def main(argv=None):
     seconds = round(time.monotonic() - start)
     print(f"{len(rows)} variants in {seconds} s with triton {version('triton')}: {failed or 'none'} failed a gate")
     if args.json:
-        about = {"triton": version("triton"), "seconds": seconds}
-        Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, {"about": {"triton": version("triton"), "seconds": seconds}, "rows": rows})
     return 1 if failed else 0
 
 

@@ -13,7 +13,6 @@ scale). Right, with a --skew sweep: time relative to equal lengths at the same b
 always the same colour. If a case was measured twice, the later row counts.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command  # noqa: E402
+from tools.command import as_command, flags  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind people can distinguish; markers and dashes differ too
 STYLES = {
@@ -43,9 +42,7 @@ NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # fields that
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = flags(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE.json")
     p.add_argument("--op", help="kernel to plot (default: the first in the files)")
     p.add_argument("--shape", help="model shape (default: the one with most sizes)")

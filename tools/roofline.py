@@ -3,8 +3,6 @@
     python tools/roofline.py                                     # what pruning can win, as in benchmarks/README.md
     python tools/roofline.py --retention 0.5 0.3 --batch 1 8     # other fractions kept, other batches
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
-    python tools/roofline.py --stages --shape llava-1.5-7b --measure    # at the bandwidth of this machine
-    python tools/roofline.py --stages --bandwidth 4300 --tflops 700     # at a given GB/s and TFLOP/s
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
 
 A decode step reads the decoder's weights once and, for each sequence, the K and V of all its tokens:
@@ -20,7 +18,6 @@ matrix products, attention included (causal: half of the square). The least time
 flops / peak. Activations, norms and softmax are not counted, so real stages take longer.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command, number  # noqa: E402
+from tools.command import as_command, flags, number  # noqa: E402
+from tools.shapes import SHAPES as CONFIGS  # noqa: E402
+from tools.shapes import text_config  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -61,42 +60,45 @@ class Tower:
         return pictures * 2 * self.patches * (self.hidden + wide) * wide
 
 
-CLIP_L_336 = Tower(23, 1024, 4096, 576, 14)  # the 24th layer does not run
-DEMO_TOWER = Tower(4, 192, 768, 256, 14)
+def tower_of(vision):
+    """The Tower of a vision_config, a dict. LLaVA uses the output of the last layer but one."""
+    side, patch = vision["image_size"], vision["patch_size"]
+    layers = vision["num_hidden_layers"] - 1
+    return Tower(layers, vision["hidden_size"], vision["intermediate_size"], (side // patch) ** 2, patch)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder and a typical prompt."""
+    """A decoder and a typical prompt. config: has the fields of a Llama's config.json; biases are ignored."""
 
     name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
+    config: object
     vision: int  # tokens of the pictures
     text: int  # tokens of the rest
-    tower: Tower = CLIP_L_336
+    tower: Tower | None = None
 
     @property
     def layer_numbers(self):
         """Attention and MLP weights of all layers."""
-        attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        c = self.config
+        attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        return c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+
+    @property
+    def head_numbers(self):
+        """Weights of the output head."""
+        return self.config.vocab_size * self.config.hidden_size
 
     @property
     def weight_numbers(self):
         """Weights read in a step: attention and MLP of every layer, norms, the head, and one row of the embedding."""
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.layer_numbers + norms + (self.vocabulary + 1) * self.hidden
+        norms_and_row = (2 * self.config.num_hidden_layers + 1 + 1) * self.config.hidden_size
+        return self.layer_numbers + self.head_numbers + norms_and_row
 
     @property
     def kv_numbers(self):
         """K and V of one token, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
 
     @property
     def prefill_numbers(self):
@@ -104,53 +106,51 @@ class Shape:
 
         Prompt, layer input and normed rows; q, k and v of the layer; cos and sin; four intermediate rows of the MLP.
         """
-        attention = (self.q_heads + 2 * self.kv_heads) * self.head_dim
-        return 3 * self.hidden + attention + 2 * self.head_dim + 4 * self.intermediate
+        c = self.config
+        attention = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        return 3 * c.hidden_size + attention + 2 * c.head_dim + 4 * c.intermediate_size
 
     @property
     def pictures(self):
         """Pictures, or tiles of one, that the tower encodes."""
         return self.vision // self.tower.patches
 
+    def attention_flops(self, rows, tokens):
+        """Flops of `rows` query rows that each attend to `tokens` tokens, all layers."""
+        c = self.config
+        return 4 * rows * tokens * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+
     def prefill_flops(self):
-        """Flops of one sequence; the head runs on the last token only."""
+        """Flops of one sequence; attention is causal, and the head runs on the last token only."""
         tokens = self.vision + self.text
-        attention = 2 * tokens**2 * self.layers * self.q_heads * self.head_dim
-        return 2 * tokens * self.layer_numbers + attention + 2 * self.vocabulary * self.hidden
+        return 2 * tokens * self.layer_numbers + self.attention_flops(tokens, tokens) // 2 + 2 * self.head_numbers
 
     def decode_flops(self, batch, kept=1.0):
         """Flops of one step of `batch` sequences that hold the fraction `kept` of their vision tokens."""
         tokens = self.text + kept * self.vision
-        attention = 4 * tokens * self.layers * self.q_heads * self.head_dim
-        return batch * (2 * (self.layer_numbers + self.vocabulary * self.hidden) + attention)
+        return batch * (2 * (self.layer_numbers + self.head_numbers) + self.attention_flops(1, tokens))
 
 
-def shape_of(config, vision, text, name=""):
-    """The Shape of a config with the fields of a Llama's config.json. Biases are not counted."""
-    return Shape(
-        name, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-        config.num_key_value_heads, config.head_dim, config.vocab_size, vision, text,
-    )  # fmt: skip
-
-
-SEVEN = (32, 4096, 11008, 32, 32, 128, 32064)
-SHAPES = (
-    Shape("llava-1.5-7b, 1 picture", *SEVEN, 576, 64),
-    Shape("llava-1.5-13b, 1 picture", 40, 5120, 13824, 40, 40, 128, 32064, 576, 64),
-    Shape("next-vicuna-7b, 1 picture in tiles", *SEVEN, 2880, 64),
-    Shape("7b, 8 pictures", *SEVEN, 8 * 576, 64),
-    Shape("next-mistral-7b, 1 picture in tiles", 32, 4096, 14336, 32, 8, 128, 32064, 2880, 64),
-    Shape("the demo model", 6, 192, 512, 8, 4, 32, 640, 256, 13, DEMO_TOWER),
+SHAPES = tuple(
+    Shape(name, text_config(config), vision, text, tower_of(CONFIGS[config][1]))
+    for config, name, vision, text in (
+        ("llava-1.5-7b", "llava-1.5-7b, 1 picture", 576, 64),
+        ("llava-1.5-13b", "llava-1.5-13b, 1 picture", 576, 64),
+        ("next-vicuna-7b", "next-vicuna-7b, 1 picture in tiles", 2880, 64),
+        ("llava-1.5-7b", "7b, 8 pictures", 8 * 576, 64),
+        ("next-mistral-7b", "next-mistral-7b, 1 picture in tiles", 2880, 64),
+        ("demo", "the demo model", 256, 13),
+    )
 )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Limits of a machine: memory bandwidth in bytes/s; flop/s of dense bf16 products, None if unknown."""
+    """Limits of a machine: memory bandwidth in bytes/s; flop/s of dense bf16 products."""
 
     name: str
     bandwidth: float
-    flops: float | None
+    flops: float
 
 
 # Peaks from the vendors' data sheets: dense (no 2:4 sparsity) bf16 products accumulated in fp32. A copy reaches about
@@ -214,18 +214,17 @@ class Stage:
     def seconds(self, machine):
         """(least time, what limits it: "memory" or "products")."""
         memory = (self.weights + self.kv) / machine.bandwidth
-        products = self.flops / machine.flops if machine.flops else 0.0
-        return max((memory, "memory"), (products, "products"))
+        return max((memory, "memory"), (self.flops / machine.flops, "products"))
 
 
 def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
     """The Stages of answering the shape's prompt. Stages before decoding run one sequence at a time."""
     size, tower, tokens = bytes_per_number, shape.tower, shape.vision + shape.text
-    tower_bytes, projector_bytes = size * tower.tower_numbers, size * tower.projector_numbers(shape.hidden)
+    tower_bytes, projector_bytes = size * tower.tower_numbers, size * tower.projector_numbers(shape.config.hidden_size)
     weights, row = size * shape.weight_numbers, size * shape.kv_numbers
     seen = f"{shape.pictures} x {tower.patches + 1} tokens"
     yield Stage(f"vision tower, {seen}", tower_bytes, 0, tower.tower_flops(shape.pictures))
-    yield Stage("projector", projector_bytes, 0, tower.projector_flops(shape.pictures, shape.hidden))
+    yield Stage("projector", projector_bytes, 0, tower.projector_flops(shape.pictures, shape.config.hidden_size))
     yield Stage(f"prefill, {tokens} tokens", weights, tokens * row, shape.prefill_flops())
     for batch in batches:
         for kept in (1.0, *retentions):
@@ -235,16 +234,15 @@ def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
 
 
 def stage_table(shape, machine, batches, retentions):
-    """Markdown. No times without a machine; without its flops, times follow from bytes alone."""
-    head = [shape.name, "weights MB", "KV MB", "GFLOP", "flop/byte"]
-    head += [] if machine is None else ["least ms", "set by"] if machine.flops else ["least ms, by bytes alone"]
+    """Markdown. No times without a machine."""
+    head = [shape.name, "weights MB", "KV MB", "GFLOP", "flop/byte", *(["least ms", "set by"] if machine else [])]
     rows = []
     for stage in stages(shape, batches, retentions):
         numbers = 1e-6 * stage.weights, 1e-6 * stage.kv, 1e-9 * stage.flops, stage.flops / (stage.weights + stage.kv)
         row = [stage.name, *map(short, numbers)]
         if machine:
-            seconds, bound = stage.seconds(machine)
-            row += [short(1e3 * seconds), bound][: len(head) - 5]
+            least, bound = stage.seconds(machine)
+            row += [short(1e3 * least), bound]
         rows.append(row)
     return markdown(head, rows) + "\n\n" + prefill_memory(shape, retentions)
 
@@ -263,30 +261,8 @@ def short(x):
     return f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
 
 
-def measured(name):
-    """The Machine of a torch device. Bandwidth: the faster of a copy and a read-only sum; flops are not measured."""
-    import torch
-
-    from model.report import measure_bandwidth
-    from run import choose_device
-
-    device = choose_device(name)
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    return Machine(f"{what}, measured", measure_bandwidth(device), None)
-
-
-def chosen_machine(args):
-    """The Machine from the flags, None without them. --bandwidth and --tflops override the others."""
-    machine = GPUS[args.gpu] if args.gpu else measured("auto") if args.measure else Machine("", 0.0, None)
-    if args.bandwidth:
-        machine = replace(machine, name=f"{machine.name}, bandwidth given".strip(", "), bandwidth=1e9 * args.bandwidth)
-    if args.tflops:
-        machine = replace(machine, name=f"{machine.name}, flops given", flops=1e12 * args.tflops)
-    return machine if machine.bandwidth else None
-
-
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = flags(__doc__)
     # fmt: off
     p.add_argument("--batch", type=number(int, 1), nargs="+", default=[1, 8, 32], metavar="B")
     p.add_argument("--retention", type=number(float, 0, 1), nargs="+", default=[0.5, 0.2], metavar="F",
@@ -295,9 +271,6 @@ def parser():
     p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
     p.add_argument("--stages", action="store_true", help="a row for each of tower, projector, prefill, decode step")
     p.add_argument("--gpu", choices=GPUS, help="for --stages: least times by this GPU's data sheet")
-    p.add_argument("--measure", action="store_true", help="or at this machine's measured bandwidth (needs torch)")
-    p.add_argument("--bandwidth", type=number(float, 0, open_low=True), metavar="GBps", help="or at this bandwidth")
-    p.add_argument("--tflops", type=number(float, 0, open_low=True), metavar="T", help="peak of dense bf16 products")
     # fmt: on
     return p
 
@@ -309,22 +282,16 @@ def main(argv=None):
     if args.vision:
         names = [f"{shape.name.partition(',')[0]}, {args.vision} vision tokens" for shape in shapes]
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
-    timed = args.gpu or args.measure or args.bandwidth
     if not shapes:
         p.error(f"no shape's name contains {args.shape}; use one of {'; '.join(shape.name for shape in SHAPES)}")
-    if (timed or args.tflops) and not args.stages:
-        p.error("--gpu, --measure, --bandwidth and --tflops need --stages; add it")
-    if args.gpu and args.measure:
-        p.error("--gpu and --measure exclude each other; give one")
-    if args.tflops and not timed:
-        p.error("--tflops needs a bandwidth too; add --bandwidth, --measure or --gpu")
+    if args.gpu and not args.stages:
+        p.error("--gpu needs --stages; add it")
     if not args.stages:
         print(table(args.batch, args.retention, shapes))
         return
-    machine = chosen_machine(args)
+    machine = GPUS.get(args.gpu)
     if machine:
-        flops = f"{short(1e-12 * machine.flops)} TFLOP/s" if machine.flops else "flops unknown"
-        print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {flops}\n")
+        print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {short(1e-12 * machine.flops)} TFLOP/s\n")
     print("\n\n".join(stage_table(shape, machine, args.batch, args.retention) for shape in shapes))
 
 

@@ -9,7 +9,6 @@ accuracy, precision, recall, F1, share of yes answers, and errors. Errors are qu
 (metadata.error); all other columns exclude them.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,11 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command  # noqa: E402
+from tools.command import as_command, flags  # noqa: E402
 
 
 def main(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = flags(__doc__)
     p.add_argument("--questions", "--question-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--answers", "--result-file", required=True, metavar="FILE.jsonl")
     p.add_argument("--annotations", "--annotation-dir", type=Path, metavar="DIR")

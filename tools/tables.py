@@ -6,7 +6,6 @@
 A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`, where NAME is a key of TABLES.
 """
 
-import argparse
 import csv
 import inspect
 import json
@@ -18,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.pruning import GUARDS, METHODS, describe, settings_of  # noqa: E402
-from run import as_command  # noqa: E402
 from tools import evaluate, roofline  # noqa: E402
+from tools.command import as_command, flags  # noqa: E402
 
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in ("model/pruning", "kernels", "benchmarks", "assets")))
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
@@ -107,23 +106,24 @@ def ceilings():
     return roofline.table([1, 8, 32], [0.5, 0.2])
 
 
-# ---------------------------------------------------------------- speed of whole answers
+# ---------------------------------------------------------------- speed of whole answers: files of bench_decode.py
 
 ENGINES = {"ours": "ours", "ours-compile": "ours `--compile`", "hf-sdpa": "transformers sdpa"}
+OURS = ("ours", "ours-compile")
 
 
 def decode_gpu():
     """The 7B shape on an H200."""
     rows = []
-    for row in _engines("decode-7b-h200"):
-        pruned = row["prune"] != "none"
-        wins = f"{float(row['speedup']):.2f} ({float(row['ceiling_speedup']):.2f})" if pruned else ""
-        count = f"{row['batch']} sequence" + "s" * (row["batch"] != "1")
+    for row in _results("decode-7b-h200"):
+        if row["engine"] not in OURS:
+            continue
+        pruned, one = row["prune"] != "none", row["batch"] == "1"
         rows.append([
-            f"{count}, {_percent(row['kept']) if pruned else 'all'} kept", f"{float(row['ms_per_token']):.1f}",
-            f"{float(row['decode_x_hf-sdpa']):.1f}", wins, f"{float(row['ttft_x_hf-sdpa']):.2f}",
-            _bytes(row["kv_bytes_held"], 1e9, 2 if row["batch"] == "1" else 1, "GB"),
-            _bytes(row["peak_bytes"], 1e9, 1, "GB"),
+            f"{row['batch']} sequence{'' if one else 's'}, {_percent(row['kept']) if pruned else 'all'} kept",
+            f"{float(row['ms_per_token']):.1f}", f"{float(row['decode_x_hf-sdpa']):.1f}",
+            _gain(row) if pruned else "", f"{float(row['ttft_x_hf-sdpa']):.2f}",
+            _bytes(row["kv_bytes_held"], 1e9, 2 if one else 1, "GB"), _bytes(row["peak_bytes"], 1e9, 1, "GB"),
         ])  # fmt: skip
     return _markdown(["", "ms per token", "decode: speed-up over sdpa", "speed-up by pruning (by bytes)",
                       "first token: speed-up over sdpa", "K and V", "peak memory"], rows)  # fmt: skip
@@ -133,12 +133,12 @@ def decode_demo():
     """The demo model compared with transformers, on a CPU."""
     rows = []
     for row in _results("decode-demo-cpu"):
-        ours = row["engine"] in ("ours", "ours-compile")
-        name = f"{ENGINES[row['engine']]}, {'half' if row['prune'] != 'none' else 'all'} kept" if ours else (
-            f"transformers {row['engine'].removeprefix('hf-')}")  # fmt: skip
-        speeds = ("decode_x_hf-sdpa", "decode_x_hf-eager", "decode_x_hf-static", "ttft_x_hf-sdpa")
-        rows.append([name, *(f"{float(row[s]):.2f}" if ours else "" for s in speeds),
-                     _bytes(row["peak_bytes"], 1e6, 0), _percent(row["roofline_reached"])])  # fmt: skip
+        if ours := row["engine"] in OURS:
+            name = f"{ENGINES[row['engine']]}, {'all' if row['prune'] == 'none' else 'half'} kept"
+        else:
+            name = f"transformers {row['engine'].removeprefix('hf-')}"
+        over = ("decode_x_hf-sdpa", "decode_x_hf-eager", "decode_x_hf-static", "ttft_x_hf-sdpa")
+        rows.append([name, *(f"{float(row[column]):.2f}" if ours else "" for column in over), *_memory_and_reach(row)])
     return _markdown(["speed-up over `transformers`", "decode: over sdpa", "decode: over eager",
                       "decode: over static cache, compiled", "first token: over sdpa", "peak MB",
                       "share of the roofline"], rows)  # fmt: skip
@@ -148,12 +148,10 @@ def decode_7b_cpu():
     """The 7B shape on a CPU."""
     rows = []
     for row in _results("decode-7b-cpu"):
-        speeds = [f"{float(row[s]):.2f}" if row[s] else "1" for s in ("decode_x_hf-sdpa", "ttft_x_hf-sdpa")]
-        rows.append([ENGINES[row["engine"]], *speeds, _bytes(row["peak_bytes"], 1e6, 0),
-                     _percent(row["roofline_reached"])])  # fmt: skip
-    return _markdown(
-        ["speed-up over transformers sdpa", "decode", "first token", "peak MB", "share of the roofline"], rows
-    )
+        over = [row[column] for column in ("decode_x_hf-sdpa", "ttft_x_hf-sdpa")]
+        rows.append([ENGINES[row["engine"]], *(f"{float(x):.2f}" if x else "1" for x in over), *_memory_and_reach(row)])
+    head = ["speed-up over transformers sdpa", "decode", "first token", "peak MB", "share of the roofline"]
+    return _markdown(head, rows)
 
 
 WORKLOADS = {
@@ -166,43 +164,43 @@ WORKLOADS = {
 
 def pruning_speed():
     """Speed-up by pruning on a CPU, by number of tokens."""
-    found = {(r["engine"], r["workload"], r["prune"]): r for r in _engines("decode-demo-long-cpu")}
+    found = {(r["engine"], r["workload"], r["prune"]): r for r in _results("decode-demo-long-cpu")}
     rows = []
     for workload, label in WORKLOADS.items():
-        cells = [
-            found[engine, workload, f"plphp:dr=0@{kept}"] for engine in ("ours", "ours-compile") for kept in (0.5, 0.2)
-        ]
-        rows.append([label, *(f"{float(c['speedup']):.2f} ({float(c['ceiling_speedup']):.2f})" for c in cells)])
+        cells = [found[engine, workload, f"plphp:dr=0@{kept}"] for engine in OURS for kept in (0.5, 0.2)]
+        rows.append([label, *map(_gain, cells)])
     return _markdown(["speed-up by pruning, measured (by bytes)", "0.5 kept", "0.2 kept",
                       "`--compile`, 0.5 kept", "`--compile`, 0.2 kept"], rows)  # fmt: skip
 
 
 def first_token():
     """The unpruned first token on a CPU, compared with transformers."""
-    found = {(r["engine"], r["workload"]): r for r in _engines("decode-demo-long-cpu") if r["prune"] == "none"}
-    rows = [
-        [label, *(f"{float(found[engine, workload]['ttft_x_hf-sdpa']):.2f}" for workload in WORKLOADS)]
-        for engine, label in ENGINES.items() if engine != "hf-sdpa"
-    ]  # fmt: skip
+    found = {(r["engine"], r["workload"]): r for r in _results("decode-demo-long-cpu") if r["prune"] == "none"}
+    rows = []
+    for engine in OURS:
+        speeds = [float(found[engine, workload]["ttft_x_hf-sdpa"]) for workload in WORKLOADS]
+        rows.append([ENGINES[engine], *(f"{speed:.2f}" for speed in speeds)])
     return _markdown(["first token: speed-up over transformers sdpa", *WORKLOADS.values()], rows)
 
 
-def _engines(name):
-    """Rows of this repository's engines (not transformers) in a CSV file of bench_decode.py."""
-    return [row for row in _results(name) if not row["engine"].startswith("hf-")]
+def _gain(row):
+    return f"{float(row['speedup']):.2f} ({float(row['ceiling_speedup']):.2f})"
 
 
-# ---------------------------------------------------------------- speed of kernels
+def _memory_and_reach(row):
+    return _bytes(row["peak_bytes"], 1e6, 0), _percent(row["roofline_reached"])
+
+
+# ---------------------------------------------------------------- speed of kernels: files of bench_kernels.py
 
 
 def steps():
     """Speed of whole decode steps with the ragged cache, relative to a dense one."""
     found = {row["case"]: float(row["speed"]) for row in _results("steps-cpu") if row["provider"] == "ours, torch"}
-    rows = [
-        [f"{tokens:,} tokens", *(f"{found[f'demo model, 1 x {tokens} tokens, {kept}']:.2f}"
-                                 for kept in ("1 kept, equal", "0.3 kept, equal", "0.3 kept, ragged"))]
-        for tokens in (300, 2048, 8192)
-    ]  # fmt: skip
+    kept = "1 kept, equal", "0.3 kept, equal", "0.3 kept, ragged"
+    rows = []
+    for tokens in (300, 2048, 8192):
+        rows.append([f"{tokens:,} tokens", *(f"{found[f'demo model, 1 x {tokens} tokens, {k}']:.2f}" for k in kept)])
     return _markdown(["speed of whole decode steps (dense cache: 1)", "all kept", "0.3 kept, heads of equal length",
                       "0.3 kept, lengths differ"], rows)  # fmt: skip
 
@@ -210,9 +208,8 @@ def steps():
 def attention():
     """Attention of one layer on a CPU."""
     found = {row["case"]: row for row in _results("kernels-cpu") if row["provider"] == "ours, torch"}
-    shapes = {"demo": "demo", "7b": "7B, 32 heads", "gqa8": "8 KV heads, G 4"}
     rows = []
-    for shape, label in shapes.items():
+    for shape, label in (("demo", "demo"), ("7b", "7B, 32 heads"), ("gqa8", "8 KV heads, G 4")):
         for tokens in (640, 2048, 8192):
             cells = []
             for layout in ("equal", "plphp", "zipf", "giant"):
@@ -233,45 +230,31 @@ RIVALS = {
 
 def kernels():
     """Attention of one layer on an H200, by size."""
-    rows = [
-        [f"{_heads(row)}, {float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in _layers_on_gpu()
-    ]
-    return _markdown(["K and V kept, per layer", "time", "share of the bandwidth", *_speed_up_over()], rows)
+    return _on_gpu("K and V kept, per layer", lambda row: f"{_heads(row)}, ", ("7b", "gqa8"), slice(None))
 
 
 def kernels_summary():
     """Three sizes of the shape with grouped heads."""
-    rows = [row for row in _layers_on_gpu() if row["shape"] == "gqa8"]
-    rows = [[f"{float(row['megabytes']):.0f} MB", *_timed(row), *_speeds(row)] for row in (rows[0], rows[2], rows[4])]
-    return _markdown(["K and V kept (8 KV heads)", "time", "share of the bandwidth", *_speed_up_over()], rows)
+    return _on_gpu("K and V kept (8 KV heads)", lambda row: "", ("gqa8",), slice(0, 5, 2))
 
 
-def _layers_on_gpu():
-    """Rows of our kernel by size, 32 heads before 8: a fifth of the tokens kept, heads of different lengths."""
-    rows = [
-        row for row in _results("kernels-h200")
-        if (row["op"], row["layout"], row["provider"]) == ("ragged_decode_append", "plphp", "ours, triton")
-        and row["shape"] in ("7b", "gqa8")
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: (row["shape"], float(row["megabytes"])))
+def _on_gpu(head, named, shapes, chosen):
+    """Our kernel by size; a fifth of the tokens is kept, heads differ in length. named: row -> text before its MB."""
+    ours = ("ragged_decode_append", "plphp", "ours, triton")
+    found = [row for row in _results("kernels-h200") if (row["op"], row["layout"], row["provider"]) == ours]
+    found = sorted((r for r in found if r["shape"] in shapes), key=lambda r: (r["shape"], float(r["megabytes"])))
+    rows = []
+    for row in found[chosen]:
+        size, time = f"{float(row['megabytes']):.0f} MB", f"{float(row['us']):.1f} us"
+        speeds = json.loads(row["speeds"])
+        rows.append([named(row) + size, time, _percent(row["ceiling"]), *(f"{speeds[rival]:.1f}" for rival in RIVALS)])
+    over = [f"speed-up over {rival}" for rival in RIVALS.values()]
+    return _markdown([head, "time", "share of the bandwidth", *over], rows)
 
 
 def _heads(row):
     many = row["case"].partition(",")[0].partition(" x ")[2]
     return {"7b": "32 heads (7B)", "gqa8": "8 KV heads, G 4"}[row["shape"]] + (f", {many} sequences" if many else "")
-
-
-def _timed(row):
-    return f"{float(row['us']):.1f} us", _percent(row["ceiling"])
-
-
-def _speed_up_over():
-    return [f"speed-up over {rival}" for rival in RIVALS.values()]
-
-
-def _speeds(row):
-    speeds = json.loads(row["speeds"])
-    return [f"{speeds[name]:.1f}" for name in RIVALS]
 
 
 # ---------------------------------------------------------------- shared helpers
@@ -306,9 +289,7 @@ TABLES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags(__doc__)
     parser.add_argument("--write", action="store_true", help="write them into the READMEs")
     args = parser.parse_args()
     if not args.write:

@@ -7,7 +7,6 @@ Takes seconds for any size, because it reads only the headers of the weight file
 checkpoint that passes also loads. Exit codes: 0 all fine; 2 a fault, named in one line on stderr.
 """
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -15,27 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command  # noqa: E402
+from tools.command import as_command, exit_code, flags  # noqa: E402
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = flags(__doc__)
     parser.add_argument("checkpoint", metavar="DIR|ID", help="folder, or id in the local Hugging Face cache")
     parser.add_argument("--sha256", action="store_true", help="also print the SHA-256 of each weight file")
     args = parser.parse_args(argv)
-    return exit_code(lambda: verify(args.checkpoint, args.sha256))
-
-
-def exit_code(work):
-    """Run work() and return 0; on an InputError print one line on stderr and return 2."""
-    from model.config import InputError  # imports torch; -h must not wait for that
-
-    try:
-        work()
-    except InputError as wrong:
-        print("error:", " ".join(str(wrong).split()), file=sys.stderr)  # messages from libraries may have line breaks
-        return 2
-    return 0
+    return exit_code(verify, args.checkpoint, args.sha256)
 
 
 def verify(name, sha256=False):

@@ -1,0 +1,278 @@
+"""What the benchmarks share: models and caches to time, the clock, the check before it, the machine, the report.
+
+On CUDA a run is one captured graph, so that times exclude launches from Python. What is compared takes turns, so that a
+machine that slows down affects all alike.
+"""
+
+import csv
+import importlib.metadata
+import json
+import platform
+import shlex
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model.fast import arrange
+from model.llama import Llama
+from model.report import measure_bandwidth
+from model.view import Pruning
+
+from .command import one_line, write_json
+
+ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+NEEDS_CUDA = "needs CUDA; TRITON_INTERPRET=1 checks it without a GPU"  # a Triton kernel
+
+
+# ---------------------------------------------------------------- what is timed
+
+
+def random_language(config, dtype, device, seed=0):
+    """A Llama with random weights, generated on the device in their dtype, so that no tensor exists twice."""
+    with torch.device("meta"):
+        language = Llama(config).to(dtype).requires_grad_(False)
+    language.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for p in language.parameters():
+        p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02, generator=generator)
+    arrange(language)  # as `load` does for weights that are not memory-mapped
+    return language
+
+
+def prefill(language, x, cache=None, method=None, spans=(), backend="auto", lookahead=None):
+    """Prefill of embedded prompts x (B, T, C) with pictures at `spans` -> final hidden states.
+
+    method: None keeps everything; lookahead: for methods that need its rows.
+    """
+    if method is None:
+        return language.prefill(x, cache)
+    lookahead = lookahead if method.looks_ahead else None
+    ahead = lookahead.rows if lookahead else 0
+    pruning = Pruning(method, language.config.num_hidden_layers, spans, ahead=ahead, backend=backend)
+    return language.prefill(x, cache, prune=pruning, lookahead=lookahead)
+
+
+def attention(q, k, v, mask=None):
+    """SDPA of q (B, Hq, D) over k and v (B, Hkv, n, D), with the G heads of a group as rows of one product."""
+    rows = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, D)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).flatten(1, 2)
+
+
+def exact_attention(q, k, v, mask=None, dtype=torch.float64):
+    """`attention` as plain matrix products in another dtype."""
+    rows, k, v = q.unflatten(1, (k.shape[1], -1)).to(dtype), k.to(dtype), v.to(dtype)
+    scores = rows @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v).flatten(1, 2)
+
+
+class DenseCache:
+    """Contiguous K and V (B, Hkv, capacity, D) that hold all tokens; a mask hides the dropped ones.
+
+    The baseline of a ragged cache, and the reference for its results.
+    """
+
+    fused = False  # q and k arrive rotated
+
+    def __init__(self, num_layers, capacity):
+        self.capacity, self.pos = capacity, None
+        self.k, self.v, self.mask = [None] * num_layers, [None] * num_layers, [None] * num_layers
+        self.lengths = [0] * num_layers  # later layers may see fewer tokens
+
+    def pack(self, layer, k, v, keep=None):
+        b, h, t, d = k.shape
+        self.k[layer], self.v[layer] = k.new_empty(b, h, self.capacity, d), k.new_empty(b, h, self.capacity, d)
+        self.k[layer][:, :, :t], self.v[layer][:, :, :t] = k, v
+        if keep is not None:
+            self.mask[layer] = keep.new_ones(b, h, 1, self.capacity)
+            self.mask[layer][..., :t] = keep.view(b, h, 1, t)
+        self.lengths[layer] = t
+        if self.pos is None:
+            self.pos = torch.full((b,), t, device=k.device)
+
+    def grow(self, tokens=1):
+        self.lengths = [n + tokens for n in self.lengths]
+        self.pos += tokens
+
+    def give_back(self):
+        self.grow(-1)
+
+    def append_attend(self, layer, q, k, v, rope):
+        n, mask = self.lengths[layer], self.mask[layer]
+        self.k[layer][:, :, n - 1], self.v[layer][:, :, n - 1] = k, v
+        return attention(q, *self.rows(layer), None if mask is None else mask[..., :n])
+
+    def rows(self, layer):
+        """K and V (B, Hkv, n, D) of a layer."""
+        return [t[layer][:, :, : self.lengths[layer]] for t in (self.k, self.v)]
+
+
+# ---------------------------------------------------------------- the clock
+
+
+def captured(calls, device, repeatable=True):
+    """(run, calls per run, is it a graph?): one graph on CUDA, a loop over the calls on a CPU."""
+    if device.type != "cuda":
+        return lambda: [call() for call in calls], len(calls), False
+    if repeatable:  # at least 16 calls, to make the gap between two graphs negligible
+        calls = calls * -(-16 // len(calls))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm up before the capture
+        alone = waits(calls[0])
+        for call in calls[1:]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    if alone:
+        return lambda: [call() for call in calls], len(calls), False
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay, len(calls), True
+
+
+def waits(call):
+    """Whether a call synchronises and thus cannot be captured. A failed capture would break later calls."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def seconds(run, device):
+    """Duration of one run."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run()  # keeps the device busy while the host enqueues the next run, so that launch time is not measured
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return 1e-3 * start.elapsed_time(stop)
+
+
+def take_turns(runs, rounds):
+    """Call {name: function} in turn -> ({name: its result in each round}, {name: the exception that stopped it})."""
+    results, broken = {name: [] for name in runs}, {}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if name in broken:
+                continue
+            try:
+                results[name].append(run())
+            except Exception as why:  # a third-party kernel may raise anything
+                broken[name] = why
+    return results, broken
+
+
+def spread(times):
+    """20th percentile, median and 80th percentile."""
+    return torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+
+
+def memory_bandwidth(device):
+    """Bytes per second, the better of a copy and a read-only sum; on CUDA over 1 GiB, timed like the kernels."""
+    if device.type != "cuda":
+        return measure_bandwidth(device)
+    x, best = torch.ones(2**28, device=device), 0.0
+    y = torch.empty_like(x)
+    for work, moved in ((lambda: y.copy_(x), 2 * x.nbytes), (x.sum, x.nbytes)):
+        run, count, _ = captured([work], device)
+        best = max(best, *(count * moved / seconds(run, device) for _ in range(5)))
+    return best
+
+
+# ---------------------------------------------------------------- the check
+
+
+def judge(checks):
+    """(what is wrong with a provider over all copies, or None; its largest error against float64).
+
+    checks: functions () -> (result, the same in plain PyTorch, float64 reference).
+    """
+    try:
+        results = [check() for check in checks]
+        if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
+            return "WRONG RESULT: no tensor of the expected shape", None
+        got, plain, exact = (torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True))
+        wrong = what_is_wrong(got, plain, exact)
+        return wrong and f"WRONG RESULT: {wrong}", float((got.double() - exact).abs().max())
+    except Exception as broken:  # a third-party kernel may raise anything
+        return said(broken), None
+
+
+def what_is_wrong(got, plain, exact):
+    """Error and first wrong element of `got` (n,); None within the tolerance of the tests: twice the error of plain
+    PyTorch plus two ulp of the result's dtype."""
+    if not got.isfinite().all():
+        return f"{got[~got.isfinite()][0]:g} in element {int(got.isfinite().int().argmin())}"
+    ulp = ULP.get(got.dtype, 2**-23) * exact.abs().max()
+    error, most = (got.double() - exact).abs(), 2 * (plain.double() - exact).abs().max() + 2 * ulp
+    if error.max() <= most:
+        return None
+    first = int((error > most).int().argmax())
+    return f"off by {error.max():.1e} where {most:.1e} is allowed, first in element {first}"
+
+
+def said(broken):
+    """An exception as one short line."""
+    if "0 active drivers" in str(broken):  # Triton's error without a GPU
+        return NEEDS_CUDA
+    return f"{type(broken).__name__}: {one_line(broken)[:80]}"
+
+
+# ---------------------------------------------------------------- the machine and the report
+
+
+def about_run(tool, words, device, dtype, rounds):
+    """Machine, versions and settings of a run of this tool with these arguments. Measures the bandwidth."""
+    bandwidth = memory_bandwidth(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the children of bench_decode.py need the memory
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": version("triton"), "dtype": dtype,
+        "bandwidth_GBps": round(bandwidth / 1e9, 1), "rounds": rounds, "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", f"tools/{tool}.py", *words]),
+    }  # fmt: skip
+
+
+def version(package):
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name():
+    """The processor's name from /proc/cpuinfo, otherwise from `platform`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def save(args, about, rows):
+    """Write --json and --csv. Called after each case, so that an interrupted run keeps its results."""
+    if args.json:
+        write_json(args.json, {"about": about, "rows": rows})
+    if args.csv:
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in [*rows, about] for key in row)))
+            writer.writeheader()
+            for row in rows:
+                nested = {key: json.dumps(value) for key, value in row.items() if isinstance(value, dict)}
+                writer.writerow(row | nested | about)

@@ -1,0 +1,630 @@
+"""What bench_kernels.py times: one problem in several copies (`Case`), and the functions that solve it.
+
+Attention over a layer whose heads kept different numbers of tokens, scoring, packing, and whole prefills and decode
+steps of a model. Every provider comes with a check against plain PyTorch and float64.
+"""
+
+import copy
+import functools
+import inspect
+import types
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+import kernels
+from kernels.backend import choose_backend, interpreted
+from model import load
+from model.cache import RaggedCache
+from model.config import TextConfig
+from model.lookahead import Lookahead
+from model.pruning import make_method
+from model.pruning.plphp import PlphpAda
+
+from . import harness, rivals
+from .command import ROOT
+from .harness import NEEDS_CUDA, DenseCache, attention, exact_attention, said
+from .shapes import LAYERS
+
+DEFAULT_SHAPES = ("demo", "7b", "gqa8")
+LAYOUTS = ("equal", "ragged", "plphp", "zipf", "giant")  # see `lengths_of`
+METHODS = (  # timed by prefill
+    "random", "shared", "plphp", "plphp-ada", "snapkv", "plphp:values=true,window=32", "plphp:query=lookahead",
+)  # fmt: skip
+LONGEST = 2**15  # kept tokens per head (mean, or of a skewed head) above which --mbytes uses more sequences
+SLACK = 64  # free slots per segment
+
+
+# ---------------------------------------------------------------- cases and their providers
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings shared by all cases.
+
+    own: op -> (name, function) from --kernel; base: (REV, its hash, its package of kernels) from --base, or None;
+    copies: None for `copies_for`; flex: whether to time FlexAttention.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    own: dict
+    copies: int | None
+    base: tuple[str, str, types.ModuleType] | None = None
+    flex: bool = True
+
+    @property
+    def matrix_units(self):
+        """Whether the device multiplies this dtype on matrix units."""
+        return self.device.type == "cuda" and self.dtype.itemsize == 2
+
+
+@dataclass
+class Case:
+    """One problem in several copies with separate buffers: calls[provider][i]() runs copy i."""
+
+    name: str
+    bytes: int  # useful bytes: must be read or written
+    baseline: str
+    shape: str = ""
+    layout: str = ""  # of the lengths: one of LAYOUTS or "skew R"
+    family: str = ""  # shared by the cases of a skew sweep
+    reads_more: str | None = None  # provider that reads more than `bytes`, because it does not prune
+    repeatable: bool = True  # False: a call changes the state of later calls
+    calls: dict = field(default_factory=dict)  # provider -> list of functions
+    checks: dict = field(default_factory=dict)  # provider -> functions () -> (result, plain PyTorch, float64 reference)
+    missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
+    rivals: set = field(default_factory=set)  # providers besides the baseline to compute speeds over
+    own: str = ""  # the provider from --kernel
+    guests: set = field(default_factory=set)  # rivals that we do not maintain: an error there does not fail the run
+
+    def add(self, provider, call, check, rival=False):
+        """check: function (call) -> (result, plain PyTorch, float64 reference)."""
+        self.calls.setdefault(provider, []).append(call)
+        self.checks.setdefault(provider, []).append(partial(check, call))
+        if rival:
+            self.rivals.add(provider)
+
+    def add_guest(self, provider, why, build, check):
+        """Add a rival that may not support this case; its error is then the reason in `missing`. build: () -> call."""
+        self.guests.add(provider)
+        if provider in self.missing:  # failed on an earlier copy
+            return
+        try:
+            if not why:
+                call = build()
+                call()  # triggers compilation
+        except Exception as broken:
+            why = said(broken)
+        if why:
+            self.missing[provider] = why
+            self.calls.pop(provider, None)
+            self.checks.pop(provider, None)
+        else:
+            self.add(provider, call, check, rival=True)
+
+    def add_ours(self, op, setting, arguments, options, check):
+        """Add this project's backends, the function from --kernel, and the backends of --base.
+
+        options: function (package) -> keyword arguments; it takes the package because a plan works only with the
+        kernels of its own commit. Options that a function does not accept are dropped.
+        """
+        needs, ours = triton_missing(setting.dtype, setting.device), options(kernels)
+        backends = ("torch", "torch", None), ("triton", triton_name(setting.device), needs)
+        for backend, name, why in backends:
+            if why:
+                self.missing[f"ours, {name}"] = why
+            else:
+                self.add(f"ours, {name}", bound(partial(getattr(kernels, op), backend=backend), arguments, ours), check)
+        if op in setting.own:
+            self.own, function = setting.own[op]
+            self.add(self.own, bound(function, arguments, ours), check)
+        if setting.base is None:
+            return
+        rev, sha, package = setting.base
+        function = getattr(package, op, None)
+        for backend, name, why in backends:
+
+            def build(backend=backend):
+                return bound(partial(function, backend=backend), arguments, options(package))
+
+            self.add_guest(f"base {rev}, {name}", why if function else f"{sha} has no {op}", build, check)
+
+
+def bound(function, arguments, options):
+    """The call as a partial, with the options that the function accepts."""
+    known = inspect.signature(function).parameters
+    return partial(function, *arguments, **{k: v for k, v in options.items() if k in known})
+
+
+def triton_name(device):
+    """Name of the Triton backend; marks times of the interpreter, which say nothing about the kernels."""
+    return "triton (interpreted)" if device.type == "cpu" and interpreted() else "triton"
+
+
+def triton_missing(dtype, device):
+    """The reason why the Triton kernels cannot run here; None if they can."""
+    if device.type != "cuda" and not interpreted():
+        return NEEDS_CUDA
+    try:
+        choose_backend("triton", device, dtype)
+    except ValueError as why:
+        return str(why)
+    return None
+
+
+def copies_for(setting, size, held):
+    """Copies of a problem of `size` bytes that exceed the last-level cache, 2 to 256. held: memory of one, bytes."""
+    if setting.copies:
+        return setting.copies
+    if setting.device.type != "cuda":
+        return 2 if interpreted() else max(2, min(256, -(-(2**26) // size)))
+    torch.cuda.empty_cache()
+    fit_in = int(0.4 * torch.cuda.mem_get_info(setting.device)[0] / held)  # leaves memory for checks and results
+    cache = torch.cuda.get_device_properties(setting.device).L2_cache_size
+    return max(2, min(256, fit_in, -(-4 * cache // size)))
+
+
+def randoms(setting, seed):
+    """Function (*shape) -> normal random numbers, generated on the device."""
+    generator = torch.Generator(setting.device).manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, device=setting.device, dtype=setting.dtype)
+
+
+# ---------------------------------------------------------------- lengths of the heads of a layer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of one layer's cache: (B, Hkv, G, D) and the kept tokens (S,) of S = B * Hkv segments."""
+
+    name: str
+    shape: str
+    sizes: tuple
+    tokens: int  # per head before pruning
+    lengths: torch.Tensor
+    layout: str
+    family: str
+    flags: list  # of the command that selects only this layer
+
+
+def layers(args, itemsize):
+    """Yield the Layer of each case."""
+    for shape in args.shapes or DEFAULT_SHAPES:
+        for size in args.mbytes or args.tokens:
+            b, mean = fit(args, shape, size, itemsize)
+            selected = ["--shapes", shape, "--mbytes" if args.mbytes else "--tokens", size]
+            if args.skew:
+                yield from skewed_layers(args, shape, b, mean, selected)
+                continue
+            for retention in args.retention:
+                tokens = round(mean / retention) if args.mbytes else size
+                for layout in layouts_of(args, retention):
+                    sizes, generator = (b, *LAYERS[shape][1:]), torch.Generator().manual_seed(0)
+                    lengths = lengths_of(layout, b, sizes[1], tokens, retention, generator)
+                    name = f"{labelled(shape, b)}, {tokens} tokens, {retention:g} kept, {layout}"
+                    more = ["--retention", retention, "--layouts", layout]
+                    yield Layer(name, shape, sizes, tokens, lengths, layout, name, selected + more)
+
+
+def layouts_of(args, retention):
+    """The layouts to time at a retention: only one if everything is kept."""
+    return dict.fromkeys(args.layouts or ("equal", "ragged")) if retention < 1 else ("equal",)
+
+
+def fit(args, shape, size, itemsize):
+    """(sequences, mean tokens per head) for a `size` of --mbytes or --tokens."""
+    (b, hkv, _, d), ratio = LAYERS[shape], max(args.skew or [1])
+    mean = size * 1e6 / (2 * b * hkv * d * itemsize) if args.mbytes else size
+    # a skewed head must not hold most of the rows; with --mbytes no head may exceed LONGEST
+    while b * hkv < 2 * ratio or (args.mbytes and ratio * mean > LONGEST):
+        b, mean = 2 * b, mean / 2 if args.mbytes else mean
+    return b, max(1, round(mean))
+
+
+def skewed_layers(args, shape, b, mean, selected):
+    """One head `ratio` times as long as the mean, all others equally shorter; the total number of rows is fixed."""
+    sizes, family = (b, *LAYERS[shape][1:]), f"{labelled(shape, b)}, {mean} tokens on average"
+    for ratio in sorted({1.0, *args.skew}):
+        lengths = one_long(b * sizes[1], b * sizes[1] * mean, round(ratio * mean))
+        layout, name = f"skew {ratio:g}", f"{family}, skew {ratio:g}"
+        if not args.layouts or layout in args.layouts:
+            # the whole sweep, because `fit` depends on its largest ratio
+            more = ["--skew", *args.skew, "--layouts", layout]
+            yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout, family, selected + more)
+
+
+def labelled(shape, b):
+    """The shape's name, followed by the number of sequences if it is not the shape's own."""
+    return shape if b == LAYERS[shape][0] else f"{shape} x {b}"
+
+
+def lengths_of(layout, b, hkv, tokens, retention, generator):
+    """Kept tokens per segment (S,), S = b * hkv: 1 to `tokens` in each, with the same sum in every layout.
+
+    equal    the mean in all heads: a layer under PLPHP, one sequence
+    ragged   random, between 0.25 and 1.75 times the mean
+    plphp    several sequences: PLPHP's three rates, the same for all heads of a sequence (each has its own gamma);
+             one sequence: plphp-ada on heads whose attention differs in sharpness
+    zipf     proportional to 1 / rank, in random order
+    giant    one head keeps everything, up to leaving one row per other head; the others share the rest equally
+    """
+    segments, mean = b * hkv, max(1, round(retention * tokens))
+    if layout == "equal":
+        return torch.full((segments,), mean)
+    if layout == "giant":
+        return one_long(segments, segments * mean, tokens)
+    if layout == "plphp":
+        return three_rates(b, hkv, tokens, mean) if b > 1 else pooled_heads(hkv, tokens, mean, generator)
+    if layout == "zipf":
+        share = 1 / (1 + torch.randperm(segments, generator=generator))
+    else:
+        share = 0.25 + 1.5 * torch.rand(segments, generator=generator)
+    return divided(segments * mean, share.double(), tokens)
+
+
+def one_long(segments, total, longest):
+    """Lengths (S,) that sum to `total`: first `longest`, then the rest as equal as possible, at least 1 each."""
+    longest = min(longest, total - (segments - 1))
+    each, over = divmod(total - longest, segments - 1)
+    return torch.tensor([longest] + over * [each + 1] + (segments - 1 - over) * [each])
+
+
+def three_rates(b, hkv, tokens, mean):
+    """Lengths (b * hkv,) under PLPHP: a third of the sequences keeps mean - dr, a third mean + dr, the others mean."""
+    dr = min(round(0.3 * tokens), mean - 1, tokens - mean)  # PLPHP's dr = 0.3, limited to 1 .. tokens kept
+    lengths, third = torch.full((b,), mean), (b + 1) // 3
+    lengths[:third] -= dr
+    lengths[b - third :] += dr
+    return lengths.repeat_interleave(hkv)
+
+
+def pooled_heads(hkv, tokens, mean, generator):
+    """Lengths (hkv,) of a layer under plphp-ada.
+
+    Scores are the softmax of normal numbers with standard deviation 0.5 (flattest head) to 3 (sharpest). At retention
+    0.2 the longest head is then 1.7 to 1.9 times the mean; in the demo model's layers it is 1.1 to 3.4 times.
+    """
+    sharpness = torch.linspace(0.5, 3, hkv)[torch.randperm(hkv, generator=generator), None]
+    scores = (sharpness * torch.randn(hkv, tokens, generator=generator)).softmax(-1)
+    return PlphpAda().choose(scores, mean).sum(1)
+
+
+def divided(total, share, most):
+    """Divide `total` into integers proportional to `share` (S,), each clamped to 1 .. `most`."""
+    low, high = 0.0, most / float(share.min())
+    for _ in range(100):  # bisect the scale at which the clamped numbers sum to total
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle * share).clamp(1, most).sum() < total else (low, middle)
+    exact = (high * share).clamp(1, most)
+    lengths = exact.floor().long()
+    largest = (exact - lengths).argsort(descending=True)  # fractional parts; clamped numbers have none
+    lengths[largest[: total - int(lengths.sum())]] += 1
+    return lengths
+
+
+# ---------------------------------------------------------------- attention over one layer
+
+
+def attention_case(op, layer, setting):
+    """ragged_decode or ragged_decode_append over a layer, beside SDPA on static caches, AdaKV's way and other kernels.
+
+    The static caches hold all tokens, the packed rectangle (equal lengths only), or every head padded to the longest
+    with a mask. ragged_decode_append is a whole step; kv_len is not advanced, so each call writes the same slot.
+    """
+    (b, hkv, group, d), dtype, device = layer.sizes, setting.dtype, setting.device
+    append, rows, longest = op == "ragged_decode_append", int(layer.lengths.sum()), int(layer.lengths.max())
+    # compiled or planned once per case, because its copies have the same lengths
+    lengths = layer.lengths + append
+    flex = functools.cache(partial(rivals.flex_over, lengths, group, device))
+    pages = functools.cache(partial(rivals.flashinfer_over, lengths, group, d, dtype, device))
+    row = 2 * d * dtype.itemsize  # of K and V
+    size = row * (rows + 2 * b * hkv * append)  # the new token is read and written
+    reads_more = "sdpa, all tokens" if rows < b * hkv * layer.tokens else None
+    case = Case(layer.name, size, "sdpa, all tokens", layer.shape, layer.layout, layer.family, reads_more)
+    for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 3 * rows))):
+        q, new, dense, arenas, (start, length, cap) = make_copy(layer, setting, append, i)
+        padded = [t[:, :, : longest + append].clone() for t in dense]
+        mask = torch.arange(longest + append, device=device) < length[:, None] + append
+        masked = q, *padded, mask.view(b, hkv, 1, -1)
+
+        def places(tensors, *index, new=new):
+            """[(tensor, index, value that a step writes there)] for K and V."""
+            shape = (b, hkv, d) if tensors[0].ndim == 4 else (b * hkv, d)
+            return [(t, index, x.view(shape)) for t, x in zip(tensors, new, strict=True)] if append else []
+
+        end = slice(None), slice(None), -1
+        behind = torch.arange(b * hkv, device=device), length.long()
+        static = {"sdpa, all tokens": ((q, *dense), places(dense, *end))}
+        if layer.layout == "equal":
+            static["sdpa, rectangle"] = masked[:3], places(padded, *end)
+        static["sdpa, padded + mask"] = masked, places([t.flatten(0, 1) for t in padded], *behind)
+        for provider, (arguments, where) in static.items():
+            write(where)  # padded is also the reference of the other providers
+            call = partial(write_and_attend, where, attention, *arguments)
+            case.add(provider, call, attention_check(arguments, where), rival=True)
+        add_flat(case, layer, setting, q, arenas, new if append else None, attention_check(masked))
+        build = partial(flex_step, flex, where, masked)  # where: the last above, of the padded heads
+        why = rivals.flex_missing(device, setting.flex)
+        case.add_guest("flex attention", why, build, attention_check(masked, where))
+        add_flashinfer(case, setting, pages, masked, lengths, new if append else ())
+        where = start, length, *((cap,) if append else ())
+        check = attention_check(masked, places(arenas, start.long() + length))
+        plan = partial(plan_of, start, cap)
+        case.add_ours(op, setting, (q, *(new if append else ()), *arenas, *where), plan, check)
+    return case
+
+
+def plan_of(start, cap, package):
+    return {"plan": package.decode_plan(start, cap)}
+
+
+def make_copy(layer, setting, room, seed):
+    """Random q (B, Hq, D); K and V of a new token (B, Hkv, D); dense K and V (B, Hkv, tokens + room, D); arenas (N, D)
+    with the first `lengths` tokens of each head (which ones does not matter for speed); (start, length, cap).
+    """
+    b, hkv, group, d = layer.sizes
+    random = randoms(setting, seed)
+    q, new = random(b, hkv * group, d), [random(b, hkv, d) for _ in range(2)]
+    dense = [random(b, hkv, layer.tokens + room, d) for _ in range(2)]
+    keep = (torch.arange(layer.tokens) < layer.lengths[:, None]).to(setting.device)
+    rows = [t.flatten(0, 1)[:, : layer.tokens] for t in dense]
+    *arenas, start, length, pos = kernels.ragged_pack(*rows, keep, slack=SLACK, backend="torch")
+    for arena in arenas:
+        arena[pos < 0] = float("nan")  # shows if a result depends on free slots
+    return q, new, dense, arenas, (start, length, length + SLACK)
+
+
+def write(places):
+    for tensor, index, new in places:
+        tensor[index] = new
+
+
+def write_and_attend(places, attend, *arguments):
+    """A step of a static cache: store the new token, then attend."""
+    write(places)
+    return attend(*arguments)
+
+
+def attention_check(reference, places=()):
+    """A check for `Case.add`: the result against attention over `reference`, and that the call has written `places`."""
+
+    def check(call):
+        for tensor, index, _ in places:  # clear what other providers wrote
+            tensor[index] = float("nan")
+        got = call()
+        if not all(torch.equal(tensor[index], row) for tensor, index, row in places):
+            raise ValueError("the new token is not in the cache")
+        return got, *(exact_attention(*reference, dtype=t) for t in (reference[0].dtype, torch.float64))
+
+    return check
+
+
+def add_flat(case, layer, setting, q, arenas, new, check):
+    """Varlen attention over a flat cache without free slots; with new tokens, a whole step in AdaKV's manner.
+
+    AdaKV allocates new arenas in each step and copies every row into them, with the new rows in between. This version
+    is cheaper than AdaKV's: the views are made beforehand, one fused `cat` copies, and on CUDA its allocations are part
+    of the graph. On a CPU our torch backend attends to the new arenas.
+    """
+    append, why = new is not None, rivals.varlen_missing(setting.dtype, setting.device)
+    provider, lengths = "adakv-style" if append else "varlen, heads as batch", layer.lengths + append
+    if not why:
+        attend = rivals.heads_as_batch(rivals.varlen_attn(), lengths, layer.sizes[2], setting.device)
+    elif append and setting.device.type == "cpu":
+        attend = rivals.over_segments(lengths)
+    else:
+        case.missing[provider] = why
+        return
+    flat = [pieces(arena, layer.lengths, new[i] if append else None) for i, arena in enumerate(arenas)]
+    call = (lambda: attend(q, *map(torch.cat, flat))) if append else partial(attend, q, *map(torch.cat, flat))
+    case.add(provider, call, check, rival=True)
+
+
+def pieces(arena, lengths, new):
+    """Views of each segment's rows, each followed by its row of `new` unless that is None."""
+    segments = arena.split((lengths + SLACK).tolist())
+    rows = [x[:n] for x, n in zip(segments, lengths.tolist(), strict=True)]
+    if new is None:
+        return rows
+    return [x for pair in zip(rows, new.flatten(0, 1).split(1), strict=True) for x in pair]
+
+
+def flex_step(make, where, masked):
+    """A step of FlexAttention on padded heads. make: () -> `rivals.flex_over`."""
+    q, k, v, _ = masked
+    return partial(write_and_attend, where, make(), q, k, v)
+
+
+def add_flashinfer(case, setting, make, masked, lengths, new):
+    """FlashInfer on pages that each hold rows of one head; a step also stores the new token in its page.
+
+    make: () -> `rivals.flashinfer_over` these lengths (S,), which count the new token; new: its K and V (B, Hkv, D), or
+    ().
+    """
+    why, (q, *padded, _) = rivals.flashinfer_missing(setting.dtype, setting.device), masked
+    caches = [] if why else [rivals.paged(t, lengths) for t in padded]
+    slots = rivals.last_slots(lengths.to(q.device))
+    where = [(t, slots, x.flatten(0, 1)) for t, x in zip(caches, new, strict=False)]
+
+    def build():
+        return partial(write_and_attend, where, make(), q, *caches)
+
+    case.add_guest("flashinfer", why, build, attention_check(masked, where))
+
+
+# ---------------------------------------------------------------- the other ops
+
+
+def scores_case(shape, tokens, setting, rows=1):
+    """window_scores of the last rows of a prompt, beside a plain softmax."""
+    _, hkv, group, d = LAYERS[shape]
+    size = hkv * tokens * d * setting.dtype.itemsize
+    case = Case(f"{shape}, {tokens} tokens, {rows} rows", size, "plain softmax", shape)
+    for i in range(copies_for(setting, size, 2 * size)):
+        random = randoms(setting, i)
+        q, k = random(hkv * group, rows, d), random(hkv, tokens, d)
+
+        def plain(q=q, k=k, compute=torch.float32, product=torch.matmul):
+            scores = product(q.to(compute), k.to(compute).repeat_interleave(group, 0).transpose(1, 2)) * d**-0.5
+            column = torch.arange(tokens, device=q.device)
+            return scores.masked_fill(column > column[-rows:, None], float("-inf")).softmax(-1).mean(1)
+
+        def check(call, plain=plain):
+            allowed = plain(compute=setting.dtype, product=on_matrix_units) if setting.matrix_units else plain()
+            return call(), allowed, plain(compute=torch.float64)
+
+        case.add("plain softmax", plain, check)
+        case.add_ours("window_scores", setting, (q, k), lambda package: {"group": "none"}, check)
+    return case
+
+
+def on_matrix_units(q, k):
+    """q (H, W, D) times k (H, D, T) in 16 bits with fp32 sums: PyTorch's own product on CUDA. Its matrix units round
+    these sums less carefully than fp32 arithmetic."""
+    return torch.bmm(q, k, out_dtype=torch.float32)
+
+
+def pack_case(shape, tokens, retention, setting):
+    """ragged_pack of one layer, beside indexing (which leaves no free slots for new tokens)."""
+    _, hkv, _, d = LAYERS[shape]
+    row = 2 * d * setting.dtype.itemsize  # of K and V
+    size = 2 * row * round(retention * hkv * tokens)  # read and written
+    case = Case(f"{shape}, {tokens} tokens, {retention:g} kept", size, "indexing", shape)
+    for i in range(copies_for(setting, size, row * hkv * tokens)):
+        random = randoms(setting, i)
+        k, v = random(hkv, tokens, d), random(hkv, tokens, d)
+        draw = torch.rand(hkv, tokens, generator=torch.Generator().manual_seed(i))
+        keep = (draw < retention).to(setting.device)
+        total = int(keep.sum())
+
+        def index(k=k, v=v, keep=keep, total=total):
+            rows = keep.flatten().nonzero_static(size=total)[:, 0]  # like k[keep], without a synchronisation
+            return torch.cat((k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]))
+
+        def check(call, index=index):
+            return kept_rows(call()), index(), index().double()
+
+        case.add("indexing", index, check)
+        options = {"slack": SLACK, "total": total}
+        case.add_ours("ragged_pack", setting, (k, v, keep), lambda package, options=options: options, check)
+    return case
+
+
+def kept_rows(packed):
+    """The arenas of ragged_pack without free slots; the result of `index` unchanged."""
+    if isinstance(packed, torch.Tensor):
+        return packed
+    k_arena, v_arena, _, _, kv_pos = packed
+    return torch.cat((k_arena[kv_pos >= 0], v_arena[kv_pos >= 0]))
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def step_case(tokens, retention, layout, rounds, setting):
+    """One decode step of the demo model on a prompt of `tokens`: dense cache with all tokens, and ragged caches."""
+    checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
+    model, config = checkpoint.model.language_model, checkpoint.config.text_config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 600, (1, tokens), generator=generator)
+    x = model.model.embed_tokens.weight[ids.to(setting.device)]
+    layers, heads, steps = config.num_hidden_layers, config.num_key_value_heads, 2 * rounds + 8
+
+    def prune(layer, q, k, v):
+        generator = torch.Generator().manual_seed(layer)  # same choice for every cache
+        lengths = lengths_of(layout, 1, heads, tokens, retention, generator)
+        draw = torch.rand(heads, tokens, generator=generator).argsort(-1).argsort(-1)
+        return (draw < lengths[:, None]).to(setting.device), None
+
+    caches = {"dense cache": DenseCache(layers, tokens + steps)}
+    caches["ours, torch"] = ragged = RaggedCache(layers, slack=steps, backend="torch")
+    why = triton_missing(torch.float32, setting.device)
+    if not why:
+        caches[f"ours, {triton_name(setting.device)}"] = RaggedCache(layers, slack=steps, backend="triton")
+    for cache in caches.values():
+        model.prefill(x, cache, prune=prune if retention < 1 and cache is not caches["dense cache"] else None)
+    q = torch.randn(1, config.num_attention_heads, config.head_dim, generator=generator).to(setting.device)
+    weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith(("lm_head", "model.embed_tokens")))
+    name = f"demo model, 1 x {tokens} tokens, {retention:g} kept, {layout}"
+    case = Case(name, weights + ragged.nbytes_held, "dense cache", layout=layout, repeatable=False)
+    case.reads_more = "dense cache"
+    case.missing = {"ours, triton": why} if why else {}
+    for name, cache in caches.items():
+        case.add(name, partial(model.decode, x[:, 0], cache), lambda _, cache=cache: attended(cache, q))
+    return case
+
+
+def prefill_model(shape, setting):
+    """(name, Llama, look-ahead rows): the demo model in fp32, or two layers of the 7B shape with random weights."""
+    if shape == "demo":
+        checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
+        return "demo model", checkpoint.model.language_model, checkpoint.lookahead
+    language = harness.random_language(TextConfig(num_hidden_layers=2), setting.dtype, setting.device)
+    lookahead = Lookahead(language).to(setting.device, setting.dtype).requires_grad_(False)
+    return "2 layers of the 7B shape", language, lookahead
+
+
+def prefill_case(shape, tokens, setting):
+    """Prefill of `tokens` positions, all but 16 of them a picture: without a cache, with all kept, and pruned."""
+    name, model, rows = prefill_model(shape, setting)
+    config, dtype = model.config, model.model.norm.weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, tokens, config.hidden_size, generator=generator).to(setting.device, dtype)
+    q = torch.randn(1, config.num_attention_heads, config.head_dim, generator=generator).to(setting.device, dtype)
+    spans = [(min(4, tokens - 1), max(5, tokens - 12))]
+    plain = model.prefill(x)
+    wider = copy.deepcopy(model).to(torch.float64 if dtype == torch.float32 else torch.float32)
+    exact = wider.prefill(x.to(wider.model.norm.weight.dtype)).double()
+    del wider
+
+    def prefill(method):
+        cache = RaggedCache(config.num_hidden_layers)
+        hidden = harness.prefill(model, x, cache, method, spans, lookahead=rows)
+        return cache, hidden
+
+    def check(call):
+        """Checks the hidden states against a prefill without a cache, and attention over the cache against its rows.
+
+        Both are divided by their largest value, so that one bound fits both.
+        """
+        cache, hidden = call()
+        given, states = attended(cache, q), (hidden, plain, exact)
+        scales = [float(parts[2].abs().max()) for parts in (given, states)]
+        both = zip(given, states, strict=True)  # result, plain, float64 reference
+        return [torch.cat((a.flatten() / scales[0], b.flatten() / scales[1])) for a, b in both]
+
+    case = Case(f"{name}, prefill of {tokens} tokens", 0, "no cache")
+    case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, exact))
+    case.add("kept all", partial(prefill, None), check)
+    for spec in METHODS:
+        case.add(spec, partial(prefill, make_method(spec, 0.5)), check)
+    case.rivals = {"plphp"}  # the same method without look-ahead rows
+    return case
+
+
+def attended(cache, q):
+    """(result, plain PyTorch, float64 reference) of a decode step's attention in all layers, for q (1, Hq, D).
+
+    Random new tokens are appended and the step is undone afterwards. If the cache rotates q, the references do too.
+    """
+    dense, d = isinstance(cache, DenseCache), q.shape[-1]
+    heads = cache.k[0].shape[1] if dense else cache.kv_len.shape[1]
+    k_new, v_new = torch.randn(2, 1, heads, d, dtype=q.dtype).to(q.device)
+    angles = torch.rand(1, 1, d, dtype=q.dtype).to(q.device)
+    rope = angles.cos(), angles.sin()
+    turned = kernels.turned(q, rope) if cache.fused else q
+    got, plain, exact = [], [], []
+    cache.grow()
+    for layer in range(len(cache.k)):
+        got.append(cache.append_attend(layer, q, k_new, v_new, rope))
+        if dense:
+            plain.append(exact_attention(q, *cache.rows(layer), dtype=torch.float32))
+            exact.append(exact_attention(q, *cache.rows(layer)))
+            continue
+        k, v, where = cache.k[layer], cache.v[layer], (cache.kv_start[layer], cache.kv_len[layer])
+        plain.append(kernels.ragged_decode_ref(turned, k, v, *where))
+        exact.append(kernels.ragged_decode_ref(turned.double(), k.double(), v.double(), *where))
+    cache.give_back()
+    return torch.stack(got), torch.stack(plain), torch.stack(exact)

@@ -1,0 +1,133 @@
+"""Attention over segments of different lengths by other libraries: what `bench_kernels.py` compares our kernels with.
+
+Each rival has a function that returns why it cannot run here, or None, and one that returns function (q (B, Hq, D), K
+and V in the rival's own form) -> like q, made once for given lengths (S,) of the S = B * Hkv segments.
+"""
+
+import importlib.util
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+PAGE = 16  # slots per page of FlashInfer's cache, vLLM's default
+
+
+def missing_16_bit_cuda(dtype, device):
+    if device.type != "cuda":
+        return "needs CUDA"
+    return None if dtype.itemsize == 2 else "needs bf16 or fp16"
+
+
+# ---------------------------------------------------------------- varlen attention of PyTorch
+
+
+def varlen_attn():
+    """torch's attention over sequences of different lengths; None before torch 2.10, which introduced it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def varlen_missing(dtype, device):
+    if device.type == "cuda" and varlen_attn() is None:
+        return f"torch {torch.__version__} has no varlen_attn"
+    return missing_16_bit_cuda(dtype, device)
+
+
+def heads_as_batch(attend, lengths, group, device):
+    """Each segment as a separate sequence. k and v: (n, D) without free slots. attend: `varlen_attn`.
+
+    Some versions lack enable_gqa. The G heads of a group are then passed as G query tokens of one head, which is
+    equivalent without a causal mask.
+    """
+    one_token = group == 1 or "enable_gqa" in inspect.signature(attend).parameters
+    tokens, heads = (1, group) if one_token else (group, 1)
+    segments, longest = len(lengths), int(lengths.max())
+    ends_q = torch.arange(0, tokens * segments + 1, tokens, dtype=torch.int32, device=device)
+    ends_k = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+    options = {"enable_gqa": True} if heads > 1 else {}
+
+    def call(q, k, v):
+        rows = q.view(-1, heads, q.shape[-1])
+        return attend(rows, k[:, None], v[:, None], ends_q, ends_k, tokens, longest, **options).view(q.shape)
+
+    return call
+
+
+def over_segments(lengths):
+    """Stands in for `heads_as_batch` on a CPU, which has no varlen attention: our torch backend."""
+    start, length = (lengths.cumsum(0) - lengths).int(), lengths.int()
+    plan = kernels.decode_plan(start, length)
+    return lambda q, k, v: kernels.ragged_decode(q, k, v, start, length, plan=plan, backend="torch")
+
+
+# ---------------------------------------------------------------- FlexAttention
+
+
+def flex_missing(device, wanted):
+    if device.type != "cuda":
+        return "needs CUDA"
+    return None if wanted else "skipped by --no-flex"
+
+
+def flex_over(lengths, group, device):
+    """FlexAttention over heads padded to the longest; it skips blocks after each head's end. k and v: (B, Hkv, n, D).
+
+    Segments are passed as the batch and a group's heads as query rows of one head, so that every group size gets
+    FlexDecoding, the kernel that splits the keys. With heads as heads, their different masks would select the prefill
+    kernel.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # each case compiles anew; dynamo stops after eight recompilations
+    attend, ends, n = torch.compile(flex_attention, dynamic=False), lengths.to(device), int(lengths.max())
+    mask = create_block_mask(lambda s, h, i, j: j < ends[s], len(ends), None, group, n, device=device)
+
+    def call(q, k, v):
+        rows = q.view(len(ends), 1, group, -1)  # (S, 1, G, D)
+        return attend(rows, *(t.flatten(0, 1)[:, None] for t in (k, v)), block_mask=mask).view(q.shape)
+
+    return call
+
+
+# ---------------------------------------------------------------- FlashInfer
+
+
+def flashinfer_missing(dtype, device):
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed"
+    return missing_16_bit_cuda(dtype, device)
+
+
+def flashinfer_over(lengths, group, d, dtype, device):
+    """FlashInfer with segments as requests of one KV head. k and v: `paged`.
+
+    In a real step its plan would be rebuilt for every layer, with a synchronisation. Here it is built once, untimed.
+    """
+    import flashinfer
+
+    ends = F.pad((-(-lengths // PAGE)).cumsum(0), (1, 0))
+    tables = ends, torch.arange(int(ends[-1])), (lengths - 1) % PAGE + 1  # page offsets, pages, rows in last pages
+    workspace = torch.zeros(2**27, dtype=torch.uint8, device=device)
+    # tensor cores: usual from 4 query heads per KV head on; the other kernel lacks groups such as 7
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=group >= 4)
+    tables = [t.int().to(device) for t in tables]
+    wrapper.plan(*tables, group, 1, d, PAGE, q_data_type=dtype, kv_data_type=dtype)
+    return lambda q, k, v: wrapper.run(q.view(-1, group, d), (k, v)).view(q.shape)
+
+
+def paged(padded, lengths):
+    """Copy the first `lengths` rows of each segment, in order, into pages: (B, Hkv, n, D) -> (pages, PAGE, 1, D)."""
+    rows = F.pad(padded.flatten(0, 1), (0, 0, 0, -padded.shape[2] % PAGE)).unflatten(1, (-1, PAGE))
+    taken = torch.arange(rows.shape[1]) < -(-lengths // PAGE)[:, None]  # (S, pages)
+    return rows[taken.to(rows.device)][:, :, None]
+
+
+def last_slots(lengths):
+    """Position of each segment's last row in `paged`: (page (S,), slot (S,), head)."""
+    return (-(-lengths // PAGE)).cumsum(0) - 1, (lengths - 1) % PAGE, 0

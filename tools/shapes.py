@@ -1,0 +1,64 @@
+"""Shapes of known LLaVA checkpoints: the fields of config.json that differ from their defaults, as in published files.
+
+The defaults are those of `model.config.TextConfig`, a 7B model.
+"""
+
+from types import SimpleNamespace
+
+_VICUNA = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+_VICUNA_13B = {
+    **_VICUNA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}  # fmt: skip
+_MISTRAL = {
+    "model_type": "mistral", "intermediate_size": 14336, "max_position_embeddings": 32768, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32064,
+}  # fmt: skip
+_CLIP_L_336 = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+_DEMO = {
+    "model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5, "vocab_size": 640,
+}  # fmt: skip
+_DEMO_VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5,
+    "num_attention_heads": 6, "image_size": 224, "patch_size": 14, "projection_dim": 192,
+}  # fmt: skip
+_TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "vocab_size": 512,
+}  # fmt: skip
+_TINY_VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 32,
+}  # fmt: skip
+_TINY_LONG = {**_TINY, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+
+SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the next one)
+    "llava-1.5-7b": (_VICUNA, _CLIP_L_336, 32000),
+    "llava-1.5-13b": (_VICUNA_13B, _CLIP_L_336, 32000),
+    "next-vicuna-7b": (_VICUNA, _CLIP_L_336, 32000),
+    "next-vicuna-13b": (_VICUNA_13B, _CLIP_L_336, 32000),
+    "next-mistral-7b": (_MISTRAL, _CLIP_L_336, 32000),
+    "demo": (_DEMO, _DEMO_VISION, 638),
+    "tiny": (_TINY, _TINY_VISION, 510),
+    "tiny-next": (_TINY_LONG, {**_TINY_VISION, "image_size": 56}, 510),
+}
+
+# B, Hkv, G, D of layers on which the kernels are timed
+LAYERS = {
+    "demo": (1, 4, 2, 32), "7b": (1, 32, 1, 128), "gqa8": (1, 8, 4, 128), "gqa8 x 8": (8, 8, 4, 128),
+    "qwen": (1, 4, 7, 128), "g8": (1, 8, 8, 128),
+}  # fmt: skip
+
+
+def text_config(name):
+    """The dimensions of a shape's decoder, defaults filled in, as attributes with the names of config.json."""
+    seven = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = SimpleNamespace(**seven | SHAPES[name][0])
+    config.num_key_value_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    config.head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    return config
