@@ -6,27 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 
 from kernels.backend import BACKENDS, choose_backend
 
 from .api import Method, PruneLike, choose_method
 from .cache import RaggedCache
 from .config import InputError, brief, plain_text
-from .image import (
-    Pictures,
-    as_list,
-    contrast_of,
-    crop_note,
-    kept_of_tiles,
-    normalise,
-    places_of,
-    read_image,
-    tile_tokens,
-    to_square,
-    to_tiles,
-    with_mode,
-)
+from .image import Pictures, as_list, crop_note, normalise, prepare, read_image, with_mode
 from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
 from .sampling import Chooser, Sampling, Writer
@@ -89,76 +75,52 @@ class Generation:
         `before` is reused: only the new tokens are processed, and all of them are kept. If it has no cache, the whole
         conversation is prefilled and pruned; set `before.cache = None` to force that.
         """
-        images = as_list(images)
-        for what, given, kinds, wanted in (
-            ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
-            ("prompt", prompt, str, "the question as text"),
-            ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
-            ("system", system, str | None, "a string or None"),
-            ("before", before, Generation | None, "the Generation that this question follows"),
-        ):
-            if not isinstance(given, kinds):
-                raise InputError(f"{what} is {brief(given)}; give {wanted}")
+        _check_types(checkpoint=checkpoint, prompt=prompt, sampling=sampling, system=system, before=before)
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.prune = choose_method(prune, checkpoint.folder)
         self.backend, self.compile, self.timed, self.remember = backend, compile, timed, remember
         self.template = checkpoint.template if template == "auto" else template
-        for what, given, known in (
-            ("template", self.template, TEMPLATES),
-            ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),
-            ("order of tiles", anyres_order, ("auto", "hf", "orig")),
-            ("backend", backend, BACKENDS),
-        ):
-            if given not in known:
-                raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
+        _check_names(template=self.template, image_mode=image_mode, anyres_order=anyres_order, backend=backend)
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
-        self.before, earlier, images_before, looks_before = before, [], [], []
+        self.before, self.notes = before, []
         if before is not None:
             if before.checkpoint is not checkpoint:
                 raise InputError("all turns of a conversation use one checkpoint; start another for this one")
             self.template, self.image_settings = before.template, before.image_settings
-            earlier, images_before, looks_before = before.ids + before.token_ids, before.images, before.looks
-        config = checkpoint.config
-        prompt, system = plain_text(prompt), system and plain_text(system)
-        self.prompt = prompt = prompt if self.template == "raw" else prompt.rstrip("\n")
-        text = build_prompt(prompt, len(images), self.template, system, before is not None)
-        if not (prompt if self.template == "raw" else prompt.replace(IMAGE, "")).strip():
-            raise InputError("the question is empty; give a question")
-        try:
-            text.encode()
-        except UnicodeEncodeError as broken:  # half of a surrogate pair
-            raise InputError(f"the prompt is not valid Unicode ({broken}); correct it") from broken
-        self.ids = earlier + checkpoint.tokenizer.encode(text, follows=before is not None)
-        pictures = [read_image(i) for i in images]
-        notes = [note for p in pictures for note in (p.note, crop_note(p, self.image_settings))]
-        self.notes = [note for note in notes if note]
-        looks = [self._look(p.image) for p in pictures]
-        self.looks = looks_before + looks
-        self.images = images_before + [
-            {"path": p.path, "size": list(p.image.size), "tiles": len(squares), "tokens": self._count(p.image, grid)}
-            for p, (squares, grid) in zip(pictures, looks, strict=True)
-        ]
-        self.vision_tokens = sum(image["tokens"] for image in self.images)
+        pictures = as_list(images)
+        self.prompt, self.ids = self._encode(prompt, system, len(pictures))
+        self.pictures = (before.pictures if before else []) + [self._prepare(picture) for picture in pictures]
+        self.images = [picture.about for picture in self.pictures]
+        self.vision_tokens = sum(picture.tokens for picture in self.pictures)
         self.prompt_tokens = len(self.ids) - len(self.images) + self.vision_tokens
-        self.room = config.text_config.context - self.prompt_tokens  # for new tokens
+        self.room = checkpoint.config.text_config.context - self.prompt_tokens  # for new tokens
         if self.room < 1:
             raise InputError(self._too_long())
         if self.prune:
             self.check_method(self.prune)
         self._begin()
 
-    def _look(self, picture):
-        """A PIL image -> (squares, grid): the S x S input pictures of the model; (rows, columns) of tiles, or None."""
-        if self.image_settings.mode == "anyres":
-            return to_tiles(picture, self.image_settings)
-        return [to_square(picture, self.image_settings)], None
+    def _encode(self, prompt, system, pictures):
+        """The question as the template wants it, and the ids of the whole conversation up to the answer."""
+        prompt, system = plain_text(prompt), system and plain_text(system)
+        raw, follows = self.template == "raw", self.before is not None
+        prompt = prompt if raw else prompt.rstrip("\n")
+        text = build_prompt(prompt, pictures, self.template, system, follows)
+        if not (prompt if raw else prompt.replace(IMAGE, "")).strip():
+            raise InputError("the question is empty; give a question")
+        try:
+            text.encode()
+        except UnicodeEncodeError as broken:  # half of a surrogate pair
+            raise InputError(f"the prompt is not valid Unicode ({broken}); correct it") from broken
+        earlier = self.before.ids + self.before.token_ids if follows else []
+        return prompt, earlier + self.checkpoint.tokenizer.encode(text, follows=follows)
 
-    def _count(self, picture, grid):
-        """Number of tokens for the picture."""
-        tower = self.checkpoint.config.vision_config
-        if grid is None:
-            return self.checkpoint.config.image_tokens
-        return tile_tokens(grid, tower.image_size // tower.patch_size, picture.size, self.image_settings.order)
+    def _prepare(self, source):
+        """Read a picture -> `Prepared`. Notes say what was changed about it."""
+        config, picture = self.checkpoint.config, read_image(source)
+        self.notes += [note for note in (picture.note, crop_note(picture, self.image_settings)) if note]
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return prepare(picture, self.image_settings, side, config.image_tokens)
 
     def _too_long(self):
         """The error message for a prompt that exceeds the context."""
@@ -200,50 +162,32 @@ class Generation:
 
     @property
     def pixels(self) -> list[torch.Tensor]:
-        """Pixel values of the pictures, (3, S, S) fp32 each; recomputed per call, so that no tensor is kept alive."""
-        return [normalise(square, self.image_settings) for square in self.squares]
-
-    @property
-    def squares(self) -> list[Image.Image]:
-        """The vision tower's input: one PIL image per picture, followed by the picture's tiles if it has any."""
-        return [square for squares, _ in self.looks for square in squares]
+        """Pixel values of the pictures and their tiles, (3, S, S) fp32 each; computed per call."""
+        return [square for picture in self.pictures for square in picture.pixels]
 
     @property
     def places(self) -> list[torch.Tensor]:
         """Each token's row and column in its picture, (n, 2) int64 on the CPU per picture: `places_of`."""
-        return [places_of(*of_picture[1:]) for of_picture in self._views()]
+        return [picture.places for picture in self.pictures]
 
     @property
     def contrast(self) -> list[torch.Tensor]:
         """How far each token's pixels are from its picture's usual colour: (n,) fp32 on the CPU each, `contrast_of`."""
-        return [
-            contrast_of(torch.stack([normalise(s, self.image_settings) for s in squares]), side, tokens, cut, grid)
-            for (squares, side, tokens, cut), (_, grid) in zip(self._views(), self.looks, strict=True)
-        ]
-
-    def _views(self):
-        """Per picture: squares, tokens per side of a square, number of tokens, `kept_of_tiles` (None without tiles)."""
-        tower = self.checkpoint.config.vision_config
-        side = tower.image_size // tower.patch_size
-        for (squares, grid), image in zip(self.looks, self.images, strict=True):
-            cut = grid and kept_of_tiles(grid, side, image["size"], self.image_settings.order)
-            yield squares, side, image["tokens"], cut
+        return [picture.contrast for picture in self.pictures]
 
     def encode_images(self, first: int = 0) -> list[torch.Tensor]:
         """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
         model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
-        looks, images = self.looks[first:], self.images[first:]
-        squares, parts = [square for squares, _ in looks for square in squares], []
+        pictures = self.pictures[first:]
+        squares, parts = [square for picture in pictures for square in picture.squares], []
         for i in range(0, len(squares), 8):  # limits the memory for many pictures
             pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
             parts.append(model.encode_images(pixels.to(device, dtype)))
-        if not parts:
-            return []
-        tokens = torch.cat(parts).split([len(squares) for squares, _ in looks])
+        tokens = torch.cat(parts).split([len(picture.squares) for picture in pictures]) if parts else []
         order = self.image_settings.order
         return [
-            part[0] if grid is None else model.join_tiles(part, grid, tuple(image["size"]), order)
-            for part, (_, grid), image in zip(tokens, looks, images, strict=True)
+            part[0] if picture.grid is None else model.join_tiles(part, picture.grid, picture.size, order)
+            for part, picture in zip(tokens, pictures, strict=True)
         ]
 
     @property
@@ -436,32 +380,26 @@ def ask(checkpoint: Checkpoint, prompt: str, images: Pictures = (), prune: Prune
     return "".join(generation)
 
 
-@torch.inference_mode()
-def next_turn(checkpoint, cache, ids, pixels=()):
-    """Append a new turn to a cache without recomputing the past -> logits (V,) of the next token, in the model's dtype.
+def _check_types(checkpoint, prompt, sampling, system, before):
+    """InputError for an argument of Generation that has another type."""
+    for what, given, kinds, wanted in (
+        ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
+        ("prompt", prompt, str, "the question as text"),
+        ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
+        ("system", system, str | None, "a string or None"),
+        ("before", before, Generation | None, "the Generation that this question follows"),
+    ):
+        if not isinstance(given, kinds):
+            raise InputError(f"{what} is {brief(given)}; give {wanted}")
 
-    ids: token ids that are not in the cache yet, with one image placeholder per picture: `unfed` of the previous
-    answer, the template's text between the turns, and the question. pixels: `preprocess` of each picture, (3, S, S)
-    fp32. The cache must hold one sequence and keeps all new tokens. Continue with `Llama.decode`, in inference_mode as
-    here. InputError for arguments that do not fit the checkpoint or exceed its context.
-    """
-    model, tokens = checkpoint.model, ()
-    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
-    known = range(len(model.language_model.model.embed_tokens.weight)), (checkpoint.config.image_token_index,)
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and any(i in k for k in known) for i in ids):
-        raise InputError("the turn is not a list of the checkpoint's token ids; encode its text")
-    if not ids:
-        raise InputError("the turn has no tokens; give the ids of a question")
-    if not isinstance(cache, RaggedCache) or cache.pos is None or len(cache.pos) != 1:
-        raise InputError("the cache holds no prompt or several; give the `cache` of one Generation that was iterated")
-    pixels = list(pixels) if isinstance(pixels, tuple | torch.Tensor) else as_list(pixels)
-    if pixels:
-        size = checkpoint.config.vision_config.image_size
-        if not all(isinstance(p, torch.Tensor) and p.shape == (3, size, size) for p in pixels):
-            raise InputError(f"the pictures of a turn must be tensors (3, {size}, {size}); make them with `preprocess`")
-        tokens = model.encode_images(torch.stack(pixels).to(checkpoint.device, checkpoint.dtype))
-    x, _ = model.splice(ids, tokens)
-    room = checkpoint.config.text_config.context - int(cache.pos[0])
-    if len(x) > room:
-        raise InputError(f"the turn needs {len(x)} tokens, the context has room for {room}; start a new conversation")
-    return model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
+
+def _check_names(template, image_mode, anyres_order, backend):
+    """InputError for a name that does not exist."""
+    for what, given, known in (
+        ("template", template, TEMPLATES),
+        ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),
+        ("order of tiles", anyres_order, ("auto", "hf", "orig")),
+        ("backend", backend, BACKENDS),
+    ):
+        if given not in known:
+            raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")

@@ -683,7 +683,52 @@ def with_mode(settings, mode, order="auto"):
     return replace(settings, mode=mode, order=settings.order if order == "auto" else order)
 
 
-# ---------------------------------------------------------------- the tokens of a picture
+# ---------------------------------------------------------------- what the model gets of a picture
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture as the model gets it: squares of S x S pixels, and where each of its tokens is."""
+
+    path: str
+    size: tuple  # (width, height) of the picture
+    squares: list  # PIL images: the picture, then its tiles if it has any
+    grid: tuple | None  # (rows, columns) of tiles
+    side: int  # tokens per side of a square
+    tokens: int
+    settings: ImageSettings
+
+    @property
+    def about(self):
+        """Path, size, number of squares and number of tokens, as in the output of `run.py --json`."""
+        return {"path": self.path, "size": list(self.size), "tiles": len(self.squares), "tokens": self.tokens}
+
+    @property
+    def cut(self):
+        """`kept_of_tiles`, or None without tiles."""
+        return self.grid and kept_of_tiles(self.grid, self.side, self.size, self.settings.order)
+
+    @property
+    def pixels(self):
+        """Pixel values (1 + tiles, 3, S, S) fp32; computed per call, so that no tensor is kept alive."""
+        return torch.stack([normalise(square, self.settings) for square in self.squares])
+
+    @property
+    def places(self):
+        return places_of(self.side, self.tokens, self.cut)
+
+    @property
+    def contrast(self):
+        return contrast_of(self.pixels, self.side, self.tokens, self.cut, self.grid)
+
+
+def prepare(picture, settings, side, tokens):
+    """A `Picture` -> Prepared. side: tokens per side of a square; tokens: number for a picture without tiles."""
+    size, squares, grid = picture.image.size, None, None
+    if settings.mode == "anyres":
+        squares, grid = to_tiles(picture.image, settings)
+        tokens = tile_tokens(grid, side, size, settings.order)
+    return Prepared(picture.path, size, squares or [to_square(picture.image, settings)], grid, side, tokens, settings)
 
 
 def places_of(side, tokens, cut=None):

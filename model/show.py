@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .config import InputError
-from .image import kept_of_tiles, local_path
+from .image import local_path
 
 FORMATS = (".png", ".html")
 CLASSES = {"attentive": "#0072b2", "balanced": "#777777", "indifferent": "#d55e00"}  # Okabe and Ito
@@ -153,17 +153,17 @@ def _views(generation):
     """Yield one View per picture, two for a picture in tiles."""
     tower, first = generation.checkpoint.config.vision_config, 0
     patch, side = tower.patch_size, tower.image_size // tower.patch_size
-    for number, ((squares, grid), picture) in enumerate(zip(generation.looks, generation.images, strict=True), 1):
-        name = f"picture {number}" if len(generation.images) > 1 else ""
-        last = first + picture["tokens"]
-        seen = [square.crop((0, 0, side * patch, side * patch)) for square in squares]
+    for number, picture in enumerate(generation.pictures, 1):
+        name, grid = f"picture {number}" if len(generation.pictures) > 1 else "", picture.grid
+        last = first + picture.tokens
+        seen = [square.crop((0, 0, side * patch, side * patch)) for square in picture.squares]
         if grid is None:  # a CLS token, if the model keeps it, is the first
             yield View(name, seen[0], torch.arange(last - side**2, last).view(side, side))
         else:
             name = name and name + ", "
             split = first + side**2
             yield View(name + "whole", seen[0], torch.arange(first, split).view(side, side))
-            rows, columns = kept_of_tiles(grid, side, picture["size"], generation.image_settings.order)
+            rows, columns = picture.cut
             joined = Image.new("RGB", (grid[1] * side * patch, grid[0] * side * patch))
             for i, tile in enumerate(seen[1:]):
                 joined.paste(tile, (i % grid[1] * side * patch, i // grid[1] * side * patch))

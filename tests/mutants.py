@@ -2088,8 +2088,8 @@ MUTANTS = {
     ),
     "chat: the answer is not in the conversation": (
         "model/generate.py",
-        "earlier, images_before, looks_before = before.ids + before.token_ids,",
-        "earlier, images_before, looks_before = before.ids,",
+        "earlier = self.before.ids + self.before.token_ids if follows",
+        "earlier = self.before.ids if follows",
         "test_chat.py::test_turns_give_the_ids_of_one_prompt_of_the_same_ids",
     ),
     "chat: the last token is not fed": (

@@ -11,9 +11,8 @@ import weakref
 import pytest
 import torch
 
-from model import Generation, InputError, Sampling, llama, load
+from model import Generation, Sampling, llama, load
 from model.cache import RaggedCache
-from model.generate import next_turn
 from model.llama import rope_table
 from model.pruning import make_method
 from tests.oracle import ULP, assert_as_exact, reordered, small_llama
@@ -198,40 +197,24 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, 
     more = [] if backend == "triton" else first.pixels
     second = [*first.unfed, *demo.tokenizer.encode("</s>USER: ")[1:], *[demo.config.image_token_index] * len(more)]
     second += demo.tokenizer.encode("How many objects are there? ASSISTANT:")[1:]
-    logits = next_turn(demo, first.cache, second, more)
-    ids = [*first.ids, *first.token_ids[: len(first.token_ids) - unfed], *second]
-    tokens = demo.model.encode_images(torch.stack([*first.pixels, *more]).to(demo.device))
+    language, pictures = demo.model.language_model, demo.model.encode_images(torch.stack([*first.pixels, *more]))
     with torch.inference_mode():
-        x, _ = demo.model.splice(ids, tokens)
-        whole = demo.model.language_model.logits(demo.model.language_model.prefill(x[None])[0, -1])
+        x, _ = demo.model.splice(second, pictures[len(first.pixels) :])
+        logits = language.logits(language.extend(x[None], first.cache)[0, -1])
+    ids = [*first.ids, *first.token_ids[: len(first.token_ids) - unfed], *second]
+    with torch.inference_mode():
+        x, _ = demo.model.splice(ids, pictures)
+        whole = language.logits(language.prefill(x[None])[0, -1])
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
     assert first.cache.pos.item() == len(x) and first.cache.kv_len.unique().tolist() == [len(x)]
-    with pytest.raises(InputError, match="no tokens"):
-        next_turn(demo, first.cache, [])
 
 
-def test_a_turn_of_something_else_is_refused_and_leaves_the_cache(demo):
+def test_a_prefill_that_was_broken_off_has_nothing_unfed(demo):
     first = Generation(demo, "What?", [DEMO_PICTURE], Sampling(max_new_tokens=2))
     "".join(first)
-    image, before = demo.config.image_token_index, first.cache.pos.item()
-    for ids in ("What?", None, [10**9], [-1], [1.5]):
-        with pytest.raises(InputError, match="token ids; "):
-            next_turn(demo, first.cache, ids)
-    for pixels in ([DEMO_PICTURE], DEMO_PICTURE, str(DEMO_PICTURE), first.pixels[0], [first.pixels[0][:, :5]]):
-        with pytest.raises(InputError, match="`preprocess`"):
-            next_turn(demo, first.cache, [5, image], pixels)
-    broken_off = RaggedCache(LAYERS)  # a prefill interrupted before its last layer
-    broken_off.pack(0, *torch.randn(2, 1, 4, 9, 32))
-    first_cache, first.cache = first.cache, broken_off
+    first.cache = RaggedCache(LAYERS)
+    first.cache.pack(0, *torch.randn(2, 1, 4, 9, 32))
     assert first.unfed == []  # reading it is no error
-    first.cache = first_cache
-    for cache in (None, first, RaggedCache(LAYERS), broken_off):
-        with pytest.raises(InputError, match="cache"):
-            next_turn(demo, cache, [5])
-    assert first.cache.pos.item() == before
-    assert torch.equal(
-        next_turn(demo, copy.deepcopy(first.cache), torch.tensor([5]), None), next_turn(demo, first.cache, [5])
-    )
 
 
 @pytest.mark.parametrize("slack", [2, 40])

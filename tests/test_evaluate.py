@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from model import Generation, Sampling, load
-from model.generate import next_turn
 from model.pruning import make_method
 from model.report import step_bytes
 from tests.given import given_view
@@ -77,7 +76,8 @@ def test_a_second_question_meets_what_the_first_one_left(demo):
         first = Generation(demo, questions[3].question, pictures, Sampling(max_new_tokens=1), prune=method)
         "".join(first)  # its cache holds only the prompt
         _, fed, _ = conversation(demo, questions[3], questions[4], len(drawn))
-        ids = [next_turn(demo, first.cache, fed[: len(fed) - len(answer) + 1]).argmax().item()]
+        x = language.model.embed_tokens(torch.tensor(fed[: len(fed) - len(answer) + 1]))
+        ids = [language.logits(language.extend(x[None], first.cache)[0, -1]).argmax().item()]
         while ids[-1] not in demo.stop_ids and len(ids) < len(answer):
             x = language.model.embed_tokens(torch.tensor(ids[-1:]))
             ids.append(language.logits(language.decode(x, first.cache))[0].argmax().item())

@@ -13,6 +13,7 @@ from PIL import Image
 import run
 from model import Checkpoint, Generation, InputError, Sampling, load
 from model import show as module
+from model.image import ImageSettings, Prepared
 from model.show import CELL, GAP, MARGIN, Shown, View, draw, layer_class, page, panel, save
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tests.seeds import torch_random
@@ -124,7 +125,7 @@ def test_the_drawn_tokens_are_those_that_the_method_keeps(tmp_path):
     for layer in (1, 3, 5):
         for column, (head, number) in enumerate([(0, 0), (0, 1), (3, 0), (3, 1)]):
             kept = expected[layer, head, 256 * number : 256 * number + 256].view(16, 16)
-            view = View("", generation.squares[number], None)
+            view = View("", generation.pictures[number].squares[0], None)
             (row,) = find(sheet, column, panel(view, kept))
             rows.append(row)
     assert rows == sorted(rows) and len(set(rows)) == 3
@@ -222,15 +223,12 @@ def test_a_picture_in_four_parts_is_joined_in_its_order():
     for i, colour in enumerate(colours):
         picture.paste(colour, (i % 2 * 56, i // 2 * 56, i % 2 * 56 + 56, i // 2 * 56 + 56))
 
-    class Settings:
-        order, mode = "hf", "anyres"
-
     class Tower:
         patch_size, image_size = 14, 56
 
     class Fake:  # what the drawing looks at
-        looks = [([picture.resize((56, 56)), *(Image.new("RGB", (56, 56), c) for c in colours)], (2, 2))]
-        images, image_settings = [{"tokens": 16 + 8 * 9, "size": [112, 112]}], Settings
+        squares = [picture.resize((56, 56)), *(Image.new("RGB", (56, 56), c) for c in colours)]
+        pictures = [Prepared("", (112, 112), squares, (2, 2), 4, 16 + 8 * 9, ImageSettings(56, "anyres"))]
         checkpoint = type("C", (), {"config": type("C", (), {"vision_config": Tower})})
 
     _, tiles = module._views(Fake)
