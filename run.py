@@ -285,7 +285,7 @@ def versions():
 def methods(args):
     """The text of --list-methods. InputError for an unknown method."""
     from model import InputError
-    from model.load import find_folder
+    from model.checkpoint import find_folder
     from model.pruning.describe import describe, listing
 
     try:
@@ -702,7 +702,7 @@ def choose_method(args, folder):
 def choose_device(name):
     """The torch.device of --device; InputError if it is not available."""
     from model import InputError
-    from model.load import choose_device
+    from model.checkpoint import choose_device
 
     try:
         return choose_device(name)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from .api import change_budget, change_method, named_with_budget, note_on_settings
+from .checkpoint import Checkpoint
 from .config import InputError
 from .generate import Generation
 from .image import read_image
-from .load import Checkpoint
 from .tokenizer import IMAGE
 
 HELP = """\

@@ -13,6 +13,7 @@ from kernels.backend import BACKENDS, choose_backend
 
 from .api import Method, PruneLike, choose_method
 from .cache import RaggedCache
+from .checkpoint import Checkpoint
 from .config import InputError, brief, plain_text
 from .image import (
     Pictures,
@@ -26,7 +27,6 @@ from .image import (
     to_tiles,
     with_mode,
 )
-from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
 from .sampling import Chooser, Sampling, Writer
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt

@@ -65,7 +65,23 @@ def test_flags_are_written_out():
 
 
 def test_the_model_never_needs_the_tools_or_transformers():
-    code = "import sys, model; assert not {'transformers', 'tools', 'triton', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys; from model import *\n"
+        "assert 'torch' in sys.modules and not {'transformers', 'tools', 'triton', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_names_of_the_package_are_imported_when_they_are_used():
+    code = (
+        "import pickle, pydoc, sys, model; from model.config import InputError as known\n"
+        "assert 'torch' not in sys.modules and set(model.__all__) < set(dir(model)) and not hasattr(model, 'nothing')\n"
+        "from model import *; from model import chat\n"
+        "assert InputError is known and chat.Generation is Generation is model.Generation and model.load is load\n"
+        "assert pickle.loads(pickle.dumps(Sampling(3))) == Sampling(3)\n"
+        "assert all(name in pydoc.render_doc(model, renderer=pydoc.plaintext) for name in model.__all__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -887,7 +887,7 @@ def test_bad_checkpoints(refused, tmp_path, fault):
 
 
 def test_what_can_be_refused_is_refused_before_weights_are_read(refused, monkeypatch):
-    from model.load import Checkpoint
+    from model.checkpoint import Checkpoint
 
     def too_late(*_):
         raise AssertionError("weights were read")

@@ -71,7 +71,7 @@ def run_ours(args):
 def run_transformers(args):
     """generate() with its defaults; it suppresses the ids that this project never generates."""
     from model import Generation, open_checkpoint
-    from model.load import DTYPES
+    from model.checkpoint import DTYPES
     from tools.hf import import_transformers
 
     start = time.perf_counter()

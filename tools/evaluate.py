@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.checkpoint import find_folder  # noqa: E402
 from model.generate import off_budget  # noqa: E402
 from model.image import normalise, read_image, to_square  # noqa: E402
-from model.load import find_folder  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import (  # noqa: E402
     ALIASES,

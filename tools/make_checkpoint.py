@@ -77,8 +77,8 @@ def main(argv=None):
 
 def make(folder, shape, dtype="fp16", seed=0, shard_gb=5.0, tokenizer=None):
     """Write the whole folder. Raises InputError before writing anything if it cannot."""
+    from model.checkpoint import DTYPES, empty_model
     from model.config import parse_config
-    from model.load import DTYPES, empty_model
 
     added = added_tokens(shape, tokenizer)
     raw = config_json(shape, dtype, added)
