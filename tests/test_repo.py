@@ -16,9 +16,10 @@ import torch
 
 import run
 from model import Generation, load
+from model.flags import parser
 from model.pruning import COMMON, METHODS
 from model.pruning.describe import listing
-from tests.paths import PAGES, ROOT
+from tests.paths import DEMO, PAGES, ROOT
 from tools import evaluate, tables
 
 README = ROOT / "README.md"
@@ -145,7 +146,7 @@ def test_commands_of_the_pages_parse(command, monkeypatch, capsys):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
     elif words[:2] == ["python", "run.py"]:
         try:
-            run.parser().parse_args(words[2:])
+            parser().parse_args(words[2:])
         except SystemExit as left:  # -h and the like leave with 0
             assert not left.code, capsys.readouterr().err
     elif words[:3] == ["python", "-m", "pytest"]:
@@ -242,7 +243,7 @@ def test_methods_of_the_pages_drop_vision_tokens(block):
     named = {"__name__": __name__}
     exec(compile(block, "page", "exec"), named)
     method = named[re.findall(r"^(?:class|def) (\w+)", block, flags=re.M)[0]]
-    generation = Generation(load(run.DEMO), "How many objects are there?", [ROOT / "assets" / "demo.png"], prune=method)
+    generation = Generation(load(DEMO), "How many objects are there?", [ROOT / "assets" / "demo.png"], prune=method)
     "".join(generation)
     assert 0.05 < generation.retention < 0.8
 

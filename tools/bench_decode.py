@@ -51,11 +51,12 @@ sys.path.insert(0, str(ROOT))
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
+from model.console import as_command, one_line  # noqa: E402
 from model.fast import FastStep, arrange  # noqa: E402
+from model.flags import Parser, choose_device, number  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.report import percentile  # noqa: E402
 from model.view import Layout, Pruner  # noqa: E402
-from run import Parser, as_command, check_backend, choose_device, number, one_line  # noqa: E402
 from tools import roofline  # noqa: E402
 from tools.bench_kernels import DTYPES, cpu_name, memory_bandwidth, random_language, version  # noqa: E402
 from tools.compare_hf import AnonymousMemory, hf_inputs  # noqa: E402
@@ -737,8 +738,7 @@ def show(rows):
 
 def bench(args):
     """Run all workloads -> exit code."""
-    device, (text, picture, asked) = choose_device(args.device), chosen_model(args)
-    check_backend(args.backend, device)
+    device, (text, picture, asked) = choose_device(args.device, args.backend), chosen_model(args)
     cuda, wide = device.type == "cuda", 4 * roofline.shape_of(text, 0, 0).weight_numbers
     dtype = args.dtype or ("fp32" if not cuda and fits(wide, "SC_PHYS_PAGES") else "bf16")
     engines = args.engines or (ENGINES if cuda else ("ours", "hf-eager", "hf-sdpa"))

@@ -59,14 +59,15 @@ from kernels.backend import choose_backend, interpreted  # noqa: E402
 from model import InputError, load  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.config import TextConfig  # noqa: E402
+from model.console import as_command  # noqa: E402
 from model.fast import arrange  # noqa: E402
+from model.flags import Parser, choose_device, number  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.lookahead import Lookahead  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import PlphpAda  # noqa: E402
 from model.report import measure_bandwidth  # noqa: E402
 from model.view import Layout, Pruner  # noqa: E402
-from run import Parser, as_command, choose_device, number  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command  # noqa: E402
+from model.console import as_command  # noqa: E402
 
 
 def parser():

@@ -46,7 +46,7 @@ from unittest.mock import DEFAULT, patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command  # noqa: E402
+from model.console import as_command  # noqa: E402
 
 ARCHS = {  # Triton backend, its name for the architecture, threads per warp
     "sm_80": ("cuda", 80, 32),

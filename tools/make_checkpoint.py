@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command  # noqa: E402
+from model.console import as_command  # noqa: E402
+from model.flags import Parser  # noqa: E402
 from tools.verify_checkpoint import exit_code, gigabytes  # noqa: E402
 
 # Only fields that differ from the class defaults, as in the published files; the defaults are the 7B text model.

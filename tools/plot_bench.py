@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command  # noqa: E402
+from model.console import as_command  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind people can distinguish; markers and dashes differ too
 STYLES = {

@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command, number  # noqa: E402
+from model.console import as_command  # noqa: E402
+from model.flags import Parser, number  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -267,8 +268,8 @@ def measured(name):
     """The Machine of a torch device. Bandwidth: the faster of a copy and a read-only sum; flops are not measured."""
     import torch
 
+    from model.flags import choose_device
     from model.report import measure_bandwidth
-    from run import choose_device
 
     device = choose_device(name)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command  # noqa: E402
+from model.console import as_command  # noqa: E402
+from model.flags import Parser  # noqa: E402
 
 
 def main(argv=None):

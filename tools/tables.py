@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model.console import as_command  # noqa: E402
 from model.pruning import GUARDS, METHODS, describe, settings_of  # noqa: E402
-from run import as_command  # noqa: E402
 from tools import evaluate, roofline  # noqa: E402
 
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in ("model/pruning", "kernels", "benchmarks", "assets")))
