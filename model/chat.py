@@ -150,7 +150,10 @@ class Chat:
             return True
         if name not in commands:
             raise InputError(f"there is no command /{name[:40]}; /help lists them")
-        commands[name](rest.strip())
+        if name in ("prune", "retention") and not rest.strip():
+            self.say_pruning("in use: ")
+        else:
+            commands[name](rest.strip())
         return False
 
     def add_pictures(self, text):
@@ -173,23 +176,14 @@ class Chat:
             note(f"{', '.join(twice)} was added more than once; /image - takes the last picture back")
 
     def set_prune(self, spec):
-        """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line.
-
-        Without a SPEC it prints the method in use.
-        """
-        if not spec:
-            self.say_pruning("in use: ")
-            return
+        """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line."""
         method, without_effect = change_method(spec, self.checkpoint.folder, self.budget)
         self.use(method)
         if without_effect:
             note(without_effect)
 
     def set_retention(self, text):
-        """/retention: change the fraction that the method in use keeps, and those of later /prune; "" prints it."""
-        if not text:
-            self.say_pruning("in use: ")
-            return
+        """/retention: change the fraction that the method in use keeps, and those of later /prune."""
         if not self.options["prune"]:
             raise InputError("no pruning method is set; give /prune METHOD first")
         try:

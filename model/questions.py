@@ -245,11 +245,9 @@ class Answers:
 
     def _data(self):
         """All bytes of the file."""
-        os.lseek(self._file, 0, os.SEEK_SET)
-        size, data = os.fstat(self._file).st_size, bytearray()
-        while len(data) < size:
-            data += os.read(self._file, size - len(data))
-        return bytes(data)
+        with open(self._file, "rb", closefd=False) as file:
+            file.seek(0)
+            return file.read()
 
     def _about(self, line, where):
         """(key of its question, is it an error?) of a line."""
@@ -334,23 +332,44 @@ class Answers:
 class Desk:
     """Takes finished answers in any order, writes them in the order of the questions, and reports progress.
 
-    totals: sums over this run: "failed" questions, "tokens" of answers
+    totals: sums over this run: "failed" questions, "tokens" of answers, and of vision tokens: all ("vision"), "kept",
+    and "wanted", those that should have been kept, if a setting says so
     """
 
     def __init__(self, answers, questions, done, wait):
         self.answers, self.questions, self.done, self.wait = answers, questions, done, wait
-        self.method = None  # of pruning; set by count_kept
+        self.method = None  # of pruning; set by take
         self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
         self.start = self.said = time.perf_counter()
 
-    def hand_in(self, number, text, metadata):
-        """Take the answer to questions[number], and write all waiting answers that are next in order."""
+    def take(self, number, generation):
+        """Take the finished answer to questions[number]."""
+        if generation.kept and generation.prune:
+            self.method, weight = generation.prune, generation.vision_tokens
+            self.totals.update({"vision": weight, "kept": weight * generation.retention})
+            if generation.wanted is not None:
+                self.totals["wanted"] += weight * generation.wanted
+        if generation.failure:
+            self.fail(number, generation.failure)
+            return
+        self.totals["tokens"] += len(generation.token_ids)
+        self._hand_in(number, generation.text, {
+            "finish_reason": generation.finish_reason, "new_tokens": len(generation.token_ids),
+            "prompt_tokens": generation.prompt_tokens, "vision_tokens": generation.vision_tokens,
+            "kv_bytes_held": generation.bytes_held,
+        })  # fmt: skip
+
+    def fail(self, number, broken):
+        """questions[number] cannot be answered. broken: the error or its text."""
+        self.totals["failed"] += 1
+        self._hand_in(number, "", {"error": one_line(broken)})
+
+    def _hand_in(self, number, text, metadata):
+        """Write this and all waiting answers that are next in order."""
         self.waiting[number] = text, metadata
         while self.next in self.waiting:
             self.answers.write(self.questions[self.next], *self.waiting.pop(self.next))
             self.next += 1
-        self.totals["failed"] += "error" in metadata
-        self.totals["tokens"] += metadata.get("new_tokens", 0)
         self._progress()
 
     def _progress(self):
@@ -361,14 +380,6 @@ class Desk:
             say(f"answered {self.done + self.next} of {self.done + len(self.questions)}, {eta}")
             self.said = now
             self.wait.warn()
-
-    def count_kept(self, generation):
-        """Add to totals: vision tokens, tokens kept and tokens that should have been kept, if a setting says so."""
-        if generation.kept and generation.prune:
-            self.method, weight = generation.prune, generation.vision_tokens
-            self.totals.update({"vision": weight, "kept": weight * generation.retention})
-            if generation.wanted is not None:
-                self.totals["wanted"] += weight * generation.wanted
 
     def off_budget(self):
         """One line if the whole run kept clearly more or less than requested, or nothing, else None."""
@@ -413,19 +424,17 @@ def answer_all(questions, answers, ask, size, wait):
                     batch.add(running[number])
                 except InputError as wrong:
                     del running[number]
-                    desk.hand_in(number, "", _error(wrong))
+                    desk.fail(number, wrong)
             for generation in batch.advance():
                 number = next(n for n, other in running.items() if other is generation)
-                failed = _error(generation.failure) if generation.failure else None
-                desk.hand_in(number, "" if failed else generation.text, failed or about(generation))
-                desk.count_kept(generation)
+                desk.take(number, generation)
                 del running[number]
         except Exception as broken:
             if not out_of_memory(broken):
                 raise
             batch, tried, running = Batch(), sorted(running), {}  # the cache may be inconsistent
             if len(tried) == 1:
-                desk.hand_in(tried[0], "", _error(f"out of memory ({str(broken)[:200]}); try --dtype bf16"))
+                desk.fail(tried[0], f"out of memory ({str(broken)[:200]}); try --dtype bf16")
             else:
                 note(f"out of memory with {len(tried)} questions at once, retrying one by one; lower --batch")
                 queue.extendleft(reversed(tried))
@@ -453,21 +462,6 @@ def _missing(questions, answers):
     if done.total():
         note(f"{done.total()} answers in {answers.path} belong to no question of this file; they stay")
     return missing, before - done.total()
-
-
-def _error(broken):
-    return {"error": one_line(broken)}
-
-
-def about(generation):
-    """Metadata of an answer's line."""
-    return {
-        "finish_reason": generation.finish_reason,
-        "new_tokens": len(generation.token_ids),
-        "prompt_tokens": generation.prompt_tokens,
-        "vision_tokens": generation.vision_tokens,
-        "kv_bytes_held": generation.bytes_held,
-    }
 
 
 def repeated_ids(questions):
