@@ -22,12 +22,13 @@ from model.flags import check, choose_device, options, parser
 
 def main(argv=None):
     """Run the command line argv (default: that of the process) and return the exit code."""
-    args = parser().parse_args(argv)
+    flags = parser()
+    args = flags.parse_args(argv)
     try:
         if args.version or args.list_methods is not None:
             print(about(args))
             return 0
-        check(args)  # until here, torch is not imported
+        check(args, flags.error)  # until here, torch is not imported
         if args.questions is not None:
             from model.questions import answer_file
 
@@ -85,7 +86,6 @@ def answer(args):
 
 def deliver(args, generation, meter):
     """Print the answer as it is generated, then the output of --json, --compare and --stats. Returns the exit code."""
-    from model.generate import off_budget
     from model.report import report, say_outcome, stats
     from model.show import save
 
@@ -95,12 +95,8 @@ def deliver(args, generation, meter):
     code = write(generation, stream)
     if code == 130 and not args.talk:  # a conversation prints its own message
         say("interrupted; the text so far is kept")
-    off = off_budget(generation.prune, generation.retention, generation.wanted)
-    if off and generation.timing["prune"]:  # a later turn of a conversation keeps every new token
-        note(off)
     took = report(generation, args.model, args.seed, meter)
-    if code == 0 and not args.lines:
-        say_outcome(generation, took, args.talk)
+    say_outcome(args, generation, took, code)
     if code == 0 and args.compare:
         code = compare(generation, took)
     if args.json:

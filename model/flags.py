@@ -213,34 +213,33 @@ def parser():
 # ---------------------------------------------------------------- checks before torch is imported
 
 
-def check(args):
-    """Checks that argparse cannot express: flags that exclude or require each other. Exits with an error.
+def check(args, error):
+    """Checks that argparse cannot express: flags that exclude or require each other. error(message) ends the process.
 
     Reads the prompt if it is in a file or on stdin. Sets args.talk (is it a conversation?) and args.lines, the numbered
     questions on stdin, or None.
     """
-    p = parser()
     if args.prompt is not None and args.questions is not None:
-        p.error("give either --prompt or --questions")
+        error("give either --prompt or --questions")
     later = args.prompt is None and args.questions is None  # questions come from stdin
-    check_questions(p, args)
-    check_show(p, args)
+    check_questions(args, error)
+    check_show(args, error)
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
-        p.error("--top-p and --top-k need --temperature above 0")
+        error("--top-p and --top-k need --temperature above 0")
     if [args.prompt, *args.image].count("-") + later > 1:
-        p.error("only one thing can be read from stdin")
+        error("only one thing can be read from stdin")
     if args.retention is not None and args.keep_tokens is not None:
-        p.error("--retention and --keep-tokens exclude each other")
+        error("--retention and --keep-tokens exclude each other")
     if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
-        p.error("--retention, --keep-tokens and --set need --prune METHOD; for example --prune plphp")
+        error("--retention, --keep-tokens and --set need --prune METHOD; for example --prune plphp")
     if args.compare and later:
-        p.error("--compare needs --prompt")
+        error("--compare needs --prompt")
     if args.compare and (args.prune == "none" or args.temperature > 0):
-        p.error("--compare needs --prune METHOD and --temperature 0")
+        error("--compare needs --prune METHOD and --temperature 0")
     if "" in args.stop:
-        p.error("--stop needs text that is not empty")
+        error("--stop needs text that is not empty")
     if args.system is not None and args.template == "raw":
-        p.error("--system cannot be used with --template raw")
+        error("--system cannot be used with --template raw")
     args.prompt = args.prompt or ""
     try:
         if args.prompt == "-":
@@ -250,14 +249,14 @@ def check(args):
                 args.prompt = read_text(file)
         "".join([args.prompt, args.system or "", *args.stop]).encode()
     except (OSError, ValueError) as broken:
-        p.error(f"cannot read the prompt as UTF-8 text ({broken})")
+        error(f"cannot read the prompt as UTF-8 text ({broken})")
     if args.questions is None and not later and not args.prompt.strip():
-        p.error("the prompt is empty; give a question")
+        error("the prompt is empty; give a question")
     for path in args.image:  # checked before torch is imported; `local_path` checks other addresses
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
-            p.error(f"no picture at {path[:200]}; {path_advice(args, path)}")
+            error(f"no picture at {path[:200]}; {path_advice(args, path)}")
     args.talk = later and sys.stdin is not None and sys.stdin.isatty()
-    args.lines = questions_on_stdin(p) if later and not args.talk else None
+    args.lines = questions_on_stdin(error) if later and not args.talk else None
 
 
 def path_advice(args, path):
@@ -267,7 +266,7 @@ def path_advice(args, path):
     return "check the path" + (", and put it in quotes if it has spaces" if len(args.image) > 1 else "")
 
 
-def questions_on_stdin(p):
+def questions_on_stdin(error):
     """Iterate over (number, text) of the lines of stdin that are not blank. Exits with an error if there are none."""
     with contextlib.suppress(OSError):
         lines = enumerate(sys.stdin.buffer if sys.stdin else (), 1)
@@ -275,7 +274,7 @@ def questions_on_stdin(p):
         first = next(lines, None)
         if first is not None:
             return itertools.chain([first], lines)
-    p.error("stdin is empty; give --prompt, --questions, or a question in each line of stdin")
+    error("stdin is empty; give --prompt, --questions, or a question in each line of stdin")
 
 
 def _decoded(line, number):
@@ -291,43 +290,43 @@ def read_text(file):
     return decode_text(file.read()).rstrip("\n")
 
 
-def check_questions(p, args):
+def check_questions(args, error):
     """Check the flags that need --questions and those that cannot be combined with it."""
     of_files = ("image_folder", "answers", "batch", "num_chunks", "chunk_idx", "keep_errors")
     if args.questions is None:
         for name in of_files:
             if getattr(args, name) not in (None, False):
-                p.error(f"--{name.replace('_', '-')} needs --questions")
+                error(f"--{name.replace('_', '-')} needs --questions")
         return
     if not args.answers:
-        p.error("--questions needs --answers")
+        error("--questions needs --answers")
     if args.image or args.json or args.compare or args.compile or args.stats:
-        p.error("--questions cannot be combined with --image, --json, --stats, --compare or --compile")
+        error("--questions cannot be combined with --image, --json, --stats, --compare or --compile")
     if (args.num_chunks is None) != (args.chunk_idx is None) or (args.chunk_idx or 0) >= (args.num_chunks or 1):
-        p.error("--num-chunks and --chunk-idx need each other, and the index must be below the number")
+        error("--num-chunks and --chunk-idx need each other, and the index must be below the number")
     if not os.path.exists(args.questions) or os.path.isdir(args.questions):
-        p.error(f"no file {args.questions[:200]}; check the path")
+        error(f"no file {args.questions[:200]}; check the path")
     if args.image_folder is not None and not os.path.isdir(args.image_folder):
-        p.error(f"no folder {args.image_folder[:200]}; check the path")
+        error(f"no folder {args.image_folder[:200]}; check the path")
     if os.path.exists(args.answers) and os.path.samefile(args.questions, args.answers):
-        p.error("--questions and --answers are the same file")
+        error("--questions and --answers are the same file")
 
 
-def check_show(p, args):
+def check_show(args, error):
     """Check that the drawing can be written. `model.show` checks what depends on the checkpoint."""
     if args.show is None:
         return
     path = Path(args.show)
     if args.prompt is None or not args.image:
-        p.error("--show draws on the pictures of one answer; give --image and --prompt (in a conversation: /show FILE)")
+        error("--show draws on the pictures of one answer; give --image and --prompt (in a conversation: /show FILE)")
     if path.suffix.lower() not in (".png", ".html"):
-        p.error(f"cannot draw --show {args.show[:200]!r}; give a name that ends in .png or .html")
+        error(f"cannot draw --show {args.show[:200]!r}; give a name that ends in .png or .html")
     if not path.parent.is_dir():
-        p.error(f"--show: there is no folder {str(path.parent)[:200]}; create it or give another")
+        error(f"--show: there is no folder {str(path.parent)[:200]}; create it or give another")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        p.error(f"--show: {args.show[:200]} cannot be written; give another name")
+        error(f"--show: {args.show[:200]} cannot be written; give another name")
     if any(os.path.exists(image) and path.exists() and path.samefile(image) for image in args.image):
-        p.error(f"--show would replace the picture {args.show[:200]}; give another name")
+        error(f"--show would replace the picture {args.show[:200]}; give another name")
 
 
 # ---------------------------------------------------------------- what follows from the flags

@@ -13,6 +13,7 @@ from . import __version__
 from .api import note_on_settings
 from .console import note, say
 from .flags import DEMO
+from .generate import off_budget
 
 
 def versions():
@@ -97,13 +98,19 @@ def report(generation, model, seed, meter):
     }
 
 
-def say_outcome(generation, took, talk):
-    """Notes after a complete answer: what pruning did in its prefill, and whether the answer was cut."""
-    if generation.images and generation.timing["prune"]:  # not in a later turn, which keeps everything
+def say_outcome(args, generation, took, code):
+    """Notes after an answer: what pruning did in its prefill, and whether the answer was cut. took: see `report`."""
+    pruned = generation.timing["prune"] > 0  # not in a later turn, which keeps every new token
+    off = off_budget(generation.prune, generation.retention, generation.wanted)
+    if off and pruned:
+        note(off)
+    if code != 0 or args.lines:
+        return
+    if generation.images and pruned:
         held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
         say(f"{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
             f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
-    if generation.finish_reason == "length" and not talk:  # a conversation says it in its own words
+    if generation.finish_reason == "length" and not args.talk:  # a conversation says it in its own words
         why = "--max-new-tokens allows more" if generation.limit < generation.room else "the context is full"
         note(f"the answer was cut after {generation.limit} tokens; {why}")
 
