@@ -25,8 +25,13 @@ def main(argv=None):
     flags = parser()
     args = flags.parse_args(argv)
     try:
-        if args.version or args.list_methods is not None:
-            print(about(args))
+        if args.version:
+            print(versions())
+            return 0
+        if args.list_methods is not None:
+            from model.api import list_methods
+
+            print(list_methods(args.list_methods, args.model))
             return 0
         check(args, flags.error)  # until here, torch is not imported
         if args.questions is not None:
@@ -42,17 +47,6 @@ def main(argv=None):
         if args.debug:
             raise
         return fail(*explain(broken))
-
-
-def about(args):
-    """The text of --version or --list-methods."""
-    from model.api import list_methods
-    from model.checkpoint import find_folder
-    from model.report import versions
-
-    if args.version:
-        return versions()
-    return list_methods(args.list_methods, args.list_methods and find_folder(args.model))
 
 
 def answer(args):
@@ -86,7 +80,7 @@ def answer(args):
 
 def deliver(args, generation, meter):
     """Print the answer as it is generated, then the output of --json, --compare and --stats. Returns the exit code."""
-    from model.report import report, say_outcome, stats
+    from model.report import report, say_comparison, say_outcome, stats
     from model.show import save
 
     if args.prompt and args.max_new_tokens > generation.room:
@@ -98,7 +92,7 @@ def deliver(args, generation, meter):
     took = report(generation, args.model, args.seed, meter)
     say_outcome(args, generation, took, code)
     if code == 0 and args.compare:
-        code = compare(generation, took)
+        code = say_comparison(generation, took)
     if args.json:
         print(as_json(took), flush=True)
     elif not stream:
@@ -125,22 +119,6 @@ def write(generation, stream):
     if stream:
         print(flush=True)
     return code
-
-
-def compare(generation, took):
-    """Answer again without pruning; print the differences and add them to `took`. Returns the exit code."""
-    from model.report import comparison, differences
-
-    if not generation.vision_tokens:
-        say("there is no picture, so there is nothing to compare")
-        return 0
-    try:
-        took["compare"] = comparison(generation)
-    except KeyboardInterrupt:
-        say("interrupted; the comparison is missing")
-        return 130
-    say(differences(took))
-    return 0
 
 
 def answer_lines(args, ask, meter):
@@ -171,6 +149,19 @@ def converse(args, checkpoint, given, pictures, meter):
         stats=lambda last: stats(report(last, args.model, args.seed, meter), meter.bandwidth(), last),
         debug=args.debug,
     ).run()  # fmt: skip
+
+
+def versions():
+    """One line each for this project, Python, torch and Triton."""
+    import torch
+
+    from model import __version__
+
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "not installed"
+    return f"plphp {__version__}\npython {sys.version.split()[0]}\ntorch {torch.__version__}\ntriton {triton}"
 
 
 if __name__ == "__main__":

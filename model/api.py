@@ -55,12 +55,13 @@ def note_on_settings(method, folder):
     return f"{method.name} uses the settings in {file}; explicit settings override them" if file else None
 
 
-def list_methods(name, folder):
-    """The text of --list-methods: all methods, or the settings of the one with this name. InputError if unknown."""
+def list_methods(name, model):
+    """The text of --list-methods: all methods, or the one with this name and its settings for the model. InputError."""
+    from .checkpoint import find_folder
     from .pruning.describe import describe, listing
 
     try:
-        return describe(name, folder) if name else listing()
+        return describe(name, find_folder(model)) if name else listing()
     except ValueError as wrong:
         raise InputError(str(wrong)) from wrong
 

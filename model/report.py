@@ -9,20 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
 from .api import note_on_settings
 from .console import note, say
 from .flags import DEMO
 from .generate import off_budget
-
-
-def versions():
-    """One line each for this project, Python, torch and Triton."""
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = "not installed"
-    return f"plphp {__version__}\npython {sys.version.split()[0]}\ntorch {torch.__version__}\ntriton {triton}"
 
 
 def introduce(args, generation):
@@ -113,6 +103,20 @@ def say_outcome(args, generation, took, code):
     if generation.finish_reason == "length" and not args.talk:  # a conversation says it in its own words
         why = "--max-new-tokens allows more" if generation.limit < generation.room else "the context is full"
         note(f"the answer was cut after {generation.limit} tokens; {why}")
+
+
+def say_comparison(generation, took):
+    """Answer again without pruning; print the differences and add them to `took`. Returns the exit code."""
+    if not generation.vision_tokens:
+        say("there is no picture, so there is nothing to compare")
+        return 0
+    try:
+        took["compare"] = comparison(generation)
+    except KeyboardInterrupt:
+        say("interrupted; the comparison is missing")
+        return 130
+    say(differences(took))
+    return 0
 
 
 def comparison(generation):
