@@ -2380,6 +2380,24 @@ MUTANTS = {
         "for number, line in lines)",
         "test_chat.py::test_each_line_of_stdin_is_a_question_of_its_own",
     ),
+    "lines: a command is a question": (
+        "run.py",
+        "if command := command_of(text):",
+        "if (command := command_of(text)) and False:",
+        "test_chat.py::test_a_command_among_the_lines_is_no_question",
+    ),
+    "chat: Ctrl-C leaves a line that is unknown": (
+        "model/chat.py",
+        "or (text is None and cleared)",
+        "or text is None",
+        "test_chat.py::test_terminal_ctrl_c_clears_a_line_also_with_stdout_in_a_file",
+    ),
+    "the package imports torch at once": (
+        "model/__init__.py",
+        "from typing import TYPE_CHECKING\n",
+        "TYPE_CHECKING = True\n",
+        "test_run.py::test_help_needs_no_torch",
+    ),
     "lines: a picture and questions from stdin": (
         "model/flags.py",
         '.count("-") + later > 1',
