@@ -158,7 +158,10 @@ class Chat:
 
     def add_pictures(self, text):
         """/image: read pictures for the next question. text: one path, or several quoted as in a shell."""
-        paths = [text] if os.path.exists(text) else split(text)
+        try:
+            paths = [text] if os.path.exists(text) else shlex.split(text, posix=os.name != "nt")
+        except ValueError as wrong:
+            raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None
         if not paths:
             raise InputError("/image needs a path; give /image PATH")
         if paths == ["-"]:
@@ -321,11 +324,3 @@ def typed():
     """What was typed of the line that Ctrl-C broke off; None if that is unknown, without the `readline` of `input`."""
     readline = sys.modules.get("readline")
     return readline.get_line_buffer() if readline and sys.stdout and sys.stdout.isatty() else None
-
-
-def split(text):
-    """The paths of a line, quoted as in a shell."""
-    try:
-        return shlex.split(text, posix=os.name != "nt")
-    except ValueError as wrong:
-        raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None

@@ -270,9 +270,8 @@ class Answers:
     def _agrees(self, name, value):
         """Does a line's setting equal that of this run? Paths are resolved first."""
         ours = self.settings.get(name)
-        if value == ours or name not in PLACES or not (isinstance(value, str) and isinstance(ours, str)):
-            return value == ours
-        return os.path.realpath(value) == os.path.realpath(ours)
+        paths = name in PLACES and isinstance(value, str) and isinstance(ours, str)
+        return value == ours or (paths and os.path.realpath(value) == os.path.realpath(ours))
 
     def settle(self, questions):
         """Put the lines in the order of the questions and drop errors that have an answer -> did the order change?

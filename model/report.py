@@ -46,7 +46,7 @@ def report(generation, model, seed, meter):
     config, cache, prune = checkpoint.config.text_config, generation.cache, generation.prune
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
     kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
-    held = generation.bytes_held
+    held, given = generation.bytes_held, prune.settings if prune else {}
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -60,8 +60,8 @@ def report(generation, model, seed, meter):
         "new_tokens": len(generation.token_ids),
         "prune": {
             "method": prune.name if prune else "none",
-            "settings": prune.settings if prune else {},
-            "retention_requested": requested(prune),
+            "settings": given,
+            "retention_requested": given.get("retention") if given.get("keep_tokens") is None else None,
             "retention_actual": generation.retention,
             "kept_per_layer": generation.kept,
             "kv_bytes_full": kv_bytes,
@@ -90,13 +90,13 @@ def report(generation, model, seed, meter):
 
 def say_outcome(args, generation, took, code):
     """Notes after an answer: what pruning did in its prefill, and whether the answer was cut. took: see `report`."""
-    pruned = generation.timing["prune"] > 0  # not in a later turn, which keeps every new token
+    pruned = generation.timing["prune"] > 0  # not without pictures, or in a later turn, which keeps every new token
     off = off_budget(generation.prune, generation.retention, generation.wanted)
     if off and pruned:
         note(off)
     if code != 0 or args.lines:
         return
-    if generation.images and pruned:
+    if pruned:
         held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
         say(f"{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
             f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
@@ -196,13 +196,6 @@ def differences(took):
         f"decode   {before['decode_p50']:.2f} -> {after['decode_p50']:.2f} ms/token",
     ]
     return "\n".join(lines)
-
-
-def requested(prune):
-    """The requested fraction; None without pruning or if the budget is a number of tokens."""
-    if prune is None or prune.settings.get("keep_tokens") is not None:
-        return None
-    return prune.settings.get("retention")
 
 
 def percentile(values, q):
@@ -358,9 +351,9 @@ def _of_picture(image, r):
 
 
 def _pruned(r):
-    """Two lines on what pruning kept; none without pruning, or in a turn that keeps everything new."""
+    """Two lines on what pruning kept; none if nothing could be dropped: no method, no pictures, or a later turn."""
     prune, kept = r["prune"], r["prune"]["kept_per_layer"]
-    if prune["method"] == "none" or not r["vision_tokens"] or not kept or not r["timing_ms"]["prune"]:
+    if not r["timing_ms"]["prune"]:
         return []
     share, per_head = 100 * prune["retention_actual"], sum(kept) / len(kept)
     text = f"of the prefill; {prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
