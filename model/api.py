@@ -5,6 +5,7 @@ from typing import Any
 
 from .config import InputError
 from .pruning import Method, Narrowing, amounts, calibrated, make_method, sets_budget, without_amounts
+from .pruning import MethodError as MethodError  # for model.console
 
 # What `prune` accepts: None or "none"; a SPEC as in `--prune`; a Method; or a function, a class or an instance as
 # `model.pruning` describes them
@@ -52,3 +53,21 @@ def note_on_settings(method, folder):
     """One line if a file in the checkpoint's folder has settings for the Method, else None."""
     file = method and calibrated(folder, method.name)
     return f"{method.name} uses the settings in {file}; explicit settings override them" if file else None
+
+
+def list_methods(name, model):
+    """The text of --list-methods: all methods, or the one with this name and its settings for the model. InputError."""
+    from .checkpoint import find_folder
+    from .pruning.describe import describe, listing
+
+    try:
+        return describe(name, find_folder(model)) if name else listing()
+    except ValueError as wrong:
+        raise InputError(str(wrong)) from wrong
+
+
+def known_settings():
+    """The names of all settings of the built-in methods."""
+    from .pruning import COMMON, GUARDS, METHODS, settings_of
+
+    return {*COMMON, *GUARDS}.union(*(settings_of(method) for method in METHODS.values() if method))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -9,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from .api import change_budget, change_method, named_with_budget, note_on_settings
+from .checkpoint import Checkpoint
 from .config import InputError
+from .console import explain, fail, note, say
 from .generate import Generation
 from .image import read_image
-from .load import Checkpoint
+from .show import save
 from .tokenizer import IMAGE
 
 HELP = """\
@@ -25,6 +28,12 @@ HELP = """\
 /clear [all]     start a new conversation about the same pictures; all: without pictures
 /help            print this list
 /quit            leave, like Ctrl-D. Ctrl-C stops an answer or clears the line; on an empty line it leaves"""
+
+
+def command_of(line):
+    """The command that a line begins with, or None."""
+    first = line.split(maxsplit=1)[:1]
+    return first[0] if first and first[0].lower() in ("/exit", *re.findall(r"^/\w+", HELP, re.MULTILINE)) else None
 
 
 @dataclass
@@ -41,8 +50,7 @@ class Chat:
     budget: dict  # {"retention": F or None, "keep_tokens": N or None}, of the command line or the last /retention
     deliver: Callable  # (generation) -> exit code: prints the answer as it is generated; 130 if Ctrl-C interrupted it
     stats: Callable  # (generation) -> the text of /stats
-    fail: Callable  # (exception) -> None: prints the error in one line
-    show: Callable  # (generation, path) -> one line: draws the kept tokens into a file
+    debug: bool  # raise errors, instead of printing them in one line?
     seen: list = field(default_factory=list, init=False)  # pictures of the conversation so far
     last: Generation = field(default=None, init=False)  # the answer that the next question follows
     turn: int = field(default=0, init=False)
@@ -59,8 +67,8 @@ class Chat:
         sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # different random numbers in each turn
         options = self.options | {"sampling": sampling, "before": self.last}
         generation = Generation(self.checkpoint, question, self.pictures, **options)
-        for note in generation.notes:
-            say(f"note: {note}")
+        for text in generation.notes:
+            note(text)
         if self.last:
             self.choose_way()
         with stopped_by_ctrl_c(generation):
@@ -86,11 +94,11 @@ class Chat:
         why = self.why_anew()
         if why is not None:
             self.last.cache, self.changed, self.noted = None, False, False
-            say(f"note: the whole conversation is processed again, {why}")
+            note(f"the whole conversation is processed again, {why}")
         elif self.last.retention < 0.995 and not self.noted:
             self.noted, dropped = True, 1 - self.last.retention
-            say(f"note: {100 * dropped:.0f} % of the vision tokens were dropped for an earlier question; "
-                "/fresh processes the whole conversation again for each question")  # fmt: skip
+            note(f"{100 * dropped:.0f} % of the vision tokens were dropped for an earlier question; "
+                 "/fresh processes the whole conversation again for each question")  # fmt: skip
 
     def why_anew(self):
         """Why the whole conversation has to be prefilled again; None if the cache can be reused."""
@@ -112,7 +120,7 @@ class Chat:
             context = self.checkpoint.config.text_config.context
             full = f"the context of {context} tokens is full; /clear starts a new conversation"
             cut = f"the answer was cut after {generation.limit} tokens; --max-new-tokens can be raised"
-            say(f"note: {full if generation.limit == generation.room else cut}")
+            note(full if generation.limit == generation.room else cut)
 
     # ------------------------------------------------------------ commands
 
@@ -142,12 +150,18 @@ class Chat:
             return True
         if name not in commands:
             raise InputError(f"there is no command /{name[:40]}; /help lists them")
-        commands[name](rest.strip())
+        if name in ("prune", "retention") and not rest.strip():
+            self.say_pruning("in use: ")
+        else:
+            commands[name](rest.strip())
         return False
 
     def add_pictures(self, text):
         """/image: read pictures for the next question. text: one path, or several quoted as in a shell."""
-        paths = [text] if os.path.exists(text) else split(text)
+        try:
+            paths = [text] if os.path.exists(text) else shlex.split(text, posix=os.name != "nt")
+        except ValueError as wrong:
+            raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None
         if not paths:
             raise InputError("/image needs a path; give /image PATH")
         if paths == ["-"]:
@@ -162,26 +176,17 @@ class Chat:
         say(f"pictures for the next question: {', '.join(names) or 'none'}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice and paths != ["-"]:
-            say(f"note: {', '.join(twice)} was added more than once; /image - takes the last picture back")
+            note(f"{', '.join(twice)} was added more than once; /image - takes the last picture back")
 
     def set_prune(self, spec):
-        """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line.
-
-        Without a SPEC it prints the method in use.
-        """
-        if not spec:
-            self.say_pruning("in use: ")
-            return
-        method, note = change_method(spec, self.checkpoint.folder, self.budget)
+        """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line."""
+        method, without_effect = change_method(spec, self.checkpoint.folder, self.budget)
         self.use(method)
-        if note:
-            say(f"note: {note}")
+        if without_effect:
+            note(without_effect)
 
     def set_retention(self, text):
-        """/retention: change the fraction that the method in use keeps, and those of later /prune; "" prints it."""
-        if not text:
-            self.say_pruning("in use: ")
-            return
+        """/retention: change the fraction that the method in use keeps, and those of later /prune."""
         if not self.options["prune"]:
             raise InputError("no pruning method is set; give /prune METHOD first")
         try:
@@ -199,9 +204,9 @@ class Chat:
         same = str(before and before.spec) == str(prune and prune.spec) and "::" not in str(prune and prune.name)
         if not same:
             self.options, self.changed = self.options | {"prune": prune}, self.last is not None
-        note = note_on_settings(prune, self.checkpoint.folder)
-        if note and (before is None or before.name != prune.name):
-            say(note)
+        settings = note_on_settings(prune, self.checkpoint.folder)
+        if settings and (before is None or before.name != prune.name):
+            say(settings)
         self.say_pruning("as before: " if same else "from the next question on: ")
 
     def say_pruning(self, when):
@@ -223,7 +228,7 @@ class Chat:
         if not last.vision_tokens:
             raise InputError("the conversation has no picture; add one with /image PATH")
         try:
-            drawn = self.show(last, path) if path else "/show FILE.png or /show FILE.html draws them"
+            drawn = save(last, path) if path else "/show FILE.png or /show FILE.html draws them"
         except OSError as broken:
             raise InputError(str(broken)) from broken
         kept = " ".join(f"{round(n, 1):g}" for n in last.kept)
@@ -254,6 +259,7 @@ class Chat:
             import readline  # noqa: F401
         given = f" about {', '.join(picture.path for picture in self.pictures)}" if self.pictures else ""
         say(f"Ask a question{given}; /image PATH adds a picture. /help lists the commands, Ctrl-D leaves.")
+        cleared = False  # did Ctrl-C clear the previous line?
         while True:
             try:
                 line = read_line()
@@ -262,12 +268,15 @@ class Chat:
                 return 0
             except KeyboardInterrupt:
                 say("")
-                if not typed():
+                text = typed()
+                if text == "" or (text is None and cleared):
                     return 130
+                cleared = True
                 continue
             except UnicodeDecodeError:
                 say("error: the line is not UTF-8 text; type it again")
                 continue
+            cleared = False
             try:
                 if self.take(line):
                     return 0
@@ -276,7 +285,9 @@ class Chat:
             except BrokenPipeError:
                 raise
             except Exception as broken:  # an error does not end the conversation
-                self.fail(broken)
+                if self.debug:
+                    raise
+                fail(*explain(broken))
 
 
 @contextlib.contextmanager
@@ -310,18 +321,6 @@ def read_line():
 
 
 def typed():
-    """What was typed of the line that Ctrl-C broke off; "" if that is unknown."""
+    """What was typed of the line that Ctrl-C broke off; None if that is unknown, without the `readline` of `input`."""
     readline = sys.modules.get("readline")
-    return readline.get_line_buffer() if readline else ""
-
-
-def split(text):
-    """The paths of a line, quoted as in a shell."""
-    try:
-        return shlex.split(text, posix=os.name != "nt")
-    except ValueError as wrong:
-        raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
+    return readline.get_line_buffer() if readline and sys.stdout and sys.stdout.isatty() else None

@@ -11,9 +11,9 @@ from kernels.backend import BACKENDS, choose_backend
 
 from .api import Method, PruneLike, choose_method
 from .cache import RaggedCache
+from .checkpoint import Checkpoint
 from .config import InputError, brief, plain_text
 from .image import Pictures, as_list, crop_note, normalise, prepare, read_image, with_mode
-from .load import Checkpoint
 from .lookahead import FILE as LOOKAHEAD
 from .sampling import Chooser, Sampling, Writer
 from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt

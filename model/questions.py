@@ -7,6 +7,7 @@ line. If a question cannot be answered, "text" is "" and metadata.error gives th
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import math
@@ -17,13 +18,17 @@ import stat
 import sys
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .batch import Batch, out_of_memory
+from .checkpoint import open_checkpoint
 from .config import InputError, decode_text
-from .generate import off_budget
+from .console import note, one_line, say
+from .flags import DEMO, choose_device, options
+from .generate import Generation, off_budget
 from .image import local_path
+from .report import CoreWait, introduce
 
 try:
     import fcntl
@@ -54,6 +59,46 @@ class Question:
     def image_names(self):
         """Names of the pictures in the answer's line; a data: URI is shortened to its type and a hash."""
         return tuple(_short(name) if _is_data(name) else name for name in self.images)
+
+
+def answer_file(args):
+    """Answer --questions into --answers. Returns the exit code."""
+    questions = read_questions(args.questions, args.num_chunks or 1, args.chunk_idx or 0)
+    device = choose_device(args.device, args.backend, args.threads)
+    checkpoint = open_checkpoint(args.model)
+    given, folder = options(args, checkpoint), Path(args.image_folder or Path(args.questions).parent).resolve()
+    # invalid options would fail for every question, so they are checked once here
+    example = Generation(checkpoint, "?", **given)
+    settings = {
+        "model": named_model(args.model, checkpoint.folder), "prune": named_method(example.prune),
+        "prune_settings": example.prune.settings if example.prune else {},
+        **asdict(example.sampling), "system": args.system, "template": example.template,
+        "image_mode": example.image_settings.mode, "anyres_order": example.image_settings.order,
+        "image_folder": str(folder),
+        "dtype": str(checkpoint.choose_dtype(args.dtype, device)).removeprefix("torch."),
+    }  # fmt: skip
+
+    def ask(question):
+        return Generation(checkpoint, question.text, [in_folder(name, folder) for name in question.images], **given)
+
+    answers = Answers(args.answers, settings, args.keep_errors)  # checks the file before the weights are read
+    with contextlib.closing(answers):
+        checkpoint.read_weights(args.dtype, device)
+        introduce(args, example)
+        return run_file(questions, answers, ask, args.batch or 1, CoreWait(device))
+
+
+def named_model(name, folder):
+    """The model's name in an answers file: for a folder its absolute path, whatever the working directory."""
+    if folder.resolve() == DEMO:
+        return "demo"
+    return str(folder.resolve()) if Path(name).expanduser().is_dir() else str(name)
+
+
+def named_method(prune):
+    """The method's name in an answers file; FILE.py::NAME with the file's absolute path."""
+    file, colons, function = (prune.name if prune else "none").rpartition("::")
+    return f"{Path(file).resolve()}::{function}" if colons else function
 
 
 # ---------------------------------------------------------------- questions
@@ -200,11 +245,9 @@ class Answers:
 
     def _data(self):
         """All bytes of the file."""
-        os.lseek(self._file, 0, os.SEEK_SET)
-        size, data = os.fstat(self._file).st_size, bytearray()
-        while len(data) < size:
-            data += os.read(self._file, size - len(data))
-        return bytes(data)
+        with open(self._file, "rb", closefd=False) as file:
+            file.seek(0)
+            return file.read()
 
     def _about(self, line, where):
         """(key of its question, is it an error?) of a line."""
@@ -227,9 +270,8 @@ class Answers:
     def _agrees(self, name, value):
         """Does a line's setting equal that of this run? Paths are resolved first."""
         ours = self.settings.get(name)
-        if value == ours or name not in PLACES or not (isinstance(value, str) and isinstance(ours, str)):
-            return value == ours
-        return os.path.realpath(value) == os.path.realpath(ours)
+        paths = name in PLACES and isinstance(value, str) and isinstance(ours, str)
+        return value == ours or (paths and os.path.realpath(value) == os.path.realpath(ours))
 
     def settle(self, questions):
         """Put the lines in the order of the questions and drop errors that have an answer -> did the order change?
@@ -289,23 +331,44 @@ class Answers:
 class Desk:
     """Takes finished answers in any order, writes them in the order of the questions, and reports progress.
 
-    totals: sums over this run: "failed" questions, "tokens" of answers
+    totals: sums over this run: "failed" questions, "tokens" of answers, and of vision tokens: all ("vision"), "kept",
+    and "wanted", those that should have been kept, if a setting says so
     """
 
-    def __init__(self, answers, questions, done, say, wait):
-        self.answers, self.questions, self.done, self.say, self.wait = answers, questions, done, say, wait
-        self.method = None  # of pruning; set by count_kept
+    def __init__(self, answers, questions, done, wait):
+        self.answers, self.questions, self.done, self.wait = answers, questions, done, wait
+        self.method = None  # of pruning; set by take
         self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
         self.start = self.said = time.perf_counter()
 
-    def hand_in(self, number, text, metadata):
-        """Take the answer to questions[number], and write all waiting answers that are next in order."""
+    def take(self, number, generation):
+        """Take the finished answer to questions[number]."""
+        if generation.kept and generation.prune:
+            self.method, weight = generation.prune, generation.vision_tokens
+            self.totals.update({"vision": weight, "kept": weight * generation.retention})
+            if generation.wanted is not None:
+                self.totals["wanted"] += weight * generation.wanted
+        if generation.failure:
+            self.fail(number, generation.failure)
+            return
+        self.totals["tokens"] += len(generation.token_ids)
+        self._hand_in(number, generation.text, {
+            "finish_reason": generation.finish_reason, "new_tokens": len(generation.token_ids),
+            "prompt_tokens": generation.prompt_tokens, "vision_tokens": generation.vision_tokens,
+            "kv_bytes_held": generation.bytes_held,
+        })  # fmt: skip
+
+    def fail(self, number, broken):
+        """questions[number] cannot be answered. broken: the error or its text."""
+        self.totals["failed"] += 1
+        self._hand_in(number, "", {"error": one_line(broken)})
+
+    def _hand_in(self, number, text, metadata):
+        """Write this and all waiting answers that are next in order."""
         self.waiting[number] = text, metadata
         while self.next in self.waiting:
             self.answers.write(self.questions[self.next], *self.waiting.pop(self.next))
             self.next += 1
-        self.totals["failed"] += "error" in metadata
-        self.totals["tokens"] += metadata.get("new_tokens", 0)
         self._progress()
 
     def _progress(self):
@@ -313,24 +376,9 @@ class Desk:
         if now - self.said >= (0.2 if sys.stderr.isatty() else 10):
             rate, left = self.next / (now - self.start), len(self.questions) - self.next
             eta = f"{left / rate / 60:.1f} min left" if rate else "..."
-            self.say(f"answered {self.done + self.next} of {self.done + len(self.questions)}, {eta}")
+            say(f"answered {self.done + self.next} of {self.done + len(self.questions)}, {eta}")
             self.said = now
-            self.warn()
-
-    def warn(self):
-        """Warn once if the threads wait for cores."""
-        note = self.wait and self.wait.note()
-        if note:
-            self.say(note)
-            self.wait = None
-
-    def count_kept(self, generation):
-        """Add to totals: vision tokens, tokens kept and tokens that should have been kept, if a setting says so."""
-        if generation.kept and generation.prune:
-            self.method, weight = generation.prune, generation.vision_tokens
-            self.totals.update({"vision": weight, "kept": weight * generation.retention})
-            if generation.wanted is not None:
-                self.totals["wanted"] += weight * generation.wanted
+            self.wait.warn()
 
     def off_budget(self):
         """One line if the whole run kept clearly more or less than requested, or nothing, else None."""
@@ -351,14 +399,14 @@ class Desk:
         return line
 
 
-def answer_all(questions, answers, ask, size, say, wait):
-    """Answer the questions missing from `answers`, `size` at a time -> the Desk. say(text) reports progress.
+def answer_all(questions, answers, ask, size, wait):
+    """Answer the questions missing from `answers`, `size` at a time -> the Desk.
 
     ask(question) returns its Generation. If it raises InputError, or memory runs out, the answer is "" with
     metadata.error. wait: a `CoreWait`.
     """
-    missing, done = _missing(questions, answers, say)
-    desk = Desk(answers, missing, done, say, wait)
+    missing, done = _missing(questions, answers)
+    desk = Desk(answers, missing, done, wait)
     queue, alone = deque(range(len(missing))), set()  # alone: questions that did not fit in memory with others
     batch, running = Batch(), {}  # number of the question -> its generation
 
@@ -375,27 +423,25 @@ def answer_all(questions, answers, ask, size, say, wait):
                     batch.add(running[number])
                 except InputError as wrong:
                     del running[number]
-                    desk.hand_in(number, "", _error(wrong))
+                    desk.fail(number, wrong)
             for generation in batch.advance():
                 number = next(n for n, other in running.items() if other is generation)
-                failed = _error(generation.failure) if generation.failure else None
-                desk.hand_in(number, "" if failed else generation.text, failed or about(generation))
-                desk.count_kept(generation)
+                desk.take(number, generation)
                 del running[number]
         except Exception as broken:
             if not out_of_memory(broken):
                 raise
             batch, tried, running = Batch(), sorted(running), {}  # the cache may be inconsistent
             if len(tried) == 1:
-                desk.hand_in(tried[0], "", _error(f"out of memory ({str(broken)[:200]}); try --dtype bf16"))
+                desk.fail(tried[0], f"out of memory ({str(broken)[:200]}); try --dtype bf16")
             else:
-                say(f"note: out of memory with {len(tried)} questions at once, retrying one by one; lower --batch")
+                note(f"out of memory with {len(tried)} questions at once, retrying one by one; lower --batch")
                 queue.extendleft(reversed(tried))
                 alone.update(tried)
     return desk
 
 
-def _missing(questions, answers, say):
+def _missing(questions, answers):
     """(questions without an answer, number of questions with one)."""
     done, failed = answers.done.copy(), answers.failed.copy()
     missing, errors, before = [], 0, done.total()
@@ -411,25 +457,10 @@ def _missing(questions, answers, say):
         missing.append(question)
     if errors:
         fate = "are kept (--keep-errors)" if answers.keep_errors else "are tried again; --keep-errors skips them"
-        say(f"note: {errors} questions that could not be answered before {fate}")
+        note(f"{errors} questions that could not be answered before {fate}")
     if done.total():
-        say(f"note: {done.total()} answers in {answers.path} belong to no question of this file; they stay")
+        note(f"{done.total()} answers in {answers.path} belong to no question of this file; they stay")
     return missing, before - done.total()
-
-
-def _error(broken):
-    return {"error": " ".join(str(broken).split())}
-
-
-def about(generation):
-    """Metadata of an answer's line."""
-    return {
-        "finish_reason": generation.finish_reason,
-        "new_tokens": len(generation.token_ids),
-        "prompt_tokens": generation.prompt_tokens,
-        "vision_tokens": generation.vision_tokens,
-        "kv_bytes_held": generation.bytes_held,
-    }
 
 
 def repeated_ids(questions):
@@ -438,30 +469,29 @@ def repeated_ids(questions):
     if not repeated:
         return None
     return (
-        f"note: {len(repeated)} of the question_ids belong to several questions, the first is {repeated[0][:50]}; "
+        f"{len(repeated)} of the question_ids belong to several questions, the first is {repeated[0][:50]}; "
         "answers are also told apart by text and picture, but a scorer may read only the id"
     )
 
 
-def run_file(questions, answers, ask, size, say, wait):
+def run_file(questions, answers, ask, size, wait):
     """Answer all questions and print a summary -> exit code. Answers written before an interruption stay."""
-    repeated = repeated_ids(questions)
-    if repeated:
-        say(repeated)
+    if repeated := repeated_ids(questions):
+        note(repeated)
     try:
-        desk = answer_all(questions, answers, ask, size, say, wait)
+        desk = answer_all(questions, answers, ask, size, wait)
         try:
             if answers.settle(questions):
-                say(f"note: sorted the lines of {answers.path} in the order of the questions")
+                note(f"sorted the lines of {answers.path} in the order of the questions")
         except OSError as broken:
-            say(f"note: the lines of {answers.path} are not in the order of the questions ({broken})")
+            note(f"the lines of {answers.path} are not in the order of the questions ({broken})")
     except KeyboardInterrupt:
         say(f"interrupted; {answers.path} holds the answers so far, the same command resumes")
         return 130
-    desk.warn()
+    wait.warn()
     say(desk.summary())
-    if desk.off_budget():
-        say(f"note: {desk.off_budget()}")
+    if off := desk.off_budget():
+        note(off)
     return 0
 
 

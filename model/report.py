@@ -1,4 +1,4 @@
-"""Time and memory that an answer took: the object of `run.py --json` and the table of `run.py --stats`."""
+"""What run.py says about an answer: settings, --json, --compare, --stats; times, memory and waiting threads."""
 
 import contextlib
 import glob
@@ -9,14 +9,44 @@ from pathlib import Path
 
 import torch
 
+from .api import note_on_settings
+from .console import note, say
+from .flags import DEMO
+from .generate import off_budget
 
-def report(generation, model, seed, load_seconds, peak_bytes):
+
+def introduce(args, generation):
+    """Print to stderr the model and the settings chosen for it, then notes on its limits and files.
+
+    generation: a Generation with these flags, before it runs.
+    """
+    checkpoint, settings = generation.checkpoint, generation.image_settings
+    demo = checkpoint.folder.resolve() == DEMO
+    if pruning := note_on_settings(generation.prune, checkpoint.folder):
+        say(pruning)
+    what, dtype = "the demo model" if demo else args.model, str(checkpoint.dtype).removeprefix("torch.")
+    found = checkpoint.template_note if args.template == "auto" else "asked for"
+    order = f" (order {settings.order})" if settings.mode == "anyres" else ""
+    say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
+        f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
+    if demo:
+        note("the demo model knows only drawn shapes and signs, and single questions as in assets/README.md; "
+             "--model loads another")  # fmt: skip
+        if not generation.images and args.questions is None:
+            note("there is no picture, and the demo model can answer only questions about pictures")
+    for text in checkpoint.notes:
+        note(text)
+    if args.compile:
+        note("the second token waits for the compiler, up to a minute the first time, a few seconds after that")
+
+
+def report(generation, model, seed, meter):
     """The object of --json: settings, answer, bytes and milliseconds. generation: a Generation after its iteration."""
     checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
     config, cache, prune = checkpoint.config.text_config, generation.cache, generation.prune
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
     kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
-    held = generation.bytes_held
+    held, given = generation.bytes_held, prune.settings if prune else {}
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -30,8 +60,8 @@ def report(generation, model, seed, load_seconds, peak_bytes):
         "new_tokens": len(generation.token_ids),
         "prune": {
             "method": prune.name if prune else "none",
-            "settings": prune.settings if prune else {},
-            "retention_requested": requested(prune),
+            "settings": given,
+            "retention_requested": given.get("retention") if given.get("keep_tokens") is None else None,
             "retention_actual": generation.retention,
             "kept_per_layer": generation.kept,
             "kv_bytes_full": kv_bytes,
@@ -39,7 +69,7 @@ def report(generation, model, seed, load_seconds, peak_bytes):
             "kv_bytes_reserved": cache.nbytes_reserved if cache else 0,
         },
         "timing_ms": {
-            "load": 1e3 * load_seconds,
+            "load": 1e3 * meter.load_seconds,
             "vision": 1e3 * generation.timing["vision"],
             "prefill": 1e3 * generation.timing["prefill"],
             "prune": 1e3 * generation.timing["prune"],  # part of prefill
@@ -47,7 +77,7 @@ def report(generation, model, seed, load_seconds, peak_bytes):
             "decode_p50": 1e3 * percentile(steps, 0.5),
             "decode_p95": 1e3 * percentile(steps, 0.95),
         },
-        "peak_memory_bytes": peak_bytes,
+        "peak_memory_bytes": meter.peak(),
         # bytes that an unpruned decode step reads, divided by the bytes that this one reads
         "ceiling_speedup": step_bytes(checkpoint, kv_bytes) / step_bytes(checkpoint, held) if held else 1.0,
         "seed": seed,
@@ -58,11 +88,44 @@ def report(generation, model, seed, load_seconds, peak_bytes):
     }
 
 
-def comparison(generation, reference):
+def say_outcome(args, generation, took, code):
+    """Notes after an answer: what pruning did in its prefill, and whether the answer was cut. took: see `report`."""
+    pruned = generation.timing["prune"] > 0  # not without pictures, or in a later turn, which keeps every new token
+    off = off_budget(generation.prune, generation.retention, generation.wanted)
+    if off and pruned:
+        note(off)
+    if code != 0 or args.lines:
+        return
+    if pruned:
+        held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
+        say(f"{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
+            f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
+    if generation.finish_reason == "length" and not args.talk:  # a conversation says it in its own words
+        why = "--max-new-tokens allows more" if generation.limit < generation.room else "the context is full"
+        note(f"the answer was cut after {generation.limit} tokens; {why}")
+
+
+def say_comparison(generation, took):
+    """Answer again without pruning; print the differences and add them to `took`. Returns the exit code."""
+    if not generation.vision_tokens:
+        say("there is no picture, so there is nothing to compare")
+        return 0
+    try:
+        took["compare"] = comparison(generation)
+    except KeyboardInterrupt:
+        say("interrupted; the comparison is missing")
+        return 130
+    say(differences(took))
+    return 0
+
+
+def comparison(generation):
     """The `compare` object of --json: the unpruned answer, and where the pruned one departs from it.
 
-    generation, reference: the pruned and the unpruned Generation after their iteration.
+    generation: the pruned Generation after its iteration. The unpruned one is run here.
     """
+    reference = generation.again(None)
+    "".join(reference)
     ended = not reference.unfed  # by the stop id; that step counts too
     fed = reference.token_ids if ended else reference.token_ids[:-1]
     never = torch.tensor(reference.never(), dtype=torch.long, device=generation.checkpoint.device)
@@ -116,8 +179,9 @@ def compare(full, pruned, ids):
     }
 
 
-def differences(found, took):
-    """The table of run.py --compare. found: the object of `comparison`; took: that of `report` for the pruned run."""
+def differences(took):
+    """The table of --compare. took: the object of `report` for the pruned run, with that of `comparison`."""
+    found = took["compare"]
     first, steps = found["first_divergence"], found["steps"]
     where = "never" if first is None else f"at token {first + 1} of {steps}"
     before, after = found["timing_ms"], took["timing_ms"]
@@ -134,28 +198,9 @@ def differences(found, took):
     return "\n".join(lines)
 
 
-def requested(prune):
-    """The requested fraction; None without pruning or if the budget is a number of tokens."""
-    if prune is None or prune.settings.get("keep_tokens") is not None:
-        return None
-    return prune.settings.get("retention")
-
-
 def percentile(values, q):
     """The q-quantile (0 to 1) of a sorted list by nearest rank; 0 if it is empty."""
     return values[math.ceil(q * len(values)) - 1] if values else 0.0
-
-
-def peak_memory(device):
-    """Peak memory in bytes: on CUDA of the allocator since loading, on a CPU of the process with its mapped weights."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0  # the standard library has no way to read it
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_memory(device):
@@ -167,15 +212,25 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 2 * 10**9)
 
 
-class Memory:
+class Meter:
     """Peak memory in bytes, and the memory bandwidth in bytes per second, whose measurement the peak leaves out."""
 
-    def __init__(self, device):
-        self.device, self.before, self.rate = device, 0, None
+    def __init__(self, device, load_seconds):
+        """Start when the model is loaded, which took load_seconds."""
+        self.device, self.load_seconds, self.before, self.rate = device, load_seconds, 0, None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def peak(self):
-        """So far; see `peak_memory`."""
-        return max(self.before, peak_memory(self.device))
+        """Peak so far: on CUDA of the allocator since loading, on a CPU of the process with its mapped weights."""
+        if self.device.type == "cuda":
+            return max(self.before, torch.cuda.max_memory_allocated(self.device))
+        if sys.platform == "win32":
+            return 0  # the standard library has no way to read it
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return max(self.before, peak if sys.platform == "darwin" else peak * 1024)
 
     def bandwidth(self):
         """Measured at the first call."""
@@ -196,7 +251,7 @@ class CoreWait:
 
     def __init__(self, device):
         """Start measuring. device: a torch.device."""
-        self.known = device.type == "cpu" and sys.platform == "linux"
+        self.known, self.warned = device.type == "cpu" and sys.platform == "linux", False
         self.start, self.before = time.perf_counter(), _waited()
 
     def share(self):
@@ -210,9 +265,15 @@ class CoreWait:
         if threads == 1 or share < 0.2 or _waited() - self.before < 0.1:  # seconds; too short to judge
             return None
         return (
-            f"note: {threads} threads spent {100 * share:.0f} % of the time waiting for cores that other "
-            "processes use; --threads 1 may be much faster"
+            f"{threads} threads spent {100 * share:.0f} % of the time waiting for cores that other processes use; "
+            "--threads 1 may be much faster"
         )
+
+    def warn(self):
+        """Print the note, once."""
+        if not self.warned and (text := self.note()):
+            note(text)
+            self.warned = True
 
 
 def _waited():
@@ -290,9 +351,9 @@ def _of_picture(image, r):
 
 
 def _pruned(r):
-    """Two lines on what pruning kept; none without pruning, or in a turn that keeps everything new."""
+    """Two lines on what pruning kept; none if nothing could be dropped: no method, no pictures, or a later turn."""
     prune, kept = r["prune"], r["prune"]["kept_per_layer"]
-    if prune["method"] == "none" or not r["vision_tokens"] or not kept or not r["timing_ms"]["prune"]:
+    if not r["timing_ms"]["prune"]:
         return []
     share, per_head = 100 * prune["retention_actual"], sum(kept) / len(kept)
     text = f"of the prefill; {prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"

@@ -111,13 +111,17 @@ class Shown:
 
 
 def save(generation, path):
-    """Draw what each head kept for an answer into a .png or .html file. An existing file is replaced.
+    """Draw what each head kept for an answer into a .png or .html file -> one line about it. Replaces an existing file.
 
     generation: made with `remember`, after its prefill. InputError if there is nothing to draw, for another suffix, or
-    if the path is a file that the run reads; OSError if it cannot be written.
+    if the path is a file that the run reads; OSError, in one line, if it cannot be written.
     """
     check_path(path, generation)
-    write(path, Shown.of(generation))
+    try:
+        write(path, Shown.of(generation))
+    except OSError as broken:
+        raise OSError(f"{path} cannot be written ({broken.strerror}); give another name") from broken
+    return f"{path}: which vision tokens each head kept"
 
 
 def check_path(path, generation):

@@ -12,6 +12,7 @@ import termios
 import time
 
 import run
+from model.console import as_command
 
 
 class Terminal:
@@ -110,7 +111,7 @@ def _become_run(args, stdout):
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         with contextlib.suppress(SystemExit):  # of argparse
             code = 2
-            code = run.as_command(lambda: run.main(args))
+            code = as_command(lambda: run.main(args))
         sys.stderr.flush()
     finally:
         os._exit(code)

@@ -1,6 +1,7 @@
 """Conversations: later turns in the cache of the earlier ones, and run.py without --prompt as a person meets it."""
 
 import io
+import json
 import re
 import shutil
 import signal
@@ -387,7 +388,7 @@ def test_retention_holds_for_every_method_that_follows(talk):
 def test_retention_leaves_the_other_settings(talk):
     lines = ["/prune random:seed=5,keep_tokens=9", "/retention 0.4", COUNT, "/prune random:seed=5,retention=0.4", COUNT]
     _, out, _ = talk([*lines, "/prune random:seed=6,retention=0.4", COUNT], "--image", DEMO_PICTURE, "--json")
-    kept = [run.json.loads(line)["prune"] for line in out.splitlines()]
+    kept = [json.loads(line)["prune"] for line in out.splitlines()]
     assert kept[0]["settings"] == kept[1]["settings"] != kept[2]["settings"]
 
 
@@ -511,7 +512,7 @@ def test_each_turn_draws_its_own_numbers_and_the_seed_repeats_them(talk, tiny_fo
 
 def test_json_stop_system_and_no_stream_work_in_a_conversation(talk):
     code, out, err = talk([COUNT, SIGN], "--image", DEMO_PICTURE, "--json", "--stop", " objects")
-    first, second = map(run.json.loads, out.splitlines())
+    first, second = map(json.loads, out.splitlines())
     assert code == 0 and first["text"] == "The picture has four" and second["text"] == "The sign says NET."
     assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"] and second["vision_tokens"] == 256
     _, out, err = talk([COUNT], "--image", DEMO_PICTURE, "--no-stream", "--system", "Be brief.", "--stats")
@@ -578,9 +579,10 @@ def test_what_fails_while_running_does_not_end_the_conversation(talk, monkeypatc
         talk([COUNT, SIGN], "--image", DEMO_PICTURE, "--debug")
 
 
-def test_show_hands_the_last_answer_and_the_path_on(capsys):
+def test_show_hands_the_last_answer_and_the_path_on(capsys, monkeypatch):
     shown = []
-    talked = chat.Chat(None, {}, [], {}, None, None, None, lambda *given: shown.append(given) or "drawn")
+    monkeypatch.setattr(chat, "save", lambda *given: shown.append(given) or "drawn")
+    talked = chat.Chat(None, {}, [], {}, None, None, False)
     talked.last = SimpleNamespace(kept=[3.25, 4.0], vision_tokens=8, cache=1)
     talked.command("/show"), talked.command("/show a b.png ")
     assert [path for _, path in shown] == ["a b.png"]
@@ -638,9 +640,18 @@ def test_each_line_of_stdin_is_a_question_of_its_own(lines):
     code, out, err = lines(data, "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.9")
     assert (code, out) == (0, NET + FOUR + NET) and err.count("note: ") == 1
     code, out, _ = lines(data, "--image", DEMO_PICTURE, "--json")
-    objects = list(map(run.json.loads, out.splitlines()))
+    objects = list(map(json.loads, out.splitlines()))
     assert code == 0 and [o["text"] + "\n" for o in objects] == [NET, FOUR, NET]
     assert objects[0]["token_ids"] == objects[2]["token_ids"]
+
+
+@pytest.mark.parametrize("command", ["/help", " /IMAGE x.png", "/quit", "/exit"])
+def test_a_command_among_the_lines_is_no_question(lines, command):
+    code, out, err = lines(f"{SIGN}\n{command}\n{SIGN}\n".encode(), "--image", DEMO_PICTURE)
+    name = command.split()[0]
+    said = f"error: line 2 of stdin: {name} works only in a conversation on a terminal; leave the line out\n"
+    assert (code, out) == (2, NET) and err.endswith(said)
+    assert lines(b"/usr or /var?", "--image", DEMO_PICTURE, "-n", "1")[0] == 0  # begins with no command
 
 
 def test_an_answer_is_one_line_whatever_is_in_it(lines, monkeypatch):
@@ -803,6 +814,21 @@ def test_terminal_with_stdout_in_a_file_has_the_answers_only(tmp_path):
         t.type("\x04")
         assert t.leave() == 0
     assert (tmp_path / "answers").read_text() == FOUR + NET
+
+
+def test_terminal_ctrl_c_clears_a_line_also_with_stdout_in_a_file(tmp_path):
+    with open(tmp_path / "answers", "w") as file, Terminal("--image", DEMO_PICTURE, stdout=file) as t:
+        t.wait_for("> ")
+        t.type("half a line")
+        t.wait_for("half a line")
+        t.type("\x03")
+        t.wait_for("\n> ")
+        t.enter(COUNT)  # the next Ctrl-C clears a line again
+        t.type("half\x03")
+        t.wait_for("\n> ")
+        t.type("\x03")
+        assert t.leave() == 130 and "Traceback" not in t.everything
+    assert (tmp_path / "answers").read_text() == FOUR
 
 
 def test_terminal_two_pictures_and_two_drawings(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ import torch
 from conftest import TEXT, VISION, refusal, write_json, write_small_files
 from PIL import Image
 
+from model.checkpoint import open_checkpoint, read_generation_settings
 from model.config import NOT_COMPUTED, LlavaConfig, TextConfig, VisionConfig, parse_config
 from model.image import preprocess, read_image_settings
-from model.load import open_checkpoint, read_generation_settings
 from model.tokenizer import Tokenizer
 
 BASE = {"model_type": "llava", "text_config": TEXT, "vision_config": VISION}

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
+from model.checkpoint import choose_device
 from model.config import parse_config
-from model.load import choose_device
 from tests.seeds import torch_random
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"

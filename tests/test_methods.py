@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import run
 from model import Generation, Sampling, load, out_of_memory
 from model.cache import RaggedCache
+from model.console import explain
 from model.pruning import GUARDS, METHODS, Method, MethodError, make_method, settings_of
 from model.pruning.budget import best, by_head, by_kv_head, mass, pooled, select
 from model.pruning.describe import describe, meanings, shown
@@ -902,7 +902,7 @@ def test_an_error_in_ones_own_code_is_told_with_its_line(small, tmp_path, name):
     (tmp_path / "mine.py").write_text(FAULTY)
     with pytest.raises(MethodError) as failed:
         answered(small, "one", 1, make_method(f"{tmp_path}/mine.py::{name}"))
-    said, code = run.explain(failed.value)
+    said, code = explain(failed.value)
     assert said.startswith(f"method {tmp_path}/mine.py::{name}: {FAULTS[name]}") and "\n" not in said
     assert code == 1 and said.endswith("; run again with --debug to see where")
     assert failed.value.__cause__ is not None

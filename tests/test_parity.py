@@ -11,10 +11,10 @@ from conftest import IMAGE_ID, TEXT, VISION
 from PIL import Image
 
 from model import Generation, Sampling, load
+from model.checkpoint import canonical_key
 from model.config import CLIP_L_336, TextConfig, VisionConfig, parse_config
 from model.image import ImageSettings, preprocess, read_image
 from model.llava import Llava
-from model.load import canonical_key
 from tests.seeds import python_random, torch_random
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")

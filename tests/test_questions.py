@@ -15,6 +15,7 @@ from test_parity import noise
 import model.generate
 import run
 from model import Generation, Sampling, load
+from tests.paths import DEMO as DEMO_MODEL
 from tests.paths import ROOT
 from tools import score_pope
 
@@ -98,7 +99,7 @@ def test_every_question_has_its_line_in_order_and_bad_ones_say_why(folder, capsy
     assert "2312 tokens" in errors[7].replace(",", "") or "context" in errors[7]
     assert [bool(error) for error in errors.values()] == [False, False, False, True, True, True, False, True]
     assert all((line["text"] == "") == bool(errors[i]) for i, line in enumerate(lines))
-    checkpoint = load(run.DEMO, "auto", "auto")  # like run.py
+    checkpoint = load(DEMO_MODEL, "auto", "auto")  # like run.py
     for i in (0, 1, 6):
         images = QUESTIONS[i]["image"]
         images = [images] if isinstance(images, str) else images
@@ -430,7 +431,7 @@ def test_pictures_may_be_named_in_other_ways(folder, capsys, monkeypatch):
 
 
 def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monkeypatch):
-    shutil.copytree(run.DEMO, folder / "model")
+    shutil.copytree(DEMO_MODEL, folder / "model")
     (folder / "mine.py").write_text("def keep(view, *, window=1):\n    return None\n")
     write_lines(folder / "q.jsonl", QUESTIONS[:2])
     for name in (".", folder.name, f"./{folder.name}/../{folder.name}"):

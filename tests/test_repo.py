@@ -16,9 +16,10 @@ import torch
 
 import run
 from model import Generation, load
+from model.flags import parser
 from model.pruning import COMMON, METHODS
 from model.pruning.describe import listing
-from tests.paths import PAGES, ROOT
+from tests.paths import DEMO, PAGES, ROOT
 from tools import evaluate, tables
 
 README = ROOT / "README.md"
@@ -65,7 +66,23 @@ def test_flags_are_written_out():
 
 
 def test_the_model_never_needs_the_tools_or_transformers():
-    code = "import sys, model; assert not {'transformers', 'tools', 'triton', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys; from model import *\n"
+        "assert 'torch' in sys.modules and not {'transformers', 'tools', 'triton', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_names_of_the_package_are_imported_when_they_are_used():
+    code = (
+        "import pickle, pydoc, sys, model; from model.config import InputError as known\n"
+        "assert 'torch' not in sys.modules and set(model.__all__) < set(dir(model)) and not hasattr(model, 'nothing')\n"
+        "from model import *; from model import chat\n"
+        "assert InputError is known and chat.Generation is Generation is model.Generation and model.load is load\n"
+        "assert pickle.loads(pickle.dumps(Sampling(3))) == Sampling(3)\n"
+        "assert all(name in pydoc.render_doc(model, renderer=pydoc.plaintext) for name in model.__all__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -129,7 +146,7 @@ def test_commands_of_the_pages_parse(command, monkeypatch, capsys):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
     elif words[:2] == ["python", "run.py"]:
         try:
-            run.parser().parse_args(words[2:])
+            parser().parse_args(words[2:])
         except SystemExit as left:  # -h and the like leave with 0
             assert not left.code, capsys.readouterr().err
     elif words[:3] == ["python", "-m", "pytest"]:
@@ -229,7 +246,7 @@ def test_methods_of_the_pages_drop_vision_tokens(block):
     named = {"__name__": __name__}
     exec(compile(block, "page", "exec"), named)
     method = named[re.findall(r"^(?:class|def) (\w+)", block, flags=re.M)[0]]
-    generation = Generation(load(run.DEMO), "How many objects are there?", [ROOT / "assets" / "demo.png"], prune=method)
+    generation = Generation(load(DEMO), "How many objects are there?", [ROOT / "assets" / "demo.png"], prune=method)
     "".join(generation)
     assert 0.05 < generation.retention < 0.8
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from model.checkpoint import empty_model
 from model.config import LlavaConfig, TextConfig, VisionConfig, read_config
-from model.load import empty_model
 from tests.paths import DEMO, ROOT
 from tools import roofline
 

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 import run
+from model.console import as_command, explain
+from model.flags import TEMPLATES, parser
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 
 PICTURE = str(DEMO_PICTURE)
@@ -244,7 +246,7 @@ def test_a_missing_picture_comes_with_advice(refused, flags, advice):
 
 
 def test_an_import_that_ctrl_c_broke_off_is_an_interruption():
-    assert run.explain(ImportError("cannot load module more than once per process"))[1] == 130
+    assert explain(ImportError("cannot load module more than once per process"))[1] == 130
 
 
 def test_only_the_demo_says_what_it_knows(capsys, tmp_path):
@@ -270,7 +272,7 @@ def shown(encoding, *args):
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
         try:
-            code = run.as_command(lambda: run.main(list(args)))
+            code = as_command(lambda: run.main(list(args)))
         except SystemExit as stopped:
             code = stopped.code
     for stream in streams:
@@ -512,7 +514,7 @@ def test_help_needs_no_torch():
 
 def test_help_fits_on_a_screen_and_shows_each_flag_once(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = run.parser().format_help()
+    text = parser().format_help()
     flags = re.findall(r"^  (?:(-\w), )?(--[\w-]+)", text, flags=re.M)
     assert len(text.splitlines()) <= 60 and len(flags) == len(set(flags)) >= 37
     assert {("-m", "--model"), ("-n", "--max-new-tokens"), ("", "--top-p"), ("-h", "--help")} <= set(flags)
@@ -586,7 +588,7 @@ def test_ctrl_c_before_the_first_token_still_reports(capsys, monkeypatch):
 def test_nothing_goes_to_stdout_instead_of_a_closed_stderr(capsys, monkeypatch, argv, code, out):
     monkeypatch.setattr(sys, "stderr", None)
     try:
-        got = run.as_command(lambda: run.main(argv))
+        got = as_command(lambda: run.main(argv))
     except SystemExit as end:  # argparse
         got = end.code
     assert (got, capsys.readouterr().out) == (code, out)
@@ -612,10 +614,10 @@ def test_every_command_may_lose_its_reader(monkeypatch):
             os.close(reader)
             with os.fdopen(writer, "w") as stream:
                 monkeypatch.setattr(sys, "stdout", stream)
-                assert run.as_command(lambda: (print("x" * size), leave())) == 0  # noqa: B023
+                assert as_command(lambda: (print("x" * size), leave())) == 0  # noqa: B023
             monkeypatch.undo()
     monkeypatch.setattr(sys, "stdout", None)  # closed, so nothing to flush
-    assert run.as_command(lambda: 3) == 3
+    assert as_command(lambda: 3) == 3
 
 
 def test_a_tool_that_loses_its_reader_is_quiet():
@@ -757,16 +759,14 @@ def test_bad_flags(refused, extra, naming):
 
 @pytest.mark.parametrize("alias", ["-m", "--model-path", "--weights", "--checkpoint", "--pretrained"])
 def test_names_of_flags_from_other_projects_work(alias):
-    args = run.parser().parse_args(
-        [alias, "x", "--image_path", "a", "--query", "q", "--max_new_tokens", "3", "--profile"]
-    )
+    args = parser().parse_args([alias, "x", "--image_path", "a", "--query", "q", "--max_new_tokens", "3", "--profile"])
     assert (args.model, args.image, args.prompt, args.max_new_tokens, args.stats) == ("x", ["a"], "q", 3, True)
 
 
 def test_templates_are_those_of_the_tokenizer():
-    from model.tokenizer import TEMPLATES
+    from model.tokenizer import TEMPLATES as known
 
-    assert ("auto", *TEMPLATES) == run.TEMPLATES
+    assert ("auto", *known) == TEMPLATES
 
 
 def test_triton_is_refused_without_cuda_before_anything_is_loaded(refused, monkeypatch):
@@ -887,7 +887,7 @@ def test_bad_checkpoints(refused, tmp_path, fault):
 
 
 def test_what_can_be_refused_is_refused_before_weights_are_read(refused, monkeypatch):
-    from model.load import Checkpoint
+    from model.checkpoint import Checkpoint
 
     def too_late(*_):
         raise AssertionError("weights were read")

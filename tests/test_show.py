@@ -1,6 +1,7 @@
 """What `--show` draws: the right tokens under the veil, and a page that a real browser steps through."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -420,7 +421,7 @@ def test_what_cannot_be_drawn_is_refused_at_once(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run.os, "access", lambda path, mode: str(path) != str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
     with pytest.raises(SystemExit) as left:
         run.main(asked("--show", tmp_path / "a.png"))
     assert left.value.code == 2 and "cannot be written" in capsys.readouterr().err

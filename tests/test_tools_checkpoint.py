@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from model.checkpoint import load
 from model.config import InputError, read_config
 from model.generate import Generation
-from model.load import load
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 from tools import make_checkpoint, verify_checkpoint

@@ -44,10 +44,10 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, open_checkpoint  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
+from model.checkpoint import DTYPES  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.fast import FastStep  # noqa: E402
-from model.load import DTYPES  # noqa: E402
-from run import check_backend, choose_device  # noqa: E402
+from model.flags import choose_device  # noqa: E402
 from tools import engines, harness, roofline  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, unwritable, write_json  # noqa: E402
 from tools.engines import ENGINES, OURS, WATCHED, Task, Workload, error, method_of, random_config  # noqa: E402
@@ -284,8 +284,7 @@ def show(rows):
 
 def bench(args, argv):
     """Run all workloads -> exit code."""
-    device, (text, picture, asked) = choose_device(args.device), chosen_model(args)
-    check_backend(args.backend, device)
+    device, (text, picture, asked) = choose_device(args.device, args.backend), chosen_model(args)
     cuda, wide = device.type == "cuda", 4 * roofline.Shape("", text, 0, 0).weight_numbers
     dtype = args.dtype or ("fp32" if not cuda and fits(wide, "SC_PHYS_PAGES") else "bf16")
     chosen = args.engines or (ENGINES if cuda else ("ours", "hf-eager", "hf-sdpa"))

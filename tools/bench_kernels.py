@@ -45,8 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import InputError  # noqa: E402
-from model.load import DTYPES  # noqa: E402
-from run import choose_device  # noqa: E402
+from model.checkpoint import DTYPES  # noqa: E402
+from model.flags import choose_device  # noqa: E402
 from tools import harness, problems  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, unwritable  # noqa: E402
 from tools.harness import judge, said  # noqa: E402

@@ -28,9 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 from kernels import window_scores  # noqa: E402
 from model import Generation, InputError, Sampling, load  # noqa: E402
+from model.console import as_command  # noqa: E402
+from model.flags import choose_device  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import Plphp, gamma  # noqa: E402
-from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.replay import Asked, asked_by, compare, replay  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import Parser, as_command, number, one_line, one_of  # noqa: E402, F401 (the tools import them from here)
+from model.console import as_command, one_line  # noqa: E402, F401 (the tools import these from here)
+from model.flags import Parser, number, one_of  # noqa: E402, F401
 
 
 def flags(doc):

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
+from model.checkpoint import DTYPES  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.fast import FastStep  # noqa: E402
-from model.load import DTYPES  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from tools import harness  # noqa: E402
 from tools.command import one_line  # noqa: E402

@@ -35,9 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.checkpoint import find_folder  # noqa: E402
+from model.console import as_command, say  # noqa: E402
+from model.flags import choose_device  # noqa: E402
 from model.generate import off_budget  # noqa: E402
 from model.image import contrast_of, normalise, places_of, read_image, to_square  # noqa: E402
-from model.load import find_folder  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import (  # noqa: E402
     ALIASES,
@@ -52,7 +54,6 @@ from model.pruning import (  # noqa: E402
 )  # fmt: skip
 from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
-from run import as_command, choose_device, say  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Like, Ranked, ValuesDropped, neutral_rows, worth_of_rows  # noqa: E402

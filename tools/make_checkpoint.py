@@ -40,8 +40,8 @@ def main(argv=None):
 
 def make(folder, shape, dtype="fp16", seed=0, shard_gb=5.0):
     """Write the whole folder. Raises InputError before writing anything if it cannot."""
+    from model.checkpoint import DTYPES, empty_model
     from model.config import parse_config
-    from model.load import DTYPES, empty_model
 
     raw = config_json(shape, dtype)
     shapes = {name: tuple(p.shape) for name, p in empty_model(parse_config(raw)).state_dict().items()}

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import as_command  # noqa: E402
+from model.console import as_command  # noqa: E402
 
 SIZE = 224  # pixels per side of the model's input
 PATCH = 14  # pixels per side of one vision token

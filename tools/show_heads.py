@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
+from model.console import as_command  # noqa: E402
+from model.flags import choose_device  # noqa: E402
 from model.llama import rope_table  # noqa: E402
-from run import as_command, choose_device  # noqa: E402
 
 SEEN = 16  # columns seen by fewer rows are ignored, such as the last ones
 

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
+from model.console import as_command  # noqa: E402
+from model.flags import choose_device  # noqa: E402
 from model.pruning import MethodError, make_method  # noqa: E402
 from model.show import Shown, write  # noqa: E402
-from run import as_command, choose_device  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.replay import asked_by  # noqa: E402
 

@@ -33,13 +33,13 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model.checkpoint import load  # noqa: E402
 from model.clip import VisionTower  # noqa: E402
 from model.config import LlavaConfig, TextConfig, VisionConfig  # noqa: E402
+from model.console import as_command  # noqa: E402
 from model.image import CLIP_MEAN, CLIP_STD  # noqa: E402
 from model.llava import Llava  # noqa: E402
-from model.load import load  # noqa: E402
 from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
-from run import as_command  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 

@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.console import as_command  # noqa: E402
+from model.flags import choose_device  # noqa: E402
 from model.llama import rope_table  # noqa: E402
 from model.lookahead import FILE, Lookahead, describe_model, weights_sample  # noqa: E402
 from model.questions import read_questions  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
-from run import as_command, choose_device  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.evaluate import encode_scenes  # noqa: E402
 from tools.train_demo import HELD_OUT, Run, precision, rate_at  # noqa: E402

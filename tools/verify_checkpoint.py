@@ -27,7 +27,7 @@ def main(argv=None):
 
 def verify(name, sha256=False):
     """Print a checkpoint's contents; InputError at the first fault that load() would reject."""
-    from model.load import find_folder, open_checkpoint, read_config, weight_files
+    from model.checkpoint import find_folder, open_checkpoint, read_config, weight_files
     from model.tokenizer import Tokenizer
 
     folder = find_folder(name)

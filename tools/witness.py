@@ -31,11 +31,11 @@ sys.path.insert(0, str(ROOT))
 
 from model.cache import RaggedCache  # noqa: E402
 from model.config import InputError, TextConfig  # noqa: E402
+from model.console import as_command  # noqa: E402
 from model.generate import PlainStep  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
-from run import as_command  # noqa: E402
 from tools import show_heads, train_lookahead  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Ranked, worth_of_rows  # noqa: E402

@@ -1,0 +1,365 @@
+"""The flags of run.py: what they are, what is checked before torch is imported, and what follows from them."""
+
+import argparse
+import contextlib
+import io
+import itertools
+import os
+import re
+import sys
+from pathlib import Path
+
+from .config import InputError, decode_text
+from .console import one_line
+
+DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
+TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
+SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest to stderr.
+
+  run.py --image assets/demo.png --prompt "Describe the picture."
+  run.py --image assets/demo.png --prompt "Describe the picture." --prune plphp
+
+Without --prompt: a conversation, or one question per line of a piped stdin."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line: what is wrong; what to do."""
+
+    def parse_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if "\0" in word:
+                self.error(f"{word[:200]!r} contains a NUL character, which no path can contain")
+        args, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self._unknown(*rest[:2]))
+        return args
+
+    def error(self, message):
+        # argparse puts all names of the flag first: "argument --top-p/--top_p: "
+        message = re.sub(r"^argument ([^:/\s]+)\S*: ", r"\1 ", one_line(message))
+        missing = re.fullmatch(r"(\S+) expected (at least )?one argument", message)
+        if missing:
+            message = f"{missing[1]} needs a value; write {missing[1]}=VALUE if the value begins with a dash"
+        cure = "" if "; " in message else f"; see {self.prog} -h"
+        self.exit(2, f"error: {message}{cure}\n")
+
+    def _unknown(self, word, following="-"):
+        """The error message for an argument that is neither a flag nor a flag's value, and the one that follows it."""
+        from difflib import get_close_matches
+
+        name, _, value = one_line(word).partition("=")
+        if not name.startswith("-"):
+            return f"{word[:80]!r} belongs to no flag; put text with spaces in quotes"
+        key = name.lstrip("-").replace("-", "_")
+        if "--" + key.replace("_", "-") not in self._option_string_actions and is_setting(key):
+            value = value or (one_line(following)[:80] if not following.startswith("-") else "VALUE")
+            return f"{key} is a setting of the method; write --set {key}={value}"
+        flags = {flag.lstrip("-"): action.option_strings[0] for flag, action in self._option_string_actions.items()}
+        near = get_close_matches(name.lstrip("-"), flags, 1, 0.85)  # a lower cutoff suggests --no-stream for --stream
+        return f"there is no flag {name}" + (f"; did you mean {flags[near[0]]}?" if near else "")
+
+
+def is_setting(name):
+    """Is it a setting of a built-in method? False without torch."""
+    with contextlib.suppress(ImportError):
+        from .api import known_settings
+
+        return name in known_settings()
+    return False
+
+
+class Once(argparse.Action):
+    """Stores the prompt. A second prompt is an error, because its aliases are also names of settings."""
+
+    def __call__(self, parser, namespace, value, name=None):
+        if namespace.prompt is not None:
+            parser.error(
+                f"{name} gives a second prompt (--query and --question are other names of --prompt); give one prompt, "
+                "and write the method's setting as --set query=VALUE"
+            )
+        namespace.prompt = value
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Lists a flag by its first name and its one-letter form. Aliases for names in other projects are not shown."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=27)
+
+    def _format_action_invocation(self, action):
+        first, *others = action.option_strings
+        letters = [name for name in others if len(name) == 2]
+        return ", ".join([*letters, first]) + (f" {action.metavar}" if action.metavar else "")
+
+
+def number(kind, low, high=None, open_low=False):
+    """An argparse type: an int or a float within bounds. In help texts, %(type)s is replaced by the bounds."""
+    bounds = f"above {low}" if open_low else f"from {low}" if high is not None else f"of {low} or more"
+    if high is not None:
+        bounds += f" and up to {high}" if open_low else f" to {high}"
+    wanted = f"a {'whole ' if kind is int else ''}number {bounds}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text[:80]!r}; give {wanted}") from None
+        if not (value > low if open_low else value >= low) or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"is {text}; give {wanted}")
+        return value
+
+    parse.__name__ = bounds
+    return parse
+
+
+def one_of(*names):
+    """An argparse type: one of the names. In help texts, %(type)s is replaced by the list of them."""
+
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"is {text[:80]!r}; use {', '.join(names)}")
+        return text
+
+    parse.__name__ = ", ".join(names)
+    return parse
+
+
+def parser():
+    p = Parser(
+        prog="run.py", usage="run.py --image PATH ... [--prompt TEXT] [flags]", description=SUMMARY,
+        formatter_class=Help, allow_abbrev=False, add_help=False,
+    )  # fmt: skip
+    # -h shows a flag's first name and its one-letter form; the other names are aliases, as in other projects.
+    # fmt: off
+    ask = p.add_argument_group("ask")
+    ask.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
+                     default=str(DEMO), metavar="DIR|ID",
+                     help="folder or cached Hugging Face id (default: the demo)")
+    ask.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[],
+                     metavar="PATH ...", help='pictures; "-" is stdin, data: URIs work too')
+    ask.add_argument("--prompt", "-p", "--query", "--question", action=Once, metavar="TEXT",
+                     help='the question; "-" reads stdin, @FILE reads a file')
+
+    answer = p.add_argument_group("the answer")
+    answer.add_argument("--max-new-tokens", "-n", "--max_new_tokens", "--max-tokens", type=number(int, 1), default=256,
+                        metavar="N", help="maximum length of the answer (default %(default)s)")
+    answer.add_argument("--temperature", "--temp", type=number(float, 0, 10000), default=0.0, metavar="F",
+                        help="%(type)s; 0, the default, is greedy")
+    answer.add_argument("--top-p", "--top_p", type=number(float, 0, 1, open_low=True), metavar="F",
+                        help="nucleus sampling, %(type)s")
+    answer.add_argument("--top-k", type=number(int, 1), metavar="N", help="sample among the N most likely tokens")
+    answer.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N",
+                        help="seed of the sampling (default %(default)s)")
+    answer.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end the answer before this text; may be repeated")
+
+    prune = p.add_argument_group("pruning")
+    prune.add_argument("--prune", "--method", default="none", metavar="SPEC",
+                       help="METHOD or FILE.py::NAME, then :KEY=VALUE,...")
+    prune.add_argument("--list-methods", nargs="?", const="", metavar="[NAME]",
+                       help="list the methods, or the settings of one")
+    prune.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
+                       help="fraction of vision tokens kept, %(type)s")
+    prune.add_argument("--keep-tokens", type=number(int, 1), metavar="N",
+                       help="instead: vision tokens per KV head and picture")
+    prune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="a setting of the method, or @FILE.json with several")
+    prune.add_argument("--compare", action="store_true", help="also answer unpruned; print differences to stderr")
+
+    look = p.add_argument_group("pictures and prompt")
+    look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
+                      help="%(type)s (anyres: in tiles)")
+    look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
+                      help="auto, hf (canvas height first), orig (width first)")
+    look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
+                      metavar="NAME", help="%(type)s")
+    look.add_argument("--system", metavar="TEXT", help="system text (default: that of the template)")
+
+    many = p.add_argument_group("many questions")
+    many.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
+                      help="JSON line per question: question_id, image, text")
+    many.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
+                      help="output file; an existing one is continued")
+    many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: FILE.jsonl's)")
+    many.add_argument("--batch", "--batch-size", type=number(int, 1), metavar="N",
+                      help="questions answered together (default 1)")
+    many.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="split the questions into N parts ...")
+    many.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="... and answer part I, counted from 0")
+    many.add_argument("--keep-errors", action="store_true", help="do not retry questions that failed before")
+
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto",
+                         metavar="TYPE", help="%(type)s (auto suits file and machine)")
+    machine.add_argument("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
+                         help="kernels: %(type)s (auto: triton on CUDA)")
+    machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
+    machine.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
+                         help="CPU threads, %(type)s (default: one per core)")
+
+    output = p.add_argument_group("output")
+    output.add_argument("--stats", "--profile", action="store_true",
+                        help="print times, memory and bandwidth limit to stderr")
+    output.add_argument("--show", metavar="FILE", help="draw what each head kept into a .png or .html file")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+    output.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+    output.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    output.add_argument("--version", action="store_true", help="print versions: plphp, python, torch, triton")
+    output.add_argument("--help", "-h", action="help", help="print this list")
+    # fmt: on
+    return p
+
+
+# ---------------------------------------------------------------- checks before torch is imported
+
+
+def check(args, error):
+    """Checks that argparse cannot express: flags that exclude or require each other. error(message) ends the process.
+
+    Reads the prompt if it is in a file or on stdin. Sets args.talk (is it a conversation?) and args.lines, the numbered
+    questions on stdin, or None.
+    """
+    if args.prompt is not None and args.questions is not None:
+        error("give either --prompt or --questions")
+    later = args.prompt is None and args.questions is None  # questions come from stdin
+    check_questions(args, error)
+    check_show(args, error)
+    if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
+        error("--top-p and --top-k need --temperature above 0")
+    if [args.prompt, *args.image].count("-") + later > 1:
+        error("only one thing can be read from stdin")
+    if args.retention is not None and args.keep_tokens is not None:
+        error("--retention and --keep-tokens exclude each other")
+    if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
+        error("--retention, --keep-tokens and --set need --prune METHOD; for example --prune plphp")
+    if args.compare and later:
+        error("--compare needs --prompt")
+    if args.compare and (args.prune == "none" or args.temperature > 0):
+        error("--compare needs --prune METHOD and --temperature 0")
+    if "" in args.stop:
+        error("--stop needs text that is not empty")
+    if args.system is not None and args.template == "raw":
+        error("--system cannot be used with --template raw")
+    args.prompt = args.prompt or ""
+    try:
+        if args.prompt == "-":
+            args.prompt = read_text(sys.stdin.buffer if sys.stdin else io.BytesIO())
+        elif args.prompt.startswith("@"):
+            with open(args.prompt[1:], "rb") as file:
+                args.prompt = read_text(file)
+        "".join([args.prompt, args.system or "", *args.stop]).encode()
+    except (OSError, ValueError) as broken:
+        error(f"cannot read the prompt as UTF-8 text ({broken})")
+    if args.questions is None and not later and not args.prompt.strip():
+        error("the prompt is empty; give a question")
+    for path in args.image:  # checked before torch is imported; `local_path` checks other addresses
+        if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
+            error(f"no picture at {path[:200]}; {path_advice(args, path)}")
+    args.talk = later and sys.stdin is not None and sys.stdin.isatty()
+    args.lines = questions_on_stdin(error) if later and not args.talk else None
+
+
+def path_advice(args, path):
+    """What to do about a picture that is not there."""
+    if args.prompt == "" and path == args.image[-1] and (len(args.image) > 1 or " " in path):
+        return "if this is the question, put --prompt before it, else check the path"
+    return "check the path" + (", and put it in quotes if it has spaces" if len(args.image) > 1 else "")
+
+
+def questions_on_stdin(error):
+    """Iterate over (number, text) of the lines of stdin that are not blank. Exits with an error if there are none."""
+    with contextlib.suppress(OSError):
+        lines = enumerate(sys.stdin.buffer if sys.stdin else (), 1)
+        lines = ((number, _decoded(line, number)) for number, line in lines if line.strip())
+        first = next(lines, None)
+        if first is not None:
+            return itertools.chain([first], lines)
+    error("stdin is empty; give --prompt, --questions, or a question in each line of stdin")
+
+
+def _decoded(line, number):
+    """The text of a line. InputError if it is not UTF-8."""
+    try:
+        return decode_text(line)
+    except ValueError as wrong:
+        raise InputError(f"line {number} of stdin: not UTF-8 text ({wrong}); save it as UTF-8") from wrong
+
+
+def read_text(file):
+    """The text of a file opened in binary mode, without newlines at its end. ValueError if it is not UTF-8."""
+    return decode_text(file.read()).rstrip("\n")
+
+
+def check_questions(args, error):
+    """Check the flags that need --questions and those that cannot be combined with it."""
+    of_files = ("image_folder", "answers", "batch", "num_chunks", "chunk_idx", "keep_errors")
+    if args.questions is None:
+        for name in of_files:
+            if getattr(args, name) not in (None, False):
+                error(f"--{name.replace('_', '-')} needs --questions")
+        return
+    if not args.answers:
+        error("--questions needs --answers")
+    if args.image or args.json or args.compare or args.compile or args.stats:
+        error("--questions cannot be combined with --image, --json, --stats, --compare or --compile")
+    if (args.num_chunks is None) != (args.chunk_idx is None) or (args.chunk_idx or 0) >= (args.num_chunks or 1):
+        error("--num-chunks and --chunk-idx need each other, and the index must be below the number")
+    if not os.path.exists(args.questions) or os.path.isdir(args.questions):
+        error(f"no file {args.questions[:200]}; check the path")
+    if args.image_folder is not None and not os.path.isdir(args.image_folder):
+        error(f"no folder {args.image_folder[:200]}; check the path")
+    if os.path.exists(args.answers) and os.path.samefile(args.questions, args.answers):
+        error("--questions and --answers are the same file")
+
+
+def check_show(args, error):
+    """Check that the drawing can be written. `model.show` checks what depends on the checkpoint."""
+    if args.show is None:
+        return
+    path = Path(args.show)
+    if args.prompt is None or not args.image:
+        error("--show draws on the pictures of one answer; give --image and --prompt (in a conversation: /show FILE)")
+    if path.suffix.lower() not in (".png", ".html"):
+        error(f"cannot draw --show {args.show[:200]!r}; give a name that ends in .png or .html")
+    if not path.parent.is_dir():
+        error(f"--show: there is no folder {str(path.parent)[:200]}; create it or give another")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        error(f"--show: {args.show[:200]} cannot be written; give another name")
+    if any(os.path.exists(image) and path.exists() and path.samefile(image) for image in args.image):
+        error(f"--show would replace the picture {args.show[:200]}; give another name")
+
+
+# ---------------------------------------------------------------- what follows from the flags
+
+
+def choose_device(name, backend="auto", threads=None):
+    """The torch.device of --device, with --threads set. InputError if it, or --backend on it, is not available."""
+    import torch
+
+    from kernels.backend import choose_backend
+
+    from . import checkpoint
+
+    try:
+        device = checkpoint.choose_device(name)
+        choose_backend(backend, device, torch.float32)  # any dtype of --dtype gives the same result
+    except ValueError as wrong:
+        raise InputError(f"--{wrong}") from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return device
+
+
+def options(args, checkpoint):
+    """Keyword arguments of `Generation` that follow from the flags."""
+    from .api import choose_method
+    from .sampling import Sampling
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+    return {
+        "sampling": sampling, "template": args.template, "image_mode": args.image_mode, "system": args.system,
+        "prune": choose_method(args.prune, checkpoint.folder, args.retention, args.keep_tokens, args.set),
+        "backend": args.backend, "compile": args.compile, "anyres_order": args.anyres_order,
+        "timed": args.stats or args.json or args.compare or args.talk,  # for /stats
+        "remember": args.show is not None or args.talk,  # for /show
+    }  # fmt: skip
