@@ -56,7 +56,7 @@ class DecodePlan:
     kv_start, kv_cap (S,) int32; starts, caps: the same as lists
     split: slots per work item of the Triton kernels, None for `split_size`
     segments: S; shortest, longest: smallest and largest capacity; end: slots that the arena must have
-    room: work items, ticket counters and workspaces of the Triton kernels, allocated on first use (but see `items`).
+    buffers: work items, ticket counters and workspaces of the Triton kernels, allocated on first use (but see `items`).
         Calls share them, so no two calls may use a plan at the same time.
     """
 
@@ -69,7 +69,7 @@ class DecodePlan:
     shortest: int
     longest: int
     end: int
-    room: dict = field(default_factory=dict)
+    buffers: dict = field(default_factory=dict)
 
     @cached_property
     def overlap(self):
@@ -81,25 +81,25 @@ class DecodePlan:
     @property
     def items(self):
         """The `WorkItems`. On CUDA `decode_plans` builds them, because a decode step must not copy from the host."""
-        if "items" not in self.room:
-            (self.room["items"],) = work_items([self.caps], self.split, self.kv_start.device)
-        return self.room["items"]
+        if "items" not in self.buffers:
+            (self.buffers["items"],) = work_items([self.caps], self.split, self.kv_start.device)
+        return self.buffers["items"]
 
     def tickets(self, tiles):
         """Ticket counters (S * tiles,) int32: finished programs per segment and row tile. All 0 between calls."""
-        if tiles not in self.room:
-            self.room[tiles] = self.kv_cap.new_zeros(self.segments * tiles)
-        return self.room[tiles]
+        if tiles not in self.buffers:
+            self.buffers[tiles] = self.kv_cap.new_zeros(self.segments * tiles)
+        return self.buffers[tiles]
 
     def scratch(self, rows, d):
         """Workspace for the partial results of all W items, fp32: out (W, rows, d) and log-sum-exp (W, rows)."""
-        if (rows, d) in self.room:
-            return self.room[rows, d]
+        if (rows, d) in self.buffers:
+            return self.buffers[rows, d]
         items, device = len(self.items.work), self.kv_start.device
-        room = torch.empty(items, rows, d, device=device), torch.empty(items, rows, device=device)
+        workspace = torch.empty(items, rows, d, device=device), torch.empty(items, rows, device=device)
         if rows <= 16:  # a decode step; the workspace of a new turn is too large to keep
-            self.room[rows, d] = room
-        return room
+            self.buffers[rows, d] = workspace
+        return workspace
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _plans(kv_start, kv_cap, split):
     plans = [_plan(*layer, split) for layer in zip(kv_start, kv_cap, starts, caps, strict=True)]
     if kv_start.is_cuda:
         for plan, items in zip(plans, work_items(caps, split, kv_start.device), strict=True):
-            plan.room["items"] = items
+            plan.buffers["items"] = items
     return plans
 
 

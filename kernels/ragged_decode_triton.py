@@ -210,9 +210,9 @@ def append_kernel(
         key = tl.load(k_new + k_at + col, new, 0.0)
     value = tl.load(v_new + sequence * v_stride + head * D + col, new, 0.0)
     free = (start + length).to(tl.int64) * D + col
-    room = mine & (length < cap) & (col < D) & (tl.program_id(1) == 0)
-    tl.store(k + free, key, room)
-    tl.store(v + free, value, room)
+    fits = mine & (length < cap) & (col < D) & (tl.program_id(1) == 0)
+    tl.store(k + free, key, fits)
+    tl.store(v + free, value, fits)
     score = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     m = tl.where(mine, score, float("-inf"))
     l = tl.zeros([M], tl.float32) + tl.where(mine, 1.0, 0.0)

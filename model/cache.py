@@ -200,13 +200,8 @@ class RaggedCache:
         shape = plan.segments, plan.longest, k.shape[1]
         return k.view(shape), v.view(shape)
 
-    def keep(self, sequences):
-        """Keep only these sequences (a list of ascending indices) and free the memory of the others."""
-        self.select(sequences)
-        self.repack(max(1, self.room))
-
     def select(self, sequences):
-        """The first half of `keep`: remove the others; their slots stay allocated until the next `repack`."""
+        """Keep only these sequences (a list of ascending indices). The slots of the others are freed by `repack`."""
         heads = self.kv_len.shape[1] // len(self.pos)
         rows = [b * heads + h for b in sequences for h in range(heads)]
         tables = [t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap)]

@@ -219,7 +219,8 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
     for i in range(2):
         joined.append(i, torch.full((3, 2, 4), 7.0), torch.full((3, 2, 4), -7.0))
     version, pos = joined.version, joined.pos.clone()
-    joined.keep(stay)
+    joined.select(stay)
+    joined.repack(max(1, joined.room))
     assert joined.version > version and torch.equal(joined.pos, pos[stay])
     for i in range(2):
         got = [joined.k[i][s : s + n] for s, n in zip(joined.kv_start[i], joined.kv_len[i], strict=True)]

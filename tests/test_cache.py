@@ -123,7 +123,8 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
     for step in range(9):  # repacked at 3, 6 and 9; the second sequence leaves after 4 tokens
         if step == 4:
             live = [0, 2]
-            cache.keep(live)
+            cache.select(live)
+            cache.repack(max(1, cache.room))
         new = model.decode(torch.stack([xs[i][prompts[i] + step] for i in live]), cache)
         poison(cache)
         for sequence, row in zip(live, new, strict=True):
@@ -164,7 +165,8 @@ def test_a_new_turn_after_another_sequence_has_left(backend, block, monkeypatch)
     model, x = small_llama(), torch.randn(2, 14, 32)
     cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)
-    cache.keep([1])
+    cache.select([1])
+    cache.repack(1)
     states = [model.prefill(x[:, :6])[1], model.extend(x[1:, 6:11], cache)[0], model.decode(x[1:, 11], cache)]
     poison(cache)
     check(model, x[1, :12], torch.ones(LAYERS, 2, 1, dtype=torch.bool), torch.cat(states))

@@ -266,9 +266,9 @@ def test_more_query_heads_than_a_tile_has_rows(group, d, dtype):
 def test_with_a_plan_a_step_keeps_nothing():
     q, k, v, start, length, cap, plan = problem([30, 5], 2, 2, 64)
     appended(q, k, v, start, length, cap, plan)
-    room = dict(plan.room)
+    buffers = dict(plan.buffers)
     appended(q, k, v, start, length, cap, plan)
-    assert plan.room.keys() == room.keys() and all(plan.room[key] is room[key] for key in room)
+    assert plan.buffers.keys() == buffers.keys() and all(plan.buffers[key] is buffers[key] for key in buffers)
 
 
 class Replayed:
