@@ -101,14 +101,16 @@ class Pruning:
         -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
         later layers process; None in place of either for all.
         """
-        start = clock(k.device, self.timed)
-        keep, left = self._choose(layer, q, k, v) if self.spans else (None, None)
+        keep = rows = left = None
+        if self.spans:
+            start = clock(k.device, self.timed)
+            keep, left = self._choose(layer, q, k, v)
+            self.seconds += clock(k.device, self.timed) - start
         if self.masks is not None:
             self.masks.append(self._of_the_prompt(keep, k))
-        rows = None if left is None else left.nonzero()[:, 0]
-        if rows is not None:
+        if left is not None:
+            rows = left.nonzero()[:, 0]
             self._narrow(left, rows)
-        self.seconds += clock(k.device, self.timed) - start
         return keep, rows
 
     def _choose(self, layer, q, k, v):
