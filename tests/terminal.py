@@ -50,11 +50,13 @@ class Terminal:
         self.type(line + "\n")
         return (self.wait_for("\n> ") + "\n").partition("\n")[2]
 
-    def wait_for(self, text):
-        """What is shown before the text appears, which it may have already."""
+    def wait_for(self, text, again=""):
+        """What is shown before the text appears, which it may have already. again: as in `leave`."""
         end = time.monotonic() + self.PATIENCE
         while text not in self.shown:
-            assert self._read(end), f"{text!r} was never shown:\n{self.everything}"
+            if not self._read(min(end, time.monotonic() + 1) if again else end):
+                assert again and time.monotonic() < end, f"{text!r} was never shown:\n{self.everything}"
+                self.type(again)
         before, _, self.shown = self.shown.partition(text)
         return before
 

@@ -10,7 +10,7 @@ from conftest import TEXT, VISION, refusal, write_json
 from oracle import expanded, hf_pictures, masked_ids
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_load import LAYOUTS
+from test_checkpoint import LAYOUTS
 from test_parity import float64_twin, noise
 from test_plphp import plphp_by_hand
 
@@ -271,7 +271,7 @@ def test_each_key_layout_gives_the_same_ids(pair, tmp_path, layout):
 
 
 def rename(layout, key):
-    """Add the newline, which the layouts of test_load lack."""
+    """Add the newline, which the layouts of test_checkpoint lack."""
     if key != "image_newline":
         return layout(key)
     return "model.image_newline" if layout("multi_modal_projector.linear_1.bias").startswith("model.") else key
