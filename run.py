@@ -83,8 +83,8 @@ def deliver(args, generation, meter):
     from model.report import report, say_comparison, say_outcome, stats
     from model.show import save
 
-    if args.prompt and args.max_new_tokens > generation.room:
-        note(f"the context leaves room for {generation.room} of {args.max_new_tokens} new tokens")
+    if args.prompt and args.max_new_tokens > generation.context_left:
+        note(f"the context leaves room for {generation.context_left} of {args.max_new_tokens} new tokens")
     stream = not (args.json or args.no_stream or args.lines)
     code = write(generation, stream)
     if code == 130 and not args.talk:  # a conversation prints its own message

@@ -71,3 +71,22 @@ def known_settings():
     from .pruning import COMMON, GUARDS, METHODS, settings_of
 
     return {*COMMON, *GUARDS}.union(*(settings_of(method) for method in METHODS.values() if method))
+
+
+def off_budget(method, kept, wanted):
+    """A one-line warning, or None. kept, wanted: fractions of the vision tokens; wanted is None if none was requested.
+
+    Warns if kept differs from wanted by more than 0.03, if no vision token was kept, or if all were kept although no
+    fraction was requested.
+    """
+    if method is None:
+        return None
+    name = "the method" if method.name == "<lambda>" else method.name
+    if kept == 0:
+        return f"{name} kept no vision token; return True for those that the answer needs"
+    if kept == 1 and wanted is None:
+        return f"{name} dropped no vision token; check its settings, and that it returns what to keep"
+    if wanted is None or abs(kept - wanted) <= 0.03:
+        return None
+    hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
+    return f"{name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"

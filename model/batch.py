@@ -45,7 +45,7 @@ class Batch:
             raise InputError(f"a batch takes one Generation at a time, not {brief(generation)}; add one")
         if self.running and generation.checkpoint is not self.running[0].checkpoint:
             raise InputError("a batch has one checkpoint; start another batch for this one")
-        if self.running and generation.way != self.running[0].way:
+        if self.running and generation.backend != self.running[0].backend:
             raise InputError("a batch has one backend; start another batch for this one")
         if any(generation is other for other in (*self.running, *self._over)):
             raise ValueError("this generation is already in the batch; add another")

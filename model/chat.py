@@ -120,7 +120,7 @@ class Chat:
             context = self.checkpoint.config.text_config.context
             full = f"the context of {context} tokens is full; /clear starts a new conversation"
             cut = f"the answer was cut after {generation.limit} tokens; --max-new-tokens can be raised"
-            note(full if generation.limit == generation.room else cut)
+            note(full if generation.limit == generation.context_left else cut)
 
     # ------------------------------------------------------------ commands
 

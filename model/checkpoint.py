@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .api import PruneLike, choose_method
+from .api import PruneLike, choose_method, off_budget
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
 from .fast import FastStep, arrange
 from .image import ImageSettings, Pictures, image_processor_file, read_image_settings
@@ -126,7 +126,7 @@ class Checkpoint:
         seed, stop, system, template, image_mode,
     ):  # fmt: skip
         """The iterator of `stream`. Warnings name the line that called `ask` or `stream`."""
-        from .generate import Generation, off_budget  # imports this module
+        from .generate import Generation  # imports this module
         from .sampling import Sampling  # imports this module
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)

@@ -78,7 +78,7 @@ class Generation:
         _check_types(checkpoint=checkpoint, prompt=prompt, sampling=sampling, system=system, before=before)
         self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
         self.prune = choose_method(prune, checkpoint.folder)
-        self.backend, self.compile, self.timed, self.remember = backend, compile, timed, remember
+        self._backend, self.compile, self.timed, self.remember = backend, compile, timed, remember
         self.template = checkpoint.template if template == "auto" else template
         _check_names(template=self.template, image_mode=image_mode, anyres_order=anyres_order, backend=backend)
         self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
@@ -93,8 +93,8 @@ class Generation:
         self.images = [picture.about for picture in self.pictures]
         self.vision_tokens = sum(picture.tokens for picture in self.pictures)
         self.prompt_tokens = len(self.ids) - len(self.images) + self.vision_tokens
-        self.room = checkpoint.config.text_config.context - self.prompt_tokens  # for new tokens
-        if self.room < 1:
+        self.context_left = checkpoint.config.text_config.context - self.prompt_tokens  # for new tokens
+        if self.context_left < 1:
             raise InputError(self._too_long())
         if self.prune:
             self.check_method(self.prune)
@@ -191,12 +191,12 @@ class Generation:
         ]
 
     @property
-    def way(self) -> str:
+    def backend(self) -> str:
         """The kernel backend on the checkpoint's device: "triton" or "torch". InputError if it is not available."""
         if self.checkpoint.device.type == "meta":
             raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
         try:
-            return choose_backend(self.backend, self.checkpoint.device, self.checkpoint.dtype)
+            return choose_backend(self._backend, self.checkpoint.device, self.checkpoint.dtype)
         except ValueError as wrong:
             raise InputError(str(wrong)) from wrong
 
@@ -215,7 +215,7 @@ class Generation:
         self.prefilled, self.pruned_for = 0, self.prompt
         self.failure = None  # in a Batch: the exception that ended this generation
         self.cancelled = False
-        self.limit = min(self.sampling.max_new_tokens, self.room)
+        self.limit = min(self.sampling.max_new_tokens, self.context_left)
         self._writer = Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
 
     @torch.inference_mode()
@@ -285,7 +285,7 @@ class Generation:
         x, self.spans = model.splice(self.ids, self.encode_images())
         seen, self.prefilled = clock(device, self.timed), len(x)
         layers = self.checkpoint.config.text_config.num_hidden_layers
-        self.cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.way)
+        self.cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.backend)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
         pruning = self.prune and Pruning(
             self.prune, layers, self.spans, self.places, lambda: self.contrast, lookahead.rows if lookahead else 0,
@@ -336,25 +336,6 @@ class Generation:
         named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
         ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
         return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
-
-
-def off_budget(method, kept, wanted):
-    """A one-line warning, or None. kept, wanted: fractions of the vision tokens; wanted is None if none was requested.
-
-    Warns if kept differs from wanted by more than 0.03, if no vision token was kept, or if all were kept although no
-    fraction was requested.
-    """
-    if method is None:
-        return None
-    name = "the method" if method.name == "<lambda>" else method.name
-    if kept == 0:
-        return f"{name} kept no vision token; return True for those that the answer needs"
-    if kept == 1 and wanted is None:
-        return f"{name} dropped no vision token; check its settings, and that it returns what to keep"
-    if wanted is None or abs(kept - wanted) <= 0.03:
-        return None
-    hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
-    return f"{name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"
 
 
 class PlainStep:

@@ -21,12 +21,13 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .api import off_budget
 from .batch import Batch, out_of_memory
 from .checkpoint import open_checkpoint
 from .config import InputError, decode_text
 from .console import note, one_line, say
 from .flags import DEMO, choose_device, options
-from .generate import Generation, off_budget
+from .generate import Generation
 from .image import local_path
 from .report import CoreWait, introduce
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from .api import note_on_settings
+from .api import note_on_settings, off_budget
 from .console import note, say
 from .flags import DEMO
-from .generate import off_budget
 
 
 def introduce(args, generation):
@@ -28,7 +27,7 @@ def introduce(args, generation):
     found = checkpoint.template_note if args.template == "auto" else "asked for"
     order = f" (order {settings.order})" if settings.mode == "anyres" else ""
     say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
-        f"image mode {settings.mode}{order}, backend {generation.way}")  # fmt: skip
+        f"image mode {settings.mode}{order}, backend {generation.backend}")  # fmt: skip
     if demo:
         note("the demo model knows only drawn shapes and signs, and single questions as in assets/README.md; "
              "--model loads another")  # fmt: skip
@@ -84,7 +83,7 @@ def report(generation, model, seed, meter):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": str(checkpoint.device),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "backend": generation.way,
+        "backend": generation.backend,
     }
 
 
@@ -101,7 +100,7 @@ def say_outcome(args, generation, took, code):
         say(f"{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
             f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
     if generation.finish_reason == "length" and not args.talk:  # a conversation says it in its own words
-        why = "--max-new-tokens allows more" if generation.limit < generation.room else "the context is full"
+        why = "--max-new-tokens allows more" if generation.limit < generation.context_left else "the context is full"
         note(f"the answer was cut after {generation.limit} tokens; {why}")
 
 

@@ -437,8 +437,8 @@ MUTANTS = {
     ),
     "Triton: a full segment is written to": (
         "kernels/ragged_decode_triton.py",
-        "room = mine & (length < cap)",
-        "room = mine & (length <= cap)",
+        "fits = mine & (length < cap)",
+        "fits = mine & (length <= cap)",
         "test_ragged_decode.py::test_append_writes_where_there_is_room_and_attends_to_the_new_token",
     ),
     "Triton: RoPE of keys uses the first sequence's angles": (
@@ -1354,19 +1354,19 @@ MUTANTS = {
         "test_api.py::test_the_checkpoints_own_settings_hold",
     ),
     "the kept fraction is not reported": (
-        "model/generate.py",
+        "model/api.py",
         "abs(kept - wanted) <= 0.03",
         "abs(kept - wanted) <= 0.5",
         "test_api.py::test_what_is_kept_is_said_where_it_is_not_what_was_asked",
     ),
     "a method that drops nothing is not told of": (
-        "model/generate.py",
+        "model/api.py",
         "if kept == 1 and wanted is None:",
         "if False:",
         "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
     ),
     "a method that drops everything is not told of": (
-        "model/generate.py",
+        "model/api.py",
         "    if kept == 0:",
         "    if False:",
         "test_api.py::test_a_method_that_drops_nothing_or_everything_is_told_of",
@@ -1841,7 +1841,7 @@ MUTANTS = {
     ),
     "context limit ignored": (
         "model/generate.py",
-        "self.limit = min(self.sampling.max_new_tokens, self.room)",
+        "self.limit = min(self.sampling.max_new_tokens, self.context_left)",
         "self.limit = self.sampling.max_new_tokens",
         "test_generate.py::test_the_context_ends_the_answer",
     ),
@@ -1998,7 +1998,7 @@ MUTANTS = {
     ),
     "a batch of two backends": (
         "model/batch.py",
-        "if self.running and generation.way != self.running[0].way:",
+        "if self.running and generation.backend != self.running[0].backend:",
         "if False:",
         "test_batch.py::test_a_batch_is_of_one_backend",
     ),

@@ -249,7 +249,7 @@ def test_the_context_is_filled_to_its_last_token(tiny):
     left = 512 - first.prompt_tokens - 5 - 3  # three for the answer
     question = " ".join(["a"] * (1 + (left - one) // (two - one)))
     second = answered(tiny, question, limit=50, before=first)
-    assert second.finish_reason == "length" and 3 <= len(second.token_ids) == second.room < 6
+    assert second.finish_reason == "length" and 3 <= len(second.token_ids) == second.context_left < 6
     assert second.prompt_tokens + len(second.token_ids) == 512
     assert "room for 0 of its 512" in refusal(Generation, tiny, "b", before=second)
 

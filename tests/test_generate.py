@@ -200,7 +200,7 @@ def test_the_context_ends_the_answer(demo):
     text = dataclasses.replace(demo.config.text_config, max_position_embeddings=280)
     small = dataclasses.replace(demo, config=dataclasses.replace(demo.config, text_config=text))
     generation = finished(small, QUESTION, [PICTURE], Sampling(max_new_tokens=500))
-    assert 0 < generation.room == len(generation.token_ids) == 280 - generation.prompt_tokens
+    assert 0 < generation.context_left == len(generation.token_ids) == 280 - generation.prompt_tokens
     assert generation.finish_reason == "length"
     with pytest.raises(InputError, match="280"):
         Generation(small, "circle " * 100, [PICTURE])

@@ -35,10 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
+from model.api import off_budget  # noqa: E402
 from model.checkpoint import find_folder  # noqa: E402
 from model.console import as_command, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
-from model.generate import off_budget  # noqa: E402
 from model.image import contrast_of, normalise, places_of, read_image, to_square  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import (  # noqa: E402
