@@ -169,12 +169,12 @@ def samples_of(args, checkpoint):
 def rank(tried, results, retention):
     """Indices of the settings that reliably keep the wanted fraction, best first. results: of `judge`.
 
-    Among settings equally close to the unpruned model, the smallest dr comes first: layers that keep equal fractions
-    follow another --retention exactly.
+    KLs that are equal to three digits differ by chance. Among those the smallest dr comes first, then the smallest
+    skip: only if all layers keep the same fraction is another --retention followed exactly.
     """
     judged = enumerate(results[: len(tried)])
     near = [i for i, (_, kept, error) in judged if abs(kept - retention) < 0.02 and error < 0.01]
-    return sorted(near, key=lambda i: (round(results[i][0], 4), tried[i]["dr"]))
+    return sorted(near, key=lambda i: (round(results[i][0], 3), tried[i]["dr"], tried[i].get("skip", 0), results[i][0]))
 
 
 def choose_cover(samples, method_name, found):
