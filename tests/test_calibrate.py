@@ -58,7 +58,7 @@ def test_settings_are_ranked_by_kl_among_those_that_surely_keep_what_is_wanted()
 
 def test_the_share_on_a_grid_is_the_best_over_all_budgets(monkeypatch, capsys):
     """Not the one that is best where little is dropped. r gives way to the retention; all other settings stay."""
-    kls = {0.5: (0.1, 0.2, 0.3, 0.4), 0.3: (0.2, 0.2, 0.2, 0.3), 0.15: (4.0, 3.0, 2.0, 3.0)}
+    kls = {0.5: (0.1, 0.2, 0.3, 0.3), 0.3: (0.2, 0.2, 0.2, 0.2), 0.15: (4.0, 3.0, 2.0, 1.998)}  # 0.0007 is chance
     seen = []
 
     def judge(samples, method_name, tried):

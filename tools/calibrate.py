@@ -178,7 +178,8 @@ def rank(tried, results, retention):
 
 
 def choose_cover(samples, method_name, found):
-    """The share of each budget that goes to a grid: COVERS with the smallest KL, mean over BUDGETS. Prints all KLs.
+    """The share of each budget that goes to a grid: of COVERS the smallest whose KL, mean over BUDGETS, is within 0.001
+    of the least. Prints all KLs.
 
     found: the other settings. A small retention decides, because a large one loses little whatever is dropped.
     """
@@ -190,7 +191,7 @@ def choose_cover(samples, method_name, found):
     for budget, row in zip(BUDGETS, by_budget, strict=True):
         print(f"{budget:9}" + "".join(f"  {kl:10.4f}" for kl in row))
     means = [statistics.mean(column) for column in zip(*by_budget, strict=True)]
-    return COVERS[means.index(min(means))]
+    return next(cover for cover, mean in zip(COVERS, means, strict=True) if mean <= min(means) + 0.001)
 
 
 def calibrate(args):
