@@ -169,7 +169,7 @@ class Method:
             raise
         except Exception as wrong:
             if isinstance(wrong, ValueError) and self.name in METHODS:
-                raise  # a refusal in one line
+                raise  # its message is one line
             what, line = " ".join(str(wrong).split()), _line(function, wrong)
             where = f" in line {line}" if line else ""
             raise MethodError(f"{titled(self.name)}: {type(wrong).__name__}{where}: {what}") from wrong
@@ -283,7 +283,7 @@ def _check_stages(name, rule):
 
 
 def _takes_settings(spec):
-    """True for a function or a class, from which settings make a rule."""
+    """True for a function or a class, which settings turn into a rule."""
     return inspect.isfunction(spec) or isinstance(spec, type)
 
 
@@ -456,7 +456,7 @@ def _own_names(module):
 
 
 def _near(name, known):
-    """The question whether a similar known name was meant, followed by a space; or an empty string."""
+    """The hint "did you mean NAME? " if a known name is similar, else an empty string."""
     written = {other.lower(): other for other in known}
     near = get_close_matches(name.lower(), written, 1, 0.8)  # a lower cutoff suggests none for nope
     return f"did you mean {written[near[0]]}? " if near else ""
