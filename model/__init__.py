@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name):
-    """Import what `__all__` names when it is first used: torch takes a second, and `run.py -h` does not need it."""
+    """Import a name of `__all__` on first use: importing torch takes a second, and `run.py -h` does not need it."""
     if name in __all__:
         files = "config", "sampling", "image", "api", "checkpoint", "batch", "generate"
         modules = (import_module(f".{file}", __name__) for file in files)

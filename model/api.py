@@ -76,7 +76,7 @@ def known_settings():
 def off_budget(method, kept, wanted):
     """A one-line warning, or None. kept, wanted: fractions of the vision tokens; wanted is None if none was requested.
 
-    Warns if kept differs from wanted by more than 0.03, if no vision token was kept, or if all were kept although no
+    Warns if kept differs from wanted by more than 0.03, if no vision token was kept, or if all were kept and no
     fraction was requested.
     """
     if method is None:

@@ -86,7 +86,7 @@ class Batch:
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
                 self._take(generation, token)
-                generation.timing["steps"].append(seconds)  # shared
+                generation.timing["steps"].append(seconds)  # of the batch
             self._dismiss()
         over, self._over = self._over, []
         return over

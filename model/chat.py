@@ -90,7 +90,7 @@ class Chat:
             )
 
     def choose_way(self):
-        """Keep the last answer's cache, or free it so that everything is prefilled again. Prints a note on either."""
+        """Keep the last answer's cache, or free it so that everything is prefilled again. Prints which."""
         why = self.why_anew()
         if why is not None:
             self.last.cache, self.changed, self.noted = None, False, False
@@ -186,7 +186,7 @@ class Chat:
             note(without_effect)
 
     def set_retention(self, text):
-        """/retention: change the fraction that the method in use keeps, and those of later /prune."""
+        """/retention: change the fraction kept by the method in use and those of later /prune."""
         if not self.options["prune"]:
             raise InputError("no pruning method is set; give /prune METHOD first")
         try:
@@ -242,7 +242,7 @@ class Chat:
         return self.last
 
     def clear(self, which):
-        """/clear: forget the conversation; its pictures go with the next question, unless `which` is "all"."""
+        """/clear: forget the conversation; the next question uses its pictures, unless `which` is "all"."""
         if which not in ("", "all"):
             raise InputError(f"/clear {which[:40]} is unknown; give /clear, or /clear all to forget the pictures too")
         kept = [] if which else self.seen + self.pictures
@@ -321,6 +321,6 @@ def read_line():
 
 
 def typed():
-    """What was typed of the line that Ctrl-C broke off; None if that is unknown, without the `readline` of `input`."""
+    """What was typed before Ctrl-C; None if that is unknown, because `input` does not use `readline`."""
     readline = sys.modules.get("readline")
     return readline.get_line_buffer() if readline and sys.stdout and sys.stdout.isatty() else None

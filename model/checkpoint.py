@@ -45,7 +45,7 @@ class Checkpoint:
     template: str
     template_note: str  # how the template was found
     stop_ids: tuple[int, ...]
-    notes: tuple[str, ...] = ()  # one line each: files and settings that are not used, and which of two files was
+    notes: tuple[str, ...] = ()  # one line each: unused files and settings, and which of two files is used
     lookahead: Lookahead | None = None  # look-ahead rows, if the folder has them
     step: Callable = FastStep  # (language, cache, compile) -> a decode step; or `model.generate.PlainStep`
 
@@ -469,7 +469,7 @@ def settle_head(config, stored):
     """(config, stored, notes) in which `tie_word_embeddings` matches the stored tensors, as in transformers.
 
     If the config ties the output head to the embedding but the file stores a head too, the two are compared; a
-    different head is used untied. Of a tied pair the file may store either tensor.
+    different head is used untied. The file may store either tensor of a tied pair.
     """
     if not config.tie_word_embeddings or HEAD not in stored:
         return config, stored, ()

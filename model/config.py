@@ -207,7 +207,7 @@ def making_sense_of(path):
 
 
 def _fill(kind, raw):
-    """The dataclass `kind` from the keys of raw with its names; missing and null keys take the class default."""
+    """The dataclass `kind`, filled from the keys of raw; missing and null keys take the class default."""
     known = {f.name: raw[f.name] for f in fields(kind) if raw.get(f.name) is not None}
     types = {f.name: f.type for f in fields(kind)}
     for name, value in known.items():

@@ -42,7 +42,7 @@ def joined(layers):
 
 
 class Product:
-    """Linear layers of one input, computed as one product if their weights lie side by side."""
+    """Linear layers with the same input, computed as one product if their weights lie side by side."""
 
     def __init__(self, *layers):
         self.layers, self.weight = layers, joined(layers)
@@ -103,7 +103,7 @@ class FastLayer:
         return self.down.add(x, F.silu(gate) * up)
 
     def whole(self, x, rope, k, v, kv_len):
-        """The layer in one function. k, v (S, n, D): its `rectangle` of the cache; kv_len (S,) with the new ones."""
+        """The layer in one function. k, v (S, n, D): its `rectangle` of the cache; kv_len (S,), new ones included."""
         q, k_new, v_new = self.before(x, rope)
         return self.after(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
 

@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{cure}\n")
 
     def _unknown(self, word, following="-"):
-        """The error message for an argument that is neither a flag nor a flag's value, and the one that follows it."""
+        """The error message for an argument that is neither a flag nor a value. following: the next argument."""
         from difflib import get_close_matches
 
         name, _, value = one_line(word).partition("=")
@@ -69,7 +69,7 @@ def is_setting(name):
 
 
 class Once(argparse.Action):
-    """Stores the prompt. A second prompt is an error, because its aliases are also names of settings."""
+    """Stores the prompt. A second one is an error, because --query may be meant for --set."""
 
     def __call__(self, parser, namespace, value, name=None):
         if namespace.prompt is not None:
@@ -190,7 +190,7 @@ def parser():
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto",
-                         metavar="TYPE", help="%(type)s (auto suits file and machine)")
+                         metavar="TYPE", help="%(type)s (auto: by file and machine)")
     machine.add_argument("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
                          help="kernels: %(type)s (auto: triton on CUDA)")
     machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")

@@ -427,7 +427,7 @@ def to_rgb(image, path):
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     notes, tiff = [], image.format == "TIFF"
-    # `load` itself rotates a TIFF; in other formats, reading EXIF before `load` would hide its errors
+    # `load` itself rotates a TIFF; in other formats, reading EXIF first would hide errors of `load`
     turned = tiff and _orientation(image) in UPRIGHT
     clear = image.info.get("transparency")
     if isinstance(clear, tuple) and (_has_deep_colours(image) or max(clear) > 255):

@@ -111,7 +111,7 @@ def fill_lookahead(lookahead, path, language):
 
 def describe_model(language, **more):
     """The metadata of a file: {"about": JSON of `weights_sample` and more}. One key, because safetensors does not keep
-    the order of several, and equal rows should be equal files."""
+    the order of keys, and equal rows should give equal files."""
     return {"about": json.dumps({"weights": weights_sample(language)} | more)}
 
 

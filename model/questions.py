@@ -233,7 +233,7 @@ class Answers:
             if line.strip(BLANK):
                 key, failed = self._about(line.strip(BLANK), f"line {number} of {self.path}")
                 (self.failed if failed else self.done)[key] += 1
-        # nothing is written before this check, so a file of something else stays unchanged
+        # nothing is written before this check, so a file with other contents stays unchanged
         if not whole and last[:14] != b'{"question_id"'[: len(last)]:
             raise InputError(f"{self.path} does not hold answers; give another file")
         if not whole:
@@ -275,7 +275,7 @@ class Answers:
         return value == ours or (paths and os.path.realpath(value) == os.path.realpath(ours))
 
     def settle(self, questions):
-        """Put the lines in the order of the questions and drop errors that have an answer -> did the order change?
+        """Put the lines in the order of the questions and drop errors answered since -> did the order change?
 
         The file is replaced atomically: a kill leaves either the old or the new one. OSError if that fails.
         """
@@ -332,8 +332,8 @@ class Answers:
 class Desk:
     """Takes finished answers in any order, writes them in the order of the questions, and reports progress.
 
-    totals: sums over this run: "failed" questions, "tokens" of answers, and of vision tokens: all ("vision"), "kept",
-    and "wanted", those that should have been kept, if a setting says so
+    totals: sums over this run: "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"),
+    "kept" and "wanted" (if a setting requests it)
     """
 
     def __init__(self, answers, questions, done, wait):
@@ -382,7 +382,7 @@ class Desk:
             self.wait.warn()
 
     def off_budget(self):
-        """One line if the whole run kept clearly more or less than requested, or nothing, else None."""
+        """One line if the whole run kept nothing or clearly more or less than requested, else None."""
         totals, vision = self.totals, self.totals["vision"]
         wanted = totals["wanted"] / vision if "wanted" in totals and vision else None
         return off_budget(self.method, totals["kept"] / vision, wanted) if vision else None

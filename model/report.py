@@ -88,8 +88,8 @@ def report(generation, model, seed, meter):
 
 
 def say_outcome(args, generation, took, code):
-    """Notes after an answer: what pruning did in its prefill, and whether the answer was cut. took: see `report`."""
-    pruned = generation.timing["prune"] > 0  # not without pictures, or in a later turn, which keeps every new token
+    """Notes after an answer: what pruning did in its prefill, and if the answer was cut off. took: see `report`."""
+    pruned = generation.timing["prune"] > 0  # False without pictures or in a later turn, which keeps all it adds
     off = off_budget(generation.prune, generation.retention, generation.wanted)
     if off and pruned:
         note(off)
@@ -212,7 +212,7 @@ def free_memory(device):
 
 
 class Meter:
-    """Peak memory in bytes, and the memory bandwidth in bytes per second, whose measurement the peak leaves out."""
+    """Memory bandwidth in bytes per second, and peak memory in bytes, without that measurement."""
 
     def __init__(self, device, load_seconds):
         """Start when the model is loaded, which took load_seconds."""
@@ -363,7 +363,7 @@ def _pruned(r):
 
 
 def _decoded(r, bandwidth, generation):
-    """Lines on the decode steps, and on the time that reading a step's bytes takes at least."""
+    """Lines on the decode steps, and on the least time that reading a step's bytes takes."""
     t, steps = r["timing_ms"], len(generation.timing["steps"])
     if not steps:
         return []

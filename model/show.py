@@ -26,7 +26,7 @@ FORMATS = (".png", ".html")
 CLASSES = {"attentive": "#0072b2", "balanced": "#777777", "indifferent": "#d55e00"}  # Okabe and Ito
 FIRST, SECOND = "#d55e00", "#0072b2"  # frames around tokens that only one of two questions keeps
 
-# in pixels; pages show the picture at a third of its size or more, where the smallest letters have 11 pixels
+# in pixels; shown at a third of this size, as on pages, the smallest letters still have 11 pixels
 WIDTH, MARGIN, GAP, COLUMNS = 1640, 32, 24, 4
 CELL = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
 HUGE, LARGE, SMALL = 52, 42, 38  # font sizes
@@ -261,7 +261,7 @@ def veiled(picture):
 def heat(counts, most, width, height, written=False):
     """counts (rows, columns), integers from 0 to most -> a coloured image of width x height pixels.
 
-    If width equals height, it is the largest size of the image, whose cells are then squares.
+    If width equals height, cells are squares and the image has at most this size.
     written: also write the numbers, if they fit.
     """
     rows, columns = counts.shape
@@ -330,7 +330,7 @@ def _bars(pen, shown, left, high, bottom):
             long = font.getlength(text)
             x, ink = (6, "white") if long + 12 < end else (min(end + 6, CELL - long - 6), "black")
             y = (layer + 0.5) * high
-            edge = 2 if ink == "black" else 0  # a white one, where the label reaches into its bar
+            edge = 2 if ink == "black" else 0  # white, because the label may overlap its bar
             pen.text((left + x, y), text, ink, font, anchor="lm", stroke_width=edge, stroke_fill="white")
     for value in shown.thresholds or ():
         pen.line((left + value * CELL, 0, left + value * CELL, bottom), fill="black", width=2)

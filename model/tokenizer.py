@@ -319,7 +319,7 @@ def _prefix_rule(config, fast):
 
 
 def _strips_first_space(fast):
-    """True if decoding drops a leading space: unless tokenizer.json has a decoder without that step."""
+    """True if decoding drops a leading space: always, unless tokenizer.json has a decoder without that step."""
     decoder = _steps(fast.get("decoder"), "decoders")
     for step in decoder:
         if step.get("type") not in ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"):
