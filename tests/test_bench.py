@@ -679,7 +679,7 @@ def test_what_was_measured_can_be_drawn(smoke, tmp_path, capsys):
         assert plot_bench.main([str(smoke), *flags, "--out", str(out)]) == 0
         assert said in capsys.readouterr().out
         with Image.open(out) as picture:
-            assert picture.size == (1800, 860) and len(picture.convert("RGB").getcolors(2**16)) > 50
+            assert picture.size == (1600, 840) and len(picture.convert("RGB").getcolors(2**16)) > 50
 
 
 def test_points_of_the_plot_are_the_measured_ones(smoke):
@@ -706,8 +706,8 @@ def test_the_committed_figure_says_whose_lengths_and_what_is_absent():
     assert page.get_suptitle().startswith("ragged_decode_append --shapes gqa8 --layouts plphp: ")
     size, skew = page.axes
     assert "lengths as in a layer of plphp-ada;\n512 MB: several sequences, plphp" in size.get_title()
-    assert "(sdpa, all tokens: reads dropped tokens too" in size.get_xlabel()
-    assert "(flex attention: not measured here)" in skew.get_xlabel()
+    assert "(SDPA, nothing dropped: not drawn, it reads all)" in size.get_xlabel()
+    assert "(FlexAttention: not measured here)" in skew.get_xlabel()
 
 
 def decode_rows(tmp_path, *names):

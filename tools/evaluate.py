@@ -826,49 +826,59 @@ def markdown(head, rows, data, group, long, weights, labels=None):
     return "\n".join(lines) + "\n"
 
 
+DRAWN = {  # conditions with a colour and a label in the picture, besides those of --methods; the others are grey
+    "hindsight": ("#117733", "*", ":"), "plphp as shipped": ("#D55E00", "D", "-"), "topk ahead": ("#0072B2", "s", "-"),
+    "plphp ahead": ("#AA4499", "v", "--"), "grid": ("black", "o", "-"), "random": ("#8C564B", "o", "--"),
+    "plphp": ("#882255", "^", "-"),
+}  # fmt: skip
+
+
 def draw(rows, path, second=False):
-    """Exact match of long answers against the vision KV bytes that were really kept."""
+    """Exact match of long answers against the vision KV bytes that were really kept. rows: as in the CSV."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {  # colour-blind safe (Okabe and Ito); grey: oracles
-        "hindsight": ("0.35", "*", ":"), "evidence": ("0.55", "^", "--"), "anti-evidence": ("0.55", "v", "--"),
-        "random": ("black", "o", "-"), "random, same in all heads": ("black", "s", "--"),
-        "grid": ("black", "D", "-"), "objects": ("black", "^", "-."), "plphp as shipped": ("#882255", "D", "-"),
-        "topk rows+values": ("#0072B2", "o", "-"), "adakv": ("#009E73", "P", "-"), "snapkv": ("#56B4E9", "D", "-"),
-        "fastv": ("#CC79A7", "X", "-"), "shared": ("#E69F00", "s", "-"), "plphp": ("#D55E00", "o", "-"),
-        "plphp-ada": ("#D55E00", "s", "--"), "plphp ahead": ("#882255", "v", ":"),
-        "plphp ahead+grid": ("#882255", "o", "--"), "topk ahead": ("#882255", "s", "-."),
-    }  # fmt: skip
     labels = in_order(rows)
-    for i, name in enumerate(name for name in labels if name.startswith(GIVEN)):
-        styles[name] = (f"C{i % 10}", "x", "-")
+    given = {name: (f"C{i}", "x", "-") for i, name in enumerate(n for n in labels if n.startswith(GIVEN))}
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    full = next(r for r in rows if r["method"] == "none")
-    axis.axhline(float(full["long"]), color="0.7", linewidth=1)
-    axis.annotate(
-        "unpruned", (2, float(full["long"])), xytext=(0, 4), textcoords="offset points", color="0.4", fontsize=8
-    )
-    for method, (colour, marker, line) in styles.items():
-        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: float(r["kept"]))
-        if not mine:
-            continue
-        y = [float(r["long"]) for r in mine]
-        spread = [[a - float(r["long low"]) for a, r in zip(y, mine, strict=True)],
-                  [float(r["long high"]) - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
-        label = textwrap.fill(labels[method].replace("`", "").replace(",", ", "), 50).replace(", ", ",")
-        axis.errorbar([float(r["kept"]) for r in mine], y, spread, color=colour, marker=marker, linestyle=line,
-                      label=label, linewidth=1.3, markersize=5, capsize=2)  # fmt: skip
-    axis.set(
-        xlabel="vision KV bytes kept, %", ylabel="long answers right in every token, %", ylim=(-3, 103),
-        xlim=(0, None),
-    )  # fmt: skip
+    ends = []  # (y, x, label, colour) of the last point of each line
+    for method, label in labels.items():
+        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: -float(r["kept"]))
+        x, y, low, high = ([float(r[column]) for r in mine] for column in ("kept", "long", "long low", "long high"))
+        colour, marker, line = (DRAWN | given).get(method, ("0.8", "", "-"))
+        if method == "none":
+            axis.axhline(y[0], color="0.4", linewidth=1)
+        elif marker:
+            spread = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            axis.errorbar(x, y, spread, color=colour, marker=marker, linestyle=line, capsize=2)
+        else:
+            axis.plot(x, y, color=colour, linewidth=1, zorder=1)
+        if marker or method == "none":
+            ends.append((y[-1], x[-1], label.replace("`", ""), colour if marker else "0.4"))
     title = "Pruned for one question, asked another" if second else "What pruning costs on the demo world"
-    axis.set_title(f"{title} (bars: 95 % intervals)", fontsize=10)
+    axis.set_title(f"{title} (bars: 95 % intervals)", fontsize=11)
+    axis.set(xlabel="vision KV bytes kept, % (less to the right)", ylabel="long answers right in every token, %")
+    axis.set_ylim(-3, 103)
+    axis.invert_xaxis()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    free = 105  # labels stand below each other, each at the end of its line or below the label before it
+    for y, x, label, colour in sorted(ends, reverse=True):
+        text = textwrap.fill(label.replace(",", ", "), 34).replace(", ", ",")
+        half = 2.2 * (1 + text.count("\n"))
+        middle = min(y, free - half)
+        free = middle - half
+        axis.annotate(
+            text,
+            (min(x, axis.get_xlim()[0]), y),
+            (1.04, middle),
+            textcoords=axis.get_yaxis_transform(),
+            color=colour,
+            va="center",
+            fontsize=9.5,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
+        )
     figure.savefig(path, dpi=120)
 
 

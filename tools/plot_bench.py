@@ -8,9 +8,9 @@ bench_decode.py: decode speed relative to transformers, one panel per workload o
 speed of the same engine unpruned times the reduction in bytes. It is an expectation, not a bound: a step that is far
 from the memory bandwidth may gain more or less.
 
-bench_kernels.py, left: fraction of memory bandwidth reached by the useful bytes, over MB of K and V per layer (log
-scale). Right, with a --skew sweep: time relative to equal lengths at the same bytes. Each provider has one line and
-always the same colour. If a case was measured twice, the later row counts.
+bench_kernels.py, left: share of the memory bandwidth that the kept bytes reach, over MB of K and V per layer. Right,
+with a --skew sweep: time relative to equal lengths at the same bytes. All axes are logarithmic. Each provider has one
+line and always the same colour. If a case was measured twice, the later row counts.
 """
 
 import json
@@ -37,6 +37,12 @@ STYLES = {
 }
 BASES = {"triton": ("#D55E00", "1", ":"), "torch": ("#E69F00", "2", ":")}  # our kernels at another commit: dotted
 OTHERS = ("#777777", "*", "-.")
+RIVALS = {  # provider: its name in the tables and figures of the pages
+    "flex attention": "FlexAttention",
+    "sdpa, padded + mask": "SDPA, padded",
+    "adakv-style": "a copy per step (AdaKV)",
+    "sdpa, all tokens": "SDPA, nothing dropped",
+}
 ENGINES = {"ours": "#E69F00", "ours-compile": "#D55E00"}  # engines of bench_decode.py; others are grey
 NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # fields that identify a row
 
@@ -112,7 +118,8 @@ def style(name):
 def draw(axes, points):
     for name, line in points.items():
         colour, marker, dash = style(name)
-        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=name, markersize=5)
+        label = RIVALS.get(name, name)
+        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=label)
     axes.grid(alpha=0.3)
 
 
@@ -150,9 +157,9 @@ def figure(about, rows, op, shape, layout):
         lambda row: float(row["layout"].split()[1]),
         lambda row: row.get("over_uniform"),
     )
-    # 9 inches at 100 dpi is the width of a README; a larger figure would be scaled down and its text with it
+    # 8 inches is about the width of a README; a larger figure would be scaled down and its text with it
     both = bool(sizes and skews)
-    page, grid = pyplot.subplots(1, 1 + both, figsize=(9, 4.3), squeeze=False, layout="constrained")
+    page, grid = pyplot.subplots(1, 1 + both, figsize=(8, 4.2), squeeze=False, layout="constrained")
     if sizes:
         by_size(grid[0][0], sizes, lengths_of(layout, cases), skews)
     if skews:
@@ -160,11 +167,11 @@ def figure(about, rows, op, shape, layout):
     handles = {}
     for axes in grid[0]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    page.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    page.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     bandwidth = f"{about['bandwidth_GBps']:.0f} GB/s measured"
     dtype = about["dtype"].removeprefix("torch.")
     flags = f"{op} --shapes {shape} --layouts {layout}" if sizes else f"{op} --shapes {shape}"
-    page.suptitle(f"{flags}: {dtype}, {about['machine']} ({bandwidth})", fontsize=11)
+    page.suptitle(f"{flags}: {dtype}, {about['machine']} ({bandwidth})", fontsize=10.5)
     return page
 
 
@@ -181,15 +188,14 @@ def lengths_of(layout, cases):
 
 
 def by_size(axes, points, lengths, others):
-    """others: the lines of the other panel; those without a line here read more than the useful bytes."""
+    """others: the lines of the other panel; those without a line here read dropped tokens too."""
     draw(axes, points)
     axes.set_xscale("log")
+    axes.set_yscale("log")
     ticks(axes.xaxis, apart(sorted({x for line in points.values() for x, _ in line})))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(
-        "MB of K and V per layer" + absent("reads dropped tokens too, so without a line here", others, points)
-    )
-    axes.set_ylabel("useful bytes: % of memory bandwidth")
+    ticks(axes.yaxis, [0.1, 1, 10, 100])
+    axes.set_xlabel("MB of K and V kept per layer (log)" + absent("not drawn, it reads all", others, points))
+    axes.set_ylabel("share of the bandwidth, % (log)")
     axes.set_title(f"by size; {lengths}", fontsize=10)
 
 
@@ -202,15 +208,15 @@ def by_skew(axes, points, others):
     values = [y for line in points.values() for _, y in line]
     doubled = [2.0**i for i in range(-10, 11)]
     ticks(axes.yaxis, [t for t in doubled if min(values) / 2 < t < 2 * max(values)])
-    axes.set_xlabel("longest head over mean" + absent("not measured here", others, points))
-    axes.set_ylabel("time over that of equal lengths")
+    axes.set_xlabel("longest head over mean (log)" + absent("not measured here", others, points))
+    axes.set_ylabel("time over that of equal lengths (log)")
     axes.set_title("by skew; one head longer, the same bytes", fontsize=10)
 
 
 def absent(why, others, points):
     """A line that names the providers of the other panel that have no line here, or nothing."""
     names = [name for name in others if name not in points]
-    return f"\n({', '.join(names)}: {why})" if names else ""
+    return f"\n({'; '.join(RIVALS.get(name, name) for name in names)}: {why})" if names else ""
 
 
 def decode_figure(about, rows):

@@ -137,7 +137,8 @@ def draw(heads, peaks, spans, dormant, path, what="a picture"):
         values = torch.stack([getattr(h, name) for h in heads])
         top = top or max(h.most.max().item() for h in heads)
         shown = axis.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
-        figure.colorbar(shown, ax=axis, extend="max" if values.max() > top else "neither")
+        labels = ("0", f"{top / 2:.2g}", "≥ " * bool(values.max() > top) + f"{top:.2g}")
+        figure.colorbar(shown, ax=axis).set_ticks((0, top / 2, top), labels=labels)
         axis.set_title(title.format(what=what, dormant=dormant), fontsize=10)
         axis.set(xlabel="query head", ylabel="layer")
         for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):

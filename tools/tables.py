@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from model.pruning import GUARDS, METHODS, describe, settings_of  # noqa: E402
 from tools import evaluate, roofline  # noqa: E402
 from tools.command import as_command, flags  # noqa: E402
+from tools.plot_bench import RIVALS  # noqa: E402
 
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in ("model/pruning", "kernels", "benchmarks", "assets")))
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
@@ -218,14 +219,6 @@ def attention():
                 cells.append(f"{float(row['speed']):.2f} ({rival:.2f})")
             rows.append([f"{label}, {tokens:,}", *cells])
     return _markdown(["shape, tokens", "equal", "plphp-ada", "zipf", "giant"], rows)
-
-
-RIVALS = {
-    "flex attention": "FlexAttention",
-    "sdpa, padded + mask": "SDPA, padded",
-    "adakv-style": "a copy per step (AdaKV)",
-    "sdpa, all tokens": "SDPA, nothing dropped",
-}
 
 
 def kernels():

@@ -592,6 +592,15 @@ def write_fast_tokenizer(folder):
     tokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
+CURVES = {  # stage: title of its panel, and colours of the labelled lines; the others are grey
+    "tower": ("vision tower: patches labelled correctly, %", {"colour": "k", "shape": "#56B4E9", "letter": "#D55E00"}),
+    "decoder": (
+        "text decoder: answers correct, %",
+        {"count": "k", "position": "#CC79A7", "relation": "#009E73", "presence": "#D55E00", "describe": "#56B4E9"},
+    ),
+}
+
+
 def draw_curve(folder, path):
     """Plot the curves of both stages in one figure."""
     import matplotlib
@@ -599,25 +608,18 @@ def draw_curve(folder, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, stage, what in zip(
-        axes, ("tower", "decoder"), ("patches labelled correctly", "answers correct in every token"), strict=True
-    ):
+    figure, axes = plt.subplots(1, 2, figsize=(7.5625, 2.75), layout="constrained")
+    for axis, (stage, (title, colours)) in zip(axes, CURVES.items(), strict=True):
         with open(folder / f"{stage}.csv", newline="") as f:
             rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(f)]
-        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-        for name in rows[0]:
-            if name not in ("step", "seconds", "loss"):
-                axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name, linewidth=1.2)
-        axis.set(
-            title=stage,
-            xlabel="step",
-            ylabel=what + " (fresh training scenes)",
-            ylim=(0, 1.01),
-        )
-        axis.legend(fontsize=7, ncols=2, loc="lower right")
+        for name in [k for k in rows[0] if k not in ("step", "seconds", "loss")]:
+            style = {"color": colours[name], "label": name, "zorder": 3} if name in colours else {"color": "0.85"}
+            axis.plot([r["step"] for r in rows], [100 * r[name] for r in rows], linewidth=1.4, **style)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="training step", ylim=(0, 101))
+        axis.legend(fontsize=9, loc="lower right", labelspacing=0.2)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=160)
 
 
 # ---------------------------------------------------------------- stage 4: the table

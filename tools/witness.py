@@ -419,7 +419,7 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for name in dict.fromkeys(row["ranked by"] for row in rows):
         if name.partition(":")[0] not in PALETTE or "cover" in name or name.endswith("window=32"):  # in the table
             continue
@@ -427,14 +427,15 @@ def draw(rows, path):
         y = [r["kl"] for r in mine]
         spread = [[a - r["kl low"] for a, r in zip(y, mine, strict=True)],
                   [r["kl high"] - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
-        label = textwrap.fill(name.replace(",", ", "), 50).replace(", ", ",")
-        line = ":" if "window" in name or name == OTHER else "-" if "lookahead" in name or name == ORACLE else "--"
+        label = textwrap.fill(name.replace(",", ", "), 30).replace(", ", ",")
+        line = "-" if "lookahead" in name or name == ORACLE else "-." if "window" in name else "--"
+        line = ":" if name == OTHER else line
         axis.errorbar([100 * r["kept"] for r in mine], y, spread, label=label, marker="o", markersize=4, linestyle=line,
                       color=PALETTE[name.partition(":")[0]], linewidth=1.4, capsize=2)  # fmt: skip
-    axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None), xlim=(0, None))
+    axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None))
     axis.set_title("SmolLM2-135M: what pruning a passage costs, by --prune (bars: 95 % intervals)", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
 
 
