@@ -207,21 +207,26 @@ def draw(shown, second=None, layers=None, heads=None):
     if shown.keep.all() and (second is None or second.keep.all()):
         rows += _in_rows(cells[::2])
         return _page(rows)
-    rows += [_lines(f"Hatched: dropped. {shown.memory}.", SMALL, GREY)]
+    equal = _equal(shown.keep)
+    each = f"Every head keeps {shown.keep[0, 0].sum()} of {tokens} tokens. " if equal else ""
+    rows += [_lines(f"Hatched: dropped. {each}{shown.memory}.", SMALL, GREY)]
     if shown.gammas and shown.thresholds:
         words = "Attentive: gamma is alpha or more, the layer keeps more. Indifferent: below beta, it keeps less. "
         rows.append(_lines(words + "Balanced: between them.", SMALL, GREY))
-    rows += _in_rows(cells, [_counts(shown)])
+    rows += _in_rows(cells, [] if equal and not shown.gammas else [_counts(shown)])
     layers = sorted({min(1, number - 1), number // 2, number - 1}) if layers is None else layers
     some = max(1, COLUMNS // len(shown.views))
     heads = sorted({i * (width - 1) // max(1, some - 1) for i in range(min(some, width))}) if heads is None else heads
+    which = ", ".join(map(str, layers)), ", ".join(map(str, heads))
+    rows.append(_lines(f"Layers {which[0]} of {number}, KV heads {which[1]} of {width} (numbered from 0):", LARGE))
     for layer in layers:
         cells = []
         for head in heads:
             for view in shown.views:
                 kept = shown.of_view(view)[layer, head]
                 other = None if second is None else second.of_view(view)[layer, head]
-                title = f"layer {layer}, head {head}\n{view.name or 'kept'}: {int(kept.sum())} of {kept.numel()}"
+                count = "" if _equal(shown.of_view(view)) else f": {int(kept.sum())} of {kept.numel()}"
+                title = f"layer {layer}, head {head}\n{view.name or (count and 'kept')}{count}".rstrip()
                 cells.append(_titled(title, _framed(panel(view, kept, other))))
         rows += _in_rows(cells)
     return _page(rows)
@@ -283,13 +288,18 @@ def colour(share):
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
 
 
+def _equal(keep):
+    """Whether all heads keep the same number of tokens, which is then written once. keep: (L, Hkv, ...) bool."""
+    return keep.flatten(2).sum(2).unique().numel() == 1
+
+
 def _counts(shown):
     """shown -> an image, two cells wide: kept tokens per layer and head; if known, gamma per layer to the right."""
     counts, most = shown.keep.sum(2), shown.keep.shape[2]
     font = ImageFont.load_default(SMALL)
     left, below = 2 * SMALL, SMALL + 12  # space for layer and head numbers
     width = (CELL if shown.gammas else 2 * CELL + GAP) - left
-    table = heat(counts, most, width, CELL - below, written=True)
+    table = heat(counts, most, width, CELL - below, written=not _equal(shown.keep))
     block = Image.new("RGB", (2 * CELL + GAP, CELL), "white")
     block.paste(table, (left, 0))
     pen = ImageDraw.Draw(block)

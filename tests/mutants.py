@@ -1185,6 +1185,12 @@ MUTANTS = {
         "kept = shown.of_view(view)[layer, 0]",
         "test_show.py::test_the_drawn_tokens_are_those_that_the_method_keeps",
     ),
+    "equal numbers of tokens one below the other": (
+        "model/show.py",
+        ".unique().numel() == 1",
+        ".unique().numel() == 0",
+        "test_show.py::test_a_number_that_all_heads_share_is_written_once",
+    ),
     "the second picture shows the tokens of the first": (
         "model/show.py",
         "        first = last\n",

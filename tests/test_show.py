@@ -144,6 +144,18 @@ def test_a_map_has_the_colour_of_the_number_of_heads():
     assert [pixels[15, x].tolist() for x in (10, 45, 80)] == [[0, 34, 78], [125, 124, 120], [254, 232, 56]]
 
 
+def test_a_number_that_all_heads_share_is_written_once(monkeypatch):
+    said, drawn = [], module._lines
+    monkeypatch.setattr(module, "_lines", lambda text, *rest, **more: said.append(text) or drawn(text, *rest, **more))
+    draw(Shown.of(answered("topk:retention=0.3")))
+    assert sum("77 of 256" in text for text in said) == 1
+    assert "Layers 1, 3, 5 of 6, KV heads 0, 1, 2, 3 of 4 (numbered from 0):" in said
+    assert not any("by layer (down)" in text for text in said)
+    said.clear()
+    draw(Shown.of(answered("plphp-ada")))
+    assert any("by layer (down)" in text for text in said) and not any("Every head" in text for text in said)
+
+
 def test_fastv_drops_for_all_later_layers_and_the_last_row_goes_on():
     generation = answered("fastv:layer=3,retention=0.25")
     keep = Shown.of(generation).keep

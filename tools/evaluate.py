@@ -826,10 +826,10 @@ def markdown(head, rows, data, group, long, weights, labels=None):
     return "\n".join(lines) + "\n"
 
 
-DRAWN = {  # conditions with a colour and a label in the picture, besides those of --methods; the others are grey
-    "hindsight": ("#117733", "*", ":"), "plphp as shipped": ("#D55E00", "D", "-"), "topk ahead": ("#0072B2", "s", "-"),
-    "plphp ahead": ("#AA4499", "v", "--"), "grid": ("black", "o", "-"), "random": ("#8C564B", "o", "--"),
-    "plphp": ("#882255", "^", "-"),
+DRAWN = {  # colour, marker and line of the conditions that have a label in the picture; the others are grey
+    "none": ("0.4", "", "-"), "hindsight": ("#117733", "*", ":"), "plphp as shipped": ("#D55E00", "D", "-"),
+    "topk ahead": ("#0072B2", "s", "-"), "plphp ahead": ("#AA4499", "v", "--"), "grid": ("black", "o", "-"),
+    "random": ("#8C564B", "o", "--"), "plphp": ("#882255", "^", "-"),
 }  # fmt: skip
 
 
@@ -841,26 +841,23 @@ def draw(rows, path, second=False):
     import matplotlib.pyplot as plt
 
     labels = in_order(rows)
-    given = {name: (f"C{i}", "x", "-") for i, name in enumerate(n for n in labels if n.startswith(GIVEN))}
+    styles = DRAWN | {name: (f"C{i}", "x", "-") for i, name in enumerate(labels) if name.startswith(GIVEN)}
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    ends = []  # (y, x, label, colour) of the last point of each line
+    ends = []  # (y, x, label, colour) of the last point of each line with a label
     for method, label in labels.items():
         mine = sorted((r for r in rows if r["method"] == method), key=lambda r: -float(r["kept"]))
         x, y, low, high = ([float(r[column]) for r in mine] for column in ("kept", "long", "long low", "long high"))
-        colour, marker, line = (DRAWN | given).get(method, ("0.8", "", "-"))
+        colour, marker, line = styles.get(method, ("0.85", "", "-"))
         if method == "none":
-            axis.axhline(y[0], color="0.4", linewidth=1)
-        elif marker:
-            spread = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-            axis.errorbar(x, y, spread, color=colour, marker=marker, linestyle=line, capsize=2)
+            axis.axhline(y[0], color=colour, linewidth=1)
         else:
-            axis.plot(x, y, color=colour, linewidth=1, zorder=1)
-        if marker or method == "none":
-            ends.append((y[-1], x[-1], label.replace("`", ""), colour if marker else "0.4"))
+            axis.plot(x, y, color=colour, marker=marker, linestyle=line, zorder=2 + (method in styles))
+            axis.vlines(x, low, high, color=colour)
+        if method in styles:
+            ends.append((y[-1], x[-1], label.replace("`", ""), colour))
     title = "Pruned for one question, asked another" if second else "What pruning costs on the demo world"
     axis.set_title(f"{title} (bars: 95 % intervals)", fontsize=11)
-    axis.set(xlabel="vision KV bytes kept, % (less to the right)", ylabel="long answers right in every token, %")
-    axis.set_ylim(-3, 103)
+    axis.set(xlabel="vision KV bytes kept, % (less to the right)", ylabel="long answers right, %", ylim=(-3, 103))
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
     free = 105  # labels stand below each other, each at the end of its line or below the label before it
@@ -869,16 +866,9 @@ def draw(rows, path, second=False):
         half = 2.2 * (1 + text.count("\n"))
         middle = min(y, free - half)
         free = middle - half
-        axis.annotate(
-            text,
-            (min(x, axis.get_xlim()[0]), y),
-            (1.04, middle),
-            textcoords=axis.get_yaxis_transform(),
-            color=colour,
-            va="center",
-            fontsize=9.5,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
-        )
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)}
+        axis.annotate(text, (min(x, axis.get_xlim()[0]), y), (1.04, middle), textcoords=axis.get_yaxis_transform(),
+                      color=colour, va="center", fontsize=9.5, arrowprops=leader)  # fmt: skip
     figure.savefig(path, dpi=120)
 
 

@@ -424,14 +424,12 @@ def draw(rows, path):
         if name.partition(":")[0] not in PALETTE or "cover" in name or name.endswith("window=32"):  # in the table
             continue
         mine = sorted((r for r in rows if r["ranked by"] == name), key=lambda r: r["retention"])
-        y = [r["kl"] for r in mine]
-        spread = [[a - r["kl low"] for a, r in zip(y, mine, strict=True)],
-                  [r["kl high"] - a for a, r in zip(y, mine, strict=True)]]  # fmt: skip
+        x, y, low, high = zip(*((100 * r["kept"], r["kl"], r["kl low"], r["kl high"]) for r in mine), strict=True)
         label = textwrap.fill(name.replace(",", ", "), 30).replace(", ", ",")
         line = "-" if "lookahead" in name or name == ORACLE else "-." if "window" in name else "--"
-        line = ":" if name == OTHER else line
-        axis.errorbar([100 * r["kept"] for r in mine], y, spread, label=label, marker="o", markersize=4, linestyle=line,
-                      color=PALETTE[name.partition(":")[0]], linewidth=1.4, capsize=2)  # fmt: skip
+        colour = PALETTE[name.partition(":")[0]]
+        axis.plot(x, y, label=label, marker="o", markersize=4, linestyle=":" if name == OTHER else line, color=colour)
+        axis.vlines(x, low, high, color=colour)
     axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None))
     axis.set_title("SmolLM2-135M: what pruning a passage costs, by --prune (bars: 95 % intervals)", fontsize=10)
     axis.grid(alpha=0.3)
