@@ -717,6 +717,12 @@ MUTANTS = {
         "attention = 2 * c.hidden_size * c.num_attention_heads * c.head_dim",
         "test_roofline.py::test_weights_are_those_of_the_modules",
     ),
+    "calibration prefers a difference that is chance": (
+        "tools/calibrate.py",
+        "round(results[i][0], 3), tried[i]",
+        "round(results[i][0], 4), tried[i]",
+        "test_calibrate.py::test_settings_are_ranked_by_kl_among_those_that_surely_keep_what_is_wanted",
+    ),
     "calibration ignores the standard error": (
         "tools/calibrate.py",
         "< 0.02 and error < 0.01]",

@@ -52,11 +52,13 @@ def test_settings_are_ranked_by_kl_among_those_that_surely_keep_what_is_wanted()
     results = [(0.1, 0.5, 0.02), (0.1, 0.53, 0.0), (0.20001, 0.5, 0.0), (0.20003, 0.49, 0.001), (0.3, 0.51, 0.0)]
     results += [(0.2, 0.47, 0.0), (0.05, 0.5, 0.0)]  # the last result is --retention without calibration
     assert calibrate.rank(tried, results, 0.5) == [3, 2, 4]
+    ways = [{"dr": 0.1, "skip": 0}, {"dr": 0.0, "skip": 1}, {"dr": 0.0, "skip": 0}, {"dr": 0.0, "skip": 0}]
+    assert calibrate.rank(ways, [(kl, 0.5, 0.0) for kl in (0.0001, 0.0002, 0.0004, 0.0003)], 0.5) == [3, 2, 1, 0]
 
 
 def test_the_share_on_a_grid_is_the_best_over_all_budgets(monkeypatch, capsys):
     """Not the one that is best where little is dropped. r gives way to the retention; all other settings stay."""
-    kls = {0.5: (0.1, 0.2, 0.3, 0.4), 0.3: (0.2, 0.2, 0.2, 0.3), 0.15: (4.0, 3.0, 2.0, 3.0)}
+    kls = {0.5: (0.1, 0.2, 0.3, 0.3), 0.3: (0.2, 0.2, 0.2, 0.2), 0.15: (4.0, 3.0, 2.0, 1.998)}  # 0.0007 is chance
     seen = []
 
     def judge(samples, method_name, tried):

@@ -42,6 +42,28 @@ def imported(path):
             yield (node.module or "").split(".")[0] if node.level == 0 else f".{node.module or ''}"
 
 
+ONE_ANSWER = "run.py model/generate.py model/llava.py model/clip.py model/llama.py model/cache.py model/view.py "
+ONE_ANSWER += "model/pruning/plphp.py model/pruning/budget.py"
+
+
+def test_the_lines_are_counted():
+    """Whoever adds lines raises a number here and in the README, or removes as many elsewhere."""
+
+    def lines(paths):
+        return sum(len(path.read_text().splitlines()) for path in paths)
+
+    counted = {
+        "one answer": lines(ROOT / name for name in ONE_ANSWER.split()),
+        "product": lines([ROOT / "run.py", *(ROOT / "model").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]),
+        "tools": lines((ROOT / "tools").rglob("*.py")), "tests": lines((ROOT / "tests").rglob("*.py")),
+    }  # fmt: skip
+    print(counted)
+    assert counted["one answer"] <= 1700 and counted["product"] <= 8950 and counted["tools"] <= 8950
+    said = README.read_text()
+    for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
+        assert words.format(f"{round(counted[what], -2):,}") in said, f"{what}: {counted[what]}"
+
+
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_folders_import_only_what_the_design_allows(folder):
     for path in (ROOT / folder).glob("*.py"):

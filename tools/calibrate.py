@@ -169,16 +169,17 @@ def samples_of(args, checkpoint):
 def rank(tried, results, retention):
     """Indices of the settings that reliably keep the wanted fraction, best first. results: of `judge`.
 
-    Among settings equally close to the unpruned model, the smallest dr comes first: layers that keep equal fractions
-    follow another --retention exactly.
+    KLs that are equal to three digits differ by chance. Among those the smallest dr comes first, then the smallest
+    skip: only if all layers keep the same fraction is another --retention followed exactly.
     """
     judged = enumerate(results[: len(tried)])
     near = [i for i, (_, kept, error) in judged if abs(kept - retention) < 0.02 and error < 0.01]
-    return sorted(near, key=lambda i: (round(results[i][0], 4), tried[i]["dr"]))
+    return sorted(near, key=lambda i: (round(results[i][0], 3), tried[i]["dr"], tried[i].get("skip", 0), results[i][0]))
 
 
 def choose_cover(samples, method_name, found):
-    """The share of each budget that goes to a grid: COVERS with the smallest KL, mean over BUDGETS. Prints all KLs.
+    """The share of each budget that goes to a grid: of COVERS the smallest whose KL, mean over BUDGETS, is within 0.001
+    of the least. Prints all KLs.
 
     found: the other settings. A small retention decides, because a large one loses little whatever is dropped.
     """
@@ -190,7 +191,7 @@ def choose_cover(samples, method_name, found):
     for budget, row in zip(BUDGETS, by_budget, strict=True):
         print(f"{budget:9}" + "".join(f"  {kl:10.4f}" for kl in row))
     means = [statistics.mean(column) for column in zip(*by_budget, strict=True)]
-    return COVERS[means.index(min(means))]
+    return next(cover for cover, mean in zip(COVERS, means, strict=True) if mean <= min(means) + 0.001)
 
 
 def calibrate(args):
