@@ -127,7 +127,7 @@ def draw(heads, peaks, spans, dormant, path, what="a picture"):
     from matplotlib.figure import Figure
 
     count = len(heads[0].first)
-    size = max(9, 0.5 * count + 4), 1.2 + min(12, 0.75 * max(6, len(heads)))
+    size = max(9, 0.5 * count + 4), 1.2 + min(10, 0.75 * max(6, len(heads)))
     figure = Figure(figsize=size, dpi=160, layout="constrained")
     axes = figure.subplots(2, 3)
     for axis, (name, title, top) in zip(axes.flat, MAPS, strict=False):
@@ -135,7 +135,7 @@ def draw(heads, peaks, spans, dormant, path, what="a picture"):
         top = top or max(h.most.max().item() for h in heads)
         shown = axis.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         labels = ("0", f"{top / 2:.2g}", "≥ " * bool(values.max() > top) + f"{top:.2g}")
-        figure.colorbar(shown, ax=axis).set_ticks((0, top / 2, top), labels=labels)
+        figure.colorbar(shown, ax=axis, aspect=30).set_ticks((0, top / 2, top), labels=labels)
         axis.set_title(title.format(what=what, dormant=dormant), fontsize=10)
         axis.set(xlabel="query head", ylabel="layer")
         for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
