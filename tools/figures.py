@@ -11,7 +11,7 @@ WIDTH = 7  # inches; a page shows a figure with about 800 pixels, where letters 
 LETTERS = 10  # points
 INKS = (  # dark enough for text; colour-blind readers can tell them apart by lightness, marker and dash
     ("#D55E00", "D", "-"), ("#0072B2", "s", "-"), ("#000000", "o", "--"), ("#00795A", "*", ":"), ("#B8509B", "v", "--"),
-    ("#A06E00", "P", "-"), ("#882255", "^", "-"), ("#666666", "X", "-."),
+    ("#A06E00", "P", "-."), ("#882255", "^", "-"), ("#666666", "X", "-."),
 )  # fmt: skip
 
 
