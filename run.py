@@ -33,7 +33,7 @@ def main(argv=None):
 
             print(list_methods(args.list_methods, args.model))
             return 0
-        check(args, flags.error)  # until here, torch is not imported
+        check(args, flags.error)  # sets args.talk and args.lines; until here, torch is not imported
         if args.questions is not None:
             from model.questions import answer_file
 
@@ -74,7 +74,7 @@ def answer(args):
         for text in generation.notes:
             note(text)
         code = answer_lines(args, ask, meter) if args.lines else deliver(args, generation, meter)
-    wait.warn()
+    wait.warn()  # if other processes slowed the answer
     return code
 
 
@@ -89,7 +89,7 @@ def deliver(args, generation, meter):
     code = write(generation, stream)
     if code == 130 and not args.talk:  # a conversation prints its own message
         say("interrupted; the text so far is kept")
-    took = report(generation, args.model, args.seed, meter)
+    took = report(generation, args.model, args.seed, meter)  # the object of --json
     say_outcome(args, generation, took, code)
     if code == 0 and args.compare:
         code = say_comparison(generation, took)

@@ -57,7 +57,7 @@ class DecodePlan:
     split: slots per work item of the Triton kernels, None for `split_size`
     segments: S; shortest, longest: smallest and largest capacity; end: slots that the arena must have
     buffers: work items, ticket counters and workspaces of the Triton kernels, allocated on first use (but see `items`).
-        Calls share them, so no two calls may use a plan at the same time.
+        Calls share them, so no two calls may use a plan at the same time. Keys: "items", row tiles, (rows, d).
     """
 
     kv_start: torch.Tensor
@@ -92,21 +92,21 @@ class DecodePlan:
         return self.buffers[tiles]
 
     def scratch(self, rows, d):
-        """Workspace for the partial results of all W items, fp32: out (W, rows, d) and log-sum-exp (W, rows)."""
+        """Workspace for partial results of all W items, fp32: out (W, rows, d), log-sum-exp (W, rows); rows: T * G."""
         if (rows, d) in self.buffers:
             return self.buffers[rows, d]
         items, device = len(self.items.work), self.kv_start.device
         workspace = torch.empty(items, rows, d, device=device), torch.empty(items, rows, device=device)
-        if rows <= 16:  # a decode step; the workspace of a new turn is too large to keep
+        if rows <= 16:  # a decode step; the workspace of a conversation's new turn is too large to keep
             self.buffers[rows, d] = workspace
         return workspace
 
 
 @dataclass(frozen=True)
 class WorkItems:
-    """How the Triton kernels split the segments of a plan into W work items.
+    """How the Triton kernels cut the segments of a plan into W splits; a work item describes one split.
 
-    work (W, 4) int32, one row per program: segment, split index in it, the segment's first item, slots per split
+    work (W, 4) int32, one row per program: segment, index of the split in it, the segment's first item, slots per split
     firsts, sizes (S,) int32, per segment: its first item, slots per split
     """
 
@@ -239,7 +239,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
 
 def turned(x, rope):
     """Rotate x (B, H, D), D even: x * cos + roll(x, D/2) * sin, computed in fp32 or float64, rounded once to x's dtype.
-    rope: cos and signed sin (B, 1, D), any floating dtype, or both in one tensor; None returns x."""
+    rope: cos and signed sin (B, 1, D), any floating dtype, or both in one tensor; None returns x. This is RoPE."""
     if rope is None:
         return x
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -272,7 +272,7 @@ def ragged_decode_append(
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
     k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
-    the new token: the caller adds 1 afterwards, for all layers at once. A full segment (kv_len = kv_cap) attends to the
+    the new token and is not changed: counting it is up to the caller. A full segment (kv_len = kv_cap) attends to the
     new token but does not store it. With a plan, the plan's kv_cap applies. ValueError if segments overlap, because two
     of them might write to one slot. Returns what `ragged_decode` returns.
 

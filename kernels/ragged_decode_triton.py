@@ -17,7 +17,7 @@ programs start and finish.
 Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result if a segment has several. 2 * G FLOP per
 element of K and V. Memory-bound above about 30 MB; below, limited by launches and latency (three dependent loads).
 Exponentials are to base 2 (one instruction); scale includes log2(e). The specification is `ragged_decode_ref`.
-M, DP, BN, BS: see `tiles`. UP: convert 16-bit inputs to fp32, because the interpreter cannot compute in 16 bits.
+M, DP, BN, BS: see `tiles`. heads: Hkv. times: T. UP: convert 16-bit inputs to fp32, as the interpreter needs it.
 """
 
 import torch
@@ -139,8 +139,8 @@ def split_kernel(
     if length <= size:
         _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
     else:
-        slot = (first + split).to(tl.int64) * (times * G) + r
-        _store(part, part_lse, slot, there, m, l, acc, 1.0, D, DP)
+        row = (first + split).to(tl.int64) * (times * G) + r  # of the workspace
+        _store(part, part_lse, row, there, m, l, acc, 1.0, D, DP)
 
 
 @triton.jit(do_not_specialize_on_alignment=["kv_len", "firsts", "sizes"])
@@ -267,14 +267,14 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
     items, (part, part_lse) = plan.items, plan.scratch(rows, d)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     tile = tiles(rows, d, q.element_size())
-    bs, steps = tile.pop("BS"), triton.cdiv(rows, tile["M"])
+    bs, row_tiles = tile.pop("BS"), triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
-        split_kernel[len(items.work), steps](
+        split_kernel[len(items.work), row_tiles](
             q, k, v, kv_start, kv_len, items.work, part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // b, times,
             G=rows // times, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
         )  # fmt: skip
-        merge_kernel[plan.segments, steps](
+        merge_kernel[plan.segments, row_tiles](
             kv_len, items.firsts, items.sizes, part, part_lse, out, lse,
             plan.segments // b, times,
             G=rows // times, D=d, M=tile["M"], DP=tile["DP"], BS=bs, num_warps=4,
@@ -293,11 +293,11 @@ def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=Non
         torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
     )
     tile = tiles(rows, d, q.element_size())
-    steps = triton.cdiv(rows, tile["M"])
+    row_tiles = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
-        append_kernel[len(items.work), steps](
+        append_kernel[len(items.work), row_tiles](
             q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, plan.kv_cap,
-            items.work, plan.tickets(steps), part, part_lse, out, lse,
+            items.work, plan.tickets(row_tiles), part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // len(q), q.stride(0), k_new.stride(0), v_new.stride(0),
             G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
         )  # fmt: skip

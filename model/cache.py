@@ -6,9 +6,9 @@ owns kv_cap slots, starting at kv_start. The first kv_len of them are taken; '.'
     head 0            head 1      head 2
     [k k k k k . . .][k k . . .][k k k k . . .]      kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
 
-A new token is written in place. When a segment is full, all segments move to larger arenas. An unpruned cache is the
-case where all lengths are equal. Keys keep the rotary position that their token had in the prompt, so the position of
-the next token is `pos`, never a length.
+A new token is written in place. If it does not fit into a segment, all segments move to larger arenas first (`grow`).
+An unpruned cache is the case where all lengths are equal. Keys keep the rotary position that their token had in the
+prompt, so the position of the next token is `pos`, never a length.
 
 Any method may run out of memory. Each allocates what it needs before it changes the cache; methods that move several
 layers do so one layer at a time. After such an error the cache is consistent, and the call can be repeated.
@@ -25,13 +25,13 @@ class RaggedCache:
 
     k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
-    past       (L, S) int32: kv_len before the current step
+    past       (L, S) int32: kv_len before the last `grow`, that is before the current step or block of a turn
     pos        (B,) int64: position of the next token of each sequence
     plans      a decode plan per layer, or None until it is needed
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
-    room       tokens that fit before a segment is full
+    room       tokens that still fit into every segment; a number on the host
     fused      True: one kernel appends and attends
-    version    increases when a captured graph becomes invalid: arenas move or sequences leave
+    version    increases when a captured graph becomes invalid (`FastStep`): arenas move or sequences leave
     """
 
     def __init__(self, num_layers, slack=64, backend="auto"):
@@ -139,8 +139,8 @@ class RaggedCache:
             self.repack(max(self._larger_slack(), tokens))
 
     def _larger_slack(self):
-        """Half of a segment's mean length, so that repacking becomes rare, but at most what was dropped: a pruned cache
-        then reserves less than an unpruned one. At least twice the first slack, up to 64."""
+        """Half of a segment's mean length, so that repacking becomes rare; after pruning at most what was dropped, so
+        that less is reserved than without. At least `slack`, and at least 64 or twice `slack`, whichever is less."""
         length, position = float(self.kv_len.float().mean()), float(self.pos.float().mean())
         half = length / 2 if position - length < 1 else min(length / 2, position - length)
         return max(int(half), self.slack, min(64, 2 * self.slack))
@@ -151,7 +151,7 @@ class RaggedCache:
 
     def give_back(self, tokens=1):
         """Undo `grow` if a step failed before all layers had filled their slots."""
-        if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # a capture executes nothing
+        if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # a capture changes only `room`
             self.kv_len.sub_(tokens)
             self.pos.sub_(tokens)
         self.room += tokens
@@ -174,7 +174,7 @@ class RaggedCache:
         """
         plan, length = self.plan(layer), self.kv_len[layer] if kv_len is None else kv_len
         return ragged_decode(
-            q, self.k[layer], self.v[layer], plan.kv_start, length,
+            q, self.k[layer], self.v[layer], plan.kv_start, length,  # the plan's copy needs no comparison
             return_lse=return_lse, plan=plan, backend=self.backend,
         )  # fmt: skip
 

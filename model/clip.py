@@ -18,7 +18,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Embeddings(nn.Module):
-    """Patch embeddings by a strided convolution, with CLS in front, plus learnt positions."""
+    """Patch embeddings by a strided convolution, with CLS in front, plus learned positions."""
 
     def __init__(self, config):
         super().__init__()

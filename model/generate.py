@@ -224,7 +224,7 @@ class Generation:
         writer = self._writer
         logits = self.prefill()
         choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
-        ids = choose(logits)
+        ids = choose(logits)  # (1,)
         step = self.checkpoint.step(self.checkpoint.model.language_model, self.cache, self.compile)
         while True:
             if self._writer is not writer:
@@ -277,13 +277,13 @@ class Generation:
 
     def prefill(self) -> torch.Tensor:
         """Run the model on pictures and prompt and fill the cache -> logits (V,) of the first new token."""
-        before, self.before = self.before, None
+        before, self.before = self.before, None  # its cache moves here once; a second iteration prefills all
         if before is not None and before.goes_on:
             return self._extend(before)
         model, device = self.checkpoint.model, self.checkpoint.device
         start = clock(device, self.timed)
         x, self.spans = model.splice(self.ids, self.encode_images())
-        seen, self.prefilled = clock(device, self.timed), len(x)
+        encoded, self.prefilled = clock(device, self.timed), len(x)
         layers = self.checkpoint.config.text_config.num_hidden_layers
         self.cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.backend)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
@@ -299,7 +299,7 @@ class Generation:
         if self.remember:
             everything = torch.ones(layers, self.cache.kv_len.shape[1], len(x), dtype=torch.bool)
             self.masks = torch.stack(pruning.masks).cpu() if pruning else everything
-        self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
+        self.timing["vision"], self.timing["prefill"] = encoded - start, clock(device, self.timed) - encoded
         self.timing["prune"] = pruning.seconds if pruning else 0.0
         return logits
 
@@ -316,7 +316,7 @@ class Generation:
         start, past = clock(device, self.timed), int(cache.pos[0])
         tokens = self.encode_images(len(before.images))
         x, spans = model.splice(self.ids[len(before.ids) + len(before.token_ids) - len(before.unfed) :], tokens)
-        seen, self.prefilled = clock(device, self.timed), len(x)
+        encoded, self.prefilled = clock(device, self.timed), len(x)
         logits = model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
         self.cache, before.cache = cache, None
         self.pruned_for = before.pruned_for
@@ -327,7 +327,7 @@ class Generation:
             layers, heads, known = before.masks.shape
             new = torch.ones(layers, heads, self.prompt_tokens - known, dtype=torch.bool)
             self.masks = torch.cat((before.masks, new), 2)
-        self.timing["vision"], self.timing["prefill"] = seen - start, clock(device, self.timed) - seen
+        self.timing["vision"], self.timing["prefill"] = encoded - start, clock(device, self.timed) - encoded
         return logits
 
     def never(self) -> list[int]:

@@ -32,7 +32,7 @@ def rope_table(positions, config, dtype):
     Channel i is paired with channel i + D/2 (the "half" layout of the checkpoints). The sine has the minus sign of the
     rotation matrix, so `rotate` needs no negation. Angles are computed in fp32.
     """
-    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)  # 2i for pair i
     speed = config.rope_theta ** (-half / config.head_dim)  # (D/2,), radians per position
     angles = positions[..., None, None] * speed  # (..., 1, D/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -40,7 +40,7 @@ def rope_table(positions, config, dtype):
 
 
 def rotate(x, rope):
-    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each, of its positions."""
+    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each. The kernels' `turned` rounds less."""
     cos, sin = rope
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         """x (B, T, C), T new tokens per sequence after those in the cache -> y (B, T, C). Appends k and v."""
         q, k, v = self.project(x, rope)  # (B, T, H, D)
         cache.append(layer, k, v)
-        past = cache.past[layer]  # (S,); every row attends to the whole past
+        past = cache.past[layer]  # (S,) lengths before this block; every row attends to all of that
         y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)
         y, _ = merge_states(y, lse, *causal_attention(q, k, v))
         return self.o_proj(y.flatten(2))
@@ -198,7 +198,7 @@ class Llama(nn.Module):
         lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt in every layer: `prune` receives T + m
         rows of q, k and v; the cache and the result have only the prompt's tokens.
         """
-        tokens = x.shape[1]
+        tokens = x.shape[1]  # without the look-ahead rows
         if lookahead is not None:
             x = torch.cat((x, lookahead.embeddings.expand(len(x), -1, -1)), 1)
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
@@ -208,7 +208,7 @@ class Llama(nn.Module):
             keep, rows = (None, None) if prune is None else prune(i, q, k, v)
             if cache is not None:
                 cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
-            if rows is not None:  # tokens keep their positions
+            if rows is not None:  # look-ahead rows stay too, and all keep their positions
                 rows, tokens = torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device))), len(rows)
                 x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)
             del q, k, v  # free them before the next layer allocates its own
@@ -242,7 +242,7 @@ class Llama(nn.Module):
                 hidden.append(self._extend(block, cache))
             return torch.cat(hidden, 1)
         except BaseException:
-            cache.give_back(sum(block.shape[1] for block in hidden))
+            cache.give_back(sum(block.shape[1] for block in hidden))  # `_extend` gave its own block back
             raise
 
     def _extend(self, x, cache):

@@ -35,7 +35,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text_config, tied=config.tie_word_embeddings)
-        if config.image_grid_pinpoints:  # LLaVA-NeXT: a learnt token at the end of each row of tokens
+        if config.image_grid_pinpoints:  # LLaVA-NeXT: a learned token at the end of each row of tokens
             self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
     def encode_images(self, pixel_values):
@@ -47,8 +47,8 @@ class Llava(nn.Module):
     def join_tiles(self, tokens, grid, size, order="hf"):
         """Vision tokens of a picture's squares (1 + rows * columns, P, C) -> (P', C): whole picture, then tiles.
 
-        The tiles' tokens are arranged as one map. Tokens of the canvas border are dropped, and `image_newline` is added
-        at the end of each row. grid: (rows, columns) of tiles; size: (width, height) of the picture.
+        The tiles' tokens are arranged as one map, without those of the canvas border; `image_newline` ends each row.
+        grid: (rows, columns) of tiles; size: (width, height) of the picture; order: see ImageSettings.
         """
         side = round(tokens.shape[1] ** 0.5)
         tiles = tokens[1:].unflatten(1, (side, side)).unflatten(0, grid)  # (rows, columns, side, side, C)

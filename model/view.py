@@ -43,8 +43,8 @@ class View:
         return mask
 
     def queries(self, rows=1):
-        """(Hq, rows, D): the queries of the prompt's last rows, rotated by RoPE. Only rows that follow the last picture
-        are counted, but at least one."""
+        """(Hq, rows, D): the queries of the prompt's last rows, rotated by RoPE. Fewer if fewer rows follow the last
+        picture, but at least one."""
         rows = max(1, min(rows, self.tokens - self.spans[-1][1]))
         end = self._q.shape[1] - self._ahead
         return self._q[:, end - rows : end]
@@ -62,7 +62,7 @@ class View:
         asked = query, q.shape[1]
         if asked not in self._attention:
             scores = window_scores(q, k, group="none", backend=self._backend)
-            self._attention[asked] = scores[:, : self.tokens]
+            self._attention[asked] = scores[:, : self.tokens]  # not that of look-ahead rows to each other
         return self._attention[asked]
 
     def value_norms(self):
@@ -81,7 +81,7 @@ class Pruning:
     """A method applied to each layer of one prefill.
 
     seconds   time spent on measuring and choosing; see `timed` in Generation
-    masks     with `remember`: (Hkv, T) bool per layer, the tokens of the whole prompt that each head keeps
+    masks     with `remember`: per layer (Hkv, tokens of the whole prompt) bool, what each head keeps
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Pruning:
         self.contrast = contrast and cache(contrast)
         self.ahead, self.backend, self.timed = ahead, backend, timed
         self.seconds, self.masks = 0.0, [] if remember else None
-        self.rows = None  # (T',) indices of the tokens that the current layer sees; None: the whole prompt
+        self.rows = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
 
     def __call__(self, layer, q, k, v):
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer, of which q may be only the last rows.
@@ -101,20 +101,20 @@ class Pruning:
         -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
         later layers process; None in place of either for all.
         """
-        keep = rows = left = None
+        keep = rows = stay = None
         if self.spans:
             start = clock(k.device, self.timed)
-            keep, left = self._choose(layer, q, k, v)
+            keep, stay = self._choose(layer, q, k, v)
             self.seconds += clock(k.device, self.timed) - start
         if self.masks is not None:
             self.masks.append(self._of_the_prompt(keep, k))
-        if left is not None:
-            rows = left.nonzero()[:, 0]
-            self._narrow(left, rows)
+        if stay is not None:
+            rows = stay.nonzero()[:, 0]
+            self._narrow(stay, rows)
         return keep, rows
 
     def _choose(self, layer, q, k, v):
-        """keep (Hkv, T') and left (T',), bool or None for all. InputError for the method's own refusals."""
+        """keep (Hkv, T), and stay (T,) for later layers: bool or None for all. InputError for the method's refusals."""
         pictures = self.spans, self.places, self.contrast
         view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend)
         try:
@@ -123,21 +123,21 @@ class Pruning:
             raise InputError(str(wrong)) from wrong
 
     def _of_the_prompt(self, keep, k):
-        """keep (Hkv, T') or None for all -> a mask over the whole prompt."""
+        """keep (Hkv, T) or None for all -> a mask over the whole prompt."""
         here = torch.ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool, device=k.device)
         here = here if keep is None else keep
         return here if self.rows is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.rows, here)
 
-    def _narrow(self, left, rows):
-        """Later layers see only the tokens where left (T',) is True: those at `rows`."""
+    def _narrow(self, stay, rows):
+        """Later layers see only the tokens where stay (T,) is True: those at `rows` (T',)."""
         self.rows = rows if self.rows is None else self.rows[rows]
-        before, spans, left = [0, *left.cumsum(0).tolist()], self.spans, left.cpu()
+        moved, spans, stay = [0, *stay.cumsum(0).tolist()], self.spans, stay.cpu()  # moved: old index -> new
         contrast = self.contrast
 
         def thinned(pictures):
-            return [of_one[left[a:b]] for of_one, (a, b) in zip(pictures, spans, strict=True)]
+            return [of_one[stay[a:b]] for of_one, (a, b) in zip(pictures, spans, strict=True)]
 
-        self.spans = [(before[a], before[b]) for a, b in spans]
+        self.spans = [(moved[a], moved[b]) for a, b in spans]
         self.places = self.places and thinned(self.places)
         self.contrast = contrast and cache(lambda: thinned(contrast()))
 

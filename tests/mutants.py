@@ -2050,6 +2050,18 @@ MUTANTS = {
         "names = []",
         "test_bench.py::test_the_committed_figure_says_whose_lengths_and_what_is_absent",
     ),
+    "labels at the ends of lines cover each other": (
+        "tools/figures.py",
+        "free = middle - half",
+        "free = middle",
+        "test_figures.py::test_labels_stand_apart_at_the_ends_of_their_lines",
+    ),
+    "a figure of wrong answers shows the right ones": (
+        "tools/figures.py",
+        "[100 - float(row[column])",
+        "[float(row[column])",
+        "test_figures.py::test_wrong_answers_are_drawn_and_none_at_all_too",
+    ),
     "the worse of two baselines in the first table": (
         "tools/tables.py",
         'max(right["random", r], right["grid", r])',

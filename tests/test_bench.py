@@ -679,7 +679,7 @@ def test_what_was_measured_can_be_drawn(smoke, tmp_path, capsys):
         assert plot_bench.main([str(smoke), *flags, "--out", str(out)]) == 0
         assert said in capsys.readouterr().out
         with Image.open(out) as picture:
-            assert picture.size == (1600, 840) and len(picture.convert("RGB").getcolors(2**16)) > 50
+            assert picture.size == (1260, 810) and len(picture.convert("RGB").getcolors(2**16)) > 50
 
 
 def test_points_of_the_plot_are_the_measured_ones(smoke):
@@ -703,7 +703,7 @@ def test_points_of_the_plot_are_the_measured_ones(smoke):
 def test_the_committed_figure_says_whose_lengths_and_what_is_absent():
     about, rows = plot_bench.read([ROOT / "benchmarks" / "kernels-h200.json"])
     page = plot_bench.figure(about, rows, "ragged_decode_append", "gqa8", "plphp")
-    assert page.get_suptitle().startswith("ragged_decode_append --shapes gqa8 --layouts plphp: ")
+    assert page.get_suptitle().startswith("ragged_decode_append --shapes gqa8 --layouts plphp:\n")
     size, skew = page.axes
     assert "lengths as in a layer of plphp-ada;\n512 MB: several sequences, plphp" in size.get_title()
     assert "(SDPA, nothing dropped: not drawn, it reads all)" in size.get_xlabel()
@@ -733,7 +733,7 @@ def test_decoding_can_be_drawn(tmp_path, capsys):
     page = plot_bench.decode_figure(about, rows)
     assert len(page.axes) == 2 and page.axes[0].get_xlim() == page.axes[1].get_xlim()
     labels = [label.get_text() for label in page.axes[0].get_yticklabels()]
-    assert labels == ["ours", "ours\n--prune plphp --retention 0.5", "transformers eager", "transformers sdpa"]
+    assert labels == ["ours", "ours\n--prune plphp\n--retention 0.5", "transformers eager", "transformers sdpa"]
     assert "black line" in page.get_supxlabel() and "not a bound" in page.get_supxlabel()
     for axes in page.axes:
         assert [bar.get_width() for bar in axes.patches] == [2, 4, 8 / 9, 1]  # relative to hf-sdpa

@@ -153,7 +153,17 @@ def commands(page):
 
 COMMANDS = [(page, command, shown) for page in PAGES for command, shown in commands(page)]
 INLINE = {c for page in PAGES for c in re.findall(r"`(python (?:run\.py|tools/)[^`]*)`", page.read_text())}
-WRITES = {"--out", "--json", "--csv", "--html", "--plot", "--answers", "--run", "--show"}  # flags that name an output
+WRITES = {
+    "--out",
+    "--json",
+    "--csv",
+    "--html",
+    "--plot",
+    "--answers",
+    "--run",
+    "--show",
+    "--figures",
+}  # flags that name an output
 
 
 def test_the_pages_have_commands():

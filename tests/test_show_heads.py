@@ -92,13 +92,14 @@ def test_the_measured_attention_is_the_models(tmp_path, capsys):
     assert left.value.code == 2 and line.startswith("error: ") and "/nowhere.png" in line
 
 
-def test_the_marks_are_explained_in_the_panel_that_has_them(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    drawn = {}
-    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.update({a.get_title(): a for a in figure.axes}))
+def test_the_marks_are_explained_in_the_panel_that_has_them(tmp_path):
     heads = [measure(*planted(sink=1), spans=[(1, 3)])]
-    show_heads.draw(heads, [2.0], [(1, 3)], 0.3, tmp_path / "a.png")
+    figure = show_heads.draw(heads, [2.0], [(1, 3)], 0.3, tmp_path / "a.png")
+    drawn = {axes.get_title(): axes for axes in figure.axes}
+    scales = [
+        [t.get_text() for t in axes.get_yticklabels()] for axes in figure.axes if axes.get_label() == "<colorbar>"
+    ]
+    assert len(scales) == 5 and all(labels[0] == "0" and labels[-1] for labels in scales)  # both ends are labelled
     for mark, words in (("v", "v: that token is one of a picture"), ("d", "d: dormant, below 0.3")):
         (axis,) = (axis for title, axis in drawn.items() if words in title)
         assert [text.get_text() for text in axis.texts if text.get_text()] == [mark]

@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -54,7 +53,7 @@ from model.pruning import (  # noqa: E402
 )  # fmt: skip
 from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
-from tools import scenes  # noqa: E402
+from tools import figures, scenes  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Evidence, Like, Ranked, ValuesDropped, neutral_rows, worth_of_rows  # noqa: E402
 from tools.replay import along, asked_by, asked_with, replay  # noqa: E402
@@ -595,7 +594,7 @@ def summarise(head, done, folder, name, labels=None, made=None):
         writer.writerows(rows)
     text = markdown(head, rows, data, group, long, weights, labels)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    draw(rows, folder / f"{name}.png", second=head["mode"] == "second")
+    figures.pruning(rows, second=head["mode"] == "second").savefig(folder / f"{name}.png")
     print(text)
     for row in rows if made else ():
         missed = missed_budget(row, made, labels)
@@ -824,52 +823,6 @@ def markdown(head, rows, data, group, long, weights, labels=None):
                 f"{low:+.1f} to {high:+.1f} | {first} | {second} | {p:.2g} |"
             )
     return "\n".join(lines) + "\n"
-
-
-DRAWN = {  # colour, marker and line of the conditions that have a label in the picture; the others are grey
-    "none": ("0.4", "", "-"), "hindsight": ("#117733", "*", ":"), "plphp as shipped": ("#D55E00", "D", "-"),
-    "topk ahead": ("#0072B2", "s", "-"), "plphp ahead": ("#AA4499", "v", "--"), "grid": ("black", "o", "-"),
-    "random": ("#8C564B", "o", "--"), "plphp": ("#882255", "^", "-"),
-}  # fmt: skip
-
-
-def draw(rows, path, second=False):
-    """Exact match of long answers against the vision KV bytes that were really kept. rows: as in the CSV."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = in_order(rows)
-    styles = DRAWN | {name: (f"C{i}", "x", "-") for i, name in enumerate(labels) if name.startswith(GIVEN)}
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    ends = []  # (y, x, label, colour) of the last point of each line with a label
-    for method, label in labels.items():
-        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: -float(r["kept"]))
-        x, y, low, high = ([float(r[column]) for r in mine] for column in ("kept", "long", "long low", "long high"))
-        colour, marker, line = styles.get(method, ("0.85", "", "-"))
-        if method == "none":
-            axis.axhline(y[0], color=colour, linewidth=1)
-        else:
-            axis.plot(x, y, color=colour, marker=marker, linestyle=line, zorder=2 + (method in styles))
-            axis.vlines(x, low, high, color=colour)
-        if method in styles:
-            ends.append((y[-1], x[-1], label.replace("`", ""), colour))
-    title = "Pruned for one question, asked another" if second else "What pruning costs on the demo world"
-    axis.set_title(f"{title} (bars: 95 % intervals)", fontsize=11)
-    axis.set(xlabel="vision KV bytes kept, % (less to the right)", ylabel="long answers right, %", ylim=(-3, 103))
-    axis.invert_xaxis()
-    axis.grid(alpha=0.3)
-    free = 105  # labels stand below each other, each at the end of its line or below the label before it
-    for y, x, label, colour in sorted(ends, reverse=True):
-        text = textwrap.fill(label.replace(",", ", "), 34).replace(", ", ",")
-        half = 2.2 * (1 + text.count("\n"))
-        middle = min(y, free - half)
-        free = middle - half
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)}
-        axis.annotate(text, (min(x, axis.get_xlim()[0]), y), (1.04, middle), textcoords=axis.get_yaxis_transform(),
-                      color=colour, va="center", fontsize=9.5, arrowprops=leader)  # fmt: skip
-    figure.savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------- any checkpoint, without labels

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.command import as_command, flags  # noqa: E402
+from tools.figures import new  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind people can distinguish; markers and dashes differ too
 STYLES = {
@@ -120,7 +121,6 @@ def draw(axes, points):
         colour, marker, dash = style(name)
         label = RIVALS.get(name, name)
         axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=label)
-    axes.grid(alpha=0.3)
 
 
 def ticks(axis, values):
@@ -140,11 +140,6 @@ def apart(values):
 
 def figure(about, rows, op, shape, layout):
     """One panel, or two with a skew sweep."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row for row in rows if row["op"] == op and row["shape"] == shape]
     cases = [row for row in rows if row["layout"] == layout]
     sizes = lines(
@@ -157,21 +152,19 @@ def figure(about, rows, op, shape, layout):
         lambda row: float(row["layout"].split()[1]),
         lambda row: row.get("over_uniform"),
     )
-    # 8 inches is about the width of a README; a larger figure would be scaled down and its text with it
-    both = bool(sizes and skews)
-    page, grid = pyplot.subplots(1, 1 + both, figsize=(8, 4.2), squeeze=False, layout="constrained")
+    page, panels = new(1 + bool(sizes and skews), 4.5)
     if sizes:
-        by_size(grid[0][0], sizes, lengths_of(layout, cases), skews)
+        by_size(panels[0], sizes, lengths_of(layout, cases), skews)
     if skews:
-        by_skew(grid[0][-1], skews, sizes)
+        by_skew(panels[-1], skews, sizes)
     handles = {}
-    for axes in grid[0]:
+    for axes in panels:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     page.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     bandwidth = f"{about['bandwidth_GBps']:.0f} GB/s measured"
     dtype = about["dtype"].removeprefix("torch.")
     flags = f"{op} --shapes {shape} --layouts {layout}" if sizes else f"{op} --shapes {shape}"
-    page.suptitle(f"{flags}: {dtype}, {about['machine']} ({bandwidth})", fontsize=10.5)
+    page.suptitle(f"{flags}:\n{dtype}, {about['machine']} ({bandwidth})", fontsize=10.5)
     return page
 
 
@@ -209,8 +202,8 @@ def by_skew(axes, points, others):
     doubled = [2.0**i for i in range(-10, 11)]
     ticks(axes.yaxis, [t for t in doubled if min(values) / 2 < t < 2 * max(values)])
     axes.set_xlabel("longest head over mean (log)" + absent("not measured here", others, points))
-    axes.set_ylabel("time over that of equal lengths (log)")
-    axes.set_title("by skew; one head longer, the same bytes", fontsize=10)
+    axes.set_ylabel("time / time of equal lengths (log)")
+    axes.set_title("by skew; one head longer,\nthe same bytes", fontsize=10)
 
 
 def absent(why, others, points):
@@ -221,18 +214,11 @@ def absent(why, others, points):
 
 def decode_figure(about, rows):
     """A panel per workload: speed of each engine and method relative to transformers (SDPA if it was measured)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     work = list(dict.fromkeys(row["workload"] for row in rows))
     names = list(dict.fromkeys((row["engine"], row["prune"]) for row in rows))
-    size = 9, 2.2 + 0.34 * len(names)
-    shared = {"sharex": True, "sharey": True}
-    page, grid = pyplot.subplots(1, len(work), figsize=size, squeeze=False, layout="constrained", **shared)
+    page, panels = new(len(work), 2.2 + 0.47 * len(names), sharex=True, sharey=True)
     base = base_of(names)
-    for axes, workload in zip(grid[0], work, strict=True):
+    for axes, workload in zip(panels, work, strict=True):
         found = {(row["engine"], row["prune"]): row for row in rows if row["workload"] == workload}
         for y, name in enumerate(names):
             if name not in found or base not in found:
@@ -246,14 +232,14 @@ def decode_figure(about, rows):
                 axes.plot([reach, reach], [y - 0.45, y + 0.45], color="#000000", linewidth=1.5)
         one = next(iter(found.values()))
         sequences = "1 sequence" if one["batch"] == 1 else f"{one['batch']} sequences"
-        tokens = f"{one['vision_tokens']:,} vision tokens,\n{one['text_tokens']} text tokens"
-        axes.set_title(f"{sequences}:\n{tokens}", fontsize=10)
-        axes.grid(alpha=0.3, axis="x")
+        axes.set_title(f"{sequences}:\n{one['vision_tokens']:,} vision,\n{one['text_tokens']} text tokens", fontsize=10)
+        axes.grid(visible=False, axis="y")
+        axes.locator_params(axis="x", nbins=4, integer=True)
     labels = [called(engine) if prune == "none" else f"{called(engine)}\n{flags_of(prune)}" for engine, prune in names]
-    grid[0][0].set_yticks(range(len(names)), labels, fontsize=9)
-    grid[0][0].invert_yaxis()
+    panels[0].set_yticks(range(len(names)), labels, fontsize=9)
+    panels[0].invert_yaxis()
     about_lines = (
-        "\nblack line: speed of the unpruned run above times the reduction in bytes; an expectation, not a bound"
+        "\nblack line: speed of the unpruned run above times\nthe reduction in bytes; an expectation, not a bound"
     )
     pruned = any(prune != "none" for _, prune in names)
     page.supxlabel(f"decode speed, {called(base[0])} = 1{about_lines if pruned else ''}", fontsize=10)
@@ -269,7 +255,7 @@ def called(engine):
 def flags_of(prune):
     """SPEC or SPEC@RETENTION, as bench_decode.py has it -> flags of run.py."""
     spec, at, retention = prune.rpartition("@")
-    return f"--prune {spec} --retention {retention}" if at else f"--prune {prune}"
+    return f"--prune {spec}\n--retention {retention}" if at else f"--prune {prune}"
 
 
 def base_of(names):
@@ -286,7 +272,7 @@ def main(argv=None):
         op, shape, layout = chosen(rows, args)
         page, what = figure(about, rows, op, shape, layout), f"{op}, {shape}, {layout}"
     try:
-        page.savefig(args.out, dpi=200)
+        page.savefig(args.out)
     except (OSError, ValueError) as wrong:
         raise SystemExit(f"error: cannot write {args.out} ({wrong}); give another --out") from None
     print(f"{args.out}: {what}")

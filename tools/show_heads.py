@@ -115,30 +115,27 @@ def summary(heads, spans, dormant, what="a picture"):
 
 MAPS = (  # field, title, top of the colour scale
     ("first", "attention on the first token", None),  # None: maximum of the next map
-    ("most", "attention on the most attended token\nv: that token is one of {what}", None),
-    ("drain", "norm of the most attended token's value\n/ median token's", 2.0),
-    ("out", "norm of the head's output / layer mean\nd: dormant, below {dormant:g}", 2.0),
-    ("vision", "fraction of the output from {what}", 1.0),
+    ("most", "attention on\nthe most attended token\nv: that token is one of {what}", None),
+    ("drain", "norm of\nthe most attended token's value\n/ median token's", 2.0),
+    ("out", "norm of the head's output\n/ layer mean\nd: dormant, below {dormant:g}", 2.0),
+    ("vision", "fraction of the output\nfrom {what}", 1.0),
 )
 
 
 def draw(heads, peaks, spans, dormant, path, what="a picture"):
-    """Draw five maps of layers by query heads, and the residual peaks. what: the spans are."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw five maps of layers by query heads, and the residual peaks. what: the spans are. Returns the figure."""
+    from matplotlib.figure import Figure
 
     count = len(heads[0].first)
-    figure, axes = plt.subplots(
-        2, 3, figsize=(max(10.5, 0.9 * count + 4), 1.2 + min(12, 0.75 * max(6, len(heads)))), layout="constrained"
-    )
+    size = max(9, 0.5 * count + 4), 1.2 + min(10, 0.75 * max(6, len(heads)))
+    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    axes = figure.subplots(2, 3)
     for axis, (name, title, top) in zip(axes.flat, MAPS, strict=False):
         values = torch.stack([getattr(h, name) for h in heads])
         top = top or max(h.most.max().item() for h in heads)
         shown = axis.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         labels = ("0", f"{top / 2:.2g}", "≥ " * bool(values.max() > top) + f"{top:.2g}")
-        figure.colorbar(shown, ax=axis).set_ticks((0, top / 2, top), labels=labels)
+        figure.colorbar(shown, ax=axis, aspect=30).set_ticks((0, top / 2, top), labels=labels)
         axis.set_title(title.format(what=what, dormant=dormant), fontsize=10)
         axis.set(xlabel="query head", ylabel="layer")
         for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
@@ -155,11 +152,11 @@ def draw(heads, peaks, spans, dormant, path, what="a picture"):
     last = axes.flat[5]
     last.bar(range(len(peaks)), peaks, color="#0072B2")
     last.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
-    last.set_title("residual norm of the first token\n/ largest other token; dashed: equal", fontsize=10)
+    last.set_title("residual norm of the first token\n/ largest other token\ndashed: equal", fontsize=10)
     last.set(xlabel="after layer")
     last.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path)
+    return figure
 
 
 def save(heads, path):

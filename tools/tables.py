@@ -1,9 +1,11 @@
 """Generate the tables of the READMEs from committed sources: docstrings of the methods, files of results, arithmetic.
 
-    python tools/tables.py            # print them
-    python tools/tables.py --write    # write them into the READMEs
+    python tools/tables.py                  # print them
+    python tools/tables.py --write          # write them into the READMEs
+    python tools/tables.py --figures out    # redraw the figures of pruning from committed results
 
-A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`, where NAME is a key of TABLES.
+A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`, where NAME is a key of TABLES. Figures of
+speed are drawn by tools/plot_bench.py.
 """
 
 import csv
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.pruning import GUARDS, METHODS, describe, settings_of  # noqa: E402
-from tools import evaluate, roofline  # noqa: E402
+from tools import evaluate, figures, roofline  # noqa: E402
 from tools.command import as_command, flags  # noqa: E402
 from tools.plot_bench import RIVALS  # noqa: E402
 
@@ -280,16 +282,28 @@ TABLES = {
     "kernels": kernels, "kernels-summary": kernels_summary,
 }  # fmt: skip
 
+FIGURES = {
+    "pruning-accuracy": lambda: figures.pruning(_results("pruning-accuracy")),
+    "pruning-second": lambda: figures.pruning(_results("pruning-second"), second=True),
+    "witness": lambda: figures.witness(_results("witness")),
+}
 
-def main():
+
+def main(argv=None):
     parser = flags(__doc__)
     parser.add_argument("--write", action="store_true", help="write them into the READMEs")
-    args = parser.parse_args()
-    if not args.write:
-        return print("\n\n".join(make() for make in TABLES.values()))
-    for page in PAGES:
-        path = ROOT / page
-        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="redraw the figures of pruning into this folder")
+    args = parser.parse_args(argv)
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        for name, make in FIGURES.items():
+            make().savefig(args.figures / f"{name}.png")
+    elif args.write:
+        for page in PAGES:
+            path = ROOT / page
+            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print("\n\n".join(make() for make in TABLES.values()))
 
 
 if __name__ == "__main__":

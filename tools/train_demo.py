@@ -40,7 +40,7 @@ from model.console import as_command  # noqa: E402
 from model.image import CLIP_MEAN, CLIP_STD  # noqa: E402
 from model.llava import Llava  # noqa: E402
 from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
-from tools import scenes  # noqa: E402
+from tools import figures, scenes  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
 
 HELD_OUT = 10**9  # samples below this index are for training, the others for evaluation
@@ -533,7 +533,7 @@ def export(args):
         shutil.copy(path, folder)
     write_config(folder)
     write_fast_tokenizer(folder)
-    draw_curve(source, folder.parent / "demo-training.png")
+    figures.training(source).savefig(folder.parent / "demo-training.png")
     size = sum(f.stat().st_size for f in folder.iterdir())
     print(f"{folder}: {size / 1e6:.1f} MB", file=sys.stderr)
 
@@ -590,36 +590,6 @@ def write_fast_tokenizer(folder):
     """Write tokenizer.json, for loading the folder with transformers, which converts it from tokenizer.model."""
     tokenizer = import_transformers().LlamaTokenizer  # AutoTokenizer omits the dummy space
     tokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
-
-
-CURVES = {  # stage: title of its panel, and colours of the labelled lines; the others are grey
-    "tower": ("vision tower: patches labelled correctly, %", {"colour": "k", "shape": "#56B4E9", "letter": "#D55E00"}),
-    "decoder": (
-        "text decoder: answers correct, %",
-        {"count": "k", "position": "#CC79A7", "relation": "#009E73", "presence": "#D55E00", "describe": "#56B4E9"},
-    ),
-}
-
-
-def draw_curve(folder, path):
-    """Plot the curves of both stages in one figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(7.5625, 2.75), layout="constrained")
-    for axis, (stage, (title, colours)) in zip(axes, CURVES.items(), strict=True):
-        with open(folder / f"{stage}.csv", newline="") as f:
-            rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(f)]
-        for name in [k for k in rows[0] if k not in ("step", "seconds", "loss")]:
-            style = {"color": colours[name], "label": name, "zorder": 3} if name in colours else {"color": "0.85"}
-            axis.plot([r["step"] for r in rows], [100 * r[name] for r in rows], linewidth=1.4, **style)
-        axis.set_title(title, fontsize=10)
-        axis.set(xlabel="training step", ylim=(0, 101))
-        axis.legend(fontsize=9, loc="lower right", labelspacing=0.2)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=160)
 
 
 # ---------------------------------------------------------------- stage 4: the table

@@ -17,7 +17,6 @@ import csv
 import json
 import random
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from model.generate import PlainStep  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
-from tools import show_heads, train_lookahead  # noqa: E402
+from tools import figures, show_heads, train_lookahead  # noqa: E402
 from tools.calibrate import gammas_of  # noqa: E402
 from tools.controls import Ranked, worth_of_rows  # noqa: E402
 from tools.evaluate import three_rates  # noqa: E402
@@ -364,7 +363,7 @@ def summarise(lines, names, about, out):
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    draw([row for row in table if row["questions"] == "all kinds"], out / "witness.png")
+    figures.witness(table).savefig(out / "witness.png")
     print("\n".join(text))
 
 
@@ -410,37 +409,6 @@ def _differences(ours, names, lines):
             cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
         found.append(f"| {name} | " + " | ".join(cells) + " |")
     return found
-
-
-def draw(rows, path):
-    """Plot KL from unpruned over the kept fraction, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for name in dict.fromkeys(row["ranked by"] for row in rows):
-        if name.partition(":")[0] not in PALETTE or "cover" in name or name.endswith("window=32"):  # in the table
-            continue
-        mine = sorted((r for r in rows if r["ranked by"] == name), key=lambda r: r["retention"])
-        x, y, low, high = zip(*((100 * r["kept"], r["kl"], r["kl low"], r["kl high"]) for r in mine), strict=True)
-        label = textwrap.fill(name.replace(",", ", "), 30).replace(", ", ",")
-        line = "-" if "lookahead" in name or name == ORACLE else "-." if "window" in name else "--"
-        colour = PALETTE[name.partition(":")[0]]
-        axis.plot(x, y, label=label, marker="o", markersize=4, linestyle=":" if name == OTHER else line, color=colour)
-        axis.vlines(x, low, high, color=colour)
-    axis.set(xlabel="passage tokens kept, %", ylabel="KL from unpruned, nats", ylim=(0, None))
-    axis.set_title("SmolLM2-135M: what pruning a passage costs, by --prune (bars: 95 % intervals)", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-PALETTE = {  # of the methods in the figure; colour-blind safe (Okabe and Ito)
-    "random": "black", "grid": "0.6", "topk": "#0072B2", "shared": "#E69F00", "plphp": "#D55E00",
-    "plphp-ada": "#009E73", "oracle": "#CC79A7",
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------- command

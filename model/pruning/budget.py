@@ -63,8 +63,8 @@ def pooled(scores, count, floor):
     budget in this way, calls it the safeguard.
     """
     safe = best(scores, max(1, int(floor * count)))
-    everything = scores.masked_fill(safe, float("inf")).flatten()
-    return best(everything[None], count * len(scores)).view_as(safe)
+    raised = scores.masked_fill(safe, float("inf")).flatten()
+    return best(raised[None], count * len(scores)).view_as(safe)
 
 
 def check_floor(floor):
@@ -97,7 +97,7 @@ def grid_phase(view):
 
 
 def covered(scores, keep, phase, share):
-    """Choose as many tokens per head as keep has: the fraction `share` on the grid, the others by scores.
+    """Choose as many tokens per head as keep has: the fraction `share` (rounded down) on the grid, the rest by scores.
 
     scores (H, n), keep (H, n) bool, phase (H, n) -> bool (H, n).
     """
@@ -114,7 +114,7 @@ def select(scores, view, choose, scope="image", cover=0.0):
     tokens is chosen from an even grid (`grid_phase`) instead of by scores.
     """
     keep = torch.ones(scores.shape, dtype=torch.bool, device=view.device)
-    phase = grid_phase(view)[: len(scores)] if cover else None
+    phase = grid_phase(view)[: len(scores)] if cover else None  # if H is 1, that of the first head
     for columns in _columns(view, scope):
         chosen = choose(scores[:, columns])
         keep[:, columns] = covered(scores[:, columns], chosen, phase[:, columns], cover) if cover else chosen

@@ -22,8 +22,8 @@ from .budget import best, budget, check_floor, pooled, ranking, select
 class Plphp:
     """Each head keeps its most attended tokens, at a rate chosen per layer (2502.14504).
 
-    gamma is the share of the last prompt row's attention that goes to the pictures (of the look-ahead rows' attention
-    with query=lookahead).
+    gamma is the share of the last prompt row's attention (query=lookahead: of the look-ahead rows') that goes to the
+    pictures. For group, values, window and query see `ranking`, for scope and cover `select`.
 
     r: fraction that a layer keeps if its gamma is between beta and alpha (0 to 1)
     dr: added to r if gamma is at least alpha, subtracted if it is below beta (0 to 1)
@@ -62,12 +62,12 @@ class Plphp:
         if view.layer < skip:
             return None
         rate = self.rate(gamma(view.attention(query=self.query), view.spans))
-        heads = ranking(view, self.window, self.query, self.group, self.values)
+        scores = ranking(view, self.window, self.query, self.group, self.values)
 
-        def choose(part):
+        def of_picture(part):  # the scores (Hkv, n) of one picture, or of all with scope=vision
             return self.choose(part, budget(part.shape[1], rate, self.keep_tokens))
 
-        return select(heads, view, choose, self.scope, self.cover)
+        return select(scores, view, of_picture, self.scope, self.cover)
 
     def rate(self, gamma):
         """The fraction that a layer keeps, from 0 to 1."""
