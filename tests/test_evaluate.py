@@ -20,7 +20,7 @@ from tools.evaluate import conversation, encode_scenes
 from tools.paired import interval, mcnemar, resamples
 from tools.replay import along, asked_by, asked_with, compare, replay
 
-FULL = "plphp:dr=0.0,alpha=0.8177,beta=0.7349,skip=0,group=mean,values=false,scope=image,query=lookahead,cover=0.5"
+FULL = "plphp:dr=0.0,alpha=0.822,beta=0.7358,skip=0,group=mean,values=false,scope=image,query=lookahead,cover=0.5"
 SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
 
 
