@@ -21,7 +21,7 @@ from model.flags import check, choose_device, options, parser
 
 
 def main(argv=None):
-    """Run the command line argv (default: that of the process) and return the exit code."""
+    """Run the command line argv (default: sys.argv[1:]) and return the exit code."""
     flags = parser()
     args = flags.parse_args(argv)
     try:

@@ -132,9 +132,9 @@ def work_items(caps, split, device):
 
 
 def split_size(cap):
-    """Slots per work item of a segment with `cap` slots: 64 per 768 slots, up to 512; above 32,768 slots 64 per 4,096.
+    """Slots per work item of a segment with `cap` slots.
 
-    At most 1,024. A segment has at most 12 items up to 6,144 slots and 64 up to 65,536: enough to fill the device, few
+    64 per 768 slots of the segment, at most 512; above 32,768 slots 64 per 4,096, at most 1,024. A segment has at most 12 items up to 6,144 slots and 64 up to 65,536: enough to fill the device, few
     enough to merge cheaply (NOTES.md). The size depends on this segment alone, so the rest of the batch cannot change
     the order of a sum.
     """
@@ -145,8 +145,8 @@ def split_size(cap):
 def decode_plan(kv_start, kv_cap, *, split=None):
     """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Build it once per prefill: it synchronises.
 
-    split: slots per work item of the Triton kernels, default `split_size`. ValueError unless a multiple of 16 up to
-    2**20, or for tables of another dtype or shape, on two devices, or with negative entries.
+    split: slots per work item of the Triton kernels, default `split_size`; a multiple of 16 up to 2**20. ValueError for
+    another split, and for tables of another dtype or shape, on two devices, or with negative entries.
     """
     _check_tables(kv_start, kv_cap, split, 1)
     return _plans(kv_start[None], kv_cap[None], split)[0]

@@ -1,7 +1,7 @@
 """`ragged_decode` in PyTorch. The segments are read in one of two ways:
 
-in place   segments of equal length at equal distances are a strided view of the arena: all of them if the cache is a
-           rectangle, the heads of a sequence in a batch, or a single segment. A loop over these runs; no copy
+in place   a loop over runs of segments with equal lengths at equal distances. Each run is a strided view of the arena,
+           without a copy: the whole cache if it is a rectangle, the heads of a sequence in a batch, or one segment
 gathered   each segment is copied and padded to the longest: cheaper for many short segments, and on CUDA with a plan,
            where the lengths are not known to the host
 

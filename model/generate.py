@@ -64,8 +64,8 @@ class Generation:
     ) -> None:
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
-        template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method; a name or
-        SPEC uses the checkpoint's settings for it; None keeps all tokens. backend: "auto", "triton" or "torch" kernels.
+        template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method, None to
+        keep all tokens; for a name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels.
         compile: see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA
         device before each clock reading; otherwise all of `timing` except `steps` measures only the launches. remember:
         keep `masks`, for `model.show`.
@@ -101,7 +101,7 @@ class Generation:
         self._begin()
 
     def _encode(self, prompt, system, pictures):
-        """The question as the template wants it, and the ids of the whole conversation up to the answer."""
+        """(question without trailing newlines, ids of the whole conversation up to the answer)."""
         prompt, system = plain_text(prompt), system and plain_text(system)
         raw, follows = self.template == "raw", self.before is not None
         prompt = prompt if raw else prompt.rstrip("\n")
@@ -172,7 +172,7 @@ class Generation:
 
     @property
     def contrast(self) -> list[torch.Tensor]:
-        """How far each token's pixels are from its picture's usual colour: (n,) fp32 on the CPU each, `contrast_of`."""
+        """Per picture (n,) fp32 on the CPU: distance of each token's pixels from its usual colour (`contrast_of`)."""
         return [picture.contrast for picture in self.pictures]
 
     def encode_images(self, first: int = 0) -> list[torch.Tensor]:
@@ -375,7 +375,7 @@ def _check_types(checkpoint, prompt, sampling, system, before):
 
 
 def _check_names(template, image_mode, anyres_order, backend):
-    """InputError for a name that does not exist."""
+    """InputError for an unknown template, image mode, order of tiles or backend."""
     for what, given, known in (
         ("template", template, TEMPLATES),
         ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),

@@ -189,7 +189,7 @@ class Llama(nn.Module):
 
         prune(layer, q, k, v) is called after each layer with its q (B, Hq, T, D), k and v (B, Hkv, T, D). It returns
         which tokens every head keeps in the cache, (B * Hkv, T) bool, and which tokens later layers process, indices
-        (T',); None in place of either for all. If tokens leave, the result is (B, T', C). Keeping fewer in the cache
+        (T',). Either may be None: all. If tokens leave, the result is (B, T', C). Keeping fewer in the cache
         does not change hidden states: dropped tokens affect decoding only.
 
         positions (B, T) or (T,) default to 0..T-1. mask replaces the causal mask: bool (True = may attend), or floats
@@ -236,7 +236,7 @@ class Llama(nn.Module):
         turns are processed in blocks, so that no T x T matrix is stored.
         """
         hidden = []
-        cache.make_room(x.shape[1])  # at once; then the blocks move nothing
+        cache.make_room(x.shape[1])  # for all blocks, so that the arenas move at most once
         try:
             for block in x.split(BLOCK, 1):
                 hidden.append(self._extend(block, cache))

@@ -25,7 +25,7 @@ class View:
     def __init__(self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto"):
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
-        places: None for spans of text, which are one row each; contrast: function () -> what `contrast` returns.
+        places: None if the spans are text; each is then one row of tokens; contrast: function () -> what `contrast` returns.
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
         self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
@@ -99,7 +99,7 @@ class Pruning:
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer, of which q may be only the last rows.
 
         -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
-        later layers process; None in place of either for all.
+        later layers process. Either may be None: all.
         """
         keep = rows = stay = None
         if self.spans:
