@@ -134,9 +134,9 @@ def work_items(caps, split, device):
 def split_size(cap):
     """Slots per work item of a segment with `cap` slots.
 
-    64 per 768 slots of the segment, at most 512; above 32,768 slots 64 per 4,096, at most 1,024. A segment has at most 12 items up to 6,144 slots and 64 up to 65,536: enough to fill the device, few
-    enough to merge cheaply (NOTES.md). The size depends on this segment alone, so the rest of the batch cannot change
-    the order of a sum.
+    64 per 768 slots of the segment, at most 512; above 32,768 slots 64 per 4,096, at most 1,024. A segment has at most
+    12 items up to 6,144 slots and 64 up to 65,536: enough to fill the device, few enough to merge cheaply (NOTES.md).
+    The size depends on this segment alone, so the rest of the batch cannot change the order of a sum.
     """
     short, long = -(-cap // 768), -(-cap // 4096)
     return 64 * min(16, max(1, min(8, short), long))

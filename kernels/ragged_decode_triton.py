@@ -116,7 +116,7 @@ def split_kernel(
     scale, heads, times,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (items, tiles of M rows): attention over one split; the final result if the segment has no other live split."""
+    """grid (items, tiles of M rows): attention over one split, final if it is the segment's only live one."""
     # this program's work item
     item = work + 4 * tl.program_id(0)
     segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)

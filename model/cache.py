@@ -38,7 +38,7 @@ class RaggedCache:
         self.slack, self.backend = max(1, slack), backend
         self.k, self.v, self.plans = [None] * num_layers, [None] * num_layers, [None] * num_layers
         self.kv_start = self.kv_len = self.kv_cap = self.past = self.pos = None
-        self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) per packed layer; [] once all layers are packed
+        self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) per packed layer; [] once all are packed
         self.room, self.fused, self.version = 0, False, 0
 
     # ------------------------------------------------------------ prefill

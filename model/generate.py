@@ -64,11 +64,11 @@ class Generation:
     ) -> None:
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
-        template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method, None to
-        keep all tokens; for a name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels.
-        compile: see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA
-        device before each clock reading; otherwise all of `timing` except `steps` measures only the launches. remember:
-        keep `masks`, for `model.show`.
+        template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method, None to keep all tokens; for a
+        name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels. compile:
+        see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device
+        before each clock reading; otherwise all of `timing` except `steps` measures only the launches. remember: keep
+        `masks`, for `model.show`.
 
         before: the Generation whose answer this question follows in a conversation, with its template and image mode.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of

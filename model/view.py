@@ -25,7 +25,7 @@ class View:
     def __init__(self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto"):
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
-        places: None if the spans are text; each is then one row of tokens; contrast: function () -> what `contrast` returns.
+        places: None if the spans are text; each is then one row. contrast: function () -> what `contrast` returns.
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
         self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead

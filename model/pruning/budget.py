@@ -97,7 +97,7 @@ def grid_phase(view):
 
 
 def covered(scores, keep, phase, share):
-    """Replace what each head keeps by as many tokens: the fraction `share`, rounded down, on the grid, the rest by scores.
+    """Replace what each head keeps by as many tokens: `share` of them (rounded down) on the grid, the rest by scores.
 
     scores (H, n), keep (H, n) bool, phase (H, n) -> bool (H, n).
     """
