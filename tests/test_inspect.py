@@ -55,10 +55,9 @@ FAULTS = {  # gate that must fail: changes to the source
 
 
 def copy_tools(folder):
-    """The files that inspect_kernels.py and the kernels need, without the model."""
-    for part in ("kernels", "tools"):
+    """The files that inspect_kernels.py and the kernels need."""
+    for part in ("kernels", "tools", "model"):
         shutil.copytree(ROOT / part, folder / part)
-    shutil.copy(ROOT / "run.py", folder)
 
 
 @pytest.mark.parametrize("gates", FAULTS, ids=" and ".join)
