@@ -25,6 +25,7 @@ class RaggedCache:
 
     k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
+    slots      per layer (S * T,) int64: what the last `grow` claimed, for T tokens
     past       (L, S) int32: kv_len before the last `grow`, that is before the current step or block of a turn
     pos        (B,) int64: position of the next token of each sequence
     plans      a decode plan per layer, or None until it is needed
@@ -37,7 +38,7 @@ class RaggedCache:
     def __init__(self, num_layers, slack=64, backend="auto"):
         self.slack, self.backend = max(1, slack), backend
         self.k, self.v, self.plans = [None] * num_layers, [None] * num_layers, [None] * num_layers
-        self.kv_start = self.kv_len = self.kv_cap = self.past = self.pos = None
+        self.kv_start = self.kv_len = self.kv_cap = self.slots = self.past = self.pos = None
         self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) per packed layer; [] once all are packed
         self.room, self.fused, self.version = 0, False, 0
 
@@ -128,6 +129,8 @@ class RaggedCache:
         If memory runs out, nothing is claimed.
         """
         self.make_room(tokens)
+        new = torch.arange(tokens, device=self.kv_len.device)
+        self.slots = ((self.kv_start + self.kv_len)[..., None] + new).flatten(1).unbind()  # of all layers at once
         self.past = self.kv_len.clone()  # nothing below allocates
         self.reserve(tokens)
         self.kv_len.add_(tokens)
@@ -158,14 +161,11 @@ class RaggedCache:
 
     def append(self, layer, k, v):
         """Write k, v into the slots that `grow` claimed: (B, Hkv, D), one token per sequence, or (B, T, Hkv, D)."""
-        slots = (self.kv_start[layer] + self.past[layer]).long()
         if k.ndim == 4:
-            k, v = k.transpose(1, 2).flatten(0, 2), v.transpose(1, 2).flatten(0, 2)  # (S * T, D)
-            slots = slots[:, None] + torch.arange(len(k) // len(slots), device=slots.device)
-        else:
-            k, v = k.flatten(0, 1), v.flatten(0, 1)  # (S, D)
-        self.k[layer].index_copy_(0, slots.flatten(), k)
-        self.v[layer].index_copy_(0, slots.flatten(), v)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        slots, k, v = self.slots[layer], k.flatten(0, -2), v.flatten(0, -2)  # (S * T,), (S * T, D)
+        self.k[layer].index_copy_(0, slots, k)
+        self.v[layer].index_copy_(0, slots, v)
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
         """Attention of q (B, [T,] Hq, D) over all taken and claimed slots -> like q; kv_len (S,) overrides the lengths.

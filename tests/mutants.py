@@ -911,14 +911,14 @@ MUTANTS = {
     ),
     "append forgotten": (
         "model/cache.py",
-        "self.v[layer].index_copy_(0, slots.flatten(), v)",
+        "self.v[layer].index_copy_(0, slots, v)",
         "pass",
         DECODE,
     ),
     "append overwrites the last token": (
         "model/cache.py",
-        "slots = (self.kv_start[layer] + self.past[layer]).long()",
-        "slots = (self.kv_start[layer] + self.past[layer] - 1).long()",
+        "((self.kv_start + self.kv_len)[..., None] + new)",
+        "((self.kv_start + self.kv_len - 1)[..., None] + new)",
         DECODE,
     ),
     "a failed repack loses the count of free slots": (
