@@ -125,6 +125,7 @@ def one_of(*names):
 
 
 def parser():
+    """The parser of run.py's flags, in the groups of `-h`."""
     p = Parser(
         prog="run.py", usage="run.py --image PATH ... [--prompt TEXT] [flags]", description=SUMMARY,
         formatter_class=Help, allow_abbrev=False, add_help=False,

@@ -12,7 +12,7 @@ from .image import cells
 
 
 class View:
-    """One layer of a prompt. Attention and norms are measured when a method asks for them, and kept for the layer.
+    """One layer of a prompt. Attention is measured when a method asks for it, and kept for the layer.
 
     layer, num_layers   index of the layer, from 0; L
     q_heads, kv_heads   Hq, Hkv
