@@ -2,7 +2,7 @@
 
     load("assets/demo").ask("How many objects are there?", "x.png", prune="plphp", retention=0.5)
 
-Reading order: generate, llama, cache, view, llava, clip, image, tokenizer, checkpoint, config (as in README.md).
+Reading order: prompt, generate, llama, cache, view, llava, clip, image, tokenizer, checkpoint, config (see README.md).
 """
 
 from importlib import import_module

@@ -14,9 +14,11 @@ Any method may run out of memory. Each allocates what it needs before it changes
 layers do so one layer at a time. After such an error the cache is consistent, and the call can be repeated.
 """
 
+from contextlib import contextmanager
+
 import torch
 
-from kernels import decode_plan, decode_plans, ragged_decode, ragged_decode_append, ragged_pack
+from kernels import decode_plans, ragged_decode, ragged_decode_append, ragged_pack
 from kernels.backend import choose_backend
 
 
@@ -26,9 +28,8 @@ class RaggedCache:
     k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     slots      per layer (S * T,) int64: what the last `grow` claimed, for T tokens
-    past       (L, S) int32: kv_len before the last `grow`, that is before the current step or block of a turn
+    past       (L, S) int32: kv_len before the last `grow`
     pos        (B,) int64: position of the next token of each sequence
-    plans      a decode plan per layer, or None until it is needed
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
     room       tokens that still fit into every segment; a number on the host
     fused      True: one kernel appends and attends
@@ -37,17 +38,18 @@ class RaggedCache:
 
     def __init__(self, num_layers, slack=64, backend="auto"):
         self.slack, self.backend = max(1, slack), backend
-        self.k, self.v, self.plans = [None] * num_layers, [None] * num_layers, [None] * num_layers
+        self.k, self.v = [None] * num_layers, [None] * num_layers
         self.kv_start = self.kv_len = self.kv_cap = self.slots = self.past = self.pos = None
-        self.packed = [None] * num_layers  # (T, starts (S,), lengths (S,)) per packed layer; [] once all are packed
-        self.room, self.fused, self.version = 0, False, 0
+        self.room, self.fused, self.version = self.slack, False, 0
+        self._plans = None
 
     # ------------------------------------------------------------ prefill
 
     def pack(self, layer, k, v, keep=None):
         """Store the tokens of a layer's prefill k, v (B, Hkv, T, D) where keep (B * Hkv, T) bool is True; None: all.
 
-        ValueError if the layer already holds a prompt.
+        Layer 0 comes first: its T is the length of the prompt, and later layers may see fewer tokens. ValueError if the
+        layer already holds a prompt.
         """
         if self.k[layer] is not None:
             raise ValueError(f"layer {layer} of the cache already holds a prompt; make a new cache")
@@ -56,40 +58,31 @@ class RaggedCache:
         total = None
         if keep is None:
             keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
-        k, v, start, length, _ = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
-        self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
-        packed = [*self.packed]
-        packed[layer] = tokens, start, length
-        if all(packed):  # the tables of all layers at once: every CUDA call has a launch cost
-            seen, *tables = zip(*packed, strict=True)
-            start, length = map(torch.stack, tables)
-            pos = torch.full((b,), seen[0], device=k.device)  # later layers may see fewer tokens
-            self._set_tables(start, length, length + self.slack, pos)
-            self.room, packed = self.slack, []
-        self.k[layer], self.v[layer], self.packed = k, v, packed
+        k_arena, v_arena, start, length, _ = ragged_pack(
+            k, v, keep, slack=self.slack, total=total, backend=self.backend
+        )
+        if self.pos is None:
+            self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
+            self.kv_start, self.kv_len, self.kv_cap = start.new_zeros(3, len(self.k), len(k)).unbind()
+            self.pos = torch.full((b,), tokens, device=k.device)
+        self._place(layer, k_arena, v_arena, start, length, self.slack)
 
-    def _set_tables(self, kv_start, kv_len, kv_cap, pos):
-        """Replace the tables of all segments, (L, S) each, and of all sequences, (B,). Discards the plans."""
-        self.kv_start, self.kv_len, self.kv_cap, self.pos = kv_start, kv_len, kv_cap, pos
-        self.plans = [None] * len(self.plans)
-        self.version += 1
-
-    def _settle(self, layer, k, v, start, length, slack):
-        """Replace a layer's arenas. start, length (S,): first slot and taken slots of each segment."""
-        plan = decode_plan(start, length + slack)
-        self.k[layer], self.v[layer], self.plans[layer] = k, v, plan
-        for table, row in ((self.kv_start, start), (self.kv_len, length), (self.kv_cap, plan.kv_cap)):
+    def _place(self, layer, k, v, start, length, slack):
+        """Give a layer its arenas. start, length (S,): first slot and taken slots of each segment."""
+        for table, row in ((self.kv_cap, length + slack), (self.kv_start, start), (self.kv_len, length)):
             table[layer].copy_(row)
-        self.version += 1
+        self.k[layer], self.v[layer] = k, v
+        self._moved()
+
+    def _moved(self):
+        """Segments lie elsewhere now."""
+        self.version, self._plans = self.version + 1, None
 
     def plan(self, layer):
-        """The layer's decode plan. The plans of all layers that have none, as after a prefill, are made together."""
-        if self.plans[layer] is None:
-            missing = [i for i, plan in enumerate(self.plans) if plan is None and self.k[i] is not None]
-            plans = decode_plans(self.kv_start[missing], self.kv_cap[missing])
-            for i, plan in zip(missing, plans, strict=True):
-                self.plans[i] = plan
-        return self.plans[layer]
+        """The layer's decode plan. The plans of all layers are made together, because that synchronises a device."""
+        if self._plans is None:
+            self._plans = decode_plans(self.kv_start, self.kv_cap)
+        return self._plans[layer]
 
     @classmethod
     def join(cls, caches):
@@ -107,8 +100,8 @@ class RaggedCache:
         for cache in caches:
             starts.append(cache.kv_start + before)
             before += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=before.device)
-        lengths, caps = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
-        joined._set_tables(torch.cat(starts, 1), lengths, caps, torch.cat([c.pos for c in caches]))
+        joined.kv_start, joined.pos = torch.cat(starts, 1), torch.cat([c.pos for c in caches])
+        joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
         joined.room, joined.fused = min(c.room for c in caches), first.fused
         for i in layers:
             k, v = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
@@ -124,15 +117,12 @@ class RaggedCache:
     # ------------------------------------------------------------ decode
 
     def grow(self, tokens=1):
-        """Claim the next slots of every segment, in all layers at once; `append` fills them layer by layer.
-
-        If memory runs out, nothing is claimed.
-        """
+        """Claim the next slots of every segment, in all layers at once; `append` fills them layer by layer."""
         self.make_room(tokens)
         new = torch.arange(tokens, device=self.kv_len.device)
         self.slots = ((self.kv_start + self.kv_len)[..., None] + new).flatten(1).unbind()  # of all layers at once
         self.past = self.kv_len.clone()  # nothing below allocates
-        self.reserve(tokens)
+        self.room -= tokens
         self.kv_len.add_(tokens)
         self.pos.add_(tokens)
 
@@ -148,12 +138,19 @@ class RaggedCache:
         half = length / 2 if position - length < 1 else min(length / 2, position - length)
         return max(int(half), self.slack, min(64, 2 * self.slack))
 
-    def reserve(self, tokens=1):
-        """Host side of `grow`: subtract tokens from `room`. To be called when a captured graph is replayed."""
-        self.room -= tokens
+    @contextmanager
+    def growing(self, tokens):
+        """Make room for tokens. If the step inside fails, also by Ctrl-C, the slots that it claimed are free again."""
+        self.make_room(tokens)
+        room = self.room
+        try:
+            yield
+        except BaseException:
+            self.give_back(room - self.room)
+            raise
 
     def give_back(self, tokens=1):
-        """Undo `grow` if a step failed before all layers had filled their slots."""
+        """Undo `grow`."""
         if not (self.pos.is_cuda and torch.cuda.is_current_stream_capturing()):  # a capture changes only `room`
             self.kv_len.sub_(tokens)
             self.pos.sub_(tokens)
@@ -205,7 +202,8 @@ class RaggedCache:
         heads = self.kv_len.shape[1] // len(self.pos)
         rows = [b * heads + h for b in sequences for h in range(heads)]
         tables = [t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap)]
-        self._set_tables(*tables, self.pos[sequences])
+        self.pos, (self.kv_start, self.kv_len, self.kv_cap) = self.pos[sequences], tables
+        self._moved()
 
     def repack(self, slack):
         """Move every layer to arenas with `slack` free slots in each segment, one layer after the other.
@@ -222,7 +220,7 @@ class RaggedCache:
                 old.new_empty(slots, old.shape[1]).index_copy_(0, slot, old[source])
                 for old in (self.k[layer], self.v[layer])
             ]
-            self._settle(layer, *moved, start, length, slack)
+            self._place(layer, *moved, start, length, slack)
         self.room = slack
 
     # ------------------------------------------------------------ bytes
@@ -231,7 +229,7 @@ class RaggedCache:
     def nbytes_held(self):
         """Bytes of the taken K and V rows."""
         rows = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
-        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=False) if k is not None)
+        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=False) if n)
 
     @property
     def nbytes_reserved(self):

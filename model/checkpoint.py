@@ -47,7 +47,7 @@ class Checkpoint:
     stop_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()  # one line each: unused files and settings, and which of two files is used
     lookahead: Lookahead | None = None  # look-ahead rows, if the folder has them
-    step: Callable = FastStep  # (language, cache, compile) -> a decode step; or `model.generate.PlainStep`
+    step: Callable = FastStep  # (language, cache, compile) -> a decode step; or `model.generate.plain_step`
 
     def __repr__(self) -> str:
         """One line; the fields have thousands of names."""

@@ -51,13 +51,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D), no mask
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def cls_row(self, x):
-        """Attention of CLS to the patches: (B, H, P) fp32; each row sums to 1 minus the attention of CLS to itself."""
-        q = self.q_proj(x[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()  # (B, H, 1, D)
-        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()  # (B, H, 1 + P, D)
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return logits.softmax(-1)[:, :, 0, 1:]
-
 
 class MLP(nn.Module):
     """Two linear layers with an activation between them: x (..., C) -> (..., C)."""
@@ -87,14 +80,6 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    """The list of layers; a class only because the checkpoint's keys name it."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-
-
 class VisionTransformer(nn.Module):
     """CLIP's vision transformer, as far as LLaVA uses it."""
 
@@ -102,25 +87,21 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = Encoder(config)
+        layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         # in every checkpoint, but not used: LLaVA reads features before it
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values, feature_layers, cls_attention=False):
+    def forward(self, pixel_values, feature_layers):
         """Hidden states of the requested layers, CLS included: a list of (B, 1 + P, C) in the order requested.
 
         pixel_values (B, 3, S, S); feature_layers: indices, 0 = input of the first layer, i = output of the i-th. Layers
-        after the last requested one do not run. cls_attention=True also returns the attention of CLS to the patches in
-        the last layer that ran, (B, H, P) fp32 (needs a feature layer of at least 1).
+        after the last requested one do not run.
         """
         states = [self.pre_layrnorm(self.embeddings(pixel_values))]
         for layer in self.encoder.layers[: max(feature_layers)]:
             states.append(layer(states[-1]))
-        features = [states[i] for i in feature_layers]
-        if not cls_attention:
-            return features
-        last = self.encoder.layers[max(feature_layers) - 1]
-        return features, last.self_attn.cls_row(last.layer_norm1(states[-2]))
+        return [states[i] for i in feature_layers]
 
 
 class VisionTower(nn.Module):
@@ -130,5 +111,5 @@ class VisionTower(nn.Module):
         super().__init__()
         self.vision_model = VisionTransformer(config)
 
-    def forward(self, pixel_values, feature_layers, cls_attention=False):
-        return self.vision_model(pixel_values, feature_layers, cls_attention)
+    def forward(self, pixel_values, feature_layers):
+        return self.vision_model(pixel_values, feature_layers)

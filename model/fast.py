@@ -83,9 +83,13 @@ def matvec(x, weight, bias=None):
 
 
 class FastLayer:
-    """The decode step of a DecoderLayer: x (B, C), one token per sequence -> x, updated in place."""
+    """The decode step of a DecoderLayer: x (B, C), one token per sequence -> x, updated in place.
 
-    def __init__(self, layer):
+    functions: compiled versions of `before`, `after` and, on a CPU, `whole`, for layers whose cache is a rectangle.
+    """
+
+    def __init__(self, layer, functions=None):
+        self.functions = functions or (FastLayer.before, FastLayer.after, None)
         attn, mlp = layer.self_attn, layer.mlp
         self.layer, self.head_dim = layer, attn.head_dim
         self.qkv, self.out = Product(attn.q_proj, attn.k_proj, attn.v_proj), Product(attn.o_proj)
@@ -108,23 +112,12 @@ class FastLayer:
         return self.after(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
 
     def __call__(self, x, rope, cache, i):
-        q, k, v = self.before(x, None if cache.fused else rope)
-        return self.after(x, cache.append_attend(i, q, k, v, rope))
-
-
-class Compiled:
-    """FastLayer with compiled functions. On a CPU a layer whose cache is a rectangle is compiled as a whole."""
-
-    def __init__(self, layer, functions):
-        self.layer, self.functions = FastLayer(layer), functions
-
-    def __call__(self, x, rope, cache, i):
         before, after, whole = self.functions
         rectangle = whole and cache.rectangle(i)
         if rectangle:
-            return whole(self.layer, x, rope, *rectangle, cache.kv_len[i])
-        q, k, v = before(self.layer, x, None if cache.fused else rope)
-        return after(self.layer, x, cache.append_attend(i, q, k, v, rope))
+            return whole(self, x, rope, *rectangle, cache.kv_len[i])
+        q, k, v = before(self, x, None if cache.fused else rope)
+        return after(self, x, cache.append_attend(i, q, k, v, rope))
 
 
 class FastStep:
@@ -137,22 +130,17 @@ class FastStep:
 
     def __init__(self, language, cache, compile=False):
         """compile: use torch.compile for the layers, once for all of them; the first step is then slow."""
-        self.language, self.cache, self.compiles_whole = language, cache, False
-        self.logits_of = type(language).logits
+        self.language, self.cache, self.logits_of = language, cache, type(language).logits
+        self.compiles_whole = compile and not cache.fused and cache.pos.is_cpu
+        functions = None
         if compile:
-            self.layers = self._compiled()
-        else:
-            self.layers = [FastLayer(layer) for layer in language.model.layers]
+            halves = [torch.compile(half, dynamic=False) for half in (FastLayer.before, FastLayer.after)]
+            functions = (*halves, torch.compile(FastLayer.whole, dynamic=True) if self.compiles_whole else None)
+        if self.compiles_whole:
+            self.logits_of = torch.compile(logits_by_loops, dynamic=False)
+        self.layers = [FastLayer(layer, functions) for layer in language.model.layers]
         self.graph = self.ids = self.logits = None
         self.seen = None  # version of the cache that the last step ran on
-
-    def _compiled(self):
-        halves = [torch.compile(half, dynamic=False) for half in (FastLayer.before, FastLayer.after)]
-        whole = None
-        if not self.cache.fused and self.cache.pos.is_cpu:
-            self.compiles_whole, whole = True, torch.compile(FastLayer.whole, dynamic=True)  # any number of slots
-            self.logits_of = torch.compile(logits_by_loops, dynamic=False)
-        return [Compiled(layer, (*halves, whole)) for layer in self.language.model.layers]
 
     def __call__(self, ids):
         cache = self.cache
@@ -170,13 +158,9 @@ class FastStep:
 
     def _step(self, ids):
         """One step. Copies nothing between host and device, so that it can be captured."""
-        x = F.embedding(ids, self.language.model.embed_tokens.weight)
-        hidden = self.language.decode(x, self.cache, self.layers)
-        try:
-            return self.logits_of(self.language, hidden)
-        except BaseException:  # no logits: undo the step
-            self.cache.give_back()
-            raise
+        with self.cache.growing(1):
+            x = F.embedding(ids, self.language.model.embed_tokens.weight)
+            return self.logits_of(self.language, self.language.decode(x, self.cache, self.layers))
 
     def _replay(self, ids):
         device = self.cache.pos.device
@@ -187,7 +171,7 @@ class FastStep:
             self.graph = graph
         else:
             self.ids.copy_(ids)
-            self.cache.reserve()
+            self.cache.room -= 1  # the graph claims its slots on the device
         self.graph.replay()
         return self.logits
 

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,17 @@ from kernels.backend import BACKENDS, choose_backend
 from .api import Method, PruneLike, choose_method
 from .cache import RaggedCache
 from .checkpoint import Checkpoint
-from .config import InputError, brief, plain_text
-from .image import Pictures, as_list, crop_note, normalise, prepare, read_image, with_mode
+from .config import InputError, brief
+from .image import Pictures, normalise
 from .lookahead import FILE as LOOKAHEAD
+from .prompt import Prompt
 from .sampling import Chooser, Sampling, Writer
-from .tokenizer import IMAGE, TEMPLATES, Detokenizer, build_prompt
+from .tokenizer import Detokenizer
 from .view import Pruning, clock
 
 
-class Generation:
-    """One answer, while it is generated and afterwards.
+class Generation(Prompt):
+    """A prompt (see `Prompt` for its fields) and its answer, while it is generated and afterwards.
 
     Iterate over it for pieces of text. The constructor checks all input (InputError) before anything is computed. After
     the iteration, complete or not, these fields describe the answer:
@@ -29,13 +31,9 @@ class Generation:
     text           the answer
     token_ids      its ids, the stop id excluded
     finish_reason  "stop" | "length" | "interrupted"
-    prompt         the question
-    prompt_tokens, vision_tokens   number of tokens in the whole prompt, and of its pictures
-    images         one dict per picture: path, size (width, height), tiles, tokens
     spans          [(start, stop)] of each picture in the prompt's tokens
-    notes          lines about changes to the pictures
     prefilled      tokens that the prefill processed: the prompt, or in a later turn those that were not in the cache
-    cache          the RaggedCache
+    cache          the RaggedCache, None before the prefill is complete
     pruned_for     the question for which tokens were dropped: `prompt`, or that of an earlier turn
     masks          with `remember`, after the prefill: (L, Hkv, T) bool, the tokens that each head keeps
     kept           vision tokens kept per KV head: one number per layer, averaged over its heads
@@ -75,77 +73,21 @@ class Generation:
         `before` is reused: only the new tokens are processed, and all of them are kept. If it has no cache, the whole
         conversation is prefilled and pruned; set `before.cache = None` to force that.
         """
-        _check_types(checkpoint=checkpoint, prompt=prompt, sampling=sampling, system=system, before=before)
-        self.checkpoint, self.sampling = checkpoint, sampling or Sampling()
+        if not isinstance(sampling, Sampling | None):
+            raise InputError(f"sampling is {brief(sampling)}; give Sampling(max_new_tokens=..., ...)")
+        if not isinstance(before, Generation | None):
+            raise InputError(f"before is {brief(before)}; give the Generation that this question follows")
+        if backend not in BACKENDS:
+            raise InputError(f"backend {backend!r} is unknown; use {', '.join(BACKENDS)}")
+        super().__init__(checkpoint, prompt, images, template, image_mode, anyres_order, system, before)
+        self.sampling, self.before, self._backend = sampling or Sampling(), before, backend
+        self.compile, self.timed, self.remember = compile, timed, remember
         self.prune = choose_method(prune, checkpoint.folder)
-        self._backend, self.compile, self.timed, self.remember = backend, compile, timed, remember
-        self.template = checkpoint.template if template == "auto" else template
-        _check_names(template=self.template, image_mode=image_mode, anyres_order=anyres_order, backend=backend)
-        self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
-        self.before, self.notes = before, []
-        if before is not None:
-            if before.checkpoint is not checkpoint:
-                raise InputError("all turns of a conversation use one checkpoint; start another for this one")
-            self.template, self.image_settings = before.template, before.image_settings
-        pictures = as_list(images)
-        self.prompt, self.ids = self._encode(prompt, system, len(pictures))
-        self.pictures = (before.pictures if before else []) + [self._prepare(picture) for picture in pictures]
-        self.images = [picture.about for picture in self.pictures]
-        self.vision_tokens = sum(picture.tokens for picture in self.pictures)
-        self.prompt_tokens = len(self.ids) - len(self.images) + self.vision_tokens
-        self.context_left = checkpoint.config.text_config.context - self.prompt_tokens  # for new tokens
-        if self.context_left < 1:
-            raise InputError(self._too_long())
         if self.prune:
-            self.check_method(self.prune)
+            self._check_method(self.prune)
         self._begin()
 
-    def _encode(self, prompt, system, pictures):
-        """(question without trailing newlines, ids of the whole conversation up to the answer)."""
-        prompt, system = plain_text(prompt), system and plain_text(system)
-        raw, follows = self.template == "raw", self.before is not None
-        prompt = prompt if raw else prompt.rstrip("\n")
-        text = build_prompt(prompt, pictures, self.template, system, follows)
-        if not (prompt if raw else prompt.replace(IMAGE, "")).strip():
-            raise InputError("the question is empty; give a question")
-        try:
-            text.encode()
-        except UnicodeEncodeError as broken:  # half of a surrogate pair
-            raise InputError(f"the prompt is not valid Unicode ({broken}); correct it") from broken
-        earlier = self.before.ids + self.before.token_ids if follows else []
-        return prompt, earlier + self.checkpoint.tokenizer.encode(text, follows=follows)
-
-    def _prepare(self, source):
-        """Read a picture -> `Prepared`. Notes say what was changed about it."""
-        config, picture = self.checkpoint.config, read_image(source)
-        self.notes += [note for note in (picture.note, crop_note(picture, self.image_settings)) if note]
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        return prepare(picture, self.image_settings, side, config.image_tokens)
-
-    def _too_long(self):
-        """The error message for a prompt that exceeds the context."""
-        text = self.checkpoint.config.text_config
-        if self.before is not None:
-            past = self.before.prompt_tokens + len(self.before.token_ids)
-            return (
-                f"this question needs {self.prompt_tokens - past} tokens, and the context has room for "
-                f"{max(0, text.context - past)} of its {text.context}; start a new conversation (in a chat: /clear)"
-            )
-        window = f" (its sliding window, less than its {text.max_position_embeddings} positions)"
-        return (
-            f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
-            f"pictures, and the model's context is {text.context}"
-            f"{window if text.context < text.max_position_embeddings else ''}; use fewer pictures or a shorter prompt"
-        )
-
-    def again(self, method: Method | None) -> "Generation":
-        """A new Generation of the same question with another pruning method, or None."""
-        twin = copy.copy(self)
-        twin.prune = method
-        twin._begin()
-        return twin
-
-    def check_method(self, prune: Method) -> None:
+    def _check_method(self, prune: Method) -> None:
         """InputError if the method does not fit the model; adds a note if there is nothing to drop."""
         text = self.checkpoint.config.text_config
         try:
@@ -160,35 +102,12 @@ class Generation:
         if not self.vision_tokens:
             self.notes.append(f"there is no picture, so {prune.name} has nothing to drop")
 
-    @property
-    def pixels(self) -> list[torch.Tensor]:
-        """Pixel values of the pictures and their tiles, (3, S, S) fp32 each; computed per call."""
-        return [square for picture in self.pictures for square in picture.pixels]
-
-    @property
-    def places(self) -> list[torch.Tensor]:
-        """Each token's row and column in its picture, (n, 2) int64 on the CPU per picture: `places_of`."""
-        return [picture.places for picture in self.pictures]
-
-    @property
-    def contrast(self) -> list[torch.Tensor]:
-        """Per picture (n,) fp32 on the CPU: distance of each token's pixels from its usual colour (`contrast_of`)."""
-        return [picture.contrast for picture in self.pictures]
-
-    def encode_images(self, first: int = 0) -> list[torch.Tensor]:
-        """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
-        model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
-        pictures = self.pictures[first:]
-        squares, parts = [square for picture in pictures for square in picture.squares], []
-        for i in range(0, len(squares), 8):  # limits the memory for many pictures
-            pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
-            parts.append(model.encode_images(pixels.to(device, dtype)))
-        tokens = torch.cat(parts).split([len(picture.squares) for picture in pictures]) if parts else []
-        order = self.image_settings.order
-        return [
-            part[0] if picture.grid is None else model.join_tiles(part, picture.grid, picture.size, order)
-            for part, picture in zip(tokens, pictures, strict=True)
-        ]
+    def again(self, method: Method | None) -> "Generation":
+        """A new Generation of the same question with another pruning method, or None."""
+        twin = copy.copy(self)
+        twin.prune = method
+        twin._begin()
+        return twin
 
     @property
     def backend(self) -> str:
@@ -199,13 +118,6 @@ class Generation:
             return choose_backend(self._backend, self.checkpoint.device, self.checkpoint.dtype)
         except ValueError as wrong:
             raise InputError(str(wrong)) from wrong
-
-    @property
-    def unfed(self) -> list[int]:
-        """Ids of the answer that are not in the cache yet: the model has not processed the last token."""
-        if self.cache is None or self.cache.pos is None:  # the prefill did not run, or did not complete
-            return []
-        return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :]
 
     def _begin(self):
         """Reset to the state before the prefill."""
@@ -264,6 +176,84 @@ class Generation:
         self.text += piece
         return piece
 
+    def prefill(self) -> torch.Tensor:
+        """Run the model on pictures and prompt and fill the cache -> logits (V,) of the first new token."""
+        before, self.before = self.before, None  # its cache moves here once; a second iteration prefills all
+        start, language = self._clock(), self.checkpoint.model.language_model
+        if before is not None and before.goes_on:
+            hidden, encoded = self._extend(before, language)
+        else:
+            hidden, encoded = self._fill(language)
+        logits = language.logits(hidden[0, -1])
+        self.bytes_held = self.cache.nbytes_held
+        self.timing["vision"], self.timing["prefill"] = encoded - start, self._clock() - encoded
+        return logits
+
+    def _fill(self, language):
+        """Process the whole prompt and prune it -> final hidden states (1, T, C), the time after the vision tower."""
+        x, self.spans = self.checkpoint.model.splice(self.ids, self.encode_images())
+        encoded, self.prefilled = self._clock(), len(x)
+        layers = self.checkpoint.config.text_config.num_hidden_layers
+        cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.backend)
+        lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
+        pruning = self.prune and Pruning(
+            self.prune, layers, self.spans, self.places, lambda: self.contrast, lookahead.rows if lookahead else 0,
+            self.backend, self.timed, self.remember,
+        )  # fmt: skip
+        hidden = language.prefill(x[None], cache, prune=pruning, lookahead=lookahead)
+        text = len(x) - self.vision_tokens  # tokens that every head keeps
+        self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]
+        self.timing["prune"] = pruning.seconds if pruning else 0.0
+        if self.remember:
+            everything = torch.ones(layers, cache.kv_len.shape[1], len(x), dtype=torch.bool)
+            self.masks = torch.stack(pruning.masks).cpu() if pruning else everything
+        return hidden, encoded
+
+    def _extend(self, before, language):
+        """Like `_fill`, for only the tokens that are not in the cache of `before`; they attend to all of it."""
+        cache, past = before.cache, int(before.cache.pos[0])
+        new = self.ids[len(before.ids) + len(before.token_ids) - len(before.unfed) :]
+        x, spans = self.checkpoint.model.splice(new, self.encode_images(len(before.images)))
+        encoded, self.prefilled = self._clock(), len(x)
+        hidden = language.extend(x[None], cache)
+        self.cache, before.cache = cache, None
+        self.pruned_for = before.pruned_for
+        self.spans = before.spans + [(past + a, past + b) for a, b in spans]
+        self.kept = [kept + self.vision_tokens - before.vision_tokens for kept in before.kept]
+        if before.masks is not None:
+            layers, heads, known = before.masks.shape
+            new = torch.ones(layers, heads, self.prompt_tokens - known, dtype=torch.bool)
+            self.masks = torch.cat((before.masks, new), 2)
+        return hidden, encoded
+
+    def _clock(self):
+        return clock(self.checkpoint.device, self.timed)
+
+    def encode_images(self, first: int = 0) -> list[torch.Tensor]:
+        """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
+        model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
+        pictures = self.pictures[first:]
+        squares, parts = [square for picture in pictures for square in picture.squares], []
+        for i in range(0, len(squares), 8):  # limits the memory for many pictures
+            pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
+            parts.append(model.encode_images(pixels.to(device, dtype)))
+        tokens = torch.cat(parts).split([len(picture.squares) for picture in pictures]) if parts else []
+        order = self.image_settings.order
+        return [
+            part[0] if picture.grid is None else model.join_tiles(part, picture.grid, picture.size, order)
+            for part, picture in zip(tokens, pictures, strict=True)
+        ]
+
+    @property
+    def unfed(self) -> list[int]:
+        """Ids of the answer that are not in the cache yet: the model has not processed the last token."""
+        return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :] if self.cache else []
+
+    @property
+    def goes_on(self) -> bool:
+        """True if the cache holds exactly this prompt and part of its answer, so that a turn can follow."""
+        return self.cache is not None and 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
+
     @property
     def retention(self) -> float:
         """Fraction kept of all (head, vision token) pairs; 1.0 before the prefill or without pictures."""
@@ -275,61 +265,6 @@ class Generation:
         """The requested fraction of vision tokens, or None; see `Method.wanted`."""
         return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
 
-    def prefill(self) -> torch.Tensor:
-        """Run the model on pictures and prompt and fill the cache -> logits (V,) of the first new token."""
-        before, self.before = self.before, None  # its cache moves here once; a second iteration prefills all
-        if before is not None and before.goes_on:
-            return self._extend(before)
-        model, device = self.checkpoint.model, self.checkpoint.device
-        start = clock(device, self.timed)
-        x, self.spans = model.splice(self.ids, self.encode_images())
-        encoded, self.prefilled = clock(device, self.timed), len(x)
-        layers = self.checkpoint.config.text_config.num_hidden_layers
-        self.cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.backend)
-        lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
-        pruning = self.prune and Pruning(
-            self.prune, layers, self.spans, self.places, lambda: self.contrast, lookahead.rows if lookahead else 0,
-            self.backend, self.timed, self.remember,
-        )  # fmt: skip
-        hidden = model.language_model.prefill(x[None], self.cache, prune=pruning, lookahead=lookahead)
-        logits = model.language_model.logits(hidden[0, -1])
-        self.bytes_held = self.cache.nbytes_held
-        text = len(x) - self.vision_tokens  # tokens that every head keeps
-        self.kept = [n - text for n in self.cache.kv_len.double().mean(1).tolist()]
-        if self.remember:
-            everything = torch.ones(layers, self.cache.kv_len.shape[1], len(x), dtype=torch.bool)
-            self.masks = torch.stack(pruning.masks).cpu() if pruning else everything
-        self.timing["vision"], self.timing["prefill"] = encoded - start, clock(device, self.timed) - encoded
-        self.timing["prune"] = pruning.seconds if pruning else 0.0
-        return logits
-
-    @property
-    def goes_on(self) -> bool:
-        """True if the cache holds exactly this prompt and part of its answer, so that a turn can follow."""
-        if self.cache is None or self.cache.pos is None:
-            return False
-        return 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
-
-    def _extend(self, before):
-        """Like `prefill`, for only the tokens that are not in the cache of `before`; they attend to all of it."""
-        model, device, cache = self.checkpoint.model, self.checkpoint.device, before.cache
-        start, past = clock(device, self.timed), int(cache.pos[0])
-        tokens = self.encode_images(len(before.images))
-        x, spans = model.splice(self.ids[len(before.ids) + len(before.token_ids) - len(before.unfed) :], tokens)
-        encoded, self.prefilled = clock(device, self.timed), len(x)
-        logits = model.language_model.logits(model.language_model.extend(x[None], cache)[0, -1])
-        self.cache, before.cache = cache, None
-        self.pruned_for = before.pruned_for
-        self.spans = before.spans + [(past + a, past + b) for a, b in spans]
-        self.bytes_held = cache.nbytes_held
-        self.kept = [kept + self.vision_tokens - before.vision_tokens for kept in before.kept]
-        if before.masks is not None:
-            layers, heads, known = before.masks.shape
-            new = torch.ones(layers, heads, self.prompt_tokens - known, dtype=torch.bool)
-            self.masks = torch.cat((before.masks, new), 2)
-        self.timing["vision"], self.timing["prefill"] = encoded - start, clock(device, self.timed) - encoded
-        return logits
-
     def never(self) -> list[int]:
         """Ids that must not be generated: embedding rows without a token, `<image>` and `<pad>`."""
         tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
@@ -338,49 +273,14 @@ class Generation:
         return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
 
 
-class PlainStep:
-    """A decode step: append one token per sequence to the cache, ids (B,) on its device -> next logits (B, V)."""
-
-    def __init__(self, language, cache, compile=False):
-        if compile:
-            raise InputError("a plain step is not compiled; use model.fast.FastStep")
-        self.language, self.cache = language, cache
-
-    def __call__(self, ids):
-        hidden = self.language.decode(self.language.model.embed_tokens(ids), self.cache)
-        try:
-            return self.language.logits(hidden)
-        except BaseException:  # no logits: undo the step
-            self.cache.give_back()
-            raise
+def plain_step(language, cache, compile=False):
+    """A decode step of the model as it is written: ids (B,) -> next logits (B, V). See `model.fast.FastStep`."""
+    if compile:
+        raise InputError("a plain step is not compiled; use model.fast.FastStep")
+    return partial(language.step, cache=cache)
 
 
 def ask(checkpoint: Checkpoint, prompt: str, images: Pictures = (), prune: PruneLike = None, **options: Any) -> str:
     """Return the whole answer as a string. images, prune, errors: see `Generation`; options: fields of Sampling."""
     generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
     return "".join(generation)
-
-
-def _check_types(checkpoint, prompt, sampling, system, before):
-    """InputError for an argument of Generation that has another type."""
-    for what, given, kinds, wanted in (
-        ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
-        ("prompt", prompt, str, "the question as text"),
-        ("sampling", sampling, Sampling | None, "Sampling(max_new_tokens=..., ...)"),
-        ("system", system, str | None, "a string or None"),
-        ("before", before, Generation | None, "the Generation that this question follows"),
-    ):
-        if not isinstance(given, kinds):
-            raise InputError(f"{what} is {brief(given)}; give {wanted}")
-
-
-def _check_names(template, image_mode, anyres_order, backend):
-    """InputError for an unknown template, image mode, order of tiles or backend."""
-    for what, given, known in (
-        ("template", template, TEMPLATES),
-        ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),
-        ("order of tiles", anyres_order, ("auto", "hf", "orig")),
-        ("backend", backend, BACKENDS),
-    ):
-        if given not in known:
-            raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")

@@ -1,8 +1,8 @@
 """The Llama decoder: RMSNorm, rotary position embeddings (RoPE), grouped-query attention, SwiGLU.
 
-B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. There are three forward
-passes: `prefill` (many tokens attend to each other), `decode` (one token per sequence attends to a cache) and `extend`
-(many tokens attend to a cache and to each other). Module names are the checkpoint's keys.
+B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. There are two forward
+passes: `prefill` (a prompt's tokens attend to each other) and `decode` (new tokens attend to a cache and to each other:
+one per sequence in a decode step, more in a new turn of a conversation). Module names are the checkpoint's keys.
 """
 
 import torch
@@ -87,18 +87,16 @@ class Attention(nn.Module):
         return adapted(y.transpose(1, 2).flatten(2), self.o_proj, adapter and adapter.o_proj), q, k, v
 
     def decode(self, x, rope, cache, layer):
-        """x (B, C), one new token per sequence -> y (B, C). Appends k and v to the cache."""
-        q, k, v = self.project(x, None if cache.fused else rope)  # the fused kernel rotates
-        return self.o_proj(cache.append_attend(layer, q, k, v, rope).flatten(1))
-
-    def extend(self, x, rope, cache, layer):
-        """x (B, T, C), T new tokens per sequence after those in the cache -> y (B, T, C). Appends k and v."""
-        q, k, v = self.project(x, rope)  # (B, T, H, D)
-        cache.append(layer, k, v)
-        past = cache.past[layer]  # (S,) lengths before this block; every row attends to all of that
-        y, lse = cache.attend(layer, q.contiguous(), past, return_lse=True)
-        y, _ = merge_states(y, lse, *causal_attention(q, k, v))
-        return self.o_proj(y.flatten(2))
+        """New tokens, x (B, C) or (B, T, C) -> y like x. Appends their k and v to the cache."""
+        if x.ndim == 2:
+            q, k, v = self.project(x, None if cache.fused else rope)  # the fused kernel rotates
+            y = cache.append_attend(layer, q, k, v, rope)
+        else:
+            q, k, v = self.project(x, rope)  # (B, T, H, D)
+            cache.append(layer, k, v)
+            past = cache.attend(layer, q.contiguous(), cache.past[layer], return_lse=True)  # the tokens before these
+            y, _ = merge_states(*past, *causal_attention(q, k, v))
+        return self.o_proj(y.flatten(-2))
 
 
 def causal_attention(q, k, v):
@@ -152,13 +150,8 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), adapter), q, k, v
 
     def decode(self, x, rope, cache, layer):
-        """Like `Attention.decode`, for the whole layer: x (B, C) -> x (B, C)."""
+        """Like `Attention.decode`, for the whole layer -> x."""
         x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-    def extend(self, x, rope, cache, layer):
-        """Like `Attention.extend`, for the whole layer: x (B, T, C) -> x (B, T, C)."""
-        x = x + self.self_attn.extend(self.input_layernorm(x), rope, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -215,48 +208,31 @@ class Llama(nn.Module):
         return self.model.norm(x[:, :tokens])
 
     def decode(self, x, cache, layers=None):
-        """One embedded token per sequence, x (B, C) -> final hidden states (B, C). The cache grows by one token.
+        """Embedded new tokens after a cache, x (B, C) or (B, T, C) -> final hidden states like x.
+
+        Each attends to the whole cache and to the new tokens up to itself. The cache grows by the new tokens; after an
+        error, also Ctrl-C, it is as before.
 
         layers: functions (x, rope, cache, layer) -> x to use instead of each layer's `decode` (model/fast.py).
         """
-        rope = rope_table(cache.pos, self.config, x.dtype)  # (B, 1, D)
-        cache.grow()
-        try:
+        tokens = 1 if x.ndim == 2 else x.shape[1]
+        positions = cache.pos if x.ndim == 2 else cache.pos[:, None] + torch.arange(tokens, device=x.device)
+        rope = rope_table(positions, self.config, x.dtype)
+        with cache.growing(tokens):
+            cache.grow(tokens)
             for i, step in enumerate(layers or [layer.decode for layer in self.model.layers]):
                 x = step(x, rope, cache, i)
             return self.model.norm(x)
-        except BaseException:  # also on Ctrl-C
-            cache.give_back()
-            raise
 
     def extend(self, x, cache):
-        """A new turn: T embedded tokens per sequence, x (B, T, C), after a cache -> final hidden states (B, T, C).
+        """`decode` of any number of tokens (B, T, C), in blocks, so that no T x T matrix is stored."""
+        with cache.growing(x.shape[1]):  # the arenas move at most once
+            return torch.cat([self.decode(block, cache) for block in x.split(BLOCK, 1)], 1)
 
-        Each new token attends to the whole cache and to the new tokens up to itself. The cache grows by T tokens. Long
-        turns are processed in blocks, so that no T x T matrix is stored.
-        """
-        hidden = []
-        cache.make_room(x.shape[1])  # for all blocks, so that the arenas move at most once
-        try:
-            for block in x.split(BLOCK, 1):
-                hidden.append(self._extend(block, cache))
-            return torch.cat(hidden, 1)
-        except BaseException:
-            cache.give_back(sum(block.shape[1] for block in hidden))  # `_extend` gave its own block back
-            raise
-
-    def _extend(self, x, cache):
-        """`extend` for a block of at most BLOCK tokens."""
-        positions = cache.pos[:, None] + torch.arange(x.shape[1], device=x.device)
-        rope = rope_table(positions, self.config, x.dtype)  # (B, T, 1, D)
-        cache.grow(x.shape[1])
-        try:
-            for i, layer in enumerate(self.model.layers):
-                x = layer.extend(x, rope, cache, i)
-            return self.model.norm(x)
-        except BaseException:
-            cache.give_back(len(positions[0]))
-            raise
+    def step(self, ids, cache, layers=None):
+        """A decode step: append one token per sequence to the cache, ids (B,) -> next logits (B, V)."""
+        with cache.growing(1):
+            return self.logits(self.decode(self.model.embed_tokens(ids), cache, layers))
 
     @property
     def head(self):

@@ -89,47 +89,35 @@ class Pruning:
         remember=False,
     ):  # fmt: skip
         """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`."""
-        self.method, self.num_layers, self.spans, self.places = method, num_layers, spans, places
-        self.contrast = contrast and cache(contrast)
-        self.ahead, self.backend, self.timed = ahead, backend, timed
-        self.seconds, self.masks = 0.0, [] if remember else None
+        self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
+        self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
+        self.timed, self.seconds, self.masks = timed, 0.0, [] if remember else None
         self.rows = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
 
     def __call__(self, layer, q, k, v):
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer, of which q may be only the last rows.
 
         -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
-        later layers process. Either may be None: all.
+        later layers process. Either may be None: all. InputError if the method refuses.
         """
-        keep = rows = stay = None
+        start, keep, stay = clock(k.device, self.timed), None, None
         if self.spans:
-            start = clock(k.device, self.timed)
-            keep, stay = self._choose(layer, q, k, v)
-            self.seconds += clock(k.device, self.timed) - start
+            pictures = self.spans, self.places, self.contrast
+            view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend)
+            try:
+                keep, stay = self.method.keep(view), self.method.narrow(view)
+            except ValueError as wrong:
+                raise InputError(str(wrong)) from wrong
+        self.seconds += clock(k.device, self.timed) - start
         if self.masks is not None:
-            self.masks.append(self._of_the_prompt(keep, k))
-        if stay is not None:
-            rows = stay.nonzero()[:, 0]
-            self._narrow(stay, rows)
-        return keep, rows
+            here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
+            whole = here if self.rows is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.rows, here)
+            self.masks.append(whole)
+        return keep, None if stay is None else self._narrow(stay)
 
-    def _choose(self, layer, q, k, v):
-        """keep (Hkv, T), and stay (T,) for later layers: bool or None for all. InputError for the method's refusals."""
-        pictures = self.spans, self.places, self.contrast
-        view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend)
-        try:
-            return self.method.keep(view), self.method.narrow(view)
-        except ValueError as wrong:
-            raise InputError(str(wrong)) from wrong
-
-    def _of_the_prompt(self, keep, k):
-        """keep (Hkv, T) or None for all -> a mask over the whole prompt."""
-        here = torch.ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool, device=k.device)
-        here = here if keep is None else keep
-        return here if self.rows is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.rows, here)
-
-    def _narrow(self, stay, rows):
-        """Later layers see only the tokens where stay (T,) is True: those at `rows` (T',)."""
+    def _narrow(self, stay):
+        """Later layers see only the tokens where stay (T,) is True -> their indices (T',)."""
+        rows = stay.nonzero()[:, 0]
         self.rows = rows if self.rows is None else self.rows[rows]
         moved, spans, stay = [0, *stay.cumsum(0).tolist()], self.spans, stay.cpu()  # moved: old index -> new
         contrast = self.contrast
@@ -140,6 +128,7 @@ class Pruning:
         self.spans = [(moved[a], moved[b]) for a, b in spans]
         self.places = self.places and thinned(self.places)
         self.contrast = contrast and cache(lambda: thinned(contrast()))
+        return rows
 
 
 def clock(device, wait):

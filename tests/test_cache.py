@@ -211,12 +211,14 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, 
     assert first.cache.pos.item() == len(x) and first.cache.kv_len.unique().tolist() == [len(x)]
 
 
-def test_a_prefill_that_was_broken_off_has_nothing_unfed(demo):
+def test_a_prefill_that_was_broken_off_has_no_cache(demo, monkeypatch):
     first = Generation(demo, "What?", [DEMO_PICTURE], Sampling(max_new_tokens=2))
     "".join(first)
-    first.cache = RaggedCache(LAYERS)
-    first.cache.pack(0, *torch.randn(2, 1, 4, 9, 32))
-    assert first.unfed == []  # reading it is no error
+    last = demo.model.language_model.model.layers[-1].mlp
+    monkeypatch.setattr(type(last), "forward", broken_off(type(last).forward, last))
+    with pytest.raises(KeyboardInterrupt):
+        "".join(first)
+    assert first.cache is None and first.unfed == [] and not first.goes_on
 
 
 @pytest.mark.parametrize("slack", [2, 40])

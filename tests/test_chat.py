@@ -535,7 +535,7 @@ def interrupting(monkeypatch, owner, name, at, times=1):
 
 @pytest.mark.parametrize("turn", [1, 2])
 def test_ctrl_c_while_a_question_is_read_takes_it_back(talk, monkeypatch, turn):
-    name, lines = ("prefill", [COUNT, COUNT, SIGN]) if turn == 1 else ("extend", [COUNT, SIGN, SIGN])
+    name, lines = ("prefill", [COUNT, COUNT, SIGN]) if turn == 1 else ("decode", [COUNT, SIGN, SIGN])
     interrupting(monkeypatch, DecoderLayer, name, 3)
     handler = signal.getsignal(signal.SIGINT)
     code, out, err = talk(lines, "--image", DEMO_PICTURE)

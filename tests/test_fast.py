@@ -10,7 +10,7 @@ from oracle import assert_as_exact, assert_within, small_llama
 from model import Generation, InputError, fast, load
 from model.cache import RaggedCache
 from model.fast import FastLayer, FastStep, Product, arrange
-from model.generate import PlainStep
+from model.generate import plain_step
 from tests.paths import DEMO, DEMO_PICTURE
 
 
@@ -37,8 +37,8 @@ def logits_of(model, make, steps=6, batch=1, keep=None):
 @torch.no_grad()
 def test_the_fast_step_is_the_plain_step(kv_heads, bias, dtype, batch, arranged):
     model = small_llama(kv_heads=kv_heads, bias=bias).to(dtype)
-    exact = logits_of(copy.deepcopy(model).double(), PlainStep, batch=batch)
-    plain = logits_of(model, PlainStep, batch=batch)
+    exact = logits_of(copy.deepcopy(model).double(), plain_step, batch=batch)
+    plain = logits_of(model, plain_step, batch=batch)
     if arranged:
         arrange(model)
     assert_as_exact(logits_of(model, FastStep, batch=batch), plain, exact, dtype)
@@ -48,10 +48,10 @@ def test_the_fast_step_is_the_plain_step(kv_heads, bias, dtype, batch, arranged)
 def test_the_fast_step_reads_a_ragged_cache():
     model = small_llama(kv_heads=2)
     keep = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0, 1]], dtype=torch.bool)
-    plain = logits_of(model, PlainStep, keep=keep)
+    plain = logits_of(model, plain_step, keep=keep)
     arrange(model)
     torch.testing.assert_close(logits_of(model, FastStep, keep=keep), plain, rtol=1e-4, atol=1e-5)
-    assert (plain - logits_of(model, PlainStep)).abs().max() > 1e-3  # otherwise the test could not fail
+    assert (plain - logits_of(model, plain_step)).abs().max() > 1e-3  # otherwise the test could not fail
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,9 +92,9 @@ def test_a_weight_that_is_replaced_or_written_counts(name):
     layer = model.model.layers[1].get_submodule(name)
     layer.weight.mul_(3)  # in-place change
     for changed in (model, copy.deepcopy(model)):  # a copy, whose weights are separate again
-        other = logits_of(small_llama(), PlainStep)
+        other = logits_of(small_llama(), plain_step)
         written = logits_of(changed, FastStep)
-        torch.testing.assert_close(written, logits_of(changed, PlainStep), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(written, logits_of(changed, plain_step), rtol=1e-4, atol=1e-5)
         assert (written - other).abs().max() > 1e-3
         layer = changed.model.layers[1].get_submodule(name)
         layer.weight = torch.nn.Parameter(layer.weight / 3, requires_grad=False)
@@ -107,7 +107,7 @@ def test_a_weight_that_is_replaced_or_written_counts(name):
 def test_what_a_compiler_reads_is_the_same(bias, batch, monkeypatch):
     """The functions written for the compiler, run uncompiled; test_compile.py compiles them."""
     model = small_llama(bias=bias)
-    plain = logits_of(model, PlainStep, batch=batch)
+    plain = logits_of(model, plain_step, batch=batch)
     arrange(model)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
@@ -144,7 +144,7 @@ def test_products_are_those_of_the_layers(rows, together, batch):
 
 def test_the_model_is_right_without_it():
     checkpoint = load(DEMO, "fp32")
-    plain = dataclasses.replace(checkpoint, step=PlainStep)
+    plain = dataclasses.replace(checkpoint, step=plain_step)
     texts = ["".join(Generation(c, "How many objects are there?", DEMO_PICTURE)) for c in (checkpoint, plain)]
     assert texts == 2 * ["The picture has four objects."]
     with pytest.raises(InputError, match="FastStep"):

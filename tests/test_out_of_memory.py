@@ -14,7 +14,7 @@ from model import Generation, Sampling, llama, load
 from model.batch import Batch
 from model.cache import RaggedCache
 from model.fast import FastStep
-from model.generate import PlainStep
+from model.generate import plain_step
 from tests.oracle import small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import torch_random
@@ -106,7 +106,7 @@ STEPS = {
     "a turn in blocks": (5, lambda model, cache: model.extend(torch.ones(2, 5, 32), cache)),
     "a turn into larger arenas": (1, lambda model, cache: model.extend(torch.ones(2, 5, 32), cache)),
     "logits": (1, lambda model, cache: FastStep(model, cache)(torch.tensor([5, 6]))),
-    "plain logits": (1, lambda model, cache: PlainStep(model, cache)(torch.tensor([5, 6]))),
+    "plain logits": (1, lambda model, cache: plain_step(model, cache)(torch.tensor([5, 6]))),
 }
 
 

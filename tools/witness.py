@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from model.cache import RaggedCache  # noqa: E402
 from model.config import InputError, TextConfig  # noqa: E402
 from model.console import as_command  # noqa: E402
-from model.generate import PlainStep  # noqa: E402
+from model.generate import plain_step  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
@@ -180,7 +180,7 @@ def greedy(language, prompts, stop, longest=LONGEST):
         first.append(language.prefill(x[None], cache)[0, -1].clone())
         caches.append(cache)
     cache = RaggedCache.join(caches)
-    step, ids = PlainStep(language, cache), language.logits(torch.stack(first)).argmax(-1)
+    step, ids = plain_step(language, cache), language.logits(torch.stack(first)).argmax(-1)
     said = [ids.tolist()]
     while len(said) < longest and not all(stop in column for column in zip(*said, strict=True)):
         ids = step(ids).argmax(-1)

@@ -1,0 +1,116 @@
+"""What is asked: a question with its pictures, checked and tokenised before anything is computed."""
+
+import torch
+
+from .checkpoint import Checkpoint
+from .config import InputError, brief, plain_text
+from .image import as_list, crop_note, prepare, read_image, with_mode
+from .tokenizer import IMAGE, TEMPLATES, build_prompt
+
+
+class Prompt:
+    """A question for a checkpoint; in a conversation, with all turns before it.
+
+    prompt         the question, without line breaks at its end
+    ids            token ids of the whole conversation up to the answer, with one `<image>` id per picture
+    pictures       one `model.image.Prepared` per picture; `images`: what is known of each (path, size, tiles, tokens)
+    prompt_tokens, vision_tokens   number of tokens in the whole prompt, and of its pictures
+    context_left   tokens that an answer may have
+    template, image_settings       how ids and pixels are made
+    notes          lines about changes to the pictures
+    """
+
+    def __init__(self, checkpoint, prompt, images, template, image_mode, anyres_order, system, before):
+        """Arguments and errors as in `model.Generation`."""
+        _check_types(checkpoint=checkpoint, prompt=prompt, system=system)
+        self.checkpoint, self.notes = checkpoint, []
+        self.template = checkpoint.template if template == "auto" else template
+        _check_names(template=self.template, image_mode=image_mode, anyres_order=anyres_order)
+        self.image_settings = with_mode(checkpoint.image_settings, image_mode, anyres_order)
+        if before is not None:
+            if before.checkpoint is not checkpoint:
+                raise InputError("all turns of a conversation use one checkpoint; start another for this one")
+            self.template, self.image_settings = before.template, before.image_settings
+        images = as_list(images)
+        self.prompt, new = self._encode(prompt, system, len(images), follows=before is not None)
+        self.ids = (before.ids + before.token_ids if before else []) + new
+        self.pictures = (before.pictures if before else []) + [self._prepare(image) for image in images]
+        self.images = [picture.about for picture in self.pictures]
+        self.vision_tokens = sum(picture.tokens for picture in self.pictures)
+        self.prompt_tokens = len(self.ids) - len(self.images) + self.vision_tokens
+        self.context_left = checkpoint.config.text_config.context - self.prompt_tokens
+        if self.context_left < 1:
+            raise InputError(self._too_long(before))
+
+    def _encode(self, prompt, system, pictures, follows):
+        """(question without line breaks at its end, its ids in the template). follows: it is not the first turn."""
+        prompt, system, raw = plain_text(prompt), system and plain_text(system), self.template == "raw"
+        prompt = prompt if raw else prompt.rstrip("\n")
+        text = build_prompt(prompt, pictures, self.template, system, follows)
+        if not (prompt if raw else prompt.replace(IMAGE, "")).strip():
+            raise InputError("the question is empty; give a question")
+        try:
+            text.encode()
+        except UnicodeEncodeError as broken:  # half of a surrogate pair
+            raise InputError(f"the prompt is not valid Unicode ({broken}); correct it") from broken
+        return prompt, self.checkpoint.tokenizer.encode(text, follows=follows)
+
+    def _prepare(self, source):
+        """Read a picture -> `Prepared`. Notes say what was changed about it."""
+        config, picture = self.checkpoint.config, read_image(source)
+        self.notes += [note for note in (picture.note, crop_note(picture, self.image_settings)) if note]
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return prepare(picture, self.image_settings, side, config.image_tokens)
+
+    def _too_long(self, before):
+        """The error message for a prompt that exceeds the context."""
+        text = self.checkpoint.config.text_config
+        if before is not None:
+            past = before.prompt_tokens + len(before.token_ids)
+            return (
+                f"this question needs {self.prompt_tokens - past} tokens, and the context has room for "
+                f"{max(0, text.context - past)} of its {text.context}; start a new conversation (in a chat: /clear)"
+            )
+        window = f" (its sliding window, less than its {text.max_position_embeddings} positions)"
+        return (
+            f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
+            f"pictures, and the model's context is {text.context}"
+            f"{window if text.context < text.max_position_embeddings else ''}; use fewer pictures or a shorter prompt"
+        )
+
+    @property
+    def pixels(self) -> list[torch.Tensor]:
+        """Pixel values of the pictures and their tiles, (3, S, S) fp32 each; computed per call."""
+        return [square for picture in self.pictures for square in picture.pixels]
+
+    @property
+    def places(self) -> list[torch.Tensor]:
+        """Each token's row and column in its picture, (n, 2) int64 on the CPU per picture: `places_of`."""
+        return [picture.places for picture in self.pictures]
+
+    @property
+    def contrast(self) -> list[torch.Tensor]:
+        """Per picture (n,) fp32 on the CPU: distance of each token's pixels from its usual colour (`contrast_of`)."""
+        return [picture.contrast for picture in self.pictures]
+
+
+def _check_types(checkpoint, prompt, system):
+    """InputError for an argument of another type."""
+    for what, given, kinds, wanted in (
+        ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
+        ("prompt", prompt, str, "the question as text"),
+        ("system", system, str | None, "a string or None"),
+    ):
+        if not isinstance(given, kinds):
+            raise InputError(f"{what} is {brief(given)}; give {wanted}")
+
+
+def _check_names(template, image_mode, anyres_order):
+    """InputError for an unknown template, image mode or order of tiles."""
+    for what, given, known in (
+        ("template", template, TEMPLATES),
+        ("image mode", image_mode, ("auto", "crop", "pad", "anyres")),
+        ("order of tiles", anyres_order, ("auto", "hf", "orig")),
+    ):
+        if given not in known:
+            raise InputError(f"{what} {given!r} is unknown; use {', '.join(known)}")
