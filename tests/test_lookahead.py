@@ -411,14 +411,6 @@ def asking(checkpoint, spec="none", retention=None, pictures=1, tokens=6):
     return Generation(checkpoint, "what is in this picture?", images, Sampling(tokens), prune=prune)
 
 
-def test_an_unpruned_answer_is_the_same_to_the_bit_without_the_file(checkpoint):
-    plain = dataclasses.replace(checkpoint, lookahead=None)
-    with torch.inference_mode():
-        logits = [asking(c).prefill() for c in (checkpoint, plain)]
-    assert torch.equal(*logits)
-    assert "".join(asking(checkpoint)) == "".join(asking(plain))
-
-
 @pytest.mark.parametrize("checkpoint", ["LLaVA", "NeXT"], indirect=True)
 def test_a_batch_ranks_by_the_rows_of_each_question(checkpoint):
     """With two pictures, tiled by NeXT, and with none: each answer is the one that its question gets alone."""
@@ -440,12 +432,17 @@ def test_a_batch_ranks_by_the_rows_of_each_question(checkpoint):
 
 @pytest.mark.parametrize("spec", ["none", "topk", "random"])
 def test_rows_that_do_not_rank_are_not_touched(checkpoint, spec):
+    """The answer is the same to the bit, whether there are rows, none, or some that cannot be used."""
+
     class Untouchable:
         def __getattr__(self, name):
             raise AssertionError(name)
 
-    without = dataclasses.replace(checkpoint, lookahead=Untouchable())
-    assert "".join(asking(without, spec)) == "".join(asking(checkpoint, spec))
+    others = [dataclasses.replace(checkpoint, lookahead=rows) for rows in (Untouchable(), None)]
+    with torch.inference_mode():
+        logits = [asking(each, spec).prefill() for each in (checkpoint, *others)]
+    assert logits[0].equal(logits[1]) and logits[0].equal(logits[2])
+    assert "".join(asking(others[0], spec)) == "".join(asking(checkpoint, spec))
 
 
 @pytest.mark.parametrize("checkpoint", ["LLaVA", "NeXT"], indirect=True)

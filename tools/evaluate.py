@@ -108,7 +108,8 @@ def conditions(thresholds, layers, retentions=RETENTIONS, specs=(), folder=None,
     for f in retentions:
         made |= {f"{name}@{f}": make for name, make in _at(f, thresholds, layers, folder, rows or {}).items()}
     for spec in specs:
-        made |= {given(spec, f): _spec(spec, f, folder) for f in budgets(spec, retentions)}
+        for f in budgets(spec, retentions):
+            made[GIVEN + spec + (f"@{f}" if f else "")] = _spec(spec, f, folder)
     return made
 
 
@@ -151,9 +152,7 @@ def _at(f, thresholds, layers, folder, rows):
     if thresholds[1]:
         made |= labelled("plphp ahead", "plphp ahead+grid", "topk ahead", "shared ahead", "topk ahead+grid")
         made |= {f"topk ahead, {other}": by_rows_of(other) for other in ("another question", "another picture")}
-    made["topk neutral rows"] = control(
-        lambda asked, *_: Ranked(worth_of_rows(asked, asked.others["neutral rows"]()), f)
-    )
+    made["topk neutral rows"] = control(lambda a, *_: Ranked(worth_of_rows(a, a.others["neutral rows"]()), f))
     made |= {f"topk answer rows 1 to {first}": by_answer(first) for first in (1, 4, 8)}
     for name, lookahead in rows.items():
         made |= {f"rows {name}": by_rows(lookahead), f"rows {name}+grid": by_rows(lookahead, cover=0.5)}
@@ -171,11 +170,6 @@ def _spec(spec, retention=None, folder=None):
 def budgets(spec, retentions):
     """The retentions at which a method is measured; None if it sets its own budget."""
     return [None] if sets_budget(spec) else retentions
-
-
-def given(spec, retention):
-    """The condition of a SPEC of --methods."""
-    return GIVEN + spec + ("" if retention is None else f"@{retention}")
 
 
 def parts(condition):
@@ -660,9 +654,10 @@ def differences(rows, results):
         one, two = (results.data["@".join(filter(None, (row["method"], row["retention"])))] for row in pair)
         if abs(100 * one["kept"].mean().item() - 100 * two["kept"].mean().item()) > AT_EQUAL:
             continue
-        points = "{:+.1f} | {:+.1f} to {:+.1f}".format(*results.interval(one["exact"] - two["exact"], results.long))
+        mean, low, high = results.interval(one["exact"] - two["exact"], results.long)
         first, second, p = mcnemar(*(d["exact"][results.long].bool() for d in (one, two)))
-        yield [f"{a} against {b}", column, points, first, second, f"{p:.2g}"]
+        cells = column, f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}", first, second, f"{p:.2g}"
+        yield [f"{a} against {b}", *cells]
 
 
 # ---------------------------------------------------------------- any checkpoint, without labels

@@ -82,8 +82,9 @@ class Frozen:
 def freeze(language, examples):
     """Run the frozen model over examples. Returns Frozen of those whose answer equals the model's greedy answer."""
     device = examples[0].x.device
-    openings = {_key(i, e): e.x[: e.opening] for i, e in enumerate(examples)}
-    which = [list(openings).index(_key(i, e)) for i, e in enumerate(examples)]
+    keys = [i if e.pictures is None else (e.pictures, e.opening) for i, e in enumerate(examples)]
+    openings = {key: e.x[: e.opening] for key, e in zip(keys, examples, strict=True)}
+    which = [list(openings).index(key) for key in keys]
     first = padded(openings.values())  # (n, P, C); no row attends to the padding at the end
     past = []
 
@@ -140,11 +141,6 @@ def sum_of_spans(position, spans):
     """(B, N) bool: positions within the spans [(start, stop), ...] of each example."""
     masks = [sum(((row >= a) & (row < b) for a, b in own), row < -1) for row, own in zip(position, spans, strict=True)]
     return torch.stack(masks)
-
-
-def _key(number, example):
-    """Key of an example's opening within a batch."""
-    return number if example.pictures is None else (example.pictures, example.opening)
 
 
 def _own(language, hidden, examples):
