@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import exit_code_of
 
 import run
 from model import load
@@ -116,14 +117,11 @@ def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
-    try:
-        code = calibrate.main([*flags, "--out", str(tmp_path / "p.json")])
-    except SystemExit as left:  # of argparse
-        code = left.code
+    assert exit_code_of(calibrate.main, [*flags, "--out", str(tmp_path / "p.json")]) == 2
     out, err = capsys.readouterr()
-    (line,) = [line for line in err.splitlines() if "answers: 0/" not in line]
-    assert code == 2 and out == "" and not (tmp_path / "p.json").exists()
-    assert line.startswith("error: ") and word in line
+    *said, line = err.splitlines()
+    assert out == "" and said in ([], ["unpruned answers: 0/1"]) and line.startswith("error: ") and word in line
+    assert not (tmp_path / "p.json").exists()
 
 
 def test_the_demo_has_settings_of_its_own():

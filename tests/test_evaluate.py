@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import exit_code_of, refusal
 from safetensors.torch import save_file
 
 from model import Generation, Sampling, load
@@ -485,9 +485,7 @@ def test_a_method_that_fails_is_one_line(words, name, code, said, tmp_path, caps
 )
 def test_wrong_arguments_are_refused_in_one_line(stage, flags, word, tmp_path, capsys):
     small = ["--answers", str(tmp_path / "a.jsonl"), "--questions", "1", "--workers", "1", "--only", "random"]
-    try:
-        code = evaluate.main([stage, *(small if stage in ("accuracy", "second") else []), *flags])  # the later counts
-    except SystemExit as left:  # of argparse
-        code = left.code
+    words = [stage, *(small if stage in ("accuracy", "second") else []), *flags]  # of two equal flags the later counts
+    assert exit_code_of(evaluate.main, words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert code == 2 and line.startswith("error: ") and word in line and not list(tmp_path.iterdir())
+    assert line.startswith("error: ") and word in line and not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import exit_code_of, refusal
 from safetensors.torch import load_file
 
 from model.config import TextConfig
@@ -166,12 +166,9 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     for flags, words in (
         (["--passages", "0"], "--passages"), (["--prompts", "19"], "--prompts"), ([], "no_such_package"),
     ):  # fmt: skip
-        try:
-            code = witness.main([*flags, "--run", str(tmp_path)])
-        except SystemExit as left:  # of argparse
-            code = left.code
+        assert exit_code_of(witness.main, [*flags, "--run", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert code == 2 and line.startswith("error: ") and words in line and "; " in line
+        assert line.startswith("error: ") and words in line and "; " in line
 
 
 @pytest.mark.parametrize("off", [0.0, 0.01])

@@ -28,10 +28,9 @@ from model.flags import DEMO, choose_device  # noqa: E402
 from model.llama import rope_table  # noqa: E402
 from model.lookahead import FILE, Lookahead, describe_model, weights_sample  # noqa: E402
 from model.questions import read_questions  # noqa: E402
-from model.tokenizer import build_prompt  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.command import as_command, exit_code, flags, model_flags, number  # noqa: E402
-from tools.evaluate import encode_scenes  # noqa: E402
+from tools.evaluate import conversation, encode_scenes  # noqa: E402
 from tools.evaluation.runs import Lines, progress  # noqa: E402
 from tools.train_demo import HELD_OUT, Run, precision, rate_at  # noqa: E402
 
@@ -265,13 +264,13 @@ class SceneSource:
     def batch(self, step):
         """The examples of a step; negative steps are held out."""
         pair, examples = step % 5 == 4, []
-        number = self.pictures // 2 if pair else self.pictures
-        for i in range(number):
+        for i in range(self.pictures // 2 if pair else self.pictures):
             scene = SCENES + (self.seed * 1_000_000 + step) * self.pictures + i
             drawn, questions = scenes.sample(scene, self._tasks(random.Random(scene), pair), pair)
             tokens = encode_scenes(self.checkpoint, drawn)
             for q in {q.question: q for q in questions}.values():
-                examples.append(self._example(q, scene, len(drawn), tokens))
+                ids, _, answer = conversation(self.checkpoint, q, None, len(drawn))
+                examples.append(example(self.checkpoint, ids, tokens, answer, scene, q.evidence))
         return examples
 
     def _tasks(self, rng, pair):
@@ -280,13 +279,6 @@ class SceneSource:
             return "compare", "pair", "pair"
         always = [t for t in ("describe", "list", "spell") if t not in self.leave_out]
         return (*always, *rng.sample([t for t in scenes.ASKERS if t not in (*always, *self.leave_out)], 5))
-
-    def _example(self, question, scene, pictures, tokens):
-        tokenizer = self.checkpoint.tokenizer
-        prompt = build_prompt(question.question, pictures, "llava")
-        ids = tokenizer.encode(prompt)
-        answer = tokenizer.encode(f"{prompt} {question.answer}</s>")[len(ids) :]
-        return example(self.checkpoint, ids, tokens, answer, scene, question.evidence)
 
 
 class Prompts:
@@ -404,9 +396,7 @@ def train(language, source, args):
         learned = learned or own > 0
         if run.step % args.report == 0 or run.step == args.steps:
             if not learned:
-                raise InputError(
-                    "none of the last answers is the model's own, so nothing was learned; use --dtype fp32"
-                )
+                raise InputError("no answer was the model's own, so nothing was learned; use --dtype fp32")
             learned = False
             run.save()
             run.log({"kl": loss, "own": own, **measure(language, lookahead, held)})
@@ -475,8 +465,8 @@ def plan(checkpoint, args):
     flop = 2 * weights * n + 6 * weights * m + 2 * pictures * checkpoint.config.vision_config.num_patches
     hours = args.steps * batch * flop / (args.tflops * 1e12) / 3600
     answer = args.max_new_tokens * 2 * weights / (args.gbps * 1e9)  # each token reads all weights
-    lines = [f"{bytes_ / 1e9:9.2f} GB  {what}" for what, bytes_ in rows]
-    lines.append(f"{sum(b for _, b in rows) / 1e9:9.2f} GB  total")
+    rows.append(("total", sum(size for _, size in rows)))
+    lines = [f"{size / 1e9:9.2f} GB  {what}" for what, size in rows]
     lines.append(f"{hours:9.2f} h   {args.steps} steps at a sustained {args.tflops:g} TFLOP/s")
     lines.append(
         f"{1000 * answer / 3600:9.2f} h   to answer 1,000 questions first, {args.max_new_tokens} tokens each, at a "

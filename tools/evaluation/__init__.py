@@ -1,1 +1,1 @@
-"""The library under evaluate.py, calibrate.py, train_lookahead.py and witness.py; no other tool needs to know it."""
+"""The library under evaluate.py, calibrate.py, train_lookahead.py and witness.py."""
