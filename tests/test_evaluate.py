@@ -458,6 +458,14 @@ def test_a_method_that_fails_is_one_line(words, name, code, said, tmp_path, caps
     assert "Traceback" not in err and err.splitlines()[-1].startswith("error: ") and said in err.splitlines()[-1]
 
 
+def test_an_interrupted_run_says_how_to_go_on(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(evaluate.STAGES, "accuracy", interrupted)
+    assert evaluate.main(["accuracy"]) == 130 and "the same command resumes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "word"),
     [

@@ -168,26 +168,25 @@ def test_rows_do_not_fit_other_weights_with_the_same_norms(tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    language = small_llama()
-    path, tensors, about = tmp_path / "lookahead.safetensors", random_lookahead(language).state_dict(), None
-    cases = [
-        ("for another model", dict(random_lookahead(small_llama(kv_heads=4)).state_dict()), about),
-        ("for another model", tensors | {"extra": torch.zeros(1)}, about),
-        ("no readable look-ahead rows", {k: v for k, v in tensors.items() if k != "embeddings"}, about),
-        ("for another model", {k: v for k, v in tensors.items() if k != "layers.2.up_proj.lora_B"}, about),
-        ("of type I8", {k: v.to(torch.int8) for k, v in tensors.items()}, about),
-        ("of type BOOL", {k: v.to(torch.bool) for k, v in tensors.items()}, about),
-        ("NaN or infinity", tensors | {"embeddings": tensors["embeddings"] * float("nan")}, about),
-        ("3 look-ahead rows of rank 0", dict(random_lookahead(language, rank=0).state_dict()), about),
-        ("rows of zeros", tensors | {"embeddings": tensors["embeddings"] * torch.tensor([[1], [0], [1]])}, about),
-    ]
-    cases += [  # of another program
-        ("other weights", dict(tensors), {"about": text})
-        for text in ("c9b6d8507dfa36f5", "", "[1]", '{"weights": 3}', "null")
-    ]
-    for said, changed, about in cases:
-        save_file(changed, path, about or describe_model(language))
+    language, path = small_llama(), tmp_path / "lookahead.safetensors"
+    tensors = dict(random_lookahead(language).state_dict())
+    rows = tensors["embeddings"]
+    for said, changed in (
+        ("for another model", random_lookahead(small_llama(kv_heads=4)).state_dict()),
+        ("for another model", tensors | {"extra": torch.zeros(1)}),
+        ("for another model", {k: v for k, v in tensors.items() if k != "layers.2.up_proj.lora_B"}),
+        ("no readable look-ahead rows", {k: v for k, v in tensors.items() if k != "embeddings"}),
+        ("of type I8", {k: v.to(torch.int8) for k, v in tensors.items()}),
+        ("of type BOOL", {k: v.to(torch.bool) for k, v in tensors.items()}),
+        ("NaN or infinity", tensors | {"embeddings": rows * float("nan")}),
+        ("3 look-ahead rows of rank 0", random_lookahead(language, rank=0).state_dict()),
+        ("rows of zeros", tensors | {"embeddings": rows * torch.tensor([[1], [0], [1]])}),
+    ):
+        save_file(dict(changed), path, describe_model(language))
         assert said in refusal(read_lookahead, path, language)
+    for text in ("c9b6d8507dfa36f5", "", "[1]", '{"weights": 3}', "null"):  # of another program
+        save_file(tensors, path, {"about": text})
+        assert "other weights" in refusal(read_lookahead, path, language)
     path.write_bytes(b"no safetensors")
     assert "no readable look-ahead rows" in refusal(read_lookahead, path, language)
 
