@@ -299,3 +299,11 @@ def refusal(function, *arguments, **options):
     what, _, advice = message.partition("; ")
     assert what and advice, message
     return message
+
+
+def exit_code_of(main, argv):
+    """The exit code of a command, whether its main() returns it or argparse exits with it."""
+    try:
+        return main(argv)
+    except SystemExit as left:
+        return left.code

@@ -23,7 +23,7 @@ from model.pruning import make_method
 from model.pruning.budget import grid_phase
 from tests.given import given_view
 from tools import train_lookahead
-from tools.replay import asked_with
+from tools.evaluation.replay import asked_with
 from tools.train_lookahead import Example, divergence, freeze, predict
 
 ROWS = 3
@@ -67,26 +67,16 @@ def rows_of(language, x, lookahead):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
 def test_the_prompt_and_its_cache_do_not_see_the_rows(heads, kv_heads):
+    """Nor do the tokens that are decoded later."""
     language = small_llama(heads, kv_heads)
-    x = torch.randn(1, 11, 32)
+    x, new = torch.randn(1, 11, 32), torch.randn(4, 1, 32)
     hidden, cache, layers = looked(language, x)
-    for seed in range(2):
-        with_rows, cache_with, layers_with = looked(language, x, random_lookahead(language, seed=seed))
-        torch.testing.assert_close(with_rows, hidden, rtol=1e-5, atol=1e-5)
-        assert with_rows.shape == hidden.shape
-        assert torch.equal(cache_with.kv_len, cache.kv_len)
-        torch.testing.assert_close(taken(cache_with), taken(cache), rtol=1e-5, atol=1e-5)
-        assert torch.equal(cache_with.pos, cache.pos)
-        assert all(b[1].shape[2] == a[1].shape[2] + ROWS for a, b in zip(layers, layers_with, strict=True))
-
-
-def test_decoding_after_the_rows_goes_on_as_without_them():
-    language = small_llama()
-    x, new = torch.randn(1, 9, 32), torch.randn(4, 1, 32)
-    answers = []
-    for lookahead in (None, random_lookahead(language)):
-        _, cache, _ = looked(language, x, lookahead)
-        answers.append(torch.stack([language.decode(token, cache) for token in new]))
+    with_rows, cache_with, layers_with = looked(language, x, random_lookahead(language))
+    torch.testing.assert_close(with_rows, hidden, rtol=1e-5, atol=1e-5)
+    assert torch.equal(cache_with.kv_len, cache.kv_len) and torch.equal(cache_with.pos, cache.pos)
+    torch.testing.assert_close(taken(cache_with), taken(cache), rtol=1e-5, atol=1e-5)
+    assert all(b[1].shape[2] == a[1].shape[2] + ROWS for a, b in zip(layers, layers_with, strict=True))
+    answers = [torch.stack([language.decode(token, c) for token in new]) for c in (cache, cache_with)]
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-5)
 
 
@@ -150,15 +140,6 @@ def saved(path, language, lookahead, **about):
     return path
 
 
-def test_a_file_is_read_back_in_the_models_dtype(tmp_path):
-    language = small_llama()
-    lookahead = random_lookahead(language)
-    path = saved(tmp_path / "lookahead.safetensors", language, lookahead)
-    found = read_lookahead(path, language)
-    assert found.rows == ROWS and not any(p.requires_grad for p in found.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), lookahead.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_fit_the_same_weights_in_other_dtypes(trained, loaded, tmp_path):
@@ -168,7 +149,9 @@ def test_rows_fit_the_same_weights_in_other_dtypes(trained, loaded, tmp_path):
         p.data *= 10.0 ** -(i % 7)
     path = saved(tmp_path / "lookahead.safetensors", copy.deepcopy(language).to(trained), random_lookahead(language))
     found = read_lookahead(path, copy.deepcopy(language).to(loaded))
-    assert {p.dtype for p in found.parameters()} == {loaded}
+    assert {p.dtype for p in found.parameters()} == {loaded} and not any(p.requires_grad for p in found.parameters())
+    same = zip(found.parameters(), random_lookahead(language).parameters(), strict=True)
+    assert found.rows == ROWS and all(torch.equal(a, b.to(loaded)) for a, b in same)
 
 
 def test_rows_do_not_fit_other_weights_with_the_same_norms(tmp_path):
@@ -185,35 +168,27 @@ def test_rows_do_not_fit_other_weights_with_the_same_norms(tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    language = small_llama()
-    lookahead = random_lookahead(language)
-    path = tmp_path / "lookahead.safetensors"
-    other = small_llama(seed=1)
-    other.model.norm.weight.data *= 1.5
-    saved(path, other, lookahead)
-    assert "other weights" in refusal(read_lookahead, path, language)
-    saved(path, language, random_lookahead(small_llama(kv_heads=4)))
-    assert "for another model" in refusal(read_lookahead, path, language)
-    tensors = dict(lookahead.state_dict())
-    for change in ({"extra": torch.zeros(1)}, {"embeddings": None}, {"layers.2.up_proj.lora_B": None}):
-        changed = {k: v for k, v in (tensors | change).items() if v is not None}
-        save_file(changed, path, describe_model(language))
-        refusal(read_lookahead, path, language)
-    for wrong, said in ((torch.int8, "of type I8"), (torch.bool, "of type BOOL")):
-        save_file({k: v.to(wrong) for k, v in tensors.items()}, path, describe_model(language))
+    language, path = small_llama(), tmp_path / "lookahead.safetensors"
+    tensors = dict(random_lookahead(language).state_dict())
+    rows = tensors["embeddings"]
+    for said, changed in (
+        ("for another model", random_lookahead(small_llama(kv_heads=4)).state_dict()),
+        ("for another model", tensors | {"extra": torch.zeros(1)}),
+        ("for another model", {k: v for k, v in tensors.items() if k != "layers.2.up_proj.lora_B"}),
+        ("no readable look-ahead rows", {k: v for k, v in tensors.items() if k != "embeddings"}),
+        ("of type I8", {k: v.to(torch.int8) for k, v in tensors.items()}),
+        ("of type BOOL", {k: v.to(torch.bool) for k, v in tensors.items()}),
+        ("NaN or infinity", tensors | {"embeddings": rows * float("nan")}),
+        ("3 look-ahead rows of rank 0", random_lookahead(language, rank=0).state_dict()),
+        ("rows of zeros", tensors | {"embeddings": rows * torch.tensor([[1], [0], [1]])}),
+    ):
+        save_file(dict(changed), path, describe_model(language))
         assert said in refusal(read_lookahead, path, language)
-    save_file(tensors | {"embeddings": tensors["embeddings"] * float("nan")}, path, describe_model(language))
-    assert "NaN or infinity" in refusal(read_lookahead, path, language)
-    saved(path, language, random_lookahead(language, rank=0))
-    assert "3 look-ahead rows of rank 0" in refusal(read_lookahead, path, language)
-    tensors["embeddings"][1] = 0
-    save_file(tensors, path, describe_model(language))
-    assert "rows of zeros" in refusal(read_lookahead, path, language)
     for text in ("c9b6d8507dfa36f5", "", "[1]", '{"weights": 3}', "null"):  # of another program
-        save_file(dict(lookahead.state_dict()), path, {"about": text})
+        save_file(tensors, path, {"about": text})
         assert "other weights" in refusal(read_lookahead, path, language)
     path.write_bytes(b"no safetensors")
-    assert "has no readable look-ahead rows" in refusal(read_lookahead, path, language)
+    assert "no readable look-ahead rows" in refusal(read_lookahead, path, language)
 
 
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
@@ -229,11 +204,13 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
     other.model.norm.weight.data *= 1.5
     train_lookahead.same_settings(tmp_path / "run", settings("--steps", "9"))
     train_lookahead.same_settings(tmp_path / "run", settings("--steps", "9", "--report", "3"))  # the same rows
-    for changed in (
-        settings("--steps", "8"), settings("--steps", "9", "--rank", "2"), settings("--steps", "9", "--seed", "7"),
-        settings("--steps", "9", questions="q2"), settings("--steps", "9", model=other),
+    for changed, before in (
+        (settings("--steps", "8"), "--steps 9"), (settings("--steps", "9", "--rank", "2"), "--rank 16"),
+        (settings("--steps", "9", "--leave-out", "list", "spell"), "--leave-out (none)"),
+        (settings("--steps", "9", questions="q2"), "other questions"),
+        (settings("--steps", "9", model=other), "another model"),
     ):  # fmt: skip
-        assert "--steps 9" in refusal(train_lookahead.same_settings, tmp_path / "run", changed)
+        assert f"was started with {before};" in refusal(train_lookahead.same_settings, tmp_path / "run", changed)
 
 
 # ---------------------------------------------------------------- training
@@ -311,17 +288,15 @@ def test_the_rest_bin_counts():
     assert divergence(target, bad).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, make_checkpoint, monkeypatch):
-    make_checkpoint(tmp_path / "model", TEXT | {"num_hidden_layers": 2})
-    checkpoint = load(tmp_path / "model", "fp32")
-    language = checkpoint.model.language_model
-    before = {name: p.clone() for name, p in language.named_parameters()}
-    pool = []
-    for i in range(6):
-        torch.manual_seed(i)
-        prompt = torch.randn(9 + i, TEXT["hidden_size"])
-        answer, x = own_answer(language, prompt, 4)
-        pool.append(Example(x, len(prompt), [(1, 6)], answer, 7, i))
+def options(folder, **more):
+    """Arguments of `train`."""
+    own = {"rows": 2, "rank": 2, "seed": 0, "held_out": 1, "run": folder, "out": folder / "lookahead.safetensors"}
+    return SimpleNamespace(**own | more)
+
+
+def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, monkeypatch):
+    language = small_llama()
+    before, pool = {name: p.clone() for name, p in language.named_parameters()}, examples(language, 6)
 
     class Source:
         def batch(self, step):
@@ -329,11 +304,8 @@ def test_training_leaves_the_model_alone_and_resumes_to_the_same_rows(tmp_path, 
 
     def run(folder, *steps):
         for number in steps:
-            out = folder / "lookahead.safetensors"
-            options = ["--rows", "2", "--rank", "2", "--steps", str(number), "--held-out", "1", "--report", "4"]
-            args = train_lookahead.parser().parse_args([*options, "--run", str(folder), "--out", str(out)])
-            train_lookahead.train(checkpoint.model.language_model, Source(), args)
-        return load_file(out), (folder / "lookahead.csv").read_text().splitlines()
+            train_lookahead.train(language, Source(), options(folder, steps=number, report=4))
+        return load_file(folder / "lookahead.safetensors"), (folder / "lookahead.csv").read_text().splitlines()
 
     monkeypatch.setattr(train_lookahead, "rate_at", lambda step, steps, peak, **_: 10 * peak)
     whole, curve = run(tmp_path / "whole", 12)
@@ -365,7 +337,7 @@ def test_a_few_questions_are_enough(checkpoint, tmp_path, capsys, dtype):
     files = []
     for name in ("one", "two"):
         run = tmp_path / f"run {name}"
-        assert train_lookahead.main([*flags, "--run", str(run), "--out", str(run / "rows.safetensors")]) is None
+        assert train_lookahead.main([*flags, "--run", str(run), "--out", str(run / "rows.safetensors")]) == 0
         files.append((run / "rows.safetensors").read_bytes())
         curve = list(csv.DictReader((run / "lookahead.csv").read_text().splitlines()))
         assert [float(row["own"]) for row in curve] == [1.0, 1.0]
@@ -373,13 +345,11 @@ def test_a_few_questions_are_enough(checkpoint, tmp_path, capsys, dtype):
     assert files[0] == files[1]
     language = load(checkpoint.folder, dtype).model.language_model
     assert read_lookahead(tmp_path / "run one" / "rows.safetensors", language).rows == 8
-    with pytest.raises(SystemExit):
-        train_lookahead.main([*flags, "--run", str(tmp_path / "run one"), "--rank", "3"])
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "was started with --rows 8 --rank 2 --steps 4" in line and "--leave-out (none)" in line
-    with pytest.raises(SystemExit):
-        train_lookahead.main([*flags, "--run", str(tmp_path / "three"), "--leave-out", "describe"])
-    assert "--leave-out is for the built-in scenes" in capsys.readouterr().err.splitlines()[-1]
+    for more, said in (
+        (["--run", str(tmp_path / "run one"), "--rank", "3"], "was started with --rank 2; give the same"),
+        (["--run", str(tmp_path / "three"), "--leave-out", "describe"], "--leave-out is for the built-in scenes"),
+    ):
+        assert train_lookahead.main([*flags, *more]) == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_rows_that_learned_nothing_are_not_written(tmp_path):
@@ -389,10 +359,8 @@ def test_rows_that_learned_nothing_are_not_written(tmp_path):
     for one in made:
         one.answer[1] = (one.answer[1] + 1) % 97
     source = SimpleNamespace(batch=lambda step: made)
-    out = tmp_path / "lookahead.safetensors"
-    options = ["--rows", "2", "--rank", "2", "--steps", "3", "--held-out", "1", "--report", "2"]
-    args = train_lookahead.parser().parse_args([*options, "--run", str(tmp_path), "--out", str(out)])
-    assert "nothing was learned" in refusal(train_lookahead.train, language, source, args) and not out.exists()
+    args = options(tmp_path, steps=3, report=2)
+    assert "nothing was learned" in refusal(train_lookahead.train, language, source, args) and not args.out.exists()
 
 
 @torch.inference_mode()
@@ -403,8 +371,7 @@ def test_own_answers_go_on_after_a_line_that_was_cut_off(checkpoint, tmp_path, m
     path = tmp_path / "answers.jsonl"
     answers = train_lookahead.own_answers(checkpoint, asked, path, 5)
     whole = path.read_bytes()
-    assert train_lookahead.kept_in(tmp_path) == f"{tmp_path} holds the answers so far" and len(answers) == 3
-    assert train_lookahead.kept_in(tmp_path / "new") == "nothing is stored yet"
+    assert len(answers) == 3
     for length in (0, 1, len(whole) - 1, len(whole)):
         path.write_bytes(whole[:length])
         assert train_lookahead.own_answers(checkpoint, asked, path, 5) == answers and path.read_bytes() == whole
@@ -413,7 +380,7 @@ def test_own_answers_go_on_after_a_line_that_was_cut_off(checkpoint, tmp_path, m
 def test_the_plan_counts_the_weights(make_checkpoint, tmp_path, capsys):
     large = {"hidden_size": 2560, "vocab_size": 8192}  # GB are printed with two decimals
     tensors = make_checkpoint(tmp_path / "model", TEXT | large, {"hidden_size": 1600, "intermediate_size": 6400})
-    train_lookahead.main(["--plan", "--model", str(tmp_path / "model"), "--rank", "2", "--rows", "4"])
+    assert train_lookahead.main(["--plan", "--model", str(tmp_path / "model"), "--rank", "2", "--rows", "4"]) == 0
     shown = capsys.readouterr().out
     language = [v.numel() for k, v in tensors.items() if k.startswith("language_model")]
     others = [v.numel() for k, v in tensors.items() if not k.startswith("language_model")]
@@ -443,14 +410,6 @@ def asking(checkpoint, spec="none", retention=None, pictures=1, tokens=6):
     return Generation(checkpoint, "what is in this picture?", images, Sampling(tokens), prune=prune)
 
 
-def test_an_unpruned_answer_is_the_same_to_the_bit_without_the_file(checkpoint):
-    plain = dataclasses.replace(checkpoint, lookahead=None)
-    with torch.inference_mode():
-        logits = [asking(c).prefill() for c in (checkpoint, plain)]
-    assert torch.equal(*logits)
-    assert "".join(asking(checkpoint)) == "".join(asking(plain))
-
-
 @pytest.mark.parametrize("checkpoint", ["LLaVA", "NeXT"], indirect=True)
 def test_a_batch_ranks_by_the_rows_of_each_question(checkpoint):
     """With two pictures, tiled by NeXT, and with none: each answer is the one that its question gets alone."""
@@ -472,12 +431,17 @@ def test_a_batch_ranks_by_the_rows_of_each_question(checkpoint):
 
 @pytest.mark.parametrize("spec", ["none", "topk", "random"])
 def test_rows_that_do_not_rank_are_not_touched(checkpoint, spec):
+    """The answer is the same to the bit, whether there are rows, none, or some that cannot be used."""
+
     class Untouchable:
         def __getattr__(self, name):
             raise AssertionError(name)
 
-    without = dataclasses.replace(checkpoint, lookahead=Untouchable())
-    assert "".join(asking(without, spec)) == "".join(asking(checkpoint, spec))
+    others = [dataclasses.replace(checkpoint, lookahead=rows) for rows in (Untouchable(), None)]
+    with torch.inference_mode():
+        logits = [asking(each, spec).prefill() for each in (checkpoint, *others)]
+    assert logits[0].equal(logits[1]) and logits[0].equal(logits[2])
+    assert "".join(asking(others[0], spec)) == "".join(asking(checkpoint, spec))
 
 
 @pytest.mark.parametrize("checkpoint", ["LLaVA", "NeXT"], indirect=True)

@@ -19,7 +19,7 @@ from model.show import CELL, GAP, MARGIN, Shown, View, draw, layer_class, page, 
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tests.seeds import torch_random
 from tools import make_checkpoint
-from tools.replay import asked_by
+from tools.evaluation.replay import asked_by
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 BROWSER = [

@@ -13,7 +13,7 @@ from model.pruning import make_method
 from model.show import WIDTH
 from tests.paths import DEMO, DEMO_PICTURE
 from tools import show_pruning
-from tools.replay import asked_by
+from tools.evaluation.replay import asked_by
 from tools.show_pruning import look
 
 

@@ -13,10 +13,8 @@ budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15. A f
 model's folder sets that method's defaults for the model.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -26,14 +24,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels import window_scores  # noqa: E402
 from model import Generation, InputError, Sampling, load  # noqa: E402
-from model.console import as_command  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.pruning import make_method  # noqa: E402
-from model.pruning.plphp import Plphp, gamma  # noqa: E402
+from model.pruning.plphp import Plphp  # noqa: E402
 from tools import scenes  # noqa: E402
-from tools.replay import Asked, asked_by, compare, replay  # noqa: E402
+from tools.command import as_command, exit_code, flags, model_flags, number, one_of, write_json  # noqa: E402
+from tools.evaluation.replay import Asked, asked_by, compare, gammas_of, replay  # noqa: E402
+from tools.evaluation.runs import progress  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402
 
 QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma, tried as (beta, alpha)
@@ -64,13 +62,6 @@ def sample(checkpoint, prompt, images, longest):
     if checkpoint.lookahead is not None:
         gammas["lookahead"] = gammas_of(asked, checkpoint.lookahead)
     return Sample(asked, generation.token_ids, gammas) if len(generation.token_ids) > 1 else None
-
-
-def gammas_of(asked, lookahead=None):
-    """gamma of every layer: attention of the prompt's last row, or of look-ahead rows, to pictures; mean over heads."""
-    if lookahead is not None:
-        return [gamma(asked.attention_of_rows(lookahead, i), asked.spans) for i in range(len(asked.layers))]
-    return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.spans) for q, k, _, _ in asked.layers]
 
 
 def candidates(samples, retention, wide=True):
@@ -119,16 +110,14 @@ def judge(samples, method_name, tried, batch=32):
     error: standard error of the fraction kept, over the samples.
     """
     sums, kept, steps = [0.0] * len(tried), [[] for _ in tried], 0
-    methods = [make_method(method_name, settings=[f"{k}={json.dumps(v)}" for k, v in t.items()]) for t in tried]
-    for number, s in enumerate(samples, 1):
+    methods = [make_method(method_name, settings=settings) for settings in tried]
+    for s in progress(samples, f"{len(tried)} settings, prompts"):
         for start in range(0, len(methods), batch):
             logits, shares, _ = replay(s.asked, methods[start : start + batch])
             for i, (pruned, share) in enumerate(zip(logits, shares, strict=True), start):
                 sums[i] += compare(s.asked.logits[1:], pruned[1:], s.ids[1:])["kl"].sum().item()
                 kept[i].append(share)
         steps += len(s.ids) - 1
-        print(f"\r{number}/{len(samples)} prompts, {len(methods)} settings each", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     error = [statistics.pstdev(shares) / len(shares) ** 0.5 for shares in kept]
     return [(total / steps, statistics.mean(k), e) for total, k, e in zip(sums, kept, error, strict=True)]
 
@@ -155,15 +144,11 @@ def samples_of(args, checkpoint):
             asked += [(q.question, [scenes.draw_scene(s) for s in drawn]) for q in questions]
     else:
         asked = [(prompt, [image]) for image in args.image for prompt in args.prompt]
-    found = []
     with torch.inference_mode():
-        for i, (prompt, images) in enumerate(asked, 1):
-            found.append(sample(checkpoint, prompt, images, args.max_new_tokens))
-            print(f"\r{i}/{len(asked)} unpruned answers", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        found = [sample(checkpoint, *one, args.max_new_tokens) for one in progress(asked, "unpruned answers")]
     if not any(found):
         raise InputError("every answer has one token and pruning cannot change it; give prompts with longer answers")
-    return [s for s in found if s]
+    return list(filter(None, found))
 
 
 def rank(tried, results, retention):
@@ -195,7 +180,7 @@ def choose_cover(samples, method_name, found):
 
 
 def calibrate(args):
-    checkpoint = load(args.model, args.dtype, args.device)
+    checkpoint = load(args.model, args.dtype, choose_device(args.device))
     samples = samples_of(args, checkpoint)
     print(distribution(samples), end="\n\n")
     tried = list(candidates(samples, args.retention, not args.rates_only))
@@ -216,44 +201,29 @@ def calibrate(args):
     if not args.rates_only:
         found = found | {"cover": choose_cover(samples, args.method, found)}
     print(f"\nchosen: {found}")
-    Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, found)
     print(f"wrote {args.out}", file=sys.stderr)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = model_flags(flags(__doc__))
     # fmt: off
-    parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
-    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="pictures; each gets every prompt")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions (default: Describe the picture.)")
-    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="use N scenes of the demo world instead")
-    parser.add_argument("--retention", type=float, default=0.5, metavar="F", help="fraction to keep (default 0.5)")
-    parser.add_argument("--rates-only", action="store_true", help="fit only alpha, beta, r and dr")
-    parser.add_argument("--method", default="plphp", choices=("plphp", "plphp-ada"))
-    parser.add_argument("--out", default="plphp.json", metavar="FILE")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
+    p.add_argument("--image", nargs="+", default=[], metavar="PATH", help="pictures; each gets every prompt")
+    p.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions (default: Describe the picture.)")
+    p.add_argument("--scenes", type=number(int, 1), metavar="N", help="use N scenes of the demo world instead")
+    p.add_argument("--retention", type=number(float, 0, 1, open_low=True), default=0.5, metavar="F",
+                   help="fraction to keep (default 0.5)")
+    p.add_argument("--rates-only", action="store_true", help="fit only alpha, beta, r and dr")
+    p.add_argument("--method", default="plphp", type=one_of("plphp", "plphp-ada"), metavar="NAME",
+                   help="%(type)s (default plphp)")
+    p.add_argument("--out", default="plphp.json", metavar="FILE", help="(default plphp.json)")
+    p.add_argument("--max-new-tokens", type=number(int, 2), default=64, metavar="N", help="(default 64)")
     # fmt: on
-    args = parser.parse_args(argv)
-    try:
-        if not 0 < args.retention <= 1:
-            raise InputError(f"--retention is {args.retention}; give a fraction above 0 and up to 1")
-        if args.scenes < 0 or args.max_new_tokens < 2:
-            raise InputError("--scenes must be at least 1 and --max-new-tokens at least 2; give larger numbers")
-        if bool(args.image) == bool(args.scenes) or (args.scenes and args.prompt):
-            raise InputError("give either --image with --prompt, or --scenes")
-        args.prompt = args.prompt or ["Describe the picture."]
-        args.device = choose_device(args.device)
-        calibrate(args)
-    except BrokenPipeError:
-        raise  # see `as_command`
-    except (InputError, OSError) as wrong:
-        parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; nothing was written\n")
+    args = p.parse_args(argv)
+    if bool(args.image) == bool(args.scenes) or (args.scenes and args.prompt):
+        p.error("give either --image with --prompt, or --scenes")
+    args.prompt = args.prompt or ["Describe the picture."]
+    return exit_code(calibrate, args, interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model.console import as_command, one_line  # noqa: E402, F401 (the tools import these from here)
-from model.flags import Parser, number, one_of  # noqa: E402, F401
+from model.console import as_command, fail, one_line, say  # noqa: E402, F401 (the tools import these from here)
+from model.flags import DEMO, Parser, number, one_of  # noqa: E402, F401
 
 
 def flags(doc):
@@ -17,15 +17,33 @@ def flags(doc):
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
-def exit_code(work, *arguments):
-    """The exit code of work(*arguments), None being 0; after an InputError one line on stderr, and 2."""
+def model_flags(parser, dtype="auto"):
+    """Add --model (the demo by default), --dtype and --device -> the parser."""
+    parser.add_argument("--model", default=str(DEMO), metavar="DIR|ID",
+                        help="folder or cached Hugging Face id (default: the demo)")  # fmt: skip
+    parser.add_argument("--dtype", default=dtype, type=one_of("auto", "bf16", "fp16", "fp32"), metavar="TYPE",
+                        help="%(type)s (default %(default)s)")  # fmt: skip
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default auto)")
+    return parser
+
+
+def exit_code(work, *arguments, interrupted=None):
+    """The exit code of work(*arguments), None being 0. One line on stderr after an InputError or an OSError, and 2;
+    after a MethodError, and 1; after Ctrl-C, if `interrupted` is a message, this message, and 130."""
     from model.config import InputError  # imports torch; -h must not wait for that
+    from model.pruning import MethodError
 
     try:
         return work(*arguments) or 0
-    except InputError as wrong:
-        print("error:", one_line(wrong), file=sys.stderr)  # messages of libraries may have line breaks
-        return 2
+    except BrokenPipeError:
+        raise  # see `as_command`
+    except (InputError, OSError, MethodError) as wrong:
+        return fail(one_line(wrong), 1 if isinstance(wrong, MethodError) else 2)  # libraries' messages have line breaks
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        say(interrupted)
+        return 130
 
 
 def unwritable(*paths):

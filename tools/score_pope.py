@@ -57,20 +57,20 @@ def score(questions, answers, annotations=None):
     for answer in sorted(answers, key=failed):
         before = said.setdefault(answer["question_id"], answer)
         if before is not answer and not failed(answer):
-            raise ValueError(
-                f"question {answer['question_id']} has two answers; score one run at a time, and "
-                "give each question its own id"
-            )
-    pairs = {}
-    for category, asked in by_category(questions).items():
+            raise ValueError(f"question {answer['question_id']} has two answers; score one run, with unique ids")
+    by_category, pairs = {}, {}
+    for question in questions:
+        by_category.setdefault(question.get("category") or "(none)", []).append(question)
+    for category, asked in by_category.items():
+        pairs[category] = []
         for question, label in zip(asked, labels(category, asked, annotations), strict=True):
             answer = said.get(question["question_id"])
             if answer is None:
                 raise ValueError(f"question {question['question_id']} has no answer; finish the run first")
-            pairs.setdefault(category, []).append(None if failed(answer) else (is_yes(answer["text"]), label))
-    if len(pairs) > 1 and "all" in pairs:
-        raise ValueError('a category is called "all", which names the total; rename it')
+            pairs[category].append(None if failed(answer) else (is_yes(answer["text"]), label))
     if len(pairs) > 1:
+        if "all" in pairs:
+            raise ValueError('a category is called "all", which names the total; rename it')
         pairs["all"] = [pair for row in pairs.values() for pair in row]
     if not any(any(row) for row in pairs.values()):
         raise ValueError("no question could be answered; fix the cause given in metadata.error and run again")
@@ -83,27 +83,14 @@ def failed(answer):
     return isinstance(about, dict) and bool(about.get("error"))
 
 
-def by_category(questions):
-    """{category: its questions}, in the order of the file."""
-    found = {}
-    for question in questions:
-        found.setdefault(question.get("category") or "(none)", []).append(question)
-    return found
-
-
 def labels(category, asked, annotations):
     """Labels of a category's questions, True for "yes"."""
-    if annotations is None:
-        rows = asked
-    else:
+    rows = asked
+    if annotations is not None:
         rows = read_lines(annotations / f"coco_pope_{category}.json", text=(str, type(None)))
-        if len(rows) != len(asked):
-            raise ValueError(f"{len(asked)} questions and {len(rows)} labels of {category}; give files of one release")
-        for question, row in zip(asked, rows, strict=True):
-            if not question["text"].startswith(row.get("text") or ""):
-                raise ValueError(
-                    f"question {question['question_id']} does not match its label; give files of one release"
-                )
+        pairs = zip(asked, rows, strict=False)
+        if len(rows) != len(asked) or not all(q["text"].startswith(row.get("text") or "") for q, row in pairs):
+            raise ValueError(f"the questions of {category} do not match its labels; give files of one release")
     for row in rows:
         if row.get("label") not in ("yes", "no"):
             raise ValueError(f"label {row.get('label')!r} is neither yes nor no; give --annotations DIR")
@@ -118,30 +105,28 @@ def is_yes(text):
 
 def rates(pairs):
     """Counts and rates of (said yes, is yes); None is a question that could not be answered."""
-    asked, pairs = len(pairs), [pair for pair in pairs if pair]
-    tp, fp, tn, fn = (sum(pair == which for pair in pairs) for which in ((1, 1), (1, 0), (0, 0), (0, 1)))
+    counted = [pair for pair in pairs if pair]
+    tp, fp, tn, fn = (counted.count(which) for which in ((1, 1), (1, 0), (0, 0), (0, 1)))
 
     def share(part, whole):
         return part / whole if whole else 0.0
 
     precision, recall = share(tp, tp + fp), share(tp, tp + fn)
     return {
-        "TP": tp, "FP": fp, "TN": tn, "FN": fn, "accuracy": share(tp + tn, len(pairs)), "precision": precision,
-        "recall": recall, "F1": share(2 * precision * recall, precision + recall), "yes": share(tp + fp, len(pairs)),
-        "errors": asked - len(pairs),
+        "TP": tp, "FP": fp, "TN": tn, "FN": fn, "accuracy": share(tp + tn, len(counted)), "precision": precision,
+        "recall": recall, "F1": share(2 * precision * recall, precision + recall), "yes": share(tp + fp, len(counted)),
+        "errors": len(pairs) - len(counted),
     }  # fmt: skip
 
 
 def read_lines(path, **wanted):
     """Objects of a JSONL file; ValueError with the line number. wanted: key=type, or types, of its value."""
-    found = []
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as broken:
         raise ValueError(f"cannot read {path} ({broken}); give a JSONL file") from broken
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip("\0\r\t "):  # a power cut can leave NULs in place of the last lines
-            found.append(_object(line, f"line {number} of {path}", wanted))
+    # a power cut can leave NULs in place of the last lines
+    found = [_object(line, f"line {n} of {path}", wanted) for n, line in enumerate(lines, 1) if line.strip("\0\r\t ")]
     if not found:
         raise ValueError(f"{path} is empty; give a JSONL file")
     return found
@@ -153,11 +138,10 @@ def _object(line, where, wanted):
         value = json.loads(line)
     except (ValueError, RecursionError) as broken:
         raise ValueError(f"{where} is not JSON ({broken}); fix it") from broken
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a JSON object; fix it")
     for key, kind in wanted.items():
-        if not isinstance(value.get(key), kind):
-            raise ValueError(f"the {key} in {where} is {value.get(key)!r}; fix it")
+        if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+            found = repr(value.get(key)) if isinstance(value, dict) else "no JSON object"
+            raise ValueError(f"the {key} in {where} is {found}; fix it")
     return value
 
 

@@ -23,8 +23,7 @@ from model.console import as_command  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.pruning import MethodError, make_method  # noqa: E402
 from model.show import Shown, write  # noqa: E402
-from tools.calibrate import gammas_of  # noqa: E402
-from tools.replay import asked_by  # noqa: E402
+from tools.evaluation.replay import asked_by, gammas_of  # noqa: E402
 
 
 @torch.inference_mode()

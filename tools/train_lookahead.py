@@ -10,10 +10,8 @@ else. The m look-ahead rows appended to the prompt learn the same attention. The
 over layers, heads and prompts. Runs resume from --run; --out is the file that `--prune plphp` uses.
 """
 
-import argparse
 import hashlib
 import json
-import os
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -26,17 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
-from model.console import as_command  # noqa: E402
-from model.flags import choose_device  # noqa: E402
+from model.flags import DEMO, choose_device  # noqa: E402
 from model.llama import rope_table  # noqa: E402
 from model.lookahead import FILE, Lookahead, describe_model, weights_sample  # noqa: E402
 from model.questions import read_questions  # noqa: E402
-from model.tokenizer import build_prompt  # noqa: E402
 from tools import scenes  # noqa: E402
-from tools.evaluate import encode_scenes  # noqa: E402
+from tools.command import as_command, exit_code, flags, model_flags, number  # noqa: E402
+from tools.evaluate import conversation, encode_scenes  # noqa: E402
+from tools.evaluation.runs import Lines, progress  # noqa: E402
 from tools.train_demo import HELD_OUT, Run, precision, rate_at  # noqa: E402
 
-DEMO = ROOT / "assets" / "demo"
 SCENES = HELD_OUT // 2  # first scene; the demo's training and the tables use none from here on
 BUDGETS = (0.5, 0.15)  # fractions kept for which recall is reported
 
@@ -84,8 +81,9 @@ class Frozen:
 def freeze(language, examples):
     """Run the frozen model over examples. Returns Frozen of those whose answer equals the model's greedy answer."""
     device = examples[0].x.device
-    openings = {_key(i, e): e.x[: e.opening] for i, e in enumerate(examples)}
-    which = [list(openings).index(_key(i, e)) for i, e in enumerate(examples)]
+    keys = [i if e.pictures is None else (e.pictures, e.opening) for i, e in enumerate(examples)]
+    openings = {key: e.x[: e.opening] for key, e in zip(keys, examples, strict=True)}
+    which = [list(openings).index(key) for key in keys]
     first = padded(openings.values())  # (n, P, C); no row attends to the padding at the end
     past = []
 
@@ -142,11 +140,6 @@ def sum_of_spans(position, spans):
     """(B, N) bool: positions within the spans [(start, stop), ...] of each example."""
     masks = [sum(((row >= a) & (row < b) for a, b in own), row < -1) for row, own in zip(position, spans, strict=True)]
     return torch.stack(masks)
-
-
-def _key(number, example):
-    """Key of an example's opening within a batch."""
-    return number if example.pictures is None else (example.pictures, example.opening)
 
 
 def _own(language, hidden, examples):
@@ -271,13 +264,13 @@ class SceneSource:
     def batch(self, step):
         """The examples of a step; negative steps are held out."""
         pair, examples = step % 5 == 4, []
-        number = self.pictures // 2 if pair else self.pictures
-        for i in range(number):
+        for i in range(self.pictures // 2 if pair else self.pictures):
             scene = SCENES + (self.seed * 1_000_000 + step) * self.pictures + i
             drawn, questions = scenes.sample(scene, self._tasks(random.Random(scene), pair), pair)
             tokens = encode_scenes(self.checkpoint, drawn)
             for q in {q.question: q for q in questions}.values():
-                examples.append(self._example(q, scene, len(drawn), tokens))
+                ids, _, answer = conversation(self.checkpoint, q, None, len(drawn))
+                examples.append(example(self.checkpoint, ids, tokens, answer, scene, q.evidence))
         return examples
 
     def _tasks(self, rng, pair):
@@ -287,82 +280,67 @@ class SceneSource:
         always = [t for t in ("describe", "list", "spell") if t not in self.leave_out]
         return (*always, *rng.sample([t for t in scenes.ASKERS if t not in (*always, *self.leave_out)], 5))
 
-    def _example(self, question, scene, pictures, tokens):
-        tokenizer = self.checkpoint.tokenizer
-        prompt = build_prompt(question.question, pictures, "llava")
-        ids = tokenizer.encode(prompt)
-        answer = tokenizer.encode(f"{prompt} {question.answer}</s>")[len(ids) :]
-        return example(self.checkpoint, ids, tokens, answer, scene, question.evidence)
 
+class Prompts:
+    """Prompts for training, in another order in each pass over them, and others that are held out."""
 
-def in_passes(items, position, seed):
-    """The item at `position` in endless passes over the items; each pass has its own order."""
-    order, place = divmod(position, len(items))
-    shuffled = [*items]
-    random.Random(f"{seed} {order}").shuffle(shuffled)
-    return shuffled[place]
-
-
-class FileSource:
-    """The questions of a file with the model's own greedy answers, computed first and stored in the run folder."""
-
-    def __init__(self, checkpoint, questions, folder, run, batch, seed, longest):
-        self.checkpoint, self.batch_size, self.seed = checkpoint, batch, seed
-        self.asked = [(q, [folder / name for name in q.images]) for q in questions if q.images]
-        if len(self.asked) < 10:
-            raise InputError(f"{len(self.asked)} questions have pictures; give at least 10, preferably hundreds")
-        self.answers = own_answers(checkpoint, self.asked, run / "answers.jsonl", longest)
-        usable = [i for i, ids in enumerate(self.answers) if len(ids) > 1]
-        pictures = sorted({str(self.asked[i][1]) for i in usable})
-        random.Random(seed).shuffle(pictures)
-        held = set(pictures[: max(1, len(pictures) // 10)])  # split by picture: all its questions are held out
-        self.train = [i for i in usable if str(self.asked[i][1]) not in held]
-        self.held = [i for i in usable if str(self.asked[i][1]) in held]
-        if not self.train:
-            raise InputError("all questions are about one picture; give several, because some are held out")
+    def __init__(self, train, held, batch, seed, example):
+        """train, held: lists; example: function of one of their items -> Example; batch: prompts in a step."""
+        self.train, self.held, self.batch_size, self.seed, self.example = train, held, batch, seed, example
 
     def batch(self, step):
-        """The examples of a step, reshuffled in each pass over the file; negative steps are held out."""
+        """The examples of a step; negative steps are held out, and may have none."""
         if step < 0:
-            numbers = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
+            items = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
         else:
-            first = step * self.batch_size
             count = min(self.batch_size, len(self.train))
-            numbers = [in_passes(self.train, first + i, self.seed) for i in range(count)]
-        return [self._example(i) for i in numbers]
+            items = [self._item(step * self.batch_size + i) for i in range(count)]
+        return [self.example(item) for item in items]
 
-    def _example(self, number):
-        question, images = self.asked[number]
-        generation = Generation(self.checkpoint, question.text, images)
+    def _item(self, position):
+        """The item at a position in endless passes over the training items."""
+        order, place = divmod(position, len(self.train))
+        shuffled = [*self.train]
+        random.Random(f"{self.seed} {order}").shuffle(shuffled)
+        return shuffled[place]
+
+
+def prompts_of_file(checkpoint, args):
+    """Prompts from a file of questions, with the model's own greedy answers, computed first and stored in args.run."""
+    folder = args.image_folder or Path(args.questions).parent
+    asked = [(q, [folder / name for name in q.images]) for q in read_questions(args.questions) if q.images]
+    if len(asked) < 10:
+        raise InputError(f"{len(asked)} questions have pictures; give at least 10, preferably hundreds")
+    answers = own_answers(checkpoint, asked, args.run / "answers.jsonl", args.max_new_tokens)
+    usable = [i for i, ids in enumerate(answers) if len(ids) > 1]
+    pictures = sorted({str(asked[i][1]) for i in usable})
+    random.Random(args.seed).shuffle(pictures)
+    held = set(pictures[: max(1, len(pictures) // 10)])  # split by picture: all its questions are held out
+    train, rest = ([i for i in usable if (str(asked[i][1]) in held) == out] for out in (False, True))
+    if not train:
+        raise InputError("all questions are about one picture; give several, because some are held out")
+
+    def example_of(i):
+        question, images = asked[i]
+        generation = Generation(checkpoint, question.text, images)
         # text before the pictures may differ between questions; then the opening is not shared
-        place = generation.ids.index(self.checkpoint.config.image_token_index)
+        place = generation.ids.index(checkpoint.config.image_token_index)
         same = *map(str, images), *generation.ids[:place]
-        made = example(self.checkpoint, generation.ids, generation.encode_images(), self.answers[number], same)
+        made = example(checkpoint, generation.ids, generation.encode_images(), answers[i], same)
         return replace(made, own=True)
+
+    return Prompts(train, rest, args.batch, args.seed, example_of)
 
 
 def own_answers(checkpoint, asked, path, longest):
     """The model's greedy answers as ids, the stop id included. `path` gets a line per answer; a rerun resumes there."""
-    found = read_lines(path)
-    with open(path, "a", encoding="utf-8") as file:
-        for question, images in asked[len(found) :]:
-            generation = Generation(checkpoint, question.text, images, Sampling(longest))
-            "".join(generation)
-            stop = list(checkpoint.stop_ids[:1]) if generation.finish_reason == "stop" else []
-            found.append(generation.token_ids + stop)
-            file.write(json.dumps(found[-1]) + "\n")
-            file.flush()
-            print(f"own answers: {len(found)} of {len(asked)}", end="\r", file=sys.stderr, flush=True)
-    return found
-
-
-def read_lines(path):
-    """The JSON values of a file, one per line. Removes a partial last line, left by a kill."""
-    whole = path.read_bytes() if path.exists() else b""
-    end = whole.rfind(b"\n") + 1
-    if end < len(whole):
-        os.truncate(path, end)
-    return [json.loads(line) for line in whole[:end].splitlines()]
+    lines = Lines(path)
+    for question, images in progress(asked[len(lines.values) :], "own answers"):
+        generation = Generation(checkpoint, question.text, images, Sampling(longest))
+        "".join(generation)
+        stop = list(checkpoint.stop_ids[:1]) if generation.finish_reason == "stop" else []
+        lines.add(generation.token_ids + stop)
+    return lines.values
 
 
 # ---------------------------------------------------------------- training
@@ -373,13 +351,11 @@ def same_settings(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-    if begun != settings:
-        other = [name for name in begun if begun[name] != settings.get(name) and name in ("model", "questions")]
-        flags = {name: value for name, value in begun.items() if name not in ("model", "questions")}
-        given = " ".join(
-            [f"another {name}," for name in other] + [f"--{name} {_words(v)}" for name, v in flags.items()]
-        )
-        raise InputError(f"{folder} was started with {given}; give those, or another --run")
+    other = {name: value for name, value in begun.items() if value != settings.get(name)}
+    if other:
+        files = {"model": "another model", "questions": "other questions"}  # these are stored as hashes
+        words = (files.get(name) or f"--{name} {_words(value)}" for name, value in other.items())
+        raise InputError(f"{folder} was started with {', '.join(words)}; give the same, or another --run")
     path.write_text(json.dumps(settings), encoding="utf-8")
     return settings
 
@@ -420,9 +396,7 @@ def train(language, source, args):
         learned = learned or own > 0
         if run.step % args.report == 0 or run.step == args.steps:
             if not learned:
-                raise InputError(
-                    "none of the last answers is the model's own, so nothing was learned; use --dtype fp32"
-                )
+                raise InputError("no answer was the model's own, so nothing was learned; use --dtype fp32")
             learned = False
             run.save()
             run.log({"kl": loss, "own": own, **measure(language, lookahead, held)})
@@ -491,8 +465,8 @@ def plan(checkpoint, args):
     flop = 2 * weights * n + 6 * weights * m + 2 * pictures * checkpoint.config.vision_config.num_patches
     hours = args.steps * batch * flop / (args.tflops * 1e12) / 3600
     answer = args.max_new_tokens * 2 * weights / (args.gbps * 1e9)  # each token reads all weights
-    lines = [f"{bytes_ / 1e9:9.2f} GB  {what}" for what, bytes_ in rows]
-    lines.append(f"{sum(b for _, b in rows) / 1e9:9.2f} GB  total")
+    rows.append(("total", sum(size for _, size in rows)))
+    lines = [f"{size / 1e9:9.2f} GB  {what}" for what, size in rows]
     lines.append(f"{hours:9.2f} h   {args.steps} steps at a sustained {args.tflops:g} TFLOP/s")
     lines.append(
         f"{1000 * answer / 3600:9.2f} h   to answer 1,000 questions first, {args.max_new_tokens} tokens each, at a "
@@ -502,73 +476,53 @@ def plan(checkpoint, args):
 
 
 def parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p, whole, positive = model_flags(flags(__doc__)), number(int, 1), number(float, 0, open_low=True)
     # fmt: off
-    parser.add_argument("--model", default=str(DEMO), metavar="DIR|ID")
-    parser.add_argument("--questions", metavar="FILE.jsonl", help="question_id, image, text in each line")
-    parser.add_argument("--image-folder", type=Path, metavar="DIR", help="of the pictures (default: that of FILE)")
-    parser.add_argument("--rows", type=int, default=8, help="look-ahead rows m (default 8)")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default 16)")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8, help="pictures, or prompts of a file, per step (default 8)")
-    parser.add_argument("--held-out", type=int, default=4, metavar="N", help="held-out batches to measure (default 4)")
-    parser.add_argument("--report", type=int, default=50, metavar="N", help="steps per row of the curve (default 50)")
-    parser.add_argument("--leave-out", nargs="+", default=[], choices=tuple(scenes.ASKERS), help="tasks to leave out")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer to a question in FILE")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "lookahead", help="folder of checkpoint and curve")
-    parser.add_argument("--out", type=Path, help=f"(default: {FILE} in --run; copy it into the checkpoint's folder)")
-    parser.add_argument("--plan", action="store_true", help="print memory and time of a run on one GPU and exit")
-    parser.add_argument("--tokens", type=int, default=700, help="for --plan: tokens of a prompt and its answer")
-    parser.add_argument("--tflops", type=float, default=200.0, help="for --plan: sustained TFLOP/s (default 200)")
-    parser.add_argument("--gbps", type=float, default=2000.0, help="for --plan: sustained GB/s (default 2000)")
+    p.add_argument("--questions", metavar="FILE.jsonl", help="question_id, image, text in each line")
+    p.add_argument("--image-folder", type=Path, metavar="DIR", help="of the pictures (default: that of FILE)")
+    p.add_argument("--rows", type=whole, default=8, metavar="N", help="look-ahead rows m (default 8)")
+    p.add_argument("--rank", type=whole, default=16, metavar="N", help="rank of the adapters (default 16)")
+    p.add_argument("--steps", type=whole, default=2000, metavar="N", help="(default 2000)")
+    p.add_argument("--batch", type=whole, default=8, metavar="N",
+                   help="pictures, or prompts of a file, per step (default 8)")
+    p.add_argument("--held-out", type=whole, default=4, metavar="N", help="held-out batches to measure (default 4)")
+    p.add_argument("--report", type=whole, default=50, metavar="N", help="steps per row of the curve (default 50)")
+    p.add_argument("--leave-out", nargs="+", default=[], choices=tuple(scenes.ASKERS), help="tasks to leave out")
+    p.add_argument("--max-new-tokens", type=whole, default=64, metavar="N", help="longest answer to a question in FILE")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--run", type=Path, default=ROOT / "runs" / "lookahead", help="folder of checkpoint and curve")
+    p.add_argument("--out", type=Path, help=f"(default: {FILE} in --run; copy it into the checkpoint's folder)")
+    p.add_argument("--plan", action="store_true", help="print memory and time of a run on one GPU and exit")
+    p.add_argument("--tokens", type=whole, default=700, help="for --plan: tokens of a prompt and its answer")
+    p.add_argument("--tflops", type=positive, default=200.0, help="for --plan: sustained TFLOP/s (default 200)")
+    p.add_argument("--gbps", type=positive, default=2000.0, help="for --plan: sustained GB/s (default 2000)")
     # fmt: on
-    return parser
+    return p
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     args.out = args.out or args.run / FILE
-    try:
-        if min(args.rows, args.rank, args.steps, args.batch, args.held_out, args.report) < 1:
-            raise InputError(
-                "--rows, --rank, --steps, --batch, --held-out and --report must be at least 1; give larger numbers"
-            )
-        if args.plan:
-            print(plan(open_checkpoint(args.model), args))
-            return
-        checkpoint = load(args.model, args.dtype, choose_device(args.device))
-        language = checkpoint.model.language_model
-        same_settings(args.run, settings_of(language, args))
-        train(language, source_of(checkpoint, args), args)
-    except BrokenPipeError:
-        raise  # see `as_command`
-    except (InputError, OSError) as wrong:
-        parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
-    except KeyboardInterrupt:
-        parser().exit(130, f"interrupted; {kept_in(args.run)}, the same command resumes\n")
+    done = f"interrupted; {args.run} holds what is done so far, the same command resumes"
+    return exit_code(train_or_plan, args, interrupted=done)
 
 
-def kept_in(folder):
-    """What an interrupted run has stored, in words."""
-    found = [what for name, what in (("lookahead.pt", "the last checkpoint"), ("answers.jsonl", "the answers so far"))
-             if (folder / name).exists()]  # fmt: skip
-    return f"{folder} holds {' and '.join(found)}" if found else "nothing is stored yet"
+def train_or_plan(args):
+    if args.plan:
+        print(plan(open_checkpoint(args.model), args))
+        return
+    checkpoint = load(args.model, args.dtype, choose_device(args.device))
+    language = checkpoint.model.language_model
+    same_settings(args.run, settings_of(language, args))
+    train(language, source_of(checkpoint, args), args)
 
 
 def source_of(checkpoint, args):
-    """The FileSource or SceneSource that the flags ask for."""
+    """The Prompts or the SceneSource that the flags ask for."""
+    if args.questions and args.leave_out:
+        raise InputError("--leave-out is for the built-in scenes; leave those questions out of the file")
     if args.questions:
-        if args.leave_out:
-            raise InputError("--leave-out is for the built-in scenes; leave those questions out of the file")
-        folder = args.image_folder or Path(args.questions).parent
-        args.run.mkdir(parents=True, exist_ok=True)
-        questions = read_questions(args.questions, 1, 0)
-        return FileSource(checkpoint, questions, folder, args.run, args.batch, args.seed, args.max_new_tokens)
+        return prompts_of_file(checkpoint, args)
     if checkpoint.folder.resolve() != DEMO.resolve():
         raise InputError("the built-in scenes fit only the demo model; give --questions FILE.jsonl")
     return SceneSource(checkpoint, args.batch, args.seed, args.leave_out)

