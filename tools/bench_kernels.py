@@ -25,7 +25,6 @@ On CUDA a round is one captured graph of at least 16 calls. All copies are check
 afterwards; a wrong provider gets no numbers. tools/plot_bench.py draws the output of --json.
 """
 
-import contextlib
 import importlib.util
 import io
 import itertools
@@ -48,7 +47,7 @@ from model import InputError  # noqa: E402
 from model.checkpoint import DTYPES  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from tools import harness, problems  # noqa: E402
-from tools.command import as_command, exit_code, flags, number, unwritable  # noqa: E402
+from tools.command import as_command, exit_code, flags, number, one_line, one_of, unwritable  # noqa: E402
 from tools.harness import judge, said  # noqa: E402
 from tools.problems import DEFAULT_SHAPES, LAYOUTS, Setting, layers, layouts_of  # noqa: E402
 from tools.shapes import LAYERS  # noqa: E402
@@ -84,7 +83,8 @@ PRESETS = {
 def parser():
     p, positive = flags(__doc__), number(float, 0, open_low=True)
     # fmt: off
-    p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
+    p.add_argument("ops", nargs="*", metavar="OP", type=one_of(*OPS, "all"),
+                   help=f"{', '.join(OPS)} or all (default ragged_decode)")
     p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: gpu (minutes) or smoke (quick test)")
     p.add_argument("--shapes", nargs="+", choices=LAYERS, metavar="SHAPE",
                    help="default demo, 7b, gqa8; prefill: demo (default, the model) or 7b (two layers of that shape)")
@@ -150,32 +150,30 @@ def measure(op, case, rounds, bandwidth, device, again):
     runs, graphs, broken = {}, {}, {}
     for name in [name for name in case.calls if not wrong[name]]:
         try:
-            run, count, graphs[name] = harness.captured(case.calls[name], device, case.repeatable)
-            runs[name] = lambda run=run, count=count: harness.seconds(run, device) / count
+            runs[name], graphs[name] = harness.timer(case.calls[name], device, case.repeatable)
         except Exception as why:  # a third-party kernel may raise anything
             broken[name] = why
     times, late = harness.take_turns(runs, 1 + rounds)
     broken |= late
     for name in times | broken:  # check again
         wrong[name] = said(broken[name]) if name in broken else judge(case.checks[name][:2])[0]
-    times = {name: found[1:] for name, found in times.items()}  # the first round warms up
+    times = {name: found[1:] for name, found in times.items() if not wrong[name]}  # the first round warms up
     about = {"op": op, "case": case.name, "shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6}
     about |= {"repro": again, "baseline": case.baseline}
-    others = [name for name in case.calls if name in case.rivals | {case.baseline} and not wrong[name]]
     rows = []
-    for name in case.calls:
-        row = about | {"provider": name, "guest": name in case.guests, "right": not wrong[name], "why": wrong[name]}
-        if not wrong[name]:
+    for name, why in [*wrong.items(), *case.missing.items()]:
+        right = name in times or (None if name in case.missing else False)
+        row = about | {"provider": name, "guest": name in case.guests, "right": right, "why": why}
+        if right:
             low, median, high = (1e6 * t for t in harness.spread(times[name]))
-            ours = [other for other in times if other.startswith("ours, ") and not wrong[other] and name == case.own]
-            speeds = {rival: times_over(times[rival], times[name]) for rival in others + ours}
             useful = None if name == case.reads_more or not case.bytes else case.bytes / (1e-6 * median)  # bytes/s
+            own = name not in case.rivals and not name.startswith("ours, ")  # from --kernel
+            over = [other for other in times if other in case.rivals or (own and other.startswith("ours, "))]
+            speeds = {other: times_over(times[other], times[name]) for other in over}
             row |= {"us": median, "p20_us": low, "p80_us": high, "speed": speeds.get(case.baseline), "speeds": speeds}
             row |= {"GBps": useful and useful / 1e9, "ceiling": useful and useful / bandwidth}
             row |= {"max_error": verdicts[name][1], "graph": graphs[name]}
         rows.append(row)
-    for name, why in case.missing.items():
-        rows.append(about | {"provider": name, "guest": name in case.guests, "right": None, "why": why})
     return rows
 
 
@@ -184,51 +182,41 @@ def times_over(times, others):
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def against_uniform(rows, family, uniform):
+def against_uniform(rows, uniform):
     """Add to the rows of a skew sweep the ratio of their time to that at equal lengths, which `uniform` stores."""
-    for row in rows:
-        if "us" not in row or not row["layout"].startswith("skew"):
-            continue
-        key = row["op"], family, row["provider"]
+    for row in [row for row in rows if row["right"] and row["layout"].startswith("skew")]:
+        key = row["op"], row["case"].removesuffix(row["layout"]), row["provider"]
         if row["layout"] == "skew 1":
             uniform[key] = row["us"]
         if key in uniform:
             row["over_uniform"] = row["us"] / uniform[key]
 
 
-def show(rows, device):
-    """Yield the lines of a case's table; a provider that is wrong or cannot run here has no numbers."""
-    wide = max(27, *(len(row["provider"]) for row in rows))
-    yield f"  {'':{wide}} {'us':>10} {'20 %':>10} {'80 %':>10} {'speed':>7} {'ceiling':>8} {'GB/s':>7}  max error"
-    for row in rows:
-        if "us" not in row:
-            text = f"not timed: {row['why']}" if row["right"] is None else f"{row['why']}, not timed"
-            yield f"  {row['provider']:{wide}} {text}"
-            continue
-        speed = "-" if row["speed"] is None else f"{row['speed']:.2f}"
-        ceiling, gbps = "-", "-"
-        if row["ceiling"] is not None:
-            ceiling, gbps = f"{100 * row['ceiling']:.1f} %", f"{row['GBps']:.1f}"
-        line = f"  {row['provider']:{wide}} {row['us']:10.1f} {row['p20_us']:10.1f} {row['p80_us']:10.1f} {speed:>7}"
-        line += f" {ceiling:>8} {gbps:>7} {row['max_error']:10.1e}"
-        line += "".join(f"   {row['speeds'][rival]:.2f} x {rival}" for rival in strongest(row))
-        if "over_uniform" in row:
-            line += f"   {row['over_uniform']:5.2f} x the time at equal lengths"
-        if device.type == "cuda" and not row["graph"]:
-            line += "   (no CUDA graph: it synchronises)"
-        yield line
+COLUMNS = (  # title, key, factor, width, format
+    ("us", "us", 1, 10, ".1f"), ("20 %", "p20_us", 1, 10, ".1f"), ("80 %", "p80_us", 1, 10, ".1f"),
+    ("speed", "speed", 1, 7, ".2f"), ("ceiling", "ceiling", 1, 8, ".1%"), ("GB/s", "GBps", 1, 7, ".1f"),
+    ("max error", "max_error", 1, 10, ".1e"),
+)  # fmt: skip
+
+
+def notes(row, device):
+    """The end of a row's line: more ratios, those of a skew sweep, whether it could not be captured."""
+    line = "".join(f"   {row['speeds'][rival]:.2f} x {rival}" for rival in strongest(row))
+    if "over_uniform" in row:
+        line += f"   {row['over_uniform']:5.2f} x the time at equal lengths"
+    if device.type == "cuda" and not row["graph"]:
+        line += "   (no CUDA graph: it synchronises)"
+    return line
 
 
 def strongest(row):
-    """Providers to compare a row of ours with: the fastest rival besides the baseline, and its backend of --base; for
-    the function of --kernel also our backends."""
+    """Providers to compare a row of ours with: the fastest rival besides the baseline, --base, and for the function of
+    --kernel also our backends."""
     if row["provider"] in row["speeds"]:
         return []
-    ours = [name for name in row["speeds"] if name.startswith("ours, ")]
-    others = [name for name in row["speeds"] if name not in (row["baseline"], *ours) and not name.startswith("base ")]
-    backend = row["provider"].removeprefix("ours")  # ", torch"
-    past = [name for name in row["speeds"] if name.startswith("base ") and name.endswith(backend)]
-    return [*sorted(others, key=row["speeds"].get)[:1], *past, *ours]
+    ours = [name for name in row["speeds"] if name.startswith(("ours, ", "base "))]
+    others = row["speeds"].keys() - {row["baseline"], *ours}
+    return [*sorted(others, key=row["speeds"].get)[:1], *ours]
 
 
 def one_case(build, selected, args, setting, bandwidth, uniform):
@@ -236,8 +224,9 @@ def one_case(build, selected, args, setting, bandwidth, uniform):
     case, again = build(), command(selected, args, setting)
     print(f"\n{selected[0]}: {case.name}, {case.bytes / 1e6:.2f} MB\n  {again}", flush=True)
     rows = measure(selected[0], case, args.rounds, bandwidth, setting.device, again)
-    against_uniform(rows, case.family, uniform)
-    print("\n".join(show(rows, setting.device)), flush=True)
+    against_uniform(rows, uniform)
+    names = {"provider": max(27, *(len(row["provider"]) for row in rows))}
+    print("\n".join(harness.table(rows, names, COLUMNS, partial(notes, device=setting.device))), flush=True)
     return rows
 
 
@@ -256,8 +245,6 @@ def parsed(argv):
     for args in found:
         args.ops = list(OPS) if "all" in args.ops else args.ops or ["ragged_decode"]
         args.skew = [1.0, 2.0, 4.0, 8.0] if args.skew == [] else args.skew
-        if unknown := [op for op in args.ops if op not in OPS]:
-            raise InputError(f"unknown op {unknown[0]!r}; use {', '.join(OPS)} or all")
         if "prefill" in args.ops and set(args.shapes or ()) - {"demo", "7b"}:
             raise InputError(f"prefill has no shape {' '.join(args.shapes)}; use demo, 7b")
         known = [f"skew {ratio:g}" for ratio in sorted({1.0, *args.skew})] if args.skew else LAYOUTS
@@ -305,38 +292,25 @@ def imported(name, path):
     return module
 
 
-@contextlib.contextmanager
-def kernels_of(rev):
-    """(rev, its hash, its package of kernels) for a commit of this repository; None for None.
-
-    The package's files are in a temporary folder.
-    """
-    if rev is None:
-        yield None
-        return
+def kernels_of(rev, folder):
+    """(rev, its hash, its package of kernels) for a commit of this repository. Writes the package's files to a folder,
+    where triton reads the source when a kernel is first called."""
     wanted = f"--base {rev} is not a commit with kernels"
     sha = git(wanted, "rev-parse", "--verify", "--short", "--end-of-options", f"{rev}^{{commit}}").decode().strip()
-    files = git(wanted, "archive", "--format=zip", sha, "kernels")
-    # kept until the end, because triton reads the source when a kernel is first called
-    with tempfile.TemporaryDirectory(prefix=f"kernels_at_{sha}_") as folder:
-        zipfile.ZipFile(io.BytesIO(files)).extractall(folder)
-        try:
-            package = imported(Path(folder).name, Path(folder) / "kernels" / "__init__.py")
-        except Exception as broken:
-            raise InputError(f"cannot import the kernels of {rev} ({said(broken)}); give another commit") from broken
-        yield rev, sha, package
+    zipfile.ZipFile(io.BytesIO(git(wanted, "archive", "--format=zip", sha, "kernels"))).extractall(folder)
+    try:
+        return rev, sha, imported(Path(folder).name, Path(folder) / "kernels" / "__init__.py")
+    except Exception as broken:
+        raise InputError(f"cannot import the kernels of {rev} ({said(broken)}); give another commit") from broken
 
 
 def git(wanted, *words):
     """Output of git, bytes. wanted: beginning of the error message if git fails."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True)
-    except OSError as broken:
-        raise InputError(f"{wanted} ({broken}); install git") from None
-    if done.returncode:
-        *_, why = done.stderr.decode(errors="replace").splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(f"{wanted} ({why}); choose one from git log -- kernels")
-    return done.stdout
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as broken:
+        why = getattr(broken, "stderr", b"").decode(errors="replace") or broken
+        raise InputError(f"{wanted} ({one_line(why)}); choose one from git log -- kernels") from None
 
 
 @torch.inference_mode()
@@ -348,7 +322,8 @@ def bench(argv):
         torch.cuda.set_device(device)  # streams, events and graphs belong to the current device
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     own = load_own(args.kernel, {op for part in parts for op in part.ops})
-    with kernels_of(args.base) as base:
+    with tempfile.TemporaryDirectory(prefix="kernels_of_base_") as folder:
+        base = kernels_of(args.base, folder) if args.base else None
         if wrong := unwritable(args.json, args.csv):
             raise InputError(wrong)
         about = harness.about_run("bench_kernels", argv, device, str(dtype), args.rounds)

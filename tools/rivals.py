@@ -10,8 +10,6 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-import kernels
-
 PAGE = 16  # slots per page of FlashInfer's cache, vLLM's default
 
 
@@ -57,13 +55,6 @@ def heads_as_batch(attend, lengths, group, device):
         return attend(rows, k[:, None], v[:, None], ends_q, ends_k, tokens, longest, **options).view(q.shape)
 
     return call
-
-
-def over_segments(lengths):
-    """Stands in for `heads_as_batch` on a CPU, which has no varlen attention: our torch backend."""
-    start, length = (lengths.cumsum(0) - lengths).int(), lengths.int()
-    plan = kernels.decode_plan(start, length)
-    return lambda q, k, v: kernels.ragged_decode(q, k, v, start, length, plan=plan, backend="torch")
 
 
 # ---------------------------------------------------------------- FlexAttention
