@@ -19,7 +19,7 @@ Each row is one provider on one case: median time of a call, 20th and 80th perce
     ceiling    useful bytes per second as a fraction of the measured memory bandwidth, and in GB/s
     max error  largest absolute difference from a float64 reference
 
-The command below a case's name reproduces that case alone. A round calls every copy of the problem once. Each copy has
+The command below a case's name repeats that case alone. A round calls every copy of the problem once. Each copy has
 its own buffers, so that caches hold little of them (but a decode step reads the same model in every call).
 On CUDA a round is one captured graph of at least 16 calls. All copies are checked before timing, two of them again
 afterwards; a wrong provider gets no numbers. tools/plot_bench.py draws the output of --json.
@@ -27,7 +27,6 @@ afterwards; a wrong provider gets no numbers. tools/plot_bench.py draws the outp
 
 import importlib.util
 import io
-import itertools
 import shlex
 import statistics
 import subprocess
@@ -36,6 +35,8 @@ import tempfile
 import time
 import zipfile
 from functools import partial
+from importlib.machinery import SourceFileLoader
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def parser():
                    help="how a layer's kept rows are distributed over its heads, with equal totals: equal; ragged, "
                         "0.25 to 1.75 times the mean; plphp, PLPHP's three rates over several sequences, or plphp-ada "
                         "over the heads of one; zipf, 1/rank; giant, one head keeps everything, the others share the "
-                        "rest (default equal and ragged). With --skew: the cases of the sweep, such as 'skew 4'")
+                        "rest (default equal and ragged)")
     p.add_argument("--skew", nargs="*", type=number(float, 1), metavar="R",
                    help="instead of --retention: one head R times as long as the mean, total bytes fixed "
                         "(default 1 2 4 8)")
@@ -104,6 +105,7 @@ def parser():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=number(int, 1), default=15, help="timed rounds (default 15)")
     p.add_argument("--copies", type=number(int, 1), help="copies of each problem (default: more than the cache holds)")
+    p.add_argument("--only", metavar="TITLE", help="time only this case, written as in the output: OP: NAME")
     p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file")
     p.add_argument("--base", metavar="REV", help="also time the kernels of this commit (not for prefill and decode)")
     p.add_argument("--no-flex", action="store_true", help="skip FlexAttention, which compiles for every case")
@@ -117,34 +119,37 @@ def parser():
 
 
 def cases(args, setting):
-    """Yield (function that builds a Case, op and flags that select only this case)."""
+    """Yield (title of the case, function that builds it)."""
     for op in args.ops:
+        shapes = args.shapes or (("demo",) if op == "prefill" else DEFAULT_SHAPES)
         if op in ATTENTION:
             for layer in layers(args, setting.dtype.itemsize):
-                yield partial(problems.attention_case, op, layer, setting), [op, *layer.flags]
-            continue
-        shapes = args.shapes or (("demo",) if op == "prefill" else DEFAULT_SHAPES)
-        for shape, tokens in itertools.product(("demo",) if op == "decode" else shapes, args.tokens):
-            selected = [op, "--shapes", shape, "--tokens", tokens]
-            if op in ("window_scores", "prefill"):
-                build = problems.scores_case if op == "window_scores" else problems.prefill_case
-                yield partial(build, shape, tokens, setting), selected
-                continue
-            for retention in args.retention:
-                more = [*selected, "--retention", retention]
-                if op == "ragged_pack":
-                    yield partial(problems.pack_case, shape, tokens, retention, setting), more
-                    continue
-                for layout in layouts_of(args, retention):
-                    build = partial(problems.step_case, tokens, retention, layout, args.rounds, setting)
-                    yield build, [*more, "--layouts", layout]
+                yield f"{op}: {layer.name}", partial(problems.attention_case, op, layer, setting)
+        elif op == "window_scores":
+            for shape, tokens in product(shapes, args.tokens):
+                build = partial(problems.scores_case, shape, tokens, setting)
+                yield f"{op}: {shape}, {tokens} tokens, 1 rows", build
+        elif op == "ragged_pack":
+            for shape, tokens, kept in product(shapes, args.tokens, args.retention):
+                build = partial(problems.pack_case, shape, tokens, kept, setting)
+                yield f"{op}: {shape}, {tokens} tokens, {kept:g} kept", build
+        elif op == "prefill":
+            for shape, tokens in product(shapes, args.tokens):
+                model = "demo model" if shape == "demo" else "2 layers of the 7B shape"
+                build = partial(problems.prefill_case, shape, tokens, setting)
+                yield f"{op}: {model}, prefill of {tokens} tokens", build
+        else:
+            for tokens, kept in product(args.tokens, args.retention):
+                for layout in layouts_of(args, kept):
+                    build = partial(problems.step_case, tokens, kept, layout, setting)
+                    yield f"{op}: demo model, 1 x {tokens} tokens, {kept:g} kept, {layout}", build
 
 
 # ---------------------------------------------------------------- check, time, print
 
 
-def measure(op, case, rounds, bandwidth, device, again):
-    """Rows of one case, one per provider. again: the command that reproduces the case."""
+def measure(about, case, rounds, bandwidth, device):
+    """Rows of one case, one per provider. about: the first columns."""
     verdicts = {name: judge(checks) for name, checks in case.checks.items()}
     wrong = {name: why for name, (why, _) in verdicts.items()}
     runs, graphs, broken = {}, {}, {}
@@ -158,8 +163,7 @@ def measure(op, case, rounds, bandwidth, device, again):
     for name in times | broken:  # check again
         wrong[name] = said(broken[name]) if name in broken else judge(case.checks[name][:2])[0]
     times = {name: found[1:] for name, found in times.items() if not wrong[name]}  # the first round warms up
-    about = {"op": op, "case": case.name, "shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6}
-    about |= {"repro": again, "baseline": case.baseline}
+    about |= {"shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6, "baseline": case.baseline}
     rows = []
     for name, why in [*wrong.items(), *case.missing.items()]:
         right = name in times or (None if name in case.missing else False)
@@ -219,11 +223,11 @@ def strongest(row):
     return [*sorted(others, key=row["speeds"].get)[:1], *ours]
 
 
-def one_case(build, selected, args, setting, bandwidth, uniform):
-    """Build, time and print one case -> its rows. Its buffers are freed on return."""
-    case, again = build(), command(selected, args, setting)
-    print(f"\n{selected[0]}: {case.name}, {case.bytes / 1e6:.2f} MB\n  {again}", flush=True)
-    rows = measure(selected[0], case, args.rounds, bandwidth, setting.device, again)
+def one_case(title, build, again, setting, bandwidth, uniform):
+    """Build, time and print one case -> its rows. Its buffers are freed on return. again: its command."""
+    (op, _, name), case = title.partition(": "), build()
+    print(f"\n{title}, {case.bytes / 1e6:.2f} MB\n  {again}", flush=True)
+    rows = measure({"op": op, "case": name, "repro": again}, case, setting.rounds, bandwidth, setting.device)
     against_uniform(rows, uniform)
     names = {"provider": max(27, *(len(row["provider"]) for row in rows))}
     print("\n".join(harness.table(rows, names, COLUMNS, partial(notes, device=setting.device))), flush=True)
@@ -247,48 +251,43 @@ def parsed(argv):
         args.skew = [1.0, 2.0, 4.0, 8.0] if args.skew == [] else args.skew
         if "prefill" in args.ops and set(args.shapes or ()) - {"demo", "7b"}:
             raise InputError(f"prefill has no shape {' '.join(args.shapes)}; use demo, 7b")
-        known = [f"skew {ratio:g}" for ratio in sorted({1.0, *args.skew})] if args.skew else LAYOUTS
-        if unknown := [layout for layout in args.layouts or () if layout not in known]:
-            where = " in this --skew sweep" if args.skew else ""
-            raise InputError(f"unknown layout {unknown[0]!r}{where}; use {', '.join(known)}")
+        if unknown := set(args.layouts or ()) - set(() if args.skew else LAYOUTS):
+            raise InputError(f"no layout {' '.join(sorted(unknown))}; use {', '.join(LAYOUTS)}, none with --skew")
     return found
 
 
-def command(selected, args, setting):
-    """The command that runs one case alone. selected: from `cases`."""
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == setting.dtype)
-    words = ["python", "tools/bench_kernels.py", *selected, "--dtype", dtype, "--device", setting.device]
-    words += ["--rounds", args.rounds, *(["--no-flex"] if args.no_flex else [])]
-    base = setting.base and setting.base[1]  # the hash, because HEAD moves
-    for flag, value in (("--copies", args.copies), ("--kernel", args.kernel), ("--base", base)):
-        words += [flag, value] if value else []
+def repeated(argv, setting, title):
+    """The command that repeats one case of the run with these arguments."""
+    files = flags(None)  # which the command does not overwrite
+    files.add_argument("--json")
+    files.add_argument("--csv")
+    _, words = files.parse_known_args(argv)
+    words += ["--base", setting.base[1]] if setting.base else []  # the hash, because HEAD moves
     interpreter = "" if problems.triton_name(setting.device) == "triton" else "TRITON_INTERPRET=1 "
-    return interpreter + shlex.join(map(str, words))
+    return interpreter + shlex.join(["python", "tools/bench_kernels.py", *words, "--only", title])
 
 
 def load_own(path, ops):
     """Functions of the --kernel file: op -> (file name, function). InputError if there are none."""
     if path is None:
         return {}
-    if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise InputError(f"{path} is not a Python file; give --kernel FILE.py")
     name = Path(path).stem
-    try:
-        module = imported(f"own_{name}", path)
-    except Exception as broken:
-        raise InputError(f"cannot import {path} ({type(broken).__name__}: {broken}); fix the file") from broken
+    module = imported(f"own_{name}", path, "give --kernel FILE.py")
     own = {op: (name, getattr(module, op)) for op in ops if callable(getattr(module, op, None))}
     if not own:
         raise InputError(f"{path} defines none of {', '.join(ops)}; name the function after the op")
     return own
 
 
-def imported(name, path):
-    """Import the module, or the package with this __init__.py, from a path."""
-    found = importlib.util.spec_from_file_location(name, path)
+def imported(name, path, advice):
+    """Import the module, or the package with this __init__.py, from a path. InputError with advice if that fails."""
+    found = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # triton looks up a kernel's module; relative imports look up the package
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as broken:
+        raise InputError(f"cannot import {path} ({said(broken)}); {advice}") from broken
     return module
 
 
@@ -298,10 +297,8 @@ def kernels_of(rev, folder):
     wanted = f"--base {rev} is not a commit with kernels"
     sha = git(wanted, "rev-parse", "--verify", "--short", "--end-of-options", f"{rev}^{{commit}}").decode().strip()
     zipfile.ZipFile(io.BytesIO(git(wanted, "archive", "--format=zip", sha, "kernels"))).extractall(folder)
-    try:
-        return rev, sha, imported(Path(folder).name, Path(folder) / "kernels" / "__init__.py")
-    except Exception as broken:
-        raise InputError(f"cannot import the kernels of {rev} ({said(broken)}); give another commit") from broken
+    path = Path(folder) / "kernels" / "__init__.py"
+    return rev, sha, imported(Path(folder).name, path, f"{rev} does not fit; give another --base")
 
 
 def git(wanted, *words):
@@ -324,17 +321,21 @@ def bench(argv):
     own = load_own(args.kernel, {op for part in parts for op in part.ops})
     with tempfile.TemporaryDirectory(prefix="kernels_of_base_") as folder:
         base = kernels_of(args.base, folder) if args.base else None
+        settings = [Setting(dtype, device, own, part.rounds, part.copies, base, not part.no_flex) for part in parts]
+        todo = [(*case, s) for part, s in zip(parts, settings, strict=True) for case in cases(part, s)]
+        work = [case for case in todo if args.only in (None, case[0])]
+        if not work:
+            raise InputError(f"--only {args.only} is none of the cases; copy a title from the output")
         if wrong := unwritable(args.json, args.csv):
             raise InputError(wrong)
         about = harness.about_run("bench_kernels", argv, device, str(dtype), args.rounds)
         about |= {"base": base[1]} if base else {}
         print(", ".join(f"{k} {v}" for k, v in about.items()))
         rows, uniform = [], {}
-        for part in parts:
-            setting = Setting(dtype, device, own, part.copies, base, not part.no_flex)
-            for build, selected in cases(part, setting):
-                rows += one_case(build, selected, part, setting, 1e9 * about["bandwidth_GBps"], uniform)
-                harness.save(args, about, rows)
+        for title, build, setting in work:
+            again, bandwidth = repeated(argv, setting, title), 1e9 * about["bandwidth_GBps"]
+            rows += one_case(title, build, again, setting, bandwidth, uniform)
+            harness.save(args, about, rows)
     print(f"\n{time.perf_counter() - begin:.0f} s")
     return 1 if any(row["right"] is False and not row["guest"] for row in rows) else 0
 

@@ -50,6 +50,7 @@ class Setting:
     dtype: torch.dtype
     device: torch.device
     own: dict
+    rounds: int
     copies: int | None
     base: tuple[str, str, types.ModuleType] | None = None
     flex: bool = True
@@ -59,7 +60,6 @@ class Setting:
 class Case:
     """One problem in several copies with separate buffers: calls[provider][i]() runs copy i."""
 
-    name: str  # in a skew sweep "FAMILY, skew R"
     bytes: int  # useful bytes: must be read or written
     baseline: str
     shape: str = ""
@@ -172,13 +172,12 @@ def randoms(setting, seed):
 class Layer:
     """Sizes of one layer's cache: (B, Hkv, G, D) and the kept tokens (S,) of S = B * Hkv segments."""
 
-    name: str
+    name: str  # of the case; in a skew sweep it ends with the layout
     shape: str
     sizes: tuple
     tokens: int  # per head before pruning
     lengths: torch.Tensor
     layout: str
-    flags: list  # of the command that selects only this layer
 
 
 def layers(args, itemsize):
@@ -188,23 +187,17 @@ def layers(args, itemsize):
             b, mean = fit(args, shape, size, itemsize)
             sizes = b, hkv, *_ = (b, *LAYERS[shape][1:])
             label = shape if b == LAYERS[shape][0] else f"{shape} x {b}"
-            flags = ["--shapes", shape, "--mbytes" if args.mbytes else "--tokens", size]
-            if args.skew:
-                # one head `ratio` times as long as the mean, all others equally shorter; the total is fixed
-                family, flags = f"{label}, {mean} tokens on average", [*flags, "--skew", *args.skew, "--layouts"]
-                for ratio in sorted({1.0, *args.skew}):
-                    layout, lengths = f"skew {ratio:g}", one_long(b * hkv, b * hkv * mean, round(ratio * mean))
-                    name, tokens = f"{family}, {layout}", int(lengths.max())
-                    if not args.layouts or layout in args.layouts:
-                        yield Layer(name, shape, sizes, tokens, lengths, layout, [*flags, layout])
-                continue
-            for retention in args.retention:
+            # of a sweep: one head `ratio` times as long as the mean, all others equally shorter; the total is fixed
+            for ratio in sorted({1.0, *args.skew}) if args.skew else ():
+                layout, lengths = f"skew {ratio:g}", one_long(b * hkv, b * hkv * mean, round(ratio * mean))
+                name = f"{label}, {mean} tokens on average, {layout}"
+                yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout)
+            for retention in args.retention if not args.skew else ():
                 tokens = round(mean / retention) if args.mbytes else size
                 for layout in layouts_of(args, retention):
                     lengths = lengths_of(layout, b, hkv, tokens, retention, torch.Generator().manual_seed(0))
                     name = f"{label}, {tokens} tokens, {retention:g} kept, {layout}"
-                    more = [*flags, "--retention", retention, "--layouts", layout]
-                    yield Layer(name, shape, sizes, tokens, lengths, layout, more)
+                    yield Layer(name, shape, sizes, tokens, lengths, layout)
 
 
 def layouts_of(args, retention):
@@ -304,7 +297,7 @@ def attention_case(op, layer, setting):
     row = 2 * d * dtype.itemsize  # of K and V
     size = row * (rows + 2 * b * hkv * append)  # the new token is read and written
     reads_more = "sdpa, all tokens" if rows < b * hkv * layer.tokens else None
-    case = Case(layer.name, size, "sdpa, all tokens", layer.shape, layer.layout, reads_more)
+    case = Case(size, "sdpa, all tokens", layer.shape, layer.layout, reads_more)
     for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 3 * rows))):
         q, new, dense, arenas, (start, length, cap) = make_copy(layer, setting, append, i)
         padded = [t[:, :, : longest + append].clone() for t in dense]
@@ -399,10 +392,10 @@ def add_flat(case, layer, setting, q, arenas, new, check):
     of the graph.
     """
     provider = "adakv-style" if new else "varlen, heads as batch"
-    if why := rivals.varlen_missing(setting.dtype, setting.device):
+    if why := rivals.missing_16_bit_cuda(setting.dtype, setting.device):
         case.missing[provider] = why
         return
-    attend = rivals.heads_as_batch(rivals.varlen_attn(), layer.lengths + bool(new), layer.sizes[2], setting.device)
+    attend = rivals.heads_as_batch(layer.lengths + bool(new), layer.sizes[2], setting.device)
     sizes, flat = [size for n in layer.lengths.tolist() for size in (n, SLACK)], []
     for i, arena in enumerate(arenas):
         parts = list(arena.split(sizes))  # views: the rows of a segment, its free slots, the rows of the next
@@ -415,19 +408,18 @@ def add_flat(case, layer, setting, q, arenas, new, check):
 # ---------------------------------------------------------------- the other ops
 
 
-def scores_case(shape, tokens, setting, rows=1):
-    """window_scores of the last rows of a prompt, beside a plain softmax."""
+def scores_case(shape, tokens, setting):
+    """window_scores of the last row of a prompt, beside a plain softmax."""
     _, hkv, group, d = LAYERS[shape]
     size = hkv * tokens * d * setting.dtype.itemsize
-    case = Case(f"{shape}, {tokens} tokens, {rows} rows", size, "plain softmax", shape)
+    case = Case(size, "plain softmax", shape)
     for i in range(copies_for(setting, size, 2 * size)):
         random = randoms(setting, i)
-        q, k = random(hkv * group, rows, d), random(hkv, tokens, d)
+        q, k = random(hkv * group, 1, d), random(hkv, tokens, d)
 
         def plain(q=q, k=k, compute=torch.float32, product=torch.matmul):
             scores = product(q.to(compute), k.to(compute).repeat_interleave(group, 0).transpose(1, 2)) * d**-0.5
-            column = torch.arange(tokens, device=q.device)
-            return scores.masked_fill(column > column[-rows:, None], float("-inf")).softmax(-1).mean(1)
+            return scores.softmax(-1)[:, 0]
 
         def check(call, plain=plain):
             units = setting.device.type == "cuda" and setting.dtype.itemsize == 2
@@ -450,7 +442,7 @@ def pack_case(shape, tokens, retention, setting):
     _, hkv, _, d = LAYERS[shape]
     row = 2 * d * setting.dtype.itemsize  # of K and V
     size = 2 * row * round(retention * hkv * tokens)  # read and written
-    case = Case(f"{shape}, {tokens} tokens, {retention:g} kept", size, "indexing", shape)
+    case = Case(size, "indexing", shape)
     for i in range(copies_for(setting, size, row * hkv * tokens)):
         random = randoms(setting, i)
         k, v = random(hkv, tokens, d), random(hkv, tokens, d)
@@ -481,14 +473,14 @@ def kept_rows(packed):
 # ---------------------------------------------------------------- whole models
 
 
-def step_case(tokens, retention, layout, rounds, setting):
+def step_case(tokens, retention, layout, setting):
     """One decode step of the demo model on a prompt of `tokens`: dense cache with all tokens, and ragged caches."""
     checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
     model, config = checkpoint.model.language_model, checkpoint.config.text_config
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 600, (1, tokens), generator=generator)
     x = model.model.embed_tokens.weight[ids.to(setting.device)]
-    layers, heads, steps = config.num_hidden_layers, config.num_key_value_heads, 2 * rounds + 8
+    layers, heads, steps = config.num_hidden_layers, config.num_key_value_heads, 2 * setting.rounds + 8
 
     def prune(layer, q, k, v):
         generator = torch.Generator().manual_seed(layer)  # same choice for every cache
@@ -505,10 +497,8 @@ def step_case(tokens, retention, layout, rounds, setting):
         model.prefill(x, cache, prune=prune if retention < 1 and name != "dense cache" else None)
     q = torch.randn(1, config.num_attention_heads, config.head_dim, generator=generator).to(setting.device)
     weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith(("lm_head", "model.embed_tokens")))
-    case = Case(
-        f"demo model, 1 x {tokens} tokens, {retention:g} kept, {layout}", weights + ragged.nbytes_held, "dense cache",
-        layout=layout, reads_more="dense cache", repeatable=False, missing={triton: why} if why else {},
-    )  # fmt: skip
+    case = Case(weights + ragged.nbytes_held, "dense cache", layout=layout, reads_more="dense cache", repeatable=False)
+    case.missing = {triton: why} if why else {}
     for name, cache in caches.items():
         check = partial(attended, cache, q)
         case.add(name, partial(model.decode, x[:, 0], cache), lambda _, check=check: check(), name == case.baseline)
@@ -516,18 +506,18 @@ def step_case(tokens, retention, layout, rounds, setting):
 
 
 def prefill_model(shape, setting):
-    """(name, Llama, look-ahead rows): the demo model in fp32, or two layers of the 7B shape with random weights."""
+    """(Llama, look-ahead rows): the demo model in fp32, or two layers of the 7B shape with random weights."""
     if shape == "demo":
         checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
-        return "demo model", checkpoint.model.language_model, checkpoint.lookahead
+        return checkpoint.model.language_model, checkpoint.lookahead
     language = harness.random_language(TextConfig(num_hidden_layers=2), setting.dtype, setting.device)
     lookahead = Lookahead(language).to(setting.device, setting.dtype).requires_grad_(False)
-    return "2 layers of the 7B shape", language, lookahead
+    return language, lookahead
 
 
 def prefill_case(shape, tokens, setting):
     """Prefill of `tokens` positions, all but 16 of them a picture: without a cache, with all kept, and pruned."""
-    name, model, rows = prefill_model(shape, setting)
+    model, rows = prefill_model(shape, setting)
     config, dtype = model.config, model.model.norm.weight.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, tokens, config.hidden_size, generator=generator).to(setting.device, dtype)
@@ -552,7 +542,7 @@ def prefill_case(shape, tokens, setting):
         both = zip(given, states, strict=True)  # result, plain, float64 reference
         return [torch.cat((a.flatten() / scales[0], b.flatten() / scales[1])) for a, b in both]
 
-    case = Case(f"{name}, prefill of {tokens} tokens", 0, "no cache")
+    case = Case(0, "no cache")
     case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, exact), rival=True)
     case.add("kept all", partial(prefill, None), check)
     for spec in METHODS:
