@@ -328,7 +328,7 @@ def guests(monkeypatch):
     stand_in = FlashInfer()
     for name in ("flex_missing", "flashinfer_missing", "missing_16_bit_cuda"):
         monkeypatch.setattr(rivals, name, lambda *_: None)
-    monkeypatch.setattr(rivals, "varlen_attn", varlen)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=varlen))
     stand_in.compiled = []  # names; flex_attention compiles something itself
     monkeypatch.setattr(torch, "compile", lambda f, **_: stand_in.compiled.append(f.__name__) or f)
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
@@ -339,7 +339,7 @@ def guests(monkeypatch):
 @pytest.mark.parametrize("op", bench_kernels.ATTENTION)
 @pytest.mark.parametrize("attend", [varlen, older_varlen])
 def test_other_libraries_attend_to_what_heads_keep(op, attend, guests, tmp_path, monkeypatch):
-    monkeypatch.setattr(rivals, "varlen_attn", attend)
+    monkeypatch.setattr(sys.modules["torch.nn.attention.varlen"], "varlen_attn", attend)
     flags = ["--shapes", "demo", "qwen", "--tokens", "32", "--retention", "0.5"]  # equal lengths fill a page
     _, rows = measured(tmp_path, op, *ONE, "equal", "zipf", *flags)
     flat = "varlen, heads as batch" if op == "ragged_decode" else "adakv-style"

@@ -9,7 +9,6 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 PAGE = 16  # slots per page of FlashInfer's cache, vLLM's default
 
@@ -29,6 +28,8 @@ def heads_as_batch(lengths, group, device):
     Some versions lack enable_gqa. The G heads of a group are then passed as G query tokens of one head, which is
     equivalent without a causal mask.
     """
+    from torch.nn.attention.varlen import varlen_attn
+
     one_token = group == 1 or "enable_gqa" in inspect.signature(varlen_attn).parameters
     tokens, heads = (1, group) if one_token else (group, 1)
     segments, longest = len(lengths), int(lengths.max())
