@@ -36,6 +36,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -140,21 +141,20 @@ class Child:
         self.process.join()
 
 
-def run_tasks(tasks, rounds, start):
-    """Run all tasks, alternating rounds -> {task: {"facts", "rounds", "why"}}. start: function task -> Child."""
+def run_tasks(tasks, rounds):
+    """Run all tasks, alternating rounds -> {task: {"facts", "rounds", "why"}}."""
     found, running = {}, {}
     try:
         for task in tasks:
             say(f"{task.workload.name}: {task.engine}, {task.prune}")
-            running[task] = start(task)
+            running[task] = Child(task)
         for task, child in running.items():
             found[task] = {"facts": {}, "rounds": [], "why": None} | child.reply()
-        ready = {task: child.ask for task, child in running.items() if not found[task]["why"]}
-        replies, broken = harness.take_turns(ready, rounds)
-        for task, answers in replies.items():
-            found[task]["rounds"] = [answer for answer in answers if "first" in answer]
-            reasons = [answer["why"] for answer in answers if "why" in answer]
-            found[task]["why"] = next(iter(reasons), task in broken and harness.said(broken[task]) or None)
+        for _, (task, child) in product(range(rounds), running.items()):
+            if found[task]["why"] is None:
+                answer = child.ask()
+                found[task]["rounds"].append(answer)
+                found[task]["why"] = answer.get("why")
     finally:
         for child in running.values():
             child.close()
@@ -317,7 +317,7 @@ def bench(args, argv):
         found, known = {}, []
         together = not cuda and fits(len(tasks) * size, "SC_AVPHYS_PAGES")  # on a GPU times hardly vary
         for group in [tasks] if together else [[task] for task in tasks]:
-            found |= run_tasks(group, args.rounds, Child)
+            found |= run_tasks(group, args.rounds)
             known = make_rows(found, text.max_position_embeddings, shape, itemsize, 1e9 * about["bandwidth_GBps"])
             harness.save(args, about, rows + known)  # keep partial results of an interrupted run
         rows += known
