@@ -1,5 +1,6 @@
 """What bench_decode.py times: a whole answer by one engine, checked once. Each engine has a process of its own."""
 
+import contextlib
 import os
 import re
 import statistics
@@ -363,8 +364,9 @@ class Calls(TorchDispatchMode):
 def serve(task, pipe):
     """Work on a task in a process of its own: send the facts, then a reply for every message that arrives."""
     os.dup2(2, 1)  # what a method prints must not mix with the tables
-    for reply in replies(task, iter(pipe.recv, None)):
-        pipe.send(reply)
+    with contextlib.suppress(OSError):  # the parent has ended
+        for reply in replies(task, iter(pipe.recv, None)):
+            pipe.send(reply)
 
 
 def replies(task, asked):
