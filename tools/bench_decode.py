@@ -26,15 +26,17 @@ attend to pictures alike.
 """
 
 import contextlib
-import json
+import ctypes
+import multiprocessing
 import os
 import re
+import signal
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -50,7 +52,7 @@ from model.fast import FastStep  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from tools import engines, harness, roofline  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, unwritable, write_json  # noqa: E402
-from tools.engines import ENGINES, OURS, WATCHED, Task, Workload, error, method_of, random_config  # noqa: E402
+from tools.engines import ENGINES, OURS, WATCHED, Task, Workload, error, method_of  # noqa: E402
 from tools.shapes import SHAPES  # noqa: E402
 
 USUAL = {  # default workloads; {0} is the number of tokens of a picture; `long` on GPUs only
@@ -114,39 +116,45 @@ class Child:
     """A process that works on a task."""
 
     def __init__(self, task):
-        words = [sys.executable, engines.__file__, json.dumps(asdict(task))]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(words, start_new_session=True, **pipes)  # only the parent gets Ctrl-C
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=engines.serve, args=(task, other))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: only the parent gets Ctrl-C
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        other.close()  # so that `reply` sees the end of the process
 
     def reply(self):
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else {"why": f"its process exited with {self.process.wait()}"}
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return {"why": f"its process exited with {self.process.exitcode}"}
 
     def ask(self):
-        with contextlib.suppress(BrokenPipeError):  # the process has ended; `reply` reports its exit code
-            print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(OSError):  # the process has ended; `reply` reports its exit code
+            self.pipe.send("go")
         return self.reply()
 
     def close(self):
         self.process.kill()
-        self.process.communicate()
+        self.process.join()
 
 
-def run_tasks(tasks, rounds, start):
-    """Run all tasks, alternating rounds -> {task: {"facts", "rounds", "why"}}. start: function task -> Child."""
+def run_tasks(tasks, rounds):
+    """Run all tasks, alternating rounds -> {task: {"facts", "rounds", "why"}}."""
     found, running = {}, {}
     try:
         for task in tasks:
             say(f"{task.workload.name}: {task.engine}, {task.prune}")
-            running[task] = start(task)
+            running[task] = Child(task)
         for task, child in running.items():
             found[task] = {"facts": {}, "rounds": [], "why": None} | child.reply()
-        ready = {task: child.ask for task, child in running.items() if not found[task]["why"]}
-        replies, broken = harness.take_turns(ready, rounds)
-        for task, answers in replies.items():
-            found[task]["rounds"] = [answer for answer in answers if "first" in answer]
-            reasons = [answer["why"] for answer in answers if "why" in answer]
-            found[task]["why"] = next(iter(reasons), task in broken and harness.said(broken[task]) or None)
+        for _, (task, child) in product(range(rounds), running.items()):
+            if found[task]["why"] is None:
+                answer = child.ask()
+                found[task]["rounds"].append(answer)
+                found[task]["why"] = answer.get("why")
     finally:
         for child in running.values():
             child.close()
@@ -190,31 +198,30 @@ def is_wrong(task, facts, unpruned, reference, plain=None):
 def make_rows(found, context, shape, itemsize, bandwidth):
     """A row for each task. found: {task: {"facts", "rounds", "why"}}, unpruned first; shape: a roofline.Shape."""
     unpruned = next((r["facts"] for t, r in found.items() if t.engine in OURS and t.prune == "none"), {})
-    hf = [(t.engine, r["facts"]) for t, r in found.items() if t.engine not in OURS and r["facts"]]
-    rows = []
+    hf = next(((t.engine, r["facts"]) for t, r in found.items() if t.engine not in OURS and r["facts"]), None)
+    rows = {}  # {(engine, prune): row}
     for task, result in found.items():
         w, facts, why = task.workload, result["facts"], result["why"]
-        row = {
-            "engine": task.engine, "prune": task.prune, "workload": w.name, "batch": w.batch,
-            "vision_tokens": sum(w.pictures), "text_tokens": w.text,
-            "beyond_context": w.tokens + task.new_tokens > context, "right": None, "why": why,
-        }  # fmt: skip
+        right = None  # not timed
         if why is None:
             twin = found.get(replace(task, engine="ours")) if task.engine == "ours-compile" else None
-            row["why"] = is_wrong(task, facts, unpruned, hf[0] if hf else None, twin and twin["facts"])
-            same = next((r for r in rows if (r["engine"], r["prune"]) == (task.engine, "none")), {})
-            if task.prune != "none" and same.get("right") is False:  # the same code, unpruned
-                row["why"] = row["why"] or "the unpruned run is wrong"
-            row["right"] = row["why"] is None
+            why = is_wrong(task, facts, unpruned, hf, twin and twin["facts"])
+            if why is None and rows.get((task.engine, "none"), {}).get("right") is False:
+                why = "the unpruned run is wrong"  # the same code
+            right = why is None
         elif task.engine in OURS and not re.search(r"[Oo]ut ?[Oo]f ?[Mm]emory|can't allocate|exited with -9", why):
-            row["right"] = False  # a fault of this project
-        if row["right"] and not any(r["steps"] for r in result["rounds"]):
-            row["right"], row["why"] = None, "the answer has a single token"
-        if row["right"]:
+            right = False  # a fault of this project
+        if right and not any(r["steps"] for r in result["rounds"]):
+            right, why = None, "the answer has a single token"
+        row = rows[task.engine, task.prune] = {
+            "engine": task.engine, "prune": task.prune, "workload": w.name, "batch": w.batch,
+            "vision_tokens": sum(w.pictures), "text_tokens": w.text,
+            "beyond_context": w.tokens + task.new_tokens > context, "right": right, "why": why,
+        }  # fmt: skip
+        if right:
             row |= speeds(w.batch, facts, result["rounds"], shape, itemsize, bandwidth)
-        rows.append(row)
-    compare(rows)
-    return rows
+    compare({key: row for key, row in rows.items() if row["right"]})
+    return [*rows.values()]
 
 
 def speeds(batch, facts, rounds, shape, itemsize, bandwidth):
@@ -232,25 +239,27 @@ def speeds(batch, facts, rounds, shape, itemsize, bandwidth):
     } | {f"step_{name}": n for name, n in facts.get("step", {}).items()}  # fmt: skip
 
 
-def compare(rows):
-    """Add to our rows the speed-up over the unpruned run and over transformers."""
-    timed = {(row["engine"], row["prune"]): row for row in rows if row["right"]}
-    for (engine, _), row in timed.items():
+def compare(timed):
+    """Add to our rows the speed-up over the unpruned run and over transformers. timed: {(engine, prune): row}."""
+    for (engine, prune), row in timed.items():
         if engine not in OURS:
             continue
         if base := timed.get((engine, "none")):
             row["speedup"] = base["ms_per_token"] / row["ms_per_token"]
             row["ceiling_reached"] = row["speedup"] / row["ceiling_speedup"]
-        for (other, prune), theirs in timed.items():
-            if other not in OURS or (other != engine and prune == row["prune"]):
+        for (other, others), theirs in timed.items():
+            if other not in OURS or (other != engine and others == prune):
                 row[f"decode_x_{other}"] = theirs["ms_per_token"] / row["ms_per_token"]
                 row[f"ttft_x_{other}"] = theirs["ttft_ms"] / row["ttft_ms"]
 
 
-HEAD = (
-    f"  {'engine':14}{'prune':22}{'kept':>7}{'TTFT ms':>10}{'ms/token':>10}{'p20':>9}{'p80':>9}{'tokens/s':>10}"
-    f"{'KV MB':>10}{'peak MB':>10}{'roofline ms':>13}{'reached':>9}{'ceiling':>9}{'speed-up':>10}"
-)
+COLUMNS = (  # title, key, factor, width, format
+    ("kept", "kept", 1, 6, ".1%"), ("TTFT ms", "ttft_ms", 1, 9, ".2f"), ("ms/token", "ms_per_token", 1, 9, ".3f"),
+    ("p20", "ms_p20", 1, 8, ".3f"), ("p80", "ms_p80", 1, 8, ".3f"), ("tokens/s", "tokens_per_s", 1, 9, ".1f"),
+    ("KV MB", "kv_bytes_held", 1e-6, 9, ".2f"), ("peak MB", "peak_bytes", 1e-6, 9, ".0f"),
+    ("roofline ms", "roofline_ms", 1, 12, ".3f"), ("reached", "roofline_reached", 1, 8, ".1%"),
+    ("ceiling", "ceiling_speedup", 1, 8, ".2f"), ("speed-up", "speedup", 1, 9, ".2f"),
+)  # fmt: skip
 
 
 def show(rows):
@@ -258,25 +267,20 @@ def show(rows):
     first = rows[0]
     beyond = ", LONGER THAN THE MODEL'S CONTEXT" if first["beyond_context"] else ""
     prompt = f"{first['batch']} x ({first['vision_tokens']} vision + {first['text_tokens']} text) tokens"
-    yield f"{first['workload']}: {prompt}{beyond}"
-    yield HEAD
-    for row in rows:
-        name = f"  {row['engine']:14}{row['prune']:22}"
-        if not row["right"]:
-            yield f"{name}{'not timed: ' + row['why'] if row['right'] is None else 'WRONG, not timed: ' + row['why']}"
-            continue
-        times = f"{row['ttft_ms']:10.2f}{row['ms_per_token']:10.3f}{row['ms_p20']:9.3f}{row['ms_p80']:9.3f}"
-        sizes = f"{row['kv_bytes_held'] / 1e6:10.2f}{row['peak_bytes'] / 1e6:10.0f}"
-        floor = f"{row['roofline_ms']:13.3f}{100 * row['roofline_reached']:7.1f} %"
-        gain = f"{row['ceiling_speedup']:8.2f}x{row['speedup']:9.2f}x" if "speedup" in row else ""
-        yield f"{name}{100 * row['kept']:5.1f} %{times}{row['tokens_per_s']:10.1f}{sizes}{floor}{gain}"
-        if "step_launches" in row:
-            counts = ", ".join(f"{n:,g} {k[5:].replace('_', ' ')}" for k, n in row.items() if k.startswith("step_"))
-            yield f"    per step: {counts}"
-        than = sorted({k.split("_x_")[1] for k in row if "_x_" in k})
-        if than:
-            said = (f"{e} {row[f'decode_x_{e}']:.2f} (first token {row[f'ttft_x_{e}']:.2f})" for e in than)
-            yield f"    speed-up over {', '.join(said)}"
+    yield f"\n{first['workload']}: {prompt}{beyond}"
+    yield from harness.table(rows, {"engine": 13, "prune": 21}, COLUMNS, notes)
+
+
+def notes(row):
+    """Lines below a row: the cost of a step, and the speed relative to other engines."""
+    lines = ""
+    if "step_launches" in row:
+        counts = (f"{n:,g} {k[5:].replace('_', ' ')}" for k, n in row.items() if k.startswith("step_"))
+        lines += f"\n    per step: {', '.join(counts)}"
+    if than := sorted(k.removeprefix("decode_x_") for k in row if k.startswith("decode_x_")):
+        said = (f"{e} {row[f'decode_x_{e}']:.2f} (first token {row[f'ttft_x_{e}']:.2f})" for e in than)
+        lines += f"\n    speed-up over {', '.join(said)}"
+    return lines
 
 
 # ---------------------------------------------------------------- the whole run
@@ -313,11 +317,11 @@ def bench(args, argv):
         found, known = {}, []
         together = not cuda and fits(len(tasks) * size, "SC_AVPHYS_PAGES")  # on a GPU times hardly vary
         for group in [tasks] if together else [[task] for task in tasks]:
-            found |= run_tasks(group, args.rounds, Child)
+            found |= run_tasks(group, args.rounds)
             known = make_rows(found, text.max_position_embeddings, shape, itemsize, 1e9 * about["bandwidth_GBps"])
             harness.save(args, about, rows + known)  # keep partial results of an interrupted run
         rows += known
-        print("", *show(known), sep="\n", flush=True)
+        print(*show(known), sep="\n", flush=True)
     return 1 if any(row["right"] is False for row in rows) else 0
 
 
@@ -326,7 +330,8 @@ def chosen_model(args):
     if args.shape:
         if args.model or args.image:
             raise InputError("--shape uses random weights without a vision tower; leave out --model and --image")
-        return random_config(args.shape), roofline.tower_of(SHAPES[args.shape][1]).patches, None
+        text, vision, _ = SHAPES[args.shape]
+        return TextConfig(**text), roofline.tower_of(vision).patches, None
     if args.model is None:
         args.model, args.image = ROOT / "assets" / "demo", args.image or str(ROOT / "assets" / "demo.png")
     checkpoint = open_checkpoint(args.model)
@@ -358,14 +363,12 @@ def about_run(args, argv, device, dtype, model):
 def growth(args, argv):
     """Measure a small model: decode step time over kept tokens, prefill memory over prompt tokens -> exit code."""
     device = choose_device(args.device)
-    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        # allocate and free large blocks directly with the system, so that process size equals live memory
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        return subprocess.run([sys.executable, __file__, *argv], env=environment).returncode
     if device.type == "cpu" and sys.platform != "linux":
         raise InputError("--growth on a CPU reads process memory from Linux; give --device cuda or run it on Linux")
     if wrong := unwritable(args.json, args.plot):
         raise InputError(wrong)
+    if device.type == "cpu":
+        free_at_once()
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     tokens = [64, 128, 192] if args.smoke else [1024, 2048, 4096, 8192, 16384]
     thin = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -385,6 +388,11 @@ def growth(args, argv):
     if args.plot:
         plot(about, tokens, lines, args.plot)
     return 0
+
+
+def free_at_once():
+    """From now on return freed blocks of 64 KB or more to the system, so that process size equals live memory."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD of glibc
 
 
 @torch.inference_mode()
@@ -422,25 +430,10 @@ def prefill_peak(language, tokens):
         return harness.prefill(language, x, RaggedCache(config.num_hidden_layers), method, spans)
 
     prefill()  # one-time allocations
-    before = peak_from_now(x.device)
+    harness.reset_peak(x.device)
+    before = harness.peak_memory(x.device)
     prefill()
-    return peak(x.device) - before
-
-
-def peak_from_now(device):
-    """Reset the peak -> bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak(device)
-
-
-def peak(device):
-    """Peak bytes since the reset: of the allocator on CUDA, of the process on a CPU (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return harness.peak_memory(x.device) - before
 
 
 def fitted(x, y):

@@ -19,16 +19,14 @@ Each row is one provider on one case: median time of a call, 20th and 80th perce
     ceiling    useful bytes per second as a fraction of the measured memory bandwidth, and in GB/s
     max error  largest absolute difference from a float64 reference
 
-The command below a case's name reproduces that case alone. A round calls every copy of the problem once. Each copy has
+The command below a case's name repeats that case alone. A round calls every copy of the problem once. Each copy has
 its own buffers, so that caches hold little of them (but a decode step reads the same model in every call).
 On CUDA a round is one captured graph of at least 16 calls. All copies are checked before timing, two of them again
 afterwards; a wrong provider gets no numbers. tools/plot_bench.py draws the output of --json.
 """
 
-import contextlib
 import importlib.util
 import io
-import itertools
 import shlex
 import statistics
 import subprocess
@@ -37,6 +35,8 @@ import tempfile
 import time
 import zipfile
 from functools import partial
+from importlib.machinery import SourceFileLoader
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ from model import InputError  # noqa: E402
 from model.checkpoint import DTYPES  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from tools import harness, problems  # noqa: E402
-from tools.command import as_command, exit_code, flags, number, unwritable  # noqa: E402
+from tools.command import as_command, exit_code, flags, number, one_line, one_of, unwritable  # noqa: E402
 from tools.harness import judge, said  # noqa: E402
 from tools.problems import DEFAULT_SHAPES, LAYOUTS, Setting, layers, layouts_of  # noqa: E402
 from tools.shapes import LAYERS  # noqa: E402
@@ -84,7 +84,8 @@ PRESETS = {
 def parser():
     p, positive = flags(__doc__), number(float, 0, open_low=True)
     # fmt: off
-    p.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)} or all (default ragged_decode)")
+    p.add_argument("ops", nargs="*", metavar="OP", type=one_of(*OPS, "all"),
+                   help=f"{', '.join(OPS)} or all (default ragged_decode)")
     p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: gpu (minutes) or smoke (quick test)")
     p.add_argument("--shapes", nargs="+", choices=LAYERS, metavar="SHAPE",
                    help="default demo, 7b, gqa8; prefill: demo (default, the model) or 7b (two layers of that shape)")
@@ -96,7 +97,7 @@ def parser():
                    help="how a layer's kept rows are distributed over its heads, with equal totals: equal; ragged, "
                         "0.25 to 1.75 times the mean; plphp, PLPHP's three rates over several sequences, or plphp-ada "
                         "over the heads of one; zipf, 1/rank; giant, one head keeps everything, the others share the "
-                        "rest (default equal and ragged). With --skew: the cases of the sweep, such as 'skew 4'")
+                        "rest (default equal and ragged)")
     p.add_argument("--skew", nargs="*", type=number(float, 1), metavar="R",
                    help="instead of --retention: one head R times as long as the mean, total bytes fixed "
                         "(default 1 2 4 8)")
@@ -104,6 +105,7 @@ def parser():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=number(int, 1), default=15, help="timed rounds (default 15)")
     p.add_argument("--copies", type=number(int, 1), help="copies of each problem (default: more than the cache holds)")
+    p.add_argument("--only", metavar="TITLE", help="time only this case, written as in the output: OP: NAME")
     p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file")
     p.add_argument("--base", metavar="REV", help="also time the kernels of this commit (not for prefill and decode)")
     p.add_argument("--no-flex", action="store_true", help="skip FlexAttention, which compiles for every case")
@@ -117,65 +119,65 @@ def parser():
 
 
 def cases(args, setting):
-    """Yield (function that builds a Case, op and flags that select only this case)."""
+    """Yield (title of the case, function that builds it)."""
     for op in args.ops:
+        shapes = args.shapes or (("demo",) if op == "prefill" else DEFAULT_SHAPES)
         if op in ATTENTION:
             for layer in layers(args, setting.dtype.itemsize):
-                yield partial(problems.attention_case, op, layer, setting), [op, *layer.flags]
-            continue
-        shapes = args.shapes or (("demo",) if op == "prefill" else DEFAULT_SHAPES)
-        for shape, tokens in itertools.product(("demo",) if op == "decode" else shapes, args.tokens):
-            selected = [op, "--shapes", shape, "--tokens", tokens]
-            if op in ("window_scores", "prefill"):
-                build = problems.scores_case if op == "window_scores" else problems.prefill_case
-                yield partial(build, shape, tokens, setting), selected
-                continue
-            for retention in args.retention:
-                more = [*selected, "--retention", retention]
-                if op == "ragged_pack":
-                    yield partial(problems.pack_case, shape, tokens, retention, setting), more
-                    continue
-                for layout in layouts_of(args, retention):
-                    build = partial(problems.step_case, tokens, retention, layout, args.rounds, setting)
-                    yield build, [*more, "--layouts", layout]
+                yield f"{op}: {layer.name}", partial(problems.attention_case, op, layer, setting)
+        elif op == "window_scores":
+            for shape, tokens in product(shapes, args.tokens):
+                build = partial(problems.scores_case, shape, tokens, setting)
+                yield f"{op}: {shape}, {tokens} tokens, 1 rows", build
+        elif op == "ragged_pack":
+            for shape, tokens, kept in product(shapes, args.tokens, args.retention):
+                build = partial(problems.pack_case, shape, tokens, kept, setting)
+                yield f"{op}: {shape}, {tokens} tokens, {kept:g} kept", build
+        elif op == "prefill":
+            for shape, tokens in product(shapes, args.tokens):
+                model = "demo model" if shape == "demo" else "2 layers of the 7B shape"
+                build = partial(problems.prefill_case, shape, tokens, setting)
+                yield f"{op}: {model}, prefill of {tokens} tokens", build
+        else:
+            for tokens, kept in product(args.tokens, args.retention):
+                for layout in layouts_of(args, kept):
+                    build = partial(problems.step_case, tokens, kept, layout, setting)
+                    yield f"{op}: demo model, 1 x {tokens} tokens, {kept:g} kept, {layout}", build
 
 
 # ---------------------------------------------------------------- check, time, print
 
 
-def measure(op, case, rounds, bandwidth, device, again):
-    """Rows of one case, one per provider. again: the command that reproduces the case."""
+def measure(about, case, rounds, bandwidth, device):
+    """Rows of one case, one per provider. about: the first columns."""
     verdicts = {name: judge(checks) for name, checks in case.checks.items()}
     wrong = {name: why for name, (why, _) in verdicts.items()}
     runs, graphs, broken = {}, {}, {}
     for name in [name for name in case.calls if not wrong[name]]:
         try:
-            run, count, graphs[name] = harness.captured(case.calls[name], device, case.repeatable)
-            runs[name] = lambda run=run, count=count: harness.seconds(run, device) / count
+            runs[name], graphs[name] = harness.timer(case.calls[name], device, case.repeatable)
         except Exception as why:  # a third-party kernel may raise anything
             broken[name] = why
     times, late = harness.take_turns(runs, 1 + rounds)
     broken |= late
     for name in times | broken:  # check again
         wrong[name] = said(broken[name]) if name in broken else judge(case.checks[name][:2])[0]
-    times = {name: found[1:] for name, found in times.items()}  # the first round warms up
-    about = {"op": op, "case": case.name, "shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6}
-    about |= {"repro": again, "baseline": case.baseline}
-    others = [name for name in case.calls if name in case.rivals | {case.baseline} and not wrong[name]]
+    times = {name: found[1:] for name, found in times.items() if not wrong[name]}  # the first round warms up
+    about |= {"shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6, "baseline": case.baseline}
     rows = []
-    for name in case.calls:
-        row = about | {"provider": name, "guest": name in case.guests, "right": not wrong[name], "why": wrong[name]}
-        if not wrong[name]:
+    for name, why in [*wrong.items(), *case.missing.items()]:
+        right = name in times or (None if name in case.missing else False)
+        row = about | {"provider": name, "guest": name in case.guests, "right": right, "why": why}
+        if right:
             low, median, high = (1e6 * t for t in harness.spread(times[name]))
-            ours = [other for other in times if other.startswith("ours, ") and not wrong[other] and name == case.own]
-            speeds = {rival: times_over(times[rival], times[name]) for rival in others + ours}
             useful = None if name == case.reads_more or not case.bytes else case.bytes / (1e-6 * median)  # bytes/s
+            own = name not in case.rivals and not name.startswith("ours, ")  # from --kernel
+            over = [other for other in times if other in case.rivals or (own and other.startswith("ours, "))]
+            speeds = {other: times_over(times[other], times[name]) for other in over}
             row |= {"us": median, "p20_us": low, "p80_us": high, "speed": speeds.get(case.baseline), "speeds": speeds}
             row |= {"GBps": useful and useful / 1e9, "ceiling": useful and useful / bandwidth}
             row |= {"max_error": verdicts[name][1], "graph": graphs[name]}
         rows.append(row)
-    for name, why in case.missing.items():
-        rows.append(about | {"provider": name, "guest": name in case.guests, "right": None, "why": why})
     return rows
 
 
@@ -184,60 +186,51 @@ def times_over(times, others):
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def against_uniform(rows, family, uniform):
+def against_uniform(rows, uniform):
     """Add to the rows of a skew sweep the ratio of their time to that at equal lengths, which `uniform` stores."""
-    for row in rows:
-        if "us" not in row or not row["layout"].startswith("skew"):
-            continue
-        key = row["op"], family, row["provider"]
+    for row in [row for row in rows if row["right"] and row["layout"].startswith("skew")]:
+        key = row["op"], row["case"].removesuffix(row["layout"]), row["provider"]
         if row["layout"] == "skew 1":
             uniform[key] = row["us"]
         if key in uniform:
             row["over_uniform"] = row["us"] / uniform[key]
 
 
-def show(rows, device):
-    """Yield the lines of a case's table; a provider that is wrong or cannot run here has no numbers."""
-    wide = max(27, *(len(row["provider"]) for row in rows))
-    yield f"  {'':{wide}} {'us':>10} {'20 %':>10} {'80 %':>10} {'speed':>7} {'ceiling':>8} {'GB/s':>7}  max error"
-    for row in rows:
-        if "us" not in row:
-            text = f"not timed: {row['why']}" if row["right"] is None else f"{row['why']}, not timed"
-            yield f"  {row['provider']:{wide}} {text}"
-            continue
-        speed = "-" if row["speed"] is None else f"{row['speed']:.2f}"
-        ceiling, gbps = "-", "-"
-        if row["ceiling"] is not None:
-            ceiling, gbps = f"{100 * row['ceiling']:.1f} %", f"{row['GBps']:.1f}"
-        line = f"  {row['provider']:{wide}} {row['us']:10.1f} {row['p20_us']:10.1f} {row['p80_us']:10.1f} {speed:>7}"
-        line += f" {ceiling:>8} {gbps:>7} {row['max_error']:10.1e}"
-        line += "".join(f"   {row['speeds'][rival]:.2f} x {rival}" for rival in strongest(row))
-        if "over_uniform" in row:
-            line += f"   {row['over_uniform']:5.2f} x the time at equal lengths"
-        if device.type == "cuda" and not row["graph"]:
-            line += "   (no CUDA graph: it synchronises)"
-        yield line
+COLUMNS = (  # title, key, factor, width, format
+    ("us", "us", 1, 10, ".1f"), ("20 %", "p20_us", 1, 10, ".1f"), ("80 %", "p80_us", 1, 10, ".1f"),
+    ("speed", "speed", 1, 7, ".2f"), ("ceiling", "ceiling", 1, 8, ".1%"), ("GB/s", "GBps", 1, 7, ".1f"),
+    ("max error", "max_error", 1, 10, ".1e"),
+)  # fmt: skip
+
+
+def notes(row, device):
+    """The end of a row's line: more ratios, those of a skew sweep, whether it could not be captured."""
+    line = "".join(f"   {row['speeds'][rival]:.2f} x {rival}" for rival in strongest(row))
+    if "over_uniform" in row:
+        line += f"   {row['over_uniform']:5.2f} x the time at equal lengths"
+    if device.type == "cuda" and not row["graph"]:
+        line += "   (no CUDA graph: it synchronises)"
+    return line
 
 
 def strongest(row):
-    """Providers to compare a row of ours with: the fastest rival besides the baseline, and its backend of --base; for
-    the function of --kernel also our backends."""
+    """Providers to compare a row of ours with: the fastest rival besides the baseline, --base, and for the function of
+    --kernel also our backends."""
     if row["provider"] in row["speeds"]:
         return []
-    ours = [name for name in row["speeds"] if name.startswith("ours, ")]
-    others = [name for name in row["speeds"] if name not in (row["baseline"], *ours) and not name.startswith("base ")]
-    backend = row["provider"].removeprefix("ours")  # ", torch"
-    past = [name for name in row["speeds"] if name.startswith("base ") and name.endswith(backend)]
-    return [*sorted(others, key=row["speeds"].get)[:1], *past, *ours]
+    ours = [name for name in row["speeds"] if name.startswith(("ours, ", "base "))]
+    others = row["speeds"].keys() - {row["baseline"], *ours}
+    return [*sorted(others, key=row["speeds"].get)[:1], *ours]
 
 
-def one_case(build, selected, args, setting, bandwidth, uniform):
-    """Build, time and print one case -> its rows. Its buffers are freed on return."""
-    case, again = build(), command(selected, args, setting)
-    print(f"\n{selected[0]}: {case.name}, {case.bytes / 1e6:.2f} MB\n  {again}", flush=True)
-    rows = measure(selected[0], case, args.rounds, bandwidth, setting.device, again)
-    against_uniform(rows, case.family, uniform)
-    print("\n".join(show(rows, setting.device)), flush=True)
+def one_case(title, build, again, setting, bandwidth, uniform):
+    """Build, time and print one case -> its rows. Its buffers are freed on return. again: its command."""
+    (op, _, name), case = title.partition(": "), build()
+    print(f"\n{title}, {case.bytes / 1e6:.2f} MB\n  {again}", flush=True)
+    rows = measure({"op": op, "case": name, "repro": again}, case, setting.rounds, bandwidth, setting.device)
+    against_uniform(rows, uniform)
+    names = {"provider": max(27, *(len(row["provider"]) for row in rows))}
+    print("\n".join(harness.table(rows, names, COLUMNS, partial(notes, device=setting.device))), flush=True)
     return rows
 
 
@@ -256,87 +249,65 @@ def parsed(argv):
     for args in found:
         args.ops = list(OPS) if "all" in args.ops else args.ops or ["ragged_decode"]
         args.skew = [1.0, 2.0, 4.0, 8.0] if args.skew == [] else args.skew
-        if unknown := [op for op in args.ops if op not in OPS]:
-            raise InputError(f"unknown op {unknown[0]!r}; use {', '.join(OPS)} or all")
         if "prefill" in args.ops and set(args.shapes or ()) - {"demo", "7b"}:
             raise InputError(f"prefill has no shape {' '.join(args.shapes)}; use demo, 7b")
-        known = [f"skew {ratio:g}" for ratio in sorted({1.0, *args.skew})] if args.skew else LAYOUTS
-        if unknown := [layout for layout in args.layouts or () if layout not in known]:
-            where = " in this --skew sweep" if args.skew else ""
-            raise InputError(f"unknown layout {unknown[0]!r}{where}; use {', '.join(known)}")
+        if unknown := set(args.layouts or ()) - set(() if args.skew else LAYOUTS):
+            raise InputError(f"no layout {' '.join(sorted(unknown))}; use {', '.join(LAYOUTS)}, none with --skew")
     return found
 
 
-def command(selected, args, setting):
-    """The command that runs one case alone. selected: from `cases`."""
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == setting.dtype)
-    words = ["python", "tools/bench_kernels.py", *selected, "--dtype", dtype, "--device", setting.device]
-    words += ["--rounds", args.rounds, *(["--no-flex"] if args.no_flex else [])]
-    base = setting.base and setting.base[1]  # the hash, because HEAD moves
-    for flag, value in (("--copies", args.copies), ("--kernel", args.kernel), ("--base", base)):
-        words += [flag, value] if value else []
+def repeated(argv, setting, title):
+    """The command that repeats one case of the run with these arguments."""
+    files = flags(None)  # which the command does not overwrite
+    files.add_argument("--json")
+    files.add_argument("--csv")
+    _, words = files.parse_known_args(argv)
+    words += ["--base", setting.base[1]] if setting.base else []  # the hash, because HEAD moves
     interpreter = "" if problems.triton_name(setting.device) == "triton" else "TRITON_INTERPRET=1 "
-    return interpreter + shlex.join(map(str, words))
+    return interpreter + shlex.join(["python", "tools/bench_kernels.py", *words, "--only", title])
 
 
 def load_own(path, ops):
     """Functions of the --kernel file: op -> (file name, function). InputError if there are none."""
     if path is None:
         return {}
-    if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise InputError(f"{path} is not a Python file; give --kernel FILE.py")
     name = Path(path).stem
-    try:
-        module = imported(f"own_{name}", path)
-    except Exception as broken:
-        raise InputError(f"cannot import {path} ({type(broken).__name__}: {broken}); fix the file") from broken
+    module = imported(f"own_{name}", path, "give --kernel FILE.py")
     own = {op: (name, getattr(module, op)) for op in ops if callable(getattr(module, op, None))}
     if not own:
         raise InputError(f"{path} defines none of {', '.join(ops)}; name the function after the op")
     return own
 
 
-def imported(name, path):
-    """Import the module, or the package with this __init__.py, from a path."""
-    found = importlib.util.spec_from_file_location(name, path)
+def imported(name, path, advice):
+    """Import the module, or the package with this __init__.py, from a path. InputError with advice if that fails."""
+    found = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # triton looks up a kernel's module; relative imports look up the package
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as broken:
+        raise InputError(f"cannot import {path} ({said(broken)}); {advice}") from broken
     return module
 
 
-@contextlib.contextmanager
-def kernels_of(rev):
-    """(rev, its hash, its package of kernels) for a commit of this repository; None for None.
-
-    The package's files are in a temporary folder.
-    """
-    if rev is None:
-        yield None
-        return
+def kernels_of(rev, folder):
+    """(rev, its hash, its package of kernels) for a commit of this repository. Writes the package's files to a folder,
+    where triton reads the source when a kernel is first called."""
     wanted = f"--base {rev} is not a commit with kernels"
     sha = git(wanted, "rev-parse", "--verify", "--short", "--end-of-options", f"{rev}^{{commit}}").decode().strip()
-    files = git(wanted, "archive", "--format=zip", sha, "kernels")
-    # kept until the end, because triton reads the source when a kernel is first called
-    with tempfile.TemporaryDirectory(prefix=f"kernels_at_{sha}_") as folder:
-        zipfile.ZipFile(io.BytesIO(files)).extractall(folder)
-        try:
-            package = imported(Path(folder).name, Path(folder) / "kernels" / "__init__.py")
-        except Exception as broken:
-            raise InputError(f"cannot import the kernels of {rev} ({said(broken)}); give another commit") from broken
-        yield rev, sha, package
+    zipfile.ZipFile(io.BytesIO(git(wanted, "archive", "--format=zip", sha, "kernels"))).extractall(folder)
+    path = Path(folder) / "kernels" / "__init__.py"
+    return rev, sha, imported(Path(folder).name, path, f"{rev} does not fit; give another --base")
 
 
 def git(wanted, *words):
     """Output of git, bytes. wanted: beginning of the error message if git fails."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True)
-    except OSError as broken:
-        raise InputError(f"{wanted} ({broken}); install git") from None
-    if done.returncode:
-        *_, why = done.stderr.decode(errors="replace").splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(f"{wanted} ({why}); choose one from git log -- kernels")
-    return done.stdout
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as broken:
+        why = getattr(broken, "stderr", b"").decode(errors="replace") or broken
+        raise InputError(f"{wanted} ({one_line(why)}); choose one from git log -- kernels") from None
 
 
 @torch.inference_mode()
@@ -348,18 +319,23 @@ def bench(argv):
         torch.cuda.set_device(device)  # streams, events and graphs belong to the current device
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     own = load_own(args.kernel, {op for part in parts for op in part.ops})
-    with kernels_of(args.base) as base:
+    with tempfile.TemporaryDirectory(prefix="kernels_of_base_") as folder:
+        base = kernels_of(args.base, folder) if args.base else None
+        settings = [Setting(dtype, device, own, part.rounds, part.copies, base, not part.no_flex) for part in parts]
+        todo = [(*case, s) for part, s in zip(parts, settings, strict=True) for case in cases(part, s)]
+        work = [case for case in todo if args.only in (None, case[0])]
+        if not work:
+            raise InputError(f"--only {args.only} is none of the cases; copy a title from the output")
         if wrong := unwritable(args.json, args.csv):
             raise InputError(wrong)
         about = harness.about_run("bench_kernels", argv, device, str(dtype), args.rounds)
         about |= {"base": base[1]} if base else {}
         print(", ".join(f"{k} {v}" for k, v in about.items()))
         rows, uniform = [], {}
-        for part in parts:
-            setting = Setting(dtype, device, own, part.copies, base, not part.no_flex)
-            for build, selected in cases(part, setting):
-                rows += one_case(build, selected, part, setting, 1e9 * about["bandwidth_GBps"], uniform)
-                harness.save(args, about, rows)
+        for title, build, setting in work:
+            again, bandwidth = repeated(argv, setting, title), 1e9 * about["bandwidth_GBps"]
+            rows += one_case(title, build, again, setting, bandwidth, uniform)
+            harness.save(args, about, rows)
     print(f"\n{time.perf_counter() - begin:.0f} s")
     return 1 if any(row["right"] is False and not row["guest"] for row in rows) else 0
 

@@ -1,38 +1,29 @@
-"""What bench_decode.py times: a whole answer by one engine, checked once. Each engine has a process of its own.
+"""What bench_decode.py times: a whole answer by one engine, checked once. Each engine has a process of its own."""
 
-`python tools/engines.py TASK`, TASK a `Task` in JSON, writes JSON lines to stdout: the facts that the checks need, then
-the times of one answer for each line of stdin.
-"""
-
-import json
-import math
+import contextlib
 import os
 import re
 import statistics
-import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from model import Generation, InputError, Sampling, load, open_checkpoint
+from model.cache import RaggedCache
+from model.checkpoint import DTYPES
+from model.config import TextConfig
+from model.fast import FastStep
+from model.pruning import make_method
 
-from model import Generation, InputError, Sampling, load, open_checkpoint  # noqa: E402
-from model.cache import RaggedCache  # noqa: E402
-from model.checkpoint import DTYPES  # noqa: E402
-from model.config import TextConfig  # noqa: E402
-from model.fast import FastStep  # noqa: E402
-from model.pruning import make_method  # noqa: E402
-from tools import harness  # noqa: E402
-from tools.command import one_line  # noqa: E402
-from tools.hf import hf_inputs, import_transformers  # noqa: E402
-from tools.shapes import SHAPES  # noqa: E402
+from . import harness
+from .hf import hf_inputs, import_transformers
+from .shapes import SHAPES
 
 OURS = ("ours", "ours-compile")
 ENGINES = (*OURS, "hf-eager", "hf-sdpa", "hf-static")
@@ -58,8 +49,7 @@ class Workload:
     @property
     def spans(self):
         """[(start, stop)] of the pictures; a quarter of the text precedes them."""
-        ends = [self.text // 4 + sum(self.pictures[:i]) for i in range(len(self.pictures) + 1)]
-        return list(zip(ends, ends[1:], strict=False))
+        return list(pairwise(accumulate(self.pictures, initial=self.text // 4)))
 
 
 @dataclass(frozen=True)
@@ -92,11 +82,6 @@ def method_of(spec, folder=None, config=None):
     return method
 
 
-def random_config(shape):
-    """TextConfig of a shape."""
-    return TextConfig(**SHAPES[shape][0])
-
-
 # ---------------------------------------------------------------- answers
 
 
@@ -110,7 +95,8 @@ def prepare(task):
 def language_of(task):
     """The Llama of a task and its look-ahead rows, or None."""
     if task.shape:
-        return harness.random_language(random_config(task.shape), DTYPES[task.dtype], task.device, task.seed), None
+        config = TextConfig(**SHAPES[task.shape][0])
+        return harness.random_language(config, DTYPES[task.dtype], task.device, task.seed), None
     checkpoint = load(task.model, task.dtype, task.device)
     return checkpoint.model.language_model, checkpoint.lookahead
 
@@ -188,12 +174,8 @@ def prepare_ours(task):
         "kept": checked.kept,
         "kv_bytes_held": checked.bytes_held,
         "step": step_cost(checked.step, checked.cache),
+        "error": error_of_steps(language, x[0], spans, method, lookahead, checked),
     }
-    if method is None:
-        facts["error"] = error_of_steps(language, x[0], checked)
-    else:
-        facts["error"] = error_of_pruned_steps(language, x[0], spans, method, lookahead, checked)
-    del checked
 
     def again():
         a = run()
@@ -203,25 +185,19 @@ def prepare_ours(task):
 
 
 @torch.inference_mode()
-def error_of_steps(language, x, checked):
-    """Largest error of the step logits against a single prefill of prompt x (T, C) and the generated tokens."""
-    steps = len(checked.logits)
-    said = torch.tensor([ids[0] for ids in checked.ids[: steps - 1]], dtype=torch.long, device=x.device)
-    whole = torch.cat((x, language.model.embed_tokens(said)))[None]
-    wanted = language.logits(language.prefill(whole)[0, -steps:])
-    return max(error(a.tolist(), b.tolist()) for a, b in zip(checked.logits, wanted, strict=True))
-
-
-@torch.inference_mode()
-def error_of_pruned_steps(language, x, spans, method, lookahead, checked):
-    """Largest error of the step logits against steps with a masked `DenseCache` of prompt x (T, C)."""
-    cache = harness.DenseCache(language.config.num_hidden_layers, len(x) + len(checked.logits))
-    harness.prefill(language, x[None], cache, method, spans, lookahead=lookahead)
-    errors = []
-    for ids, got in zip(checked.ids, checked.logits[1:], strict=False):
-        token = language.model.embed_tokens(torch.tensor(ids[:1], device=x.device))
-        errors.append(error(got.tolist(), language.logits(language.decode(token, cache))[0].tolist()))
-    return max(errors)
+def error_of_steps(language, x, spans, method, lookahead, checked):
+    """Largest error of the step logits that follow prompt x (T, C): against a single prefill of the prompt and the
+    generated tokens or, if it was pruned, against steps with a masked `DenseCache`."""
+    said = torch.tensor([ids[0] for ids in checked.ids[: len(checked.logits) - 1]], device=x.device)
+    tokens = language.model.embed_tokens(said)
+    if method is None:
+        wanted = language.logits(language.prefill(torch.cat((x, tokens))[None])[0, len(x) - 1 :])
+    else:
+        cache = harness.DenseCache(language.config.num_hidden_layers, len(x) + len(tokens))
+        harness.prefill(language, x[None], cache, method, spans, lookahead=lookahead)
+        wanted = [language.logits(language.decode(token[None], cache))[0] for token in tokens]
+    errors = [error(a, b) for a, b in zip(checked.logits[-len(wanted) :], wanted, strict=True)]
+    return float(torch.tensor(errors).max())  # NaN if one of them is
 
 
 def prepare_picture(task):
@@ -255,7 +231,6 @@ def prepare_picture(task):
 def prepare_hf(task):
     """As `prepare_ours`, for transformers: generate() with a dynamic cache, or a static cache and torch.compile."""
     transformers = import_transformers()
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = {"max_new_tokens": task.new_tokens, "do_sample": False}
@@ -267,11 +242,12 @@ def prepare_hf(task):
     model, inputs, stop_ids = (hf_llava if task.image else hf_llama)(task, attention)
 
     def again():
-        clock, start = Clock(), time.perf_counter()
+        told, start = [], time.perf_counter()  # when each token's ids can be read
+        clock = SimpleNamespace(put=lambda ids: told.append(time.perf_counter()), end=lambda: None)
         ids = model.generate(**inputs, **options, streamer=clock)
         new = ids.shape[1] - (inputs["input_ids"].shape[1] if task.image else 0)
-        times = clock.times[-new:]  # the streamer gets the prompt first
-        return times[0] - start, [b - a for a, b in zip(times, times[1:], strict=False)]
+        times = told[-new:]  # the streamer gets the prompt first
+        return times[0] - start, [b - a for a, b in pairwise(times)]
 
     checked = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     said = checked.sequences[:, -len(checked.logits) :].tolist()
@@ -279,14 +255,12 @@ def prepare_hf(task):
         "ids": [[i for i in ids if i not in stop_ids][:WATCHED] for ids in said],
         "logits": [] if task.image else [row[0].tolist() for row in checked.logits[:2]],
     }
-    del checked
     return facts, again
 
 
 def hf_llama(task, attention):
     """(transformers' LlamaForCausalLM with our Llama's weights, arguments of generate(), stop ids)."""
     transformers = import_transformers()
-
     language, _ = language_of(task)
     fields = asdict(language.config)
     weights = {name: w.contiguous() for name, w in language.state_dict().items()}  # undo the layout of `arrange`
@@ -310,7 +284,6 @@ def hf_llama(task, attention):
 def hf_llava(task, attention):
     """As `hf_llama`, for LLaVA's or LLaVA-NeXT's class with a picture and a question."""
     transformers = import_transformers()
-
     asked = Generation(open_checkpoint(task.model), task.prompt, [task.image])  # for ids and pixels only
     checkpoint, dtype = asked.checkpoint, DTYPES[task.dtype]
     llava = transformers.AutoModelForImageTextToText
@@ -318,23 +291,10 @@ def hf_llava(task, attention):
     return model, hf_inputs(asked, dtype, task.device), checkpoint.stop_ids
 
 
-class Clock:
-    """A streamer for generate() that records when each token's ids can be read."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, ids):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
 def error(got, wanted):
     """RMS of the difference of two rows of numbers, relative to the RMS of `wanted`."""
-    size = math.fsum(b * b for b in wanted)
-    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(got, wanted, strict=True)) / size) if size else math.inf
+    got, wanted = (torch.as_tensor(row, dtype=torch.float64, device="cpu") for row in (got, wanted))
+    return float((got - wanted).norm() / wanted.norm())
 
 
 # ---------------------------------------------------------------- cost of a step
@@ -401,54 +361,27 @@ class Calls(TorchDispatchMode):
 # ---------------------------------------------------------------- the process
 
 
-class AnonymousMemory(threading.Thread):
-    """Largest RssAnon of this process in bytes, sampled every 20 ms (Linux)."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak = 0
-
-    def run(self):
-        while True:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    self.peak = max(self.peak, int(line.split()[1]) * 1024)
-            time.sleep(0.02)
+def serve(task, pipe):
+    """Work on a task in a process of its own: send the facts, then a reply for every message that arrives."""
+    os.dup2(2, 1)  # what a method prints must not mix with the tables
+    with contextlib.suppress(OSError):  # the parent has ended
+        for reply in replies(task, iter(pipe.recv, None)):
+            pipe.send(reply)
 
 
 def replies(task, asked):
     """{"facts"}, then {"first", "steps", "peak"} in seconds and bytes for each of `asked`; {"why"} after a failure."""
-    device, memory = torch.device(task.device), AnonymousMemory()
-    cuda, linux = device.type == "cuda", sys.platform == "linux"
+    device = torch.device(task.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # streams, graphs and statistics use the current device
-    if linux and not cuda:
-        memory.start()
     try:
         facts, again = prepare(task)
         yield {"facts": facts}
-        memory.peak = 0  # do not count preparation and checks
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        harness.reset_peak(device)  # do not count preparation and checks
         for _ in asked:
             first, steps = again()
-            time.sleep(0.03 if linux and not cuda else 0)  # it samples every 20 ms
-            yield {"first": first, "steps": steps, "peak": torch.cuda.max_memory_allocated() if cuda else memory.peak}
+            yield {"first": first, "steps": steps, "peak": harness.peak_memory(device)}
     except ImportError as missing:
         yield {"why": f"{missing}; see requirements-test.txt"}
     except Exception as broken:  # from transformers or the device; reported in the table
-        yield {"why": f"{type(broken).__name__}: {one_line(broken)[:200]}"}
-
-
-def main():
-    """Write the facts of the task in argv, then a reply for each line of stdin."""
-    task = json.loads(sys.argv[1])
-    task = Task(**task | {"workload": Workload(**task["workload"])})
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # other prints must not mix with the JSON
-    for reply in replies(task, sys.stdin):
-        print(json.dumps(reply), file=channel, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        yield {"why": harness.said(broken)}

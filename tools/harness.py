@@ -8,6 +8,7 @@ import csv
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import time
 from pathlib import Path
@@ -82,12 +83,10 @@ class DenseCache:
         self.lengths = [0] * num_layers  # later layers may see fewer tokens
 
     def pack(self, layer, k, v, keep=None):
-        b, h, t, d = k.shape
-        self.k[layer], self.v[layer] = k.new_empty(b, h, self.capacity, d), k.new_empty(b, h, self.capacity, d)
-        self.k[layer][:, :, :t], self.v[layer][:, :, :t] = k, v
+        b, h, t, _ = k.shape
+        self.k[layer], self.v[layer] = (F.pad(x, (0, 0, 0, self.capacity - t)) for x in (k, v))
         if keep is not None:
-            self.mask[layer] = keep.new_ones(b, h, 1, self.capacity)
-            self.mask[layer][..., :t] = keep.view(b, h, 1, t)
+            self.mask[layer] = F.pad(keep.view(b, h, 1, t), (0, self.capacity - t), value=True)
         self.lengths[layer] = t
         if self.pos is None:
             self.pos = torch.full((b,), t, device=k.device)
@@ -109,15 +108,28 @@ class DenseCache:
         return [t[layer][:, :, : self.lengths[layer]] for t in (self.k, self.v)]
 
 
-# ---------------------------------------------------------------- the clock
+# ---------------------------------------------------------------- the clock and the memory
 
 
-def captured(calls, device, repeatable=True):
-    """(run, calls per run, is it a graph?): one graph on CUDA, a loop over the calls on a CPU."""
-    if device.type != "cuda":
-        return lambda: [call() for call in calls], len(calls), False
-    if repeatable:  # at least 16 calls, to make the gap between two graphs negligible
+def timer(calls, device, repeatable=True):
+    """(function () -> seconds per call, is it a graph?): one graph on CUDA, otherwise a loop over the calls.
+
+    repeatable: False if each call changes the state of later ones.
+    """
+    if device.type == "cuda" and repeatable:  # at least 16 calls, to make the gap between two graphs negligible
         calls = calls * -(-16 // len(calls))
+
+    def loop():
+        for call in calls:
+            call()
+
+    graph = captured(calls, loop) if device.type == "cuda" else None
+    run = loop if graph is None else graph.replay
+    return lambda: seconds(run, device) / len(calls), graph is not None
+
+
+def captured(calls, loop):
+    """A CUDA graph of the loop over the calls; None if they synchronise."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # warm up before the capture
@@ -126,12 +138,11 @@ def captured(calls, device, repeatable=True):
             call()
     torch.cuda.current_stream().wait_stream(side)
     if alone:
-        return lambda: [call() for call in calls], len(calls), False
+        return None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay, len(calls), True
+        loop()
+    return graph
 
 
 def waits(call):
@@ -166,11 +177,9 @@ def take_turns(runs, rounds):
     """Call {name: function} in turn -> ({name: its result in each round}, {name: the exception that stopped it})."""
     results, broken = {name: [] for name in runs}, {}
     for _ in range(rounds):
-        for name, run in runs.items():
-            if name in broken:
-                continue
+        for name in [name for name in runs if name not in broken]:
             try:
-                results[name].append(run())
+                results[name].append(runs[name]())
             except Exception as why:  # a third-party kernel may raise anything
                 broken[name] = why
     return results, broken
@@ -188,9 +197,27 @@ def memory_bandwidth(device):
     x, best = torch.ones(2**28, device=device), 0.0
     y = torch.empty_like(x)
     for work, moved in ((lambda: y.copy_(x), 2 * x.nbytes), (x.sum, x.nbytes)):
-        run, count, _ = captured([work], device)
-        best = max(best, *(count * moved / seconds(run, device) for _ in range(5)))
+        duration, _ = timer([work], device)
+        best = max(best, *(moved / duration() for _ in range(5)))
     return best
+
+
+def reset_peak(device):
+    """Forget the peak that `peak_memory` reports."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Peak bytes since the reset: of the allocator on CUDA, of this process without mapped files on Linux, else 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
+    kilobytes = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
+    return 1024 * (int(kilobytes["VmHWM"]) - int(kilobytes["RssFile"]) - int(kilobytes["RssShmem"]))
 
 
 # ---------------------------------------------------------------- the check
@@ -204,10 +231,9 @@ def judge(checks):
     try:
         results = [check() for check in checks]
         if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
-            return "WRONG RESULT: no tensor of the expected shape", None
+            return "no tensor of the expected shape", None
         got, plain, exact = (torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True))
-        wrong = what_is_wrong(got, plain, exact)
-        return wrong and f"WRONG RESULT: {wrong}", float((got.double() - exact).abs().max())
+        return what_is_wrong(got, plain, exact), float((got.double() - exact).abs().max())
     except Exception as broken:  # a third-party kernel may raise anything
         return said(broken), None
 
@@ -229,7 +255,7 @@ def said(broken):
     """An exception as one short line."""
     if "0 active drivers" in str(broken):  # Triton's error without a GPU
         return NEEDS_CUDA
-    return f"{type(broken).__name__}: {one_line(broken)[:80]}"
+    return f"{type(broken).__name__}: {one_line(broken)[:200]}"
 
 
 # ---------------------------------------------------------------- the machine and the report
@@ -259,9 +285,8 @@ def version(package):
 def cpu_name():
     """The processor's name from /proc/cpuinfo, otherwise from `platform`."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
         return platform.processor() or platform.machine()
 
 
@@ -276,3 +301,21 @@ def save(args, about, rows):
             for row in rows:
                 nested = {key: json.dumps(value) for key, value in row.items() if isinstance(value, dict)}
                 writer.writerow(row | nested | about)
+
+
+def table(rows, names, columns, notes):
+    """Lines of a table, one per row. A row that is wrong (`right` False) or was not timed (None) has no numbers.
+
+    names: {key: width} of the cells with text; columns: (title, key, factor, width, format) of the others;
+    notes: function (row) -> what ends its line.
+    """
+    yield " ".join([" ", *(f"{'':{width}}" for width in names.values()), *(f"{t:>{w}}" for t, _, _, w, _ in columns)])
+    for row in rows:
+        line = " ".join([" ", *(f"{row[key]:{width}}" for key, width in names.items())])
+        if not row["right"]:
+            yield f"{line} {'' if row['right'] is None else 'WRONG, '}not timed: {row['why']}"
+            continue
+        for _, key, factor, width, form in columns:
+            value = row.get(key)
+            line += f" {'-':>{width}}" if value is None else f" {factor * value:{width}{form}}"
+        yield line + notes(row)

@@ -43,40 +43,33 @@ SLACK = 64  # free slots per segment
 class Setting:
     """Settings shared by all cases.
 
-    own: op -> (name, function) from --kernel; base: (REV, its hash, its package of kernels) from --base, or None;
-    copies: None for `copies_for`; flex: whether to time FlexAttention.
+    own: op -> (name, function) from --kernel; copies: None for `copies_for`; base: (REV, its hash, its package of
+    kernels) from --base, or None; flex: whether to time FlexAttention.
     """
 
     dtype: torch.dtype
     device: torch.device
     own: dict
+    rounds: int
     copies: int | None
     base: tuple[str, str, types.ModuleType] | None = None
     flex: bool = True
-
-    @property
-    def matrix_units(self):
-        """Whether the device multiplies this dtype on matrix units."""
-        return self.device.type == "cuda" and self.dtype.itemsize == 2
 
 
 @dataclass
 class Case:
     """One problem in several copies with separate buffers: calls[provider][i]() runs copy i."""
 
-    name: str
     bytes: int  # useful bytes: must be read or written
     baseline: str
     shape: str = ""
     layout: str = ""  # of the lengths: one of LAYOUTS or "skew R"
-    family: str = ""  # shared by the cases of a skew sweep
     reads_more: str | None = None  # provider that reads more than `bytes`, because it does not prune
     repeatable: bool = True  # False: a call changes the state of later calls
     calls: dict = field(default_factory=dict)  # provider -> list of functions
     checks: dict = field(default_factory=dict)  # provider -> functions () -> (result, plain PyTorch, float64 reference)
     missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
-    rivals: set = field(default_factory=set)  # providers besides the baseline to compute speeds over
-    own: str = ""  # the provider from --kernel
+    rivals: set = field(default_factory=set)  # providers to compute speeds over
     guests: set = field(default_factory=set)  # rivals that we do not maintain: an error there does not fail the run
 
     def add(self, provider, call, check, rival=False):
@@ -108,28 +101,28 @@ class Case:
         """Add this project's backends, the function from --kernel, and the backends of --base.
 
         options: function (package) -> keyword arguments; it takes the package because a plan works only with the
-        kernels of its own commit. Options that a function does not accept are dropped.
+        kernels of its own commit.
         """
-        needs, ours = triton_missing(setting.dtype, setting.device), options(kernels)
-        backends = ("torch", "torch", None), ("triton", triton_name(setting.device), needs)
-        for backend, name, why in backends:
+        options = functools.cache(options)
+        backends = {"torch": None, triton_name(setting.device): triton_missing(setting.dtype, setting.device)}
+        for name, why in backends.items():
             if why:
                 self.missing[f"ours, {name}"] = why
             else:
-                self.add(f"ours, {name}", bound(partial(getattr(kernels, op), backend=backend), arguments, ours), check)
+                self.add(f"ours, {name}", call_of(kernels, op, name, arguments, options), check)
         if op in setting.own:
-            self.own, function = setting.own[op]
-            self.add(self.own, bound(function, arguments, ours), check)
-        if setting.base is None:
-            return
-        rev, sha, package = setting.base
-        function = getattr(package, op, None)
-        for backend, name, why in backends:
+            name, function = setting.own[op]
+            self.add(name, bound(function, arguments, options(kernels)), check)
+        if setting.base:
+            rev, _, package = setting.base
+            for name, why in backends.items():
+                build = partial(call_of, package, op, name, arguments, options)
+                self.add_guest(f"base {rev}, {name}", why, build, check)
 
-            def build(backend=backend):
-                return bound(partial(function, backend=backend), arguments, options(package))
 
-            self.add_guest(f"base {rev}, {name}", why if function else f"{sha} has no {op}", build, check)
+def call_of(package, op, name, arguments, options):
+    """The op of a package of kernels on a backend, as a call. name: "torch" or `triton_name`."""
+    return bound(partial(getattr(package, op), backend=name.split()[0]), arguments, options(package))
 
 
 def bound(function, arguments, options):
@@ -179,14 +172,12 @@ def randoms(setting, seed):
 class Layer:
     """Sizes of one layer's cache: (B, Hkv, G, D) and the kept tokens (S,) of S = B * Hkv segments."""
 
-    name: str
+    name: str  # of the case; in a skew sweep it ends with the layout
     shape: str
     sizes: tuple
     tokens: int  # per head before pruning
     lengths: torch.Tensor
     layout: str
-    family: str
-    flags: list  # of the command that selects only this layer
 
 
 def layers(args, itemsize):
@@ -194,18 +185,19 @@ def layers(args, itemsize):
     for shape in args.shapes or DEFAULT_SHAPES:
         for size in args.mbytes or args.tokens:
             b, mean = fit(args, shape, size, itemsize)
-            selected = ["--shapes", shape, "--mbytes" if args.mbytes else "--tokens", size]
-            if args.skew:
-                yield from skewed_layers(args, shape, b, mean, selected)
-                continue
-            for retention in args.retention:
+            sizes = b, hkv, *_ = (b, *LAYERS[shape][1:])
+            label = shape if b == LAYERS[shape][0] else f"{shape} x {b}"
+            # of a sweep: one head `ratio` times as long as the mean, all others equally shorter; the total is fixed
+            for ratio in sorted({1.0, *args.skew}) if args.skew else ():
+                layout, lengths = f"skew {ratio:g}", one_long(b * hkv, b * hkv * mean, round(ratio * mean))
+                name = f"{label}, {mean} tokens on average, {layout}"
+                yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout)
+            for retention in args.retention if not args.skew else ():
                 tokens = round(mean / retention) if args.mbytes else size
                 for layout in layouts_of(args, retention):
-                    sizes, generator = (b, *LAYERS[shape][1:]), torch.Generator().manual_seed(0)
-                    lengths = lengths_of(layout, b, sizes[1], tokens, retention, generator)
-                    name = f"{labelled(shape, b)}, {tokens} tokens, {retention:g} kept, {layout}"
-                    more = ["--retention", retention, "--layouts", layout]
-                    yield Layer(name, shape, sizes, tokens, lengths, layout, name, selected + more)
+                    lengths = lengths_of(layout, b, hkv, tokens, retention, torch.Generator().manual_seed(0))
+                    name = f"{label}, {tokens} tokens, {retention:g} kept, {layout}"
+                    yield Layer(name, shape, sizes, tokens, lengths, layout)
 
 
 def layouts_of(args, retention):
@@ -221,23 +213,6 @@ def fit(args, shape, size, itemsize):
     while b * hkv < 2 * ratio or (args.mbytes and ratio * mean > LONGEST):
         b, mean = 2 * b, mean / 2 if args.mbytes else mean
     return b, max(1, round(mean))
-
-
-def skewed_layers(args, shape, b, mean, selected):
-    """One head `ratio` times as long as the mean, all others equally shorter; the total number of rows is fixed."""
-    sizes, family = (b, *LAYERS[shape][1:]), f"{labelled(shape, b)}, {mean} tokens on average"
-    for ratio in sorted({1.0, *args.skew}):
-        lengths = one_long(b * sizes[1], b * sizes[1] * mean, round(ratio * mean))
-        layout, name = f"skew {ratio:g}", f"{family}, skew {ratio:g}"
-        if not args.layouts or layout in args.layouts:
-            # the whole sweep, because `fit` depends on its largest ratio
-            more = ["--skew", *args.skew, "--layouts", layout]
-            yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout, family, selected + more)
-
-
-def labelled(shape, b):
-    """The shape's name, followed by the number of sequences if it is not the shape's own."""
-    return shape if b == LAYERS[shape][0] else f"{shape} x {b}"
 
 
 def lengths_of(layout, b, hkv, tokens, retention, generator):
@@ -274,10 +249,9 @@ def one_long(segments, total, longest):
 def three_rates(b, hkv, tokens, mean):
     """Lengths (b * hkv,) under PLPHP: a third of the sequences keeps mean - dr, a third mean + dr, the others mean."""
     dr = min(round(0.3 * tokens), mean - 1, tokens - mean)  # PLPHP's dr = 0.3, limited to 1 .. tokens kept
-    lengths, third = torch.full((b,), mean), (b + 1) // 3
-    lengths[:third] -= dr
-    lengths[b - third :] += dr
-    return lengths.repeat_interleave(hkv)
+    third = (b + 1) // 3
+    rates = torch.tensor(third * [mean - dr] + (b - 2 * third) * [mean] + third * [mean + dr])
+    return rates.repeat_interleave(hkv)
 
 
 def pooled_heads(hkv, tokens, mean, generator):
@@ -315,44 +289,42 @@ def attention_case(op, layer, setting):
     """
     (b, hkv, group, d), dtype, device = layer.sizes, setting.dtype, setting.device
     append, rows, longest = op == "ragged_decode_append", int(layer.lengths.sum()), int(layer.lengths.max())
+    lengths = layer.lengths + append  # that are attended to
     # compiled or planned once per case, because its copies have the same lengths
-    lengths = layer.lengths + append
     flex = functools.cache(partial(rivals.flex_over, lengths, group, device))
     pages = functools.cache(partial(rivals.flashinfer_over, lengths, group, d, dtype, device))
+    no_flashinfer = rivals.flashinfer_missing(dtype, device)
     row = 2 * d * dtype.itemsize  # of K and V
     size = row * (rows + 2 * b * hkv * append)  # the new token is read and written
     reads_more = "sdpa, all tokens" if rows < b * hkv * layer.tokens else None
-    case = Case(layer.name, size, "sdpa, all tokens", layer.shape, layer.layout, layer.family, reads_more)
+    case = Case(size, "sdpa, all tokens", layer.shape, layer.layout, reads_more)
     for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 3 * rows))):
         q, new, dense, arenas, (start, length, cap) = make_copy(layer, setting, append, i)
         padded = [t[:, :, : longest + append].clone() for t in dense]
         mask = torch.arange(longest + append, device=device) < length[:, None] + append
         masked = q, *padded, mask.view(b, hkv, 1, -1)
-
-        def places(tensors, *index, new=new):
-            """[(tensor, index, value that a step writes there)] for K and V."""
-            shape = (b, hkv, d) if tensors[0].ndim == 4 else (b * hkv, d)
-            return [(t, index, x.view(shape)) for t, x in zip(tensors, new, strict=True)] if append else []
-
-        end = slice(None), slice(None), -1
-        behind = torch.arange(b * hkv, device=device), length.long()
-        static = {"sdpa, all tokens": ((q, *dense), places(dense, *end))}
+        end, behind = (slice(None), slice(None), -1), (torch.arange(b * hkv, device=device), length.long())
+        padded_places = places([t.flatten(0, 1) for t in padded], behind, new)
+        static = {"sdpa, all tokens": ((q, *dense), places(dense, end, new))}
         if layer.layout == "equal":
-            static["sdpa, rectangle"] = masked[:3], places(padded, *end)
-        static["sdpa, padded + mask"] = masked, places([t.flatten(0, 1) for t in padded], *behind)
+            static["sdpa, rectangle"] = masked[:3], places(padded, end, new)
+        static["sdpa, padded + mask"] = masked, padded_places
         for provider, (arguments, where) in static.items():
             write(where)  # padded is also the reference of the other providers
-            call = partial(write_and_attend, where, attention, *arguments)
-            case.add(provider, call, attention_check(arguments, where), rival=True)
-        add_flat(case, layer, setting, q, arenas, new if append else None, attention_check(masked))
-        build = partial(flex_step, flex, where, masked)  # where: the last above, of the padded heads
-        why = rivals.flex_missing(device, setting.flex)
-        case.add_guest("flex attention", why, build, attention_check(masked, where))
-        add_flashinfer(case, setting, pages, masked, lengths, new if append else ())
-        where = start, length, *((cap,) if append else ())
-        check = attention_check(masked, places(arenas, start.long() + length))
+            step = partial(write_and_attend, where, attention, *arguments)
+            case.add(provider, step, attention_check(arguments, where), rival=True)
+        add_flat(case, layer, setting, q, arenas, new, attention_check(masked))
+        build = partial(guest_step, flex, padded_places, masked[:3])
+        check = attention_check(masked, padded_places)
+        case.add_guest("flex attention", rivals.flex_missing(device, setting.flex), build, check)
+        paged = [] if no_flashinfer else [rivals.paged(t, lengths) for t in padded]
+        where = places(paged, rivals.last_slots(lengths.to(device)), new)
+        build = partial(guest_step, pages, where, (q, *paged))
+        case.add_guest("flashinfer", no_flashinfer, build, attention_check(masked, where))
+        where = places(arenas, start.long() + length, new)
         plan = partial(plan_of, start, cap)
-        case.add_ours(op, setting, (q, *(new if append else ()), *arenas, *where), plan, check)
+        given = q, *new, *arenas, start, length, *((cap,) if append else ())
+        case.add_ours(op, setting, given, plan, attention_check(masked, where))
     return case
 
 
@@ -360,41 +332,52 @@ def plan_of(start, cap, package):
     return {"plan": package.decode_plan(start, cap)}
 
 
-def make_copy(layer, setting, room, seed):
-    """Random q (B, Hq, D); K and V of a new token (B, Hkv, D); dense K and V (B, Hkv, tokens + room, D); arenas (N, D)
-    with the first `lengths` tokens of each head (which ones does not matter for speed); (start, length, cap).
+def make_copy(layer, setting, append, seed):
+    """Random q (B, Hq, D); K and V of a new token (B, Hkv, D), if `append`; dense K and V (B, Hkv, tokens + append, D);
+    arenas (N, D) with the first `lengths` tokens of each head (which ones does not matter for speed); (start, length,
+    cap).
     """
     b, hkv, group, d = layer.sizes
     random = randoms(setting, seed)
     q, new = random(b, hkv * group, d), [random(b, hkv, d) for _ in range(2)]
-    dense = [random(b, hkv, layer.tokens + room, d) for _ in range(2)]
+    dense = [random(b, hkv, layer.tokens + append, d) for _ in range(2)]
     keep = (torch.arange(layer.tokens) < layer.lengths[:, None]).to(setting.device)
     rows = [t.flatten(0, 1)[:, : layer.tokens] for t in dense]
     *arenas, start, length, pos = kernels.ragged_pack(*rows, keep, slack=SLACK, backend="torch")
     for arena in arenas:
         arena[pos < 0] = float("nan")  # shows if a result depends on free slots
-    return q, new, dense, arenas, (start, length, length + SLACK)
+    return q, new if append else [], dense, arenas, (start, length, length + SLACK)
 
 
-def write(places):
-    for tensor, index, new in places:
-        tensor[index] = new
+def places(tensors, index, new):
+    """[(tensor, index, rows that a step writes there)] for K and V. new: [] or of the new token, (B, Hkv, D) each."""
+    return [(t, index, rows.view_as(t[index])) for t, rows in zip(tensors, new, strict=False)]
 
 
-def write_and_attend(places, attend, *arguments):
+def write(where):
+    for tensor, index, rows in where:
+        tensor[index] = rows
+
+
+def write_and_attend(where, attend, *arguments):
     """A step of a static cache: store the new token, then attend."""
-    write(places)
+    write(where)
     return attend(*arguments)
 
 
-def attention_check(reference, places=()):
-    """A check for `Case.add`: the result against attention over `reference`, and that the call has written `places`."""
+def guest_step(make, where, arguments):
+    """A step of a guest. make: () -> its attention over the lengths of the case."""
+    return partial(write_and_attend, where, make(), *arguments)
+
+
+def attention_check(reference, where=()):
+    """A check for `Case.add`: the result against attention over `reference`, and that the call has written `where`."""
 
     def check(call):
-        for tensor, index, _ in places:  # clear what other providers wrote
+        for tensor, index, _ in where:  # clear what other providers wrote
             tensor[index] = float("nan")
         got = call()
-        if not all(torch.equal(tensor[index], row) for tensor, index, row in places):
+        if not all(torch.equal(tensor[index], rows) for tensor, index, rows in where):
             raise ValueError("the new token is not in the cache")
         return got, *(exact_attention(*reference, dtype=t) for t in (reference[0].dtype, torch.float64))
 
@@ -406,76 +389,44 @@ def add_flat(case, layer, setting, q, arenas, new, check):
 
     AdaKV allocates new arenas in each step and copies every row into them, with the new rows in between. This version
     is cheaper than AdaKV's: the views are made beforehand, one fused `cat` copies, and on CUDA its allocations are part
-    of the graph. On a CPU our torch backend attends to the new arenas.
+    of the graph.
     """
-    append, why = new is not None, rivals.varlen_missing(setting.dtype, setting.device)
-    provider, lengths = "adakv-style" if append else "varlen, heads as batch", layer.lengths + append
-    if not why:
-        attend = rivals.heads_as_batch(rivals.varlen_attn(), lengths, layer.sizes[2], setting.device)
-    elif append and setting.device.type == "cpu":
-        attend = rivals.over_segments(lengths)
-    else:
+    provider = "adakv-style" if new else "varlen, heads as batch"
+    if why := rivals.missing_16_bit_cuda(setting.dtype, setting.device):
         case.missing[provider] = why
         return
-    flat = [pieces(arena, layer.lengths, new[i] if append else None) for i, arena in enumerate(arenas)]
-    call = (lambda: attend(q, *map(torch.cat, flat))) if append else partial(attend, q, *map(torch.cat, flat))
-    case.add(provider, call, check, rival=True)
-
-
-def pieces(arena, lengths, new):
-    """Views of each segment's rows, each followed by its row of `new` unless that is None."""
-    segments = arena.split((lengths + SLACK).tolist())
-    rows = [x[:n] for x, n in zip(segments, lengths.tolist(), strict=True)]
-    if new is None:
-        return rows
-    return [x for pair in zip(rows, new.flatten(0, 1).split(1), strict=True) for x in pair]
-
-
-def flex_step(make, where, masked):
-    """A step of FlexAttention on padded heads. make: () -> `rivals.flex_over`."""
-    q, k, v, _ = masked
-    return partial(write_and_attend, where, make(), q, k, v)
-
-
-def add_flashinfer(case, setting, make, masked, lengths, new):
-    """FlashInfer on pages that each hold rows of one head; a step also stores the new token in its page.
-
-    make: () -> `rivals.flashinfer_over` these lengths (S,), which count the new token; new: its K and V (B, Hkv, D), or
-    ().
-    """
-    why, (q, *padded, _) = rivals.flashinfer_missing(setting.dtype, setting.device), masked
-    caches = [] if why else [rivals.paged(t, lengths) for t in padded]
-    slots = rivals.last_slots(lengths.to(q.device))
-    where = [(t, slots, x.flatten(0, 1)) for t, x in zip(caches, new, strict=False)]
-
-    def build():
-        return partial(write_and_attend, where, make(), q, *caches)
-
-    case.add_guest("flashinfer", why, build, attention_check(masked, where))
+    attend = rivals.heads_as_batch(layer.lengths + bool(new), layer.sizes[2], setting.device)
+    sizes, flat = [size for n in layer.lengths.tolist() for size in (n, SLACK)], []
+    for i, arena in enumerate(arenas):
+        parts = list(arena.split(sizes))  # views: the rows of a segment, its free slots, the rows of the next
+        parts[1::2] = new[i].flatten(0, 1).split(1) if new else [x[:0] for x in parts[1::2]]
+        flat.append(parts)
+    step = (lambda: attend(q, *map(torch.cat, flat))) if new else partial(attend, q, *map(torch.cat, flat))
+    case.add(provider, step, check, rival=True)
 
 
 # ---------------------------------------------------------------- the other ops
 
 
-def scores_case(shape, tokens, setting, rows=1):
-    """window_scores of the last rows of a prompt, beside a plain softmax."""
+def scores_case(shape, tokens, setting):
+    """window_scores of the last row of a prompt, beside a plain softmax."""
     _, hkv, group, d = LAYERS[shape]
     size = hkv * tokens * d * setting.dtype.itemsize
-    case = Case(f"{shape}, {tokens} tokens, {rows} rows", size, "plain softmax", shape)
+    case = Case(size, "plain softmax", shape)
     for i in range(copies_for(setting, size, 2 * size)):
         random = randoms(setting, i)
-        q, k = random(hkv * group, rows, d), random(hkv, tokens, d)
+        q, k = random(hkv * group, 1, d), random(hkv, tokens, d)
 
         def plain(q=q, k=k, compute=torch.float32, product=torch.matmul):
             scores = product(q.to(compute), k.to(compute).repeat_interleave(group, 0).transpose(1, 2)) * d**-0.5
-            column = torch.arange(tokens, device=q.device)
-            return scores.masked_fill(column > column[-rows:, None], float("-inf")).softmax(-1).mean(1)
+            return scores.softmax(-1)[:, 0]
 
         def check(call, plain=plain):
-            allowed = plain(compute=setting.dtype, product=on_matrix_units) if setting.matrix_units else plain()
+            units = setting.device.type == "cuda" and setting.dtype.itemsize == 2
+            allowed = plain(compute=setting.dtype, product=on_matrix_units) if units else plain()
             return call(), allowed, plain(compute=torch.float64)
 
-        case.add("plain softmax", plain, check)
+        case.add("plain softmax", plain, check, rival=True)
         case.add_ours("window_scores", setting, (q, k), lambda package: {"group": "none"}, check)
     return case
 
@@ -491,23 +442,22 @@ def pack_case(shape, tokens, retention, setting):
     _, hkv, _, d = LAYERS[shape]
     row = 2 * d * setting.dtype.itemsize  # of K and V
     size = 2 * row * round(retention * hkv * tokens)  # read and written
-    case = Case(f"{shape}, {tokens} tokens, {retention:g} kept", size, "indexing", shape)
+    case = Case(size, "indexing", shape)
     for i in range(copies_for(setting, size, row * hkv * tokens)):
         random = randoms(setting, i)
         k, v = random(hkv, tokens, d), random(hkv, tokens, d)
         draw = torch.rand(hkv, tokens, generator=torch.Generator().manual_seed(i))
         keep = (draw < retention).to(setting.device)
-        total = int(keep.sum())
+        options = {"slack": SLACK, "total": int(keep.sum())}
 
-        def index(k=k, v=v, keep=keep, total=total):
+        def index(k=k, v=v, keep=keep, total=options["total"]):
             rows = keep.flatten().nonzero_static(size=total)[:, 0]  # like k[keep], without a synchronisation
             return torch.cat((k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]))
 
         def check(call, index=index):
             return kept_rows(call()), index(), index().double()
 
-        case.add("indexing", index, check)
-        options = {"slack": SLACK, "total": total}
+        case.add("indexing", index, check, rival=True)
         case.add_ours("ragged_pack", setting, (k, v, keep), lambda package, options=options: options, check)
     return case
 
@@ -523,14 +473,14 @@ def kept_rows(packed):
 # ---------------------------------------------------------------- whole models
 
 
-def step_case(tokens, retention, layout, rounds, setting):
+def step_case(tokens, retention, layout, setting):
     """One decode step of the demo model on a prompt of `tokens`: dense cache with all tokens, and ragged caches."""
     checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
     model, config = checkpoint.model.language_model, checkpoint.config.text_config
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 600, (1, tokens), generator=generator)
     x = model.model.embed_tokens.weight[ids.to(setting.device)]
-    layers, heads, steps = config.num_hidden_layers, config.num_key_value_heads, 2 * rounds + 8
+    layers, heads, steps = config.num_hidden_layers, config.num_key_value_heads, 2 * setting.rounds + 8
 
     def prune(layer, q, k, v):
         generator = torch.Generator().manual_seed(layer)  # same choice for every cache
@@ -540,49 +490,46 @@ def step_case(tokens, retention, layout, rounds, setting):
 
     caches = {"dense cache": DenseCache(layers, tokens + steps)}
     caches["ours, torch"] = ragged = RaggedCache(layers, slack=steps, backend="torch")
-    why = triton_missing(torch.float32, setting.device)
+    triton, why = f"ours, {triton_name(setting.device)}", triton_missing(torch.float32, setting.device)
     if not why:
-        caches[f"ours, {triton_name(setting.device)}"] = RaggedCache(layers, slack=steps, backend="triton")
-    for cache in caches.values():
-        model.prefill(x, cache, prune=prune if retention < 1 and cache is not caches["dense cache"] else None)
+        caches[triton] = RaggedCache(layers, slack=steps, backend="triton")
+    for name, cache in caches.items():
+        model.prefill(x, cache, prune=prune if retention < 1 and name != "dense cache" else None)
     q = torch.randn(1, config.num_attention_heads, config.head_dim, generator=generator).to(setting.device)
     weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith(("lm_head", "model.embed_tokens")))
-    name = f"demo model, 1 x {tokens} tokens, {retention:g} kept, {layout}"
-    case = Case(name, weights + ragged.nbytes_held, "dense cache", layout=layout, repeatable=False)
-    case.reads_more = "dense cache"
-    case.missing = {"ours, triton": why} if why else {}
+    case = Case(weights + ragged.nbytes_held, "dense cache", layout=layout, reads_more="dense cache", repeatable=False)
+    case.missing = {triton: why} if why else {}
     for name, cache in caches.items():
-        case.add(name, partial(model.decode, x[:, 0], cache), lambda _, cache=cache: attended(cache, q))
+        check = partial(attended, cache, q)
+        case.add(name, partial(model.decode, x[:, 0], cache), lambda _, check=check: check(), name == case.baseline)
     return case
 
 
 def prefill_model(shape, setting):
-    """(name, Llama, look-ahead rows): the demo model in fp32, or two layers of the 7B shape with random weights."""
+    """(Llama, look-ahead rows): the demo model in fp32, or two layers of the 7B shape with random weights."""
     if shape == "demo":
         checkpoint = load(ROOT / "assets" / "demo", "fp32", setting.device)
-        return "demo model", checkpoint.model.language_model, checkpoint.lookahead
+        return checkpoint.model.language_model, checkpoint.lookahead
     language = harness.random_language(TextConfig(num_hidden_layers=2), setting.dtype, setting.device)
     lookahead = Lookahead(language).to(setting.device, setting.dtype).requires_grad_(False)
-    return "2 layers of the 7B shape", language, lookahead
+    return language, lookahead
 
 
 def prefill_case(shape, tokens, setting):
     """Prefill of `tokens` positions, all but 16 of them a picture: without a cache, with all kept, and pruned."""
-    name, model, rows = prefill_model(shape, setting)
+    model, rows = prefill_model(shape, setting)
     config, dtype = model.config, model.model.norm.weight.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, tokens, config.hidden_size, generator=generator).to(setting.device, dtype)
     q = torch.randn(1, config.num_attention_heads, config.head_dim, generator=generator).to(setting.device, dtype)
     spans = [(min(4, tokens - 1), max(5, tokens - 12))]
     plain = model.prefill(x)
-    wider = copy.deepcopy(model).to(torch.float64 if dtype == torch.float32 else torch.float32)
-    exact = wider.prefill(x.to(wider.model.norm.weight.dtype)).double()
-    del wider
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    exact = copy.deepcopy(model).to(wider).prefill(x.to(wider)).double()
 
     def prefill(method):
         cache = RaggedCache(config.num_hidden_layers)
-        hidden = harness.prefill(model, x, cache, method, spans, lookahead=rows)
-        return cache, hidden
+        return cache, harness.prefill(model, x, cache, method, spans, lookahead=rows)
 
     def check(call):
         """Checks the hidden states against a prefill without a cache, and attention over the cache against its rows.
@@ -595,12 +542,12 @@ def prefill_case(shape, tokens, setting):
         both = zip(given, states, strict=True)  # result, plain, float64 reference
         return [torch.cat((a.flatten() / scales[0], b.flatten() / scales[1])) for a, b in both]
 
-    case = Case(f"{name}, prefill of {tokens} tokens", 0, "no cache")
-    case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, exact))
+    case = Case(0, "no cache")
+    case.add("no cache", partial(model.prefill, x), lambda call: (call(), plain, exact), rival=True)
     case.add("kept all", partial(prefill, None), check)
     for spec in METHODS:
         case.add(spec, partial(prefill, make_method(spec, 0.5)), check)
-    case.rivals = {"plphp"}  # the same method without look-ahead rows
+    case.rivals.add("plphp")  # the same method without look-ahead rows
     return case
 
 
@@ -622,9 +569,9 @@ def attended(cache, q):
         if dense:
             plain.append(exact_attention(q, *cache.rows(layer), dtype=torch.float32))
             exact.append(exact_attention(q, *cache.rows(layer)))
-            continue
-        k, v, where = cache.k[layer], cache.v[layer], (cache.kv_start[layer], cache.kv_len[layer])
-        plain.append(kernels.ragged_decode_ref(turned, k, v, *where))
-        exact.append(kernels.ragged_decode_ref(turned.double(), k.double(), v.double(), *where))
+        else:
+            k, v, where = cache.k[layer], cache.v[layer], (cache.kv_start[layer], cache.kv_len[layer])
+            plain.append(kernels.ragged_decode_ref(turned, k, v, *where))
+            exact.append(kernels.ragged_decode_ref(turned.double(), k.double(), v.double(), *where))
     cache.give_back()
     return torch.stack(got), torch.stack(plain), torch.stack(exact)

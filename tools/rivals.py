@@ -10,8 +10,6 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-import kernels
-
 PAGE = 16  # slots per page of FlashInfer's cache, vLLM's default
 
 
@@ -24,28 +22,15 @@ def missing_16_bit_cuda(dtype, device):
 # ---------------------------------------------------------------- varlen attention of PyTorch
 
 
-def varlen_attn():
-    """torch's attention over sequences of different lengths; None before torch 2.10, which introduced it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-def varlen_missing(dtype, device):
-    if device.type == "cuda" and varlen_attn() is None:
-        return f"torch {torch.__version__} has no varlen_attn"
-    return missing_16_bit_cuda(dtype, device)
-
-
-def heads_as_batch(attend, lengths, group, device):
-    """Each segment as a separate sequence. k and v: (n, D) without free slots. attend: `varlen_attn`.
+def heads_as_batch(lengths, group, device):
+    """Each segment as a separate sequence. k and v: (n, D) without free slots.
 
     Some versions lack enable_gqa. The G heads of a group are then passed as G query tokens of one head, which is
     equivalent without a causal mask.
     """
-    one_token = group == 1 or "enable_gqa" in inspect.signature(attend).parameters
+    from torch.nn.attention.varlen import varlen_attn
+
+    one_token = group == 1 or "enable_gqa" in inspect.signature(varlen_attn).parameters
     tokens, heads = (1, group) if one_token else (group, 1)
     segments, longest = len(lengths), int(lengths.max())
     ends_q = torch.arange(0, tokens * segments + 1, tokens, dtype=torch.int32, device=device)
@@ -54,16 +39,9 @@ def heads_as_batch(attend, lengths, group, device):
 
     def call(q, k, v):
         rows = q.view(-1, heads, q.shape[-1])
-        return attend(rows, k[:, None], v[:, None], ends_q, ends_k, tokens, longest, **options).view(q.shape)
+        return varlen_attn(rows, k[:, None], v[:, None], ends_q, ends_k, tokens, longest, **options).view(q.shape)
 
     return call
-
-
-def over_segments(lengths):
-    """Stands in for `heads_as_batch` on a CPU, which has no varlen attention: our torch backend."""
-    start, length = (lengths.cumsum(0) - lengths).int(), lengths.int()
-    plan = kernels.decode_plan(start, length)
-    return lambda q, k, v: kernels.ragged_decode(q, k, v, start, length, plan=plan, backend="torch")
 
 
 # ---------------------------------------------------------------- FlexAttention
