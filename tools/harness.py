@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -94,6 +95,9 @@ class DenseCache:
     def grow(self, tokens=1):
         self.lengths = [n + tokens for n in self.lengths]
         self.pos += tokens
+
+    def growing(self, tokens):
+        return nullcontext()  # a step that fails ends the benchmark
 
     def give_back(self):
         self.grow(-1)
