@@ -86,7 +86,7 @@ def answer_file(args):
         answers = Answers(file, settings)  # checks the file before the weights are read
         checkpoint.read_weights(args.dtype, device)
         introduce(args, example)
-        return run_file(questions, answers, ask, args, CoreWait(device))
+        return run_file(questions, answers, ask, args, example.prune, CoreWait(device))
 
 
 def named_model(name, folder):
@@ -282,11 +282,8 @@ class Answers:
         left = [line for line in self.lines if id(line) not in placed]  # answers to other questions stay, at the end
         ordered += [line for line in left if not line.failed or line.key not in asked]
         data = b"".join(line.data + b"\n" for line in ordered)
-        if data != self.path.read_bytes():
-            self._replace(data)
-            note(f"sorted the lines of {self.path} in the order of the questions")
-
-    def _replace(self, data):
+        if data == self.path.read_bytes():
+            return
         path = self.path.resolve()  # replace the target of a link, not the link
         new = path.with_name(path.name + ".new")
         try:
@@ -298,6 +295,7 @@ class Answers:
             os.replace(new, path)
         finally:
             new.unlink(missing_ok=True)
+        note(f"sorted the lines of {self.path} in the order of the questions")
 
 
 def _is_partial(line):
@@ -312,65 +310,51 @@ def _is_partial(line):
 # ---------------------------------------------------------------- answering
 
 
-class Desk:
-    """Takes finished answers in any order, writes them in the order of the questions, and reports progress.
+def run_file(questions, answers, ask, args, method, wait):
+    """Answer what is missing and print a summary -> exit code. Answers written before an interruption stay.
 
-    totals: sums over this run: "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"),
-    "kept" and "wanted" (0 if no setting requests a number)
+    ask(question) returns its Generation. If it raises InputError, or memory runs out, the answer is "" with
+    metadata.error. method: of pruning, or None; wait: a `CoreWait`.
     """
+    note_repeated_ids(questions)
+    missing, done = answers.missing(questions, args.keep_errors)
+    start = said = time.perf_counter()
+    totals, count = Counter(), 0
 
-    def __init__(self, answers, questions, done, wait):
-        self.answers, self.questions, self.done, self.wait = answers, questions, done, wait
-        self.method = None  # of pruning; set by take
-        self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
-        self.start = self.said = time.perf_counter()
+    def crowded(number):
+        note(f"out of memory with {number} questions at once, retrying one by one; lower --batch")
 
-    def take(self, number, answer):
-        """Take the answer to questions[number], a finished Generation or an exception; write all that are next."""
-        failure = answer if isinstance(answer, Exception) else answer.failure
-        if failure is not answer and answer.kept and answer.prune:
-            self.method, weight = answer.prune, answer.vision_tokens
-            kept, wanted = weight * answer.retention, weight * (answer.wanted or 0)
-            self.totals.update(vision=weight, kept=kept, wanted=wanted)
-        if failure:
-            memory = f"out of memory ({str(failure)[:200]}); try --dtype bf16"
-            text, metadata = "", {"error": memory if out_of_memory(failure) else one_line(failure)}
-        else:
-            text, metadata = answer.text, {
-                "finish_reason": answer.finish_reason, "new_tokens": len(answer.token_ids),
-                "prompt_tokens": answer.prompt_tokens, "vision_tokens": answer.vision_tokens,
-                "kv_bytes_held": answer.bytes_held,
-            }  # fmt: skip
-        self.totals.update(failed=bool(failure), tokens=metadata.get("new_tokens", 0))
-        self.waiting[number] = text, metadata
-        while self.next in self.waiting:
-            self.answers.write(self.questions[self.next], *self.waiting.pop(self.next))
-            self.next += 1
-        self._progress()
-
-    def _progress(self):
-        now = time.perf_counter()
-        if now - self.said >= (0.2 if sys.stderr.isatty() else 10):
-            rate, left = self.next / (now - self.start), len(self.questions) - self.next
-            eta = f"{left / rate / 60:.1f} min left" if rate else "..."
-            say(f"answered {self.done + self.next} of {self.done + len(self.questions)}, {eta}")
-            self.said = now
-            self.wait.warn()
-
-    def summary(self):
-        """Print one line about this run, and a note if it kept nothing or clearly more or less than requested."""
-        seconds, totals = time.perf_counter() - self.start, self.totals
-        count = "1 question" if self.next == 1 else f"{self.next} questions"
-        line = f"{count} in {seconds:.1f} s ({self.next / seconds:.2f} per second, {totals['tokens']} tokens)"
-        if self.done:
-            line += f", {self.done} already answered"
-        if totals["failed"]:
-            line += f"; {totals['failed']} could not be answered, see metadata.error in their lines"
-        say(line)
-        if vision := totals["vision"]:
-            off = off_budget(self.method, totals["kept"] / vision, totals["wanted"] / vision or None)
-            if off:
-                note(off)
+    found = answer_each(ask, missing, args.batch or 1, crowded)
+    try:
+        for text, metadata in in_order((number, about(answer, totals)) for number, answer in found):
+            answers.write(missing[count], text, metadata)
+            count, now = count + 1, time.perf_counter()
+            if now - said >= (0.2 if sys.stderr.isatty() else 10):
+                left = (len(missing) - count) * (now - start) / count / 60
+                say(f"answered {done + count} of {done + len(missing)}, {left:.1f} min left")
+                said = now
+                wait.warn()
+        try:
+            answers.settle(questions)
+        except OSError as broken:
+            note(f"the lines of {answers.path} are not in the order of the questions ({broken})")
+    except KeyboardInterrupt:
+        say(f"interrupted; {answers.path} holds the answers so far, the same command resumes")
+        return 130
+    wait.warn()
+    seconds = time.perf_counter() - start
+    line = "1 question" if count == 1 else f"{count} questions"
+    line += f" in {seconds:.1f} s ({count / seconds:.2f} per second, {totals['tokens']} tokens)"
+    if done:
+        line += f", {done} already answered"
+    if totals["failed"]:
+        line += f"; {totals['failed']} could not be answered, see metadata.error in their lines"
+    say(line)
+    if vision := totals["vision"]:
+        off = off_budget(method, totals["kept"] / vision, totals["wanted"] / vision or None)
+        if off:
+            note(off)
+    return 0
 
 
 def note_repeated_ids(questions):
@@ -383,29 +367,33 @@ def note_repeated_ids(questions):
         )
 
 
-def run_file(questions, answers, ask, args, wait):
-    """Answer what is missing and print a summary -> exit code. Answers written before an interruption stay.
+def in_order(numbered):
+    """Yield the values of (number, value) pairs, which come in any order, from number 0 on without gaps."""
+    waiting, expected = {}, 0
+    for number, value in numbered:
+        waiting[number] = value
+        while expected in waiting:
+            yield waiting.pop(expected)
+            expected += 1
 
-    ask(question) returns its Generation. If it raises InputError, or memory runs out, the answer is "" with
-    metadata.error. wait: a `CoreWait`.
+
+def about(answer, totals):
+    """(text, metadata) of a finished Generation or an exception, which is added to totals.
+
+    totals: Counter of "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"), "kept" and
+    "wanted" (0 if no setting requests a number).
     """
-    note_repeated_ids(questions)
-    missing, done = answers.missing(questions, args.keep_errors)
-    desk = Desk(answers, missing, done, wait)
-
-    def crowded(count):
-        note(f"out of memory with {count} questions at once, retrying one by one; lower --batch")
-
-    try:
-        for number, answer in answer_each(ask, missing, args.batch or 1, crowded):
-            desk.take(number, answer)
-        try:
-            answers.settle(questions)
-        except OSError as broken:
-            note(f"the lines of {answers.path} are not in the order of the questions ({broken})")
-    except KeyboardInterrupt:
-        say(f"interrupted; {answers.path} holds the answers so far, the same command resumes")
-        return 130
-    wait.warn()
-    desk.summary()
-    return 0
+    failure = answer if isinstance(answer, Exception) else answer.failure
+    if failure is not answer and answer.kept and answer.prune:
+        weight, wanted = answer.vision_tokens, answer.wanted or 0
+        totals.update(vision=weight, kept=weight * answer.retention, wanted=weight * wanted)
+    if failure:
+        totals["failed"] += 1
+        memory = f"out of memory ({str(failure)[:200]}); try --dtype bf16"
+        return "", {"error": memory if out_of_memory(failure) else one_line(failure)}
+    totals["tokens"] += len(answer.token_ids)
+    return answer.text, {
+        "finish_reason": answer.finish_reason, "new_tokens": len(answer.token_ids),
+        "prompt_tokens": answer.prompt_tokens, "vision_tokens": answer.vision_tokens,
+        "kv_bytes_held": answer.bytes_held,
+    }  # fmt: skip
