@@ -78,12 +78,16 @@ class Chat:
             self.choose_way()
         with stopped_by_ctrl_c(generation):
             code = self.deliver(generation)
-        if generation.finish_reason == "interrupted" and not generation.token_ids:
+        stopped = generation.finish_reason == "interrupted"
+        if stopped and not generation.token_ids:
             say("stopped; the question is dropped")
             return
         if code == 130:  # interrupted in the middle of a step
             generation.cache = None
-        self.end_turn(generation)
+        self.last, self.turn = generation, self.turn + 1
+        self.seen, self.pictures = self.seen + self.pictures, []
+        if stopped:
+            say("stopped; the conversation continues from the text so far")
 
     def choose_way(self):
         """Keep the last answer's cache, or free it so that everything is prefilled again. Prints which."""
@@ -103,18 +107,6 @@ class Chat:
             self.noted, dropped = True, 1 - self.last.retention
             note(f"{100 * dropped:.0f} % of the vision tokens were dropped for an earlier question; "
                  "/fresh processes the whole conversation again for each question")  # fmt: skip
-
-    def end_turn(self, generation):
-        """Make the answer part of the conversation."""
-        self.last, self.turn = generation, self.turn + 1
-        self.seen, self.pictures = self.seen + self.pictures, []
-        if generation.finish_reason == "interrupted":
-            say("stopped; the conversation continues from the text so far")
-        elif generation.finish_reason == "length":
-            context = self.checkpoint.config.text_config.context
-            full = f"the context of {context} tokens is full; /clear starts a new conversation"
-            cut = f"the answer was cut after {generation.limit} tokens; --max-new-tokens can be raised"
-            note(full if generation.limit == generation.context_left else cut)
 
     # ------------------------------------------------------------ commands
 

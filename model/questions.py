@@ -326,7 +326,7 @@ def run_file(questions, answers, ask, args, method, wait):
 
     found = answer_each(ask, missing, args.batch or 1, crowded)
     try:
-        for text, metadata in in_order((number, about(answer, totals)) for number, answer in found):
+        for text, metadata in in_order((number, outcome(answer, totals)) for number, answer in found):
             answers.write(missing[count], text, metadata)
             count, now = count + 1, time.perf_counter()
             if now - said >= (0.2 if sys.stderr.isatty() else 10):
@@ -377,7 +377,7 @@ def in_order(numbered):
             expected += 1
 
 
-def about(answer, totals):
+def outcome(answer, totals):
     """(text, metadata) of a finished Generation or an exception, which is added to totals.
 
     totals: Counter of "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"), "kept" and

@@ -98,8 +98,10 @@ def say_outcome(args, generation, took, code):
         held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
         say(f"{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
             f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
-    if generation.finish_reason == "length" and not args.talk:  # a conversation says it in its own words
-        why = "--max-new-tokens allows more" if generation.limit < generation.context_left else "the context is full"
+    if generation.finish_reason == "length":
+        context = generation.checkpoint.config.text_config.context
+        full = f"the context of {context} tokens is full" + ("; /clear starts a new conversation" if args.talk else "")
+        why = "--max-new-tokens allows more" if generation.limit < generation.context_left else full
         note(f"the answer was cut after {generation.limit} tokens; {why}")
 
 
