@@ -1,6 +1,7 @@
 """Many answers at a time, in one cache without padding."""
 
 import time
+from collections import deque
 
 import torch
 
@@ -43,11 +44,10 @@ class Batch:
         """
         if not isinstance(generation, Generation):
             raise InputError(f"a batch takes one Generation at a time, not {brief(generation)}; add one")
-        if self.running and generation.checkpoint is not self.running[0].checkpoint:
-            raise InputError("a batch has one checkpoint; start another batch for this one")
-        if self.running and generation.backend != self.running[0].backend:
-            raise InputError("a batch has one backend; start another batch for this one")
-        if any(generation is other for other in (*self.running, *self._over)):
+        first = self.running[0] if self.running else generation
+        if generation.checkpoint is not first.checkpoint or generation.backend != first.backend:
+            raise InputError("a batch has one checkpoint and one backend; start another batch for this one")
+        if generation in (*self.running, *self._over):
             raise ValueError("this generation is already in the batch; add another")
         generation._begin()
         logits = generation.prefill()
@@ -60,10 +60,9 @@ class Batch:
             return
         ids = torch.cat((self._ids, ids)) if self.running else ids
         self.cache = RaggedCache.join([self.cache, own]) if self.running else own
-        self._ids = ids
+        self._ids, self._step = ids, None  # `advance` makes one step for all that were added
         self.running.append(generation)
         self._choosers.append(chooser)
-        self._step = generation.checkpoint.step(generation.checkpoint.model.language_model, self.cache)
 
     @torch.inference_mode()
     def advance(self) -> list[Generation]:
@@ -74,7 +73,8 @@ class Batch:
         """
         self._dismiss()  # removes generations that could not be removed before, when memory ran out
         if self.running:
-            start = time.perf_counter()
+            start, checkpoint = time.perf_counter(), self.running[0].checkpoint
+            self._step = self._step or checkpoint.step(checkpoint.model.language_model, self.cache)
             logits = self._step(self._ids)
             try:
                 ids = self._next(logits)
@@ -121,28 +121,51 @@ class Batch:
             self.cache = self._step = self._ids = None
 
 
-def answer_together(begin, questions, size):
-    """Answer the questions, `size` at a time. Returns a list: for each question its answer, or the exception.
+def answer_each(begin, questions, size, crowded=None):
+    """Answer the questions, at most `size` at a time. Yields (index, finished Generation or exception) as they end.
 
-    begin(question): returns its Generation or raises InputError.
+    begin(question): returns its Generation, or raises the InputError that is yielded instead. If memory runs out,
+    crowded(number of questions) is called and they are tried one by one; a question that does not fit alone yields its
+    error. Without `crowded` the error is raised.
     """
-    batch, answers, places = Batch(), [None] * len(questions), {}
+    batch, running, queue = Batch(), {}, deque(range(len(questions)))  # running: index -> its Generation
+    alone = set()  # questions that did not fit in memory with others
 
-    def collect():
-        for generation in batch.advance():
-            answers[places.pop(generation)] = generation.failure or generation.text
+    def fits(number):
+        return not running or (len(running) < size and not alone.intersection((number, *running)))
 
-    for place, question in enumerate(questions):
+    while queue or running:
         try:
-            generation = begin(question)
-            batch.add(generation)
-            places[generation] = place
-        except InputError as wrong:
-            answers[place] = wrong
-        while len(batch) >= size:
-            collect()
-    while batch:
-        collect()
+            while queue and fits(queue[0]):
+                number = queue.popleft()
+                running[number] = None
+                try:
+                    running[number] = begin(questions[number])
+                    batch.add(running[number])
+                except InputError as wrong:
+                    del running[number]
+                    yield number, wrong
+            for generation in batch.advance():
+                number = next(n for n, other in running.items() if other is generation)
+                del running[number]
+                yield number, generation
+        except Exception as broken:
+            if crowded is None or not out_of_memory(broken):
+                raise
+            batch, tried, running = Batch(), sorted(running), {}  # the cache may be inconsistent
+            if len(tried) == 1:
+                yield tried[0], broken
+            else:
+                crowded(len(tried))
+                queue.extendleft(reversed(tried))
+                alone.update(tried)
+
+
+def answer_together(begin, questions, size):
+    """For each question its answer, or the exception, as a list. The arguments are those of `answer_each`."""
+    answers = [None] * len(questions)
+    for number, answer in answer_each(begin, questions, size):
+        answers[number] = answer if isinstance(answer, InputError) else answer.failure or answer.text
     return answers
 
 

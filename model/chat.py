@@ -62,7 +62,12 @@ class Chat:
 
     def ask(self, question):
         """Answer one question. After an InputError the conversation is unchanged."""
-        self.check_places(question)
+        found, new = question.count(IMAGE), len(self.pictures)
+        if found not in (0, new):
+            raise InputError(
+                f"the question has {found} {IMAGE}, and the number of new pictures is {new}; "
+                f"add pictures with /image PATH, or leave {IMAGE} out"
+            )
         sampling = self.options["sampling"]
         sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # different random numbers in each turn
         options = self.options | {"sampling": sampling, "before": self.last}
@@ -73,25 +78,28 @@ class Chat:
             self.choose_way()
         with stopped_by_ctrl_c(generation):
             code = self.deliver(generation)
-        if generation.finish_reason == "interrupted" and not generation.token_ids:
+        stopped = generation.finish_reason == "interrupted"
+        if stopped and not generation.token_ids:
             say("stopped; the question is dropped")
             return
         if code == 130:  # interrupted in the middle of a step
             generation.cache = None
-        self.end_turn(generation)
-
-    def check_places(self, question):
-        """InputError if the question places other pictures than the new ones."""
-        found, new = question.count(IMAGE), len(self.pictures)
-        if found not in (0, new):
-            raise InputError(
-                f"the question has {found} {IMAGE}, and the number of new pictures is {new}; "
-                f"add pictures with /image PATH, or leave {IMAGE} out"
-            )
+        self.last, self.turn = generation, self.turn + 1
+        self.seen, self.pictures = self.seen + self.pictures, []
+        if stopped:
+            say("stopped; the conversation continues from the text so far")
 
     def choose_way(self):
         """Keep the last answer's cache, or free it so that everything is prefilled again. Prints which."""
-        why = self.why_anew()
+        prune = self.options["prune"]
+        if self.fresh:
+            why = "as /fresh asks"
+        elif self.changed:
+            why = "because the pruning has changed"
+        elif self.pictures and prune:
+            why = f"so that {prune.name} can prune the new pictures"
+        else:
+            why = None if self.last.goes_on else "because the last answer was interrupted"
         if why is not None:
             self.last.cache, self.changed, self.noted = None, False, False
             note(f"the whole conversation is processed again, {why}")
@@ -99,28 +107,6 @@ class Chat:
             self.noted, dropped = True, 1 - self.last.retention
             note(f"{100 * dropped:.0f} % of the vision tokens were dropped for an earlier question; "
                  "/fresh processes the whole conversation again for each question")  # fmt: skip
-
-    def why_anew(self):
-        """Why the whole conversation has to be prefilled again; None if the cache can be reused."""
-        if self.fresh:
-            return "as /fresh asks"
-        if self.changed:
-            return "because the pruning has changed"
-        if self.pictures and self.options["prune"]:
-            return f"so that {self.options['prune'].name} can prune the new pictures"
-        return None if self.last.goes_on else "because the last answer was interrupted"
-
-    def end_turn(self, generation):
-        """Make the answer part of the conversation."""
-        self.last, self.turn = generation, self.turn + 1
-        self.seen, self.pictures = self.seen + self.pictures, []
-        if generation.finish_reason == "interrupted":
-            say("stopped; the conversation continues from the text so far")
-        elif generation.finish_reason == "length":
-            context = self.checkpoint.config.text_config.context
-            full = f"the context of {context} tokens is full; /clear starts a new conversation"
-            cut = f"the answer was cut after {generation.limit} tokens; --max-new-tokens can be raised"
-            note(full if generation.limit == generation.context_left else cut)
 
     # ------------------------------------------------------------ commands
 
@@ -140,7 +126,7 @@ class Chat:
     def command(self, line):
         """Run a line that starts with a slash. Returns True if it ends the conversation."""
         name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
-        name = name.lower()
+        name, rest = name.lower(), rest.strip()
         commands = {
             "image": self.add_pictures, "prune": self.set_prune, "retention": self.set_retention,
             "fresh": self.toggle_fresh, "show": self.show_kept, "clear": self.clear,
@@ -150,10 +136,10 @@ class Chat:
             return True
         if name not in commands:
             raise InputError(f"there is no command /{name[:40]}; /help lists them")
-        if name in ("prune", "retention") and not rest.strip():
+        if name in ("prune", "retention") and not rest:
             self.say_pruning("in use: ")
         else:
-            commands[name](rest.strip())
+            commands[name](rest)
         return False
 
     def add_pictures(self, text):
@@ -164,9 +150,9 @@ class Chat:
             raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None
         if not paths:
             raise InputError("/image needs a path; give /image PATH")
+        if paths == ["-"] and not self.pictures:
+            raise InputError("no picture waits for the next question; /image PATH adds one")
         if paths == ["-"]:
-            if not self.pictures:
-                raise InputError("no picture waits for the next question; /image PATH adds one")
             self.pictures = self.pictures[:-1]
         elif "-" in paths:
             raise InputError("a picture cannot be read from the terminal; give the path of a picture")

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import itertools
 import os
 import re
@@ -130,83 +129,74 @@ def parser():
         prog="run.py", usage="run.py --image PATH ... [--prompt TEXT] [flags]", description=SUMMARY,
         formatter_class=Help, allow_abbrev=False, add_help=False,
     )  # fmt: skip
+    count, share = number(int, 1), number(float, 0, 1, open_low=True)
     # -h shows a flag's first name and its one-letter form; the other names are aliases, as in other projects.
     # fmt: off
-    ask = p.add_argument_group("ask")
-    ask.add_argument("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained",
-                     default=str(DEMO), metavar="DIR|ID",
-                     help="folder or cached Hugging Face id (default: the demo)")
-    ask.add_argument("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[],
-                     metavar="PATH ...", help='pictures; "-" is stdin, data: URIs work too')
-    ask.add_argument("--prompt", "-p", "--query", "--question", action=Once, metavar="TEXT",
-                     help='the question; "-" reads stdin, @FILE reads a file')
+    add = p.add_argument_group("ask").add_argument
+    add("--model", "-m", "--model-path", "--weights", "--checkpoint", "--pretrained", default=str(DEMO),
+        metavar="DIR|ID", help="folder or cached Hugging Face id (default: the demo)")
+    add("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[], metavar="PATH ...",
+        help='pictures; "-" is stdin, data: URIs work too')
+    add("--prompt", "-p", "--query", "--question", action=Once, metavar="TEXT",
+        help='the question; "-" reads stdin, @FILE reads a file')
 
-    answer = p.add_argument_group("the answer")
-    answer.add_argument("--max-new-tokens", "-n", "--max_new_tokens", "--max-tokens", type=number(int, 1), default=256,
-                        metavar="N", help="maximum length of the answer (default %(default)s)")
-    answer.add_argument("--temperature", "--temp", type=number(float, 0, 10000), default=0.0, metavar="F",
-                        help="%(type)s; 0, the default, is greedy")
-    answer.add_argument("--top-p", "--top_p", type=number(float, 0, 1, open_low=True), metavar="F",
-                        help="nucleus sampling, %(type)s")
-    answer.add_argument("--top-k", type=number(int, 1), metavar="N", help="sample among the N most likely tokens")
-    answer.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N",
-                        help="seed of the sampling (default %(default)s)")
-    answer.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="end the answer before this text; may be repeated")
+    add = p.add_argument_group("the answer").add_argument
+    add("--max-new-tokens", "-n", "--max_new_tokens", "--max-tokens", type=count, default=256, metavar="N",
+        help="maximum length of the answer (default %(default)s)")
+    add("--temperature", "--temp", type=number(float, 0, 10000), default=0.0, metavar="F",
+        help="%(type)s; 0, the default, is greedy")
+    add("--top-p", "--top_p", type=share, metavar="F", help="nucleus sampling, %(type)s")
+    add("--top-k", type=count, metavar="N", help="sample among the N most likely tokens")
+    add("--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N",
+        help="seed of the sampling (default %(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this text; may be repeated")
 
-    prune = p.add_argument_group("pruning")
-    prune.add_argument("--prune", "--method", default="none", metavar="SPEC",
-                       help="METHOD or FILE.py::NAME, then :KEY=VALUE,...")
-    prune.add_argument("--list-methods", nargs="?", const="", metavar="[NAME]",
-                       help="list the methods, or the settings of one")
-    prune.add_argument("--retention", type=number(float, 0, 1, open_low=True), metavar="F",
-                       help="fraction of vision tokens kept, %(type)s")
-    prune.add_argument("--keep-tokens", type=number(int, 1), metavar="N",
-                       help="instead: vision tokens per KV head and picture")
-    prune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                       help="a setting of the method, or @FILE.json with several")
-    prune.add_argument("--compare", action="store_true", help="also answer unpruned; print differences to stderr")
+    add = p.add_argument_group("pruning").add_argument
+    add("--prune", "--method", default="none", metavar="SPEC", help="METHOD or FILE.py::NAME, then :KEY=VALUE,...")
+    add("--list-methods", nargs="?", const="", metavar="[NAME]", help="list the methods, or the settings of one")
+    add("--retention", type=share, metavar="F", help="fraction of vision tokens kept, %(type)s")
+    add("--keep-tokens", type=count, metavar="N", help="instead: vision tokens per KV head and picture")
+    add("--set", action="append", default=[], metavar="KEY=VALUE",
+        help="a setting of the method, or @FILE.json with several")
+    add("--compare", action="store_true", help="also answer unpruned; print differences to stderr")
 
-    look = p.add_argument_group("pictures and prompt")
-    look.add_argument("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
-                      help="%(type)s (anyres: in tiles)")
-    look.add_argument("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
-                      help="auto, hf (canvas height first), orig (width first)")
-    look.add_argument("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto",
-                      metavar="NAME", help="%(type)s")
-    look.add_argument("--system", metavar="TEXT", help="system text (default: that of the template)")
+    add = p.add_argument_group("pictures and prompt").add_argument
+    add("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
+        help="%(type)s (anyres: in tiles)")
+    add("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
+        help="auto, hf (canvas height first), orig (width first)")
+    add("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto", metavar="NAME",
+        help="%(type)s")
+    add("--system", metavar="TEXT", help="system text (default: that of the template)")
 
-    many = p.add_argument_group("many questions")
-    many.add_argument("--questions", "--question-file", metavar="FILE.jsonl",
-                      help="JSON line per question: question_id, image, text")
-    many.add_argument("--answers", "--answers-file", metavar="FILE.jsonl",
-                      help="output file; an existing one is continued")
-    many.add_argument("--image-folder", metavar="DIR", help="folder of the pictures (default: FILE.jsonl's)")
-    many.add_argument("--batch", "--batch-size", type=number(int, 1), metavar="N",
-                      help="questions answered together (default 1)")
-    many.add_argument("--num-chunks", type=number(int, 1), metavar="N", help="split the questions into N parts ...")
-    many.add_argument("--chunk-idx", type=number(int, 0), metavar="I", help="... and answer part I, counted from 0")
-    many.add_argument("--keep-errors", action="store_true", help="do not retry questions that failed before")
+    add = p.add_argument_group("many questions").add_argument
+    add("--questions", "--question-file", metavar="FILE.jsonl",
+        help="JSON line per question: question_id, image, text")
+    add("--answers", "--answers-file", metavar="FILE.jsonl", help="output file; an existing one is continued")
+    add("--image-folder", metavar="DIR", help="folder of the pictures (default: FILE.jsonl's)")
+    add("--batch", "--batch-size", type=count, metavar="N", help="questions answered together (default 1)")
+    add("--num-chunks", type=count, metavar="N", help="split the questions into N parts ...")
+    add("--chunk-idx", type=number(int, 0), metavar="I", help="... and answer part I, counted from 0")
+    add("--keep-errors", action="store_true", help="do not retry questions that failed before")
 
-    machine = p.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    machine.add_argument("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto",
-                         metavar="TYPE", help="%(type)s (auto: by file and machine)")
-    machine.add_argument("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
-                         help="kernels: %(type)s (auto: triton on CUDA)")
-    machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
-    machine.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
-                         help="CPU threads, %(type)s (default: one per core)")
+    add = p.add_argument_group("machine").add_argument
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", "--precision", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto", metavar="TYPE",
+        help="%(type)s (auto: by file and machine)")
+    add("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
+        help="kernels: %(type)s (auto: triton on CUDA)")
+    add("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads, %(type)s (default: one per core)")
 
-    output = p.add_argument_group("output")
-    output.add_argument("--stats", "--profile", action="store_true",
-                        help="print times, memory and bandwidth limit to stderr")
-    output.add_argument("--show", metavar="FILE", help="draw what each head kept into a .png or .html file")
-    output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
-    output.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
-    output.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    output.add_argument("--version", action="store_true", help="print versions: plphp, python, torch, triton")
-    output.add_argument("--help", "-h", action="help", help="print this list")
+    add = p.add_argument_group("output").add_argument
+    add("--stats", "--profile", action="store_true", help="print times, memory and bandwidth limit to stderr")
+    add("--show", metavar="FILE", help="draw what each head kept into a .png or .html file")
+    add("--json", action="store_true", help="one JSON object on stdout instead of text")
+    add("--no-stream", action="store_true", help="print the answer when it is complete")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--version", action="store_true", help="print versions: plphp, python, torch, triton")
+    add("--help", "-h", action="help", help="print this list")
     # fmt: on
     return p
 
@@ -224,7 +214,8 @@ def check(args, error):
         error("give either --prompt or --questions")
     later = args.prompt is None and args.questions is None  # questions come from stdin
     check_questions(args, error)
-    check_show(args, error)
+    if args.show is not None:
+        check_show(args, error)
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         error("--top-p and --top-k need --temperature above 0")
     if [args.prompt, *args.image].count("-") + later > 1:
@@ -233,10 +224,8 @@ def check(args, error):
         error("--retention and --keep-tokens exclude each other")
     if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
         error("--retention, --keep-tokens and --set need --prune METHOD; for example --prune plphp")
-    if args.compare and later:
-        error("--compare needs --prompt")
-    if args.compare and (args.prune == "none" or args.temperature > 0):
-        error("--compare needs --prune METHOD and --temperature 0")
+    if args.compare and (later or args.prune == "none" or args.temperature > 0):
+        error("--compare needs --prompt, --prune METHOD and --temperature 0")
     if "" in args.stop:
         error("--stop needs text that is not empty")
     if args.system is not None and args.template == "raw":
@@ -244,10 +233,9 @@ def check(args, error):
     args.prompt = args.prompt or ""
     try:
         if args.prompt == "-":
-            args.prompt = read_text(sys.stdin.buffer if sys.stdin else io.BytesIO())
+            args.prompt = decode_text(sys.stdin.buffer.read() if sys.stdin else b"").rstrip("\n")
         elif args.prompt.startswith("@"):
-            with open(args.prompt[1:], "rb") as file:
-                args.prompt = read_text(file)
+            args.prompt = decode_text(Path(args.prompt[1:]).read_bytes()).rstrip("\n")
         "".join([args.prompt, args.system or "", *args.stop]).encode()
     except (OSError, ValueError) as broken:
         error(f"cannot read the prompt as UTF-8 text ({broken})")
@@ -255,47 +243,35 @@ def check(args, error):
         error("the prompt is empty; give a question")
     for path in args.image:  # checked before torch is imported; `local_path` checks other addresses
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
-            error(f"no picture at {path[:200]}; {path_advice(args, path)}")
+            advice = "if this is the question, put --prompt before it, else " if later else ""
+            error(f"no picture at {path[:200]}; {advice}check the path, and put it in quotes if it has spaces")
     args.talk = later and sys.stdin is not None and sys.stdin.isatty()
     args.lines = questions_on_stdin(error) if later and not args.talk else None
-
-
-def path_advice(args, path):
-    """What to do about a picture that is not there."""
-    if args.prompt == "" and path == args.image[-1] and (len(args.image) > 1 or " " in path):
-        return "if this is the question, put --prompt before it, else check the path"
-    return "check the path" + (", and put it in quotes if it has spaces" if len(args.image) > 1 else "")
 
 
 def questions_on_stdin(error):
     """Iterate over (number, text) of the lines of stdin that are not blank. Exits with an error if there are none."""
     with contextlib.suppress(OSError):
-        lines = enumerate(sys.stdin.buffer if sys.stdin else (), 1)
-        lines = ((number, _decoded(line, number)) for number, line in lines if line.strip())
-        first = next(lines, None)
-        if first is not None:
+        lines = _lines(sys.stdin.buffer if sys.stdin else ())
+        for first in lines:
             return itertools.chain([first], lines)
     error("stdin is empty; give --prompt, --questions, or a question in each line of stdin")
 
 
-def _decoded(line, number):
-    """The text of a line. InputError if it is not UTF-8."""
-    try:
-        return decode_text(line)
-    except ValueError as wrong:
-        raise InputError(f"line {number} of stdin: not UTF-8 text ({wrong}); save it as UTF-8") from wrong
-
-
-def read_text(file):
-    """The text of a file opened in binary mode, without newlines at its end. ValueError if it is not UTF-8."""
-    return decode_text(file.read()).rstrip("\n")
+def _lines(file):
+    """Yield (number, text) of the lines that are not blank. InputError if one is not UTF-8."""
+    for number, line in enumerate(file, 1):
+        try:
+            if line.strip():
+                yield number, decode_text(line)
+        except ValueError as wrong:
+            raise InputError(f"line {number} of stdin: not UTF-8 text ({wrong}); save it as UTF-8") from wrong
 
 
 def check_questions(args, error):
     """Check the flags that need --questions and those that cannot be combined with it."""
-    of_files = ("image_folder", "answers", "batch", "num_chunks", "chunk_idx", "keep_errors")
     if args.questions is None:
-        for name in of_files:
+        for name in ("image_folder", "answers", "batch", "num_chunks", "chunk_idx", "keep_errors"):
             if getattr(args, name) not in (None, False):
                 error(f"--{name.replace('_', '-')} needs --questions")
         return
@@ -314,20 +290,25 @@ def check_questions(args, error):
 
 
 def check_show(args, error):
-    """Check that the drawing can be written. `model.show` checks what depends on the checkpoint."""
-    if args.show is None:
-        return
-    path = Path(args.show)
+    """Check --show as far as possible without the checkpoint; see `model.show.check_path`."""
     if args.prompt is None or not args.image:
         error("--show draws on the pictures of one answer; give --image and --prompt (in a conversation: /show FILE)")
+    try:
+        check_drawing(args.show, args.image)
+    except InputError as wrong:
+        error(str(wrong))
+
+
+def check_drawing(path, files):
+    """InputError if the path of a drawing cannot be written, has another suffix, or is one of the files."""
+    path = Path(path)
     if path.suffix.lower() not in (".png", ".html"):
-        error(f"cannot draw --show {args.show[:200]!r}; give a name that ends in .png or .html")
-    if not path.parent.is_dir():
-        error(f"--show: there is no folder {str(path.parent)[:200]}; create it or give another")
+        raise InputError(f"cannot draw {str(path)[:200]!r}; give a name that ends in .png or .html")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        error(f"--show: {args.show[:200]} cannot be written; give another name")
-    if any(os.path.exists(image) and path.exists() and path.samefile(image) for image in args.image):
-        error(f"--show would replace the picture {args.show[:200]}; give another name")
+        raise InputError(f"{str(path)[:200]} cannot be written; give another name")
+    for file in files:
+        if path.exists() and os.path.exists(file) and path.samefile(file):
+            raise InputError(f"the drawing would replace {str(file)[:200]}, which this run reads; give another name")
 
 
 # ---------------------------------------------------------------- what follows from the flags

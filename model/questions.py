@@ -7,22 +7,21 @@ line. If a question cannot be answered, "text" is "" and metadata.error gives th
 """
 
 import codecs
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import stat
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .api import off_budget
-from .batch import Batch, out_of_memory
+from .batch import answer_each, out_of_memory
 from .checkpoint import open_checkpoint
 from .config import InputError, decode_text
 from .console import note, one_line, say
@@ -36,13 +35,13 @@ try:
 except ImportError:  # Windows: two runs on one file go undetected
     fcntl = None
 
-# keys and values that other formats use for "image"
-PICTURE_KEY = re.compile(r"image|img|picture|photo|\bpics?\b", re.IGNORECASE)
-PICTURE_FILE = re.compile(
-    r"^data:image/|\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?.*)?$", re.IGNORECASE
+# in JSON: a key that stands for a picture in other formats, with a value, or a picture's file or URI as a value
+PICTURE = re.compile(
+    r'"[^"]*(image|img|picture|photo|\bpics?\b)[^"]*": (?!null|false|0[,}]|""|\[\]|\{\})'
+    r'|"data:image/|\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?[^"]*)?"',
+    re.IGNORECASE,
 )
 BLANK = b"\0\r\n\t "  # a power cut can leave NULs in place of the last lines
-PLACES = ("model", "prune", "image_folder")  # settings that may be paths
 
 
 @dataclass(frozen=True)
@@ -80,13 +79,14 @@ def answer_file(args):
     }  # fmt: skip
 
     def ask(question):
-        return Generation(checkpoint, question.text, [in_folder(name, folder) for name in question.images], **given)
+        pictures = [name if _is_data(name) else folder / local_path(name) for name in question.images]
+        return Generation(checkpoint, question.text, pictures, **given)
 
-    answers = Answers(args.answers, settings, args.keep_errors)  # checks the file before the weights are read
-    with contextlib.closing(answers):
+    with open_answers(args.answers) as file:
+        answers = Answers(file, settings)  # checks the file before the weights are read
         checkpoint.read_weights(args.dtype, device)
         introduce(args, example)
-        return run_file(questions, answers, ask, args.batch or 1, CoreWait(device))
+        return run_file(questions, answers, ask, args, example.prune, CoreWait(device))
 
 
 def named_model(name, folder):
@@ -107,12 +107,14 @@ def named_method(prune):
 
 def read_questions(path, chunks=1, index=0):
     """Questions of a JSONL file, or part `index` of `chunks` equal parts. InputError with the line number."""
-    questions, text = [], _read(path)
+    try:
+        text = decode_text(Path(path).read_bytes())
+    except (OSError, ValueError) as broken:
+        raise InputError(f"cannot read the questions in {path} ({broken}); give a JSONL file in UTF-8") from broken
     if text.lstrip().startswith("["):
         raise InputError(f"{path} is a JSON array; give JSONL, one object on each line")
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            questions.append(_question(line, f"line {number} of {path}"))
+    lines = enumerate(text.split("\n"), 1)
+    questions = [_question(line, f"line {number} of {path}") for number, line in lines if line.strip()]
     if not questions:
         raise InputError(f"{path} has no questions; give a JSONL file")
     size = math.ceil(len(questions) / chunks)
@@ -131,9 +133,9 @@ def _question(line, where):
     images = [] if images in (None, "") else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise InputError(f"the image in {where} is neither a file name nor a list of them; fix it")
-    other = [key for key, value in raw.items() if _is_picture(key, value)]
-    if not images and other:
-        raise InputError(f'{where} has {other[0][:50]!r} and no "image"; give the picture under the key "image"')
+    rest = [key for key in raw if key not in ("image", "text") and PICTURE.search(json.dumps({key: raw[key]}))]
+    if not images and rest:
+        raise InputError(f'{where} has {rest[0][:50]!r} and no "image"; give the picture under the key "image"')
     if not isinstance(raw.get("text"), str) or not raw["text"].strip():
         raise InputError(f"{where} has no text; add it")
     try:
@@ -141,32 +143,6 @@ def _question(line, where):
     except UnicodeEncodeError as broken:  # half of a surrogate pair
         raise InputError(f"the text in {where} is not valid Unicode ({broken}); fix it") from broken
     return Question(raw["question_id"], raw["text"], tuple(images))
-
-
-def _is_picture(key, value):
-    """Does an entry other than image and text name a picture?"""
-    return key not in ("image", "text") and bool(value) and (bool(PICTURE_KEY.search(key)) or _holds_picture(value))
-
-
-def _holds_picture(value):
-    """Does a JSON value contain a picture's file name, or a key that stands for one?"""
-    if isinstance(value, dict):
-        return any(inner and (PICTURE_KEY.search(key) or _holds_picture(inner)) for key, inner in value.items())
-    if isinstance(value, list):
-        return any(map(_holds_picture, value))
-    return isinstance(value, str) and bool(PICTURE_FILE.search(value))
-
-
-def _read(path):
-    try:
-        return decode_text(Path(path).read_bytes())
-    except (OSError, ValueError) as broken:
-        raise InputError(f"cannot read the questions in {path} ({broken}); give a JSONL file in UTF-8") from broken
-
-
-def in_folder(name, folder):
-    """A question's picture in the form that `Generation` takes: a data: URI, or a path relative to the folder."""
-    return name if _is_data(name) else folder / local_path(name)
 
 
 def _is_data(name):
@@ -181,84 +157,71 @@ def _short(uri):
 # ---------------------------------------------------------------- answers
 
 
+def open_answers(path):
+    """Open or create a file of answers, which no other run can then write. InputError if that is not possible."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path} is not a regular file; give another for the answers")
+        file = open(path, "a+b")  # noqa: SIM115 (the caller closes it)
+    except OSError as broken:
+        raise InputError(f"cannot write answers to {path} ({broken}); give another file") from broken
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # another run may have replaced the file
+    except OSError:
+        ours = False
+    if not ours:
+        file.close()
+        raise InputError(f"another run is writing {path}; wait for it, or give another file")
+    return file
+
+
+class Line(NamedTuple):
+    """A line of the file of answers."""
+
+    key: tuple  # of the question
+    failed: bool  # an error, no answer
+    data: bytes
+
+
 class Answers:
     """The file of answers. It grows by whole lines; `settle` sorts them at the end of a run.
 
-    done    number of answers to each question
-    failed  number of error lines of each question
+    lines   all of them, in the order of the file
     """
 
-    def __init__(self, path, settings, keep_errors=False):
-        """Create the file or resume it; a partial last line, left by a kill, is removed.
+    def __init__(self, file, settings):
+        """Read the file of `open_answers`, and cut off a partial last line, left by a kill.
 
-        settings: dict of the options that answers depend on. keep_errors: do not retry questions that failed.
-        InputError if the file has other settings, does not hold answers, or is being written by another run.
+        settings: dict of the options that answers depend on. InputError for other settings or other contents; the file
+        is then unchanged.
         """
-        self.path, self.keep_errors = Path(path), keep_errors
-        self.done, self.failed = Counter(), Counter()
+        self.file, self.path = file, Path(file.name)
         self.settings = json.loads(json.dumps(settings))  # as they are read back from a line
+        file.seek(0)
+        data = file.read()
+        lines = data.rstrip(BLANK).split(b"\n")
+        if _is_partial(lines[-1]):
+            del lines[-1]
+        stripped = [(number, line.strip(BLANK)) for number, line in enumerate(lines, 1)]
+        self.lines = [self._line(line, f"line {number} of {self.path}") for number, line in stripped if line]
+        whole = b"\n".join(lines) + b"\n" * bool(lines)
+        if whole != data:
+            file.truncate(max(0, len(whole) - 1))
+            file.write(whole[-1:])  # the line end, which an editor may have removed
+            file.flush()
+
+    def _line(self, data, where):
+        """Line for its bytes."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-        except (OSError, ValueError) as broken:
-            raise InputError(f"cannot write answers to {path} ({broken}); give another file") from broken
-        try:
-            if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise InputError(f"{path} is not a regular file; give another for the answers")
-            self._lock()
-            self._go_on()
-        except BaseException:
-            self.close()
-            raise
-
-    def _lock(self):
-        if fcntl:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = os.path.samestat(os.fstat(self._file), os.stat(self.path))  # another run may have replaced it
-            except OSError:
-                ours = False
-            if not ours:
-                raise InputError(f"another run is writing {self.path}; wait for it, or give another file")
-
-    def _go_on(self):
-        """Count the answers in the file, and cut it off after the last whole line."""
-        data = self._data()
-        text = data.rstrip(BLANK)
-        start = text.rfind(b"\n") + 1  # of the last line
-        last, behind = text[start:], data[len(text) :]
-        # an editor may remove the last line end, but a kill leaves a partial object
-        whole = bool(last) and (behind.startswith((b"\n", b"\r\n")) or _is_json(last))
-        for number, line in enumerate(data[: len(text) if whole else start].split(b"\n"), 1):
-            if line.strip(BLANK):
-                key, failed = self._about(line.strip(BLANK), f"line {number} of {self.path}")
-                (self.failed if failed else self.done)[key] += 1
-        # nothing is written before this check, so a file with other contents stays unchanged
-        if not whole and last[:14] != b'{"question_id"'[: len(last)]:
-            raise InputError(f"{self.path} does not hold answers; give another file")
-        if not whole:
-            os.ftruncate(self._file, start)
-        elif behind != b"\n":
-            os.ftruncate(self._file, len(text))
-        os.lseek(self._file, 0, os.SEEK_END)
-        if whole and behind != b"\n":
-            os.write(self._file, b"\n")
-
-    def _data(self):
-        """All bytes of the file."""
-        with open(self._file, "rb", closefd=False) as file:
-            file.seek(0)
-            return file.read()
-
-    def _about(self, line, where):
-        """(key of its question, is it an error?) of a line."""
-        try:
-            answer = json.loads(line)
+            answer = json.loads(data)
             about = answer["metadata"]
             key, settings = (json.dumps(answer["question_id"]), answer["prompt"]), about["settings"]
             key = *key, tuple(about["images"])
             hash(key)
-            other = [name for name in {**self.settings, **settings} if not self._agrees(name, settings.get(name))]
+            other = [name for name in {**self.settings, **settings} if settings.get(name) != self.settings.get(name)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
             raise InputError(f"{where} is not an answer of this program ({broken!r}); give another file") from broken
         if other:
@@ -266,46 +229,27 @@ class Answers:
             raise InputError(
                 f"{where} was answered with {other[0]} {theirs!r}, not {ours!r}; give the same options or another file"
             )
-        return key, "error" in about
+        return Line(key, "error" in about, data.removeprefix(codecs.BOM_UTF8))
 
-    def _agrees(self, name, value):
-        """Does a line's setting equal that of this run? Paths are resolved first."""
-        ours = self.settings.get(name)
-        paths = name in PLACES and isinstance(value, str) and isinstance(ours, str)
-        return value == ours or (paths and os.path.realpath(value) == os.path.realpath(ours))
-
-    def settle(self, questions):
-        """Put the lines in the order of the questions and drop errors answered since -> did the order change?
-
-        The file is replaced atomically: a kill leaves either the old or the new one. OSError if that fails.
-        """
-        data = self._data()
-        lines = [line for line in (line.strip(BLANK) for line in data.split(b"\n")) if line]
-        about = [self._about(line, f"line {number} of {self.path}") for number, line in enumerate(lines, 1)]
-        found = {}  # key: numbers of its lines, answers before errors, the newest error first
-        for number in sorted(range(len(lines)), key=lambda i: (about[i][1], -i if about[i][1] else i)):
-            found.setdefault(about[number][0], deque()).append(number)
-        order = [found[question.key].popleft() for question in questions if found.get(question.key)]
-        asked = {question.key for question in questions}
-        # answers to other questions stay, at the end
-        order += sorted(i for left in found.values() for i in left if not about[i][1] or about[i][0] not in asked)
-        ordered = b"".join(lines[i].removeprefix(codecs.BOM_UTF8) + b"\n" for i in order)
-        if ordered != data:
-            self._replace(ordered)
-        return order != sorted(order)
-
-    def _replace(self, data):
-        path = self.path.resolve()  # replace the target of a link, not the link
-        new = path.with_name(path.name + ".new")
-        try:
-            with open(new, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.copymode(path, new)
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+    def missing(self, questions, keep_errors):
+        """(questions to be answered, number of questions with an answer). keep_errors: do not retry failed ones."""
+        done, failed = (Counter(line.key for line in self.lines if line.failed is kind) for kind in (False, True))
+        missing, errors, answers = [], 0, done.total()
+        for question in questions:
+            if done[question.key]:
+                done[question.key] -= 1
+                continue
+            before = failed[question.key] > 0
+            failed[question.key] -= before
+            errors += before
+            if not (before and keep_errors):
+                missing.append(question)
+        if errors:
+            fate = "are kept (--keep-errors)" if keep_errors else "are tried again; --keep-errors skips them"
+            note(f"{errors} questions that could not be answered before {fate}")
+        if done.total():
+            note(f"{done.total()} answers in {self.path} belong to no question of this file; they stay")
+        return missing, answers - done.total()
 
     def write(self, question, text, metadata):
         """Append one answer."""
@@ -318,188 +262,138 @@ class Answers:
             "model_id": self.settings["model"],
             "metadata": {**metadata, "images": question.image_names, "settings": self.settings},
         }
-        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        while data:  # one call writes everything unless the disk is full
-            data = data[os.write(self._file, data) :]
+        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self.file.write(data + b"\n")
+        self.file.flush()
+        self.lines.append(Line(question.key, "error" in metadata, data))
 
-    def close(self):
-        os.close(self._file)
+    def settle(self, questions):
+        """Put the lines in the order of the questions and drop errors answered since.
+
+        The file is replaced atomically: a kill leaves either the old or the new one. OSError if that fails.
+        """
+        answers, errors = ([line for line in self.lines if line.failed is kind] for kind in (False, True))
+        found = defaultdict(deque)
+        for line in (*answers, *reversed(errors)):  # the newest error is the one that stays
+            found[line.key].append(line)
+        asked = {question.key for question in questions}
+        ordered = [found[question.key].popleft() for question in questions if found[question.key]]
+        placed = set(map(id, ordered))
+        left = [line for line in self.lines if id(line) not in placed]  # answers to other questions stay, at the end
+        ordered += [line for line in left if not line.failed or line.key not in asked]
+        data = b"".join(line.data + b"\n" for line in ordered)
+        if data == self.path.read_bytes():
+            return
+        path = self.path.resolve()  # replace the target of a link, not the link
+        new = path.with_name(path.name + ".new")
+        try:
+            with open(new, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(path, new)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+        note(f"sorted the lines of {self.path} in the order of the questions")
+
+
+def _is_partial(line):
+    """Is it the beginning of an answer, or nothing?"""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return b'{"question_id"'.startswith(line[:14])
+    return False
 
 
 # ---------------------------------------------------------------- answering
 
 
-class Desk:
-    """Takes finished answers in any order, writes them in the order of the questions, and reports progress.
-
-    totals: sums over this run: "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"),
-    "kept" and "wanted" (if a setting requests it)
-    """
-
-    def __init__(self, answers, questions, done, wait):
-        self.answers, self.questions, self.done, self.wait = answers, questions, done, wait
-        self.method = None  # of pruning; set by take
-        self.waiting, self.next, self.totals = {}, 0, Counter()  # waiting: number -> (text, metadata)
-        self.start = self.said = time.perf_counter()
-
-    def take(self, number, generation):
-        """Take the finished answer to questions[number]."""
-        if generation.kept and generation.prune:
-            self.method, weight = generation.prune, generation.vision_tokens
-            self.totals.update({"vision": weight, "kept": weight * generation.retention})
-            if generation.wanted is not None:
-                self.totals["wanted"] += weight * generation.wanted
-        if generation.failure:
-            self.fail(number, generation.failure)
-            return
-        self.totals["tokens"] += len(generation.token_ids)
-        self._hand_in(number, generation.text, {
-            "finish_reason": generation.finish_reason, "new_tokens": len(generation.token_ids),
-            "prompt_tokens": generation.prompt_tokens, "vision_tokens": generation.vision_tokens,
-            "kv_bytes_held": generation.bytes_held,
-        })  # fmt: skip
-
-    def fail(self, number, broken):
-        """questions[number] cannot be answered. broken: the error or its text."""
-        self.totals["failed"] += 1
-        self._hand_in(number, "", {"error": one_line(broken)})
-
-    def _hand_in(self, number, text, metadata):
-        """Write this and all waiting answers that are next in order."""
-        self.waiting[number] = text, metadata
-        while self.next in self.waiting:
-            self.answers.write(self.questions[self.next], *self.waiting.pop(self.next))
-            self.next += 1
-        self._progress()
-
-    def _progress(self):
-        now = time.perf_counter()
-        if now - self.said >= (0.2 if sys.stderr.isatty() else 10):
-            rate, left = self.next / (now - self.start), len(self.questions) - self.next
-            eta = f"{left / rate / 60:.1f} min left" if rate else "..."
-            say(f"answered {self.done + self.next} of {self.done + len(self.questions)}, {eta}")
-            self.said = now
-            self.wait.warn()
-
-    def off_budget(self):
-        """One line if the whole run kept nothing or clearly more or less than requested, else None."""
-        totals, vision = self.totals, self.totals["vision"]
-        wanted = totals["wanted"] / vision if "wanted" in totals and vision else None
-        return off_budget(self.method, totals["kept"] / vision, wanted) if vision else None
-
-    def summary(self):
-        """One line about this run."""
-        seconds, totals = time.perf_counter() - self.start, self.totals
-        rate = self.next / seconds
-        count = "1 question" if self.next == 1 else f"{self.next} questions"
-        line = f"{count} in {seconds:.1f} s ({rate:.2f} per second, {totals['tokens']} tokens)"
-        if self.done:
-            line += f", {self.done} already answered"
-        if totals["failed"]:
-            line += f"; {totals['failed']} could not be answered, see metadata.error in their lines"
-        return line
-
-
-def answer_all(questions, answers, ask, size, wait):
-    """Answer the questions missing from `answers`, `size` at a time -> the Desk.
+def run_file(questions, answers, ask, args, method, wait):
+    """Answer what is missing and print a summary -> exit code. Answers written before an interruption stay.
 
     ask(question) returns its Generation. If it raises InputError, or memory runs out, the answer is "" with
-    metadata.error. wait: a `CoreWait`.
+    metadata.error. method: of pruning, or None; wait: a `CoreWait`.
     """
-    missing, done = _missing(questions, answers)
-    desk = Desk(answers, missing, done, wait)
-    queue, alone = deque(range(len(missing))), set()  # alone: questions that did not fit in memory with others
-    batch, running = Batch(), {}  # number of the question -> its generation
+    note_repeated_ids(questions)
+    missing, done = answers.missing(questions, args.keep_errors)
+    start = said = time.perf_counter()
+    totals, count = Counter(), 0
 
-    def fits(number):
-        return not running or (len(running) < size and number not in alone and not alone.intersection(running))
+    def crowded(number):
+        note(f"out of memory with {number} questions at once, retrying one by one; lower --batch")
 
-    while queue or running:
-        try:
-            while queue and fits(queue[0]):
-                number = queue.popleft()
-                running[number] = None
-                try:
-                    running[number] = ask(missing[number])
-                    batch.add(running[number])
-                except InputError as wrong:
-                    del running[number]
-                    desk.fail(number, wrong)
-            for generation in batch.advance():
-                number = next(n for n, other in running.items() if other is generation)
-                desk.take(number, generation)
-                del running[number]
-        except Exception as broken:
-            if not out_of_memory(broken):
-                raise
-            batch, tried, running = Batch(), sorted(running), {}  # the cache may be inconsistent
-            if len(tried) == 1:
-                desk.fail(tried[0], f"out of memory ({str(broken)[:200]}); try --dtype bf16")
-            else:
-                note(f"out of memory with {len(tried)} questions at once, retrying one by one; lower --batch")
-                queue.extendleft(reversed(tried))
-                alone.update(tried)
-    return desk
-
-
-def _missing(questions, answers):
-    """(questions without an answer, number of questions with one)."""
-    done, failed = answers.done.copy(), answers.failed.copy()
-    missing, errors, before = [], 0, done.total()
-    for question in questions:
-        if done[question.key]:
-            done[question.key] -= 1
-            continue
-        if failed[question.key]:
-            failed[question.key] -= 1
-            errors += 1
-            if answers.keep_errors:
-                continue
-        missing.append(question)
-    if errors:
-        fate = "are kept (--keep-errors)" if answers.keep_errors else "are tried again; --keep-errors skips them"
-        note(f"{errors} questions that could not be answered before {fate}")
-    if done.total():
-        note(f"{done.total()} answers in {answers.path} belong to no question of this file; they stay")
-    return missing, before - done.total()
-
-
-def repeated_ids(questions):
-    """One line if several questions have the same id, else None. Some LLaVA files have such ids (TextVQA)."""
-    repeated = [name for name, count in Counter(json.dumps(q.id) for q in questions).items() if count > 1]
-    if not repeated:
-        return None
-    return (
-        f"{len(repeated)} of the question_ids belong to several questions, the first is {repeated[0][:50]}; "
-        "answers are also told apart by text and picture, but a scorer may read only the id"
-    )
-
-
-def run_file(questions, answers, ask, size, wait):
-    """Answer all questions and print a summary -> exit code. Answers written before an interruption stay."""
-    if repeated := repeated_ids(questions):
-        note(repeated)
+    found = answer_each(ask, missing, args.batch or 1, crowded)
     try:
-        desk = answer_all(questions, answers, ask, size, wait)
+        for text, metadata in in_order((number, outcome(answer, totals)) for number, answer in found):
+            answers.write(missing[count], text, metadata)
+            count, now = count + 1, time.perf_counter()
+            if now - said >= (0.2 if sys.stderr.isatty() else 10):
+                left = (len(missing) - count) * (now - start) / count / 60
+                say(f"answered {done + count} of {done + len(missing)}, {left:.1f} min left")
+                said = now
+                wait.warn()
         try:
-            if answers.settle(questions):
-                note(f"sorted the lines of {answers.path} in the order of the questions")
+            answers.settle(questions)
         except OSError as broken:
             note(f"the lines of {answers.path} are not in the order of the questions ({broken})")
     except KeyboardInterrupt:
         say(f"interrupted; {answers.path} holds the answers so far, the same command resumes")
         return 130
     wait.warn()
-    say(desk.summary())
-    if off := desk.off_budget():
-        note(off)
+    seconds = time.perf_counter() - start
+    line = "1 question" if count == 1 else f"{count} questions"
+    line += f" in {seconds:.1f} s ({count / seconds:.2f} per second, {totals['tokens']} tokens)"
+    if done:
+        line += f", {done} already answered"
+    if totals["failed"]:
+        line += f"; {totals['failed']} could not be answered, see metadata.error in their lines"
+    say(line)
+    if vision := totals["vision"]:
+        off = off_budget(method, totals["kept"] / vision, totals["wanted"] / vision or None)
+        if off:
+            note(off)
     return 0
 
 
-def _is_json(data):
-    """Is it one complete JSON value?"""
-    try:
-        json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return True
+def note_repeated_ids(questions):
+    """A note if several questions have the same id. Some LLaVA files have such ids (TextVQA)."""
+    repeated = [name for name, count in Counter(json.dumps(q.id) for q in questions).items() if count > 1]
+    if repeated:
+        note(
+            f"{len(repeated)} of the question_ids belong to several questions, the first is {repeated[0][:50]}; "
+            "answers are also told apart by text and picture, but a scorer may read only the id"
+        )
+
+
+def in_order(numbered):
+    """Yield the values of (number, value) pairs, which come in any order, from number 0 on without gaps."""
+    waiting, expected = {}, 0
+    for number, value in numbered:
+        waiting[number] = value
+        while expected in waiting:
+            yield waiting.pop(expected)
+            expected += 1
+
+
+def outcome(answer, totals):
+    """(text, metadata) of a finished Generation or an exception, which is added to totals.
+
+    totals: Counter of "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"), "kept" and
+    "wanted" (0 if no setting requests a number).
+    """
+    failure = answer if isinstance(answer, Exception) else answer.failure
+    if failure is not answer and answer.kept and answer.prune:
+        weight, wanted = answer.vision_tokens, answer.wanted or 0
+        totals.update(vision=weight, kept=weight * answer.retention, wanted=weight * wanted)
+    if failure:
+        totals["failed"] += 1
+        memory = f"out of memory ({str(failure)[:200]}); try --dtype bf16"
+        return "", {"error": memory if out_of_memory(failure) else one_line(failure)}
+    totals["tokens"] += len(answer.token_ids)
+    return answer.text, {
+        "finish_reason": answer.finish_reason, "new_tokens": len(answer.token_ids),
+        "prompt_tokens": answer.prompt_tokens, "vision_tokens": answer.vision_tokens,
+        "kv_bytes_held": answer.bytes_held,
+    }  # fmt: skip

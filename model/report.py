@@ -29,8 +29,8 @@ def introduce(args, generation):
     say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
         f"image mode {settings.mode}{order}, backend {generation.backend}")  # fmt: skip
     if demo:
-        note("the demo model knows only drawn shapes and signs, and single questions as in assets/README.md; "
-             "--model loads another")  # fmt: skip
+        note("the demo model knows only drawn shapes and signs, and conversations of one or two questions as in "
+             "assets/README.md; --model loads another")  # fmt: skip
         if not generation.images and args.questions is None:
             note("there is no picture, and the demo model can answer only questions about pictures")
     for text in checkpoint.notes:
@@ -41,11 +41,12 @@ def introduce(args, generation):
 
 def report(generation, model, seed, meter):
     """The object of --json: settings, answer, bytes and milliseconds. generation: a Generation after its iteration."""
-    checkpoint, steps = generation.checkpoint, sorted(generation.timing["steps"])
+    checkpoint, steps = generation.checkpoint, generation.timing["steps"]
     config, cache, prune = checkpoint.config.text_config, generation.cache, generation.prune
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
     kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
     held, given = generation.bytes_held, prune.settings if prune else {}
+    parts = {name: 1e3 * generation.timing[name] for name in ("vision", "prefill", "prune")}  # prune: part of prefill
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -69,9 +70,7 @@ def report(generation, model, seed, meter):
         },
         "timing_ms": {
             "load": 1e3 * meter.load_seconds,
-            "vision": 1e3 * generation.timing["vision"],
-            "prefill": 1e3 * generation.timing["prefill"],
-            "prune": 1e3 * generation.timing["prune"],  # part of prefill
+            **parts,
             "decode_total": 1e3 * sum(steps),
             "decode_p50": 1e3 * percentile(steps, 0.5),
             "decode_p95": 1e3 * percentile(steps, 0.95),
@@ -99,8 +98,10 @@ def say_outcome(args, generation, took, code):
         held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
         say(f"{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
             f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
-    if generation.finish_reason == "length" and not args.talk:  # a conversation says it in its own words
-        why = "--max-new-tokens allows more" if generation.limit < generation.context_left else "the context is full"
+    if generation.finish_reason == "length":
+        context = generation.checkpoint.config.text_config.context
+        full = f"the context of {context} tokens is full" + ("; /clear starts a new conversation" if args.talk else "")
+        why = "--max-new-tokens allows more" if generation.limit < generation.context_left else full
         note(f"the answer was cut after {generation.limit} tokens; {why}")
 
 
@@ -146,7 +147,7 @@ def comparison(generation):
         "kv_bytes_held": reference.bytes_held,
         "timing_ms": {
             "prefill": 1e3 * reference.timing["prefill"],
-            "decode_p50": 1e3 * percentile(sorted(reference.timing["steps"]), 0.5),
+            "decode_p50": 1e3 * percentile(reference.timing["steps"], 0.5),
         },
     }
 
@@ -180,26 +181,23 @@ def compare(full, pruned, ids):
 
 def differences(took):
     """The table of --compare. took: the object of `report` for the pruned run, with that of `comparison`."""
-    found = took["compare"]
-    first, steps = found["first_divergence"], found["steps"]
-    where = "never" if first is None else f"at token {first + 1} of {steps}"
-    before, after = found["timing_ms"], took["timing_ms"]
+    found, after = took["compare"], took["timing_ms"]
+    first, before = found["first_divergence"], found["timing_ms"]
+    where = "never" if first is None else f"at token {first + 1} of {found['steps']}"
     held = [1e-6 * n for n in (found["kv_bytes_held"], took["prune"]["kv_bytes_held"])]
-    lines = [
-        f"unpruned {found['text']}",
-        f"pruned   {took['text']}",
-        f"differs  {where}; along the unpruned answer {100 * found['same_tokens']:.1f} % of the tokens are the same,",
-        f"         KL {found['kl_mean']:.4f} nats on average, {found['kl_max']:.4f} at most",
-        f"KV cache {held[0]:.2f} -> {held[1]:.2f} MB held",
-        f"prefill  {before['prefill']:.1f} -> {after['prefill']:.1f} ms (the unpruned run came second, warm)",
-        f"decode   {before['decode_p50']:.2f} -> {after['decode_p50']:.2f} ms/token",
-    ]
-    return "\n".join(lines)
+    return f"""\
+unpruned {found["text"]}
+pruned   {took["text"]}
+differs  {where}; along the unpruned answer {100 * found["same_tokens"]:.1f} % of the tokens are the same,
+         KL {found["kl_mean"]:.4f} nats on average, {found["kl_max"]:.4f} at most
+KV cache {held[0]:.2f} -> {held[1]:.2f} MB held
+prefill  {before["prefill"]:.1f} -> {after["prefill"]:.1f} ms (the unpruned run came second, warm)
+decode   {before["decode_p50"]:.2f} -> {after["decode_p50"]:.2f} ms/token"""
 
 
 def percentile(values, q):
-    """The q-quantile (0 to 1) of a sorted list by nearest rank; 0 if it is empty."""
-    return values[math.ceil(q * len(values)) - 1] if values else 0.0
+    """The q-quantile (0 to 1) of a list by nearest rank; 0 if it is empty."""
+    return sorted(values)[math.ceil(q * len(values)) - 1] if values else 0.0
 
 
 def free_memory(device):
@@ -253,15 +251,13 @@ class CoreWait:
         self.known, self.warned = device.type == "cpu" and sys.platform == "linux", False
         self.start, self.before = time.perf_counter(), _waited()
 
-    def share(self):
-        """Waiting time as a fraction of all threads' time since the start, 0 to 1."""
-        seconds = time.perf_counter() - self.start
-        return (_waited() - self.before) / (torch.get_num_threads() * seconds) if self.known else 0.0
-
     def note(self):
         """One line if torch uses several threads and they wait a lot, else None."""
-        share, threads = self.share(), torch.get_num_threads()
-        if threads == 1 or share < 0.2 or _waited() - self.before < 0.1:  # seconds; too short to judge
+        if not self.known:
+            return None
+        waited, threads = _waited() - self.before, torch.get_num_threads()
+        share = waited / (threads * (time.perf_counter() - self.start))
+        if threads == 1 or share < 0.2 or waited < 0.1:  # seconds; too short to judge
             return None
         return (
             f"{threads} threads spent {100 * share:.0f} % of the time waiting for cores that other processes use; "
@@ -316,28 +312,41 @@ def step_bytes(checkpoint, kv_bytes):
 
 def stats(r, bandwidth, generation):
     """The table of --stats. r: the --json object; bandwidth: bytes per second, 0 if unknown."""
-    t = r["timing_ms"]
-    first, new = t["vision"] + t["prefill"], generation.prefilled
+    t, prune, new = r["timing_ms"], r["prune"], generation.prefilled
     known = r["prompt_tokens"] - new  # in the cache already, in a later turn of a conversation
     seen = [image for image, (start, _) in zip(r["images"], generation.spans, strict=True) if start >= known]
-    pictures = "1 picture" if len(seen) == 1 else f"{len(seen)} pictures"
     lines = [_line("load", t["load"], "")]
     if seen:
         tokens = sum(image["tokens"] for image in seen)
-        lines.append(_line("vision", t["vision"], f"{pictures}, {tokens} vision tokens"))
+        lines.append(_line("vision", t["vision"], f"{_count(seen, 'picture')}, {tokens} vision tokens"))
     if len(seen) > 1 or r["image_mode"] == "anyres":
         lines += [_of_picture(image, r) for image in seen]
-    whole = f"{r['prompt_tokens']} prompt tokens"
-    of = f"{new} new of {whole}" if known else whole
+    of = (f"{new} new of " if known else "") + f"{r['prompt_tokens']} prompt tokens"
     if generation.prune and generation.prune.looks_ahead and t["prune"]:
         of += f" and {generation.checkpoint.lookahead.rows} look-ahead rows"
-    lines.append(_line("prefill", t["prefill"], f"{of}; time to first token {first:.1f} ms"))
-    lines += _pruned(r) + _decoded(r, bandwidth, generation) + _memory(r)
+    lines.append(_line("prefill", t["prefill"], f"{of}; time to first token {t['vision'] + t['prefill']:.1f} ms"))
+    if t["prune"]:  # 0 if nothing could be dropped: no method, no pictures, or a later turn
+        share, per_head = 100 * prune["retention_actual"], sum(generation.kept) / len(generation.kept)
+        text = f"of the prefill; {prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
+        bound = f"upper bound on the decoding speed-up, from the bytes read: {r['ceiling_speedup']:.2f}x"
+        lines += [_line("pruning", t["prune"], text), f"{'':25}{bound}"]
+    if generation.timing["steps"]:
+        lines += _decoded(r, bandwidth, generation)
+    lines.append(f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak")
+    held, full, reserved = (1e-6 * prune[f"kv_bytes_{which}"] for which in ("held", "full", "reserved"))
+    if held:
+        unpruned = f" ({full:.2f} MB unpruned)" if held < full else ""
+        text = f"for the prompt{unpruned}; {reserved:.2f} MB with the slots for new tokens"
+        lines.append(f"KV cache   {held:9.2f} MB  {text}")
     return "\n".join(lines)
 
 
 def _line(name, milliseconds, text):
     return f"{name:<11}{milliseconds:9.1f} ms  {text}".rstrip()
+
+
+def _count(things, name):
+    return f"1 {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
 def _of_picture(image, r):
@@ -349,42 +358,15 @@ def _of_picture(image, r):
     return f"{'':25}{name}: {width} x {height} pixels{tiles}, {image['tokens']} tokens, {cost:.2f} MB of KV cache"
 
 
-def _pruned(r):
-    """Two lines on what pruning kept; none if nothing could be dropped: no method, no pictures, or a later turn."""
-    prune, kept = r["prune"], r["prune"]["kept_per_layer"]
-    if not r["timing_ms"]["prune"]:
-        return []
-    share, per_head = 100 * prune["retention_actual"], sum(kept) / len(kept)
-    text = f"of the prefill; {prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
-    return [
-        _line("pruning", r["timing_ms"]["prune"], text),
-        f"{'':25}upper bound on the decoding speed-up, from the bytes read: {r['ceiling_speedup']:.2f}x",
-    ]
-
-
 def _decoded(r, bandwidth, generation):
     """Lines on the decode steps, and on the least time that reading a step's bytes takes."""
-    t, steps = r["timing_ms"], len(generation.timing["steps"])
-    if not steps:
-        return []
-    speed, ended = 1e3 * steps / t["decode_total"], r["finish_reason"]
-    count = "1 step" if steps == 1 else f"{steps} steps"
-    lines = [_line("decode", t["decode_total"], f"{count} of one token, {speed:.1f} tokens/s; finish reason: {ended}")]
-    if steps > 1:
+    t, steps = r["timing_ms"], generation.timing["steps"]
+    rate = f"{1e3 * len(steps) / t['decode_total']:.1f} tokens/s; finish reason: {r['finish_reason']}"
+    lines = [_line("decode", t["decode_total"], f"{_count(steps, 'step')} of one token, {rate}")]
+    if len(steps) > 1:
         lines.append(f"  per token{t['decode_p50']:9.2f} ms  median; 95th percentile {t['decode_p95']:.2f} ms")
     if not bandwidth:
         return [*lines, "  limit                  not measured: too little memory is free"]
     size = step_bytes(generation.checkpoint, generation.cache.nbytes_held)
     read = f"to read {1e-6 * size:.1f} MB of weights and KV cache at {1e-9 * bandwidth:.1f} GB/s (measured)"
     return [*lines, f"  limit    {1e3 * size / bandwidth:9.2f} ms  {read}"]
-
-
-def _memory(r):
-    """Lines on peak memory and, if there is one, the KV cache."""
-    held, full, reserved = (1e-6 * r["prune"][f"kv_bytes_{which}"] for which in ("held", "full", "reserved"))
-    lines = [f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak"]
-    if held:
-        unpruned = f" ({full:.2f} MB unpruned)" if held < full else ""
-        text = f"for the prompt{unpruned}; {reserved:.2f} MB with the slots for new tokens"
-        lines.append(f"KV cache   {held:9.2f} MB  {text}")
-    return lines

@@ -8,23 +8,24 @@ Panels show the picture as the model sees it. What a head dropped is grey and ha
 """
 
 import base64
+import contextlib
 import io
 import json
-import os
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .config import InputError
+from .flags import check_drawing
 from .image import local_path
 
-FORMATS = (".png", ".html")
 CLASSES = {"attentive": "#0072b2", "balanced": "#777777", "indifferent": "#d55e00"}  # Okabe and Ito
 FIRST, SECOND = "#d55e00", "#0072b2"  # frames around tokens that only one of two questions keeps
+SCALE = "#00224e", "#fee838", "#7d7c78"  # lowest, highest, middle: safe for colour-blind readers
 
 # in pixels; shown at a third of this size, as on pages, the smallest letters still have 11 pixels
 WIDTH, MARGIN, GAP, COLUMNS = 1640, 32, 24, 4
@@ -74,15 +75,14 @@ class Shown:
             raise InputError("there is no picture to draw on; give --image")
         if generation.masks is None:
             raise InputError("what the heads kept was not recorded; make the Generation with remember=True and run it")
-        masks, prune = generation.masks, generation.prune
-        full = generation.bytes_held * masks.numel() / masks.sum().item()
+        masks, prune, held = generation.masks, generation.prune, generation.bytes_held
         keep = torch.cat([masks[..., start:stop] for start, stop in generation.spans], 2)
         name, spec = (prune.name, prune.spec) if prune else ("none", "none")
-        flags, views = f"--prune {shlex.quote(spec)}", list(_views(generation))
         question = generation.prompt
         if generation.pruned_for != question and not keep.all():
             question = f"{generation.pruned_for} (asked later: {question})"
-        return cls(question, name, flags, generation.wanted, views, keep, full, generation.bytes_held)
+        flags, full = f"--prune {shlex.quote(spec)}", held * masks.numel() / masks.sum().item()
+        return cls(question, name, flags, generation.wanted, list(_views(generation)), keep, full, held)
 
     def of_view(self, view):
         """What is kept of a View: (L, Hkv, rows, columns) bool."""
@@ -113,8 +113,8 @@ class Shown:
 def save(generation, path):
     """Draw what each head kept for an answer into a .png or .html file -> one line about it. Replaces an existing file.
 
-    generation: made with `remember`, after its prefill. InputError if there is nothing to draw, for another suffix, or
-    if the path is a file that the run reads; OSError, in one line, if it cannot be written.
+    generation: made with `remember`, after its prefill. InputError if there is nothing to draw or as in `check_path`;
+    OSError, in one line, if the file cannot be written.
     """
     check_path(path, generation)
     try:
@@ -125,32 +125,20 @@ def save(generation, path):
 
 
 def check_path(path, generation):
-    """InputError if the path has another suffix, or is one of the pictures or a file of the checkpoint."""
-    _ending(path)
+    """InputError if a drawing cannot be written there, or would replace a picture or a file of the checkpoint."""
     pictures = [image["path"] for image in generation.images]
     pictures = [local_path(name) for name in pictures if name[:5].lower() != "data:"]
-    for file in (*pictures, *generation.checkpoint.folder.iterdir()):
-        if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
-            raise InputError(f"the drawing would replace {file}, which this run reads; give another name")
+    check_drawing(path, (*pictures, *generation.checkpoint.folder.iterdir()))
 
 
 def write(path, shown, second=None, layers=None, heads=None):
-    """Write the figure or the page of one or two Shown to path; see `draw` and `page`. OSError if that fails."""
-    if _ending(path) == ".html":
-        data = page(shown, second).encode()
-    else:
-        file = io.BytesIO()
-        draw(shown, second, layers, heads).save(file, "PNG")
-        data = file.getvalue()
-    Path(path).write_bytes(data)
+    """Write the figure or the page of one or two Shown to path; see `draw` and `page`.
 
-
-def _ending(path):
-    """The path's suffix in lower case. InputError if it is not in FORMATS."""
-    ending = Path(path).suffix.lower()
-    if ending not in FORMATS:
-        raise InputError(f"cannot draw {path}; give a name that ends in {' or '.join(FORMATS)}")
-    return ending
+    InputError for a suffix other than .png and .html; OSError.
+    """
+    check_drawing(path, ())
+    as_page = Path(path).suffix.lower() == ".html"
+    Path(path).write_bytes(page(shown, second).encode() if as_page else _png(draw(shown, second, layers, heads)))
 
 
 def _views(generation):
@@ -192,44 +180,51 @@ def draw(shown, second=None, layers=None, heads=None):
     second: what another question about the same pictures keeps; panels then frame the tokens that only one keeps.
     """
     number, width, tokens = shown.keep.shape
-    total, cells = number * width, []
-    for view in shown.views:
-        count = shown.of_view(view).sum((0, 1))
-        cells += [
-            _titled((view.name or "the picture") + " as\nthe model sees it", _framed(panel(view, count >= 0))),
-            _titled("how many heads\nkeep each token", _framed(heat(count, total, CELL, CELL)), _scale(total, CELL)),
-        ]
     rows = [_lines(shown.title, HUGE), _lines(shown.flags, SMALL, GREY), _lines(f"“{shown.prompt}”", LARGE)]
-    if second is not None:
-        rows.append(
-            _lines(f"Framed in orange: kept only for this question. In blue: only for “{second.prompt}”", LARGE)
-        )
-    if shown.keep.all() and (second is None or second.keep.all()):
-        rows += _in_rows(cells[::2])
-        return _page(rows)
+    if second:
+        said = f"Framed in orange: kept only for this question. In blue: only for “{second.prompt}”"
+        rows.append(_lines(said, LARGE))
+    cells = []
+    for view in shown.views:
+        count, title = shown.of_view(view).sum((0, 1)), (view.name or "the picture") + " as\nthe model sees it"
+        cells.append(_titled(title, _framed(panel(view, count >= 0))))
+        drawn = _framed(heat(count, number * width, *_size(count)))
+        cells.append(_titled("how many heads\nkeep each token", drawn, _scale(number * width)))
+    if shown.keep.all() and (not second or second.keep.all()):
+        return _page(rows + _in_rows(cells[::2]))
     equal = _equal(shown.keep)
     each = f"Every head keeps {shown.keep[0, 0].sum()} of {tokens} tokens. " if equal else ""
-    rows += [_lines(f"Hatched: dropped. {each}{shown.memory}.", SMALL, GREY)]
+    rows.append(_lines(f"Hatched: dropped. {each}{shown.memory}.", SMALL, GREY))
     if shown.gammas and shown.thresholds:
         words = "Attentive: gamma is alpha or more, the layer keeps more. Indifferent: below beta, it keeps less. "
         rows.append(_lines(words + "Balanced: between them.", SMALL, GREY))
-    rows += _in_rows(cells, [] if equal and not shown.gammas else [_counts(shown)])
+    if shown.gammas or not equal:
+        cells.append(_counts(shown))
+    rows += _in_rows(cells)
     layers = sorted({min(1, number - 1), number // 2, number - 1}) if layers is None else layers
     some = max(1, COLUMNS // len(shown.views))
     heads = sorted({i * (width - 1) // max(1, some - 1) for i in range(min(some, width))}) if heads is None else heads
     which = ", ".join(map(str, layers)), ", ".join(map(str, heads))
     rows.append(_lines(f"Layers {which[0]} of {number}, KV heads {which[1]} of {width} (numbered from 0):", LARGE))
     for layer in layers:
-        cells = []
-        for head in heads:
-            for view in shown.views:
-                kept = shown.of_view(view)[layer, head]
-                other = None if second is None else second.of_view(view)[layer, head]
-                count = "" if _equal(shown.of_view(view)) else f": {int(kept.sum())} of {kept.numel()}"
-                title = f"layer {layer}, head {head}\n{view.name or (count and 'kept')}{count}".rstrip()
-                cells.append(_titled(title, _framed(panel(view, kept, other))))
-        rows += _in_rows(cells)
+        rows += _in_rows([_cell(shown, second, view, layer, head) for head in heads for view in shown.views])
     return _page(rows)
+
+
+def _cell(shown, second, view, layer, head):
+    """The titled panel of a view for one head."""
+    kept = shown.of_view(view)[layer, head]
+    other = second and second.of_view(view)[layer, head]
+    count = "" if _equal(shown.of_view(view)) else f": {int(kept.sum())} of {kept.numel()}"
+    title = f"layer {layer}, head {head}\n{view.name or (count and 'kept')}{count}".rstrip()
+    return _titled(title, _framed(panel(view, kept, other)))
+
+
+def _size(tokens):
+    """(width, height) in pixels of a map of tokens (rows, columns) in a cell of the figure; tokens are squares."""
+    rows, columns = tokens.shape
+    step = max(1, CELL // max(rows, columns))
+    return columns * step, rows * step
 
 
 def panel(view, kept, other=None):
@@ -237,16 +232,20 @@ def panel(view, kept, other=None):
 
     other: kept for a second question. Tokens that only one of the two keeps are framed.
     """
-    rows, columns = kept.shape
-    step = max(1, CELL // max(rows, columns))  # pixels per token
-    picture = view.image.resize((columns * step, rows * step), Image.Resampling.BICUBIC)
-    clear = Image.frombytes("L", (columns, rows), bytes((255 * kept.byte()).flatten().tolist()))
-    picture = Image.composite(picture, veiled(picture), clear.resize(picture.size, Image.Resampling.NEAREST))
-    pen = ImageDraw.Draw(picture)
+    picture = view.image.resize(_size(kept), Image.Resampling.BICUBIC)
+    picture = Image.composite(picture, veiled(picture), _grey(255 * kept, *picture.size))
+    pen, step = ImageDraw.Draw(picture), picture.width // kept.shape[1]  # pixels per token
     for row, column in [] if other is None else (kept ^ other).nonzero().tolist():
         x, y, ink = column * step, row * step, FIRST if kept[row, column] else SECOND
         pen.rectangle((x + 1, y + 1, x + step - 2, y + step - 2), outline=ink, width=2)
     return picture
+
+
+def _grey(values, width, height):
+    """A grey image of width x height pixels from values (rows, columns), 0 to 255."""
+    rows, columns = values.shape
+    image = Image.frombytes("L", (columns, rows), bytes(values.byte().flatten().tolist()))
+    return image.resize((width, height), Image.Resampling.NEAREST)
 
 
 def veiled(picture):
@@ -261,31 +260,17 @@ def veiled(picture):
 def heat(counts, most, width, height, written=False):
     """counts (rows, columns), integers from 0 to most -> a coloured image of width x height pixels.
 
-    If width equals height, cells are squares and the image has at most this size.
     written: also write the numbers, if they fit.
     """
-    rows, columns = counts.shape
-    if width == height:
-        width = height = max(1, width // max(rows, columns))  # pixels per token
-        width, height = columns * width, rows * height
-    image = Image.new("RGB", (width, height))
+    image = ImageOps.colorize(_grey(255 * counts / most, width, height), *SCALE)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(SMALL)
-    for row, line in enumerate(counts.tolist()):
-        for column, count in enumerate(line):
-            x, y = column * width // columns, row * height // rows
-            right, below = (column + 1) * width // columns, (row + 1) * height // rows
-            pen.rectangle((x, y, right - 1, below - 1), fill=colour(count / most))
-            if written and right - x > font.getlength(str(most)) + 8 and below - y > SMALL:
-                ink = "black" if count > 0.6 * most else "white"
-                pen.text(((x + right) / 2, (y + below) / 2), str(count), ink, font, anchor="mm")
+    wide, high = width / counts.shape[1], height / counts.shape[0]
+    if written and wide > font.getlength(str(most)) + 8 and high > SMALL:
+        for row, column in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+            count = counts[row, column].item()
+            ink = "black" if count > 0.6 * most else "white"
+            pen.text(((column + 0.5) * wide, (row + 0.5) * high), str(count), ink, font, anchor="mm")
     return image
-
-
-def colour(share):
-    """0 to 1 -> RGB from dark blue through grey to yellow, a scale that is safe for colour-blind readers."""
-    low, middle, high = (0, 34, 78), (125, 124, 120), (254, 232, 56)
-    a, b, t = (low, middle, 2 * share) if share < 0.5 else (middle, high, 2 * share - 1)
-    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
 
 
 def _equal(keep):
@@ -315,7 +300,7 @@ def _counts(shown):
         title += f". Bars: gamma, attention of {shown.rows} to pictures, 0 to 1"
         if shown.thresholds:
             title += ". Lines: beta {1:g}, alpha {0:g}".format(*shown.thresholds)
-    return _titled(title, block, _scale(most, CELL))
+    return _titled(title, block, _scale(most))
 
 
 def _bars(pen, shown, left, high, bottom):
@@ -336,29 +321,26 @@ def _bars(pen, shown, left, high, bottom):
         pen.line((left + value * CELL, 0, left + value * CELL, bottom), fill="black", width=2)
 
 
-def _scale(most, width):
-    """The colour scale, from 0 to most."""
-    font = ImageFont.load_default(SMALL)
-    bar, middle = Image.new("RGB", (width, SMALL + 10), "white"), SMALL // 2 + 5
-    pen = ImageDraw.Draw(bar)
-    right = width - font.getlength(str(most)) - 10
-    for x in range(SMALL, int(right)):
-        pen.line((x, middle - 10, x, middle + 10), fill=colour((x - SMALL) / (right - SMALL - 1)))
+def _scale(most):
+    """The colour scale, from 0 to most, as wide as a cell."""
+    bar, middle, font = Image.new("RGB", (CELL, SMALL + 10), "white"), SMALL // 2 + 5, ImageFont.load_default(SMALL)
+    pen, right = ImageDraw.Draw(bar), int(CELL - font.getlength(str(most)) - 10)
+    bar.paste(heat(torch.arange(256)[None], 255, right - SMALL, 21), (SMALL, middle - 10))
     pen.text((0, middle), "0", "black", font, anchor="lm")
-    pen.text((width, middle), str(most), "black", font, anchor="rm")
+    pen.text((CELL, middle), str(most), "black", font, anchor="rm")
     return bar
 
 
 def _lines(text, size, fill="black", width=WIDTH - 2 * MARGIN, most=4):
     """Text as an image, broken into lines of at most `width` pixels; text beyond `most` lines is cut off."""
-    font = _font(text, size)
-    lines = []
+    font, lines = _font(text, size), []
     for paragraph in text.split("\n"):
         line = ""
         for word in re.findall(r"[^\s,]+,?\s?|\s|,", paragraph):
             for piece in [word] if font.getlength(word) <= width else word:
                 if font.getlength((line + piece).rstrip()) > width:
-                    lines, line = [*lines, line], ""
+                    lines.append(line)
+                    line = ""
                 line += piece
         lines.append(line)
     if len(lines) > most:
@@ -372,17 +354,16 @@ def _lines(text, size, fill="black", width=WIDTH - 2 * MARGIN, most=4):
 
 def _font(text, size):
     """The first font, Pillow's or a system font, with all letters of the text; else the one that lacks the fewest."""
-    found, letters = [], {letter for letter in text if not letter.isspace()}
+    found, letters = {}, {letter for letter in text if not letter.isspace()}
     for name in FONTS:
-        try:
+        with contextlib.suppress(OSError):  # the system does not have this font
             font = ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
-        except OSError:  # the system does not have this font
-            continue
-        absent = bytes(font.getmask("\uffff"))
-        found.append((sum(bytes(font.getmask(letter)) == absent for letter in letters), len(found), font))
-        if found[-1][0] == 0:
-            break
-    return min(found)[2]
+            absent = bytes(font.getmask("\uffff"))
+            lacks = sum(bytes(font.getmask(letter)) == absent for letter in letters)
+            found.setdefault(lacks, font)
+            if lacks == 0:
+                break
+    return found[min(found)]
 
 
 def _titled(title, *images):
@@ -397,26 +378,20 @@ def _framed(image):
     return image
 
 
-def _in_rows(cells, last=()):
-    """cells, each one column wide -> rows with COLUMNS cells side by side.
-
-    last: a list with at most one cell, two columns wide; it is put into the last row if it fits, else into its own row.
-    """
-    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
-    if len(rows[-1]) <= COLUMNS - 2:
-        rows[-1] = [*rows[-1], *last]
-    elif last:
-        rows.append(list(last))
-    return [_beside(row) for row in rows]
-
-
-def _beside(images):
-    sheet = Image.new("RGB", (WIDTH - 2 * MARGIN, max(image.height for image in images)), "white")
-    x = 0
-    for image in images:
-        sheet.paste(image, (x, 0))
-        x += max(CELL, image.width) + GAP
-    return sheet
+def _in_rows(cells):
+    """Images, one or two cells wide -> sheets of the full width with as many of them side by side as fit."""
+    rows, right = [], WIDTH
+    for cell in cells:
+        if right + cell.width > WIDTH - 2 * MARGIN:
+            rows.append([])
+            right = 0
+        rows[-1].append((right, cell))
+        right += cell.width + GAP
+    sheets = [Image.new("RGB", (WIDTH - 2 * MARGIN, max(cell.height for _, cell in row)), "white") for row in rows]
+    for sheet, row in zip(sheets, rows, strict=True):
+        for left, cell in row:
+            sheet.paste(cell, (left, 0))
+    return sheets
 
 
 def _stack(images, gap):
@@ -429,10 +404,7 @@ def _stack(images, gap):
 
 
 def _page(rows):
-    body = _stack(rows, GAP)
-    sheet = Image.new("RGB", (WIDTH, body.height + 2 * MARGIN), "white")
-    sheet.paste(body, (MARGIN, MARGIN))
-    return sheet
+    return ImageOps.expand(_stack(rows, GAP), MARGIN, "white")
 
 
 # ---------------------------------------------------------------- the page
@@ -465,7 +437,12 @@ def _question(shown):
     }
 
 
-def _data_url(picture):
+def _data_url(image):
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
+
+
+def _png(image):
+    """The bytes of a PNG file."""
     file = io.BytesIO()
-    picture.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    image.save(file, "PNG")
+    return file.getvalue()

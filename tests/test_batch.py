@@ -162,6 +162,17 @@ def test_a_batch_is_of_one_checkpoint(demo):
         batch.add(mixed(dataclasses.replace(demo))[0])
 
 
+def test_one_step_is_made_for_all_that_join_before_it(demo):
+    made = []
+    checkpoint = dataclasses.replace(demo, step=lambda *given: made.append(given) or FastStep(*given))
+    batch, generations = Batch(), mixed(checkpoint)[:4]
+    for count, generation in enumerate(generations):
+        batch.add(generation)
+        if count >= 2:
+            batch.advance(), batch.advance()
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("wrong", ["What?", None, ["What?"]])
 def test_a_batch_takes_generations_only(demo, wrong):
     with pytest.raises(InputError, match="a batch takes one Generation at a time"):

@@ -490,7 +490,7 @@ def test_a_full_context_says_what_is_needed_and_what_there_is(talk, tiny_folder)
     _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "2000")
     assert "the context of 512 tokens is full; /clear starts a new conversation" in err
     _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "3")
-    assert "cut after 3 tokens; --max-new-tokens can be raised" in err
+    assert "cut after 3 tokens; --max-new-tokens allows more" in err
 
 
 def test_each_turn_draws_its_own_numbers_and_the_seed_repeats_them(talk, tiny_folder):

@@ -439,9 +439,6 @@ def test_the_same_files_from_another_directory_are_the_same(folder, capsys, monk
         words = f"--questions {name}/q.jsonl --answers {name}/a.jsonl --image-folder {name} --model {name}/model -n 3"
         code, _, err = inside(capsys, *words.split(), "--prune", f"{name}/mine.py::keep")
         assert code == 0 and f"{2 if name == '.' else 0} questions in" in err, err
-    # a relative path written by an older version
-    old = (folder / "a.jsonl").read_text().replace(json.dumps(str(folder)), '"."')
-    (folder / "a.jsonl").write_text(old)
     monkeypatch.chdir(folder)
     words = "--questions q.jsonl --answers a.jsonl --model model -n 3 --prune mine.py::keep"
     assert "0 questions in" in inside(capsys, *words.split())[2]

@@ -399,8 +399,8 @@ REFUSED = [
     (["--show", ""], ".png or .html"),
     (["--show", "/nowhere/kept.png"], "/nowhere"),
     (["--show", "{folder}/a.png"], "cannot be written"),  # a folder
-    (["--show", "{picture}"], "would replace the picture"),
-    (["--show", "{folder}/link.png"], "would replace the picture"),
+    (["--show", "{picture}"], "would replace"),
+    (["--show", "{folder}/link.png"], "would replace"),
     (["--show", "kept.png", "--questions", "q.jsonl", "--answers", "a.jsonl"], "--questions"),
 ]
 
