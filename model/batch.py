@@ -75,13 +75,9 @@ class Batch:
         if self.running:
             start, checkpoint = time.perf_counter(), self.running[0].checkpoint
             self._step = self._step or checkpoint.step(checkpoint.model.language_model, self.cache)
-            logits = self._step(self._ids)
-            try:
-                ids = self._next(logits)
+            with self.cache.growing(1):  # if memory runs out, the step can be repeated
+                ids = self._next(self._step(self._ids))
                 tokens = ids.tolist()
-            except BaseException:  # out of memory: undo the step, so that it can be repeated
-                self.cache.give_back()
-                raise
             self._ids = ids
             seconds = time.perf_counter() - start
             for generation, token in zip(self.running, tokens, strict=True):
