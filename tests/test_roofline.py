@@ -37,31 +37,28 @@ def test_weights_are_those_of_the_modules(models, shape):
     assert shape.tower.tower_numbers == count(tower) - sum(map(count, idle))
 
 
-def products(work):
-    """Flops that PyTorch counts while it runs work() on the meta device."""
+def test_flops_are_those_that_pytorch_counts(models):
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+    def counted(work, *arguments):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            work(*arguments)
+        return counter.get_total_flops()
 
-
-def test_flops_are_those_that_pytorch_counts(models):
     for shape in (SEVEN, MISTRAL, DEMO_SHAPE):
-        model, c = models[shape.name], shape.config
-        pixels = torch.empty(shape.pictures, 3, *2 * [model.config.vision_config.image_size], device="meta")
-        features = torch.empty(shape.pictures, shape.tower.patches, shape.tower.hidden, device="meta")
-        counted = products(lambda m=model, x=pixels: m.vision_tower(x, m.config.feature_layers))
-        assert counted == shape.tower.tower_flops(shape.pictures)
-        counted = products(lambda m=model, x=features: m.multi_modal_projector(x))
-        assert counted == shape.tower.projector_flops(shape.pictures, shape.config.hidden_size)
-        tokens = shape.vision + shape.text
-        x, language = torch.empty(1, tokens, shape.config.hidden_size, device="meta"), model.language_model
-        counted = products(lambda m=language, x=x: m.logits(m.prefill(x)[:, -1]))
-        square = (
-            4 * tokens**2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
-        )  # PyTorch counts the full square even if causal
-        assert counted - square / 2 == shape.prefill_flops()
+        model, c, tokens = models[shape.name], shape.config, shape.vision + shape.text
+        language, side = model.language_model, model.config.vision_config.image_size
+        with torch.device("meta"):
+            pixels = torch.empty(shape.pictures, 3, side, side)
+            features = torch.empty(shape.pictures, shape.tower.patches, shape.tower.hidden)
+            x = torch.empty(1, tokens, c.hidden_size)
+            tower = counted(model.vision_tower, pixels, model.config.feature_layers)
+            projector = counted(model.multi_modal_projector, features)
+            prefill = counted(lambda x, language=language: language.logits(language.prefill(x)[:, -1]), x)
+        assert tower == shape.tower.tower_flops(shape.pictures)
+        assert projector == shape.tower.projector_flops(shape.pictures, c.hidden_size)
+        square = 4 * tokens**2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+        assert prefill - square / 2 == shape.prefill_flops()  # PyTorch counts the full square even if causal
 
 
 def test_a_decode_step_of_7b_by_hand():
@@ -118,9 +115,7 @@ def test_neither_torch_nor_a_gpu_is_needed():
 
 def test_without_flags_it_is_the_table_of_the_page(capsys):
     roofline.main([])
-    out = capsys.readouterr().out
-    assert out == roofline.table([1, 8, 32], [0.5, 0.2]) + "\n"
-    assert out in (ROOT / "benchmarks" / "README.md").read_text()
+    assert capsys.readouterr().out in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_stages_have_least_times_only_for_a_machine(capsys):

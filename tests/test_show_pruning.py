@@ -75,27 +75,26 @@ def test_with_only_a_page_no_picture_is_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"),
+    ("flag", "word"),
     [
-        ([], "--image"),
-        (["--image", str(DEMO_PICTURE), "--prompt", ""], "the question is empty"),
-        (["--image", str(DEMO_PICTURE), "--second", ""], "--second is empty"),
-        (["--image", str(DEMO_PICTURE), "--second", " \n"], "--second is empty"),
-        (["--image", "/nowhere.png"], "/nowhere.png"),
-        (["--image", str(DEMO_PICTURE), "--layers", "6"], "--layers"),
-        (["--image", str(DEMO_PICTURE), "--heads", "-1"], "--heads"),
-        (["--image", str(DEMO_PICTURE), "--prune", "none"], "none"),
-        (["--image", str(DEMO_PICTURE), "--prune", "plphd"], "plphd"),
-        (["--image", str(DEMO_PICTURE), "--retention", "2"], "2"),
-        (["--image", str(DEMO_PICTURE), "--out", "/nowhere/a.png"], "/nowhere"),
-        (["--image", str(DEMO_PICTURE), "--out", "a.pdf"], "a.pdf"),
+        ("--prompt=", "the question is empty"),
+        ("--second=", "--second is empty"),
+        ("--second= ", "--second is empty"),
+        ("--image=/nowhere.png", "/nowhere.png"),
+        ("--layers=6", "--layers"),
+        ("--heads=-1", "--heads"),
+        ("--prune=none", "none"),
+        ("--prune=plphd", "plphd"),
+        ("--retention=2", "2"),
+        ("--out=/nowhere/a.png", "/nowhere"),
+        ("--out=a.pdf", "a.pdf"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        show_pruning.main(["--prompt", "What?", "--out", str(tmp_path / "a.png"), *flags])
+def test_wrong_arguments_are_refused_in_one_line(flag, word, tmp_path, capsys):
+    asked = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--out", str(tmp_path / "a.png")]
+    assert show_pruning.main([*asked, flag]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and line.startswith("error: ") and word in line
+    assert line.startswith("error: ") and word in line
 
 
 def test_picture_and_page_are_written(tmp_path, capsys):
