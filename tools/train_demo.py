@@ -540,12 +540,10 @@ def evaluate(args):
     """
     checkpoint = load(args.model, "fp32", args.device)
     rows = []
-    for unseen in (False, True):
-        scenes_wanted = args.scenes // 5 if unseen else args.scenes
-        for start in range(0, scenes_wanted, 8):
-            for pair in (False, True):
-                # one pair of pictures for every four single ones
-                seeds = range(HELD_OUT + start, HELD_OUT + min(start + (2 if pair else 8), scenes_wanted))
+    for unseen, wanted in ((False, args.scenes), (True, args.scenes // 5)):
+        for start in range(0, wanted, 8):
+            for pair, size in ((False, 8), (True, 2)):  # one pair of pictures for every four single ones
+                seeds = range(HELD_OUT + start, HELD_OUT + min(start + size, wanted))
                 rows += evaluate_batch(checkpoint, seeds, pair, unseen, args.seed)
             done = sum(not r["unseen"] for r in rows)
             print(f"\revaluate {len(rows)} questions ({done} of the main table)", end="", file=sys.stderr, flush=True)
@@ -571,20 +569,16 @@ def evaluate_batch(checkpoint, seeds, pair, unseen, seed):
         pictures += [to_bytes(scenes.draw_scene(s)) for s in drawn]
         packed.append(pack(checkpoint.tokenizer, [[q] for q in questions], len(drawn), model.config.image_tokens))
     pictures = torch.stack(pictures)
-    grey = torch.full_like(pictures, 128)
     right = {}
     for condition in CONDITIONS:
-        shown = grey if condition == "blind" else pictures
+        shown = torch.full_like(pictures, 128) if condition == "blind" else pictures  # grey
         hidden, target = hidden_states(model, shown, packed, device, drop_vision=condition == "vision dropped")
         right[condition] = (model.language_model.logits(hidden).argmax(-1) == target).cpu()
     result = []
     for i, row in enumerate(packed):
         for q, first, stop in row.answers:
-            numbers = {}
-            for condition in CONDITIONS:
-                tokens = right[condition][i, first:stop]
-                numbers[condition] = int(tokens.all())
-                numbers[condition + " tokens >= 2"] = tokens[1:].float().mean().item()
+            numbers = {condition: int(right[condition][i, first:stop].all()) for condition in CONDITIONS}
+            numbers["tokens >= 2"] = right["normal"][i, first + 1 : stop].float().mean().item()
             about = {"task": q.task, "kind": q.kind, "value": q.value, "words": q.dependent_words, "unseen": unseen}
             result.append({**about, "names_unseen": names_unseen(q), **numbers})
     return result
@@ -608,16 +602,16 @@ def majority(rows):
 def write_table(rows, folder):
     """Write the accuracy table of assets/README.md: a row per task, then totals."""
     folder.mkdir(parents=True, exist_ok=True)
-    main_rows, unseen_rows = [r for r in rows if not r["unseen"]], [r for r in rows if r["names_unseen"]]
-    groups = {task: [r for r in main_rows if r["task"] == task] for task in TASKS}
-    groups["all"] = main_rows
-    groups["long answers (6+ image words)"] = [r for r in main_rows if r["words"] >= 6]
-    groups["unseen colour x shape pairs"] = unseen_rows
+    seen = [r for r in rows if not r["unseen"]]
+    groups = {task: [r for r in seen if r["task"] == task] for task in TASKS}
+    groups["all"] = seen
+    groups["long answers (6+ image words)"] = [r for r in seen if r["words"] >= 6]
+    groups["unseen colour x shape pairs"] = [r for r in rows if r["names_unseen"]]
     head = ["task", "questions", "exact match", "tokens >= 2", "majority", "blind", "vision dropped after token 1"]
     table = []
     for name, group in groups.items():
         if group:
-            keys = "normal", "normal tokens >= 2", "blind", "vision dropped"
+            keys = "normal", "tokens >= 2", "blind", "vision dropped"
             right, later, blind, dropped = (sum(r[key] for r in group) / len(group) for key in keys)
             shares = (f"{100 * v:.1f}" for v in (right, later, majority(group), blind, dropped))
             table.append([name, str(len(group)), *shares])
