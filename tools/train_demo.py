@@ -35,25 +35,20 @@ sys.path.insert(0, str(ROOT))
 
 from model.checkpoint import load  # noqa: E402
 from model.clip import VisionTower  # noqa: E402
-from model.config import LlavaConfig, TextConfig, VisionConfig  # noqa: E402
+from model.config import parse_config  # noqa: E402
 from model.image import CLIP_MEAN, CLIP_STD  # noqa: E402
 from model.llava import Llava  # noqa: E402
 from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
 from tools import figures, scenes  # noqa: E402
-from tools.command import as_command, flags, write_json  # noqa: E402
+from tools.command import as_command, flags  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
+from tools.make_checkpoint import config_json, preprocessor_json, write_published  # noqa: E402
 
 HELD_OUT = 10**9  # samples below this index are for training, the others for evaluation
 
-VISION = VisionConfig(
-    hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6, image_size=224, patch_size=14
-)
-VOCABULARY = 638  # sentencepiece pieces; with <image> and <pad> a multiple of 64
-TEXT = TextConfig(
-    vocab_size=VOCABULARY + 2, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, rms_norm_eps=1e-5,
-)  # fmt: skip
-FEATURE_LAYER = -2  # as in LLaVA: the fifth layer is in the file and never runs
+CONFIG = parse_config(config_json("demo", "bf16"))
+TEXT, VISION = CONFIG.text_config, CONFIG.vision_config
+VOCABULARY = CONFIG.image_token_index  # sentencepiece pieces; with <image> and <pad> a multiple of 64
 MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)  # per channel
 
 
@@ -200,11 +195,10 @@ def train_tower(args):
     modules = nn.ModuleDict({"tower": tower, "heads": heads}).to(device)
     run = Run(args.run, "tower", steps, modules, optimizer_for(modules))
     samples = range(run.step * batch, steps * batch)
-    layer = VISION.num_hidden_layers + 1 + FEATURE_LAYER
     for pictures, labels in DataLoader(LabelledScenes(), batch, sampler=samples, num_workers=1, prefetch_factor=4):
         labels = labels.to(device).long()
         with precision(device):
-            features = tower(to_pixels(pictures, device), (layer,))[0][:, 1:]  # (B, 256, C)
+            features = tower(to_pixels(pictures, device), CONFIG.feature_layers)[0][:, 1:]  # (B, 256, C)
             logits = {name: head(features).float().flatten(0, 1) for name, head in heads.items()}
         loss, numbers = 0.0, {}
         for i, (name, guess) in enumerate(logits.items()):
@@ -254,10 +248,10 @@ def train_tokenizer(folder):
         "legacy": False, "model_max_length": TEXT.max_position_embeddings, "tokenizer_class": "LlamaTokenizer",
         "image_token": IMAGE, "processor_class": "LlavaProcessor",
     }  # fmt: skip
-    write_json(folder / "tokenizer_config.json", settings, indent=2, sort_keys=True)
-    write_json(folder / "added_tokens.json", added, indent=2, sort_keys=True)
+    write_published(folder / "tokenizer_config.json", settings)
+    write_published(folder / "added_tokens.json", added)
     names = {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    write_json(folder / "special_tokens_map.json", names, indent=2, sort_keys=True)
+    write_published(folder / "special_tokens_map.json", names)
 
 
 # ---------------------------------------------------------------- stage 2: projector and decoder
@@ -398,10 +392,7 @@ def hidden_states(model, pictures, rows, device, drop_vision=False):
 
 
 def new_model():
-    config = LlavaConfig(
-        text_config=TEXT, vision_config=VISION, image_token_index=VOCABULARY, vision_feature_layer=FEATURE_LAYER
-    )
-    model = Llava(config)
+    model = Llava(CONFIG)
     for name, p in model.language_model.named_parameters():
         if p.ndim == 2:  # smaller in matrices that write to the residual stream
             deep = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -479,30 +470,23 @@ def different(config):
 
 def write_config(folder):
     """Write the JSON files of a llava-hf folder, except those of the tokenizer."""
-    added = {"image": VOCABULARY, "pad": VOCABULARY + 1}
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": added["image"], "pad_token_id": added["pad"], "projector_hidden_act": "gelu",
-        "vision_feature_layer": FEATURE_LAYER, "vision_feature_select_strategy": "default",
+        "image_token_index": VOCABULARY, "pad_token_id": VOCABULARY + 1, "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
         "image_seq_length": VISION.num_patches, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "text_config": {"model_type": "llama", **different(TEXT)},
         "vision_config": {"model_type": "clip_vision_model", "projection_dim": VISION.hidden_size, **different(VISION)},
     }  # fmt: skip
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": added["pad"]}
-    side = VISION.image_size
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
-    }  # fmt: skip
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": VOCABULARY + 1}
+    preprocessor = preprocessor_json(VISION.image_size)
     processor = {
         "processor_class": "LlavaProcessor", "patch_size": VISION.patch_size, "image_token": IMAGE,
         "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
     }  # fmt: skip
     names = "config", "generation_config", "preprocessor_config", "processor_config"
     for name, value in zip(names, (config, generation, preprocessor, processor), strict=True):
-        write_json(folder / f"{name}.json", value, indent=2, sort_keys=True)
+        write_published(folder / f"{name}.json", value)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
