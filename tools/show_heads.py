@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, Sampling, load  # noqa: E402
-from model.console import fail, one_line  # noqa: E402
+from model.console import fail, one_line, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.llama import rope_table  # noqa: E402
 from tools.command import as_command, flags, one_of  # noqa: E402
@@ -189,6 +189,9 @@ def main(argv=None):
         return fail(one_line(wrong), 2)
     except ImportError as missing:
         return fail(f"{missing}; install matplotlib, or run `make test` once", 2)
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        return 130
     print(f"{tokens} tokens; {summary(heads, spans, args.dormant)}")
     print("\n".join(filter(None, (args.out, args.csv))), file=sys.stderr)
 

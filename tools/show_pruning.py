@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
-from model.console import fail, one_line  # noqa: E402
+from model.console import fail, one_line, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.pruning import MethodError, make_method  # noqa: E402
 from model.show import Shown, write  # noqa: E402
@@ -82,6 +82,9 @@ def main(argv=None):
         return fail(wrong, 1)
     except (ValueError, OSError) as wrong:
         return fail(one_line(wrong), 2)
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        return 130
     print("\n".join(filter(None, (out, args.html))), file=sys.stderr)
 
 
