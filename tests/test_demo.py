@@ -15,9 +15,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is the o
 
 @pytest.fixture(scope="module")
 def hf():
-    model, report = transformers.LlavaForConditionalGeneration.from_pretrained(
-        DEMO, dtype=torch.float32, output_loading_info=True
-    )
+    load_hf = transformers.LlavaForConditionalGeneration.from_pretrained
+    model, report = load_hf(DEMO, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return model.eval()
 
@@ -32,24 +31,21 @@ def demo():
     return load(DEMO, "fp32")
 
 
-QUESTIONS = [
-    (1, "Describe the picture."),
-    (1, "What does the sign say?"),
-    (1, "List the objects row by row."),
-    (1, "Is there a red cross?"),
-    (2, "Compare the two pictures."),
-    (2, "Which picture has more objects?"),
-]
-
-
-@pytest.mark.parametrize(("count", "question"), QUESTIONS)
+@pytest.mark.parametrize(
+    ("count", "question"),
+    [
+        (1, "Describe the picture."),
+        (1, "What does the sign say?"),
+        (1, "List the objects row by row."),
+        (1, "Is there a red cross?"),
+        (2, "Compare the two pictures."),
+        (2, "Which picture has more objects?"),
+    ],
+)
 @torch.inference_mode()
 def test_transformers_answers_with_the_same_ids(hf, processor, demo, count, question):
-    pictures = (
-        [Image.open(DEMO_PICTURE)]
-        if count == 1
-        else [scenes.draw_scene(s, 448) for s in scenes.sample(10**9 + 8, (), pair=True)[0]]
-    )
+    pair, _ = scenes.sample(10**9 + 8, (), pair=True)
+    pictures = [Image.open(DEMO_PICTURE)] if count == 1 else [scenes.draw_scene(s, 448) for s in pair]
     content = [{"type": "image"}] * count + [{"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=pictures, text=text, return_tensors="pt")

@@ -54,34 +54,30 @@ FAULTS = {  # gate that must fail: changes to the source
 }
 
 
-def copy_tools(folder):
-    """The files that inspect_kernels.py and the kernels need."""
+def changed(folder, changes):
+    """A copy of the files that the tool and the kernels need, with changes {old: new} to the decode kernels."""
     for part in ("kernels", "tools", "model"):
         shutil.copytree(ROOT / part, folder / part)
+    path = folder / "kernels" / "ragged_decode_triton.py"
+    text = path.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return folder
 
 
 @pytest.mark.parametrize("gates", FAULTS, ids=" and ".join)
 def test_a_spoilt_kernel_fails_the_gate(gates, tmp_path):
-    copy_tools(tmp_path)
-    path = tmp_path / "kernels" / "ragged_decode_triton.py"
-    text = path.read_text()
-    for sound, spoilt in FAULTS[gates].items():
-        assert text.count(sound) == 1, sound
-        text = text.replace(sound, spoilt)
-    path.write_text(text)
-    few = tmp_path / "tools" / "inspect_kernels.py"  # three variants are enough
+    few = changed(tmp_path, FAULTS[gates]) / "tools" / "inspect_kernels.py"  # three variants are enough
     few.write_text(few.read_text().replace("cover = COVER if", "cover = () if", 1))
     done = tool("--arch", "sm_90", "--kernel", "append_kernel", root=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     header, *rows, summary = done.stdout.splitlines()
     verdicts = [row[header.index("verdict") :].split(", ") for row in rows]
-    names = [{gate.split()[0] for gate in verdict} for verdict in verdicts]
-    assert any(set(gates) <= found for found in names), done.stdout
-    assert all(
-        re.fullmatch(r"stack \d+ bytes > 8 or \d+ spills > 4|barrier (no|chance)|int64|\w+ \d.*", gate)
-        for verdict in verdicts
-        for gate in verdict
-    ), done.stdout
+    assert any(set(gates) <= {gate.split()[0] for gate in verdict} for verdict in verdicts), done.stdout
+    named = r"stack \d+ bytes > 8 or \d+ spills > 4|barrier (no|chance)|int64|\w+ \d.*"
+    assert all(re.fullmatch(named, gate) for verdict in verdicts for gate in verdict), done.stdout
     assert all("int64" in verdict for verdict in verdicts) and "failed a gate" in summary
 
 
@@ -105,25 +101,21 @@ def test_it_says_when_triton_is_missing():
 
 @pytest.mark.parametrize("names", [["keys"], ["keys", "values"]], ids=" and ".join)
 def test_loads_of_another_name_are_not_taken_for_a_fault(names, tmp_path):
-    copy_tools(tmp_path)
-    path = tmp_path / "kernels" / "ragged_decode_triton.py"
-    for name in names:
-        path.write_text(path.read_text().replace(f"{name} = tl.load(", f"my_{name} = tl.load("))
+    root = changed(tmp_path, {f" {name} = tl.load(": f" my_{name} = tl.load(" for name in names})
     lines = " or ".join(f"`{name} = tl.load(`" for name in names)
     wanted = f"no line {lines} in kernels/ragged_decode_triton.py; the inspector finds loads by these names"
-    refused(tool("--kernel", "append_kernel", root=tmp_path), wanted)
+    refused(tool("--kernel", "append_kernel", root=root), wanted)
 
 
 def test_failed_gates_name_the_numbers():
-    facts = Facts(138, 136 << 10, 0, 0, 4, 1, 4, 8, 300, "yes", True)
+    facts = Facts(138, 136 << 10, 0, 0, 4, 1, 4, 8, "yes", True)
     constants = {"M": 4, "BN": 64, "DP": 128}
     failed = failures(Variant("split_kernel", "bf16", 128, 4, 1), "sm_90", facts, constants, 128)
     assert failed == ["registers 138 > 128", "shared 136 KB > 80", "loads 4 wide + 1 narrow", "pipeline 4 of 5 loads"]
 
 
 def test_a_kernel_that_it_does_not_know_is_noticed(tmp_path):
-    copy_tools(tmp_path)
-    (tmp_path / "kernels" / "new_triton.py").write_text("def new_kernel(x):\n    pass\n")
+    (changed(tmp_path, {}) / "kernels" / "new_triton.py").write_text("def new_kernel(x):\n    pass\n")
     refused(tool(root=tmp_path), "new_kernel")
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import sys
+import shutil
 
 import pytest
 import torch
@@ -53,34 +53,26 @@ def test_the_mask_shows_pictures_and_own_past_only():
 def test_patch_labels_agree_with_the_scene():
     (scene,), _ = scenes.sample(1000000003, ())
     labels = dict(zip(train_demo.LABELS, train_demo.patch_labels(scene), strict=True))
-    colours = list(scenes.COLOURS)
     by_column = sorted(scene.things, key=lambda t: (t.column, t.row))
     for rank, t in enumerate(scene.things, 1):
         centre = int(t.y // 14) * 16 + int((t.x + (0.8 * t.radius if t.shape == "ring" else 0)) // 14)
-        assert colours[labels["colour"][centre] - 1] == t.colour and labels["row rank"][centre] == rank
-        assert by_column[labels["column rank"][centre] - 1] == t
-        assert (
-            scenes.SHAPES[labels["shape"][centre] - 1] == t.shape
-            and labels["place"][centre] == t.row * 3 + t.column + 1
-        )
+        found = {name: label[centre] for name, label in labels.items()}
+        assert [*scenes.COLOURS][found["colour"] - 1] == t.colour and scenes.SHAPES[found["shape"] - 1] == t.shape
+        assert found["row rank"] == rank and by_column[found["column rank"] - 1] == t
+        assert found["place"] == t.row * 3 + t.column + 1 and scenes.SIZES[found["size"] - 1] == t.size
     assert (labels["letter"] > 0).any() == (scene.sign is not None)
 
 
-def test_one_pass_evaluation_is_greedy_generation(demo):
+@pytest.mark.parametrize(("pair", "count"), [(False, 6), (True, 2)])
+def test_one_pass_evaluation_is_greedy_generation(demo, pair, count):
     """Exact match in the table, per question, against Generation on the same pictures."""
-    single, pair = (
-        range(train_demo.HELD_OUT, train_demo.HELD_OUT + 6),
-        range(train_demo.HELD_OUT, train_demo.HELD_OUT + 2),
-    )
-    for is_pair, seeds in ((False, single), (True, pair)):
-        rows = train_demo.evaluate_batch(demo, seeds, is_pair, False, 0)
-        said = []
-        for seed in seeds:
-            drawn, questions = train_demo.held_out_questions(seed, is_pair, False, 0)
-            pictures = [scenes.draw_scene(s) for s in drawn]
-            said += [("".join(Generation(demo, q.question, pictures)), q.answer) for q in questions]
-        assert [r["normal"] for r in rows] == [int(a == b) for a, b in said]
-        assert len(rows) == len(said) >= 5
+    seeds = range(train_demo.HELD_OUT, train_demo.HELD_OUT + count)
+    rows, right = train_demo.evaluate_batch(demo, seeds, pair, False, 0), []
+    for seed in seeds:
+        drawn, questions = train_demo.held_out_questions(seed, pair, False, 0)
+        pictures = [scenes.draw_scene(s) for s in drawn]
+        right += [int("".join(Generation(demo, q.question, pictures)) == q.answer) for q in questions]
+    assert [r["normal"] for r in rows] == right and len(rows) >= (4 if pair else 5)
 
 
 def test_the_committed_table_is_of_these_tasks_and_large_enough():
@@ -105,28 +97,23 @@ def test_the_demo_folder_is_small_and_complete():
 
 
 @pytest.mark.parametrize("stage", ["tower", pytest.param("decoder", marks=pytest.mark.thorough)])
-def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage, monkeypatch, capsys):
+def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path, stage, capsys):
     """Two steps in a row equal one step, a resume and another step."""
 
     def train(folder, steps, stage):
-        flags = ["--run", str(folder), "--steps", str(steps), "--batch", "2", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["train_demo.py", stage, *flags])
-        train_demo.main()
+        train_demo.main([stage, "--run", str(folder), "--steps", str(steps), "--batch", "2", "--device", "cpu"])
         return capsys.readouterr().err
 
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     if stage == "decoder":
-        train(tmp_path / "whole", 1, "tower")
-        (tmp_path / "parts").mkdir()
-        (tmp_path / "parts" / "tower.pt").write_bytes((tmp_path / "whole" / "tower.pt").read_bytes())
-    train(tmp_path / "whole", 2, stage)
-    train(tmp_path / "parts", 1, stage)
-    assert "resumed at step 1" in train(tmp_path / "parts", 2, stage)
-    one, two = (torch.load(tmp_path / name / f"{stage}.pt", weights_only=True) for name in ("whole", "parts"))
+        train(whole, 1, "tower")
+        shutil.copytree(whole, parts)
+    train(whole, 2, stage)
+    train(parts, 1, stage)
+    assert "resumed at step 1" in train(parts, 2, stage)
+    one, two = (torch.load(folder / f"{stage}.pt", weights_only=True) for folder in (whole, parts))
     assert one["step"] == two["step"] == 2
-    close = [
-        torch.allclose(a, b, atol=1e-4) for a, b in zip(one["modules"].values(), two["modules"].values(), strict=True)
-    ]
-    assert all(close), close.count(False)
+    torch.testing.assert_close(one["modules"], two["modules"], atol=1e-4, rtol=1e-5)
 
 
 def test_talks_keep_every_question():

@@ -135,11 +135,8 @@ def training(folder):
     for axes, (stage, title) in zip(panels, STAGES.items(), strict=True):
         with open(folder / f"{stage}.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        strips = {  # a kind's share of correct ones, by step
-            name: [100 * float(row[name] or "nan") for row in rows]
-            for name in rows[0]
-            if name not in ("step", "seconds", "loss")
-        }
+        kinds = [name for name in rows[0] if name not in ("step", "seconds", "loss")]
+        strips = {name: [100 * float(row[name] or "nan") for row in rows] for name in kinds}  # % correct, by step
         names = sorted(strips, key=lambda name: sum(share > 90 for share in strips[name]), reverse=True)
         last = float(rows[-1]["step"])
         shown = axes.imshow(

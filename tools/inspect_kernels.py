@@ -6,11 +6,11 @@
 
 One row per variant and architecture:
 
-    M        query rows per tile                 narrow   loads of K and V below 16 bytes per thread, in the kernel
-    regs     registers per thread                wide     loads of K and V of 16 bytes or more per thread
+    M        query rows per tile                 wide     loads of K and V of 16 bytes or more per thread
+    regs     registers per thread                narrow   loads of K and V below 16 bytes per thread
     shared   bytes per program                   matrix   matrix-unit instructions
-    stack    bytes per thread                    loop     instructions in the loop over tiles of K and V (not on AMD)
-    spills   instructions that access the stack  barrier  between append_kernel's partial results and its ticket
+    stack    bytes per thread                    barrier  between append_kernel's partial results and its ticket
+    spills   instructions that access the stack
 
 The verdict is ok, compile (compilation failed), or the failed gates with the value found and the limit:
 
@@ -22,10 +22,12 @@ The verdict is ok, compile (compilation failed), or the failed gates with the va
     barrier   none before the ticket ("no"); only one that Triton inserted by chance ("chance"). "weak" passes: AMD's
               barrier does not wait for the stores of other waves, which only a run can judge
 
-The loads of K and V are found by the names `keys` and `values` in a kernel's module. This does not replace a run on a
+Launches are specialised as Triton does on a GPU; for AMD this means arenas below 2 GB, with buffer instructions. The
+loads of K and V are found by the names `keys` and `values` in a kernel's module. This does not replace a run on a
 GPU: it cannot show races, times or wrong results. Exit codes: 0 all variants pass; 1 one fails; 2 wrong arguments.
 """
 
+import importlib
 import importlib.util
 import itertools
 import multiprocessing
@@ -39,6 +41,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import DEFAULT, patch
 
 import torch
@@ -49,12 +52,9 @@ sys.path.insert(0, str(ROOT))
 from kernels import decode_plan  # noqa: E402
 from tools.command import as_command, flags, number, one_of, unwritable, write_json  # noqa: E402
 
-ARCHS = {  # Triton backend, its name for the architecture, threads per warp
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+ARCHS = {  # arguments of Triton's GPUTarget: backend, architecture, threads per warp
+    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
+}  # fmt: skip
 HEAD_DIMS, GROUPS, BYTES = (32, 64, 72, 80, 96, 128, 256), (1, 2, 4, 7, 8, 16), {"bf16": 2, "fp16": 2, "fp32": 4}
 # head dimension, group, dtype: covers every head dimension, every dtype, and M = 2, 4, 8 and 16
 COVER = (
@@ -81,13 +81,11 @@ ROOMY = ("sm_90", "sm_100")
 
 @dataclass(frozen=True)
 class Variant:
-    """group: query heads per KV head; tokens: new query tokens (split, merge), or rows of the window (lse, mass)."""
-
     kernel: str
     dtype: str
     d: int
-    group: int
-    tokens: int
+    group: int  # query heads per KV head
+    tokens: int  # new query tokens (split, merge), or rows of the window (lse, mass)
 
 
 def variants(kernel, everything):
@@ -148,16 +146,12 @@ def launch_pack(module, variant, dtype):
 
 @dataclass(frozen=True)
 class Kernel:
-    """module, launch: where the kernel is and a function that launches it; tiles: tiles of K and V that it loads; rows:
-    name of the constant with a tile's rows; streams: loads them in a loop, which must be pipelined; multiplies: uses
-    the matrix units."""
-
     module: str
     launch: Callable
-    tiles: int = 0
-    rows: str = ""
-    streams: bool = False
-    multiplies: bool = False
+    tiles: int = 0  # tiles of K and V that it loads
+    rows: str = ""  # name of the constant with a tile's rows
+    streams: bool = False  # loads tiles in a loop, which must be pipelined
+    multiplies: bool = False  # uses the matrix units
 
 
 KERNELS = {
@@ -168,59 +162,35 @@ KERNELS = {
     "mass_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", multiplies=True),
     "pack_kernel": Kernel("ragged_pack_triton", launch_pack, 2, "BT"),
 }
-TYPES = {
-    "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32",
-    "torch.int32": "i32", "torch.int64": "i64", "torch.bool": "i1",
-}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def launched(variant, arch):
-    """(jitted function, arguments, options) of a launch: runs the launcher on a CPU with mocks in place of kernels."""
+def compile_for(variant, arch):
+    """(compiled kernel, {name: value} of its constants), specialised as the JIT does for the launcher's arguments.
+
+    The launcher runs on the CPU with mocks in place of its kernels. Then Triton compiles for a mocked GPU.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
     module = importlib.import_module(f"kernels.{KERNELS[variant.kernel].module}")
     function = getattr(module, variant.kernel)
-    siblings = [name for name in KERNELS if hasattr(module, name)]
-    dtype = next(getattr(torch, name.removeprefix("torch.")) for name, t in TYPES.items() if t == variant.dtype)
-    stand_ins = dict.fromkeys(siblings, DEFAULT)
+    stand_ins = {name: DEFAULT for name in KERNELS if hasattr(module, name)}
     if hasattr(module, "stages"):
         stand_ins["stages"] = lambda device: 3 if arch in ROOMY else 2
-    with patch.multiple(module, **stand_ins) as stand_ins:
-        KERNELS[variant.kernel].launch(module, variant, dtype)
-    arguments, options = stand_ins[variant.kernel].__getitem__.return_value.call_args
-    return function, arguments, options
-
-
-def specialise(function, arguments, options):
-    """Specialise a launch as Triton's JIT does -> signature, constants, attributes, compiler options.
-
-    Tensors aligned to 16 bytes and integers divisible by 16 get an attribute; the integer 1 becomes a constant.
-    """
-    values = dict(zip(function.arg_names, arguments, strict=False)) | options
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(function.arg_names):
-        value = values.pop(name)
-        if function.params[i].is_constexpr or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif type(value) is float:
-            signature[name] = "fp32"
-        else:
-            tensor = isinstance(value, torch.Tensor)
-            signature[name] = "*" + TYPES[str(value.dtype)] if tensor else "i32"
-            aligned = (value.data_ptr() if tensor else value) % 16 == 0
-            if aligned and not function.params[i].do_not_specialize_on_alignment:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes, values
+    with patch.multiple(module, **stand_ins) as mocks:
+        KERNELS[variant.kernel].launch(module, variant, DTYPES[variant.dtype])
+    arguments, options = mocks[variant.kernel].__getitem__.return_value.call_args
+    target = GPUTarget(*ARCHS[arch])
+    gpu = SimpleNamespace(
+        get_current_device=lambda: arch, get_current_stream=lambda device: 0, get_current_target=lambda: target
+    )
+    driver.set_active(gpu)
+    compiled = function.warmup(*arguments, grid=(1,), **options)
+    return compiled, {function.arg_names[i]: value for (i,), value in compiled.src.constants.items()}
 
 
 # ---------------------------------------------------------------- facts of a binary
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """op: opcode without predicate; line: (file name, line number) in the kernel's source."""
-
-    op: str
-    text: str
-    line: tuple
 
 
 @dataclass(frozen=True)
@@ -235,9 +205,21 @@ class Facts:
     narrow: int
     copies: int
     matrix: int
-    loop: int | None
     barrier: str
     int64: bool
+
+
+# Regular expressions for a disassembly: the source line (file, number) of the instructions that follow; an instruction
+# without its predicate; the instructions that are counted
+CUDA = {
+    "line": r'//## File "(.*)", line (\d+)', "instruction": r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)",
+    "load": r"LDG\.|LDGSTS\.", "wide": r".*\.(128|256)\b", "copy": r"LDGSTS\.", "spill": "LDL|STL",
+    "matrix": r"HMMA|HGMMA|QGMMA|UTC\w*MMA",
+}  # fmt: skip
+AMD = {
+    "line": r"^\s+\.loc\s+(\d+) (\d+)", "instruction": r"\s+([a-z]\w*)",
+    "load": "(global|buffer)_load", "wide": ".*dwordx4", "copy": "(?!)", "spill": "scratch_", "matrix": "v_mfma",
+}  # fmt: skip
 
 
 def read_cuda(compiled, loads):
@@ -246,22 +228,10 @@ def read_cuda(compiled, loads):
         file.write(compiled.asm["cubin"])
         file.flush()
         resources = nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
-        code, labels = parse_sass(nvidia_tool("nvdisasm", "-c", "-g", file.name))
-    kv = [i for i in code if i.line in loads and i.op.startswith(("LDG.", "LDGSTS."))]
-    wide = sum(re.search(r"\.(128|256)\b", i.op) is not None for i in kv)
-    return Facts(
-        regs=int(re.search(r"REG:(\d+)", resources)[1]),
-        shared=compiled.metadata.shared,
-        stack=int(re.search(r"STACK:(\d+)", resources)[1]),  # LOCAL is 0 even where registers spill
-        spills=sum(i.op.startswith(("LDL", "STL")) for i in code),
-        wide=wide,
-        narrow=len(kv) - wide,
-        copies=sum(i.op.startswith("LDGSTS.") for i in kv),
-        matrix=sum(re.match(r"HMMA|HGMMA|QGMMA|UTC\w*MMA", i.op) is not None for i in code),
-        loop=loop_length(code, labels, kv),
-        barrier=ticket_barrier(compiled.asm),
-        int64=offsets_are_64_bit(compiled.asm["ttir"]),
-    )
+        code = nvidia_tool("nvdisasm", "-c", "-g", file.name)
+    stack = int(re.search(r"STACK:(\d+)", resources)[1])  # LOCAL is 0 even where registers spill
+    regs = int(re.search(r"REG:(\d+)", resources)[1])
+    return facts_of(compiled, loads, parse(code, CUDA, {}), CUDA, regs, stack)
 
 
 def nvidia_tool(name, *arguments):
@@ -272,62 +242,41 @@ def nvidia_tool(name, *arguments):
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def parse_sass(text):
-    """Parse the output of `nvdisasm -c -g` -> instructions, {label: index of the next instruction}."""
-    code, labels, line = [], {}, ()
-    for row in text.splitlines():
-        if found := re.search(r'//## File "(.*)", line (\d+)', row):
-            line = Path(found[1]).name, int(found[2])
-        elif found := re.match(r"(\.L\w+):", row):
-            labels[found[1]] = len(code)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)(.*)", row):
-            code.append(Instruction(found[1], found[2], line))
-    return code, labels
-
-
-def loop_length(code, labels, wanted):
-    """Instructions in the shortest loop (label to backward branch) with a wanted instruction; None without a loop."""
-    lengths = []
-    for end, branch in enumerate(code):
-        target = re.search(r"\.L\w+", branch.text)
-        if branch.op.startswith("BRA") and target and labels[target[0]] <= end:
-            body = code[labels[target[0]] : end + 1]
-            lengths += [len(body)] if any(i in wanted for i in body) else []
-    return min(lengths, default=None)
-
-
 def read_amd(compiled, loads):
-    """Facts of an AMD binary, from its assembly."""
+    """Facts of an AMD binary, from its assembly; loads: as for read_cuda."""
     text = compiled.asm["amdgcn"]
-    code = parse_gcn(text)
-    kv = [i for i in code if i.line in loads and re.match(r"(global|buffer)_load", i.op)]
-    wide = sum("dwordx4" in i.op for i in kv)
-    return Facts(
-        regs=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
-        shared=compiled.metadata.shared,
-        stack=int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]),
-        spills=sum(i.op.startswith("scratch_") for i in code),
-        wide=wide,
-        narrow=len(kv) - wide,
-        copies=0,
-        matrix=sum(i.op.startswith("v_mfma") for i in code),
-        loop=None,
-        barrier=ticket_barrier(compiled.asm),
-        int64=offsets_are_64_bit(compiled.asm["ttir"]),
+    files = dict(re.findall(r'^\s+\.file\s+(\d+) .*"(.*)"', text, re.M))
+    regs, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
     )
+    return facts_of(compiled, loads, parse(text, AMD, files), AMD, regs, stack)
 
 
-def parse_gcn(text):
-    """Parse AMD assembly -> instructions."""
-    files, code, line = {}, [], ()
+def parse(text, patterns, files):
+    """A disassembly -> [(opcode, source line)], a line as in kv_lines. files: {number: name} if lines give numbers."""
+    code, line = [], None
     for row in text.splitlines():
-        if found := re.match(r'\s+\.file\s+(\d+) .*"(.*)"', row):
-            files[found[1]] = Path(found[2]).name
-        elif found := re.match(r"\s+\.loc\s+(\d+) (\d+)", row):
-            line = files.get(found[1]), int(found[2])
-        elif found := re.match(r"\s+([a-z]\w*)(.*)", row):
-            code.append(Instruction(found[1], found[2], line))
+        if found := re.search(patterns["line"], row):
+            line = Path(files.get(found[1], found[1])).name, int(found[2])
+        elif found := re.match(patterns["instruction"], row):
+            code.append((found[1], line))
     return code
+
+
+def facts_of(compiled, loads, code, patterns, regs, stack):
+    """The Facts of a binary from its instructions."""
+
+    def count(what, ops):
+        return sum(re.match(patterns[what], op) is not None for op in ops)
+
+    ops = [op for op, _ in code]
+    kv = [op for op, line in code if line in loads and count("load", [op])]
+    wide = count("wide", kv)
+    return Facts(
+        regs=regs, shared=compiled.metadata.shared, stack=stack, spills=count("spill", ops), wide=wide,
+        narrow=len(kv) - wide, copies=count("copy", kv), matrix=count("matrix", ops),
+        barrier=ticket_barrier(compiled.asm), int64=offsets_are_64_bit(compiled.asm["ttir"]),
+    )  # fmt: skip
 
 
 def last_before(lines, end, wanted, store):
@@ -424,20 +373,21 @@ def failures(variant, arch, facts, constants, threads):
     registers = REGISTERS["AMD" if amd else bits + large]
     shared = SHARED["AMD" if amd else bits + ", roomy" * (arch in ROOMY)]
     loads = facts.wide + facts.narrow
-    gates = {
+    # NVIDIA has no matrix instructions for IEEE fp32; AMD's need at least 4 rows
+    multiplies = kernel.multiplies and bits != "fp32" and not (amd and m < 4)
+    gates = {  # name: does it fail?
         f"stack {facts.stack} bytes > {STACK} or {facts.spills} spills > {SPILLS}": (
-            facts.stack <= STACK and facts.spills <= SPILLS
+            facts.stack > STACK or facts.spills > SPILLS
         ),
-        f"registers {facts.regs} > {registers}": facts.regs <= registers,
-        f"shared {facts.shared / 1024:.4g} KB > {shared >> 10}": facts.shared <= shared,
-        f"loads {facts.wide} wide + {facts.narrow} narrow": loads_are_wide(variant, facts, constants, threads),
-        f"pipeline {facts.copies} of {loads} loads": amd or not kernel.streams or 0 < facts.copies == loads,
-        # NVIDIA has no matrix instructions for IEEE fp32; AMD's need at least 4 rows
-        "matrix": not kernel.multiplies or bits == "fp32" or (amd and m < 4) or facts.matrix > 0,
-        f"barrier {facts.barrier}": facts.barrier in ("yes", "weak") or variant.kernel != "append_kernel",
-        "int64": facts.int64 or not kernel.tiles,
+        f"registers {facts.regs} > {registers}": facts.regs > registers,
+        f"shared {facts.shared / 1024:.4g} KB > {shared >> 10}": facts.shared > shared,
+        f"loads {facts.wide} wide + {facts.narrow} narrow": not loads_are_wide(variant, facts, constants, threads),
+        f"pipeline {facts.copies} of {loads} loads": kernel.streams and not amd and not 0 < facts.copies == loads,
+        "matrix": multiplies and facts.matrix == 0,
+        f"barrier {facts.barrier}": variant.kernel == "append_kernel" and facts.barrier not in ("yes", "weak"),
+        "int64": kernel.tiles and not facts.int64,
     }
-    return [name for name, passed in gates.items() if not passed]
+    return [name for name, failed in gates.items() if failed]
 
 
 def loads_are_wide(variant, facts, constants, threads):
@@ -456,56 +406,29 @@ def loads_are_wide(variant, facts, constants, threads):
 
 def inspect(job):
     """Compile a job (variant, architecture) -> its row of the table, with variant, facts and verdict."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     variant, arch = job
-    backend, _, warp = ARCHS[arch]
-    function, arguments, options = launched(variant, arch)
-    signature, constants, attributes, options = specialise(function, arguments, options)
-    row = {"kernel": variant.kernel, "arch": arch, **asdict(variant), "M": constants.get("M"), "constants": constants}
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    row = {"kernel": variant.kernel, "arch": arch, **asdict(variant)}
     try:
-        compiled = triton.compile(source, target=GPUTarget(*ARCHS[arch]), options=options)
+        compiled, constants = compile_for(variant, arch)
     except Exception as broken:  # Triton, LLVM and ptxas have no common exception class
         return {**row, "verdict": "compile", "error": f"{type(broken).__name__}: {broken}"}
-    facts = (read_cuda if backend == "cuda" else read_amd)(compiled, kv_lines(KERNELS[variant.kernel].module))
-    failed = failures(variant, arch, facts, constants, warp * options["num_warps"])
-    return {**row, **asdict(facts), "verdict": ", ".join(failed) or "ok"}
+    backend, _, warp = ARCHS[arch]
+    facts = (read_cuda if backend == "cuda" else read_amd)(compiled, kv_lines(variant.kernel))
+    failed = failures(variant, arch, facts, constants, warp * compiled.metadata.num_warps)
+    row |= {"M": constants.get("M"), "constants": constants, **asdict(facts)}
+    return {**row, "verdict": ", ".join(failed) or "ok"}
 
 
-def kv_lines(module):
-    """(file name, line number) of the lines of a module that load K or V."""
-    path = ROOT / "kernels" / f"{module}.py"
-    lines = enumerate(path.read_text().splitlines(), 1)
-    return {(path.name, n) for n, line in lines if re.match(r"\s*(keys|values) = tl\.load\(", line)}
-
-
-def unnamed_loads(kernel):
-    """The error message if loads of K or V in this kernel's module cannot be found by their names, or None."""
+def kv_lines(kernel):
+    """{(file name, line number): "keys" or "values"} of the lines of a kernel's module that load K or V."""
     path = ROOT / "kernels" / f"{KERNELS[kernel].module}.py"
-    wanted = [f"{name} = tl.load(" for name in ("keys", "values")[: KERNELS[kernel].tiles]]
-    if missing := [line for line in wanted if not re.search(rf"^\s*{re.escape(line)}", path.read_text(), re.M)]:
-        lines = " or ".join(f"`{line}`" for line in missing)
-        return f"no line {lines} in kernels/{path.name}; the inspector finds loads by these names"
-    return None
-
-
-def inspect_all(jobs, processes):
-    """Rows in the order of the jobs. Prints progress to stderr."""
-    rows = []
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for row in pool.imap(inspect, jobs, chunksize=2):
-            rows.append(row)
-            if len(rows) % 20 == 0 or len(rows) == len(jobs):
-                print(f"{len(rows)} of {len(jobs)} compiled", file=sys.stderr)
-    return rows
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return {(path.name, n): m[1] for n, line in lines if (m := re.match(r"\s*(keys|values) = tl\.load\(", line))}
 
 
 COLUMNS = (
-    "kernel", "dtype", "d", "M", "arch", "regs", "shared", "stack", "spills", "wide", "narrow", "matrix", "loop",
-    "barrier", "verdict",
+    "kernel", "dtype", "d", "M", "arch", "regs", "shared", "stack", "spills", "wide", "narrow", "matrix", "barrier",
+    "verdict",
 )  # fmt: skip
 
 
@@ -532,8 +455,11 @@ def objection(args):
     source = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*_triton.py")))
     if forgotten := set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M)) - set(KERNELS):
         return f"{', '.join(sorted(forgotten))} missing from KERNELS; add it in {Path(__file__).name}"
-    if unnamed := next(filter(None, map(unnamed_loads, args.kernel)), None):
-        return unnamed
+    for kernel in args.kernel:
+        names = set(("keys", "values")[: KERNELS[kernel].tiles])
+        if missing := sorted(names - set(kv_lines(kernel).values())):
+            lines = " or ".join(f"`{name} = tl.load(`" for name in missing)
+            return f"no line {lines} in kernels/{KERNELS[kernel].module}.py; the inspector finds loads by these names"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (it has no wheels for macOS and Windows)"
     return unwritable(args.json)
@@ -547,7 +473,12 @@ def main(argv=None):
     os.environ.pop("TRITON_INTERPRET", None)  # the worker processes must compile, not interpret
     start = time.monotonic()
     jobs = [(v, arch) for name in args.kernel for v in variants(name, args.all) for arch in args.arch]
-    rows = inspect_all(jobs, args.processes)
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for row in pool.imap(inspect, jobs, chunksize=2):
+            rows.append(row)
+            if len(rows) % 20 == 0 or len(rows) == len(jobs):
+                print(f"{len(rows)} of {len(jobs)} compiled", file=sys.stderr)
     print("\n".join(table(rows)))
     for row in rows:
         if "error" in row:

@@ -15,6 +15,7 @@ line and always the same colour. If a case was measured twice, the later row cou
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,16 +47,6 @@ RIVALS = {  # provider: its name in the tables and figures of the pages
 }
 ENGINES = {"ours": "#E69F00", "ours-compile": "#D55E00"}  # engines of bench_decode.py; others are grey
 NAMES = ("op", "case", "provider", "workload", "engine", "prune")  # fields that identify a row
-
-
-def parser():
-    p = flags(__doc__)
-    p.add_argument("files", nargs="+", metavar="FILE.json")
-    p.add_argument("--op", help="kernel to plot (default: the first in the files)")
-    p.add_argument("--shape", help="model shape (default: the one with most sizes)")
-    p.add_argument("--layout", help="such as equal or zipf (default: that with most rows; ragged before equal)")
-    p.add_argument("--out", default="bench.png", metavar="FILE.png", help="default bench.png in the current folder")
-    return p
 
 
 def read(paths):
@@ -93,18 +84,18 @@ def chosen(rows, args):
 
 def most(pairs):
     """The name with the most different values among (name, value) pairs; of several the last, None without pairs."""
-    seen = {}
+    seen = defaultdict(set)
     for name, value in pairs:
-        seen.setdefault(name, set()).add(value)
+        seen[name].add(value)
     return max(reversed(seen), key=lambda name: len(seen[name]), default=None)
 
 
 def lines(rows, x, y):
     """provider -> sorted points (x(row), y(row)), in the order of STYLES, then the others."""
-    found = {}
+    found = defaultdict(dict)
     for row in rows:
         if y(row) is not None:
-            found.setdefault(row["provider"], {})[x(row)] = y(row)
+            found[row["provider"]][x(row)] = y(row)
     order = [*STYLES, *found]
     return {name: sorted(found[name].items()) for name in sorted(found, key=order.index)}
 
@@ -114,19 +105,6 @@ def style(name):
     if name.startswith("base "):
         return BASES.get(name.split(", ")[-1].split(" (")[0], OTHERS)
     return STYLES.get(name, OTHERS)
-
-
-def draw(axes, points):
-    for name, line in points.items():
-        colour, marker, dash = style(name)
-        label = RIVALS.get(name, name)
-        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=label)
-
-
-def ticks(axis, values):
-    """Set exactly these ticks, labelled with plain numbers."""
-    axis.set_ticks(values, [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in values])
-    axis.set_ticks([], minor=True)
 
 
 def apart(values):
@@ -142,30 +120,46 @@ def figure(about, rows, op, shape, layout):
     """One panel, or two with a skew sweep."""
     rows = [row for row in rows if row["op"] == op and row["shape"] == shape]
     cases = [row for row in rows if row["layout"] == layout]
-    sizes = lines(
-        cases,
-        lambda row: row["megabytes"],
-        lambda row: None if row["ceiling"] is None else 100 * row["ceiling"],
-    )
-    skews = lines(
-        [row for row in rows if row["layout"].startswith("skew")],
-        lambda row: float(row["layout"].split()[1]),
-        lambda row: row.get("over_uniform"),
-    )
+    swept = [row for row in rows if row["layout"].startswith("skew")]
+    sizes = lines(cases, lambda row: row["megabytes"], lambda row: row["ceiling"] and 100 * row["ceiling"])
+    skews = lines(swept, lambda row: float(row["layout"].split()[1]), lambda row: row.get("over_uniform"))
     page, panels = new(1 + bool(sizes and skews), 4.5)
-    if sizes:
-        by_size(panels[0], sizes, lengths_of(layout, cases), skews)
+    if sizes:  # without a line: providers that read dropped tokens too
+        missing = absent("not drawn, it reads all", skews, sizes)
+        draw(panels[0], sizes, 10, [0.1, 1, 10, 100], f"by size; {lengths_of(layout, cases)}")
+        panels[0].set(xlabel=f"MB of K and V kept per layer (log){missing}", ylabel="share of the bandwidth, % (log)")
     if skews:
-        by_skew(panels[-1], skews, sizes)
+        times = [y for line in skews.values() for _, y in line]
+        ticks = [2.0**i for i in range(-10, 11) if min(times) / 2 < 2.0**i < 2 * max(times)]
+        missing = absent("not measured here", sizes, skews)
+        draw(panels[-1], skews, 2, ticks, "by skew; one head longer,\nthe same bytes")
+        panels[-1].set(xlabel=f"longest head over mean (log){missing}", ylabel="time / time of equal lengths (log)")
     handles = {}
     for axes in panels:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     page.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     bandwidth = f"{about['bandwidth_GBps']:.0f} GB/s measured"
     dtype = about["dtype"].removeprefix("torch.")
-    flags = f"{op} --shapes {shape} --layouts {layout}" if sizes else f"{op} --shapes {shape}"
+    flags = f"{op} --shapes {shape}" + (f" --layouts {layout}" if sizes else "")
     page.suptitle(f"{flags}:\n{dtype}, {about['machine']} ({bandwidth})", fontsize=10.5)
     return page
+
+
+def draw(axes, points, base, y_ticks, title):
+    """Draw the lines of all providers on logarithmic axes."""
+    for name, line in points.items():
+        colour, marker, dash = style(name)
+        label = RIVALS.get(name, name)
+        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=label)
+    axes.set_xscale("log", base=base)
+    axes.set_yscale("log", base=base)
+    for axis, values in (
+        (axes.xaxis, apart(sorted({x for line in points.values() for x, _ in line}))),
+        (axes.yaxis, y_ticks),
+    ):
+        axis.set_ticks(values, [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in values])
+        axis.set_ticks([], minor=True)
+    axes.set_title(title, fontsize=10)
 
 
 def lengths_of(layout, cases):
@@ -178,32 +172,6 @@ def lengths_of(layout, cases):
     if not several:
         return "head lengths as in a layer of plphp-ada"
     return f"head lengths as in a layer of plphp-ada;\n{', '.join(map(str, several))} MB: several sequences, plphp"
-
-
-def by_size(axes, points, lengths, others):
-    """others: the lines of the other panel; those without a line here read dropped tokens too."""
-    draw(axes, points)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    ticks(axes.xaxis, apart(sorted({x for line in points.values() for x, _ in line})))
-    ticks(axes.yaxis, [0.1, 1, 10, 100])
-    axes.set_xlabel("MB of K and V kept per layer (log)" + absent("not drawn, it reads all", others, points))
-    axes.set_ylabel("share of the bandwidth, % (log)")
-    axes.set_title(f"by size; {lengths}", fontsize=10)
-
-
-def by_skew(axes, points, others):
-    """others: the lines of the other panel; those without a line here were not measured."""
-    draw(axes, points)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    ticks(axes.xaxis, sorted({x for line in points.values() for x, _ in line}))
-    values = [y for line in points.values() for _, y in line]
-    doubled = [2.0**i for i in range(-10, 11)]
-    ticks(axes.yaxis, [t for t in doubled if min(values) / 2 < t < 2 * max(values)])
-    axes.set_xlabel("longest head over mean (log)" + absent("not measured here", others, points))
-    axes.set_ylabel("time / time of equal lengths (log)")
-    axes.set_title("by skew; one head longer,\nthe same bytes", fontsize=10)
 
 
 def absent(why, others, points):
@@ -223,12 +191,12 @@ def decode_figure(about, rows):
         for y, name in enumerate(names):
             if name not in found or base not in found:
                 continue
-            row, unpruned = found[name], found.get((name[0], "none"))
-            speed = found[base]["ms_per_token"] / row["ms_per_token"]
+            row, unpruned, reference = found[name], found.get((name[0], "none")), found[base]["ms_per_token"]
+            speed = reference / row["ms_per_token"]
             axes.barh(y, speed, color=ENGINES.get(name[0], "#999999"))
             axes.text(0, y, f" {speed:.2f}", va="center", fontsize=9)
             if unpruned and name[1] != "none":
-                reach = found[base]["ms_per_token"] / unpruned["ms_per_token"] * row["ceiling_speedup"]
+                reach = reference / unpruned["ms_per_token"] * row["ceiling_speedup"]
                 axes.plot([reach, reach], [y - 0.45, y + 0.45], color="#000000", linewidth=1.5)
         one = next(iter(found.values()))
         sequences = "1 sequence" if one["batch"] == 1 else f"{one['batch']} sequences"
@@ -238,11 +206,12 @@ def decode_figure(about, rows):
     labels = [called(engine) if prune == "none" else f"{called(engine)}\n{flags_of(prune)}" for engine, prune in names]
     panels[0].set_yticks(range(len(names)), labels, fontsize=9)
     panels[0].invert_yaxis()
-    about_lines = (
-        "\nblack line: speed of the unpruned run above times\nthe reduction in bytes; an expectation, not a bound"
-    )
-    pruned = any(prune != "none" for _, prune in names)
-    page.supxlabel(f"decode speed, {called(base[0])} = 1{about_lines if pruned else ''}", fontsize=10)
+    label = f"decode speed, {called(base[0])} = 1"
+    if any(prune != "none" for _, prune in names):
+        label += (
+            "\nblack line: speed of the unpruned run above times\nthe reduction in bytes; an expectation, not a bound"
+        )
+    page.supxlabel(label, fontsize=10)
     page.suptitle(f"{about['model']}, {about['dtype']}, {about['machine']}", fontsize=11)
     return page
 
@@ -264,7 +233,13 @@ def base_of(names):
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    p = flags(__doc__)
+    p.add_argument("files", nargs="+", metavar="FILE.json")
+    p.add_argument("--op", help="kernel to plot (default: the first in the files)")
+    p.add_argument("--shape", help="model shape (default: the one with most sizes)")
+    p.add_argument("--layout", help="such as equal or zipf (default: that with most rows; ragged before equal)")
+    p.add_argument("--out", default="bench.png", metavar="FILE.png", help="default bench.png in the current folder")
+    args = p.parse_args(argv)
     about, rows = read(args.files)
     if rows and "ms_per_token" in rows[0]:
         page, what = decode_figure(about, rows), "decode"

@@ -185,11 +185,10 @@ def table(batches, retentions, shapes=SHAPES):
     rows = []
     for shape in shapes:
         for batch in batches:
-            full = step_bytes(shape, batch)
-            weights = 2 * shape.weight_numbers
-            gains = [f"{ceiling(shape, batch, r):.2f}x" for r in retentions]
+            full, weights = step_bytes(shape, batch), step_bytes(shape, 0)
+            gains = [ceiling(shape, batch, r) for r in retentions] + [full / weights]
             share = f"{100 * (1 - weights / full):.1f} %"
-            rows.append([shape.name, str(batch), share, *gains, f"{full / weights:.2f}x"])
+            rows.append([shape.name, str(batch), share, *(f"{gain:.2f}x" for gain in gains)])
     return markdown(head, rows)
 
 
@@ -217,14 +216,13 @@ class Stage:
         return max((memory, "memory"), (self.flops / machine.flops, "products"))
 
 
-def stages(shape, batches=(1,), retentions=(), bytes_per_number=2):
-    """The Stages of answering the shape's prompt. Stages before decoding run one sequence at a time."""
-    size, tower, tokens = bytes_per_number, shape.tower, shape.vision + shape.text
-    tower_bytes, projector_bytes = size * tower.tower_numbers, size * tower.projector_numbers(shape.config.hidden_size)
-    weights, row = size * shape.weight_numbers, size * shape.kv_numbers
-    seen = f"{shape.pictures} x {tower.patches + 1} tokens"
-    yield Stage(f"vision tower, {seen}", tower_bytes, 0, tower.tower_flops(shape.pictures))
-    yield Stage("projector", projector_bytes, 0, tower.projector_flops(shape.pictures, shape.config.hidden_size))
+def stages(shape, batches=(1,), retentions=()):
+    """The Stages of answering the shape's prompt in 16 bits. Stages before decoding run one sequence at a time."""
+    tower, wide, tokens = shape.tower, shape.config.hidden_size, shape.vision + shape.text
+    weights, row = 2 * shape.weight_numbers, 2 * shape.kv_numbers
+    name = f"vision tower, {shape.pictures} x {tower.patches + 1} tokens"
+    yield Stage(name, 2 * tower.tower_numbers, 0, tower.tower_flops(shape.pictures))
+    yield Stage("projector", 2 * tower.projector_numbers(wide), 0, tower.projector_flops(shape.pictures, wide))
     yield Stage(f"prefill, {tokens} tokens", weights, tokens * row, shape.prefill_flops())
     for batch in batches:
         for kept in (1.0, *retentions):
@@ -247,11 +245,10 @@ def stage_table(shape, machine, batches, retentions):
     return markdown(head, rows) + "\n\n" + prefill_memory(shape, retentions)
 
 
-def prefill_memory(shape, retentions, bytes_per_number=2):
-    """One line: peak memory of prefill besides the weights, and the memory of K and V in all layers."""
-    tokens = shape.vision + shape.text
-    working = bytes_per_number * tokens * shape.prefill_numbers
-    held = [bytes_per_number * (shape.text + r * shape.vision) * shape.kv_numbers for r in (1, *retentions)]
+def prefill_memory(shape, retentions):
+    """One line: peak memory of prefill besides the weights, and the memory of K and V in all layers, in 16 bits."""
+    working = 2 * (shape.vision + shape.text) * shape.prefill_numbers
+    held = [2 * (shape.text + r * shape.vision) * shape.kv_numbers for r in (1, *retentions)]
     parts = " / ".join(short(1e-6 * n) for n in held)
     kept = " / ".join(f"{r:g}" for r in (1, *retentions))
     return f"Prefill needs at most {short(1e-6 * working)} MB besides the weights, plus {parts} MB for {kept} kept."
@@ -261,29 +258,24 @@ def short(x):
     return f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
 
 
-def parser():
+def main(argv=None):
     p = flags(__doc__)
     # fmt: off
     p.add_argument("--batch", type=number(int, 1), nargs="+", default=[1, 8, 32], metavar="B")
     p.add_argument("--retention", type=number(float, 0, 1), nargs="+", default=[0.5, 0.2], metavar="F",
                    help="fractions kept")
-    p.add_argument("--shape", metavar="NAME", help="only shapes whose name contains NAME")
+    p.add_argument("--shape", default="", metavar="NAME", help="only shapes whose name contains NAME")
     p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
     p.add_argument("--stages", action="store_true", help="a row for each of tower, projector, prefill, decode step")
     p.add_argument("--gpu", choices=GPUS, help="for --stages: least times by this GPU's data sheet")
     # fmt: on
-    return p
-
-
-def main(argv=None):
-    p = parser()
     args = p.parse_args(argv)
-    shapes = [shape for shape in SHAPES if args.shape is None or args.shape in shape.name]
+    shapes = [shape for shape in SHAPES if args.shape in shape.name]
+    if not shapes:
+        p.error(f"no shape's name contains {args.shape}; use one of {'; '.join(shape.name for shape in SHAPES)}")
     if args.vision:
         names = [f"{shape.name.partition(',')[0]}, {args.vision} vision tokens" for shape in shapes]
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
-    if not shapes:
-        p.error(f"no shape's name contains {args.shape}; use one of {'; '.join(shape.name for shape in SHAPES)}")
     if args.gpu and not args.stages:
         p.error("--gpu needs --stages; add it")
     if not args.stages:

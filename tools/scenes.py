@@ -7,10 +7,10 @@ whether the heads kept the evidence.
     python tools/scenes.py --seed 3 --out scene.png     # draw one scene and print its questions
 """
 
-import argparse
 import colorsys
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model.console import as_command  # noqa: E402
+from tools.command import as_command, flags  # noqa: E402
 
 SIZE = 224  # pixels per side of the model's input
 PATCH = 14  # pixels per side of one vision token
@@ -42,13 +42,9 @@ LETTERS = "".join(sorted(CONSONANTS + VOWELS))
 
 # Never drawn in training; they test whether the model learnt colours and shapes rather than pairs
 UNSEEN_PAIRS = (
-    ("red", "star"),
-    ("orange", "ring"),
-    ("yellow", "cross"),
-    ("green", "circle"),
-    ("blue", "triangle"),
+    ("red", "star"), ("orange", "ring"), ("yellow", "cross"), ("green", "circle"), ("blue", "triangle"),
     ("purple", "square"),
-)
+)  # fmt: skip
 
 LONG_TASKS = ("list", "describe", "spell", "compare")  # answers with at least 6 image-dependent words
 ATTRIBUTE_WORDS = frozenset(
@@ -120,15 +116,12 @@ class Question:
     @property
     def dependent_words(self):
         """Number of words of the answer that only the picture determines; each spelled letter counts."""
-        words = self.answer.lower().replace(",", " ").replace(".", " ").replace(":", " ").split()
-        letters = sum(
-            len(w)
-            for w in self.answer.replace(",", " ").replace(".", " ").replace(":", " ").split()
-            if w.isupper() and len(w) in (1, 3)
-        )
-        letters -= self.answer.split().count("A") if self.task != "spell" else 0  # the article is not a spelled letter
-        given = set(self.question.lower().replace("?", " ").replace(",", " ").split())
-        return letters + sum(w in ATTRIBUTE_WORDS and w not in given for w in words)
+        words = re.sub("[,.:]", " ", self.answer).split()
+        letters = sum(len(w) for w in words if w.isupper() and len(w) in (1, 3))
+        if self.task != "spell":
+            letters -= words.count("A")  # the article is not a spelled letter
+        given = set(re.sub("[?,]", " ", self.question.lower()).split())
+        return letters + sum(w.lower() in ATTRIBUTE_WORDS and w.lower() not in given for w in words)
 
 
 # ---------------------------------------------------------------- scenes
@@ -198,25 +191,21 @@ def _outline(thing):
 
 def _paint(draw, thing, scale, fill, shift=0.0):
     """Draw the silhouette of a thing, shifted by `shift` pixels to the lower right."""
-    x, y, r = ((v + s) * scale for v, s in ((thing.x, shift), (thing.y, shift), (thing.radius, 0)))
-    if thing.shape in ("circle", "ring"):
-        box = (x - r, y - r, x + r, y + r)
-        draw.ellipse(box, fill=fill) if thing.shape == "circle" else draw.ellipse(
-            box, outline=fill, width=round(0.42 * r)
-        )
-        return
-    cos, sin = math.cos(thing.angle), math.sin(thing.angle)
-    draw.polygon(
-        [(x + r * (px * cos - py * sin), y + r * (px * sin + py * cos)) for px, py in _outline(thing)], fill=fill
-    )
+    x, y, r = (thing.x + shift) * scale, (thing.y + shift) * scale, thing.radius * scale
+    box = x - r, y - r, x + r, y + r
+    if thing.shape == "circle":
+        draw.ellipse(box, fill)
+    elif thing.shape == "ring":
+        draw.ellipse(box, outline=fill, width=round(0.42 * r))
+    else:
+        cos, sin = math.cos(thing.angle), math.sin(thing.angle)
+        draw.polygon([(x + r * (a * cos - b * sin), y + r * (a * sin + b * cos)) for a, b in _outline(thing)], fill)
 
 
 def _letter_boxes(sign, scale=1.0):
-    """(letter, box in pixels) from left to right; each letter has a third of the plate."""
-    return [
-        (letter, tuple(v * scale for v in (sign.x - 48 + 32 * i, sign.y - 17, sign.x - 16 + 32 * i, sign.y + 17)))
-        for i, letter in enumerate(sign.word)
-    ]
+    """The box of each letter in pixels; each has a third of the plate."""
+    edges = [(sign.x - 48 + 32 * i, sign.y - 17, sign.x - 16 + 32 * i, sign.y + 17) for i in range(3)]
+    return [tuple(v * scale for v in box) for box in edges]
 
 
 def draw_scene(scene, size=SIZE):
@@ -236,43 +225,66 @@ def draw_scene(scene, size=SIZE):
         draw.rounded_rectangle([v + 2.5 * scale for v in plate], 6 * scale, fill=shade)
         draw.rounded_rectangle(plate, 6 * scale, fill="white", outline=(120, 120, 130), width=round(1.5 * scale))
         font = ImageFont.load_default(33 * scale)
-        for letter, (x0, y0, x1, y1) in _letter_boxes(s, scale):
-            draw.text(
-                ((x0 + x1) / 2, (y0 + y1) / 2),
-                letter,
-                font=font,
-                fill=(30, 30, 36),
-                anchor="mm",
-                stroke_width=0.6 * scale,
-            )
+        for letter, (x0, y0, x1, y1) in zip(s.word, _letter_boxes(s, scale), strict=True):
+            centre = (x0 + x1) / 2, (y0 + y1) / 2
+            draw.text(centre, letter, (30, 30, 36), font, anchor="mm", stroke_width=0.6 * scale)
     return image.reduce(BIG)
 
 
-def coverage(thing):
-    """Coverage of each patch by the thing: 256 numbers in 0..255, row by row."""
+def _per_patch(draw_on):
+    """Coverage of each patch by what draw_on(draw) draws at SIZE: 256 numbers in 0..255, row by row."""
     mask = Image.new("L", (SIZE, SIZE))
-    _paint(ImageDraw.Draw(mask), thing, 1.0, 255)
+    draw_on(ImageDraw.Draw(mask))
     return list(mask.reduce(PATCH).tobytes())
+
+
+def coverage(thing):
+    """Coverage of each patch by the thing: 256 numbers in 0..255."""
+    return _per_patch(lambda draw: _paint(draw, thing, 1.0, 255))
 
 
 def letter_coverage(sign):
     """Coverage of each patch by each letter: three lists of 256 numbers in 0..255."""
-    result = []
-    for _, box in _letter_boxes(sign):
-        mask = Image.new("L", (SIZE, SIZE))
-        ImageDraw.Draw(mask).rectangle(box, fill=255)
-        result.append(list(mask.reduce(PATCH).tobytes()))
-    return result
+    return [_per_patch(lambda draw, box=box: draw.rectangle(box, fill=255)) for box in _letter_boxes(sign)]
 
 
 def patches_of(item):
-    """Indices of the patches of which a thing or a sign covers at least an eighth."""
-    if isinstance(item, Thing):
-        return tuple(i for i, c in enumerate(coverage(item)) if c >= 32)
-    return tuple(i for i, cs in enumerate(zip(*letter_coverage(item), strict=True)) if max(cs) >= 32)
+    """Indices of the patches of which a thing, or a letter of a sign, covers at least an eighth."""
+    covers = [coverage(item)] if isinstance(item, Thing) else letter_coverage(item)
+    return tuple(i for i, shares in enumerate(zip(*covers, strict=True)) if max(shares) >= 32)
 
 
 # ---------------------------------------------------------------- questions about one scene
+
+WORDINGS = {
+    "colour": ("What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"),
+    "shape": ("What shape is the {} object?", "Which shape is {}?", "What is the {} object?"),
+    "size": ("How big is the {}?", "Is the {} small or large?", "What size is the {}?"),
+    "count": ("How many objects are there?", "How many objects are in the picture?", "Count the objects."),
+    "position": ("Where is the {}?", "Where in the picture is the {}?"),
+    "presence": ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"),
+    "read": ("What does the sign say?", "What is written on the sign?", "Read the sign."),
+    "spell": ("Spell the word on the sign.", "How is the word on the sign spelled?", "Spell the word."),
+    "list": ("List the objects {}.", "Name all objects {}.", "List all objects {}."),
+    "describe": (
+        "Describe the picture.", "Describe the scene.", "Describe the image.", "What is in the picture?",
+        "What do you see?",
+    ),
+    "compare": ("Compare the two pictures.", "Compare the pictures object by object.", "What is in each picture?"),
+}  # fmt: skip
+
+
+def _question(rng, task, answer, value, *shown, about="", kind=None):
+    """A Question in a random wording. shown: for each picture, the things and signs that are the evidence.
+
+    about: fills the gap in the wording; kind: default the task.
+    """
+    wording = rng.choice(WORDINGS[task]).format(about)
+    return Question(task, kind or task, wording, answer, value, _evidence(*shown))
+
+
+def _evidence(*shown):
+    return tuple(tuple(sorted({p for item in items for p in patches_of(item)})) for items in shown)
 
 
 def _one_of(items, key):
@@ -281,71 +293,46 @@ def _one_of(items, key):
     return [i for i in items if keys.count(key(i)) == 1]
 
 
-def _evidence(*items):
-    return (tuple(sorted({p for item in items for p in patches_of(item)})),)
-
-
 def ask_colour(scene, rng):
-    options = _one_of(scene.things, lambda t: t.shape)
-    if options:
+    if options := _one_of(scene.things, lambda t: t.shape):
         t = rng.choice(options)
-        wording = rng.choice(("What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"))
-        return Question(
-            "colour", "colour", wording.format(t.shape), f"The {t.shape} is {t.colour}.", t.colour, _evidence(t)
-        )
+        return _question(rng, "colour", f"The {t.shape} is {t.colour}.", t.colour, [t], about=t.shape)
 
 
 def ask_shape(scene, rng):
-    options = _one_of(scene.things, lambda t: t.colour)
-    if options:
+    if options := _one_of(scene.things, lambda t: t.colour):
         t = rng.choice(options)
-        wording = rng.choice(("What shape is the {} object?", "Which shape is {}?", "What is the {} object?"))
-        return Question(
-            "shape", "shape", wording.format(t.colour), f"The {t.colour} object is a {t.shape}.", t.shape, _evidence(t)
-        )
+        return _question(rng, "shape", f"The {t.colour} object is a {t.shape}.", t.shape, [t], about=t.colour)
 
 
 def ask_size(scene, rng):
     t = rng.choice(scene.things)
-    wording = rng.choice(("How big is the {}?", "Is the {} small or large?", "What size is the {}?"))
-    return Question("size", "size", wording.format(t.name), f"The {t.name} is {t.size}.", t.size, _evidence(t))
+    return _question(rng, "size", f"The {t.name} is {t.size}.", t.size, [t], about=t.name)
 
 
 def ask_count(scene, rng):
-    wording = rng.choice(("How many objects are there?", "How many objects are in the picture?", "Count the objects."))
     n = NUMBERS[len(scene.things)]
-    return Question("count", "count", wording, f"The picture has {n} objects.", n, _evidence(*scene.things))
+    return _question(rng, "count", f"The picture has {n} objects.", n, scene.things)
 
 
 def ask_position(scene, rng):
     t = rng.choice(scene.things)
-    wording = rng.choice(("Where is the {}?", "Where in the picture is the {}?"))
-    return Question(
-        "position", "position", wording.format(t.name), f"The {t.name} is {t.place}.", t.place, _evidence(t)
-    )
+    return _question(rng, "position", f"The {t.name} is {t.place}.", t.place, [t], about=t.name)
 
 
 def ask_relation(scene, rng):
     """Left of / right of / above / below, for two things in different columns or rows."""
-    axes = [
-        (a, b, axis)
-        for a in scene.things
-        for b in scene.things
-        if a is not b
-        for axis in ("column", "row")
-        if getattr(a, axis) != getattr(b, axis)
-    ]
+    pairs = [(a, b) for a in scene.things for b in scene.things if a is not b]
+    axes = [(a, b, axis) for a, b in pairs for axis in ("column", "row") if getattr(a, axis) != getattr(b, axis)]
     if not axes:
         return None
     a, b, axis = rng.choice(axes)
-    words = ("left", "right") if axis == "column" else ("above", "below")
+    words, of = (("left", "right"), " of") if axis == "column" else (("above", "below"), "")
     truth = words[getattr(a, axis) > getattr(b, axis)]
-    of = " of" if axis == "column" else ""
     one, two = rng.sample(words, 2)
     question = f"Is the {a.name} {one} or {two}{of} the {b.name}?"
-    return Question(
-        "relation", f"relation {axis}", question, f"The {a.name} is {truth}{of} the {b.name}.", truth, _evidence(a, b)
-    )
+    answer = f"The {a.name} is {truth}{of} the {b.name}."
+    return Question("relation", f"relation {axis}", question, answer, truth, _evidence([a, b]))
 
 
 def ask_presence(scene, rng):
@@ -355,10 +342,10 @@ def ask_presence(scene, rng):
     not occur.
     """
     present = {(t.colour, t.shape) for t in scene.things}
-    allowed = {(c, s) for c in COLOURS for s in SHAPES} - set(UNSEEN_PAIRS) - present
+    absent = {(c, s) for c in COLOURS for s in SHAPES} - set(UNSEEN_PAIRS) - present
     colours, shapes = {c for c, _ in present}, {s for _, s in present}
-    hard = sorted((c, s) for c, s in allowed if c in colours and s in shapes)
-    easy = sorted((c, s) for c, s in allowed if (c in colours) != (s in shapes))
+    hard = sorted((c, s) for c, s in absent if c in colours and s in shapes)
+    easy = sorted((c, s) for c, s in absent if (c in colours) != (s in shapes))
     if rng.random() < 0.5:
         value, (colour, shape) = "no", rng.choice(hard if hard and rng.random() < 0.65 else easy)
         found = [t for t in scene.things if colour == t.colour or shape == t.shape]
@@ -366,26 +353,22 @@ def ask_presence(scene, rng):
         found = [rng.choice(scene.things)]
         value, colour, shape = "yes", found[0].colour, found[0].shape
     name = f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
-    wording = rng.choice(("Is there {}?", "Is there {} in the picture?", "Can you see {}?"))
-    answer = f"{name[0].upper()}{name[1:]} is {'not ' if value == 'no' else ''}in the picture."
-    return Question("presence", "presence", wording.format(name), answer, value, _evidence(*found))
+    answer = f"{_capital(name)} is {'not ' if value == 'no' else ''}in the picture."
+    return _question(rng, "presence", answer, value, found, about=name)
+
+
+def _capital(text):
+    return text[0].upper() + text[1:]
 
 
 def ask_read(scene, rng):
-    if scene.sign:
-        wording = rng.choice(("What does the sign say?", "What is written on the sign?", "Read the sign."))
-        return Question(
-            "read", "read", wording, f"The sign says {scene.sign.word}.", scene.sign.word, _evidence(scene.sign)
-        )
+    if sign := scene.sign:
+        return _question(rng, "read", f"The sign says {sign.word}.", sign.word, [sign])
 
 
 def ask_spell(scene, rng):
-    if scene.sign:
-        wording = rng.choice(("Spell the word on the sign.", "How is the word on the sign spelled?", "Spell the word."))
-        word = scene.sign.word
-        return Question(
-            "spell", "spell", wording, f"The sign says {word}: {', '.join(word)}.", word, _evidence(scene.sign)
-        )
+    if sign := scene.sign:
+        return _question(rng, "spell", f"The sign says {sign.word}: {', '.join(sign.word)}.", sign.word, [sign])
 
 
 def _listing(things):
@@ -399,30 +382,18 @@ def ask_list(scene, rng):
         order, things = "column by column", sorted(scene.things, key=lambda t: (t.column, t.row))
         if len({t.column for t in things}) == len(things):
             order = rng.choice((order, "from left to right"))
-    wording = rng.choice(("List the objects {}.", "Name all objects {}.", "List all objects {}."))
     value = _listing(things)
-    return Question(
-        "list", order, wording.format(order), f"{value[0].upper()}{value[1:]}.", value, _evidence(*scene.things)
-    )
+    return _question(rng, "list", f"{_capital(value)}.", value, scene.things, about=order, kind=order)
 
 
 def ask_describe(scene, rng):
-    parts = [f"There are {NUMBERS[len(scene.things)]} objects."] + [
-        f"A {t.full_name} is at the {t.place}." for t in scene.things
-    ]
+    items, parts = list(scene.things), [f"There are {NUMBERS[len(scene.things)]} objects."]
+    parts += [f"A {t.full_name} is at the {t.place}." for t in scene.things]
     if scene.sign:
+        items.append(scene.sign)
         parts.append(f"The sign in the {ROWS[scene.sign.row]} row says {scene.sign.word}.")
-    wording = rng.choice(
-        (
-            "Describe the picture.",
-            "Describe the scene.",
-            "Describe the image.",
-            "What is in the picture?",
-            "What do you see?",
-        )
-    )
-    items = scene.things + ((scene.sign,) if scene.sign else ())
-    return Question("describe", "describe", wording, " ".join(parts), " ".join(parts), _evidence(*items))
+    answer = " ".join(parts)
+    return _question(rng, "describe", answer, answer, items)
 
 
 ASKERS = {
@@ -436,50 +407,30 @@ ASKERS = {
 
 
 def ask_compare(scenes, rng):
-    answer = " ".join(
-        f"{which} picture: {_listing(s.things)}." for which, s in zip(("First", "Second"), scenes, strict=True)
-    )
-    wording = rng.choice(
-        ("Compare the two pictures.", "Compare the pictures object by object.", "What is in each picture?")
-    )
-    return Question("compare", "compare", wording, answer, answer, tuple(_evidence(*s.things)[0] for s in scenes))
+    answer = " ".join(f"{n} picture: {_listing(s.things)}." for n, s in zip(("First", "Second"), scenes, strict=True))
+    return _question(rng, "compare", answer, answer, *(s.things for s in scenes))
 
 
 def ask_pair(scenes, rng):
     """A short question about one of the two pictures, or about both."""
     if rng.random() < 0.4:
         first, second = (len(s.things) for s in scenes)
-        which = "both" if first == second else ("first" if first > second else "second")
-        answer = (
-            "Both pictures have the same number of objects."
-            if which == "both"
-            else f"The {which} picture has more objects."
-        )
-        return Question(
-            "pair",
-            "pair count",
-            "Which picture has more objects?",
-            answer,
-            which,
-            tuple(_evidence(*s.things)[0] for s in scenes),
-        )
+        which = "both" if first == second else "first" if first > second else "second"
+        answer = f"The {which} picture has more objects."
+        if which == "both":
+            answer = "Both pictures have the same number of objects."
+        evidence = _evidence(*(s.things for s in scenes))
+        return Question("pair", "pair count", "Which picture has more objects?", answer, which, evidence)
     index = rng.randrange(2)
-    options = _one_of(scenes[index].things, lambda t: t.shape)
-    if options:
+    if options := _one_of(scenes[index].things, lambda t: t.shape):
         t, which = rng.choice(options), ("first", "second")[index]
-        evidence = tuple(_evidence(t)[0] if i == index else () for i in range(2))
         question = f"What colour is the {t.shape} in the {which} picture?"
-        return Question(
-            "pair", "pair colour", question, f"The {t.shape} in the {which} picture is {t.colour}.", t.colour, evidence
-        )
+        answer = f"The {t.shape} in the {which} picture is {t.colour}."
+        evidence = _evidence(*([t] if i == index else [] for i in range(2)))
+        return Question("pair", "pair colour", question, answer, t.colour, evidence)
 
 
 PAIR_ASKERS = {"compare": ask_compare, "pair": ask_pair}
-
-
-def make_pair(rng, unseen=False):
-    """Two scenes of 2 or 3 objects, without signs."""
-    return tuple(make_scene(rng, unseen, count=rng.randint(2, 3), with_sign=False) for _ in range(2))
 
 
 # ---------------------------------------------------------------- samples
@@ -493,19 +444,20 @@ def sample(seed, tasks=None, pair=False, unseen=False, alike=False):
     """
     rng = random.Random(f"scene {seed} {pair} {unseen}")
     askers = PAIR_ASKERS if pair else ASKERS
-    scenes = make_pair(rng, unseen) if pair else (make_scene(rng, unseen, alike=alike),)
+    if pair:  # of 2 or 3 objects each, without signs
+        scenes = tuple(make_scene(rng, unseen, count=rng.randint(2, 3), with_sign=False) for _ in range(2))
+    else:
+        scenes = (make_scene(rng, unseen, alike=alike),)
     asked = [askers[task](scenes if pair else scenes[0], rng) for task in (askers if tasks is None else tasks)]
     return scenes, [q for q in asked if q is not None]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="Draw one scene of the demo world and print its questions.", allow_abbrev=False
-    )
+def main(argv=None):
+    parser = flags(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=448, help="pixels per side (default 448)")
     parser.add_argument("--out", default="scene.png")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     scenes, questions = sample(args.seed)
     draw_scene(scenes[0], args.size).save(args.out)
     for q in questions:

@@ -7,7 +7,6 @@ A head that contributes nothing on an input attends to an attention sink: a toke
 the sink's key must stay; `--set sink_keys=1` of any pruning method keeps it.
 """
 
-import argparse
 import csv
 import dataclasses
 import sys
@@ -18,31 +17,25 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import Generation, InputError, Sampling, load  # noqa: E402
-from model.console import as_command  # noqa: E402
+from model import Generation, Sampling, load  # noqa: E402
+from model.console import fail, one_line, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.llama import rope_table  # noqa: E402
+from tools.command import as_command, flags, one_of  # noqa: E402
 
 SEEN = 16  # columns seen by fewer rows are ignored, such as the last ones
 
 
 @dataclasses.dataclass
 class Heads:
-    """One layer on a prompt of T tokens. All (Hq,), fp32 except `where`. "Length" is the norm in the residual stream.
+    """One layer on a prompt. All (Hq,), fp32 except `where`. "Length" is the norm in the residual stream."""
 
-    first     attention on token 0, mean over the rows that see it
-    most      the same for the most attended token; where: index of that token
-    drain     length of the most attended token's value, relative to the median token's
-    out       length of the head's output, mean over rows, relative to the mean of the layer's heads
-    vision    length of the output from pictures relative to the whole output, over rows after the pictures
-    """
-
-    first: torch.Tensor
-    most: torch.Tensor
-    where: torch.Tensor
-    drain: torch.Tensor
-    out: torch.Tensor
-    vision: torch.Tensor
+    first: torch.Tensor  # attention on token 0, mean over the rows that see it
+    most: torch.Tensor  # the same for the most attended token
+    where: torch.Tensor  # index of the most attended token
+    drain: torch.Tensor  # length of the most attended token's value, relative to the median token's
+    out: torch.Tensor  # length of the head's output, mean over rows, relative to the mean of the layer's heads
+    vision: torch.Tensor  # length of the output from pictures relative to all of it, over rows after the pictures
 
 
 def measure(q, k, v, out_weight, spans):
@@ -98,23 +91,25 @@ def look_at(language, x, spans):
     return heads, peaks
 
 
+def inside(where, spans):
+    """Is this token in one of the spans?"""
+    return any(start <= where < stop for start, stop in spans)
+
+
 def summary(heads, spans, dormant, what="a picture"):
     """One line: number of dormant heads, of heads that attend most to the first token, and to a token in the spans.
 
     what: the spans are.
     """
-    found = [(h.out[i], h.where[i]) for h in heads for i in range(len(h.out))]
-    idle = sum(int(out < dormant) for out, _ in found)
-    first = sum(int(where == 0) for _, where in found)
-    inside = sum(any(a <= where < b for a, b in spans) for _, where in found)
+    out, where = torch.cat([h.out for h in heads]), torch.cat([h.where for h in heads]).tolist()
     return (
-        f"{idle} of {len(found)} heads dormant; the most attended token is the first in {first} and one of {what} "
-        f"in {inside}"
+        f"{(out < dormant).sum()} of {len(where)} heads dormant; the most attended token is the first in "
+        f"{where.count(0)} and one of {what} in {sum(inside(w, spans) for w in where)}"
     )
 
 
-MAPS = (  # field, title, top of the colour scale
-    ("first", "attention on the first token", None),  # None: maximum of the next map
+MAPS = (  # field, title, top of the colour scale; None: the maximum of `most`
+    ("first", "attention on the first token", None),
     ("most", "attention on\nthe most attended token\nv: that token is one of {what}", None),
     ("drain", "norm of\nthe most attended token's value\n/ median token's", 2.0),
     ("out", "norm of the head's output\n/ layer mean\nd: dormant, below {dormant:g}", 2.0),
@@ -143,8 +138,8 @@ def draw(heads, peaks, spans, dormant, path, what="a picture"):
         for layer, h in enumerate(heads):
             for head in range(count):
                 mark = ""
-                if name == "most":
-                    mark = "v" if any(a <= h.where[head] < b for a, b in spans) else ""
+                if name == "most" and inside(h.where[head], spans):
+                    mark = "v"
                 elif name == "out" and h.out[head] < dormant:
                     mark = "d"
                 colour = "black" if values[layer, head] > 0.6 * top else "white"
@@ -163,19 +158,15 @@ def save(heads, path):
     """Write a CSV with one row per layer and query head."""
     with open(path, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["layer", "head", "first", "most", "where", "drain", "out", "vision"])
+        names = [field.name for field in dataclasses.fields(Heads)]
+        writer.writerow(["layer", "head", *names])
         for layer, h in enumerate(heads):
-            for head in range(len(h.first)):
-                numbers = [f"{getattr(h, n)[head]:.4f}" for n in ("drain", "out", "vision")]
-                writer.writerow(
-                    [layer, head, f"{h.first[head]:.4f}", f"{h.most[head]:.4f}", int(h.where[head]), *numbers]
-                )
+            for head, row in enumerate(zip(*(getattr(h, name).tolist() for name in names), strict=True)):
+                writer.writerow([layer, head, *(x if isinstance(x, int) else f"{x:.4f}" for x in row)])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags(__doc__)
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")
@@ -184,23 +175,23 @@ def main(argv=None):
                         "times the layer mean (default 0.3, our choice)")
     parser.add_argument("--out", default="heads.png", metavar="FILE.png")
     parser.add_argument("--csv", metavar="FILE.csv")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", default="auto", type=one_of("auto", "bf16", "fp16", "fp32"), help="%(type)s")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     # fmt: on
     args = parser.parse_args(argv)
     try:
-        heads, peaks, tokens, spans = diagnose(
-            load(args.model, args.dtype, choose_device(args.device)), args.prompt, args.image
-        )
+        checkpoint = load(args.model, args.dtype, choose_device(args.device))
+        heads, peaks, tokens, spans = diagnose(checkpoint, args.prompt, args.image)
         draw(heads, peaks, spans, args.dormant, args.out)
         if args.csv:
             save(heads, args.csv)
-    except (InputError, OSError) as wrong:
-        parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+    except (ValueError, OSError) as wrong:
+        return fail(one_line(wrong), 2)
     except ImportError as missing:
-        parser.exit(2, f"error: {missing}; install matplotlib, or run `make test` once\n")
+        return fail(f"{missing}; install matplotlib, or run `make test` once", 2)
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted; nothing was written\n")
+        say("interrupted; nothing was written")
+        return 130
     print(f"{tokens} tokens; {summary(heads, spans, args.dormant)}")
     print("\n".join(filter(None, (args.out, args.csv))), file=sys.stderr)
 

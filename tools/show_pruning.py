@@ -9,7 +9,6 @@ Beside the table of kept tokens stands gamma, the attention of each layer to the
 (`--prune plphp`). With --second panels frame the tokens that only one of the two questions keeps.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
-from model.console import as_command  # noqa: E402
+from model.console import fail, one_line, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.pruning import MethodError, make_method  # noqa: E402
 from model.show import Shown, write  # noqa: E402
+from tools.command import as_command, flags, one_of  # noqa: E402
 from tools.evaluation.replay import asked_by, gammas_of  # noqa: E402
 
 
@@ -41,14 +41,12 @@ def look(checkpoint, prompt, images, method, image_mode="auto"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags(__doc__)
     # fmt: off
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--image-mode", default="auto", choices=("auto", "pad", "crop", "anyres"), help="as in run.py")
+    parser.add_argument("--image-mode", default="auto", type=one_of("auto", "pad", "crop", "anyres"), help="%(type)s")
     parser.add_argument("--second", metavar="TEXT", help="another question about the same pictures, to compare")
     parser.add_argument("--prune", default="plphp", metavar="SPEC", help="as in run.py (default plphp)")
     parser.add_argument("--retention", type=float, metavar="F")
@@ -57,7 +55,7 @@ def main(argv=None):
     parser.add_argument("--heads", type=int, nargs="+", metavar="H", help="KV heads of the panels (default: 4)")
     parser.add_argument("--out", metavar="FILE.png", help="default: kept.png, none with --html")
     parser.add_argument("--html", metavar="FILE.html")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", default="auto", type=one_of("auto", "bf16", "fp16", "fp32"), help="%(type)s")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     # fmt: on
     args = parser.parse_args(argv)
@@ -69,24 +67,23 @@ def main(argv=None):
         method = make_method(args.prune, args.retention, settings=args.set, folder=checkpoint.folder)
         if method is None:
             raise InputError("--prune none drops nothing; give a method")
-        shown, second = (
-            look(checkpoint, prompt, args.image, method, args.image_mode) if prompt is not None else None
-            for prompt in (args.prompt, args.second)
-        )
+        questions = [args.prompt] if args.second is None else [args.prompt, args.second]
+        shown, *second = [look(checkpoint, q, args.image, method, args.image_mode) for q in questions]
         layers, heads = shown.keep.shape[:2]
         for given, limit, word in ((args.layers, layers, "--layers"), (args.heads, heads, "--heads")):
             if not all(0 <= n < limit for n in given or ()):
                 raise InputError(f"{word} is {given}, the model has {limit}; give numbers from 0 to {limit - 1}")
         if out:
-            write(out, shown, second, args.layers, args.heads)
+            write(out, shown, *second, layers=args.layers, heads=args.heads)
         if args.html:
-            write(args.html, shown, second)
+            write(args.html, shown, *second)
     except MethodError as wrong:
-        parser.exit(1, f"error: {wrong}\n")
-    except (InputError, ValueError, OSError) as wrong:
-        parser.exit(2, f"error: {' '.join(str(wrong).split())}\n")
+        return fail(wrong, 1)
+    except (ValueError, OSError) as wrong:
+        return fail(one_line(wrong), 2)
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted; nothing was written\n")
+        say("interrupted; nothing was written")
+        return 130
     print("\n".join(filter(None, (out, args.html))), file=sys.stderr)
 
 

@@ -53,23 +53,22 @@ def methods():
     )
 
 
+PLPHP = {  # method in the results: its name in the first table
+    "plphp": "PLPHP as we read the paper: ranked by the prompt's last token",
+    "plphp as shipped": "PLPHP with the demo's settings: look-ahead rows, one rate, half of the tokens on an even grid",
+    "plphp ahead+grid": "the same, but three rates as in the paper, at equal cache size",
+}
+
+
 def summary():
     """The first table: PLPHP as published and as shipped, and the baselines; below it, about the questions."""
     results = _results("pruning-accuracy")
     retentions = list(dict.fromkeys(row["retention"] for row in results if row["retention"]))
     right = {(row["method"], row["retention"]): float(row["long"]) for row in results}
-    rows = [["unpruned", *(3 * [f"{right['none', '']:.1f}"])]]
-    for method, label in (
-        ("plphp", "PLPHP as we read the paper: ranked by the prompt's last token"),
-        (
-            "plphp as shipped",
-            "PLPHP with the demo's settings: look-ahead rows, one rate, half of the tokens on an even grid",
-        ),
-        ("plphp ahead+grid", "the same, but three rates as in the paper, at equal cache size"),
-    ):
-        rows.append([label, *(f"{right[method, r]:.1f}" for r in retentions)])
+    rows = [["unpruned", *(3 * [right["none", ""]])]]
+    rows += [[label, *(right[method, r] for r in retentions)] for method, label in PLPHP.items()]
     chance = [max(right["random", r], right["grid", r]) for r in retentions]
-    rows.append(["the better of random tokens and an even grid alone", *(f"{value:.1f}" for value in chance)])
+    rows = _rounded([*rows, ["the better of random tokens and an even grid alone", *chance]], 1)
     about = (ROOT / "benchmarks" / "pruning-accuracy.md").read_text(encoding="utf-8")
     questions, scenes, long = re.match(r"(\d+) questions about (\d+) scenes, (\d+) of them", about).groups()
     return _markdown(["long answers right, %", *(f"{r} kept" for r in retentions)], rows) + (
@@ -86,17 +85,14 @@ def pruning():
 
 def witness():
     """KL on a pretrained text decoder: mean over all kinds of questions, and over the kind left out of training."""
-    results, kinds = _results("witness"), []
-    for row in results:
-        kinds += [row["questions"]] * (row["questions"] not in kinds)
+    results = _results("witness")
+    names, kinds, retentions = (
+        list(dict.fromkeys(row[column] for row in results)) for column in ("ranked by", "questions", "retention")
+    )
     at = {(row["questions"], row["ranked by"], row["retention"]): row["kl"] for row in results}
-    retentions = list(dict.fromkeys(row["retention"] for row in results))
-    rows = []
-    for name in dict.fromkeys(row["ranked by"] for row in results):
-        values = [float(at[kind, name, r]) for kind in kinds for r in retentions]
-        rows.append([name, *(f"{value:.3f}" for value in values)])
-    heads = [f"{what} {r} kept" for what in ("", "left-out kind,") for r in retentions]
-    return _markdown(["KL from unpruned, nats", *(head.strip() for head in heads)], rows)
+    rows = [[name, *(at[kind, name, r] for kind in kinds for r in retentions)] for name in names]
+    heads = [f"{what}{r} kept" for what in ("", "left-out kind, ") for r in retentions]
+    return _markdown(["KL from unpruned, nats", *heads], _rounded(rows, 3))
 
 
 def demo():
@@ -119,15 +115,14 @@ def decode_gpu():
     """The 7B shape on an H200."""
     rows = []
     for row in _results("decode-7b-h200"):
-        if row["engine"] not in OURS:
-            continue
-        pruned, one = row["prune"] != "none", row["batch"] == "1"
-        rows.append([
-            f"{row['batch']} sequence{'' if one else 's'}, {_percent(row['kept']) if pruned else 'all'} kept",
-            f"{float(row['ms_per_token']):.1f}", f"{float(row['decode_x_hf-sdpa']):.1f}",
-            _gain(row) if pruned else "", f"{float(row['ttft_x_hf-sdpa']):.2f}",
-            _bytes(row["kv_bytes_held"], 1e9, 2 if one else 1, "GB"), _bytes(row["peak_bytes"], 1e9, 1, "GB"),
-        ])  # fmt: skip
+        if row["engine"] in OURS:
+            pruned, one = row["prune"] != "none", row["batch"] == "1"
+            rows.append([
+                f"{row['batch']} sequence{'' if one else 's'}, {_percent(row['kept']) if pruned else 'all'} kept",
+                _round(row["ms_per_token"], 1), _round(row["decode_x_hf-sdpa"], 1), _gain(row) if pruned else "",
+                _round(row["ttft_x_hf-sdpa"]), _bytes(row["kv_bytes_held"], 1e9, 2 if one else 1, " GB"),
+                _bytes(row["peak_bytes"], 1e9, 1, " GB"),
+            ])  # fmt: skip
     return _markdown(["", "ms per token", "decode: speed-up over sdpa", "speed-up by pruning (by bytes)",
                       "first token: speed-up over sdpa", "K and V", "peak memory"], rows)  # fmt: skip
 
@@ -141,7 +136,7 @@ def decode_demo():
         else:
             name = f"transformers {row['engine'].removeprefix('hf-')}"
         over = ("decode_x_hf-sdpa", "decode_x_hf-eager", "decode_x_hf-static", "ttft_x_hf-sdpa")
-        rows.append([name, *(f"{float(row[column]):.2f}" if ours else "" for column in over), *_memory_and_reach(row)])
+        rows.append([name, *(_round(row[column]) if ours else "" for column in over), *_memory_and_reach(row)])
     return _markdown(["speed-up over `transformers`", "decode: over sdpa", "decode: over eager",
                       "decode: over static cache, compiled", "first token: over sdpa", "peak MB",
                       "share of the roofline"], rows)  # fmt: skip
@@ -152,7 +147,7 @@ def decode_7b_cpu():
     rows = []
     for row in _results("decode-7b-cpu"):
         over = [row[column] for column in ("decode_x_hf-sdpa", "ttft_x_hf-sdpa")]
-        rows.append([ENGINES[row["engine"]], *(f"{float(x):.2f}" if x else "1" for x in over), *_memory_and_reach(row)])
+        rows.append([ENGINES[row["engine"]], *(_round(x) if x else "1" for x in over), *_memory_and_reach(row)])
     head = ["speed-up over transformers sdpa", "decode", "first token", "peak MB", "share of the roofline"]
     return _markdown(head, rows)
 
@@ -168,10 +163,8 @@ WORKLOADS = {
 def pruning_speed():
     """Speed-up by pruning on a CPU, by number of tokens."""
     found = {(r["engine"], r["workload"], r["prune"]): r for r in _results("decode-demo-long-cpu")}
-    rows = []
-    for workload, label in WORKLOADS.items():
-        cells = [found[engine, workload, f"plphp:dr=0@{kept}"] for engine in OURS for kept in (0.5, 0.2)]
-        rows.append([label, *map(_gain, cells)])
+    columns = [(engine, f"plphp:dr=0@{kept}") for engine in OURS for kept in (0.5, 0.2)]
+    rows = [[label, *(_gain(found[e, work, prune]) for e, prune in columns)] for work, label in WORKLOADS.items()]
     return _markdown(["speed-up by pruning, measured (by bytes)", "0.5 kept", "0.2 kept",
                       "`--compile`, 0.5 kept", "`--compile`, 0.2 kept"], rows)  # fmt: skip
 
@@ -179,15 +172,12 @@ def pruning_speed():
 def first_token():
     """The unpruned first token on a CPU, compared with transformers."""
     found = {(r["engine"], r["workload"]): r for r in _results("decode-demo-long-cpu") if r["prune"] == "none"}
-    rows = []
-    for engine in OURS:
-        speeds = [float(found[engine, workload]["ttft_x_hf-sdpa"]) for workload in WORKLOADS]
-        rows.append([ENGINES[engine], *(f"{speed:.2f}" for speed in speeds)])
-    return _markdown(["first token: speed-up over transformers sdpa", *WORKLOADS.values()], rows)
+    rows = [[ENGINES[engine], *(found[engine, work]["ttft_x_hf-sdpa"] for work in WORKLOADS)] for engine in OURS]
+    return _markdown(["first token: speed-up over transformers sdpa", *WORKLOADS.values()], _rounded(rows))
 
 
 def _gain(row):
-    return f"{float(row['speedup']):.2f} ({float(row['ceiling_speedup']):.2f})"
+    return f"{_round(row['speedup'])} ({_round(row['ceiling_speedup'])})"
 
 
 def _memory_and_reach(row):
@@ -199,13 +189,12 @@ def _memory_and_reach(row):
 
 def steps():
     """Speed of whole decode steps with the ragged cache, relative to a dense one."""
-    found = {row["case"]: float(row["speed"]) for row in _results("steps-cpu") if row["provider"] == "ours, torch"}
+    found = {row["case"]: row["speed"] for row in _results("steps-cpu") if row["provider"] == "ours, torch"}
     kept = "1 kept, equal", "0.3 kept, equal", "0.3 kept, ragged"
-    rows = []
-    for tokens in (300, 2048, 8192):
-        rows.append([f"{tokens:,} tokens", *(f"{found[f'demo model, 1 x {tokens} tokens, {k}']:.2f}" for k in kept)])
+    sizes = 300, 2048, 8192
+    rows = [[f"{n:,} tokens", *(found[f"demo model, 1 x {n} tokens, {k}"] for k in kept)] for n in sizes]
     return _markdown(["speed of whole decode steps (dense cache: 1)", "all kept", "0.3 kept, heads of equal length",
-                      "0.3 kept, lengths differ"], rows)  # fmt: skip
+                      "0.3 kept, lengths differ"], _rounded(rows))  # fmt: skip
 
 
 def attention():
@@ -218,38 +207,38 @@ def attention():
             for layout in ("equal", "plphp", "zipf", "giant"):
                 row = found[f"{shape}, {tokens} tokens, 0.3 kept, {layout}"]
                 rival = json.loads(row["speeds"])["sdpa, rectangle" if layout == "equal" else "sdpa, padded + mask"]
-                cells.append(f"{float(row['speed']):.2f} ({rival:.2f})")
+                cells.append(f"{_round(row['speed'])} ({_round(rival)})")
             rows.append([f"{label}, {tokens:,}", *cells])
     return _markdown(["shape, tokens", "equal", "plphp-ada", "zipf", "giant"], rows)
 
 
 def kernels():
     """Attention of one layer on an H200, by size."""
-    return _on_gpu("K and V kept, per layer", lambda row: f"{_heads(row)}, ", ("7b", "gqa8"), slice(None))
+    rows = {"7b": "32 heads (7B)", "gqa8": "8 KV heads, G 4"}
+    return _on_gpu("K and V kept, per layer", rows, slice(None))
 
 
 def kernels_summary():
     """Three sizes of the shape with grouped heads."""
-    return _on_gpu("K and V kept (8 KV heads)", lambda row: "", ("gqa8",), slice(0, 5, 2))
+    return _on_gpu("K and V kept (8 KV heads)", {"gqa8": ""}, slice(0, 5, 2))
 
 
-def _on_gpu(head, named, shapes, chosen):
-    """Our kernel by size; a fifth of the tokens is kept, heads differ in length. named: row -> text before its MB."""
+def _on_gpu(head, shapes, chosen):
+    """Our kernel by size; a fifth of the tokens is kept, heads differ in length. shapes: {shape: its name}."""
     ours = ("ragged_decode_append", "plphp", "ours, triton")
     found = [row for row in _results("kernels-h200") if (row["op"], row["layout"], row["provider"]) == ours]
     found = sorted((r for r in found if r["shape"] in shapes), key=lambda r: (r["shape"], float(r["megabytes"])))
     rows = []
     for row in found[chosen]:
-        size, time = f"{float(row['megabytes']):.0f} MB", f"{float(row['us']):.1f} us"
+        sequences = row["case"].partition(",")[0].partition(" x ")[2]
+        name = shapes[row["shape"]] and f"{shapes[row['shape']]}, " + (f"{sequences} sequences, " if sequences else "")
         speeds = json.loads(row["speeds"])
-        rows.append([named(row) + size, time, _percent(row["ceiling"]), *(f"{speeds[rival]:.1f}" for rival in RIVALS)])
+        rows.append([
+            f"{name}{_round(row['megabytes'], 0)} MB", f"{_round(row['us'], 1)} us", _percent(row["ceiling"]),
+            *(_round(speeds[rival], 1) for rival in RIVALS),
+        ])  # fmt: skip
     over = [f"speed-up over {rival}" for rival in RIVALS.values()]
     return _markdown([head, "time", "share of the bandwidth", *over], rows)
-
-
-def _heads(row):
-    many = row["case"].partition(",")[0].partition(" x ")[2]
-    return {"7b": "32 heads (7B)", "gqa8": "8 KV heads, G 4"}[row["shape"]] + (f", {many} sequences" if many else "")
 
 
 # ---------------------------------------------------------------- shared helpers
@@ -261,12 +250,21 @@ def _results(name):
         return list(csv.DictReader(file))
 
 
+def _round(number, digits=2):
+    return f"{float(number):.{digits}f}"
+
+
+def _rounded(rows, digits=2):
+    """Rows of a name and numbers -> cells."""
+    return [[name, *(_round(number, digits) for number in numbers)] for name, *numbers in rows]
+
+
 def _percent(share):
     return f"{100 * float(share):.0f} %"
 
 
 def _bytes(number, unit, digits, name=""):
-    return f"{float(number) / unit:,.{digits}f} {name}".strip()
+    return f"{float(number) / unit:,.{digits}f}{name}"
 
 
 def _markdown(head, rows, others="---:"):

@@ -10,10 +10,8 @@ model/. Recipe: first train the tower with cheap dense supervision, then train o
 picture, packed into one sequence (see `pack`).
 """
 
-import argparse
 import csv
 import dataclasses
-import json
 import math
 import os
 import random
@@ -22,6 +20,7 @@ import shutil
 import string
 import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import sentencepiece
@@ -29,31 +28,27 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.checkpoint import load  # noqa: E402
 from model.clip import VisionTower  # noqa: E402
-from model.config import LlavaConfig, TextConfig, VisionConfig  # noqa: E402
-from model.console import as_command  # noqa: E402
+from model.config import parse_config  # noqa: E402
 from model.image import CLIP_MEAN, CLIP_STD  # noqa: E402
 from model.llava import Llava  # noqa: E402
 from model.tokenizer import IMAGE, Tokenizer, build_prompt  # noqa: E402
 from tools import figures, scenes  # noqa: E402
+from tools.command import as_command, flags  # noqa: E402
 from tools.hf import import_transformers  # noqa: E402
+from tools.make_checkpoint import config_json, preprocessor_json, write_published  # noqa: E402
 
 HELD_OUT = 10**9  # samples below this index are for training, the others for evaluation
 
-VISION = VisionConfig(
-    hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6, image_size=224, patch_size=14
-)
-VOCABULARY = 638  # sentencepiece pieces; with <image> and <pad> a multiple of 64
-TEXT = TextConfig(
-    vocab_size=VOCABULARY + 2, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, rms_norm_eps=1e-5,
-)  # fmt: skip
-FEATURE_LAYER = -2  # as in LLaVA: the fifth layer is in the file and never runs
+CONFIG = parse_config(config_json("demo", "bf16"))
+TEXT, VISION = CONFIG.text_config, CONFIG.vision_config
+VOCABULARY = CONFIG.image_token_index  # sentencepiece pieces; with <image> and <pad> a multiple of 64
 MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)  # per channel
 
 
@@ -77,19 +72,16 @@ class Run:
             optimizer.load_state_dict(saved["optimizer"])
             print(f"{stage}: resumed at step {self.step}", file=sys.stderr)
             if self.curve.exists():  # drop rows after the checkpoint: those steps run again
-                lines = self.curve.read_text().splitlines(keepends=True)
-                kept = [line for line in lines[1:] if int(line.split(",")[0]) <= self.step]
-                self.curve.write_text("".join([lines[0], *kept]))
+                head, *rows = self.curve.read_text().splitlines(keepends=True)
+                self.curve.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= self.step))
         self.started, self.first = time.time() - self.seconds, self.step
 
     def save(self):
         """Write a temporary file, then rename it, so that a kill leaves the old checkpoint or the new one."""
         state = {
-            "step": self.step,
-            "seconds": time.time() - self.started,
-            "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+            "step": self.step, "seconds": time.time() - self.started,
+            "modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
         torch.save(state, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)
 
@@ -99,41 +91,24 @@ class Run:
 
     def log(self, numbers):
         """Write a row of the curve, and print progress with the remaining time."""
+        elapsed = time.time() - self.started
         fresh = self.step == 0 or not self.curve.exists()
         with open(self.curve, "w" if fresh else "a", newline="") as f:
             writer = csv.writer(f)
             if fresh:
                 writer.writerow(["step", "seconds", *numbers])
-            writer.writerow(
-                [
-                    self.step,
-                    round(time.time() - self.started, 1),
-                    *("" if v is None else f"{v:.4f}" for v in numbers.values()),
-                ]
-            )
-        elapsed = time.time() - self.started
+            cells = ("" if v is None else f"{v:.4f}" for v in numbers.values())
+            writer.writerow([self.step, round(elapsed, 1), *cells])
         left = (elapsed - self.seconds) / max(1, self.step - self.first) * (self.steps - self.step)
+        times = f"{elapsed / 60:.1f} min, {left / 60:.0f} min left"
         line = "  ".join(f"{k} {v:.3f}" for k, v in numbers.items() if v is not None)
-        print(
-            f"{self.stage} {self.step}/{self.steps}  {elapsed / 60:.1f} min, {left / 60:.0f} min left  {line}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{self.stage} {self.step}/{self.steps}  {times}  {line}", file=sys.stderr, flush=True)
 
 
 def rate_at(step, steps, peak, warmup=100, decay=0.4):
     """Learning rate: linear warm-up, constant, then cosine decay to 1 % of the peak over the last fraction `decay`."""
     down = max(0.0, (step - (1 - decay) * steps) / (decay * steps))
     return peak * min(1, (step + 1) / warmup) * (0.505 + 0.495 * math.cos(math.pi * down))
-
-
-def batches(dataset, batch, start, collate=None):
-    """Endless batches of consecutive samples from a worker process. Sample i depends on i alone."""
-    sampler = range(start * batch, HELD_OUT)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch, sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=collate
-    )
-    return iter(loader)
 
 
 def precision(device):
@@ -144,11 +119,12 @@ def precision(device):
 
 def optimizer_for(modules):
     """AdamW with weight decay on matrices only."""
-    matrices = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
+    trained = [p for p in modules.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
 def descend(run, loss, rate):
@@ -186,35 +162,23 @@ def patch_labels(scene):
 
     Ranks number the things row by row and column by column; index numbers the letters of the word from the left.
     """
-    labels = torch.zeros(len(LABELS), scenes.GRID**2, dtype=torch.uint8)
     colours = list(scenes.COLOURS)
     by_column = sorted(scene.things, key=lambda t: (t.column, t.row))
-    owners = []  # (label column, coverage of each patch)
-    for rank, t in enumerate(scene.things, 1):
-        column = (
-            colours.index(t.colour) + 1,
-            scenes.SHAPES.index(t.shape) + 1,
-            scenes.SIZES.index(t.size) + 1,
-            t.row * 3 + t.column + 1,
-            rank,
-            by_column.index(t) + 1,
-            0,
-            0,
-        )
+    owners = [((0,) * len(LABELS), [31] * scenes.GRID**2)]  # covered by less than an eighth: background
+    for rank, t in enumerate(scene.things):  # numbers from 0 on
+        kinds = colours.index(t.colour), scenes.SHAPES.index(t.shape), scenes.SIZES.index(t.size), t.row * 3 + t.column
+        column = (*(i + 1 for i in (*kinds, rank, by_column.index(t))), 0, 0)
         owners.append((column, scenes.coverage(t)))
     if scene.sign:
         for i, cover in enumerate(scenes.letter_coverage(scene.sign)):
             letter = scenes.LETTERS.index(scene.sign.word[i]) + 1
             owners.append(((0, 0, 0, scene.sign.row * 3 + 2, 0, 0, letter, i + 1), cover))
-    best = [31] * scenes.GRID**2  # covered by less than an eighth: background
-    for column, cover in owners:
-        for i, c in enumerate(cover):
-            if c > best[i]:
-                best[i], labels[:, i] = c, torch.tensor(column, dtype=torch.uint8)
-    return labels
+    columns, covers = zip(*owners, strict=True)
+    most = torch.tensor(covers).argmax(0)  # (256,); of equal covers the first
+    return torch.tensor(columns, dtype=torch.uint8)[most].T.contiguous()
 
 
-class LabelledScenes(torch.utils.data.Dataset):
+class LabelledScenes(Dataset):
     """Sample i: a picture (224, 224, 3) uint8 and its patch labels (8, 256) uint8."""
 
     def __getitem__(self, i):
@@ -226,21 +190,16 @@ def train_tower(args):
     torch.manual_seed(args.seed)
     steps, batch = args.steps or 2200, args.batch or 32
     device = torch.device(args.device)
-    modules = nn.ModuleDict(
-        {
-            "tower": VisionTower(VISION),
-            "heads": nn.ModuleDict({k: nn.Linear(VISION.hidden_size, n) for k, n in LABELS.items()}),
-        }
-    ).to(device)
+    tower = VisionTower(VISION)
+    heads = nn.ModuleDict({name: nn.Linear(VISION.hidden_size, n) for name, n in LABELS.items()})
+    modules = nn.ModuleDict({"tower": tower, "heads": heads}).to(device)
     run = Run(args.run, "tower", steps, modules, optimizer_for(modules))
-    data = batches(LabelledScenes(), batch, run.step)
-    layer = VISION.num_hidden_layers + 1 + FEATURE_LAYER
-    while run.step < steps:
-        pictures, labels = next(data)
+    samples = range(run.step * batch, steps * batch)
+    for pictures, labels in DataLoader(LabelledScenes(), batch, sampler=samples, num_workers=1, prefetch_factor=4):
         labels = labels.to(device).long()
         with precision(device):
-            features = modules["tower"](to_pixels(pictures, device), (layer,))[0][:, 1:]  # (B, 256, C)
-            logits = {k: head(features).float().flatten(0, 1) for k, head in modules["heads"].items()}
+            features = tower(to_pixels(pictures, device), CONFIG.feature_layers)[0][:, 1:]  # (B, 256, C)
+            logits = {name: head(features).float().flatten(0, 1) for name, head in heads.items()}
         loss, numbers = 0.0, {}
         for i, (name, guess) in enumerate(logits.items()):
             truth = labels[:, i].flatten()
@@ -289,16 +248,10 @@ def train_tokenizer(folder):
         "legacy": False, "model_max_length": TEXT.max_position_embeddings, "tokenizer_class": "LlamaTokenizer",
         "image_token": IMAGE, "processor_class": "LlavaProcessor",
     }  # fmt: skip
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "added_tokens.json", added)
-    write_json(
-        folder / "special_tokens_map.json",
-        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    )
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_published(folder / "tokenizer_config.json", settings)
+    write_published(folder / "added_tokens.json", added)
+    names = {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    write_published(folder / "special_tokens_map.json", names)
 
 
 # ---------------------------------------------------------------- stage 2: projector and decoder
@@ -322,32 +275,26 @@ class Packed:
 
 def pack(tokenizer, conversations, pictures, image_tokens):
     """The Packed of a list of conversations, each a list of Questions."""
-    image_id = tokenizer.added[IMAGE]
     opening = tokenizer.encode(build_prompt("", pictures, "llava").split("\n ")[0])  # BOS "USER: " and the pictures
-    packed = Packed(opening, [], [], [], [])
-    start = len(opening) + pictures * (image_tokens - 1)
-    packed.position, packed.block, packed.target = list(range(start)), [0] * start, [-100] * start
+    shift = len(opening)  # start of a block's tokens in the conversation's own ids
+    start = shift + pictures * (image_tokens - 1)
+    packed = Packed(list(opening), list(range(start)), [0] * start, [-100] * start, [])
     for number, conversation in enumerate(conversations, 1):
-        text, ids, asked = (IMAGE + "\n") * pictures, [], []
+        text, ids, row = "USER: " + (IMAGE + "\n") * pictures, [], len(packed.position) - shift
         for turn, q in enumerate(conversation):
             text += f"{'USER: ' if turn else ''}{q.question} ASSISTANT:"
-            first = len(tokenizer.encode("USER: " + text))
+            first = len(tokenizer.encode(text))
             text += f" {q.answer}</s>"
-            ids = tokenizer.encode("USER: " + text)
-            asked.append((q, first, len(ids)))
-        shift = len(opening)  # start of the block's tokens in the conversation's own ids
+            ids = tokenizer.encode(text)
+            packed.answers.append((q, row + first - 1, row + len(ids) - 1))
         assert ids[:shift] == opening, "the pictures open every conversation"
-        target = [-100] * len(ids)
-        for q, first, stop in asked:
-            target[first - 1 : stop - 1] = ids[first:stop]
-            row = len(packed.position) - shift
-            packed.answers.append((q, row + first - 1, row + stop - 1))
-        ids, target = ids[shift:], target[shift:]
-        packed.position += range(start, start + len(ids))
-        packed.block += [number] * len(ids)
-        packed.target += target
-        packed.ids = packed.ids + ids
-    assert packed.ids.count(image_id) == pictures
+        packed.ids += ids[shift:]
+        packed.position += range(start, start + len(ids) - shift)
+        packed.block += [number] * (len(ids) - shift)
+    packed.target += [-100] * (len(packed.position) - start)
+    moved = start - shift  # from ids to rows
+    for _, first, stop in packed.answers:
+        packed.target[first:stop] = packed.ids[first + 1 - moved : stop + 1 - moved]
     return packed
 
 
@@ -363,7 +310,7 @@ def padded(rows, length, value):
     return torch.tensor([r + [value] * (length - len(r)) for r in rows])
 
 
-class PackedScenes(torch.utils.data.Dataset):
+class PackedScenes(Dataset):
     """Item i is the batch of step i: (pictures uint8, list of Packed). Every fifth step has pairs of pictures."""
 
     def __init__(self, tokenizer, batch, image_tokens):
@@ -428,7 +375,7 @@ def hidden_states(model, pictures, rows, device, drop_vision=False):
         states = model.vision_tower(to_pixels(pictures, device), model.config.feature_layers)
     tokens = model.multi_modal_projector(states[0][:, 1:])
     tokens = iter(tokens.split(len(pictures) // len(rows)))
-    x = [model.splice(row.ids, next(tokens))[0] for row in rows]
+    x, spans = zip(*(model.splice(row.ids, next(tokens)) for row in rows), strict=True)
     longest = -(-max(map(len, x)) // 64) * 64  # few shapes: each new one costs a second on a CPU
     x = torch.stack([F.pad(r, (0, 0, 0, longest - len(r))) for r in x])
     block = padded([row.block for row in rows], longest, -1).to(device)
@@ -436,29 +383,16 @@ def hidden_states(model, pictures, rows, device, drop_vision=False):
     mask = mask_of(block)
     if drop_vision:
         for i, row in enumerate(rows):
-            vision = _vision_columns(row, model.config.image_tokens)
             for _, first, stop in row.answers:
-                mask[i, 0, first + 1 : stop, vision] = False  # row `first` predicts the first token
+                for left, right in spans[i]:
+                    mask[i, 0, first + 1 : stop, left:right] = False  # row `first` predicts the first token
     mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))  # once, not in every layer
     target = padded([row.target for row in rows], longest, -100).to(device)
     return model.language_model.prefill(x, positions=position, mask=mask), target
 
 
-def _vision_columns(row, image_tokens):
-    """Mask columns of the pictures: a list of indices, `image_tokens` per placeholder."""
-    columns, at = [], 0
-    for token in row.ids:
-        if token == VOCABULARY:
-            columns += range(at, at + image_tokens)
-        at += image_tokens if token == VOCABULARY else 1
-    return columns
-
-
 def new_model():
-    config = LlavaConfig(
-        text_config=TEXT, vision_config=VISION, image_token_index=VOCABULARY, vision_feature_layer=FEATURE_LAYER
-    )
-    model = Llava(config)
+    model = Llava(CONFIG)
     for name, p in model.language_model.named_parameters():
         if p.ndim == 2:  # smaller in matrices that write to the residual stream
             deep = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -485,21 +419,13 @@ def train_decoder(args):
     tokenizer = Tokenizer(folder / "tokenizer")
     model = new_model().to(device)
     tower = torch.load(folder / "tower.pt", weights_only=True, map_location=device)["modules"]
-    model.vision_tower.load_state_dict(
-        {k.removeprefix("tower."): v for k, v in tower.items() if k.startswith("tower.")}
-    )
+    tower = {name.removeprefix("tower."): p for name, p in tower.items() if name.startswith("tower.")}
+    model.vision_tower.load_state_dict(tower)
     model.vision_tower.requires_grad_(False)
     run = Run(folder, "decoder", steps, model, optimizer_for(model))
-    data = iter(
-        torch.utils.data.DataLoader(
-            PackedScenes(tokenizer, batch, VISION.num_patches),
-            None,
-            sampler=range(run.step, steps),
-            num_workers=1,
-            prefetch_factor=8,
-        )
-    )
-    seen = {task: [0, 0] for task in TASKS}  # answers correct in every token, all answers; since the last log line
+    samples = PackedScenes(tokenizer, batch, VISION.num_patches)
+    data = DataLoader(samples, None, sampler=range(run.step, steps), num_workers=1, prefetch_factor=8)
+    seen = {task: [] for task in TASKS}  # is each answer correct in every token? since the last log line
     for pictures, rows in data:
         with precision(device):
             hidden, target = hidden_states(model, pictures, rows, device)
@@ -508,11 +434,10 @@ def train_decoder(args):
         right = logits.argmax(-1) == target
         for i, row in enumerate(rows):
             for q, first, stop in row.answers:
-                seen[q.task][0] += right[i, first:stop].all().item()
-                seen[q.task][1] += 1
+                seen[q.task].append(right[i, first:stop].all().item())
         if run.due(50):
-            run.log({"loss": loss.item(), **{task: right / of if of else None for task, (right, of) in seen.items()}})
-            seen = {task: [0, 0] for task in TASKS}
+            run.log({"loss": loss.item(), **{task: sum(n) / len(n) if n else None for task, n in seen.items()}})
+            seen = {task: [] for task in TASKS}
         descend(run, loss, rate_at(run.step, steps, phase_at(run.step)[3], decay=0.2))
         if run.step % 100 == 0 or run.step == steps:
             run.save()
@@ -545,32 +470,23 @@ def different(config):
 
 def write_config(folder):
     """Write the JSON files of a llava-hf folder, except those of the tokenizer."""
-    added = {"image": VOCABULARY, "pad": VOCABULARY + 1}
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": added["image"], "pad_token_id": added["pad"], "projector_hidden_act": "gelu",
-        "vision_feature_layer": FEATURE_LAYER, "vision_feature_select_strategy": "default",
+        "image_token_index": VOCABULARY, "pad_token_id": VOCABULARY + 1, "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
         "image_seq_length": VISION.num_patches, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "text_config": {"model_type": "llama", **different(TEXT)},
         "vision_config": {"model_type": "clip_vision_model", "projection_dim": VISION.hidden_size, **different(VISION)},
     }  # fmt: skip
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": added["pad"]})
-    side = VISION.image_size
-    preprocessing = {
-        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
-    }  # fmt: skip
-    write_json(folder / "preprocessor_config.json", preprocessing)
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": VOCABULARY + 1}
+    preprocessor = preprocessor_json(VISION.image_size)
     processor = {
-        "processor_class": "LlavaProcessor",
-        "patch_size": VISION.patch_size,
-        "image_token": IMAGE,
-        "num_additional_image_tokens": 1,
-    }
-    write_json(folder / "processor_config.json", {**processor, "vision_feature_select_strategy": "default"})
+        "processor_class": "LlavaProcessor", "patch_size": VISION.patch_size, "image_token": IMAGE,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+    names = "config", "generation_config", "preprocessor_config", "processor_config"
+    for name, value in zip(names, (config, generation, preprocessor, processor), strict=True):
+        write_published(folder / f"{name}.json", value)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
@@ -595,19 +511,8 @@ def write_fast_tokenizer(folder):
 # ---------------------------------------------------------------- stage 4: the table
 
 EVALUATED = (
-    "list",
-    "describe",
-    "spell",
-    "list",
-    "colour",
-    "shape",
-    "size",
-    "count",
-    "position",
-    "relation",
-    "presence",
-    "read",
-)
+    "list", "describe", "spell", "list", "colour", "shape", "size", "count", "position", "relation", "presence", "read",
+)  # fmt: skip
 CONDITIONS = ("normal", "blind", "vision dropped")
 
 
@@ -619,12 +524,10 @@ def evaluate(args):
     """
     checkpoint = load(args.model, "fp32", args.device)
     rows = []
-    for unseen in (False, True):
-        scenes_wanted = args.scenes if not unseen else args.scenes // 5
-        for start in range(0, scenes_wanted, 8):
-            for pair in (False, True):
-                # one pair of pictures for every four single ones
-                seeds = range(HELD_OUT + start, HELD_OUT + min(start + (2 if pair else 8), scenes_wanted))
+    for unseen, wanted in ((False, args.scenes), (True, args.scenes // 5)):
+        for start in range(0, wanted, 8):
+            for pair, size in ((False, 8), (True, 2)):  # one pair of pictures for every four single ones
+                seeds = range(HELD_OUT + start, HELD_OUT + min(start + size, wanted))
                 rows += evaluate_batch(checkpoint, seeds, pair, unseen, args.seed)
             done = sum(not r["unseen"] for r in rows)
             print(f"\revaluate {len(rows)} questions ({done} of the main table)", end="", file=sys.stderr, flush=True)
@@ -650,31 +553,18 @@ def evaluate_batch(checkpoint, seeds, pair, unseen, seed):
         pictures += [to_bytes(scenes.draw_scene(s)) for s in drawn]
         packed.append(pack(checkpoint.tokenizer, [[q] for q in questions], len(drawn), model.config.image_tokens))
     pictures = torch.stack(pictures)
-    grey = torch.full_like(pictures, 128)
     right = {}
     for condition in CONDITIONS:
-        shown = grey if condition == "blind" else pictures
+        shown = torch.full_like(pictures, 128) if condition == "blind" else pictures  # grey
         hidden, target = hidden_states(model, shown, packed, device, drop_vision=condition == "vision dropped")
         right[condition] = (model.language_model.logits(hidden).argmax(-1) == target).cpu()
     result = []
     for i, row in enumerate(packed):
         for q, first, stop in row.answers:
-            numbers = {}
-            for condition in CONDITIONS:
-                tokens = right[condition][i, first:stop]
-                numbers[condition] = int(tokens.all())
-                numbers[condition + " tokens >= 2"] = tokens[1:].float().mean().item()
-            result.append(
-                {
-                    "task": q.task,
-                    "kind": q.kind,
-                    "value": q.value,
-                    "words": q.dependent_words,
-                    "unseen": unseen,
-                    "names_unseen": names_unseen(q),
-                    **numbers,
-                }
-            )
+            numbers = {condition: int(right[condition][i, first:stop].all()) for condition in CONDITIONS}
+            numbers["tokens >= 2"] = right["normal"][i, first + 1 : stop].float().mean().item()
+            about = {"task": q.task, "kind": q.kind, "value": q.value, "words": q.dependent_words, "unseen": unseen}
+            result.append({**about, "names_unseen": names_unseen(q), **numbers})
     return result
 
 
@@ -687,87 +577,65 @@ def names_unseen(q):
 
 def majority(rows):
     """Accuracy of always giving the most common answer of each kind."""
-    by_kind = {}
+    by_kind = defaultdict(Counter)
     for r in rows:
-        by_kind.setdefault(r["kind"], []).append(r["value"])
-    return sum(max(map(values.count, set(values))) for values in by_kind.values()) / len(rows)
+        by_kind[r["kind"]][r["value"]] += 1
+    return sum(max(values.values()) for values in by_kind.values()) / len(rows)
 
 
 def write_table(rows, folder):
     """Write the accuracy table of assets/README.md: a row per task, then totals."""
     folder.mkdir(parents=True, exist_ok=True)
-    main_rows, unseen_rows = [r for r in rows if not r["unseen"]], [r for r in rows if r["names_unseen"]]
-    groups = {task: [r for r in main_rows if r["task"] == task] for task in TASKS}
-    groups["all"] = main_rows
-    groups["long answers (6+ image words)"] = [r for r in main_rows if r["words"] >= 6]
-    groups["unseen colour x shape pairs"] = unseen_rows
-    columns = ["questions", "exact match", "tokens >= 2", "majority", "blind", "vision dropped after token 1"]
+    seen = [r for r in rows if not r["unseen"]]
+    groups = {task: [r for r in seen if r["task"] == task] for task in TASKS}
+    groups["all"] = seen
+    groups["long answers (6+ image words)"] = [r for r in seen if r["words"] >= 6]
+    groups["unseen colour x shape pairs"] = [r for r in rows if r["names_unseen"]]
+    head = ["task", "questions", "exact match", "tokens >= 2", "majority", "blind", "vision dropped after token 1"]
     table = []
     for name, group in groups.items():
-        if not group:
-            continue
-        mean = lambda key: sum(r[key] for r in group) / len(group)  # noqa: B023, E731
-        table.append(
-            [
-                name,
-                len(group),
-                *(
-                    f"{100 * v:.1f}"
-                    for v in (
-                        mean("normal"),
-                        mean("normal tokens >= 2"),
-                        majority(group),
-                        mean("blind"),
-                        mean("vision dropped"),
-                    )
-                ),
-            ]
-        )
+        if group:
+            keys = "normal", "tokens >= 2", "blind", "vision dropped"
+            right, later, blind, dropped = (sum(r[key] for r in group) / len(group) for key in keys)
+            shares = (f"{100 * v:.1f}" for v in (right, later, majority(group), blind, dropped))
+            table.append([name, str(len(group)), *shares])
     with open(folder / "demo-accuracy.csv", "w", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows([["task", *columns], *table])
-    lines = [
-        "| " + " | ".join(map(str, line)) + " |"
-        for line in [["task", *columns], ["---"] + ["---:"] * len(columns), *table]
-    ]
-    (folder / "demo-accuracy.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        csv.writer(f, lineterminator="\n").writerows([head, *table])
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *table]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (folder / "demo-accuracy.md").write_text(text + "\n")
+    print(text)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("stage", choices=("tower", "decoder", "export", "evaluate"))
-    parser.add_argument(
-        "--run", type=Path, default=ROOT / "runs" / "demo", help="folder of checkpoints and curves (default runs/demo)"
-    )
-    parser.add_argument(
-        "--model",
-        default=ROOT / "assets" / "demo",
-        help="evaluate: the llava-hf folder to measure (default assets/demo)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="export: folder of the model (default: model in --run); evaluate: folder of the table (default: --run)",
-    )
+    training = "run", "steps", "batch", "seed"
+    stages = {  # its function and the flags that it uses
+        "tower": (train_tower, *training),
+        "decoder": (train_decoder, *training),
+        "export": (export, "run", "out"),
+        "evaluate": (evaluate, "model", "run", "out", "scenes", "seed"),
+    }
+    parser = flags(__doc__)
+    # fmt: off
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo",
+                        help="folder of checkpoints and curves (default runs/demo)")
+    parser.add_argument("--model", default=ROOT / "assets" / "demo",
+                        help="evaluate: the llava-hf folder to measure (default assets/demo)")
+    parser.add_argument("--out", type=Path, help="export: folder of the model (default: model in --run); evaluate: "
+                        "folder of the table (default: --run)")
     parser.add_argument("--scenes", type=int, default=800, help="held-out scenes of the table (default 800)")
     parser.add_argument("--steps", type=int, help="optimizer steps of the stage")
     parser.add_argument("--batch", type=int, help="pictures per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    # fmt: on
     args = parser.parse_args(argv)
-    training = {"run", "steps", "batch", "seed"}
-    used = {
-        "tower": training,
-        "decoder": training,
-        "export": {"run", "out"},
-        "evaluate": {"model", "run", "out", "scenes", "seed"},
-    }
+    work, *used = stages[args.stage]
     for name, value in vars(args).items():
-        if name not in used[args.stage] | {"stage", "device"} and value != parser.get_default(name):
+        if name not in (*used, "stage", "device") and value != parser.get_default(name):
             parser.error(f"{args.stage} does not use --{name}; leave it out")
-    {"tower": train_tower, "decoder": train_decoder, "export": export, "evaluate": evaluate}[args.stage](args)
+    work(args)
 
 
 if __name__ == "__main__":
