@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TEXT, VISION, refusal, write_json
+from conftest import TEXT, VISION, preprocess, refusal
 from oracle import expanded, hf_pictures, masked_ids
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,7 @@ from test_plphp import plphp_by_hand
 
 from model import Generation, Sampling, load, open_checkpoint
 from model.config import PINPOINTS, parse_config
-from model.image import ImageSettings, choose_canvas, kept_of_tiles, preprocess, tile_tokens, to_tiles
+from model.image import ImageSettings, choose_canvas, kept_of_tiles, tile_tokens, to_tiles
 from model.pruning import make_method
 from tests.seeds import python_random
 
@@ -316,37 +316,11 @@ def test_sparse_configs_resolve_to_the_published_shapes():
     assert llama.sliding_window is None and llama.num_key_value_heads == 32 and llama.context == 2048
 
 
-@pytest.mark.parametrize(
-    ("top", "word"),
-    [
-        ({"vision_feature_select_strategy": "full"}, "tiles"),
-        ({"image_grid_pinpoints": [[336, 500]]}, "multiples"),
-        ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
-        ({"image_grid_pinpoints": [[336]]}, "image_grid_pinpoints"),
-        ({"image_grid_pinpoints": [[336, "672"]]}, "image_grid_pinpoints"),
-    ],
-)
-def test_grids_that_make_no_sense_are_refused(tmp_path, top, word):
-    from model.config import read_config
-
-    write_json(tmp_path / "config.json", {"model_type": "llava_next"} | top)
-    assert word in refusal(read_config, tmp_path)
-
-
 def test_beyond_a_sliding_window_is_refused_with_the_numbers(make_checkpoint, tmp_path):
     make_checkpoint(tmp_path, text={"model_type": "mistral", "sliding_window": 20})
     checkpoint = load(tmp_path, "fp32")
     message = refusal(Generation, checkpoint, "what is the content of this picture? " * 2, [noise(30, 30)])
     assert "sliding window" in message and "20" in message and "512" in message
-
-
-def test_a_preprocessor_of_other_canvases_is_refused(pair, tmp_path):
-    _, folder, _ = pair("gqa, two pictures")
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    side = {"height": SIDE, "width": SIDE}
-    write_json(tmp_path / "preprocessor_config.json", {"crop_size": side, "image_grid_pinpoints": [[28, 28]]})
-    assert "image_grid_pinpoints" in refusal(open_checkpoint, tmp_path)
 
 
 def test_tiles_of_a_model_without_them_are_refused(make_checkpoint, tmp_path):
