@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import TEXT, VISION, preprocess, refusal
 from oracle import expanded, hf_pictures, masked_ids
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_checkpoint import LAYOUTS
 from test_parity import float64_twin, noise
@@ -16,7 +15,7 @@ from test_plphp import plphp_by_hand
 
 from model import Generation, Sampling, load, open_checkpoint
 from model.config import PINPOINTS, parse_config
-from model.image import ImageSettings, choose_canvas, kept_of_tiles, tile_tokens, to_tiles
+from model.image import ImageSettings, choose_canvas, kept_of_tiles, tile_tokens
 from model.pruning import make_method
 from tests.seeds import python_random
 
@@ -131,24 +130,6 @@ def test_pixels_of_tiles_equal_the_pillow_processor_of_transformers():
     for seed, size in enumerate(sizes):
         image = noise(*size, seed=seed)
         torch.testing.assert_close(preprocess(image, settings), hf_tiles(image, SIDE, SMALL), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [(640, 427), (300, 100), (500, 700)])
-def test_pixels_of_tiles_at_336_equal_the_pillow_processor_of_transformers(size):
-    image = noise(*size)
-    torch.testing.assert_close(preprocess(image, SETTINGS), hf_tiles(image, 336, PINPOINTS), rtol=0, atol=1e-6)
-
-
-def test_tiles_are_the_canvas_row_by_row_with_the_picture_in_its_middle():
-    squares, grid = to_tiles(Image.new("RGB", (600, 300), (10, 200, 30)), replace(SETTINGS, order="orig"))
-    canvas = Image.new("RGB", (grid[1] * 336, grid[0] * 336))
-    for i, tile in enumerate(squares[1:]):
-        canvas.paste(tile, (i % grid[1] * 336, i // grid[1] * 336))
-    wide, high = canvas.size
-    assert (wide, high) == (672, 336) and canvas.getbbox() == (0, 0, 672, 336)
-    assert squares[0].size == (336, 336) and squares[0].getpixel((0, 0)) == (10, 200, 30)
-    narrow, grid = to_tiles(Image.new("RGB", (600, 900), (10, 200, 30)), SETTINGS)
-    assert grid == (2, 2) and narrow[1].getbbox() == (112, 0, 336, 336)  # 448 of 672 pixels wide, in the middle
 
 
 # ---------------------------------------------------------------- the model
