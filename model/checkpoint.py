@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -258,8 +259,6 @@ def choose_device(name: str | int | torch.device) -> torch.device:
     if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if isinstance(name, bool):
-            raise TypeError
         device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
     except (RuntimeError, TypeError):
         device = None
@@ -308,20 +307,16 @@ def find_folder(name):
         raise InputError(
             f"{str(name)[:80]} is not a path ({broken}); give the folder of a llava-hf checkpoint"
         ) from broken
-    if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
-        raise InputError(
-            f"no folder {name}; give the folder of a llava-hf checkpoint, or an id such as "
-            "llava-hf/llava-1.5-7b-hf that is in the local cache"
-        )
     cached = _hub_cache() / ("models--" + str(name).replace("/", "--"))
     revision = cached / "refs" / "main"
-    snapshot = cached / "snapshots" / (revision.read_text().strip() if revision.is_file() else "")
-    if not revision.is_file() or not snapshot.is_dir():
-        raise InputError(
-            f"{name} is neither a folder nor in the local cache ({cached}); nothing is ever downloaded here: "
-            f"fetch it first, for example with `hf download {name}`"
-        )
-    return snapshot
+    if str(name).count("/") == 1 and revision.is_file():
+        snapshot = cached / "snapshots" / revision.read_text().strip()
+        if snapshot.is_dir():
+            return snapshot
+    raise InputError(
+        f"no folder {name}, and no snapshot in the local cache ({cached}); nothing is downloaded here: give the folder "
+        "of a llava-hf checkpoint, or fetch one, for example with `hf download llava-hf/llava-1.5-7b-hf`"
+    )
 
 
 def _hub_cache():
@@ -346,20 +341,16 @@ def weight_files(folder):
         raise InputError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder} ({_some(missing)}); fetch them"
         )
-    found = sorted(file for file in folder.glob("*.safetensors") if file.name != FILE)
-    files = [folder / name for name in names] or [file for file in found if not file.name.startswith("adapter_")]
-    if files:
-        return files
-    others = [file.name for file in found or folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth")]
-    if found:
-        why = f"only an adapter ({_some(others)}); merge it into its model"
-    elif others:
-        why = (
-            f"only pickled weights ({_some(others)}), which can run code; use the safetensors conversion (llava-hf/...)"
+    files = [folder / name for name in names] or sorted(
+        file for file in folder.glob("*.safetensors") if file.name != FILE and not file.name.startswith("adapter_")
+    )
+    if not files:
+        held = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        raise InputError(
+            f"{folder} has no *.safetensors with a whole model, only {_some(held) or 'other files'}; use a llava-hf "
+            "checkpoint (an adapter must be merged into its model, and pickled weights can run code when loaded)"
         )
-    else:
-        why = "no *.safetensors; give the folder of a llava-hf checkpoint"
-    raise InputError(f"{folder} holds {why}")
+    return files
 
 
 def _indexed_names(folder):
@@ -382,11 +373,10 @@ def _notes_on_files(folder):
     """Notes on files and settings of the folder that are not used, one line each."""
     notes = []
     if (folder / WHOLE).is_file() and (folder / INDEX).is_file():
-        try:
-            other = _indexed_names(folder) != [WHOLE]
-        except InputError:  # broken
-            other = True
-        if other:
+        named = None
+        with suppress(InputError):  # a broken index
+            named = _indexed_names(folder)
+        if named != [WHOLE]:
             notes.append(f"{WHOLE} is read; {INDEX} and its files are not")
     if (folder / "adapter_config.json").is_file():
         notes.append("adapter_config.json: the adapter is not applied; merge it into the weights to use it")

@@ -212,4 +212,4 @@ def test_exit_code_of_the_program(tmp_path):
     command = [sys.executable, str(TOOLS / "verify_checkpoint.py"), "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: no folder nowhere; ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no folder nowhere, ") and done.stderr.count("\n") == 1
