@@ -236,16 +236,18 @@ def _refuse_unknown_settings(part):
         raise InputError(
             f"config.json describes quantised weights ({how}); use an unquantised copy in F32, BF16 or F16"
         )
+    places = [part]
     for name in ("rope_scaling", "rope_parameters"):
         rope = part.get(name) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
             what = f"rope type {kind!r}" if kind != "default" else "RoPE settings per layer"
             raise InputError(f"config.json asks for {what} in {name}; only the rope type 'default' is supported")
-        part = {**part, **{key: value for key, value in rope.items() if key in NOT_COMPUTED}}
-    for name, neutral in NOT_COMPUTED.items():
-        if part.get(name) not in (None, neutral):
-            raise InputError(f"config.json asks for {name} {part[name]!r}; only models without it are supported")
+        places.append(rope)
+    for place in places:
+        for name, neutral in NOT_COMPUTED.items():
+            if place.get(name) not in (None, neutral):
+                raise InputError(f"config.json asks for {name} {place[name]!r}; only models without it are supported")
 
 
 def _refuse_unknown(config):

@@ -76,6 +76,9 @@ def test_rope_settings_that_are_refused_do_not_hide_behind_default_ones(name):
     assert name in refusal(parse_config, BASE | {"text_config": TEXT | rope})
     layers = {name: {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
     assert "per layer" in refusal(parse_config, BASE | {"text_config": TEXT | layers})
+    for inner, outer in ((0.5, 1), (1, 0.5)):
+        part = {"partial_rotary_factor": outer, name: {"rope_type": "default", "partial_rotary_factor": inner}}
+        assert "partial_rotary_factor 0.5" in refusal(parse_config, BASE | {"text_config": TEXT | part})
 
 
 THETAS = [
