@@ -77,6 +77,7 @@ LAYOUTS = {
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
+        ("image_newline", "model.image_newline"),
     ),
     "C, written by 5": swap(("vision_tower.vision_model.", "vision_tower.")),
     "D, in memory of 5": swap(
@@ -84,6 +85,7 @@ LAYOUTS = {
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower.vision_model.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
+        ("image_newline", "model.image_newline"),
     ),
     "E, original code": swap(
         ("language_model.model.", "model."),
@@ -91,6 +93,7 @@ LAYOUTS = {
         ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
         ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
         ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("image_newline", "model.image_newline"),
     ),
 }
 
