@@ -210,7 +210,7 @@ def _read(source, shown):
         raise InputError(f"no picture at {shown}; check the path") from missing
     except (OSError, ValueError) as refused:  # ValueError: a closed file, characters that no path can have
         why = getattr(refused, "strerror", None) or refused
-        raise InputError(f"{shown} cannot be read ({why}); give a picture file that may be read") from refused
+        raise InputError(f"{shown} cannot be read ({why}); give a readable picture file, not a folder") from refused
     if not isinstance(data, bytes):
         raise InputError("a picture was opened as text; open it with mode 'rb'")
     if len(data) > LARGEST:
