@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -322,10 +323,13 @@ def _one_line_errors(shown):
         raise InputError(f"{shown} {what} ({why}); save it again, not larger than a photograph") from broken
 
 
+ONE_AT_A_TIME = threading.Lock()  # because what `_quiet` redirects belongs to the whole process
+
+
 @contextmanager
 def _quiet():
     """Suppress Pillow's warnings and log lines, and what libtiff, a C library, writes directly to file descriptor 2."""
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), open(os.devnull, "wb") as nowhere:
+    with ONE_AT_A_TIME, open(os.devnull, "wb") as nowhere, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             stderr = os.dup(2)
@@ -443,9 +447,6 @@ def crop_note(picture, settings):
     if settings.mode != "crop" or lost <= 0.1:
         return None
     return f"{picture.path}: the centre crop removes {100 * lost:.0f} % of it; --image-mode pad keeps all of it"
-
-
-# ---------------------------------------------------------------- pixel values
 
 
 # ---------------------------------------------------------------- LLaVA-NeXT: tiles

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -498,6 +499,16 @@ def test_what_pillow_and_libtiff_say_does_not_reach_stderr(capfd, monkeypatch):
     assert not caught and capfd.readouterr().err == ""
     os.write(2, b"as before")
     assert capfd.readouterr().err == "as before"
+
+
+def test_threads_that_read_pictures_leave_stderr_as_it_was():
+    before, data = (sys.stderr, os.fstat(2).st_ino), packed(noise(200, 200))
+    threads = [threading.Thread(target=lambda: [read_image(data) for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stderr, os.fstat(2).st_ino) == before
 
 
 @pytest.mark.parametrize(
