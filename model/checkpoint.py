@@ -5,11 +5,12 @@ in the requested dtype is not copied. Missing and unexpected names are errors be
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,13 @@ class Checkpoint:
         InputError, a ValueError with a one-line message, for invalid input, before computing starts. RuntimeError if
         the model produces NaN or memory runs out.
         """
-        pieces = self._pieces(
-            prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
-            system=system, template=template, image_mode=image_mode,
+        return "".join(
+            self.stream(
+                prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
+                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
+                system=system, template=template, image_mode=image_mode,
+            )
         )  # fmt: skip
-        return "".join(pieces)
 
     def stream(
         self,
@@ -115,36 +117,20 @@ class Checkpoint:
         image_mode: str = "auto",
     ) -> Iterator[str]:
         """Yields the answer in pieces as it is generated. Arguments and errors as in `ask`; InputError at the call."""
-        return self._pieces(
-            prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
-            system=system, template=template, image_mode=image_mode,
-        )  # fmt: skip
-
-    def _pieces(
-        self, prompt, images, *, prune, retention, keep_tokens, settings, max_new_tokens, temperature, top_p, top_k,
-        seed, stop, system, template, image_mode,
-    ):  # fmt: skip
-        """The iterator of `stream`. Warnings name the line that called `ask` or `stream`."""
         from .generate import Generation  # imports this module
-        from .sampling import Sampling  # imports this module
+        from .sampling import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
         generation = Generation(self, prompt, images, sampling, template, image_mode, system, method)
-        caller = sys._getframe(2)
-        warn = partial(
-            warnings.warn_explicit, category=UserWarning, filename=caller.f_code.co_filename, lineno=caller.f_lineno,
-            registry=caller.f_globals.setdefault("__warningregistry__", {}),
-        )  # fmt: skip
         for note in generation.notes:
-            warn(note)
+            _warn(note)
 
         def pieces():
             yield from generation
             off = off_budget(generation.prune, generation.retention, generation.wanted)
             if off and generation.vision_tokens:
-                warn(off)
+                _warn(off)
 
         return pieces()
 
@@ -199,12 +185,12 @@ class Checkpoint:
 
     @property
     def device(self) -> torch.device:
-        """torch.device of the weights; meta before `read_weights`."""
+        """Of the weights; meta before `read_weights`."""
         return self.model.language_model.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch.dtype of the weights, after `read_weights`."""
+        """Of the weights, after `read_weights`."""
         return self.model.language_model.model.norm.weight.dtype
 
     def choose_dtype(self, name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
@@ -231,24 +217,29 @@ class Checkpoint:
         """
         device = choose_device(device)
         dtype = self.choose_dtype(dtype, device)
-        weights, by_file = {}, {}
-        for name, (path, key, _) in self.keys.items():
-            by_file.setdefault(path, []).append((name, key))
-        for path, pairs in by_file.items():
+        weights = {}
+        for path in sorted({path for path, _, _ in self.keys.values()}):
             with _open(path) as file:
-                for name, key in pairs:
-                    weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
+                for name, (place, key, _) in self.keys.items():
+                    if place == path:
+                        weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
         del weights  # `arrange` copies layer by layer; no other reference may keep the old weights alive
-        mapped = device.type == "cpu" and any(
-            SAFETENSORS_DTYPES[stored] == dtype for _, _, stored in self.keys.values()
-        )
+        mapped = device.type == "cpu" and dtype in {SAFETENSORS_DTYPES[stored] for _, _, stored in self.keys.values()}
         if not mapped:  # mapped weights are not rearranged: a copy would use additional memory
             arrange(self.model.language_model)
         self.model.requires_grad_(False)
         if self.lookahead is not None:
             fill_lookahead(self.lookahead, self.folder / FILE, self.model.language_model)
         return self
+
+
+def _warn(note):
+    """Warn, naming the line outside this file that is running."""
+    frame, level = sys._getframe(), 1
+    while frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(note, stacklevel=level)
 
 
 def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | int | torch.device = "cpu") -> Checkpoint:
@@ -268,13 +259,11 @@ def choose_device(name: str | int | torch.device) -> torch.device:
     if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if isinstance(name, bool) or not isinstance(name, str | int | torch.device):
-            raise TypeError
         device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
     except (RuntimeError, TypeError):
-        raise InputError(f"device {name} is unknown; use auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not supported; use auto, cpu, cuda or cuda:0")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name} is unknown or not supported; use auto, cpu, cuda or cuda:0")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"device {name} is not available ({torch.cuda.device_count()} CUDA devices here); use cpu")
     return device
@@ -318,31 +307,23 @@ def find_folder(name):
         raise InputError(
             f"{str(name)[:80]} is not a path ({broken}); give the folder of a llava-hf checkpoint"
         ) from broken
-    if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
-        raise InputError(
-            f"no folder {name}; give the folder of a llava-hf checkpoint, or an id such as "
-            "llava-hf/llava-1.5-7b-hf that is in the local cache"
-        )
     cached = _hub_cache() / ("models--" + str(name).replace("/", "--"))
     revision = cached / "refs" / "main"
-    snapshot = cached / "snapshots" / (revision.read_text().strip() if revision.is_file() else "")
-    if not revision.is_file() or not snapshot.is_dir():
-        raise InputError(
-            f"{name} is neither a folder nor in the local cache ({cached}); nothing is ever downloaded here: "
-            f"fetch it first, for example with `hf download {name}`"
-        )
-    return snapshot
+    if str(name).count("/") == 1 and revision.is_file():
+        snapshot = cached / "snapshots" / revision.read_text().strip()
+        if snapshot.is_dir():
+            return snapshot
+    raise InputError(
+        f"no folder {name}, and no snapshot in the local cache ({cached}); nothing is downloaded here: give the folder "
+        "of a llava-hf checkpoint, or fetch one, for example with `hf download llava-hf/llava-1.5-7b-hf`"
+    )
 
 
 def _hub_cache():
     """The folder in which Hugging Face tools keep snapshots, by their order of precedence."""
     env = os.environ
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if env.get(variable):
-            return Path(env[variable]).expanduser()
-    if env.get("HF_HOME"):
-        return Path(env["HF_HOME"]).expanduser() / "hub"
-    return Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -360,20 +341,15 @@ def weight_files(folder):
         raise InputError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder} ({_some(missing)}); fetch them"
         )
-    found = sorted(f for f in folder.glob("*.safetensors") if f.name != FILE)  # look-ahead rows are not weights
-    files = [folder / name for name in names] or [f for f in found if not f.name.startswith("adapter_")]
+    files = [folder / name for name in names] or sorted(
+        file for file in folder.glob("*.safetensors") if file.name != FILE and not file.name.startswith("adapter_")
+    )
     if not files:
-        pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
-        if found:
-            raise InputError(
-                f"{folder} holds only an adapter ({_some([f.name for f in found])}); merge it into its model"
-            )
-        if pickles:
-            raise InputError(
-                f"{folder} holds only pickled weights ({_some(pickles)}), which can run code when loaded; use "
-                "the safetensors conversion (llava-hf/...)"
-            )
-        raise InputError(f"{folder} holds no *.safetensors; give the folder of a llava-hf checkpoint")
+        held = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        raise InputError(
+            f"{folder} has no *.safetensors with a whole model, only {_some(held) or 'other files'}; use a llava-hf "
+            "checkpoint (an adapter must be merged into its model, and pickled weights can run code when loaded)"
+        )
     return files
 
 
@@ -397,11 +373,10 @@ def _notes_on_files(folder):
     """Notes on files and settings of the folder that are not used, one line each."""
     notes = []
     if (folder / WHOLE).is_file() and (folder / INDEX).is_file():
-        try:
-            other = _indexed_names(folder) != [WHOLE]
-        except InputError:  # broken
-            other = True
-        if other:
+        named = None
+        with suppress(InputError):  # a broken index
+            named = _indexed_names(folder)
+        if named != [WHOLE]:
             notes.append(f"{WHOLE} is read; {INDEX} and its files are not")
     if (folder / "adapter_config.json").is_file():
         notes.append("adapter_config.json: the adapter is not applied; merge it into the weights to use it")
@@ -416,6 +391,14 @@ def _notes_on_files(folder):
 # ---------------------------------------------------------------- names
 
 DROPPED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # constants that old files store
+RENAMED = (  # (pattern, replacement), applied in this order
+    (r"^model\.(?=(language_model|vision_tower|multi_modal_projector|mm_projector)\.|image_newline)", ""),
+    (r"^language_model\.(?!(model|lm_head)\.)", "language_model.model."),
+    (r"^(?=lm_head\.|model\.(embed_tokens|layers|norm)\.)", "language_model."),
+    (r"^vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower.vision_model."),
+    (r"^mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^mm_projector\.2\.", "multi_modal_projector.linear_2."),
+)
 
 
 def canonical_key(key):
@@ -426,21 +409,8 @@ def canonical_key(key):
     """
     if key.endswith(DROPPED):
         return None
-    for inner in ("language_model.", "vision_tower.", "multi_modal_projector.", "mm_projector.", "image_newline"):
-        if key.startswith("model." + inner):
-            key = key.removeprefix("model.")
-    if key.startswith("language_model."):
-        if not key.startswith(("language_model.model.", "language_model.lm_head.")):
-            key = "language_model.model." + key.removeprefix("language_model.")
-    elif key.startswith("vision_tower."):
-        rest = key.removeprefix("vision_tower.").removeprefix("vision_tower.").removeprefix("vision_model.")
-        key = "vision_tower.vision_model." + rest
-    elif key.startswith("mm_projector."):
-        number = {"0": "linear_1", "2": "linear_2"}
-        part, _, rest = key.removeprefix("mm_projector.").partition(".")
-        key = f"multi_modal_projector.{number.get(part, part)}.{rest}"
-    elif key.startswith(("lm_head.", "model.embed_tokens.", "model.layers.", "model.norm.")):
-        key = "language_model." + key
+    for pattern, replacement in RENAMED:
+        key = re.sub(pattern, replacement, key)
     return key
 
 
@@ -500,51 +470,37 @@ def match_keys(folder, stored, model):
     _refuse_quantised(stored)
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or unexpected:
-        words = [
-            f"{len(names)} tensors {how} ({_some(names)})"
-            for names, how in ((missing, "missing"), (unexpected, "unexpected"))
-            if names
-        ]
-        raise InputError(
-            f"the weights in {folder} do not fit config.json: {', '.join(words)}; use the files of one checkpoint"
-        )
-    for path, key, dtype, _ in stored.values():
+        lists = ("missing", missing), ("unexpected", unexpected)
+        words = ", ".join(f"{len(names)} tensors {how} ({_some(names)})" for how, names in lists if names)
+        raise InputError(f"the weights in {folder} do not fit config.json: {words}; use the files of one checkpoint")
+    for name, (path, key, dtype, found) in stored.items():
         if dtype not in SAFETENSORS_DTYPES:
             raise InputError(
                 f"{key} in {path.name} is stored as {dtype}; only F32, BF16 and F16 can be read, use another copy"
             )
-    for name, shape in wanted.items():
-        path, _, _, found = stored[name]
-        if found != shape:
+        if found != wanted[name]:
             raise InputError(
-                f"{name} in {path.name} has shape {list(found)}, but config.json implies {list(shape)}; "
+                f"{name} in {path.name} has shape {list(found)}, but config.json implies {list(wanted[name])}; "
                 "use the files of one checkpoint"
             )
     return {name: (path, key, dtype) for name, (path, key, dtype, _) in stored.items()}
 
 
-# Suffixes of the tensor names that quantised checkpoints contain, by tool
-QUANTISED = {
-    "AWQ or GPTQ": (".qweight", ".qzeros", ".g_idx"),
-    "NF4 or FP4 of bitsandbytes": (".absmax", ".quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4"),
-    "int8 of bitsandbytes": (".SCB", ".weight_format"),
-    "compressed-tensors or FP8": (".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
-    "MLX, HQQ or the like": (".scales", ".W_q"),
-}
+# Ends of the names of tensors that quantising tools write (AWQ, GPTQ, bitsandbytes, compressed-tensors, FP8, MLX, HQQ)
+QUANTISED = (
+    ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4", ".SCB",
+    ".weight_format", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale", ".scales", ".W_q",
+)  # fmt: skip
 
 
 def _refuse_quantised(stored):
-    """InputError if weights are quantised: stored with scales by a known tool, or in 8 bits or less."""
-    found = [(name, tool) for tool, ends in QUANTISED.items() for name in stored if name.endswith(ends)]
-    small = ("I8", "U8", "F8", "F6", "F4")
-    found += [(name, "8 bits or less") for name in stored if stored[name][2].startswith(small)]
-    if found:
-        name, tool = found[0]
-        path, key, dtype, _ = stored[name]
-        raise InputError(
-            f"the weights are quantised ({tool}: {key} in {path.name} is stored as {dtype}); "
-            "use an unquantised copy in F32, BF16 or F16"
-        )
+    """InputError if weights are quantised: stored with a tool's scales, or in 8 bits or less."""
+    for name, (path, key, dtype, _) in stored.items():
+        if name.endswith(QUANTISED) or dtype.startswith(("I8", "U8", "F8", "F6_", "F4")):
+            raise InputError(
+                f"the weights are quantised ({key} in {path.name} is stored as {dtype}); "
+                "use an unquantised copy in F32, BF16 or F16"
+            )
 
 
 def _open(path):
@@ -556,9 +512,6 @@ def _open(path):
 
 def _some(names):
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-# ---------------------------------------------------------------- weights
 
 
 def empty_model(config):
@@ -576,30 +529,28 @@ def _with_image_token(config, tokenizer):
     if found is None:
         raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
     pieces, rows = len(tokenizer.sp), config.text_config.vocab_size
-    if pieces > rows:
-        raise InputError(f"the tokenizer has {pieces} pieces and the model {rows}; use the files of one checkpoint")
     beyond = [f"{text!r} {i}" for text, i in tokenizer.added.items() if i >= rows]
-    if beyond:
-        raise InputError(
-            f"the tokenizer has tokens beyond the {rows} rows of the embedding ({_some(beyond)}); use the files of one "
-            "checkpoint"
-        )
+    if pieces > rows or beyond:
+        what = f"{pieces} pieces and the model {rows}" if pieces > rows else f"{_some(beyond)} beyond the {rows} rows"
+        raise InputError(f"the tokenizer has {what} of the embedding; use the files of one checkpoint")
     return config if found == config.image_token_index else replace(config, image_token_index=found)
 
 
-# Settings of transformers' `generate` and the values, besides null, that have no effect
+# Settings of transformers' `generate` and the values, besides null, that have no effect; then those for sampling only
 GENERATION = {
-    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "top_h": None, "typical_p": 1.0,
-    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "force_words_ids": None,
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None, "begin_suppress_tokens": None,
-    "sequence_bias": None, "exponential_decay_length_penalty": None, "guidance_scale": 1.0, "num_beams": 1,
-    "num_beam_groups": 1, "diversity_penalty": 0.0, "length_penalty": 1.0, "early_stopping": False, "penalty_alpha": 0,
-    "min_length": 0, "min_new_tokens": 0, "max_length": 20, "max_new_tokens": None, "max_time": None,
-    "num_return_sequences": 1, "stop_strings": None, "renormalize_logits": False, "remove_invalid_values": False,
-    "watermarking_config": None, "dola_layers": None, "token_healing": False, "constraints": None,
+    "do_sample": False, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "force_words_ids": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None,
+    "exponential_decay_length_penalty": None, "guidance_scale": 1.0, "num_beams": 1, "num_beam_groups": 1,
+    "diversity_penalty": 0.0, "length_penalty": 1.0, "early_stopping": False, "penalty_alpha": 0, "min_length": 0,
+    "min_new_tokens": 0, "max_length": 20, "max_new_tokens": None, "max_time": None, "num_return_sequences": 1,
+    "stop_strings": None, "renormalize_logits": False, "remove_invalid_values": False, "watermarking_config": None,
+    "dola_layers": None, "token_healing": False, "constraints": None,
 }  # fmt: skip
-OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING = {
+    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}  # fmt: skip
 
 
 def read_generation_settings(folder, tokenizer, vocabulary):
@@ -612,21 +563,18 @@ def read_generation_settings(folder, tokenizer, vocabulary):
     """
     path = folder / "generation_config.json"
     raw = read_json(path)
-    with making_sense_of(path if raw is not None else folder / "config.json"):
-        if raw is None:
-            top = read_json(folder / "config.json")
-            parts = (top.get("text_config") or {}, top)
-            raw = {
-                key: part[key] for part in parts for key in (*GENERATION, "eos_token_id") if part.get(key) is not None
-            }
-            path = folder / "config.json"
-        eos = raw.get("eos_token_id")
-        eos = tokenizer.eos_id if eos is None else eos
-        eos = tuple(eos) if isinstance(eos, list) else (eos,)
-        known = range(vocabulary)
-        if not eos or not all(isinstance(i, int) and not isinstance(i, bool) and i in known for i in eos):
-            raise ValueError(f"eos_token_id is {list(eos)}, of {vocabulary} tokens")
-    neutral = GENERATION if raw.get("do_sample") else GENERATION | {name: raw.get(name) for name in OF_SAMPLING}
+    if raw is None:
+        path = folder / "config.json"
+        top = read_json(path)
+        raw = {**(top.get("text_config") or {}), **{key: value for key, value in top.items() if value is not None}}
+    eos = raw.get("eos_token_id")
+    eos = tokenizer.eos_id if eos is None else eos
+    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not eos or not all(type(i) is int and 0 <= i < vocabulary for i in eos):
+        raise InputError(
+            f"{path} has eos_token_id {list(eos)}, of {vocabulary} tokens; take the file of the original checkpoint"
+        )
+    neutral = GENERATION | (SAMPLING if raw.get("do_sample") else {})
     asked = [f"{name} {raw[name]}" for name in neutral if raw.get(name) not in (None, [], neutral[name])]
     if not asked:
         return eos, ()

@@ -236,65 +236,48 @@ def _refuse_unknown_settings(part):
         raise InputError(
             f"config.json describes quantised weights ({how}); use an unquantised copy in F32, BF16 or F16"
         )
+    places = [part]
     for name in ("rope_scaling", "rope_parameters"):
         rope = part.get(name) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
             what = f"rope type {kind!r}" if kind != "default" else "RoPE settings per layer"
             raise InputError(f"config.json asks for {what} in {name}; only the rope type 'default' is supported")
-        _refuse_settings(rope)
-    _refuse_settings(part)
-
-
-def _refuse_settings(part):
-    for name, neutral in NOT_COMPUTED.items():
-        if part.get(name) not in (None, neutral):
-            raise InputError(f"config.json asks for {name} {part[name]!r}; only models without it are supported")
+        places.append(rope)
+    for place in places:
+        for name, neutral in NOT_COMPUTED.items():
+            if place.get(name) not in (None, neutral):
+                raise InputError(f"config.json asks for {name} {place[name]!r}; only models without it are supported")
 
 
 def _refuse_unknown(config):
     """InputError for the first setting that would change the arithmetic and is not implemented."""
     text, vision = config.text_config, config.vision_config
     strategy, heads, kv = config.vision_feature_select_strategy, text.num_attention_heads, text.num_key_value_heads
-    side, canvases = vision.image_size, config.image_grid_pinpoints or ()
-    layers_exist = all(0 <= i <= vision.num_hidden_layers for i in config.feature_layers)
-    known = [  # (condition that must hold, what the file says, what is supported)
+    side, depth, canvases = vision.image_size, vision.num_hidden_layers, config.image_grid_pinpoints or ()
+    wide, towers, act, layer = (
+        vision.hidden_size, vision.num_attention_heads, vision.hidden_act, config.vision_feature_layer,
+    )  # fmt: skip
+    for holds, what, understood in (
         (text.model_type in ("llama", "mistral"), f"text model_type {text.model_type!r}", "llama and mistral"),
         (vision.model_type == "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
         (text.hidden_act == "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
-        (
-            vision.hidden_act in ("quick_gelu", "gelu"),
-            f"vision hidden_act {vision.hidden_act!r}",
-            "quick_gelu and gelu",
-        ),
+        (act in ("quick_gelu", "gelu"), f"vision hidden_act {act!r}", "quick_gelu and gelu"),
         (config.projector_hidden_act == "gelu", f"projector_hidden_act {config.projector_hidden_act!r}", "'gelu'"),
         (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r}", "default and full"),
         (not canvases or strategy == "default", f"tiles and vision_feature_select_strategy {strategy!r}", "default"),
-        (
-            all(n % side == 0 for pair in canvases for n in pair),
-            f"image_grid_pinpoints {canvases}",
-            f"multiples of the vision tower's {side} pixels",
-        ),
+        (not any(n % side for n in sum(canvases, ())), f"image_grid_pinpoints {canvases}", f"multiples of {side}"),
         (heads % kv == 0, f"{heads} query heads over {kv} KV heads", "whole groups"),
         (text.head_dim % 2 == 0, f"head_dim {text.head_dim}", "even numbers"),
-        (
-            vision.hidden_size % vision.num_attention_heads == 0,
-            f"{vision.num_attention_heads} vision heads over {vision.hidden_size} channels",
-            "whole heads",
-        ),
+        (wide % towers == 0, f"{towers} vision heads over {wide} channels", "whole heads"),
         (vision.num_channels == 3, f"{vision.num_channels} colour channels", "three"),
+        (vision.patch_size <= side, f"patches of {vision.patch_size} in {side} pixels", "smaller ones"),
         (
-            vision.patch_size <= vision.image_size,
-            f"patches of {vision.patch_size} in {vision.image_size} pixels",
-            "smaller ones",
+            all(0 <= i <= depth for i in config.feature_layers),
+            f"vision_feature_layer {layer}",
+            f"-{depth + 1} to {depth}",
         ),
-        (
-            layers_exist,
-            f"vision_feature_layer {config.vision_feature_layer}",
-            f"0 to {vision.num_hidden_layers} and negatives",
-        ),
-    ]
-    for holds, what, understood in known:
+    ):
         if not holds:
             raise InputError(f"config.json asks for {what}; only {understood} can be used")
 

@@ -9,8 +9,8 @@ import io
 import math
 import os
 import re
-import stat
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -50,40 +50,42 @@ def read_image_settings(folder, image_size, pinpoints=None):
     InputError if its file disagrees with them, is malformed or asks for steps that are not implemented.
     """
     path, raw = image_processor_file(folder)
+    known = ("LlavaNextImageProcessor",) if pinpoints else ("LlavaImageProcessor", "CLIPImageProcessor")
     with making_sense_of(path):
         raw = {key: value for key, value in raw.items() if value is not None}
-        kind = _processor_kind(raw, pinpoints)
+        kind = raw.get("image_processor_type", raw.get("feature_extractor_type", known[0]))
+        kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
         mode = "anyres" if pinpoints else "pad" if raw.get("do_pad") and kind == "LlavaImageProcessor" else "crop"
-        mean, std = (
-            tuple(float(v) for v in raw.get(k, d)) for k, d in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
-        )
+        mean = tuple(float(v) for v in raw.get("image_mean", CLIP_MEAN))
+        std = tuple(float(v) for v in raw.get("image_std", CLIP_STD))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean}, std {std}")
         rescale = float(raw.get("rescale_factor", 1 / 255))
         canvases = tuple(tuple(pair) for pair in raw.get("image_grid_pinpoints", pinpoints or ()))
-        sizes = {*_sides(raw.get("size", image_size)), *_sides(raw.get("crop_size", image_size))}
-    known = ("CLIPImageProcessor", "LlavaImageProcessor") if not pinpoints else ("LlavaNextImageProcessor",)
-    if kind not in known:
-        raise InputError(f"{path} is for a {kind}; only {' and '.join(known)} can be used for this model")
-    if sizes != {image_size}:
-        raise InputError(
-            f"{path} resizes to {sorted(map(str, sizes))} but the vision tower takes {image_size}; "
-            "use the files of one checkpoint"
-        )
-    if pinpoints and canvases != pinpoints:
-        raise InputError(f"{path} and config.json have different image_grid_pinpoints; use the files of one checkpoint")
-    if raw.get("resample", 3) != 3:
-        raise InputError(f"{path} asks for resample {raw['resample']}; only 3 (bicubic) is implemented")
+        size = raw.get("size", image_size)
+        sides = {*_sides(size), *_sides(raw.get("crop_size", image_size))}
     # do_center_crop has no effect on a padded picture, which is square
     steps = ("do_resize", *(("do_center_crop",) if mode == "crop" else ()), "do_rescale", "do_normalize")
-    off = [k for k in steps if raw.get(k) is False]
-    size = raw.get("size")
-    squashed = (
-        isinstance(size, dict) and "height" in size or not isinstance(size, dict) and raw.get("default_to_square")
-    )
-    if off or squashed and mode != "anyres":
-        what = f"{off[0]} false" if off else "a resize that does not keep the aspect"
-        raise InputError(f"{path} asks for {what}; only resize, centre crop, rescale and normalise are implemented")
+    off = [f"{step} false" for step in steps if raw.get(step) is False]
+    if mode != "anyres" and ("height" in size if isinstance(size, dict) else raw.get("default_to_square")):
+        off.append("a resize that does not keep the aspect")
+    if raw.get("resample", 3) != 3:
+        off.append(f"resample {raw['resample']}")
+    for wrong, what in (
+        (kind not in known, f"is for a {kind}; only {' and '.join(known)} can be used for this model"),
+        (
+            sides != {image_size},
+            f"resizes to {sorted(map(str, sides))} but the vision tower takes {image_size}; "
+            "use the files of one checkpoint",
+        ),
+        (
+            pinpoints and canvases != pinpoints,
+            "and config.json have different image_grid_pinpoints; use the files of one checkpoint",
+        ),
+        (off, f"asks for {', '.join(off)}; only bicubic resize, centre crop, rescale and normalise are implemented"),
+    ):
+        if wrong:
+            raise InputError(f"{path} {what}")
     return ImageSettings(image_size, mode, mean, std, rescale, pinpoints)
 
 
@@ -95,13 +97,6 @@ def image_processor_file(folder):
     old, new = Path(folder) / "preprocessor_config.json", Path(folder) / "processor_config.json"
     settings, nested = read_json(old), (read_json(new) or {}).get("image_processor")
     return (old, settings or {}) if nested is None else (new, nested)
-
-
-def _processor_kind(raw, pinpoints):
-    """Name of the image processor's class in transformers, without the suffixes of equivalent variants."""
-    default = "LlavaNextImageProcessor" if pinpoints else "LlavaImageProcessor"
-    kind = raw.get("image_processor_type", raw.get("feature_extractor_type", default))
-    return kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
 
 
 def _sides(size):
@@ -159,18 +154,8 @@ class PixelArray(Protocol):
 
 # A picture as `read_image` accepts it: a path, "-" (stdin) or a data: URI; the bytes of a file; an open binary file; a
 # PIL image; a uint8 tensor or array, (H, W) or (H, W, C) with C 1, 3 or 4, tensors also (C, H, W)
-PictureLike = (
-    str
-    | os.PathLike[str]
-    | bytes
-    | bytearray
-    | memoryview
-    | BinaryIO
-    | Image.Image
-    | torch.Tensor
-    | PixelArray
-    | Picture
-)
+PictureFile = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+PictureLike = PictureFile | Image.Image | torch.Tensor | PixelArray | Picture
 Pictures = PictureLike | Sequence[PictureLike] | None  # the pictures of a question, in the order of their `<image>`
 
 
@@ -191,7 +176,7 @@ def read_image(source: PictureLike) -> Picture:
     shown = _shown(source)
     image = source if isinstance(source, Image.Image) else _from_pixels(source)
     data = _read(source, shown) if image is None else None
-    with _said_in_one_line(shown), _quiet():
+    with _quiet(), _one_line_errors(shown):
         rgb, note = to_rgb(_decode(data, shown) if image is None else image, shown)
     named = isinstance(source, str | os.PathLike) and not _is_uri(source)
     return Picture(str(source) if named else shown, rgb, note)
@@ -201,7 +186,7 @@ def _shown(source):
     """A short name for a picture, on one line, for notes and errors."""
     if not isinstance(source, str | os.PathLike):
         return "(in memory)"
-    name = " ".join(str(source).split())
+    name = "stdin" if source == "-" else " ".join(str(source).split())
     return (name or "''") if len(name) < (60 if _is_uri(source) else 200) else name[:40] + "..."
 
 
@@ -210,30 +195,41 @@ def _is_uri(source):
 
 
 def _read(source, shown):
-    """The bytes of a picture from any kind of source."""
+    """The bytes of a picture from any kind of source. InputError if they cannot be read or are more than `LARGEST`."""
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
-    if hasattr(source, "read"):
-        return _read_open(source)
-    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
-    if not isinstance(path, str):
+    if _is_uri(source):
+        return _from_uri(str(source))
+    if not hasattr(source, "read") and not isinstance(source, str | os.PathLike):
         raise InputError(f"{type(source).__name__} is not a picture; give {ACCEPTED}, or a list of these")
-    if path == "-":
-        return _read_stdin()
-    if _is_uri(path):
-        return _from_uri(path)
-    return _read_file(local_path(path), shown)
-
-
-def _read_stdin():
-    """All bytes on stdin."""
-    stdin = getattr(sys.stdin, "buffer", None)
-    if stdin is None:  # closed, or in a notebook
-        raise InputError("there is no stdin to read a picture from; give the path of a picture")
     try:
-        return _bounded(stdin, "the picture on stdin")
-    except OSError as refused:
-        raise InputError(f"stdin cannot be read ({refused.strerror}); give the path of a picture") from refused
+        with _opened(source) as file:
+            data = file.read(LARGEST + 1)
+    except InputError:
+        raise
+    except FileNotFoundError as missing:
+        raise InputError(f"no picture at {shown}; check the path") from missing
+    except (OSError, ValueError) as refused:  # ValueError: a closed file, characters that no path can have
+        why = getattr(refused, "strerror", None) or refused
+        raise InputError(f"{shown} cannot be read ({why}); give a readable picture file, not a folder") from refused
+    if not isinstance(data, bytes):
+        raise InputError("a picture was opened as text; open it with mode 'rb'")
+    if len(data) > LARGEST:
+        raise InputError(f"{shown} is larger than {LARGEST >> 20} MiB; give a smaller picture")
+    return data
+
+
+def _opened(source):
+    """A context manager of a binary file: of a path, stdin for "-", or the source itself, at its start."""
+    if source == "-":
+        source = getattr(sys.stdin, "buffer", None)
+        if source is None:  # closed, or in a notebook
+            raise InputError("there is no stdin to read a picture from; give the path of a picture")
+    elif not hasattr(source, "read"):
+        return open(local_path(source), "rb")
+    elif source.seekable():
+        source.seek(0)
+    return nullcontext(source)
 
 
 def local_path(source):
@@ -244,86 +240,30 @@ def local_path(source):
     source = str(source)
     if "\0" in source:
         raise InputError(f"no picture at {source[:100]!r}: the path contains a NUL character; check the path")
-    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", source, re.IGNORECASE)  # at least two letters, because C:/ is a drive
-    if scheme and scheme[1].lower() == "file":
-        path = source[5:]
-        if path.startswith("//"):
-            host, slash, path = path[2:].partition("/")
-            if host.lower() not in ("", "localhost"):
-                raise InputError(f"{source[:100]} is on another machine; give the path of a picture on this one")
-            path = slash + path
-        return unquote(path, errors="surrogateescape")
-    if scheme:
+    local = re.match(r"file:(?:(?!//)|//(?:localhost)?)(/.*)", source, re.IGNORECASE | re.DOTALL)
+    if local:
+        return unquote(local[1], errors="surrogateescape")
+    if re.match(r"[a-z][a-z0-9+.-]+:/", source, re.IGNORECASE):  # at least two letters, because C:/ is a drive
         raise InputError(
-            f"{source[:100]} is a web address, and nothing is downloaded; save the picture and give its path"
+            f"{source[:100]} is an address on the web or on another machine, and nothing is downloaded; save the "
+            "picture and give its path"
         )
     if source.startswith("~") and not os.path.exists(source):
         return os.path.expanduser(source)
     return source
 
 
-def _read_open(file):
-    """The bytes of an open binary file, from its start."""
-    try:
-        if file.seekable():
-            file.seek(0)
-        data = _bounded(file, "the open file")
-    except InputError:
-        raise
-    except (OSError, ValueError) as broken:  # closed, or opened for writing
-        raise InputError(f"the open file cannot be read ({broken}); open it with mode 'rb'") from broken
-    if not isinstance(data, bytes):
-        raise InputError("a picture was opened as text; open it with mode 'rb'")
-    return data
-
-
-def _read_file(path, shown):
-    """The bytes of a regular file or a named pipe."""
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISFIFO(mode):
-                os.set_blocking(file.fileno(), True)
-            elif not stat.S_ISREG(mode):
-                raise InputError(f"{shown} is a device; give a picture file")
-            return _bounded(file, shown)
-    except InputError:
-        raise
-    except FileNotFoundError as missing:
-        raise InputError(f"no picture at {shown}; check the path") from missing
-    except IsADirectoryError as folder:
-        raise InputError(f"{shown} is a folder; give a picture file") from folder
-    except (OSError, ValueError) as refused:  # ValueError: characters that no path can have
-        why = getattr(refused, "strerror", None) or refused
-        raise InputError(f"{shown} cannot be read ({why}); check the path and its permissions") from refused
-
-
-def _open_at_once(path, flags):
-    """os.open, but a pipe without a writer is empty instead of blocking."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # not on Windows
-
-
-def _bounded(file, shown):
-    """The file's contents. InputError if it is larger than `LARGEST`."""
-    data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise InputError(f"{shown} is larger than {LARGEST >> 20} MiB; give a smaller picture")
-    return data
-
-
 def _from_uri(uri):
     """The bytes in a data: URI, base64 in either alphabet (with line breaks, without padding) or percent-encoded."""
-    header, comma, data = uri.partition(",")
+    header, _, data = uri.partition(",")
     data = unquote_to_bytes(data)
     packed = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
     # some URIs omit ";base64"; no picture file consists of base64 characters alone
     if not header.lower().rstrip().endswith(";base64") and re.search(rb"[^A-Za-z0-9+/]", packed):
         return data
     try:
-        if not comma:
-            raise ValueError("no comma")
         return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
-    except (binascii.Error, ValueError) as broken:
+    except binascii.Error as broken:
         raise InputError(
             f"a data: URI cannot be decoded ({broken}); give data:image/png;base64,... or a file"
         ) from broken
@@ -336,18 +276,16 @@ def _from_pixels(source):
     if text or not tensor and not hasattr(source, "__array_interface__"):
         return None
     shape, kind = tuple(source.shape), str(source.dtype).removeprefix("torch.")
-    wanted = "give uint8 of shape (height, width, 3), or a list of such pictures"
-    if kind != "uint8":
-        raise InputError(f"a picture of dtype {kind} has no known range of values; {wanted}")
     last, first = (len(shape) == 3 and shape[i] in (1, 3, 4) for i in (2, 0))  # can this be the channels' dimension?
-    if len(shape) != 2 and not last and not (first and tensor):
-        raise InputError(f"a picture cannot have the shape {shape}; {wanted}")
+    if kind != "uint8" or not (len(shape) == 2 or last or first and tensor) or min(shape) < 1:
+        raise InputError(
+            f"{kind} of shape {shape} is not a picture; give uint8 (0 to 255) of shape (height, width, 3), or a list "
+            "of such pictures"
+        )
     if tensor and first and last:
         raise InputError(f"a picture of shape {shape} is ambiguous; give a numpy array or a PIL image")
     if tensor and first:
         source, shape = source.permute(1, 2, 0), (*shape[1:], shape[0])
-    if min(shape) < 1:
-        raise InputError(f"a picture of shape {shape} has no pixels; give another picture")
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2] if len(shape) == 3 else 1]
     return Image.frombytes(mode, (shape[1], shape[0]), _to_bytes(source) if tensor else source.tobytes())
 
@@ -373,45 +311,37 @@ def _decode(data, shown):
 
 
 @contextmanager
-def _said_in_one_line(shown):
+def _one_line_errors(shown):
     """Turn any error about a picture into a one-line InputError."""
     try:
         yield
     except (InputError, MemoryError):
         raise
-    except Image.DecompressionBombError as bomb:
-        raise InputError(
-            f"{shown} decodes to far more pixels than a photograph has ({bomb}); scale it down first"
-        ) from bomb
     except Exception as broken:  # Pillow's readers raise a dozen different exceptions for broken files
+        what = "has too many pixels" if isinstance(broken, Image.DecompressionBombError) else "is truncated or broken"
         why = " ".join(str(broken).split())
-        raise InputError(f"{shown} is truncated or broken ({why}); save it again") from broken
+        raise InputError(f"{shown} {what} ({why}); save it again, not larger than a photograph") from broken
+
+
+ONE_AT_A_TIME = threading.Lock()  # because what `_quiet` redirects belongs to the whole process
 
 
 @contextmanager
 def _quiet():
-    """Suppress Pillow's warnings and log lines; our notes and errors report what matters."""
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+    """Suppress Pillow's warnings and log lines, and what libtiff, a C library, writes directly to file descriptor 2."""
+    with ONE_AT_A_TIME, open(os.devnull, "wb") as nowhere, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _quiet_libtiff():
-    """Suppress what libtiff, a C library, writes directly to file descriptor 2."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # stderr is closed
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(nowhere)
-        os.close(stderr)
+        try:
+            stderr = os.dup(2)
+        except OSError:  # stderr is closed
+            yield
+            return
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 # ---------------------------------------------------------------- to RGB
@@ -426,17 +356,18 @@ def to_rgb(image, path):
         raise InputError(f"{path} has the format {image.format}, which is not supported; convert it to PNG or JPEG")
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
-    notes, tiff = [], image.format == "TIFF"
-    # `load` itself rotates a TIFF; in other formats, reading EXIF first would hide errors of `load`
-    turned = tiff and _orientation(image) in UPRIGHT
-    clear = image.info.get("transparency")
-    if isinstance(clear, tuple) and (_has_deep_colours(image) or max(clear) > 255):
+    notes, clear = [], image.info.get("transparency")
+    stored = str(getattr(image, "tile", ""))  # how a file's pixels are stored; "[]" once they are loaded
+    deep = re.search(";16|SGI16", stored) and not image.mode.startswith("I")
+    if isinstance(clear, tuple) and (deep or max(clear) > 255):
         raise InputError(f"{path} has a transparent colour of 16 bits per channel; save it with 8 bits per channel")
-    if _has_deep_colours(image):
+    if deep:
         notes.append("colours of more than 8 bits reduced to 8")
-    _scale_transparent_level(image)
-    with _quiet_libtiff() if tiff else nullcontext():
-        image.load()
+    if image.format == "PNG" and isinstance(clear, int):  # Pillow scales 2- and 4-bit pixels to 8 bits, but not this
+        image.info["transparency"] = clear * (85 if "'L;2'" in stored else 17 if "'L;4'" in stored else 1)
+    # `load` itself rotates a TIFF; in other formats, reading EXIF first would hide errors of `load`
+    turned = image.format == "TIFF" and _orientation(image) in UPRIGHT
+    image.load()
     turn = UPRIGHT.get(_orientation(image))
     if turned or turn is not None:
         notes.append("turned upright by its EXIF orientation")
@@ -446,33 +377,6 @@ def to_rgb(image, path):
         notes.append(f"frame {image.tell() + 1} of {frames} is used")
     rgb = rgb if turn is None else rgb.transpose(turn)
     return rgb, f"{path}: {'; '.join(notes)}" if notes else None
-
-
-def _first_tile(image):
-    """(decoder, tuple of its arguments) of a file not loaded yet; ("", ()) after loading, or without a file."""
-    for decoder, _, _, given in getattr(image, "tile", ()):
-        return decoder, given if isinstance(given, tuple) else (given,)
-    return "", ()
-
-
-def _stored(image):
-    """Pillow's name for the file's pixel format ("RGB;16B"); "" if it has none."""
-    return next((word for word in _first_tile(image)[1] if isinstance(word, str)), "")
-
-
-def _has_deep_colours(image):
-    """True if Pillow reduces the file's colours to 8 bits per channel. Not detected for JPEG 2000 and AVIF."""
-    decoder, given = _first_tile(image)
-    deep = ";16" in _stored(image) or decoder == "SGI16"
-    deep |= decoder.startswith("ppm") and isinstance(given[-1], int) and given[-1] > 255
-    return deep and not image.mode.startswith("I")
-
-
-def _scale_transparent_level(image):
-    """Scale the transparent grey level of a 2- or 4-bit PNG to 8 bits, as Pillow scales its pixels."""
-    scale = {"L;2": 255 // 3, "L;4": 255 // 15}.get(_stored(image))
-    if image.format == "PNG" and scale and isinstance(image.info.get("transparency"), int):
-        image.info["transparency"] *= scale
 
 
 def _orientation(image):
@@ -496,38 +400,27 @@ def _frames(image):
 def _in_8_bits(image, path, notes):
     """The picture with 8 bits per channel; adds one line per change to notes. InputError if the range is unknown.
 
-    16-bit grey maps 65535 to white. A file with 32-bit grey does not give its range: white is the top of the narrowest
-    usual range (8, 10, 12, 14 or 16 bits) that holds all values, or else the brightest pixel.
+    The range of grey levels of 16 bits (12 in a TIFF that says so) is 0 to their maximum.
     """
-    if image.mode == "F":
-        raise InputError(f"{path} holds floating point numbers of unknown range; save it with 8 bits per channel")
+    tags = getattr(image, "tag_v2", {})
+    wide = image.mode == "I" and image.format not in ("PNG", "PPM")
+    if image.mode == "F" or wide or 2 in tags.get(TIFF_SAMPLE_FORMAT, ()):  # 2: signed
+        raise InputError(
+            f"{path} holds numbers of unknown range (of 32 bits, negative or floating point); save it with 8 bits per "
+            "channel"
+        )
     if image.mode == "CMYK":
         notes.append("CMYK converted to RGB without a colour profile")
-    tags = getattr(image, "tag_v2", {})
-    if image.mode == "L" and tags.get(TIFF_SAMPLE_FORMAT) == (2,) and image.getextrema()[1] > 127:  # signed
-        raise InputError(f"{path} holds negative numbers of unknown range; save it with 8 bits per channel")
     if not image.mode.startswith("I"):
         return image
+    bits = 12 if tags.get(TIFF_BITS) == (12,) else 16
+    notes.append(f"{bits}-bit grey reduced to 8 bits")
     values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32).float()
-    if tags.get(TIFF_BITS) == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (1,)) == (1,):
-        values += 2.0**32 * (values < 0)  # unsigned values, which Pillow reads as signed
-    low, high = (int(v) for v in values.aminmax())
-    if low < 0:
-        raise InputError(f"{path} holds negative numbers of unknown range; save it with 8 bits per channel")
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        white = next((2**n - 1 for n in (8, 10, 12, 14, 16) if high < 2**n), high)
-        notes.append(f"32-bit grey reduced to 8 bits, {white} as white")
-    else:
-        bits = 12 if tags.get(TIFF_BITS) == (12,) else 16
-        white = 2**bits - 1
-        notes.append(f"{bits}-bit grey reduced to 8 bits")
-    shade = values * (255 / white)
+    shade = values * (255 / (2**bits - 1))
     if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white; Pillow inverts up to 8 bits only
         shade = 255 - shade
     if 0 < shade.max() < 16:  # for example 12-bit data in a 16-bit file
-        notes.append(
-            f"nearly black: the brightest pixel is {shade.max():.0f} of 255, stretch its range if that is wrong"
-        )
+        notes.append(f"nearly black: the brightest pixel is {shade.max():.0f} of 255, stretch its range if needed")
     grey = Image.frombytes("L", image.size, _to_bytes(shade.round()))
     clear = image.info.get("transparency")
     if isinstance(clear, int):  # the transparent grey level
@@ -554,16 +447,6 @@ def crop_note(picture, settings):
     if settings.mode != "crop" or lost <= 0.1:
         return None
     return f"{picture.path}: the centre crop removes {100 * lost:.0f} % of it; --image-mode pad keeps all of it"
-
-
-# ---------------------------------------------------------------- pixel values
-
-
-def preprocess(image, settings):
-    """RGB PIL image -> pixel values (3, S, S) fp32, or (1 + tiles, 3, S, S) for "anyres". Errors: `pad_to_square`."""
-    if settings.mode == "anyres":
-        return torch.stack([normalise(square, settings) for square in to_tiles(image, settings)[0]])
-    return normalise(to_square(image, settings), settings)
 
 
 # ---------------------------------------------------------------- LLaVA-NeXT: tiles

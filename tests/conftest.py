@@ -26,6 +26,7 @@ with contextlib.suppress(ImportError):  # now, because some tests change the var
 from safetensors.torch import save_file
 
 from model.config import InputError, parse_config
+from model.image import Picture, prepare
 from model.llava import Llava
 from tests.cover import pairwise
 from tests.seeds import BASE, drawn, seed_all, torch_random
@@ -285,6 +286,12 @@ def make_hf_checkpoint(tiny_tokenizer_dir):
         return model
 
     return make
+
+
+def preprocess(image, settings):
+    """Pixel values of an RGB picture, (3, S, S) fp32, or (1 + tiles, 3, S, S) for "anyres"."""
+    pixels = prepare(Picture("", image), settings, 1, 1).pixels
+    return pixels if settings.mode == "anyres" else pixels[0]
 
 
 # ---------------------------------------------------------------- errors

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_ID, PAD_ID, TEXT, VISION, added_token, refusal, write_json
+from conftest import IMAGE_ID, PAD_ID, TEXT, added_token, refusal, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
 from model.checkpoint import choose_device
-from model.config import parse_config
 from tests.seeds import torch_random
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
@@ -78,6 +77,7 @@ LAYOUTS = {
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
+        ("image_newline", "model.image_newline"),
     ),
     "C, written by 5": swap(("vision_tower.vision_model.", "vision_tower.")),
     "D, in memory of 5": swap(
@@ -85,6 +85,7 @@ LAYOUTS = {
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower.vision_model.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
+        ("image_newline", "model.image_newline"),
     ),
     "E, original code": swap(
         ("language_model.model.", "model."),
@@ -92,6 +93,7 @@ LAYOUTS = {
         ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
         ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
         ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("image_newline", "model.image_newline"),
     ),
 }
 
@@ -130,82 +132,50 @@ def split(tensors, folder, names):
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
-def test_an_index_names_the_shards(original, folder):
-    weight_map = split(original[1], folder, SHARDS)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": weight_map})
-    (folder / "other.safetensors").write_bytes(b"not in the index, never opened")
-    assert_same_weights(load(folder, dtype="fp32"), original[1])
+INDEX = "model.safetensors.index.json"
 
 
-def test_several_files_without_index_are_one_checkpoint(original, folder):
-    split(original[1], folder, ["b.safetensors", "a.safetensors"])
-    assert_same_weights(load(folder, dtype="fp32"), original[1])
+def write_index(folder, weight_map):
+    write_json(folder / INDEX, {"metadata": {"total_size": 1}, "weight_map": weight_map})
 
 
-def test_a_single_file_needs_no_other(original, folder):
-    (folder / "consolidated.safetensors").write_bytes(b"never opened")
-    assert_same_weights(load(folder, dtype="fp32"), original[1])
-
-
-@pytest.mark.parametrize("shards", ["missing", "complete"])
-def test_a_whole_file_goes_before_an_index_beside_it(original, folder, shards):
+def stale_index(folder, tensors, complete=True):
+    """An index and its shards with other numbers, beside the whole file."""
     whole = (folder / "model.safetensors").read_bytes()
-    others = {k: v + 1 for k, v in original[1].items()}
-    weight_map = split(others, folder, SHARDS)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_index(folder, split({k: v + 1 for k, v in tensors.items()}, folder, SHARDS))
     (folder / "model.safetensors").write_bytes(whole)
-    if shards == "missing":
+    if not complete:
         (folder / SHARDS[1]).unlink()
-    checkpoint = load(folder, dtype="fp32")
-    assert_same_weights(checkpoint, original[1])
-    (note,) = checkpoint.notes
-    assert "model.safetensors is read" in note and "index.json" in note
 
 
-@pytest.mark.parametrize(
-    "index", ['{"weight_map": {}}', "version https://git-lfs.github.com/spec/v1", '{"weight_map": {"a": "../x"}}', "[]"]
-)
-def test_a_broken_index_beside_a_whole_file_is_not_used(original, folder, index):
-    (folder / "model.safetensors.index.json").write_text(index)
-    checkpoint = load(folder)
-    assert_same_weights(checkpoint, original[1])
-    (note,) = checkpoint.notes
-    assert "model.safetensors is read" in note and "index.json" in note
-
-
-def test_an_index_of_the_whole_file_is_nothing_to_speak_of(original, folder):
-    weight_map = dict.fromkeys(original[1], "model.safetensors")
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    checkpoint = load(folder, dtype="fp32")
-    assert_same_weights(checkpoint, original[1])
-    assert checkpoint.notes == ()
-
-
-def test_transformers_takes_the_whole_file_too(make_hf_checkpoint, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
-    model = make_hf_checkpoint(tmp_path, seed=4)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    weight_map = split({k: v + 1 for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path, SHARDS)
-    write_json(tmp_path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    (tmp_path / "model.safetensors").write_bytes(whole)
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
-    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
-    assert torch.equal(load(tmp_path, dtype="fp32").model.language_model.lm_head.weight, model.lm_head.weight)
-
-
-def test_an_adapter_beside_a_model_is_not_applied_and_that_is_said(original, folder):
-    split(original[1], folder, ["b.safetensors", "a.safetensors"])
+def adapter(folder, tensors):
+    split(tensors, folder, ["b.safetensors", "a.safetensors"])
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+
+
+WHOLE = ["model.safetensors is read", "index.json"]
+BROKEN_INDEX = ['{"weight_map": {}}', "version https://git-lfs.github.com", '{"weight_map": {"a": "../x"}}', "[]"]
+FILES = {  # function (folder, tensors) that arranges the files, words of the note
+    "shards of an index": (lambda f, t: write_index(f, split(t, f, SHARDS)), None),
+    "several without index": (lambda f, t: split(t, f, ["b.safetensors", "a.safetensors"]), None),
+    "a single file": (lambda f, t: None, None),
+    "an index of the whole file": (lambda f, t: write_index(f, dict.fromkeys(t, "model.safetensors")), None),
+    "a stale index": (stale_index, WHOLE),
+    "a stale index without a shard": (lambda f, t: stale_index(f, t, complete=False), WHOLE),
+    "an adapter": (adapter, ["adapter", "not applied"]),
+} | {f"a broken index {text}": (lambda f, t, text=text: (f / INDEX).write_text(text), WHOLE) for text in BROKEN_INDEX}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_the_files_that_transformers_would_take_are_read(original, folder, case):
+    arrange, words = FILES[case]
+    arrange(folder, original[1])
+    if "several" not in case and case != "an adapter":
+        (folder / "other.safetensors").write_bytes(b"never opened")
     checkpoint = load(folder, dtype="fp32")
     assert_same_weights(checkpoint, original[1])
-    (note,) = checkpoint.notes
-    assert "adapter" in note and "not applied" in note
-
-
-def test_an_adapter_alone_is_refused(folder):
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    assert "only an adapter" in refusal(load, folder)
+    assert len(checkpoint.notes) == (words is not None) and all(word in checkpoint.notes[0] for word in words or ())
 
 
 @pytest.mark.parametrize("stored, wanted", [("float16", "fp32"), ("bfloat16", "fp32"), ("float32", "bf16")])
@@ -217,28 +187,19 @@ def test_weights_are_cast_to_the_wanted_type(original, folder, stored, wanted):
     assert_same_weights(checkpoint, {k: v.to(checkpoint.dtype) for k, v in half.items()})
 
 
-@pytest.mark.parametrize(
-    ("given", "dtype"),
-    [
-        ("fp16", torch.float16), ("float16", torch.float16), ("half", torch.float16), (torch.float16, torch.float16),
-        ("FP16", torch.float16), ("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16),
-        ("float32", torch.float32), (torch.float32, torch.float32),
-    ],
-)  # fmt: skip
-def test_a_dtype_has_several_names(folder, given, dtype):
-    assert load(folder, given).dtype == dtype
+NAMES_OF_DTYPES = {
+    torch.float16: ("fp16", "float16", "half", torch.float16, "FP16"),
+    torch.bfloat16: ("bf16", "bfloat16", torch.bfloat16),
+    torch.float32: ("fp32", "float32", torch.float32, "auto"),
+}
 
 
-@pytest.mark.parametrize("given", ["float64", torch.float64, "int8", torch.int8, "bf8", None, 16])
-def test_a_dtype_that_cannot_be_used_is_refused(folder, given):
-    with pytest.raises(InputError, match="^dtype .* cannot be used; use "):
-        load(folder, given)
-
-
-@pytest.mark.parametrize("given", ["cpu", "auto", torch.device("cpu")])
-def test_a_device_may_be_a_name_or_torchs_own(folder, given, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load(folder, "fp32", given).device.type == "cpu"
+def test_a_dtype_has_several_names(folder):
+    checkpoint = open_checkpoint(folder)
+    for dtype, names in NAMES_OF_DTYPES.items():
+        assert all(checkpoint.choose_dtype(name, "cpu") == dtype for name in names)
+    for given in ("float64", torch.float64, "int8", torch.int8, "bf8", None, 16):
+        assert "cannot be used" in refusal(load, folder, given)
 
 
 @pytest.mark.parametrize(
@@ -249,24 +210,14 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(given, mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="^device .*; use "):
         load("/nowhere", "fp32", given)
+    assert choose_device("auto") == choose_device(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_a_device_may_be_a_number_of_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device(1) == torch.device("cuda:1") == choose_device("cuda:1")
-    with pytest.raises(InputError, match="device 2 is not available .2 CUDA devices"):
-        choose_device(2)
-
-
-@pytest.mark.parametrize("name", [None, 3, b"folder"])
-def test_what_is_no_name_of_a_checkpoint_is_refused(name):
-    with pytest.raises(InputError, match="is not a path"):
-        load(name)
-
-
-def test_auto_is_fp32_on_a_cpu_with_room(folder):
-    assert load(folder).dtype == torch.float32
+    assert "device 2 is not available (2 CUDA devices" in refusal(choose_device, 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's table of mapped memory")
@@ -286,41 +237,33 @@ def test_weights_in_the_wanted_type_are_mapped_and_not_copied(original, folder, 
 # ---------------------------------------------------------------- inconsistent files
 
 
-def test_missing_and_unexpected_names_are_both_listed(folder):
-    def change(tensors):
-        del tensors["language_model.model.norm.weight"]
-        del tensors["vision_tower.vision_model.post_layernorm.bias"]
-        tensors["image_newline"] = torch.ones(64)
+def lose_some(tensors):
+    del tensors["language_model.model.norm.weight"]
+    del tensors["vision_tower.vision_model.post_layernorm.bias"]
+    tensors["image_newline"] = torch.ones(64)
 
+
+NORM, UP = "language_model.model.norm.weight", "language_model.model.layers.2.mlp.up_proj.weight"
+UNFIT = {  # change of the tensors, words of the error
+    "missing and unexpected": (lose_some, ["2 tensors missing", NORM, "post_layernorm.bias", "1 tensors", "newline"]),
+    "a newline": (lambda t: t.update(image_newline=torch.ones(64)), ["image_newline", "json: 1 tensors unexpected"]),
+    "a layer": (lambda t: t.update({UP: torch.ones(64)}), [UP, "json: 1 tensors unexpected"]),
+    "another module": (lambda t: t.update({"model.other": torch.ones(64)}), ["model.other", "unexpected"]),
+    "many": (lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp" in k], ["7 tensors missing", "and 3 more"]),
+    "a wrong shape": (lambda t: t.update({NORM: torch.ones(65)}), [NORM, "[65]", "[64]"]),
+    "twice": (lambda t: t.update({"model.norm.weight": torch.ones(64)}), [NORM, "twice"]),  # in another layout
+    "no head": (lambda t: t.pop("language_model.lm_head.weight"), ["language_model.lm_head.weight"]),
+    "8 bits": (lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)}), ["I8", "quantised"]),
+    "double precision": (lambda t: t.update({NORM: torch.ones(64).double()}), ["F64", "only F32, BF16 and F16"]),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_tensors_that_do_not_fit_are_refused(folder, case):
+    change, words = UNFIT[case]
     rewrite(folder, change)
     message = refusal(load, folder)
-    for word in ("2 tensors missing", "language_model.model.norm.weight", "post_layernorm.bias", "image_newline"):
-        assert word in message
-
-
-@pytest.mark.parametrize("extra", ["image_newline", "language_model.model.layers.2.mlp.up_proj.weight", "model.other"])
-def test_a_name_too_many_is_refused(folder, extra):
-    rewrite(folder, lambda t: t.update({extra: torch.ones(64)}))
-    message = refusal(load, folder)
-    assert extra in message and "unexpected" in message and "missing" not in message
-
-
-def test_of_many_missing_names_some_are_listed_and_the_rest_counted(folder):
-    rewrite(folder, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp" in k])
-    assert "7 tensors missing" in refusal(load, folder) and "and 3 more" in refusal(load, folder)
-
-
-def test_a_tensor_stored_twice_is_refused(original, folder):
-    name = "language_model.model.norm.weight"
-    split(original[1], folder, ["a.safetensors", "b.safetensors"])
-    save_file({"model.norm.weight": original[1][name]}, folder / "c.safetensors")  # the same tensor in another layout
-    assert name in refusal(load, folder)
-
-
-def test_a_wrong_shape_is_named_with_both_shapes(folder):
-    rewrite(folder, lambda t: t.update({"language_model.model.norm.weight": torch.ones(65)}))
-    message = refusal(load, folder)
-    assert "language_model.model.norm.weight" in message and "[65]" in message and "[64]" in message
+    assert all(word in message for word in words)
 
 
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
@@ -383,36 +326,18 @@ def test_heads_are_tied_exactly_when_transformers_ties_them(make_hf_checkpoint, 
     assert (ours.lm_head is None) == (theirs.lm_head.weight is theirs.get_input_embeddings().weight)
 
 
-def test_a_head_that_is_not_tied_is_read(original, folder):
-    hidden = torch.randn(3, 64, generator=torch_random(0))
-    assert torch.equal(load(folder, dtype="fp32").model.language_model.logits(hidden), hidden @ original[1][HEAD].T)
-
-
-def test_a_head_that_is_neither_stored_nor_tied_is_missed(folder):
-    rewrite(folder, lambda t: t.pop("language_model.lm_head.weight"))
-    assert "language_model.lm_head.weight" in refusal(load, folder)
-
-
 # ---------------------------------------------------------------- broken files
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, 0.5, -1])
-def test_a_truncated_file_is_refused(folder, left):
+def test_a_truncated_file_and_a_file_of_something_else_are_refused(folder, left):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * left) if isinstance(left, float) else left])
     assert str(path) in refusal(load, folder)
-
-
-@pytest.mark.parametrize("content", [b"hello\nworld" * 50, b"\xff" * 64, b"\x08" + bytes(7) + b'{"a": 1}'])
-def test_a_file_of_something_else_is_refused(folder, content):
-    (folder / "model.safetensors").write_bytes(content)
-    assert "model.safetensors" in refusal(load, folder)
-
-
-def test_quantised_weights_are_refused(folder):
-    rewrite(folder, lambda t: t.update({"language_model.model.norm.weight": torch.ones(64, dtype=torch.int8)}))
-    assert "I8" in refusal(load, folder)
+    for content in (b"hello\nworld" * 50, b"\xff" * 64, b"\x08" + bytes(7) + b'{"a": 1}'):
+        path.write_bytes(content)
+        assert str(path) in refusal(load, folder)
 
 
 PROJECTION = "language_model.model.layers.0.self_attn.q_proj"
@@ -438,12 +363,11 @@ def test_weights_of_a_quantising_tool_are_called_quantised(folder, tool, layout)
 
     rewrite(folder, change)
     message = refusal(load, folder)
-    assert "quantised" in message and "use an unquantised copy" in message and tool in message
+    assert "quantised" in message and "use an unquantised copy" in message and "q_proj" in message
 
 
 def test_a_missing_shard_is_named(original, folder):
-    weight_map = split(original[1], folder, SHARDS)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_index(folder, split(original[1], folder, SHARDS))
     (folder / SHARDS[1]).unlink()
     message = refusal(load, folder)
     assert "1 of 3" in message and SHARDS[1] in message and SHARDS[0] not in message
@@ -452,43 +376,37 @@ def test_a_missing_shard_is_named(original, folder):
 @pytest.mark.parametrize("evil", ["../x.safetensors", "{absolute}", "sub/x.safetensors", "sub/../../x.safetensors"])
 def test_an_index_cannot_point_outside_the_folder(original, folder, evil):
     outside = folder.parent / "x.safetensors"
-    weight_map = dict.fromkeys(original[1], evil.format(absolute=outside))
     shutil.move(folder / "model.safetensors", outside)  # complete, and reachable from there
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_index(folder, dict.fromkeys(original[1], evil.format(absolute=outside)))
     assert "outside" in refusal(load, folder)
 
 
-def test_pickled_weights_are_refused_with_the_reason(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80\x04.")
-    message = refusal(load, folder)
-    assert "pickle" in message and "pytorch_model-00001-of-00002.bin" in message
+def test_other_weights_alone_are_refused_with_the_reason(folder):
+    last = folder / "model.safetensors"
+    for name, words in (("adapter_model.safetensors", "must be merged"), ("pytorch_model-00001.bin", "can run code")):
+        last = last.rename(folder / name)
+        message = refusal(load, folder)
+        assert words in message and f"only {name}" in message
 
 
 @pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "tokenizer.model"])
 def test_a_missing_file_is_named(folder, gone):
     (folder / gone).unlink()
-    message = refusal(load, folder)
-    assert gone in message or ("safetensors" in gone and "*.safetensors" in message)
+    assert gone.removeprefix("model") in refusal(load, folder)
 
 
-def test_an_empty_folder_and_no_folder_are_refused(tmp_path):
-    assert str(tmp_path) in refusal(load, tmp_path)
-    assert "nowhere" in refusal(load, tmp_path / "nowhere")
+def test_what_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file" in refusal(load, tmp_path / "file")
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
+        assert str(path) in refusal(load, path)
+    for name in (None, 3, b"folder"):
+        assert "is not a path" in refusal(load, name)
 
 
 SMALL_FILES = [
-    "config.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "added_tokens.json",
-    "chat_template.json",
-]
+    "config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json", INDEX,
+    "tokenizer.json", "added_tokens.json", "chat_template.json",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", ["{", "\xff", "3", '["text"]'])
@@ -532,55 +450,7 @@ def test_a_null_means_the_same_as_nothing(folder):
     assert (after.image_settings, after.tokenizer.add_bos) == (before.image_settings, before.tokenizer.add_bos)
 
 
-# ---------------------------------------------------------------- unsupported configs
-
-REFUSED = {
-    "llava_onevision": {"model_type": "llava_onevision"},
-    "original LLaVA": {"model_type": "llava_llama"},
-    "of the original LLaVA": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
-    "no kind": {"model_type": None},
-    "qwen2": {"text_config": TEXT | {"model_type": "qwen2"}},
-    "siglip": {"vision_config": VISION | {"model_type": "siglip_vision_model"}},
-    "linear, old spelling": {"text_config": TEXT | {"rope_scaling": {"type": "linear", "factor": 2.0}}},
-    "llama3": {"text_config": TEXT | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}},
-    "yarn": {"text_config": TEXT | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}},
-    "gelu_new": {"text_config": TEXT | {"hidden_act": "gelu_new"}},
-    "relu": {"projector_hidden_act": "relu"},
-    "gelu_pytorch_tanh": {"vision_config": VISION | {"hidden_act": "gelu_pytorch_tanh"}},
-    "cls_patch": {"vision_feature_select_strategy": "cls_patch"},
-    "4 query heads over 3": {"text_config": TEXT | {"num_key_value_heads": 3}},
-    "vision_feature_layer": {"vision_feature_layer": -6},
-    "(1, 5)": {"vision_feature_layer": [1, 5]},
-}
-
-
-@pytest.mark.parametrize("word", REFUSED)
-def test_what_is_not_implemented_is_refused_by_name(word):
-    message = refusal(
-        parse_config, {"model_type": "llava", "text_config": TEXT, "vision_config": VISION} | REFUSED[word]
-    )
-    assert word.partition(",")[0] in message or word == "no kind"
-
-
-@pytest.mark.parametrize("settings", [{"crop_size": 56}, {"size": {"shortest_edge": 336}}, {"resample": 2}])
-def test_picture_settings_that_contradict_the_tower_are_refused(folder, settings):
-    edit(folder / "preprocessor_config.json", **settings)
-    assert "preprocessor_config.json" in refusal(load, folder)
-
-
 # ---------------------------------------------------------------- small files
-
-
-@pytest.mark.parametrize("settings, mode", [({}, "crop"), ({"do_pad": True}, "pad"), ({"do_pad": False}, "crop")])
-def test_the_picture_mode_is_the_files(folder, settings, mode):
-    edit(folder / "preprocessor_config.json", **settings)
-    assert load(folder).image_settings.mode == mode
-
-
-@pytest.mark.parametrize("eos, ids", [(None, (2,)), (7, (7,)), ([7, 2], (7, 2))])
-def test_stop_ids_are_those_of_generation_config_or_the_tokenizer(folder, eos, ids):
-    write_json(folder / "generation_config.json", {} if eos is None else {"eos_token_id": eos})
-    assert load(folder).stop_ids == ids
 
 
 @pytest.mark.parametrize("eos", [[], -1, [2, -1], TEXT["vocab_size"], [2, 10**9], "2", True, [[2]]])
@@ -599,22 +469,20 @@ def test_the_tokenizer_decides_which_id_the_image_has(folder):
     assert answer.vision_tokens == 4 and len(answer.spans) == 1
 
 
-def test_a_tokenizer_without_image_token_is_refused(folder):
+def test_a_tokenizer_that_does_not_fit_is_refused(folder):
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     edit(folder / "tokenizer_config.json", added_tokens_decoder=None)
     assert "<image>" in refusal(load, folder)
-
-
-def test_a_token_beyond_the_embedding_is_refused(folder):
-    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     rows = TEXT["vocab_size"]
     for i in range(PAD_ID + 1, rows + 1):
         added[str(i)] = added_token(f"<{i}>") | {"special": i % 2 == 0}
     edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
-    message = refusal(load, folder)
-    assert f"beyond the {rows} rows" in message and f"'<{rows}>' {rows}" in message
+    assert f"'<{rows}>' {rows} beyond the {rows} rows" in refusal(load, folder)
     del added[str(rows)]
     edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
     assert load(folder).tokenizer.decode([rows - 1]) == f"<{rows - 1}>"
+    edit(folder / "config.json", text_config=TEXT | {"vocab_size": 64})
+    assert "420 pieces and the model 64" in refusal(load, folder)
 
 
 def test_ids_that_stand_for_nothing_are_never_said(folder):
@@ -666,39 +534,24 @@ def test_an_id_is_found_in_the_local_cache(no_cache, original, monkeypatch, tmp_
     root = tmp_path / "somewhere"
     snapshot = put_in_cache(root / CACHES[variable], original[0])
     monkeypatch.setenv(variable, str(root))
-    checkpoint = load("org/tiny", dtype="fp32")
-    assert checkpoint.folder == snapshot
-    assert_same_weights(checkpoint, original[1])
+    assert open_checkpoint("org/tiny").folder == snapshot
 
 
-def test_the_more_special_variable_wins(no_cache, original, monkeypatch, tmp_path):
+def test_a_folder_and_the_more_special_variable_win(no_cache, original, monkeypatch, tmp_path):
     put_in_cache(tmp_path / "home2" / "hub", original[0], commit="a" * 8)
     special = put_in_cache(tmp_path / "special", original[0], commit="b" * 8)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home2"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "special"))
     assert open_checkpoint("org/tiny").folder == special
-
-
-def test_a_folder_goes_before_the_cache(no_cache, original, monkeypatch, tmp_path):
-    put_in_cache(tmp_path / "hub", original[0])
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     shutil.copytree(original[0], tmp_path / "org" / "tiny")
     assert open_checkpoint("org/tiny").folder == Path("org/tiny")
 
 
-@pytest.mark.parametrize("name", ["org/other", "org/tiny/more", "../org", "/org/tiny", "tiny", "./tiny"])
-def test_an_id_that_is_not_there_is_refused_with_the_place_searched(no_cache, original, monkeypatch, tmp_path, name):
-    put_in_cache(tmp_path / "hub", original[0])
+def test_an_id_that_is_not_there_is_refused_with_the_place_searched(no_cache, original, monkeypatch, tmp_path):
+    snapshot = put_in_cache(tmp_path / "hub", original[0])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    message = refusal(load, name)
-    assert name in message and (name != "org/other" or str(tmp_path / "hub") in message)
-
-
-def test_a_cache_entry_without_its_snapshot_is_refused(no_cache, original, monkeypatch, tmp_path):
-    shutil.rmtree(put_in_cache(tmp_path / "hub", original[0]))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("org/tiny/more", "../org", "/org/tiny", "tiny", "./tiny"):
+        assert name in refusal(load, name)
+    assert str(tmp_path / "hub" / "models--org--other") in refusal(load, "org/other")
+    shutil.rmtree(snapshot)
     assert "org/tiny" in refusal(load, "org/tiny")
-
-
-def test_an_input_error_is_a_value_error():
-    assert issubclass(InputError, ValueError)  # library users can catch ValueError

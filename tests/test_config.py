@@ -4,17 +4,17 @@ import dataclasses
 import importlib
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, VISION, refusal, write_json, write_small_files
+from conftest import TEXT, VISION, preprocess, refusal, write_json, write_small_files
 from PIL import Image
 
 from model.checkpoint import open_checkpoint, read_generation_settings
-from model.config import NOT_COMPUTED, LlavaConfig, TextConfig, VisionConfig, parse_config
-from model.image import preprocess, read_image_settings
+from model.config import NOT_COMPUTED, LlavaConfig, TextConfig, VisionConfig, parse_config, read_config
+from model.image import read_image_settings
 from model.tokenizer import Tokenizer
+from tests.paths import DEMO
 
 BASE = {"model_type": "llava", "text_config": TEXT, "vision_config": VISION}
 
@@ -76,6 +76,9 @@ def test_rope_settings_that_are_refused_do_not_hide_behind_default_ones(name):
     assert name in refusal(parse_config, BASE | {"text_config": TEXT | rope})
     layers = {name: {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
     assert "per layer" in refusal(parse_config, BASE | {"text_config": TEXT | layers})
+    for inner, outer in ((0.5, 1), (1, 0.5)):
+        part = {"partial_rotary_factor": outer, name: {"rope_type": "default", "partial_rotary_factor": inner}}
+        assert "partial_rotary_factor 0.5" in refusal(parse_config, BASE | {"text_config": TEXT | part})
 
 
 THETAS = [
@@ -97,8 +100,38 @@ def test_of_two_places_for_theta_the_one_of_transformers_counts(rope):
     assert parse_config(BASE | {"text_config": TEXT | rope}).text_config.rope_theta == theirs
 
 
-def test_pictures_have_three_colours():
-    assert "1 colour" in refusal(parse_config, BASE | {"vision_config": VISION | {"num_channels": 1}})
+REFUSED = {  # by a word of the error: settings of config.json
+    "llava_onevision": {"model_type": "llava_onevision"},
+    "original LLaVA": {"model_type": "llava_llama"},
+    "of the original LLaVA": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
+    "model_type is None": {"model_type": None},
+    "qwen2": {"text_config": TEXT | {"model_type": "qwen2"}},
+    "siglip": {"vision_config": VISION | {"model_type": "siglip_vision_model"}},
+    "gelu_new": {"text_config": TEXT | {"hidden_act": "gelu_new"}},
+    "relu": {"projector_hidden_act": "relu"},
+    "gelu_pytorch_tanh": {"vision_config": VISION | {"hidden_act": "gelu_pytorch_tanh"}},
+    "cls_patch": {"vision_feature_select_strategy": "cls_patch"},
+    "4 query heads over 3": {"text_config": TEXT | {"num_key_value_heads": 3}},
+    "head_dim 15": {"text_config": TEXT | {"head_dim": 15}},
+    "2 vision heads over 33": {"vision_config": VISION | {"hidden_size": 33}},
+    "1 colour": {"vision_config": VISION | {"num_channels": 1}},
+    "patches of 29": {"vision_config": VISION | {"patch_size": 29}},
+    "vision_feature_layer -6": {"vision_feature_layer": -6},
+    "(1, 5)": {"vision_feature_layer": [1, 5]},
+    "and vision_feature_select_strategy": {"model_type": "llava_next", "vision_feature_select_strategy": "full"},
+    "multiples of 28": {"model_type": "llava_next", "image_grid_pinpoints": [[28, 50]]},
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(word):
+    assert word in refusal(parse_config, BASE | REFUSED[word])
+
+
+@pytest.mark.parametrize("pinpoints", [[], [[336]], [[336, "672"]], [[336, 0]]])
+def test_canvases_that_make_no_sense_are_refused(pinpoints, tmp_path):
+    write_json(tmp_path / "config.json", BASE | {"model_type": "llava_next", "image_grid_pinpoints": pinpoints})
+    assert "image_grid_pinpoints" in refusal(read_config, tmp_path)
 
 
 # ---------------------------------------------------------------- image preprocessing
@@ -133,34 +166,38 @@ def test_a_step_that_is_left_out_is_refused(tmp_path, file, name):
     settings = {name: False}
     write_json(tmp_path / file, settings if file.startswith("pre") else {"image_processor": settings})
     assert f"{file} asks for {name} false" in refusal(read_image_settings, tmp_path, 28)
+    write_json(tmp_path / file, {"do_center_crop": False, "do_pad": True})
+    assert read_image_settings(tmp_path, 28).mode == ("pad" if file.startswith("pre") else "crop")
 
 
-def test_a_picture_that_is_padded_needs_no_crop(tmp_path):
-    write_json(tmp_path / "preprocessor_config.json", {"do_center_crop": False, "do_pad": True})
-    assert read_image_settings(tmp_path, 28).mode == "pad"
-
-
-REFUSED = {
-    "squashed": {"size": {"height": 28, "width": 28}},
-    "squashed by a flag": {"size": 28, "default_to_square": True},
-    "a longest edge": {"size": {"shortest_edge": 28, "longest_edge": 28}},
-    "nearest": {"resample": 0},
-    "SigLIP": {"image_processor_type": "SiglipImageProcessor"},
-    "ViT": {"feature_extractor_type": "ViTFeatureExtractor"},
-    "tiles of another model": {"image_processor_type": "LlavaNextImageProcessor"},
-    "code of its own": {"image_processor_type": "MyImageProcessor"},
+OTHER_PROCESSORS = {  # settings, words of the error
+    "squashed": ({"size": {"height": 28, "width": 28}}, "keep the aspect"),
+    "squashed by a flag": ({"size": 28, "default_to_square": True}, "keep the aspect"),
+    "a longest edge": ({"size": {"shortest_edge": 28, "longest_edge": 28}}, "longest_edge"),
+    "another size": ({"size": {"shortest_edge": 336}}, "the vision tower takes 28"),
+    "another crop": ({"crop_size": 56}, "the vision tower takes 28"),
+    "nearest": ({"resample": 0}, "resample 0"),
+    "SigLIP": ({"image_processor_type": "SiglipImageProcessor"}, "Siglip"),
+    "ViT": ({"feature_extractor_type": "ViTFeatureExtractor"}, "ViTImageProcessor"),
+    "tiles of another model": ({"image_processor_type": "LlavaNextImageProcessor"}, "LlavaNext"),
+    "code of its own": ({"image_processor_type": "MyImageProcessor"}, "MyImageProcessor"),
+    "no deviation": ({"image_std": [0, 1, 1]}, "std"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", OTHER_PROCESSORS)
 def test_another_way_to_prepare_pictures_is_refused(tmp_path, name):
-    write_json(tmp_path / "preprocessor_config.json", REFUSED[name])
-    assert "preprocessor_config.json" in refusal(read_image_settings, tmp_path, 28)
+    settings, words = OTHER_PROCESSORS[name]
+    write_json(tmp_path / "preprocessor_config.json", settings)
+    message = refusal(read_image_settings, tmp_path, 28)
+    assert words in message and "preprocessor_config.json" in message
 
 
-def test_tiles_need_the_processor_of_tiles(tmp_path):
+def test_tiles_need_the_processor_of_tiles_and_its_canvases(tmp_path):
     write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"})
     assert "CLIPImageProcessor" in refusal(read_image_settings, tmp_path, 28, ((28, 56),))
+    write_json(tmp_path / "preprocessor_config.json", {"image_grid_pinpoints": [[28, 28]]})
+    assert "image_grid_pinpoints" in refusal(read_image_settings, tmp_path, 28, ((28, 56),))
 
 
 SMALL = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
@@ -269,25 +306,19 @@ QUIET = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", QUIET, ids=range(len(QUIET)))
-def test_settings_that_change_nothing_make_no_noise(tmp_path, tokens, settings):
-    write_json(tmp_path / "generation_config.json", settings)
-    assert read_generation_settings(tmp_path, tokens, 32064)[1] == ()
-
-
-def test_defaults_that_transformers_writes_make_no_noise(tmp_path, tokens):
+def test_settings_that_change_nothing_make_no_noise(tmp_path, tokens):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
-    transformers.GenerationConfig(eos_token_id=2).save_pretrained(tmp_path)
+    for settings in QUIET:
+        write_json(tmp_path / "generation_config.json", settings)
+        assert read_generation_settings(tmp_path, tokens, 32064)[1] == ()
+    transformers.GenerationConfig(eos_token_id=2).save_pretrained(tmp_path)  # all defaults
     assert read_generation_settings(tmp_path, tokens, 32064)[1] == ()
     transformers.LlavaConfig().save_pretrained(tmp_path / "only config")
     assert read_generation_settings(tmp_path / "only config", tokens, 32064)[1] == ()
 
 
-def test_the_demo_has_nothing_to_say():
-    assert open_checkpoint(Path(__file__).parents[1] / "assets/demo").notes == ()
-
-
 def test_notes_on_files_that_are_not_used(make_checkpoint, tiny_tokenizer_dir, tmp_path):
+    assert open_checkpoint(DEMO).notes == ()
     make_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path).notes == ()
     write_small_files(tmp_path, tiny_tokenizer_dir, 28)

@@ -14,20 +14,11 @@ from urllib.parse import quote, quote_from_bytes
 
 import pytest
 import torch
+from conftest import preprocess, refusal
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_transforms import convert_to_rgb
 
-from model.config import InputError
-from model.image import (
-    STRIP,
-    ImageSettings,
-    as_list,
-    crop_note,
-    preprocess,
-    read_image,
-    read_image_settings,
-    with_mode,
-)
+from model.image import STRIP, ImageSettings, as_list, crop_note, read_image, with_mode
 from tests.seeds import torch_random
 
 SETTINGS = ImageSettings(size=56)
@@ -64,31 +55,11 @@ def test_a_picture_is_resized_and_cropped_as_the_reference_does(size):
 def test_extreme_strip_needs_no_extreme_memory():
     pixels = preprocess(noise(10000, 3), SETTINGS)
     assert pixels.shape == (3, 56, 56) and pixels.isfinite().all()
+    assert "--image-mode crop" in refusal(preprocess, Image.new("RGB", (40000, 1)), with_mode(SETTINGS, "pad"))
 
 
-def test_pad_shows_the_whole_picture_on_the_mean_colour():
-    image = Image.new("RGB", (112, 56), "white")
-    pixels = preprocess(image, with_mode(SETTINGS, "pad"))
-    grey = torch.tensor([int(255 * m) / 255 for m in SETTINGS.mean])
-    margin = (grey - torch.tensor(SETTINGS.mean)) / torch.tensor(SETTINGS.std)
-    torch.testing.assert_close(pixels[:, 0, 28], margin)
-    torch.testing.assert_close(pixels[:, -1, 28], margin)
-    assert (pixels[:, 28] > 1.5).all()  # white from edge to edge
-
-
-def test_crop_shows_the_middle():
-    image = Image.new("RGB", (112, 56), "black")
-    image.paste("white", (28, 0, 84, 56))
-    assert (preprocess(image, SETTINGS)[:, :, 4:52] > 1.5).all()
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "YCbCr"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("picture.tif" if mode in ("CMYK", "YCbCr", "LA") else "picture.png")
-    Image.new("RGB", (20, 10), (200, 30, 30)).convert(mode).save(path)
-    picture = read_image(str(path))
-    assert picture.image.mode == "RGB" and picture.image.size == (20, 10)
-    assert bool(picture.note) == (mode == "CMYK")
+def test_a_note_says_how_cmyk_is_converted():
+    assert "CMYK" in read_image(packed(noise(20, 10, "CMYK"), "TIFF")).note
 
 
 # ---------------------------------------------------------------- transparency
@@ -108,9 +79,6 @@ def test_transparent_pixels_are_shown_on_white():
     picture = read_image(packed(image))
     assert [picture.image.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (204, 224, 255), (10, 200, 30)]
     assert "transparent" in picture.note and "white" in picture.note
-
-
-def test_a_picture_that_is_transparent_everywhere_says_so():
     assert "everywhere" in read_image(Image.new("RGBA", (4, 4), (10, 200, 30, 0))).note
 
 
@@ -163,12 +131,7 @@ def test_a_transparent_level_of_few_bits_is_white(bits, row, clear, wanted):
 def test_colours_of_16_bits_are_noted_and_refused_with_a_transparent_one():
     row = struct.pack(">6H", 256, 512, 768, 257, 513, 769)
     sgi = struct.pack(">hBBHHHH", 474, 0, 2, 3, 2, 1, 3).ljust(512, b"\0")  # stored by channel
-    files = {
-        "PNG": png_of(2, 16, [row], []),
-        "PPM": b"P6 2 1 65535\n" + row,
-        "plain PPM": b"P3 2 1 65535\n256 512 768 257 513 769\n",
-        "SGI": sgi + struct.pack(">6H", 256, 257, 512, 513, 768, 769),
-    }
+    files = {"PNG": png_of(2, 16, [row], []), "SGI": sgi + struct.pack(">6H", 256, 257, 512, 513, 768, 769)}
     for kind, data in files.items():
         picture = read_image(data)
         assert list(picture.image.tobytes()) == [1, 2, 3, 1, 2, 3], kind
@@ -177,8 +140,7 @@ def test_colours_of_16_bits_are_noted_and_refused_with_a_transparent_one():
     loaded = Image.open(io.BytesIO(data))
     loaded.load()
     for source in (data, loaded, png_of(2, 16, [row], [1, 2, 3])):
-        with pytest.raises(InputError, match="transparent colour of 16 bits.*; save it"):
-            read_image(source)
+        assert "transparent colour of 16 bits" in refusal(read_image, source)
 
 
 @pytest.mark.parametrize("kind", ["LA", "RGBA"])
@@ -209,12 +171,6 @@ def grey(values, mode="I"):
     return Image.frombytes(mode, (16, 16), struct.pack(f"{order}256{kind}", *values))
 
 
-def test_sixteen_bits_keep_their_brightness(tmp_path):
-    Image.new("I;16", (4, 4), 257 * 100).save(tmp_path / "deep.png")
-    picture = read_image(str(tmp_path / "deep.png"))
-    assert picture.image.getpixel((0, 0)) == (100, 100, 100) and "16-bit" in picture.note
-
-
 def with_tag(data, tag, value):
     """TIFF file (little-endian) with one tag, a short number, replaced."""
     place = data.index(struct.pack("<HHI", tag, 3, 1)) + 8
@@ -232,15 +188,6 @@ DEEP = {  # each shows RAMP
     "16-bit pgm": lambda: b"P5 16 16 65535\n" + struct.pack(">256H", *(257 * v for v in RAMP)),
     "12-bit pgm": lambda: b"P5 16 16 4095\n" + struct.pack(">256H", *(v * 4095 // 255 for v in RAMP)),
     "16-bit jpeg 2000": lambda: packed(grey([257 * v for v in RAMP], "I;16"), "JPEG2000"),
-    "32-bit tiff of 8 bits": lambda: packed(grey(RAMP), "TIFF"),
-    "32-bit tiff of 12 bits": lambda: packed(grey([v * 4095 // 255 for v in RAMP]), "TIFF"),
-    "32-bit tiff of 16 bits": lambda: packed(grey([257 * v for v in RAMP]), "TIFF"),
-    "32-bit tiff of 100000": lambda: packed(grey([v * 100000 // 255 for v in RAMP]), "TIFF"),
-    "32-bit tiff, full": lambda: packed(grey([v * (2**31 - 1) // 255 for v in RAMP]), "TIFF"),
-    "32-bit tiff, full, unsigned": lambda: with_tag(
-        packed(grey([v * 16843009 - 2**32 * (v > 127) for v in RAMP]), "TIFF"), 339, 1
-    ),
-    "32-bit in memory": lambda: grey([257 * v for v in RAMP]),
 }
 
 
@@ -270,21 +217,20 @@ def test_a_16_bit_picture_that_comes_out_black_says_so():
     assert "nearly black" in read_image(packed(grey([v * 4095 // 255 for v in RAMP], "I;16"), "TIFF")).note
 
 
-@pytest.mark.parametrize("what", ["float", "negative"])
+SIGNED = with_tag(packed(Image.frombytes("L", (2, 1), bytes([1, 255])), "TIFF", tiffinfo={339: 1}), 339, 2)
+UNKNOWN = {
+    "floats": Image.new("F", (4, 4), 0.5),
+    "tiff of floats": packed(Image.new("F", (4, 4), 0.5), "TIFF"),
+    "32-bit": grey(RAMP),
+    "32-bit tiff": packed(grey(RAMP), "TIFF"),
+    "unsigned 32-bit tiff": with_tag(packed(grey(RAMP), "TIFF"), 339, 1),
+    "signed 8-bit tiff": SIGNED,
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
 def test_numbers_of_unknown_range_are_refused(what):
-    image = Image.new("F", (4, 4), 0.5) if what == "float" else grey([v - 3 for v in RAMP])
-    for source in (image, packed(image, "TIFF")):
-        with pytest.raises(InputError, match="unknown range; save it with 8 bits"):
-            read_image(source)
-
-
-def test_negative_numbers_of_8_bits_are_refused():
-    def signed(values):
-        return with_tag(packed(Image.frombytes("L", (2, 1), bytes(values)), "TIFF", tiffinfo={339: 1}), 339, 2)
-
-    assert list(read_image(signed([0, 127])).image.getchannel("R").tobytes()) == [0, 127]
-    with pytest.raises(InputError, match="negative numbers of unknown range; save it with 8 bits"):
-        read_image(signed([1, 255]))  # -1
+    assert "unknown range" in refusal(read_image, UNKNOWN[what])
 
 
 # ---------------------------------------------------------------- orientation, frames
@@ -398,150 +344,110 @@ def test_a_picture_may_come_as_any_of_these(tmp_path, what):
 
 def test_a_grey_array_is_a_grey_picture():
     data = bytes(range(6))
-    for source in (
-        Array((2, 3), data), Array((2, 3, 1), data), torch.tensor(list(data), dtype=torch.uint8).view(2, 3)
-    ):  # fmt: skip
+    tensor = torch.tensor(list(data), dtype=torch.uint8).view(2, 3)
+    for source in (Array((2, 3), data), Array((2, 3, 1), data), tensor):
         assert read_image(source).image.tobytes() == bytes(v for v in data for _ in range(3))
 
 
-def test_numpy_arrays_with_any_strides(tmp_path):
+def test_numpy_arrays_with_any_strides_and_numpy_texts(tmp_path):
     numpy = pytest.importorskip("numpy")
     pixels = numpy.asarray(noise(10, 12))
-    assert read_image(pixels).image.tobytes() == noise(10, 12).tobytes()
-    view = pixels[::2, ::-1]
-    assert read_image(view).image.tobytes() == Image.fromarray(numpy.ascontiguousarray(view)).tobytes()
-
-
-def test_numpy_texts_are_paths_and_files(tmp_path):
-    numpy = pytest.importorskip("numpy")
+    for array in (pixels, pixels[::2, ::-1]):
+        assert read_image(array).image.tobytes() == Image.fromarray(numpy.ascontiguousarray(array)).tobytes()
     (tmp_path / "x.png").write_bytes(DATA)
     for source in (numpy.str_(tmp_path / "x.png"), numpy.bytes_(DATA)):
         assert read_image(source).image.tobytes() == read_image(DATA).image.tobytes()
 
 
-WRONG = {
-    "floats": torch.rand(6, 5, 3),
-    "16 bits": Array((6, 5, 3), b"", "uint16"),
-    "channels first": Array((3, 6, 5), b""),
-    "a batch": Array((1, 6, 5, 3), b""),
-    "no pixels": Array((0, 5, 3), b""),
-    "two readings": torch.zeros(3, 5, 3, dtype=torch.uint8),
-    "None": None,
-    "a number": 3,
-    "a list": ["x.png"],
-    "a dict": {"path": "x.png"},
-    "an open text": io.StringIO("x"),
-    "a class": Path,
+def test_one_picture_is_a_list_of_one():
+    image = noise(5, 6)
+    for one in ("x.png", Path("x.png"), image, DATA):
+        assert as_list(one) == [one]
+    assert as_list(None) == [] and as_list(("a", image)) == ["a", image] and as_list(PIXELS)[0] is PIXELS
+
+
+# ---------------------------------------------------------------- refused sources
+
+
+def closed(file):
+    file.close()
+    return file
+
+
+PNG = packed(noise(64, 64))
+WRONG = {  # (source, words of the error)
+    "floats": (torch.rand(6, 5, 3), "float32 of shape (6, 5, 3)"),
+    "16 bits": (Array((6, 5, 3), b"", "uint16"), "uint16"),
+    "channels first": (Array((3, 6, 5), b""), "(3, 6, 5)"),
+    "a batch": (Array((1, 6, 5, 3), b""), "(1, 6, 5, 3)"),
+    "no pixels": (Array((0, 5, 3), b""), "(0, 5, 3)"),
+    "an empty image": (Image.new("RGB", (0, 5)), "no pixels"),
+    "two readings": (torch.zeros(3, 5, 3, dtype=torch.uint8), "ambiguous"),
+    "None": (None, "NoneType"),
+    "a number": (3, "int"),
+    "a list": (["x.png"], "list"),
+    "a class": (Path, "type"),
+    "an open text": (io.StringIO("x"), "opened as text"),
+    "a closed file": (closed(io.BytesIO(DATA)), "closed"),
+    "a closed image": (closed(Image.open(io.BytesIO(DATA))), "closed"),
+    "empty": (b"", "empty"),
+    "text": (b"this is no picture\n", "not a picture"),
+    "truncated": (PNG[:2000], "truncated"),
+    "header only": (PNG[:40], "truncated"),
+    "bit rot": (PNG[:500] + bytes(100) + PNG[600:], "broken"),
+    "no file": ("/nowhere/x.png", "no picture at /nowhere/x.png"),
+    "no file at home": ("~/nowhere/x.png", "no picture at"),
+    "no file at an address": ("file:///nowhere/x.png", "no picture at"),
+    "no name": ("", "no picture at ''"),
+    "a folder": ("/", "/ cannot be read (Is a directory)"),
+    "NUL": ("a\0b", "NUL"),
+    "NUL in an address": ("file:///a%00b", "null byte"),
+    "surrogate": ("\ud800", "cannot be read"),
+    "a long name": ("x" * 5000, "name too long"),
+    "web": ("http://example.com/x.png", "nothing is downloaded"),
+    "WEB": ("HTTPS://example.com/x.png", "nothing is downloaded"),
+    "another machine": ("file://example/x.png", "nothing is downloaded"),
+    "uri of base64 alone": ("data:image/png,abc", "not a picture"),
+    "uri of other characters": ("data:;base64,@@", "cannot be decoded"),
+    "uri without data": ("data:image/png;base64", "empty"),
+    "uri of nothing": ("data:,", "empty"),
+    "uri cut off": (URIS["plain"][:90], "truncated"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_no_picture_is_one_clear_line(what):
-    with pytest.raises(InputError, match="; ") as error:
-        read_image(WRONG[what])
-    assert "\n" not in str(error.value)
+def test_what_cannot_be_used_is_one_clear_line(what):
+    source, words = WRONG[what]
+    assert words in refusal(read_image, source)
 
 
-def test_a_closed_file_is_one_clear_line(tmp_path):
-    (tmp_path / "x.png").write_bytes(DATA)
-    with open(tmp_path / "x.png", "rb") as file, Image.open(tmp_path / "x.png") as image:
-        pass
-    for source in (file, image):
-        with pytest.raises(InputError, match="; "):
-            read_image(source)
-
-
-def test_one_picture_is_a_list_of_one():
-    image = noise(5, 6)
-    for one in ("x.png", Path("x.png"), image, DATA, PIXELS):
-        assert as_list(one) == [one] if one is not PIXELS else as_list(one)[0] is PIXELS
-    assert as_list(None) == [] and as_list(("a", image)) == ["a", image] and as_list([]) == []
-
-
-def png_bytes(image):
-    return packed(image)
-
-
-BROKEN = {
-    "empty": b"",
-    "text": b"this is no picture\n",
-    "truncated": png_bytes(noise(64, 64))[:2000],
-    "header only": png_bytes(noise(64, 64))[:40],
-    "bit rot": png_bytes(noise(64, 64))[:500] + bytes(100) + png_bytes(noise(64, 64))[600:],
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_file_is_one_clear_line(tmp_path, what):
-    path = tmp_path / "broken.png"
-    path.write_bytes(BROKEN[what])
-    with pytest.raises(InputError, match="; ") as error:
-        read_image(str(path))
-    assert "\n" not in str(error.value) and "broken.png" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "/nowhere/x.png", "~/nowhere/x.png", "file:///nowhere/x.png", "", "a\0b", "file:///a%00b", "\ud800", "x" * 5000,
-        "http://example.com/x.png", "HTTPS://example.com/x.png", "data:image/png,abc", "data:;base64,@@",
-        "data:image/png;base64", "data:,", URIS["plain"][:90],
-    ],
-)  # fmt: skip
-def test_what_is_not_there_is_one_clear_line(source):
-    with pytest.raises(InputError, match="; "):
-        read_image(source)
-
-
-def test_a_folder_is_no_picture(tmp_path):
-    with pytest.raises(InputError, match="is a folder"):
-        read_image(str(tmp_path))
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_devices_and_pipes_do_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="empty; "):
-        read_image(tmp_path / "pipe")  # has no writer
-    for device in ("/dev/zero", "/dev/null"):
-        with pytest.raises(InputError, match="is a device; "):
-            read_image(device)
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # so that opening for writing does not block
-    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(DATA))
-    writer.start()
-    writer.join()
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd on this system")
+def test_a_pipe_is_read_and_a_stream_without_end_is_cut(monkeypatch):
+    reader, writer = os.pipe()
+    os.write(writer, DATA)
+    os.close(writer)
     assert read_image(f"/dev/fd/{reader}").image.size == (5, 6)  # like a shell's <(...)
     os.close(reader)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no Unix permissions on this system")
-def test_what_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
-    (tmp_path / "x.png").write_bytes(DATA)
-
-    def refuse(path, flags):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr("model.image._open_at_once", refuse)  # because root can read everything
-    with pytest.raises(InputError, match="x.png cannot be read .Permission denied.; "):
-        read_image(tmp_path / "x.png")
-
-
-def test_a_stream_without_end_is_cut(monkeypatch):
     monkeypatch.setattr("model.image.LARGEST", 1000)
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(bytes(2000))}))
-    for source in ("-", io.BytesIO(bytes(2000))):
-        with pytest.raises(InputError, match="larger than"):
-            read_image(source)
+    for source in ("-", io.BytesIO(bytes(2000)), "/dev/zero"):
+        assert "larger than" in refusal(read_image, source)
+
+
+def test_what_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("model.image.open", refuse, raising=False)  # because root can read everything
+    assert "x.png cannot be read (Permission denied)" in refusal(read_image, tmp_path / "x.png")
 
 
 def test_a_picture_may_come_through_stdin(monkeypatch):
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(DATA)}))
     assert read_image("-").image.tobytes() == noise(5, 6).tobytes()
-    with pytest.raises(InputError, match="empty; "):
-        read_image("-")
+    assert "stdin is empty" in refusal(read_image, "-")
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(InputError, match="no stdin .*; "):
-        read_image("-")
+    assert "no stdin" in refusal(read_image, "-")
 
 
 # ---------------------------------------------------------------- side effects of Pillow
@@ -568,14 +474,12 @@ def test_other_files_are_named_and_start_no_program(tmp_path, monkeypatch, what)
     monkeypatch.setattr(subprocess, "Popen", started)
     monkeypatch.setattr(os, "system", started)
     (tmp_path / "x.png").write_bytes(OTHER_FILES[what])
-    with pytest.raises(InputError, match=f"x.png is .*{what}.*; convert it"):
-        read_image(tmp_path / "x.png")
+    assert what in refusal(read_image, tmp_path / "x.png")
     try:
         image = Image.open(tmp_path / "x.png")  # a PIL image gets the same checks: its pixels are loaded here
     except UnidentifiedImageError:
         return
-    with pytest.raises(InputError, match=f"has the format {image.format}.*; convert it"):
-        read_image(image)
+    assert f"has the format {image.format}" in refusal(read_image, image)
 
 
 def broken_tiff():
@@ -590,11 +494,21 @@ def test_what_pillow_and_libtiff_say_does_not_reach_stderr(capfd, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert read_image(packed(noise(40, 40))).image.size == (40, 40)
-        with pytest.raises(InputError, match="broken .*; "):
-            read_image(broken_tiff())
+        assert "broken" in refusal(read_image, broken_tiff())
+        assert "too many pixels" in refusal(read_image, PNG)
     assert not caught and capfd.readouterr().err == ""
     os.write(2, b"as before")
     assert capfd.readouterr().err == "as before"
+
+
+def test_threads_that_read_pictures_leave_stderr_as_it_was():
+    before, data = (sys.stderr, os.fstat(2).st_ino), packed(noise(200, 200))
+    threads = [threading.Thread(target=lambda: [read_image(data) for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stderr, os.fstat(2).st_ino) == before
 
 
 @pytest.mark.parametrize(
@@ -606,38 +520,3 @@ def test_a_crop_that_drops_more_than_a_tenth_says_so(size, mode, lost):
     note = crop_note(read_image(Image.new("RGB", size)), ImageSettings(56, mode))
     assert (note is None) == (lost is None)
     assert note is None or (lost in note and "--image-mode pad" in note and "\n" not in note)
-
-
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    noise(64, 64).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(InputError, match="far more pixels"):
-        read_image(str(tmp_path / "bomb.png"))
-
-
-def test_a_square_around_a_strip_is_bounded():
-    with pytest.raises(InputError, match="--image-mode crop"):
-        preprocess(Image.new("RGB", (40000, 1)), with_mode(SETTINGS, "pad"))
-
-
-@pytest.mark.parametrize(
-    ("text", "mode"),
-    [
-        ("{}", "crop"),
-        ('{"do_pad": true}', "pad"),
-        ('{"do_pad": false}', "crop"),
-        ('{"size": 56, "crop_size": {"height": 56, "width": 56}}', "crop"),
-    ],
-)
-def test_the_checkpoint_decides_the_mode(tmp_path, text, mode):
-    (tmp_path / "preprocessor_config.json").write_text(text)
-    assert read_image_settings(tmp_path, 56).mode == mode
-
-
-@pytest.mark.parametrize(
-    "text", ['{"size": {"shortest_edge": 336}}', '{"crop_size": 55}', '{"resample": 2}', "{broken"]
-)
-def test_settings_that_contradict_the_model_are_refused(tmp_path, text):
-    (tmp_path / "preprocessor_config.json").write_text(text)
-    with pytest.raises(InputError, match="; "):
-        read_image_settings(tmp_path, 56)

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TEXT, VISION, refusal, write_json
+from conftest import TEXT, VISION, preprocess, refusal
 from oracle import expanded, hf_pictures, masked_ids
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_checkpoint import LAYOUTS
 from test_parity import float64_twin, noise
@@ -16,7 +15,7 @@ from test_plphp import plphp_by_hand
 
 from model import Generation, Sampling, load, open_checkpoint
 from model.config import PINPOINTS, parse_config
-from model.image import ImageSettings, choose_canvas, kept_of_tiles, preprocess, tile_tokens, to_tiles
+from model.image import ImageSettings, choose_canvas, kept_of_tiles, tile_tokens
 from model.pruning import make_method
 from tests.seeds import python_random
 
@@ -133,24 +132,6 @@ def test_pixels_of_tiles_equal_the_pillow_processor_of_transformers():
         torch.testing.assert_close(preprocess(image, settings), hf_tiles(image, SIDE, SMALL), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(640, 427), (300, 100), (500, 700)])
-def test_pixels_of_tiles_at_336_equal_the_pillow_processor_of_transformers(size):
-    image = noise(*size)
-    torch.testing.assert_close(preprocess(image, SETTINGS), hf_tiles(image, 336, PINPOINTS), rtol=0, atol=1e-6)
-
-
-def test_tiles_are_the_canvas_row_by_row_with_the_picture_in_its_middle():
-    squares, grid = to_tiles(Image.new("RGB", (600, 300), (10, 200, 30)), replace(SETTINGS, order="orig"))
-    canvas = Image.new("RGB", (grid[1] * 336, grid[0] * 336))
-    for i, tile in enumerate(squares[1:]):
-        canvas.paste(tile, (i % grid[1] * 336, i // grid[1] * 336))
-    wide, high = canvas.size
-    assert (wide, high) == (672, 336) and canvas.getbbox() == (0, 0, 672, 336)
-    assert squares[0].size == (336, 336) and squares[0].getpixel((0, 0)) == (10, 200, 30)
-    narrow, grid = to_tiles(Image.new("RGB", (600, 900), (10, 200, 30)), SETTINGS)
-    assert grid == (2, 2) and narrow[1].getbbox() == (112, 0, 336, 336)  # 448 of 672 pixels wide, in the middle
-
-
 # ---------------------------------------------------------------- the model
 
 CASES = {  # (text, vision, prompt, sizes of the pictures)
@@ -262,19 +243,12 @@ def test_each_key_layout_gives_the_same_ids(pair, tmp_path, layout):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     published = {c: load_file(path)[key] for c, (path, key, _) in open_checkpoint(folder).keys.items()}
-    save_file({rename(LAYOUTS[layout], k): t for k, t in published.items()}, tmp_path / "model.safetensors")
+    save_file({LAYOUTS[layout](k): t for k, t in published.items()}, tmp_path / "model.safetensors")
     checkpoint = load(tmp_path, "fp32")
     again = ask(checkpoint, CASES["gqa, two pictures"][2], CASES["gqa, two pictures"][3], anyres_order="hf")
     assert "".join(again) == "".join(asked) and again.token_ids == asked.token_ids
     # names and tile order of the original code
     assert checkpoint.image_settings.order == ("orig" if layout.startswith("E") else "hf")
-
-
-def rename(layout, key):
-    """Add the newline, which the layouts of test_checkpoint lack."""
-    if key != "image_newline":
-        return layout(key)
-    return "model.image_newline" if layout("multi_modal_projector.linear_1.bias").startswith("model.") else key
 
 
 def test_the_order_changes_what_a_small_picture_becomes(pair):
@@ -316,37 +290,11 @@ def test_sparse_configs_resolve_to_the_published_shapes():
     assert llama.sliding_window is None and llama.num_key_value_heads == 32 and llama.context == 2048
 
 
-@pytest.mark.parametrize(
-    ("top", "word"),
-    [
-        ({"vision_feature_select_strategy": "full"}, "tiles"),
-        ({"image_grid_pinpoints": [[336, 500]]}, "multiples"),
-        ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
-        ({"image_grid_pinpoints": [[336]]}, "image_grid_pinpoints"),
-        ({"image_grid_pinpoints": [[336, "672"]]}, "image_grid_pinpoints"),
-    ],
-)
-def test_grids_that_make_no_sense_are_refused(tmp_path, top, word):
-    from model.config import read_config
-
-    write_json(tmp_path / "config.json", {"model_type": "llava_next"} | top)
-    assert word in refusal(read_config, tmp_path)
-
-
 def test_beyond_a_sliding_window_is_refused_with_the_numbers(make_checkpoint, tmp_path):
     make_checkpoint(tmp_path, text={"model_type": "mistral", "sliding_window": 20})
     checkpoint = load(tmp_path, "fp32")
     message = refusal(Generation, checkpoint, "what is the content of this picture? " * 2, [noise(30, 30)])
     assert "sliding window" in message and "20" in message and "512" in message
-
-
-def test_a_preprocessor_of_other_canvases_is_refused(pair, tmp_path):
-    _, folder, _ = pair("gqa, two pictures")
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    side = {"height": SIDE, "width": SIDE}
-    write_json(tmp_path / "preprocessor_config.json", {"crop_size": side, "image_grid_pinpoints": [[28, 28]]})
-    assert "image_grid_pinpoints" in refusal(open_checkpoint, tmp_path)
 
 
 def test_tiles_of_a_model_without_them_are_refused(make_checkpoint, tmp_path):

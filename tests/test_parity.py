@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import IMAGE_ID, TEXT, VISION
+from conftest import IMAGE_ID, TEXT, VISION, preprocess
 from PIL import Image
 
 from model import Generation, Sampling, load
 from model.checkpoint import canonical_key
 from model.config import CLIP_L_336, TextConfig, VisionConfig, parse_config
-from model.image import ImageSettings, preprocess, read_image
+from model.image import ImageSettings, read_image
 from model.llava import Llava
 from tests.seeds import python_random, torch_random
 

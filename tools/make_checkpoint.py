@@ -77,62 +77,35 @@ def prepare(folder, size):
 def config_json(shape, dtype):
     """config.json, with only the fields that the published ones have."""
     text, vision, image = SHAPES[shape]
-    kind = next_json(vision["image_size"]) if "next" in shape else LLAVA
-    return {
-        **kind,
-        "ignore_index": -100,
-        "image_token_index": image,
-        "pad_token_id": image + 1,
-        "projector_hidden_act": "gelu",
-        "text_config": {**text, "torch_dtype": DTYPE_NAMES[dtype]},
-        "tie_word_embeddings": False,
-        "torch_dtype": DTYPE_NAMES[dtype],
-        "vision_config": vision,
-        "vision_feature_layer": -2,
+    side, kind = vision["image_size"], "LlavaNext" if "next" in shape else "Llava"
+    config = {
+        "architectures": [f"{kind}ForConditionalGeneration"], "ignore_index": -100, "image_token_index": image,
+        "model_type": "llava", "pad_token_id": image + 1, "projector_hidden_act": "gelu",
+        "text_config": {**text, "torch_dtype": DTYPE_NAMES[dtype]}, "tie_word_embeddings": False,
+        "torch_dtype": DTYPE_NAMES[dtype], "vision_config": vision, "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
-    }
-
-
-LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-
-
-def next_json(side):
-    """Fields that only LLaVA-NeXT has: the class, and the canvases that tiles are cut from, (height, width)."""
-    return {
-        "architectures": ["LlavaNextForConditionalGeneration"],
-        "image_grid_pinpoints": [[a * side, b * side] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))],
-        "model_type": "llava_next",
-        "use_image_newline_parameter": True,
-    }
-
-
-def preprocessor_json(side):
-    """preprocessor_config.json: shortest edge to `side`, centre crop, CLIP's normalisation."""
-    from model.image import CLIP_MEAN, CLIP_STD
-
-    return {
-        "crop_size": {"height": side, "width": side},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(CLIP_STD),
-        "processor_class": "LlavaProcessor",
-        "resample": 3,  # bicubic
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": side},
-    }
+    }  # fmt: skip
+    if kind == "Llava":
+        return config
+    canvases = [[a * side, b * side] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]  # (height, width)
+    tiles = {"image_grid_pinpoints": canvases, "use_image_newline_parameter": True}
+    return {**config, "model_type": "llava_next", **tiles}
 
 
 def write_small_files(folder, raw):
     """Write every file except the weights."""
+    from model.image import CLIP_MEAN, CLIP_STD
+
     write_published(folder / "config.json", raw)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": raw["pad_token_id"]}
     write_published(folder / "generation_config.json", generation)
-    preprocessor = preprocessor_json(raw["vision_config"]["image_size"])
+    side = raw["vision_config"]["image_size"]
+    preprocessor = {
+        "crop_size": {"height": side, "width": side}, "do_center_crop": True, "do_convert_rgb": True,
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": list(CLIP_MEAN),
+        "image_processor_type": "CLIPImageProcessor", "image_std": list(CLIP_STD), "processor_class": "LlavaProcessor",
+        "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": side},
+    }  # fmt: skip
     if "image_grid_pinpoints" in raw:
         preprocessor |= {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
         preprocessor |= {"image_grid_pinpoints": raw["image_grid_pinpoints"], "do_pad": True}
@@ -169,15 +142,11 @@ def write_tokenizer(folder, added, length):
     tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, **added}
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     settings = {
-        "add_bos_token": True,
-        "add_eos_token": False,
+        **names, "add_bos_token": True, "add_eos_token": False, "model_max_length": length,
         "added_tokens_decoder": {str(i): {"content": text, **flags} for text, i in tokens.items()},
         "legacy": True,  # a dummy space before every segment, as in the published llava-1.5 files
-        "model_max_length": length,
-        "processor_class": "LlavaProcessor",
-        "tokenizer_class": "LlamaTokenizer",
-        **names,
-    }
+        "processor_class": "LlavaProcessor", "tokenizer_class": "LlamaTokenizer",
+    }  # fmt: skip
     write_published(folder / "tokenizer_config.json", settings)
     write_published(folder / "special_tokens_map.json", names)
     write_published(folder / "added_tokens.json", added)

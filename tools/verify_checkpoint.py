@@ -27,22 +27,20 @@ def main(argv=None):
 
 def verify(name, sha256=False):
     """Print a checkpoint's contents; InputError at the first fault that load() would reject."""
-    from model.checkpoint import find_folder, open_checkpoint, read_config, weight_files
-    from model.tokenizer import Tokenizer
+    from model.checkpoint import open_checkpoint, weight_files
+    from model.config import read_config
 
-    folder = find_folder(name)
-    row("folder", folder)
-    config = read_config(folder)
-    show_config(config)
-    tokenizer = Tokenizer(folder)
-    show_tokenizer(tokenizer, config)
-    files = weight_files(folder)
-    for path in files:
+    checkpoint = open_checkpoint(name)  # the same checks as load(), without reading weights
+    row("folder", checkpoint.folder)
+    show_config(checkpoint.config)
+    show_tokenizer(checkpoint.tokenizer, read_config(checkpoint.folder).image_token_index)
+    show_rest(checkpoint)
+    for path in weight_files(checkpoint.folder):
         row("file", f"{gigabytes(path.stat().st_size)}  {path.name}")
-    show_checked(open_checkpoint(folder))  # the same checks as load(), without reading weights
-    if sha256:
-        for path in files:
-            row("sha256", f"{digest(path)}  {path.name}")
+        if sha256:
+            print(f"sha256 of {path.name} ...", file=sys.stderr, flush=True)  # a 7B model takes a minute
+            with open(path, "rb") as file:
+                row("sha256", f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
     print("all fine", flush=True)
 
 
@@ -57,9 +55,6 @@ def gigabytes(size):
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
-# ---------------------------------------------------------------- config.json
-
-
 def show_config(config):
     """Print the dimensions, defaults filled in."""
     v, t = config.vision_config, config.text_config
@@ -71,7 +66,7 @@ def show_config(config):
         f"{v.num_attention_heads} heads, {v.image_size} px in patches of {v.patch_size}, {v.hidden_act}",
         f"features of layer {config.vision_feature_layer}, the output of layer {layers}",
         f"strategy {config.vision_feature_select_strategy}: {config.image_tokens} tokens per "
-        f"{'square' if config.image_grid_pinpoints else 'picture'}",
+        f"{'square' if canvases else 'picture'}",
         *([f"tiles from canvases of {canvases}"] if canvases else []),
     )
     row(
@@ -96,64 +91,41 @@ GOLDEN_PROMPT = "USER: <image>\nWhat's the content of the image?\nASSISTANT:"
 _UNTIL_IMAGE = (1, 3148, 1001, 29901, 29871, IMAGE_ID)
 _BEHIND_IMAGE = (13, 5618, 29915, 29879, 278, 2793, 310, 278, 1967, 29973, 13, 22933, 9047, 13566, 29901)
 GOLDEN_IDS = {
-    "a space before every segment, as llava-1.5-7b-hf": (*_UNTIL_IMAGE, 29871, *_BEHIND_IMAGE),
-    "a space before the first segment only, as the v1.6 Vicuna files": (*_UNTIL_IMAGE, *_BEHIND_IMAGE),
+    (*_UNTIL_IMAGE, 29871, *_BEHIND_IMAGE): "a space before every segment, as llava-1.5-7b-hf",
+    (*_UNTIL_IMAGE, *_BEHIND_IMAGE): "a space before the first segment only, as the v1.6 Vicuna files",
 }
 
 
-def show_tokenizer(tokenizer, config):
-    """Print size, added tokens and the dummy-space rule, and compare with the known ids of Vicuna's tokenizer."""
-    from model.config import InputError
-
-    pieces = len(tokenizer.sp)
+def show_tokenizer(tokenizer, said):
+    """Print size, the image token (said: its id in config.json) and the dummy-space rule; compare with golden ids."""
+    image, pieces = tokenizer.added["<image>"], len(tokenizer.sp)
     row("tokenizer", f"{pieces} sentencepiece pieces, BOS {tokenizer.bos_id if tokenizer.add_bos else 'not added'}")
-    image, said = tokenizer.added.get("<image>"), config.image_token_index
-    if image is None:
-        raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
     row("", f"<image> is {image}" + ("" if image == said else f" (config.json says {said}; the tokenizer decides)"))
-    row("prefix", prefix_rule(tokenizer))
-    row("golden ids", golden_note(lambda text: [IMAGE_ID if i == image else i for i in tokenizer.encode(text)], pieces))
-
-
-def prefix_rule(tokenizer):
-    """Where the dummy space goes, in words."""
     where = "before every segment" if tokenizer.prefix_every_segment else "before the first segment only"
-    return f"dummy space {where}" + (", unless it has a space already" if tokenizer.prefix_spares_spaces else "")
+    unless = ", unless it has a space already" if tokenizer.prefix_spares_spaces else ""
+    row("prefix", f"dummy space {where}{unless}")
+    ids = tuple(IMAGE_ID if i == image else i for i in tokenizer.encode(GOLDEN_PROMPT))
+    row("golden ids", golden_note(ids, pieces))
 
 
-def golden_note(encode, pieces):
-    """Which known behaviour encode (text -> ids) has; InputError if it has Vicuna's size but neither of its outputs."""
+def golden_note(ids, pieces):
+    """Which known behaviour gives these ids for GOLDEN_PROMPT; InputError for Vicuna's size with other ids."""
     from model.config import InputError
 
     if pieces != VICUNA_PIECES:
         return f"not a Vicuna tokenizer ({pieces} pieces, not {VICUNA_PIECES}): no golden ids"
-    ids = tuple(encode(GOLDEN_PROMPT))
-    for behaviour, golden in GOLDEN_IDS.items():
-        if ids == golden:
-            return f"match: {behaviour}"
-    raise InputError(
-        f"the tokenizer has Vicuna's size but not its ids ({difference(ids)}); download the tokenizer files again"
-    )
-
-
-def difference(ids):
-    """Where ids first differ from the nearer golden sequence, in words."""
-
-    def agreement(golden):
-        pairs = enumerate(zip(ids, golden, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(golden)))
-
-    golden = max(GOLDEN_IDS.values(), key=agreement)
-    at = agreement(golden)
-    got, wanted = (str(s[at]) if at < len(s) else "the end" for s in (ids, golden))
-    return f"id number {at + 1} is {got} instead of {wanted}"
+    if ids not in GOLDEN_IDS:
+        raise InputError(
+            f"the tokenizer has Vicuna's size but other ids ({list(ids)}); download the tokenizer files again"
+        )
+    return f"match: {GOLDEN_IDS[ids]}"
 
 
 # ---------------------------------------------------------------- weights
 
 
-def show_checked(checkpoint):
-    """Print what else `open_checkpoint` found. It has already checked names and shapes."""
+def show_rest(checkpoint):
+    """Print what `open_checkpoint` found in the other files."""
     stored = sorted({dtype for _, _, dtype in checkpoint.keys.values()})
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
     row(
@@ -166,18 +138,6 @@ def show_checked(checkpoint):
     row("stop ids", ", ".join(map(str, checkpoint.stop_ids)))
     for note in checkpoint.notes:
         row("note", note)
-
-
-def digest(path, chunk=2**24):
-    """SHA-256 of a file in hex. Prints a line on stderr every 2 GB, because the files of a 7B model take a minute."""
-    hashed, done, size = hashlib.sha256(), 0, path.stat().st_size
-    with open(path, "rb") as file:
-        while block := file.read(chunk):
-            hashed.update(block)
-            done += len(block)
-            if done == size or done // 2e9 > (done - len(block)) // 2e9:
-                print(f"sha256 {path.name}: {gigabytes(done)} of {gigabytes(size)}", file=sys.stderr, flush=True)
-    return hashed.hexdigest()
 
 
 if __name__ == "__main__":
