@@ -298,11 +298,15 @@ def named(spec):
 
     ValueError as in `make_method`.
     """
-    if spec is None or isinstance(spec, Method):
-        return ("none" if spec is None else spec.name), spec, {}
-    name, texts = _split(spec) if isinstance(spec, str) else (None, [])
-    name = ALIASES.get(name, name)
-    rule = _find(name) if name is not None else spec
+    if spec is None:
+        return "none", None, {}
+    if isinstance(spec, Method):
+        return spec.name, spec, {}
+    name, rule, texts = None, spec, []
+    if isinstance(spec, str):
+        name, texts = _split(spec)
+        name = ALIASES.get(name, name)
+        rule = _find(name)
     rule, given = (rule.func, dict(rule.keywords)) if isinstance(rule, partial) else (rule, {})
     for text in texts:
         _add(given, _parsed(text))
@@ -387,7 +391,8 @@ def _find(name):
     if name in METHODS:
         return METHODS[name]
     if not twice and name.endswith(".py"):
-        raise ValueError(f"{name} is a file; write {name}::NAME (it has {_own_names(_import(name))})")
+        own = ", ".join(_own_names(_import(name))) or "none"
+        raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
     if not twice and "+" in name:
         raise ValueError(f"{name!r} combines methods, which is not supported; give one")
     if not twice:
@@ -396,8 +401,9 @@ def _find(name):
     module = _import(path)
     rule = getattr(module, attribute, None)
     if not callable(rule) and not stages(rule):
-        near = _near(attribute, vars(module))
-        raise ValueError(f"{path} has no function {attribute!r}; {near}it has {_own_names(module)}")
+        own = _own_names(module)
+        near = _near(attribute, own)
+        raise ValueError(f"{path} has no function {attribute!r}; {near}it has {', '.join(own) or 'none'}")
     return rule
 
 
@@ -422,9 +428,9 @@ def _import(path):
 
 
 def _own_names(module):
-    """The names of the functions and classes that a user's file defines, as text."""
+    """The names of the functions and classes that a user's file defines."""
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-    return ", ".join(name for name in own if not name.startswith("_")) or "none"
+    return [name for name in own if not name.startswith("_")]
 
 
 def _near(name, known):
@@ -471,14 +477,14 @@ def _checked(name, key, value, default):
         value = float(value)
     if value is None and default is None:
         return None
-    own = ""
     if key in COMMON:
         _, wanted, fits = COMMON[key]
-        own = "" if name in METHODS else f" (or rename it: {', '.join(COMMON)} mean the same in every method)"
         fine = fits(value)
     else:
         wanted = KINDS.get(type(default), f"a {type(default).__name__}")
         fine = default is None or default is inspect.Parameter.empty or type(value) is type(default)
     if not fine:
+        reserved = f" (or rename it: {', '.join(COMMON)} mean the same in every method)"
+        own = reserved if key in COMMON and name not in METHODS else ""
         raise ValueError(f"{key} of method {name} is {value!r}; give {wanted}{own}")
     return value
