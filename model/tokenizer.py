@@ -69,16 +69,16 @@ class Tokenizer:
                 text = self.sp.id_to_piece(i)
                 found[text] = replace(found.get(text, AddedToken(text, i)), special=True)
             self.added = {text: token.id for text, token in found.items()}
-            self.bos_id = self._named_id(names, "bos_token", self.sp.bos_id())
             self.eos_id = self._named_id(names, "eos_token", self.sp.eos_id())
-            self.bos_id, self.add_bos = _bos_rule(config, fast, self.bos_id)
+            self.bos_id, self.add_bos = _bos_rule(config, fast, self._named_id(names, "bos_token", self.sp.bos_id()))
         self._first = _Finder({text: token for text, token in found.items() if not token.normalized})
         self._second = _Finder({self._normal(text): token for text, token in found.items() if token.normalized})
         # with a `Prepend` normalizer, transformers decodes normalised tokens, special ones too, to their text
-        shown = [
-            t for t in found.values() if t.id not in control and (not t.special or self._prepends and t.normalized)
-        ]
-        self._spoken = {token.id: self._normal(token.content) if token.normalized else token.content for token in shown}
+        self._spoken = {
+            t.id: self._normal(t.content) if t.normalized else t.content
+            for t in found.values()
+            if t.id not in control and (not t.special or self._prepends and t.normalized)
+        }
         self._silent = set(self.added.values()) - self._spoken.keys()
         self._newline = self.sp.encode("\n")
 
