@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import InputError
-from .pruning import Method, Narrowing, amounts, calibrated, make_method, sets_budget, without_amounts
+from .pruning import AMOUNTS, COMMON, METHODS, Method, Narrowing, calibrated, make_method, sets_budget, settings_of
 from .pruning import MethodError as MethodError  # for model.console
 
 # What `prune` accepts: None or "none"; a SPEC as in `--prune`; a Method; or a function, a class or an instance as
@@ -41,12 +41,13 @@ def change_method(spec, folder, budget):
 
 def change_budget(method, folder, budget):
     """A copy of the Method with another budget. InputError."""
-    return choose_method(without_amounts(method), folder, **budget)
+    others = {key: value for key, value in method.effective.items() if key not in AMOUNTS}
+    return choose_method(method.name, folder, **budget, settings=others)
 
 
 def named_with_budget(method):
     """A Method's name and how much it keeps: "topk, retention 0.5"."""
-    return ", ".join([method.name, *(pair.replace("=", " ") for pair in amounts(method))])
+    return ", ".join([method.name, *(f"{key} {value}" for key, value in method.effective.items() if key in AMOUNTS)])
 
 
 def note_on_settings(method, folder):
@@ -68,9 +69,7 @@ def list_methods(name, model):
 
 def known_settings():
     """The names of all settings of the built-in methods."""
-    from .pruning import COMMON, GUARDS, METHODS, settings_of
-
-    return {*COMMON, *GUARDS}.union(*(settings_of(method) for method in METHODS.values() if method))
+    return set(COMMON).union(*(settings_of(method) for method in METHODS.values() if method))
 
 
 def off_budget(method, kept, wanted):

@@ -5,6 +5,7 @@ import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import sentencepiece
@@ -25,6 +26,9 @@ class AddedToken:
     rstrip: bool = False  # includes the white space after it
     single_word: bool = False  # does not match inside a word
     normalized: bool = False  # is matched after the others, in the normalised text
+
+
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 class Tokenizer:
@@ -65,16 +69,16 @@ class Tokenizer:
                 text = self.sp.id_to_piece(i)
                 found[text] = replace(found.get(text, AddedToken(text, i)), special=True)
             self.added = {text: token.id for text, token in found.items()}
-            self.bos_id = self._named_id(names, "bos_token", self.sp.bos_id())
             self.eos_id = self._named_id(names, "eos_token", self.sp.eos_id())
-            self.bos_id, self.add_bos = _bos_rule(config, fast, self.bos_id)
+            self.bos_id, self.add_bos = _bos_rule(config, fast, self._named_id(names, "bos_token", self.sp.bos_id()))
         self._first = _Finder({text: token for text, token in found.items() if not token.normalized})
         self._second = _Finder({self._normal(text): token for text, token in found.items() if token.normalized})
         # with a `Prepend` normalizer, transformers decodes normalised tokens, special ones too, to their text
-        shown = [
-            t for t in found.values() if t.id not in control and (not t.special or self._prepends and t.normalized)
-        ]
-        self._spoken = {token.id: self._normal(token.content) if token.normalized else token.content for token in shown}
+        self._spoken = {
+            t.id: self._normal(t.content) if t.normalized else t.content
+            for t in found.values()
+            if t.id not in control and (not t.special or self._prepends and t.normalized)
+        }
         self._silent = set(self.added.values()) - self._spoken.keys()
         self._newline = self.sp.encode("\n")
 
@@ -202,6 +206,8 @@ class Detokenizer:
 
 # ---------------------------------------------------------------- the checkpoint's files
 
+ADVICE = "use the tokenizer files of one checkpoint"
+
 
 def _text_of(entry):
     """The text of a token given as a string or as a dict; None if there is none."""
@@ -221,25 +227,21 @@ def _added_tokens(config, fast, plain, named):
     As in transformers, flags in tokenizer_config.json override those in tokenizer.json; a token is special if either
     file says so. added_tokens.json has only texts and ids.
     """
-    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
     again = config.get("added_tokens_decoder") or {}
-    entries = {}  # (text, id) -> flags
-
-    def put(text, i, given, special):
-        normalized = not given.get("special")  # the default in transformers
-        chosen = {"normalized": normalized, **{flag: bool(given[flag]) for flag in flags if flag in given}}
-        entries[text, int(i)] = chosen | {"special": special}
-
-    for text, i in plain.items():
-        put(text, i, {"special": text in named}, text in named)
-    for entry in fast.get("added_tokens") or []:
-        text = entry["content"]
-        put(text, entry["id"], entry, bool(entry.get("special") or not again and text in named))
-    for i, entry in again.items():
-        text = entry["content"]
-        before = entries.get((text, int(i)), {})
-        put(text, i, entry, bool(entry.get("special") or text in named or before.get("special")))
-    return [AddedToken(text, i, **chosen) for (text, i), chosen in entries.items() if text]
+    files = (  # entries, and the texts that are special whatever their flag
+        ([{"content": text, "id": i, "special": text in named} for text, i in plain.items()], named),
+        (fast.get("added_tokens") or [], () if again else named),
+        ([entry | {"id": i} for i, entry in again.items()], named),
+    )
+    found = {}
+    for entries, always in files:
+        for entry in entries:
+            key = text, i = entry["content"], int(entry["id"])
+            special = bool(entry.get("special") or text in always or (key in found and found[key].special))
+            given = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
+            flags = {"normalized": not entry.get("special"), **given, "special": special}  # as transformers' defaults
+            found[key] = AddedToken(text, i, **flags)
+    return [token for token in found.values() if token.content]
 
 
 def _check_normalized(config, fast, pieces):
@@ -249,13 +251,10 @@ def _check_normalized(config, fast, pieces):
     """
     again = {entry["content"]: entry for entry in (config.get("added_tokens_decoder") or {}).values()}
     for entry in fast.get("added_tokens") or []:
-        text, twin = entry["content"], again.get(entry["content"], {})
-        said = entry["id"] >= pieces and text not in (IMAGE, "<pad>")
-        if said and "normalized" in twin and bool(twin["normalized"]) != bool(entry.get("normalized")):
-            raise InputError(
-                f"tokenizer.json and tokenizer_config.json disagree on `normalized` of {text!r}; use the files of one "
-                "checkpoint"
-            )
+        text, flag = entry["content"], bool(entry.get("normalized"))
+        shown = entry["id"] >= pieces and text not in (IMAGE, "<pad>")
+        if shown and bool(again.get(text, {}).get("normalized", flag)) != flag:
+            raise InputError(f"tokenizer.json and tokenizer_config.json disagree on `normalized` of {text!r}; {ADVICE}")
 
 
 def _check_ids(tokens, fast, sp):
@@ -265,30 +264,30 @@ def _check_ids(tokens, fast, sp):
     id after the pieces is accepted.
     """
     ids, new = {}, 0
-    for token in sorted(tokens, key=lambda t: t.id):
-        if ids.setdefault(token.content, token.id) != token.id:
-            raise InputError(
-                f"the tokenizer's files give {token.content!r} the ids {ids[token.content]} and {token.id}; use the "
-                "files of one checkpoint"
-            )
-        piece = sp.piece_to_id(token.content)
-        is_piece = sp.id_to_piece(piece) == token.content
+    for text, i in sorted(((token.content, token.id) for token in tokens), key=itemgetter(1)):
+        if ids.setdefault(text, i) != i:
+            raise InputError(f"the tokenizer's files give {text!r} the ids {ids[text]} and {i}; {ADVICE}")
+        piece = sp.piece_to_id(text)
+        is_piece = sp.id_to_piece(piece) == text
         expected = piece if is_piece else len(sp) + new
         new += not is_piece
-        if token.id != expected and (fast or is_piece or token.id < len(sp)):
-            raise InputError(
-                f"the added token {token.content!r} has the id {token.id} instead of {expected}; use the tokenizer "
-                "files of one checkpoint"
-            )
+        if i != expected and (fast or is_piece or i < len(sp)):
+            raise InputError(f"the added token {text!r} has the id {i} instead of {expected}; {ADVICE}")
     vocabulary = (fast.get("model") or {}).get("vocab")
     if isinstance(vocabulary, dict) and any(vocabulary.get(sp.id_to_piece(i)) != i for i in range(len(sp))):
-        raise InputError("tokenizer.json and tokenizer.model have different pieces; use the files of one checkpoint")
+        raise InputError(f"tokenizer.json and tokenizer.model have different pieces; {ADVICE}")
 
 
-def _steps(part, inner):
-    """The steps of a part of tokenizer.json, which is a single step or a Sequence."""
+def _steps(part, inner, known):
+    """The steps of a part of tokenizer.json, a single one or a Sequence. InputError unless their types are known."""
     part = part or {}
-    return part.get(inner) or [] if part.get("type") == "Sequence" else [part] if part else []
+    steps = part.get(inner) or [] if part.get("type") == "Sequence" else [part] if part else []
+    for step in steps:
+        if step.get("type") not in known:
+            raise InputError(
+                f"tokenizer.json has a step {step.get('type')!r}; here only {', '.join(known)} are supported"
+            )
+    return steps
 
 
 def _prefix_rule(config, fast):
@@ -298,33 +297,25 @@ def _prefix_rule(config, fast):
     text. spares: it is not added to a segment that starts with a space. tokenizer.json, if it exists, decides by a
     `Prepend` normalizer or the scheme of a `Metaspace` pre-tokenizer; otherwise the `legacy` flag, by default true.
     """
-    normalizers, pre = _steps(fast.get("normalizer"), "normalizers"), _steps(fast.get("pre_tokenizer"), "pretokenizers")
-    for part, known in ((normalizers, ("Prepend", "Replace")), (pre, ("Metaspace",))):
-        for step in part:
-            if step.get("type") not in known:
-                raise InputError(
-                    f"tokenizer.json has a step of type {step.get('type')!r}; here only "
-                    f"{' and '.join(known)} can be used"
-                )
+    normalizers = _steps(fast.get("normalizer"), "normalizers", ("Prepend", "Replace"))
+    pre = _steps(fast.get("pre_tokenizer"), "pretokenizers", ("Metaspace",))
     if any(step["type"] == "Prepend" for step in normalizers):
         return True, True, False
-    for part in pre:
-        scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
-        if scheme not in ("always", "first"):
-            raise InputError(f"tokenizer.json has prepend_scheme {scheme!r}; only always and first are supported")
-        if part.get("split") is not False:
-            raise InputError("tokenizer.json splits at every space; only tokenizers with split false are supported")
+    for step in pre:
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        if scheme not in ("always", "first") or step.get("split") is not False:
+            raise InputError(
+                f"tokenizer.json has prepend_scheme {scheme!r} and split {step.get('split', True)}; "
+                "only always or first and split false are supported"
+            )
         return False, scheme == "always", True
     return False, config.get("legacy") is not False, False
 
 
 def _strips_first_space(fast):
     """True if decoding drops a leading space: always, unless tokenizer.json has a decoder without that step."""
-    decoder = _steps(fast.get("decoder"), "decoders")
-    for step in decoder:
-        if step.get("type") not in ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"):
-            raise InputError(f"tokenizer.json decodes with {step.get('type')!r}; only Llama's decoders are supported")
-    return not decoder or any(step["type"] in ("Strip", "Metaspace") for step in decoder)
+    steps = _steps(fast.get("decoder"), "decoders", ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"))
+    return not steps or any(step["type"] in ("Strip", "Metaspace") for step in steps)
 
 
 def _bos_rule(config, fast, bos):
@@ -432,16 +423,16 @@ def find_template(folder, config):
 def _chat_template(folder):
     """The text of the chat template that transformers would use; None if the folder has none."""
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+        path, text = folder / name, None
         if name.endswith(".json"):
-            text = (read_json(folder / name) or {}).get("chat_template")
-        else:
-            text = (folder / name).read_text("utf-8", "replace") if (folder / name).is_file() else None
+            text = (read_json(path) or {}).get("chat_template")
+        elif path.is_file():
+            text = path.read_text("utf-8", "replace")
         if isinstance(text, list):  # [{"name": ..., "template": ...}]
-            with making_sense_of(folder / name):
+            with making_sense_of(path):
                 text = {entry["name"]: entry["template"] for entry in text}
-        text = text.get("default", str(text)) if isinstance(text, dict) else text
         if text:
-            return str(text)
+            return str(text.get("default", text) if isinstance(text, dict) else text)
     return None
 
 
@@ -454,8 +445,7 @@ def _fingerprint(template):
     text = re.sub(r"(?<=%\})\n(?:[ \t]*(?=\{%))?", "", text)  # the newline after a block tag
 
     def inside(tag):  # drop white space outside strings; in a string, \n is a line break
-        parts = re.split(r"('[^']*'|\"[^\"]*\")", tag[0])
-        return "".join(p.replace("\\n", "\n") if i % 2 else re.sub(r"\s", "", p) for i, p in enumerate(parts))
+        return re.sub(r"""('[^']*'|"[^"]*")|\s""", lambda part: (part[1] or "").replace("\\n", "\n"), tag[0])
 
     text = re.sub(r"\{[%{].*?[%}]\}", inside, text, flags=re.S)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

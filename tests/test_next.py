@@ -10,8 +10,8 @@ from conftest import TEXT, VISION, preprocess, refusal
 from oracle import expanded, hf_pictures, masked_ids
 from safetensors.torch import load_file, save_file
 from test_checkpoint import LAYOUTS
+from test_methods import RULES, by_hand
 from test_parity import float64_twin, noise
-from test_plphp import plphp_by_hand
 
 from model import Generation, Sampling, load, open_checkpoint
 from model.config import PINPOINTS, parse_config
@@ -216,7 +216,7 @@ def test_plphp_keeps_the_sets_and_says_the_ids_of_transformers_with_masks(make_h
     asked = ask(load(tmp_path, "fp32"), "what is <image> and <image>?", pictures, prune=make_method(spec))
     asked.sampling = Sampling(max_new_tokens=24)
     "".join(asked)
-    choose, _ = plphp_by_hand(asked.spans, 2, spec == "plphp-ada")
+    choose = by_hand(RULES[spec,][2], None, asked.spans, 2)
     ids, kept = masked_ids(tmp_path, asked, choose, 24)
     assert asked.token_ids == ids and not all(k.all() for k in kept)
     lengths = torch.stack([k.sum(1) for k in kept]) + 24 - 1

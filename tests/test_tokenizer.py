@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from pathlib import Path
 
 import chat_templates
 import pytest
@@ -13,58 +12,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import LlavaConfig, parse_config
-from model.tokenizer import SYSTEM_TEXT, TEMPLATES, Detokenizer, Tokenizer, build_prompt, find_template
+from model.tokenizer import TEMPLATES, Detokenizer, Tokenizer, build_prompt, find_template
+from tests.paths import DEMO
 
 TEXTS = [
     "",
-    "a",
     "USER: <image>\nWhat's the content of the image?\nASSISTANT:",
     "A chat between a curious user and an assistant. USER: <image>\n<image>\nhow many? ASSISTANT:",
-    "<image>",
-    "<image><image>",
-    "<image>x<image>y",
-    "<image> above <image>",
+    "<image><image> above  <image>  b",
     " <image> <image> x",
-    "what is this? <image>",
-    "a  <image>  b",
     "<<image>>",
     "< image>",
-    "<image",
-    "image>",
     "  double  spaces  here ",
     " leading",
-    "   three leading",
     "trailing ",
-    "  ",
     " ",
-    "\n",
     "\n\n\nnew\nlines\n",
     " \n \n",
     "tab\tand\r\nreturn",
     "héllo wörld ñ",
-    "café, naïve",
     "e\u0301 is not é",
-    "日本語のテキスト",
-    "العربية",
     "mixed Ωμέγα и кириллица",
     "emoji 😀👩\u200d👩\u200d👧 ok",
-    "😀",
     "ﬁ ligature ½ ①",
     "\u00a0no-break\u3000ideographic",
     "\u200bzero width",
     "a\x00b",
     "<0x0A> is text here",
-    "1234567890",
-    "USER:ASSISTANT:USER",
     "a</s>b",
-    "</s>",
-    "</s>USER: hi",
-    "yes</s> USER: and </s> no",
+    "</s>USER: hi </s> no",
     "<s>x",
     "x<unk>y",
     "<pad>p",
 ]
-PLAIN = [t for t in TEXTS if not any(token in t for token in ("<image>", "<pad>", "<s>", "</s>", "<unk>"))]
 
 
 # ---------------------------------------------------------------- encoding
@@ -105,16 +85,20 @@ def without_json(request, tiny_tokenizer_dir, tmp_path_factory):
     return folder, request.param is not False
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_ids_without_tokenizer_json_are_those_of_the_sentencepiece_tokenizer(without_json, text):
-    folder, legacy = without_json
-    assert Tokenizer(folder).encode(text) == sentencepiece_ids(folder, text, legacy)
-
-
 def segments(text):
     for token in ("<pad>", "<s>", "</s>", "<unk>"):
         text = text.replace(token, "<image>")
     return text.split("<image>")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_without_tokenizer_json_are_those_of_the_sentencepiece_tokenizer(without_json, text):
+    """Of transformers 4, and of 5 except for segments that start with a space, where the two differ."""
+    folder, legacy = without_json
+    ids = Tokenizer(folder).encode(text)
+    assert ids == sentencepiece_ids(folder, text, legacy)
+    if not any(segment.startswith(" ") for segment in segments(text)):
+        assert ids == transformers_tokenizer(folder, legacy).encode(text)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["always", "first"])
@@ -132,15 +116,11 @@ def with_json(request, tiny_tokenizer_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("text", [*TEXTS, "\u2581visible", "a<image>\u2581visible"])
 def test_ids_with_tokenizer_json_are_those_of_llama_tokenizer(with_json, text):
+    """And the texts of these ids."""
     folder, oracle = with_json
-    assert Tokenizer(folder).encode(text) == oracle.encode(text)
-
-
-@pytest.mark.parametrize("text", [t for t in TEXTS if not any(s.startswith(" ") for s in segments(t))])
-def test_ids_without_tokenizer_json_are_those_of_llama_tokenizer_too(without_json, text):
-    """Except segments that start with a space, where transformers 4 and 5 differ."""
-    folder, legacy = without_json
-    assert Tokenizer(folder).encode(text) == transformers_tokenizer(folder, legacy).encode(text)
+    tokenizer, ids = Tokenizer(folder), oracle.encode(text)
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
 
 
 STEPS = [
@@ -161,20 +141,6 @@ def prepend_folder(request, tiny_tokenizer_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_prepend_normalizer_gives_each_segment_the_dummy_space(prepend_folder, text):
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(prepend_folder / "tokenizer.model"))
-    names = {"<image>": IMAGE_ID, "<pad>": PAD_ID, "<s>": 1, "</s>": 2, "<unk>": 0}
-    want, rest = [1], text
-    while rest:
-        places = sorted((rest.find(name), name) for name in names if name in rest)
-        at, name = places[0] if places else (len(rest), "")
-        want += sp.encode(rest[:at]) if at else []
-        want += [names[name]] if name else []
-        rest = rest[at + len(name) :]
-    assert Tokenizer(prepend_folder).encode(text) == want
-
-
-@pytest.mark.parametrize("text", TEXTS)
 def test_a_prepend_normalizer_does_what_the_tokenizers_library_does_with_it(prepend_folder, with_json, text):
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the oracle of this test")
     file = json.loads((with_json[0] / "tokenizer.json").read_text()) | PREPEND
@@ -186,9 +152,7 @@ def test_a_prepend_normalizer_does_what_the_tokenizers_library_does_with_it(prep
 def test_files_that_disagree_on_normalized_behind_a_prepend_normalizer_are_refused(
     tokenizer_folder, json_says, config_says
 ):
-    flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False)
-    token = {"content": "<x>", **flags}
-    decoder = TOKENIZER_CONFIG["added_tokens_decoder"] | {str(PAD_ID + 1): token | {"normalized": config_says}}
+    decoder = with_tokens(added_token("<x>") | {"special": False, "normalized": config_says})
     folder = tokenizer_folder(added_tokens_decoder=decoder)
     added = [{"id": int(i), **entry} for i, entry in decoder.items()]
     added[-1]["normalized"] = json_says
@@ -212,12 +176,6 @@ def test_added_tokens_are_found_in_each_of_the_three_files(tokenizer_folder):
         assert "<image>" not in Tokenizer(folder).added
         write_json(folder / name, content)
         assert Tokenizer(folder).encode("<image>", bos=False) == [IMAGE_ID]
-
-
-def test_of_two_added_tokens_the_longer_is_cut_out(tokenizer_folder):
-    added = {"420": {"content": "<im"}, "421": {"content": "<image>"}, "422": {"content": "<image>>"}}
-    tokenizer = Tokenizer(tokenizer_folder(added_tokens_decoder=added))
-    assert tokenizer.encode("<im<image><image>>", bos=False) == [420, 421, 422]
 
 
 # ---------------------------------------------------------------- added tokens and their flags
@@ -292,16 +250,18 @@ def test_added_tokens_are_those_of_auto_tokenizer_whatever_their_flags(tiny_toke
 SLOW_TEXTS = ["a <x> b", "<x>", "  <x>  ", "a<x><x>b", "a\n <x>\t b<image> <x>c", " <x>a", "a <image> <x>"]
 
 
+def with_tokens(*tokens):
+    """added_tokens_decoder with further tokens, numbered from PAD_ID + 1."""
+    return TOKENIZER_CONFIG["added_tokens_decoder"] | {str(PAD_ID + 1 + i): token for i, token in enumerate(tokens)}
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("strips", [(), ("lstrip",), ("rstrip",), ("lstrip", "rstrip")], ids=str)
 def test_without_tokenizer_json_white_space_is_taken_as_the_sentencepiece_tokenizer_takes_it(
     tokenizer_folder, monkeypatch, strips, legacy
 ):
-    token = added_token("<x>") | dict.fromkeys(strips, True)
-    config = TOKENIZER_CONFIG | {
-        "added_tokens_decoder": TOKENIZER_CONFIG["added_tokens_decoder"] | {str(PAD_ID + 1): token}
-    }
-    monkeypatch.setitem(TOKENIZER_CONFIG, "added_tokens_decoder", config["added_tokens_decoder"])
+    decoder = with_tokens(added_token("<x>") | dict.fromkeys(strips, True))
+    monkeypatch.setitem(TOKENIZER_CONFIG, "added_tokens_decoder", decoder)  # for the oracle too
     folder = tokenizer_folder(legacy=legacy)
     for text in SLOW_TEXTS:
         if legacy or not text.strip().startswith("<x>"):  # the display of a first space is not tested here
@@ -310,63 +270,15 @@ def test_without_tokenizer_json_white_space_is_taken_as_the_sentencepiece_tokeni
 
 def test_a_token_that_is_not_special_stays_in_the_answer(tokenizer_folder):
     texts = {"<tool>": False, "<secret>": True, "\u2581two\u2581words": False}
-    added = {str(PAD_ID + 1 + i): added_token(text) | {"special": s} for i, (text, s) in enumerate(texts.items())}
-    tokenizer = Tokenizer(tokenizer_folder(added_tokens_decoder=TOKENIZER_CONFIG["added_tokens_decoder"] | added))
+    decoder = with_tokens(*(added_token(text) | {"special": special} for text, special in texts.items()))
+    tokenizer = Tokenizer(tokenizer_folder(added_tokens_decoder=decoder))
     ids = [*tokenizer.encode("a"), PAD_ID + 1, PAD_ID + 2, PAD_ID + 3, PAD_ID]
     assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == "a<tool> two words"
 
 
-@pytest.mark.parametrize(
-    ("decoder", "word"),
-    [
-        ({PAD_ID + 2: "<x>"}, "instead of"),  # a hole: a tokenizer.json counts without it
-        ({300: "<x>"}, "instead of"),  # the id of a piece
-        ({PAD_ID + 1: "<image>"}, "the ids"),  # one text, two ids
-    ],
-)
-def test_ids_that_transformers_would_not_give_are_refused(tokenizer_folder, decoder, word):
-    added = TOKENIZER_CONFIG["added_tokens_decoder"] | {str(i): added_token(text) for i, text in decoder.items()}
-    folder = tokenizer_folder(added_tokens_decoder=added)
-    if PAD_ID + 2 in decoder:
-        assert Tokenizer(folder).encode("<x>", bos=False) == [PAD_ID + 2]  # like the sentencepiece tokenizer
-    write_json(folder / "tokenizer.json", {"added_tokens": [{"id": IMAGE_ID, "content": "<image>", "special": True}]})
-    assert word in refusal(Tokenizer, folder)
-
-
-def test_files_that_give_a_token_two_ids_are_refused(tokenizer_folder):
-    folder = tokenizer_folder()
-    write_json(folder / "tokenizer.json", {"added_tokens": [{"id": PAD_ID, "content": "<image>", "special": True}]})
-    message = refusal(Tokenizer, folder)
-    assert "'<image>'" in message and str(PAD_ID) in message and str(IMAGE_ID) in message
-
-
-def test_a_tokenizer_json_of_other_pieces_is_refused(with_json, tmp_path):
-    shutil.copytree(with_json[0], tmp_path, dirs_exist_ok=True)
-    fast = json.loads((tmp_path / "tokenizer.json").read_text())
-    pieces = fast["model"]["vocab"]
-    a, b = list(pieces)[300:302]
-    pieces[a], pieces[b] = pieces[b], pieces[a]
-    write_json(tmp_path / "tokenizer.json", fast)
-    assert "different pieces" in refusal(Tokenizer, tmp_path)
-
-
-STEPS_NOT_KNOWN = {
-    "Lowercase": {"normalizer": {"type": "Lowercase"}},
-    "NFKC": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}},
-    "ByteLevel": {"pre_tokenizer": {"type": "ByteLevel"}},
-    "Digits": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}},
-    "split": {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first", "split": True}},
-    "never": {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never", "split": False}},
-    "WordPiece": {"decoder": {"type": "WordPiece"}},
-    "start token": {"post_processor": {"type": "RobertaProcessing"}},
-}
-
-
-@pytest.mark.parametrize("word", STEPS_NOT_KNOWN)
-def test_steps_of_tokenizer_json_that_are_not_computed_are_refused(tokenizer_folder, word):
-    folder = tokenizer_folder()
-    write_json(folder / "tokenizer.json", STEPS_NOT_KNOWN[word])
-    assert word in refusal(Tokenizer, folder)
+def test_without_tokenizer_json_an_id_may_leave_a_hole(tokenizer_folder):
+    folder = tokenizer_folder(added_tokens_decoder=HOLE)
+    assert Tokenizer(folder).encode("<x>", bos=False) == [PAD_ID + 2]  # like the sentencepiece tokenizer
 
 
 def template_processing(*single):
@@ -375,15 +287,47 @@ def template_processing(*single):
     return {"type": "TemplateProcessing", "single": steps, "special_tokens": ids}
 
 
+def image_as(i):
+    return {"added_tokens": [{"id": i, "content": "<image>", "special": True}]}
+
+
+HOLE = with_tokens() | {str(PAD_ID + 2): added_token("<x>")}
+MIXED = {  # a word of the error: tokenizer.json, settings of tokenizer_config.json
+    "Lowercase": ({"normalizer": {"type": "Lowercase"}}, {}),
+    "NFKC": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}}, {}),
+    "ByteLevel": ({"pre_tokenizer": {"type": "ByteLevel"}}, {}),
+    "Digits": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}}, {}),
+    "split True": ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first", "split": True}}, {}),
+    "'never'": ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never", "split": False}}, {}),
+    "WordPiece": ({"decoder": {"type": "WordPiece"}}, {}),
+    "a start token": ({"post_processor": {"type": "RobertaProcessing"}}, {}),
+    "than a start token": ({"post_processor": template_processing("<s>", "A", "<pad>")}, {}),
+    "add_eos_token": ({}, {"add_eos_token": True}),
+    f"{PAD_ID + 2} instead of {PAD_ID + 1}": (image_as(IMAGE_ID), {"added_tokens_decoder": HOLE}),
+    "300 instead of": (image_as(IMAGE_ID), {"added_tokens_decoder": with_tokens() | {"300": added_token("<x>")}}),
+    f"'<image>' the ids {IMAGE_ID} and {PAD_ID + 1}": (
+        {},
+        {"added_tokens_decoder": with_tokens(added_token("<image>"))},
+    ),
+    f"'<image>' the ids {IMAGE_ID} and {PAD_ID}": (image_as(PAD_ID), {}),
+    "different pieces": ({"model": {"vocab": {"<unk>": 0, "<s>": 2, "</s>": 1}}}, {}),
+}
+
+
+@pytest.mark.parametrize("word", MIXED)
+def test_files_that_disagree_or_are_not_computed_are_refused(tokenizer_folder, word):
+    fast, config = MIXED[word]
+    folder = tokenizer_folder(**config)
+    write_json(folder / "tokenizer.json", fast)
+    assert word in refusal(Tokenizer, folder)
+
+
 def test_what_tokenizer_json_puts_around_a_prompt_goes_before_the_flag(tokenizer_folder):
     folder = tokenizer_folder(add_bos_token=False)
-    for single, first in ((("<s>", "A"), 1), (("<pad>", "A"), PAD_ID), (("A",), None)):
+    for single, first in ((("<s>", "A"), [1]), (("<pad>", "A"), [PAD_ID]), (("A",), [])):
         write_json(folder / "tokenizer.json", {"post_processor": template_processing(*single)})
         tokenizer = Tokenizer(folder)
-        assert tokenizer.encode("a") == [*([] if first is None else [first]), *tokenizer.encode("a", bos=False)]
-    write_json(folder / "tokenizer.json", {"post_processor": template_processing("<s>", "A", "<pad>")})
-    assert "start token" in refusal(Tokenizer, folder)
-    assert "add_eos_token" in refusal(Tokenizer, tokenizer_folder(add_eos_token=True))
+        assert tokenizer.encode("a") == first + tokenizer.encode("a", bos=False)
 
 
 def test_bos_and_eos_are_the_tokens_of_these_names(tokenizer_folder):
@@ -404,19 +348,6 @@ def test_a_folder_without_a_sentencepiece_model_is_refused(tiny_tokenizer_dir, t
 
 
 # ---------------------------------------------------------------- decoding
-
-
-@pytest.mark.parametrize("text", PLAIN)
-def test_decoding_gives_the_text_back(without_json, text):
-    tokenizer = Tokenizer(without_json[0])
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_decoding_is_that_of_llama_tokenizer(with_json, text):
-    folder, oracle = with_json
-    ids = oracle.encode(text)
-    assert Tokenizer(folder).decode(ids) == oracle.decode(ids, skip_special_tokens=True)
 
 
 def plain_decode(sp, ids):
@@ -467,40 +398,31 @@ def test_text_is_shown_as_soon_as_it_is_certain(tiny_tokenizer_dir):
     assert "".join(streamed(tokenizer, [byte[0xFF], byte[0x41]])) == "\ufffdA"
 
 
-@pytest.mark.parametrize("start", ["\n", "😀", "日"])
-def test_a_space_behind_a_first_character_made_of_bytes_is_kept(tiny_tokenizer_dir, start):
-    tokenizer = Tokenizer(tiny_tokenizer_dir)
-    byte_ids = [tokenizer.sp.piece_to_id(f"<0x{value:02X}>") for value in start.encode()]
-    assert tokenizer.decode([*byte_ids, *tokenizer.sp.encode("what")]) == start + " what"
-
-
 # ---------------------------------------------------------------- templates
 
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+CHAT = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
 )
-LLAVA_V1 = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
-)
+VICUNA, LLAVA_V1 = CHAT.format("user"), CHAT.format("human")
 
 
 @pytest.mark.parametrize(
-    "template, want",
+    "template, system, want",
     [
-        ("llava", "USER: <image>\nWhy? ASSISTANT:"),
-        ("vicuna", VICUNA + "USER: <image>\nWhy? ASSISTANT:"),
-        ("llava_v1", LLAVA_V1 + "USER: <image>\nWhy? ASSISTANT:"),
-        ("raw", "<image>\nWhy?"),
+        ("llava", None, "USER: <image>\nWhy? ASSISTANT:"),
+        ("llava", "Be brief.", "Be brief. USER: <image>\nWhy? ASSISTANT:"),
+        ("vicuna", None, VICUNA + "USER: <image>\nWhy? ASSISTANT:"),
+        ("vicuna", "Be brief.", "Be brief. USER: <image>\nWhy? ASSISTANT:"),
+        ("vicuna", "", "USER: <image>\nWhy? ASSISTANT:"),
+        ("llava_v1", None, LLAVA_V1 + "USER: <image>\nWhy? ASSISTANT:"),
+        ("mistral", None, "[INST] <image>\nWhy? [/INST]"),
+        ("mistral", "Be brief.", "[INST] Be brief. <image>\nWhy? [/INST]"),
+        ("raw", None, "<image>\nWhy?"),
     ],
 )
-def test_each_template_is_this_string(template, want):
-    assert build_prompt("Why?", 1, template) == want
-
-
-def test_there_are_five_templates():
-    assert set(TEMPLATES) == {"llava", "vicuna", "llava_v1", "mistral", "raw"} and "raw" not in SYSTEM_TEXT
+def test_each_template_is_this_string(template, system, want):
+    assert build_prompt("Why?", 1, template, system) == want
 
 
 @pytest.mark.parametrize(
@@ -525,20 +447,13 @@ def test_a_count_that_does_not_match_is_refused_with_both_numbers(question, imag
         assert f"has {question.count('<image>')} <image>, and the number of pictures is {images};" in message
 
 
-def test_a_system_text_replaces_the_templates_own():
-    assert build_prompt("Why?", 0, "vicuna", system="Be brief.") == "Be brief. USER: Why? ASSISTANT:"
-    assert build_prompt("Why?", 0, "llava", system="Be brief.") == "Be brief. USER: Why? ASSISTANT:"
-    assert build_prompt("Why?", 0, "vicuna", system="") == "USER: Why? ASSISTANT:"
-
-
-DEMO_TEMPLATE = (Path(__file__).parents[1] / "assets/demo/chat_template.jinja").read_text()
 CHAT_TEMPLATES = {  # published text: the template family that renders the same prompt
     "llava": (chat_templates.LLAVA, "llava"),
     "llava, unmarked": (chat_templates.LLAVA_UNMARKED, "llava"),
     "mistral": (chat_templates.MISTRAL, "mistral"),
     "mistral, old": (chat_templates.MISTRAL_OLD, "mistral"),
     "instruct": (chat_templates.INSTRUCT, "mistral"),
-    "demo": (DEMO_TEMPLATE, "llava"),
+    "demo": ((DEMO / "chat_template.jinja").read_text(), "llava"),
 }
 
 
@@ -617,26 +532,6 @@ def put_template(folder, place, text):
         write_json(folder / place, old | {"chat_template": text})
 
 
-@pytest.mark.parametrize("first", range(4))
-def test_of_several_chat_templates_the_one_of_transformers_counts(demo_files, first):
-    """In the order of PLACES; the last is that of a bare tokenizer, which transformers' processor does not read."""
-    for place in PLACES[first:]:
-        put_template(demo_files, place, chat_templates.MISTRAL if place == PLACES[first] else chat_templates.LLAVA)
-    assert find_template(demo_files, LLAVA)[0] == "mistral"
-    if first < 3:
-        transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
-        assert transformers.AutoProcessor.from_pretrained(demo_files).chat_template == chat_templates.MISTRAL
-
-
-@pytest.fixture
-def demo_files(tmp_path):
-    """The demo's small files without a chat template."""
-    for file in (Path(__file__).parents[1] / "assets/demo").iterdir():
-        if file.suffix in (".json", ".model"):
-            shutil.copy(file, tmp_path)
-    return tmp_path
-
-
 LLAVA = LlavaConfig()
 NEXT = {
     kind: parse_config({"model_type": "llava_next", "text_config": {"model_type": kind}})
@@ -644,12 +539,20 @@ NEXT = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_the_family_is_recognised_wherever_the_chat_template_lies(tmp_path, name, place):
-    text, family = CHAT_TEMPLATES[name]
-    put_template(tmp_path, place, text)
-    assert find_template(tmp_path, LLAVA) == (family, "from the chat template")
+@pytest.mark.parametrize("first", range(4))
+def test_of_several_chat_templates_the_one_of_transformers_counts(tmp_path, first):
+    """In the order of PLACES; the last is that of a bare tokenizer, which transformers' processor does not read."""
+    for file in DEMO.iterdir():
+        if file.suffix in (".json", ".model"):
+            shutil.copy(file, tmp_path)
+    put_template(tmp_path, PLACES[first], chat_templates.MISTRAL)
+    assert find_template(tmp_path, LLAVA) == ("mistral", "from the chat template")
+    for place in PLACES[first + 1 :]:
+        put_template(tmp_path, place, chat_templates.LLAVA)
+    assert find_template(tmp_path, LLAVA)[0] == "mistral"
+    if first < 3:
+        transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+        assert transformers.AutoProcessor.from_pretrained(tmp_path).chat_template == chat_templates.MISTRAL
 
 
 def test_of_several_named_chat_templates_the_default_counts(tmp_path):
@@ -668,11 +571,6 @@ def test_no_or_an_unknown_chat_template_means_that_of_the_family_and_is_said(tmp
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>user {{ messages[0].content }}")
     unknown = find_template(tmp_path, config)
     assert nothing[0] == unknown[0] == family and "no chat template" in nothing[1] and "not recognised" in unknown[1]
-
-
-def test_the_mistral_template_is_the_published_one():
-    assert build_prompt("Why?", 1, "mistral") == "[INST] <image>\nWhy? [/INST]"
-    assert build_prompt("Why <image>?", 1, "mistral", system="Be brief.") == "[INST] Be brief. Why <image>? [/INST]"
 
 
 def test_a_chat_template_is_never_run(tmp_path):

@@ -78,7 +78,7 @@ def ints(*numbers):
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def decoded(rows, lengths, planned, q, k, v, start, length, cap, backend):
+def decoded(planned, q, k, v, start, length, cap, backend):
     plan = decode_plan(start, cap) if planned else None
     return ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend=backend)
 
@@ -93,10 +93,9 @@ def some_call(name):
     k, v = (torch.randn(int(cap.sum()), d) for _ in "kv")
     for a, n in zip(tables["start"].tolist(), of, strict=True):
         k[a + n : a + n + 2] = v[a + n : a + n + 2] = float("nan")
-    rows = 3 if name.startswith("turn") else None
-    q = torch.randn(*((2,) if rows is None else (2, rows)), hkv * group, d)
-    if name.startswith(("decode", "turn")):
-        return functools.partial(decoded, rows, of, "plan" in name), {"q": q, "k": k, "v": v} | tables
+    q = torch.randn(*((2, 3) if name.startswith("turn ") else (2,)), hkv * group, d)
+    if name.startswith(("decode", "turn ")):
+        return functools.partial(decoded, "plan" in name), {"q": q, "k": k, "v": v} | tables
     if name.startswith("append"):
         new = {n: torch.randn(2, hkv, d) for n in ("k_new", "v_new")}
         rope = {n: torch.randn(2, 1, d) for n in ("cos", "sin")} if "rope" in name else {}
@@ -109,6 +108,15 @@ def some_call(name):
         keep[:, 1 : 4 if "equal" in name else 2] = "all" in name
         keep[0, 9] = "equal" in name or "all" in name
         return packed, {"k": torch.randn(2, 11, d), "v": torch.randn(2, 11, d), "keep": keep}
+    if name == "merge":
+        parts = {"out_a": torch.randn(2, 4, 16), "lse_a": torch.randn(2, 4)}
+        return merged, parts | {"out_b": torch.randn(2, 4, 16), "lse_b": torch.randn(2, 4)}
+    if name == "turned":
+        return rotated, {"x": torch.randn(2, 4, 16), "cos": torch.randn(2, 1, 16), "sin": torch.randn(2, 1, 16)}
+    if name == "rectangle":
+        arenas = torch.randn(2, 4, 6, 8)
+        q, k_new, v_new = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8)
+        return functools.partial(stepped, arenas), {"q": q, "k_new": k_new, "v_new": v_new}
     raise KeyError(name)
 
 
@@ -124,6 +132,18 @@ def scored(group, q, k, q_pos, backend):
     return [window_scores(q, k, q_pos=q_pos, group=group, backend=backend)]
 
 
+def merged(out_a, lse_a, out_b, lse_b, backend):
+    return merge_states(out_a, lse_a, out_b, lse_b)
+
+
+def rotated(x, cos, sin, backend):
+    return [turned(x, (cos, sin))]
+
+
+def stepped(arenas, q, k_new, v_new, backend):
+    return [rectangle_step(q, k_new, v_new, second(arenas[0]), shifted(arenas[1], 5), ints(3, 6, 1, 5))]
+
+
 def packed(k, v, keep, backend):
     """Contents of the occupied slots, and their places."""
     k_arena, v_arena, start, length, pos = ragged_pack(k, v, keep, slack=2, backend=backend)
@@ -135,6 +155,7 @@ CALLS = [
     "turn uneven", "append equal", "append uneven", "append rope uneven", "scores none", "scores mean", "scores max",
     "pack equal", "pack all", "pack uneven",
 ]  # fmt: skip
+PARTS = ["merge", "turned", "rectangle"]  # without a Triton kernel of their own
 
 
 def said(function, tensors, backend):
@@ -153,7 +174,7 @@ def around(view):
     return whole
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *PARTS])
 def test_a_view_is_its_values(backend, name):
     """One argument at a time; in the slow interpreter, all of them together."""
     function, tensors = some_call(name)
@@ -225,34 +246,6 @@ def test_a_new_token_may_lie_in_the_arena():
         new[which] = arenas[which][3:5].view(1, 2, 16)
         wanted = ragged_decode_append(q, *(t.clone() for t in new), k.clone(), v.clone(), *tables)
         torch.testing.assert_close(ragged_decode_append(q, *new, *arenas, *tables), wanted)
-
-
-def test_merged_and_turned_views():
-    parts = [torch.randn(2, 4, 16), torch.randn(2, 4), torch.randn(2, 4, 16), torch.randn(2, 4)]
-    wanted = merge_states(*parts)
-    for i, part in enumerate(parts):
-        for kind, view in views(part).items():
-            given = [*parts[:i], view, *parts[i + 1 :]]
-            try:
-                got = merge_states(*given)
-            except ValueError as refused:
-                assert ";" in str(refused) and kind not in DENSE
-                continue
-            torch.testing.assert_close(got, wanted, msg=f"{i}, {kind}")
-    x, rope = torch.randn(2, 4, 16), [torch.randn(2, 1, 16) for _ in "cs"]
-    for kind, view in views(x).items():
-        assert torch.equal(turned(view, rope), turned(x, rope)), kind
-    for kind in views(rope[0]):
-        assert torch.equal(turned(x, [views(t)[kind] for t in rope]), turned(x, rope)), kind
-
-
-def test_a_rectangles_step_takes_q_as_it_lies():
-    q, k_new, v_new = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8)
-    k, v, length = torch.randn(4, 6, 8), torch.randn(4, 6, 8), ints(3, 6, 1, 5)
-    wanted = rectangle_step(q, k_new, v_new, k.clone(), v.clone(), length)
-    for kind, view in views(q).items():
-        got = rectangle_step(view, views(k_new)[kind], views(v_new)[kind], second(k), shifted(v, 5), length)
-        torch.testing.assert_close(got, wanted, msg=kind)
 
 
 def test_a_cache_takes_keys_as_a_product_leaves_them(backend):

@@ -1,9 +1,9 @@
 """The pruning methods, and how to name one.
 
 A method is one small file here and one row of METHODS: a function keep(view, *, SETTING=DEFAULT, ...), or a frozen
-dataclass whose fields are its settings (`__post_init__` may raise a ValueError). Its docstring begins with one
-sentence and has a line `name: meaning (range)` for each setting that is not in COMMON; `run.py --list-methods` prints
-them. A class has one or both of these stages, and a function is the first:
+dataclass whose fields are its settings (`__post_init__` may raise a ValueError). A value has the type of its default.
+The docstring begins with one sentence and has a line `name: meaning (range)` for each setting that is not in COMMON;
+`run.py --list-methods` prints them. A class has one or both of these stages, and a function is the first:
 
     keep(view)     after a layer's attention: whose K and V each KV head keeps, (Hkv, T) bool, or None for all. Hidden
                    states do not change
@@ -30,7 +30,7 @@ from typing import Protocol
 
 import torch
 
-from .budget import GROUPS, QUERIES, SCOPES, best, by_kv_head
+from .budget import best, by_kv_head
 from .fastv import FastV
 from .grid import grid_tokens
 from .objects import Objects
@@ -58,16 +58,17 @@ ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
 AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
-SILENCED = {  # setting -> settings that it makes ineffective
+SILENCED = {  # setting -> settings that have no effect beside it
     "retention": ("keep_tokens", "r", "mass", "rates"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates"),
     "mass": ("rates",),
+    "query": ("window",),  # but not beside query=last
 }
 
 GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method, with their defaults
 
 
-def _among(names):
+def _among(*names):
     return " or ".join(names), lambda v: v in names
 
 
@@ -77,16 +78,17 @@ FRACTION = "a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v 
 SOME = "a number above 0 and up to 1", lambda v: FRACTION[1](v) and v > 0
 ONE = "a whole number of 1 or more", lambda v: COUNT[1](v) and v > 0
 SWITCH = "true or false", lambda v: type(v) is bool
+KINDS = {int: "a whole number", float: "a number", bool: SWITCH[0], str: "text"}  # for settings that are not in COMMON
 
 # Settings with the same meaning in every method that has them: meaning, values
 COMMON = {
     "retention": ("fraction of the vision tokens to keep", *SOME),
     "keep_tokens": ("tokens that each head keeps of each picture; replaces retention", *ONE),
     "window": ("last prompt rows whose mean attention ranks the tokens", *ONE),
-    "query": ("rank by the attention of the last prompt rows or of look-ahead rows", *_among(QUERIES)),
+    "query": ("rank by the attention of the last prompt rows or of look-ahead rows", *_among("last", "lookahead")),
     "values": ("rank by attention times the L1 norm of the token's value vector, as in 2406.12335", *SWITCH),
-    "group": ("how query heads that share a KV head are combined", *_among(GROUPS)),
-    "scope": ("one budget for each picture, or one for all pictures together", *_among(SCOPES)),
+    "group": ("how query heads that share a KV head are combined", *_among("mean", "max")),
+    "scope": ("one budget for each picture, or one for all pictures together", *_among("image", "vision")),
     "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
     "sink": ("first tokens of the prompt that no head may drop", *COUNT),
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
@@ -113,14 +115,19 @@ class Method:
     settings: dict
 
     @property
-    def spec(self):
-        """SPEC with every setting that has an effect; `--prune` with it selects this method, for any checkpoint."""
+    def effective(self):
+        """The settings that have an effect."""
         given = {k: v for k, v in self.settings.items() if v is not None and (k not in GUARDS or v)}
         if "keep_tokens" in given:
             given.pop("retention", None)  # the default, which keep_tokens replaces
-        silent = {b for a, b in _silenced(self.name, given)} | ({"window"} if self.looks_ahead else set())
-        pairs = [f"{k}={v if type(v) is str else json.dumps(v)}" for k, v in given.items() if k not in silent]
-        return self.name + (":" if pairs else "") + ",".join(pairs)
+        silent = {b for _, b in _silenced(self.name, given)}
+        return {k: v for k, v in given.items() if k not in silent}
+
+    @property
+    def spec(self):
+        """SPEC with every setting that has an effect; `--prune` with it selects this method, for any checkpoint."""
+        pairs = ",".join(f"{k}={v if type(v) is str else json.dumps(v)}" for k, v in self.effective.items())
+        return self.name + (":" if pairs else "") + pairs
 
     @property
     def looks_ahead(self):
@@ -165,14 +172,11 @@ class Method:
         function = stages(self.rule).get(stage)
         try:
             keep = function and function(view)
-        except MemoryError:
-            raise
         except Exception as wrong:
-            if isinstance(wrong, ValueError) and self.name in METHODS:
+            if isinstance(wrong, MemoryError) or (isinstance(wrong, ValueError) and self.name in METHODS):
                 raise  # its message is one line
-            what, line = " ".join(str(wrong).split()), _line(function, wrong)
-            where = f" in line {line}" if line else ""
-            raise MethodError(f"{titled(self.name)}: {type(wrong).__name__}{where}: {what}") from wrong
+            what = f"{type(wrong).__name__}{_line(function, wrong)}: {' '.join(str(wrong).split())}"
+            raise MethodError(f"{titled(self.name)}: {what}") from wrong
         if keep is None:
             return None
         if not isinstance(keep, torch.Tensor) or keep.shape != shape or keep.dtype != torch.bool:
@@ -183,11 +187,9 @@ class Method:
     def _guarded(self, view, dims):
         """(T,) or (Hkv, T) bool: tokens that a stage may not drop: text, and those that the settings GUARDS protect."""
         sink, recent, keys = (self.settings.get(name, 0) for name in GUARDS)
-        mask = view.text
-        if sink or recent:
-            mask = mask.clone()
-            mask[:sink] = True
-            mask[max(0, view.tokens - recent) :] = True
+        mask = view.text.clone()
+        mask[:sink] = True
+        mask[max(0, view.tokens - recent) :] = True
         if not keys:
             return mask
         # such keys absorb attention of heads that need no token; without them it would go to other tokens
@@ -200,17 +202,12 @@ def titled(name):
     return "the method" if name == "<lambda>" else f"method {name}"
 
 
-def _bare(rule):
-    """The function of a `functools.partial`, or the rule itself."""
-    return rule.func if isinstance(rule, partial) else rule
-
-
 def _line(function, wrong):
-    """Number of the last line of a function's file that an exception passed through, or None."""
-    code = getattr(inspect.unwrap(_bare(function)), "__code__", None)
+    """ " in line N": the last line of a function's file that an exception passed through; "" if there is none."""
+    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
     steps = traceback.walk_tb(wrong.__traceback__)
     lines = [line for frame, line in steps if code and frame.f_code.co_filename == code.co_filename]
-    return lines[-1] if lines else None
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
@@ -223,45 +220,46 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     ValueError for invalid input, including a setting that is given twice or together with one that makes it
     ineffective.
     """
-    name, function, pairs = named(spec)
+    name, rule, given = named(spec)
     if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
-    function, given = (function.func, dict(function.keywords)) if isinstance(function, partial) else (function, {})
-    for text in (*pairs, *(() if isinstance(settings, dict) else settings)):
-        _add(given, _read(text[1:]) if text.startswith("@") else dict([_pair(text)]))
-    if isinstance(settings, dict):
-        _add(given, settings)
+    for more in [settings] if isinstance(settings, dict) else map(_parsed, settings):
+        _add(given, more)
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
-    made = not (function is None or _takes_settings(function))  # a Method, or an instance of a class
-    if given and spec is None:
-        raise ValueError(f'{", ".join(given)} was given, but prune is missing; give a method, such as prune="plphp"')
-    if given and (made or function is None):
-        why = "already has its settings; give its name or class" if made else "takes no settings; give a method by name"
-        raise ValueError(f"{', '.join(given)} was given, but method {name} {why}")
-    if function is None or isinstance(function, Method):
-        return function
-    if made:
-        fields = settings_of(type(function))
-        settings = GUARDS | {key: getattr(function, key) for key in fields if hasattr(function, key)}
-        _check_common(name, settings)
-        _check_stages(name, function)
-        return Method(name, function, settings)
-    _check_budget(name, given)
-    file = calibrated(folder, name)
-    given = _instead(_read(file) if file else {}, given)
-    settings = _complete(name, function, given)
-    own = {k: v for k, v in settings.items() if k not in GUARDS or k in settings_of(function)}
-    try:
-        rule = function(**own) if isinstance(function, type) else partial(function, **own)
-    except ValueError as wrong:
-        raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
+    if _takes_settings(rule):
+        rule, settings = _with_settings(name, rule, given, folder)
+    elif given:
+        why = f"method {name} already has its settings; give its name or class"
+        if spec is None:
+            why = 'prune is missing; give a method, such as prune="plphp"'
+        elif rule is None:
+            why = f"method {name} takes no settings; give a method by name"
+        raise ValueError(f"{', '.join(given)} was given, but {why}")
+    elif rule is None or isinstance(rule, Method):
+        return rule
+    else:  # an instance of a class
+        own = {key: getattr(rule, key) for key in settings_of(type(rule)) if hasattr(rule, key)}
+        settings = GUARDS | {key: _checked(name, key, value, value) for key, value in own.items()}
     _check_stages(name, rule)
     return Method(name, rule, settings)
 
 
+def _with_settings(name, rule, given, folder):
+    """(a class or function with its settings, all settings): those given, then a checkpoint's own, then defaults."""
+    for a, b in _silenced(name, given):
+        raise ValueError(f"{a} and {b} are both given, but {b} has no effect with {a}={given[a]}; give one of them")
+    file = calibrated(folder, name)
+    settings = _complete(name, rule, _instead(_read(file) if file else {}, given))
+    own = {key: settings[key] for key in settings_of(rule)}
+    try:
+        return (rule(**own) if isinstance(rule, type) else partial(rule, **own)), settings
+    except ValueError as wrong:
+        raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
+
+
 def stages(rule):
     """{"keep" or "narrow": function of a view} of what a rule implements; a function is the stage keep."""
-    if inspect.isroutine(_bare(rule)):
+    if isinstance(rule, partial) or inspect.isroutine(rule):
         return {"keep": rule}
     return {name: getattr(rule, name) for name in ("keep", "narrow") if callable(getattr(rule, name, None))}
 
@@ -269,22 +267,18 @@ def stages(rule):
 def _check_stages(name, rule):
     """ValueError if a rule implements no stage, or one that cannot be called with a view."""
     if not stages(rule):
-        raise ValueError(
-            f"{titled(name)} has neither keep(self, view) nor narrow(self, view); see model/pruning/README.md"
-        )
+        raise ValueError(f"{titled(name)} has no keep(self, view) or narrow(self, view); see model/pruning/README.md")
     for stage, function in stages(rule).items():
         try:
             inspect.signature(function).bind(None)
         except TypeError:
-            taken = str(inspect.signature(function))[:80]
-            raise ValueError(
-                f"{stage} of {titled(name)} is {stage}{taken}; it must take one argument, the view"
-            ) from None
+            taken = f"{stage}{str(inspect.signature(function))[:80]}"
+            raise ValueError(f"{titled(name)} has {taken}; it must take one argument, the view") from None
 
 
-def _takes_settings(spec):
+def _takes_settings(rule):
     """True for a function or a class, which settings turn into a rule."""
-    return inspect.isfunction(spec) or isinstance(spec, type)
+    return inspect.isfunction(rule) or isinstance(rule, type)
 
 
 def calibrated(folder, name):
@@ -300,23 +294,29 @@ def calibrated(folder, name):
 
 
 def named(spec):
-    """spec -> (method name; its function or class, or the Method, or None; ["key=value", ...]). Raises ValueError."""
+    """spec -> (name, method, settings given in it). The method is a function or class, an instance, a Method or None.
+
+    ValueError as in `make_method`.
+    """
     if spec is None:
-        return "none", None, []
+        return "none", None, {}
     if isinstance(spec, Method):
-        return spec.name, spec, []
-    if not isinstance(spec, str):
-        rule = spec.func if isinstance(spec, partial) else spec
+        return spec.name, spec, {}
+    name, rule, texts = None, spec, []
+    if isinstance(spec, str):
+        name, texts = _split(spec)
+        name = ALIASES.get(name, name)
+        rule = _find(name)
+    rule, given = (rule.func, dict(rule.keywords)) if isinstance(rule, partial) else (rule, {})
+    for text in texts:
+        _add(given, _parsed(text))
+    if name is None:
         kind = rule if _takes_settings(rule) else type(rule)
         if kind.__module__ == "builtins" or not (kind is rule or stages(rule)):
             found = type(spec).__name__
             raise ValueError(f"a {found} is no pruning method; give a name, SPEC, function, class, instance or Method")
-        return next((name for name, known in METHODS.items() if known is kind), kind.__name__), spec, []
-    name, pairs = _split(spec)
-    name = ALIASES.get(name, name)
-    if "+" in name and "::" not in name:
-        raise ValueError(f"{name!r} combines methods, which is not supported; give one")
-    return name, _find(name), pairs
+        name = next((known for known, method in METHODS.items() if method is kind), kind.__name__)
+    return name, rule, given
 
 
 def _add(given, more):
@@ -327,45 +327,25 @@ def _add(given, more):
         given[key] = value
 
 
-def _check_budget(name, values):
-    """ValueError if a given setting makes another given one ineffective."""
-    for a, b in _silenced(name, values):
-        raise ValueError(f"{a} and {b} are both given, but {b} has no effect with {a}; give one of them")
-    if values.get("query") == "lookahead" and values.get("window") is not None:
-        raise ValueError("window counts the prompt's rows, but query is lookahead; give one of them")
-
-
 def _silenced(name, values):
     """Pairs (a, b) of given settings where a makes b ineffective."""
-    given = {key for key, value in values.items() if value is not None}
-    pairs = [(a, b) for a, silent in SILENCED.items() for b in silent if name in METHODS or b == "keep_tokens"]
+    given = {key for key, value in values.items() if value is not None and value != "last"}
+    pairs = [(a, b) for a, silent in SILENCED.items() for b in silent if name in METHODS or b in COMMON]
     return [(a, b) for a, b in pairs if a in given and b in given]
 
 
 def _instead(own, given):
     """A checkpoint's own settings, overridden by given ones; a given budget or window also removes conflicting ones."""
-    budgets = [key for key in AMOUNTS if given.get(key) is not None]
-    if "window" in given:  # then tokens are ranked by the prompt's rows instead of the look-ahead rows
-        own = {key: value for key, value in own.items() if key != "query"}
-    return {key: value for key, value in own.items() if key not in AMOUNTS or key == "r" or not budgets} | given
+    replaced = {"query"} if "window" in given else set()  # a window is of the prompt's rows, not of look-ahead rows
+    if any(given.get(key) is not None for key in AMOUNTS):
+        replaced |= {*AMOUNTS} - {"r"}
+    return {key: value for key, value in own.items() if key not in replaced} | given
 
 
 def sets_budget(spec):
     """True if a SPEC sets its own budget, or if its method has no setting `retention`."""
-    _, function, pairs = named(spec)
-    return function is None or "retention" not in settings_of(function) or any(_pair(p)[0] in AMOUNTS for p in pairs)
-
-
-def amounts(method):
-    """The settings by which a Method determines how much is kept: ["retention=0.5"]."""
-    return [pair for pair in _split(method.spec)[1] if _pair(pair)[0] in AMOUNTS]
-
-
-def without_amounts(method):
-    """The SPEC of a Method without the settings that determine how much is kept."""
-    name, pairs = _split(method.spec)
-    rest = [pair for pair in pairs if _pair(pair)[0] not in AMOUNTS]
-    return name + (":" if rest else "") + ",".join(rest)
+    _, rule, given = named(spec)
+    return rule is None or "retention" not in settings_of(rule) or not given.keys().isdisjoint(AMOUNTS)
 
 
 def _split(spec):
@@ -382,15 +362,17 @@ def _split(spec):
     return file + twice + method, pairs if colon else []
 
 
-def _pair(text):
-    """ "key=value" -> (key, value). The value is parsed as JSON; if that fails, it remains a string."""
+def _parsed(text):
+    """ "key=value" or "@FILE.json" -> {key: value}. A value is parsed as JSON; if that fails, it remains a string."""
+    if text.startswith("@"):
+        return _read(text[1:])
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise ValueError(f"setting {text!r} is not KEY=VALUE; give for example retention=0.5")
     try:
-        return key, json.loads(value)
+        return {key: json.loads(value)}
     except ValueError:
-        return key, value
+        return {key: value}
 
 
 def _read(path):
@@ -404,36 +386,32 @@ def _read(path):
 
 
 def _find(name):
-    """The function or class that a NAME or FILE.py::NAME refers to, None for "none". Raises ValueError."""
-    if "::" not in name:
-        if name.endswith(".py"):
-            own = ", ".join(_own_names(_import(name))) or "no function"
-            raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
-        if name not in METHODS:
-            first, *more = name.split() or [""]
-            if more and first in METHODS:
-                raise ValueError(f"{name[:80]!r} has spaces; settings follow a colon, as in {first}:retention=0.5")
-            near = _near(name, METHODS)
-            raise ValueError(f"there is no method {name[:80]!r}; {near}use {', '.join(METHODS)} or FILE.py::NAME")
+    """What a NAME or FILE.py::NAME refers to: a function, class or instance; None for "none". Raises ValueError."""
+    path, twice, attribute = name.rpartition("::")
+    if name in METHODS:
         return METHODS[name]
-    path, _, attribute = name.rpartition("::")
+    if not twice and name.endswith(".py"):
+        own = ", ".join(_own_names(_import(name))) or "none"
+        raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
+    if not twice and "+" in name:
+        raise ValueError(f"{name!r} combines methods, which is not supported; give one")
+    if not twice:
+        near = _near(name.split(" ")[0], METHODS)  # in "topk 0.3" the colon is missing
+        raise ValueError(f"there is no method {name[:80]!r}; {near}use {', '.join(METHODS)} or FILE.py::NAME")
     module = _import(path)
-    function = getattr(module, attribute, None)
-    if not callable(function) and not stages(function):
+    rule = getattr(module, attribute, None)
+    if not callable(rule) and not stages(rule):
         own = _own_names(module)
-        raise ValueError(
-            f"{path} has no function {attribute!r}; {_near(attribute, own)}it has {', '.join(own) or 'none'}"
-        )
-    return function
+        near = _near(attribute, own)
+        raise ValueError(f"{path} has no function {attribute!r}; {near}it has {', '.join(own) or 'none'}")
+    return rule
 
 
 def _import(path):
     """The module of a user's file, which may import modules beside it. ValueError if that fails."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path!r}; give FILE.py::NAME")
     found = importlib.util.spec_from_file_location("pruning_method", path)
-    if found is None:
-        raise ValueError(f"{path!r} is not a Python file; give FILE.py::NAME")
+    if found is None or not Path(path).is_file():
+        raise ValueError(f"there is no Python file {path!r}; give FILE.py::NAME")
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses look up postponed annotations there
     beside = [folder for folder in [str(Path(path).resolve().parent)] if folder not in sys.path]
@@ -462,56 +440,51 @@ def _near(name, known):
     return f"did you mean {written[near[0]]}? " if near else ""
 
 
-def settings_of(function):
-    """{setting: default} of a method's function or class, without GUARDS. ValueError if its settings are not clear."""
-    by_name, places = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = list(inspect.signature(function).parameters.values())
-    title = getattr(function, "__name__", "the method")
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        raise ValueError(f"{title} takes settings of any name; name each, such as *, window=1")
-    if isinstance(function, type):
-        return {p.name: p.default for p in parameters if p.kind in (by_name, places)}  # every field of a dataclass
-    taken = [p.name for p in parameters if p.kind is places]
-    if len(taken) > 1:
-        raise ValueError(
-            f"{title} takes {', '.join(taken)}, but a method is called with one argument, the view; "
-            f"put *, before {taken[1]} if the others are settings, else get their values from the view"
-        )
-    return {p.name: p.default for p in parameters if p.kind is by_name}
+def settings_of(rule):
+    """{setting: default} of a method's function or class, without GUARDS.
 
-
-def _complete(name, function, given):
-    """All settings of a method: the given ones, and defaults for the others."""
-    defaults = GUARDS | settings_of(function)
-    unknown = [key for key in given if key not in defaults]
-    if unknown:
-        near = _near(unknown[0], defaults)
-        raise ValueError(f"method {name} has no setting {unknown[0]!r}; {near}it has {', '.join(defaults)}")
-    missing = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in given]
-    if missing:
-        raise ValueError(f"method {name} needs {missing[0]}; give the setting {missing[0]}=VALUE")
-    settings = {}
-    for key, value in (defaults | given).items():
-        settings[key] = _like(name, key, value, defaults[key])
-    _check_common(name, settings)
+    ValueError unless a function takes a view and settings by name, and a class only settings.
+    """
+    parameters, is_class = inspect.signature(rule).parameters.values(), isinstance(rule, type)
+    by_name = {inspect.Parameter.KEYWORD_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if is_class else set())
+    settings = {p.name: p.default for p in parameters if p.kind in by_name}
+    if len(parameters) - len(settings) != (0 if is_class else 1):
+        wanted = "*, SETTING=DEFAULT, ..." if is_class else "view, *, SETTING=DEFAULT, ..."
+        raise ValueError(f"{rule.__name__} takes {', '.join(map(str, parameters))}; write {rule.__name__}({wanted})")
     return settings
 
 
-def _like(name, key, value, default):
-    """value in the type of the default, or ValueError if it has another type. A default of None accepts any type."""
-    if default is None or default is inspect.Parameter.empty or type(value) is type(default):
-        return value
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    wanted = COMMON[key][1] if key in COMMON else kinds.get(type(default), f"a {type(default).__name__}")
-    raise ValueError(f"{key} of method {name} is {value!r}; give {wanted}")
+def _complete(name, rule, given):
+    """All settings of a method: the given ones, and defaults for the others."""
+    defaults = GUARDS | settings_of(rule)
+    for key in given:
+        if key not in defaults:
+            near = _near(key, defaults)
+            raise ValueError(f"method {name} has no setting {key!r}; {near}it has {', '.join(defaults)}")
+    settings = defaults | given
+    for key, value in settings.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"method {name} needs {key}; give the setting {key}=VALUE")
+    return {key: _checked(name, key, value, defaults[key]) for key, value in settings.items()}
 
 
-def _check_common(name, settings):
-    """ValueError if a setting of COMMON has a value outside its range."""
-    for key, (_, values, fits) in COMMON.items():
-        unset = key not in settings or (settings[key] is None and key in AMOUNTS)
-        if not unset and not fits(settings[key]):
-            own = "" if name in METHODS else f" (or rename it: {', '.join(COMMON)} mean the same in every method)"
-            raise ValueError(f"{key} of method {name} is {settings[key]!r}; give {values}{own}")
+def _checked(name, key, value, default):
+    """value in the type of the default. ValueError if it has another type or is outside the range of COMMON.
+
+    A setting that has no default, or None, takes any type, unless it is in COMMON.
+    """
+    if type(default) is float and type(value) is int:
+        value = float(value)
+    if value is None and default is None:
+        return None
+    if key in COMMON:
+        _, wanted, fits = COMMON[key]
+        fine = fits(value)
+    else:
+        wanted = KINDS.get(type(default), f"a {type(default).__name__}")
+        fine = default is None or default is inspect.Parameter.empty or type(value) is type(default)
+    if not fine:
+        reserved = f" (or rename it: {', '.join(COMMON)} mean the same in every method)"
+        own = reserved if key in COMMON and name not in METHODS else ""
+        raise ValueError(f"{key} of method {name} is {value!r}; give {wanted}{own}")
+    return value

@@ -3,6 +3,7 @@
     by what      ranking    attention, combined for the query heads that share a KV head
     how many     budget     from a fraction or a number of tokens: 1 to n tokens of n; half is rounded up
                  by_head    a budget per head, from a table of fractions per layer, or per layer and head
+                 top        both in one: a function that picks the best of a part, within its budget
     which        best       each head keeps its own highest scores
                  pooled     the heads share one budget, with a minimum for each, so their lengths differ
                  mass       each head keeps the fewest tokens that hold a given share of its attention
@@ -16,10 +17,6 @@ differs, so that equal budgets mean equal bytes.
 import math
 
 import torch
-
-SCOPES = ("image", "vision")
-GROUPS = ("mean", "max")
-QUERIES = ("last", "lookahead")  # rank tokens by the attention of the prompt's last rows, or of the look-ahead rows
 
 # Steps along rows and columns: those of the R2 sequence, which spreads points evenly over a square. They are powers of
 # 1 / 1.3247..., where 1.3247... solves x**3 = x + 1. The shift from head to head is the golden ratio minus 1.
@@ -67,10 +64,15 @@ def pooled(scores, count, floor):
     return best(raised[None], count * len(scores)).view_as(safe)
 
 
-def check_floor(floor):
-    """ValueError unless floor is from 0 to 1."""
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor is {floor}; give a number from 0 to 1")
+def top(retention=1.0, keep_tokens=None, choose=best):
+    """-> function scores (H, n) -> bool (H, n): what choose(scores, count) picks, count being the `budget` of n."""
+    return lambda scores: choose(scores, budget(scores.shape[1], retention, keep_tokens))
+
+
+def check_fraction(name, value):
+    """ValueError unless a setting is a number from 0 to 1."""
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}; give a number from 0 to 1")
 
 
 def mass(scores, share):
@@ -115,18 +117,11 @@ def select(scores, view, choose, scope="image", cover=0.0):
     """
     keep = torch.ones(scores.shape, dtype=torch.bool, device=view.device)
     phase = grid_phase(view)[: len(scores)] if cover else None  # if H is 1, that of the first head
-    for columns in _columns(view, scope):
-        chosen = choose(scores[:, columns])
-        keep[:, columns] = covered(scores[:, columns], chosen, phase[:, columns], cover) if cover else chosen
+    parts = [~view.text] if scope == "vision" and view.spans else [slice(*span) for span in view.spans]
+    for part in parts:
+        chosen = choose(scores[:, part])
+        keep[:, part] = covered(scores[:, part], chosen, phase[:, part], cover) if cover else chosen
     return keep
-
-
-def _columns(view, scope):
-    """Indices into T for each call of choose: a slice per picture, or one tensor for all pictures."""
-    pictures = [slice(start, stop) for start, stop in view.spans]
-    if scope == "vision" and len(pictures) > 1:
-        return [torch.cat([torch.arange(s.start, s.stop) for s in pictures]).to(view.device)]
-    return pictures
 
 
 def ranking(view, rows=1, query="last", group="mean", values=False):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .budget import best, budget, select
+from .budget import select, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,4 @@ class FastV:
         if view.layer != self.layer - 1:
             return None
         mean = view.attention().mean(0, keepdim=True)  # (1, T)
-        return select(mean, view, lambda s: best(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope)[
-            0
-        ]
+        return select(mean, view, top(self.retention, self.keep_tokens), self.scope)[0]

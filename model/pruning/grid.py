@@ -1,6 +1,6 @@
 """Keep an even grid of each picture, whatever it shows: the baseline for methods that use attention or pixels."""
 
-from .budget import best, budget, grid_phase, select
+from .budget import grid_phase, select, top
 
 
 def grid_tokens(view, *, retention=0.5, keep_tokens=None, scope="image"):
@@ -8,4 +8,4 @@ def grid_tokens(view, *, retention=0.5, keep_tokens=None, scope="image"):
 
     The order of the tokens is given by `budget.grid_phase`. Returns keep (Hkv, T) bool.
     """
-    return select(-grid_phase(view), view, lambda s: best(s, budget(s.shape[1], retention, keep_tokens)), scope)
+    return select(-grid_phase(view), view, top(retention, keep_tokens), scope)

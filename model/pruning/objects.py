@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .budget import best, budget, select
+from .budget import select, top
 from .random_tokens import draw
 
 
@@ -27,4 +27,4 @@ class Objects:
         worth = draw(self.seed, view)
         for (start, stop), contrast in zip(view.spans, view.contrast(), strict=True):
             worth[:, start:stop] += (contrast > contrast.mean()).to(worth)
-        return select(worth, view, lambda s: best(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope)
+        return select(worth, view, top(self.retention, self.keep_tokens), self.scope)

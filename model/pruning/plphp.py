@@ -15,7 +15,7 @@ r, dr, which layers are not pruned, the query row and averaging over the query h
 
 from dataclasses import dataclass
 
-from .budget import best, budget, check_floor, pooled, ranking, select
+from .budget import best, check_fraction, pooled, ranking, select, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class Plphp:
     keep_tokens: int | None = None
 
     def __post_init__(self):
-        if not (0 <= self.r <= 1 and 0 <= self.dr <= 1):
-            raise ValueError(f"r is {self.r} and dr {self.dr}; give numbers from 0 to 1")
+        check_fraction("r", self.r)
+        check_fraction("dr", self.dr)
         if not self.alpha >= self.beta:
             raise ValueError(f"alpha {self.alpha} is below beta {self.beta}; give alpha >= beta")
         if self.skip is not None and (type(self.skip) is not int or self.skip < 0):
@@ -63,11 +63,7 @@ class Plphp:
             return None
         rate = self.rate(gamma(view.attention(query=self.query), view.spans))
         scores = ranking(view, self.window, self.query, self.group, self.values)
-
-        def of_picture(part):  # the scores (Hkv, n) of one picture, or of all with scope=vision
-            return self.choose(part, budget(part.shape[1], rate, self.keep_tokens))
-
-        return select(scores, view, of_picture, self.scope, self.cover)
+        return select(scores, view, top(rate, self.keep_tokens, self.choose), self.scope, self.cover)
 
     def rate(self, gamma):
         """The fraction that a layer keeps, from 0 to 1."""
@@ -94,7 +90,7 @@ class PlphpAda(Plphp):
 
     def __post_init__(self):
         super().__post_init__()
-        check_floor(self.floor)
+        check_fraction("floor", self.floor)
 
     def choose(self, scores, count):
         return pooled(scores, count, self.floor)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .budget import best, budget, select
+from .budget import best, select, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,9 @@ class Random:
 
     def keep(self, view):
         """-> keep (Hkv, T) bool."""
-        noise = draw(self.seed, view)
-        noise = noise[:1] if self.shared else noise
-        divide = _one_pot if self.pooled else best
-        keep = select(
-            noise, view, lambda s: divide(s, budget(s.shape[1], self.retention, self.keep_tokens)), self.scope
-        )
-        return keep.expand(view.kv_heads, -1)
+        noise = draw(self.seed, view)[: 1 if self.shared else None]
+        choose = top(self.retention, self.keep_tokens, _one_pot if self.pooled else best)
+        return select(noise, view, choose, self.scope).expand(view.kv_heads, -1)
 
 
 def draw(seed, view):

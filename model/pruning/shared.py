@@ -1,6 +1,6 @@
 """One ranking for all heads of a layer: the baseline for per-head pruning at equal bytes."""
 
-from .budget import best, budget, ranking, select
+from .budget import ranking, select, top
 
 
 def shared_tokens(
@@ -11,5 +11,4 @@ def shared_tokens(
     Returns keep (Hkv, T) bool.
     """
     mean = ranking(view, window, query, values=values).mean(0, keepdim=True)  # (1, T)
-    keep = select(mean, view, lambda s: best(s, budget(s.shape[1], retention, keep_tokens)), scope, cover)
-    return keep.expand(view.kv_heads, -1)
+    return select(mean, view, top(retention, keep_tokens), scope, cover).expand(view.kv_heads, -1)

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from .budget import best, budget, check_floor, pooled, ranking, select
-
-POOLS = ("avg", "max")
+from .budget import best, check_fraction, pooled, ranking, select, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +35,15 @@ class SnapKV:
     def __post_init__(self):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel is {self.kernel}; give an odd whole number of 1 or more")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool is {self.pool!r}; use {' or '.join(POOLS)}")
+        if self.pool not in ("avg", "max"):
+            raise ValueError(f"pool is {self.pool!r}; use avg or max")
 
     def keep(self, view):
         """-> keep (Hkv, T) bool."""
         heads = ranking(view, self.window, self.query, self.group, self.values).clone()
         for start, stop in view.spans:
             heads[:, start:stop] = self.smooth(heads[:, start:stop])
-
-        def choose(part):
-            return self.choose(part, budget(part.shape[1], self.retention, self.keep_tokens))
-
-        return select(heads, view, choose, self.scope, self.cover)
+        return select(heads, view, top(self.retention, self.keep_tokens, self.choose), self.scope, self.cover)
 
     def smooth(self, scores):
         """scores (Hkv, n) of a picture -> the same shape; the mean treats positions outside the picture as 0."""
@@ -71,7 +65,7 @@ class AdaKV(SnapKV):
 
     def __post_init__(self):
         super().__post_init__()
-        check_floor(self.floor)
+        check_fraction("floor", self.floor)
 
     def choose(self, scores, count):
         return pooled(scores, count, self.floor)

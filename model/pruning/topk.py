@@ -6,7 +6,7 @@ with `mass` it keeps as many tokens as hold a given share of its attention, as i
 
 from dataclasses import dataclass
 
-from .budget import best, budget, by_head, mass, ranking, select
+from .budget import best, by_head, check_fraction, mass, ranking, select, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class TopK:
             raise ValueError(f"mass is {self.mass!r}; give a number above 0 and up to 1")
         if self.rates is not None and not isinstance(self.rates, list):
             raise ValueError(f"rates is {self.rates!r}; give a list with an entry for each layer")
-        for rate in [r for row in self.rates or () for r in (row if isinstance(row, list) else [row])]:
-            if not (type(rate) in (int, float) and 0 <= rate <= 1):
-                raise ValueError(f"rates holds {rate!r}; give numbers from 0 to 1")
+        for row in self.rates or ():
+            for rate in row if isinstance(row, list) else [row]:
+                check_fraction("an entry of rates", rate)
 
     def check(self, num_layers, kv_heads):
         """ValueError if `rates` does not match the model's numbers of layers and KV heads."""
@@ -57,9 +57,8 @@ class TopK:
 
     def choose(self, layer, scores):
         """scores (Hkv, n) of a picture -> bool (Hkv, n): the best in each head."""
-        heads, tokens = scores.shape
         if self.mass is not None:
             return mass(scores, self.mass)
         if self.rates is not None:
-            return best(scores, by_head(self.rates, layer, heads, tokens))
-        return best(scores, budget(tokens, 0.5 if self.retention is None else self.retention, self.keep_tokens))
+            return best(scores, by_head(self.rates, layer, *scores.shape))
+        return top(0.5 if self.retention is None else self.retention, self.keep_tokens)(scores)
