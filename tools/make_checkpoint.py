@@ -92,6 +92,16 @@ def config_json(shape, dtype):
     return {**config, "model_type": "llava_next", **tiles}
 
 
+def preprocessor_json(side):
+    """preprocessor_config.json: shortest edge to `side`, centre crop, CLIP's normalisation."""
+    return {
+        "crop_size": {"height": side, "width": side}, "do_center_crop": True, "do_convert_rgb": True,
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": list(CLIP_MEAN),
+        "image_processor_type": "CLIPImageProcessor", "image_std": list(CLIP_STD), "processor_class": "LlavaProcessor",
+        "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": side},
+    }  # fmt: skip
+
+
 def write_small_files(folder, raw):
     """Write every file except the weights."""
     from model.image import CLIP_MEAN, CLIP_STD
@@ -99,13 +109,7 @@ def write_small_files(folder, raw):
     write_published(folder / "config.json", raw)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": raw["pad_token_id"]}
     write_published(folder / "generation_config.json", generation)
-    side = raw["vision_config"]["image_size"]
-    preprocessor = {
-        "crop_size": {"height": side, "width": side}, "do_center_crop": True, "do_convert_rgb": True,
-        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": list(CLIP_MEAN),
-        "image_processor_type": "CLIPImageProcessor", "image_std": list(CLIP_STD), "processor_class": "LlavaProcessor",
-        "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": side},
-    }  # fmt: skip
+    preprocessor = preprocessor_json(raw["vision_config"]["image_size"])
     if "image_grid_pinpoints" in raw:
         preprocessor |= {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
         preprocessor |= {"image_grid_pinpoints": raw["image_grid_pinpoints"], "do_pad": True}
