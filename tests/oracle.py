@@ -151,6 +151,17 @@ def assert_within(got, exact, terms, count, dtype=torch.float32):
     assert not got.isnan().any() and (off <= 0).all(), f"{off.max():.3g} more than rounding explains"
 
 
+def poison(cache, value=float("nan")):
+    """Write NaN, or another value, into every free slot."""
+    for layer, arenas in enumerate(zip(cache.k, cache.v, strict=True)):
+        taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
+        for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
+            assert not taken[start : start + length].any(), "segments overlap"
+            taken[start : start + length] = True
+        for arena in arenas:
+            arena[~taken] = value
+
+
 def masked_attention(q, k, v, keep, scale=None):
     """Dense attention with a keep mask, in the dtype of q.
 

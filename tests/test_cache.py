@@ -16,7 +16,7 @@ from model import Generation, Sampling, llama, load
 from model.cache import RaggedCache
 from model.llama import rope_table
 from model.pruning import make_method
-from tests.oracle import ULP, assert_as_exact, reordered, small_llama
+from tests.oracle import ULP, assert_as_exact, poison, reordered, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import python_random
 from tests.sizes import Sizes
@@ -49,17 +49,6 @@ def dense_with_masks(model, x, keep):
         seen = seen.repeat_interleave(heads // len(kept), 0)[:, None]  # (Hq, 1, T)
         x, *_ = layer.prefill(x, rope, ((column <= row) & ((row < prompt) | seen))[None])
     return model.model.norm(x)[0]
-
-
-def poison(cache, value=float("nan")):
-    """Write NaN, or another value, into every free slot."""
-    for layer, arenas in enumerate(zip(cache.k, cache.v, strict=True)):
-        taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
-        for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
-            assert not taken[start : start + length].any(), "segments overlap"
-            taken[start : start + length] = True
-        for arena in arenas:
-            arena[~taken] = value
 
 
 def prefilled(model, x, keep, slack, backend):
