@@ -5,9 +5,6 @@ kernels are in `*_triton.py`. Reading order: ragged_decode, ragged_pack, window_
 """
 
 from .ragged_decode import (
-    DecodePlan,
-    decode_plan,
-    decode_plans,
     merge_states,
     merge_states_ref,
     ragged_decode,
@@ -16,22 +13,6 @@ from .ragged_decode import (
     ragged_decode_ref,
     turned,
 )
+from .ragged_decode_plan import DecodePlan, decode_plan, decode_plans
 from .ragged_pack import ragged_pack, ragged_pack_ref
 from .window_scores import window_scores, window_scores_ref
-
-__all__ = [
-    "DecodePlan",
-    "decode_plan",
-    "decode_plans",
-    "merge_states",
-    "merge_states_ref",
-    "ragged_decode",
-    "ragged_decode_append",
-    "ragged_decode_append_ref",
-    "ragged_decode_ref",
-    "ragged_pack",
-    "ragged_pack_ref",
-    "turned",
-    "window_scores",
-    "window_scores_ref",
-]

@@ -70,3 +70,21 @@ def check_alike(**tensors):
             raise ValueError(f"{name} is on {t.device} but {first_name} on {first.device}; move one of them")
         if t.stride(-1) != 1 and t.shape[-1] > 1:
             raise ValueError(f"{name} has non-contiguous rows (strides {t.stride()}); call .contiguous()")
+
+
+def check_tables(tables, ndim, device=None):
+    """ValueError unless all {name: table} are int32 tensors of one shape (S,), or (L, S) for ndim 2, not empty, on one
+    device; device: which, if not that of the first."""
+    first, *_ = tables.values()
+    for t in tables.values():
+        if not (
+            isinstance(t, torch.Tensor) and t.dtype == torch.int32 and t.shape == first.shape and t.ndim == ndim
+            and t.device == (device or first.device) and t.numel()
+        ):  # fmt: skip
+            found = ", ".join(f"{name} is {_described(table)}" for name, table in tables.items())
+            shape = "(S,)" if ndim == 1 else "(L, S)"
+            raise ValueError(f"{found}; give int32 tensors {shape}, on {device or 'one device'}")
+
+
+def _described(t):
+    return f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor) else f"of type {type(t).__name__}"

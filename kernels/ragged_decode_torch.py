@@ -17,14 +17,15 @@ SHORT = 2**15  # bytes of a segment's keys; many runs are gathered if the longes
 
 
 def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
-    """q (1, S, M, D), M query rows per segment, over arenas k, v (N, D) -> out (1, S, M, D), lse (1, S, M) or None.
+    """q (1, S, M, D), M query rows per segment, over arenas k, v (N, D) -> out like q, lse (1, S, M) or None.
 
     lengths: kv_len as a list, or None on CUDA with a plan, where reading it would synchronise.
     """
     runs = None if lengths is None else runs_of(plan.starts, lengths)
     if runs and (len(runs) <= FEW or max(lengths) * q.shape[3] * q.element_size() >= SHORT):
         parts = [
-            _rectangle(q[:, a:b], k, v, plan.starts[a], step, lengths[a], scale, return_lse) for a, b, step in runs
+            _rectangle(q[:, first:end], k, v, plan.starts[first], step, lengths[first], scale, return_lse)
+            for first, end, step in runs
         ]
         if len(parts) == 1:
             return parts[0]
@@ -75,24 +76,16 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
 
 
 def _rectangle(q, k, v, start, step, length, scale, return_lse):
-    """`attend` over S segments of `length` slots: the first begins at slot `start`, each next `step` slots later."""
-    if length == 0:
-        return torch.zeros_like(q), _no_keys(q) if return_lse else None
+    """Attention of q (1, S, M, D) over S segments of `length` slots: the first begins at slot `start`, each next `step`
+    slots later -> out, lse or None."""
     shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
     # as_strided counts from the start of the storage, but an arena may be a view that begins later
     keys, values = (x.as_strided(shape, strides, x.storage_offset() + start * q.shape[3]) for x in (k, v))
     return _dense(q, keys, values, None, scale, return_lse)
 
 
-def _no_keys(q):
-    """The log-sum-exp (1, S, M) of rows that see no key."""
-    return q.new_full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-
-
 def _gathered(q, k, v, kv_start, kv_len, longest, scale, return_lse):
-    """`attend` over a copy of each segment, padded to `longest` with its own last row, so that no free slot is read."""
-    if longest == 0:
-        return torch.zeros_like(q), _no_keys(q) if return_lse else None
+    """The same over a copy of each segment, padded to `longest` with its own last row, so that no free slot is read."""
     column = torch.arange(longest, device=k.device)
     slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
     keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))
@@ -105,10 +98,12 @@ def _gathered(q, k, v, kv_start, kv_len, longest, scale, return_lse):
 
 
 def _dense(q, k, v, bias, scale, return_lse):
-    """Attention of q (1, S, M, D) over k, v (1, S, n, D); additive bias (S, 1, n) or None."""
+    """Attention of q (1, S, M, D) over k, v (1, S, n, D); bias (S, 1, n) is added if given. No keys: 0, lse -inf."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    if k.shape[2] == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=compute)
     if not return_lse:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
-    compute = torch.promote_types(q.dtype, torch.float32)
     scores = scale * (q.to(compute) @ k.to(compute).transpose(2, 3))  # (1, S, M, n)
     scores = scores if bias is None else scores + bias
     return (scores.softmax(-1) @ v.to(compute)).to(q.dtype), scores.logsumexp(-1)

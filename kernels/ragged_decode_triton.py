@@ -264,18 +264,18 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
     """q (B, T, Hq, D) over arenas k, v -> out like q, lse (B, T, Hq) fp32, natural log."""
     b, times, hq, d = q.shape
     rows = times * hq * b // plan.segments
-    items, (part, part_lse) = plan.items, plan.scratch(rows, d)
+    (work, firsts, sizes), (part, part_lse) = plan.items, plan.scratch(rows, d)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     tile = tiles(rows, d, q.element_size())
     bs, row_tiles = tile.pop("BS"), triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
-        split_kernel[len(items.work), row_tiles](
-            q, k, v, kv_start, kv_len, items.work, part, part_lse, out, lse,
+        split_kernel[len(work), row_tiles](
+            q, k, v, kv_start, kv_len, work, part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // b, times,
             G=rows // times, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
         )  # fmt: skip
         merge_kernel[plan.segments, row_tiles](
-            kv_len, items.firsts, items.sizes, part, part_lse, out, lse,
+            kv_len, firsts, sizes, part, part_lse, out, lse,
             plan.segments // b, times,
             G=rows // times, D=d, M=tile["M"], DP=tile["DP"], BS=bs, num_warps=4,
         )  # fmt: skip
@@ -286,18 +286,16 @@ def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=Non
     """q (B, Hq, D), k_new and v_new (B, Hkv, D), each sequence contiguous: store the new token at kv_len and attend ->
     out like q, lse (B, Hq) fp32. rope: cos and sin (B, 1, D), contiguous, rotate q and k_new first; or None."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
-    items, (part, part_lse) = plan.items, plan.scratch(rows, d)
+    (work, _, _), (part, part_lse) = plan.items, plan.scratch(rows, d)
     cos, sin = (q, q) if rope is None else rope
-    out, lse = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
-    )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # without the gaps that q may have
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     tile = tiles(rows, d, q.element_size())
     row_tiles = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
-        append_kernel[len(items.work), row_tiles](
+        append_kernel[len(work), row_tiles](
             q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, plan.kv_cap,
-            items.work, plan.tickets(row_tiles), part, part_lse, out, lse,
+            work, plan.tickets(row_tiles), part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // len(q), q.stride(0), k_new.stride(0), v_new.stride(0),
             G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
         )  # fmt: skip

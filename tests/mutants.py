@@ -70,15 +70,6 @@ def copy_of_tree(folder):
     return Path(shutil.copytree(ROOT, folder, ignore=skip))
 
 
-def spoilt(clean, folder, file, old, new):
-    """Make a tree of hard links to `clean`, except the file with the fault, which is written separately."""
-    tree = Path(shutil.copytree(clean, folder, copy_function=os.link))
-    text = (tree / file).read_text()
-    (tree / file).unlink()
-    (tree / file).write_text(text.replace(old, new))
-    return tree
-
-
 def mistakes(mutants):
     """Errors in the table of mutants: a line for each whose test is missing or whose text does not occur once."""
     found = []
@@ -112,30 +103,22 @@ def run_tests(tree, tests):
     return code, Path("output.txt").read_text(errors="replace")[-2000:]
 
 
-def try_mutant(work):
-    """(tree without a fault, name) -> (name, "killed" | "survived" | error, seconds)."""
-    clean, name = work
-    file, old, new, test = MUTANTS[name]
+def tried(work):
+    """(tree without a fault, tests, name of a mutant or None) -> (name, exit code, end of the output, seconds).
+
+    The tree is copied by hard links, except the file with the fault, which is written separately.
+    """
+    clean, tests, name = work
     started = time.time()
     with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
-        code, output = run_tests(spoilt(clean, Path(folder) / "repo", file, old, new), [test])
-    verdict = {0: "survived", 1: "killed"}.get(code, f"pytest exited with {code}: {output[-600:]}")
-    return name, verdict, time.time() - started
-
-
-def try_healthy(work):
-    """(tree, tests) -> `run_tests` without a fault. A test that always fails kills no mutant."""
-    clean, tests = work
-    with tempfile.TemporaryDirectory(dir=clean.parent) as folder:
-        return run_tests(shutil.copytree(clean, Path(folder) / "repo", copy_function=os.link), tests)
-
-
-def third(names):
-    """Every third mutant of each file, starting with the first."""
-    by_file = {}
-    for name in names:
-        by_file.setdefault(MUTANTS[name][0], []).append(name)
-    return [name for group in by_file.values() for name in group[::3]]
+        tree = Path(shutil.copytree(clean, Path(folder) / "repo", copy_function=os.link))
+        if name:
+            file, old, new, _ = MUTANTS[name]
+            text = (tree / file).read_text()
+            (tree / file).unlink()
+            (tree / file).write_text(text.replace(old, new))
+        code, output = run_tests(tree, tests)
+    return name, code, output, time.time() - started
 
 
 def in_processes(work, todo, processes):
@@ -173,12 +156,13 @@ def try_all(names, tests, clean, processes):
     """Names of the mutants that were not killed. Prints each result; exits at once if tests fail without a fault."""
     alive = []
     gc.freeze()  # keep the objects so far out of later garbage collections
-    halves = [(clean, half) for half in (tests[::2], tests[1::2]) if half]
-    for code, output in in_processes(try_healthy, halves, processes):
+    healthy = [(clean, half, None) for half in (tests[::2], tests[1::2]) if half]  # a test that always fails kills none
+    for _, code, output, _ in in_processes(tried, healthy, processes):
         if code:
             sys.exit(f"the tests fail without a fault, exit code {code}\n{output}")
-    tried = in_processes(try_mutant, [(clean, name) for name in names], processes)
-    for count, (name, verdict, seconds) in enumerate(tried, 1):
+    spoilt = [(clean, [MUTANTS[name][3]], name) for name in names]
+    for count, (name, code, output, seconds) in enumerate(in_processes(tried, spoilt, processes), 1):
+        verdict = {0: "survived", 1: "killed"}.get(code, f"pytest exited with {code}: {output[-600:]}")
         print(f"{count:3} of {len(names)}: {verdict:9} {name} ({seconds:.0f} s)", flush=True)
         if verdict != "killed":
             alive.append(name)
@@ -196,7 +180,10 @@ def main(argv):
     if wrong:
         print(*wrong, sep="\n")
         return 1
-    names = third(MUTANTS) if args.third else list(MUTANTS)
+    names = list(MUTANTS)
+    if args.third:
+        by_file = itertools.groupby(MUTANTS, lambda name: MUTANTS[name][0])
+        names = [name for _, group in by_file for name in list(group)[::3]]
     names = [n for n in names if not args.words or any(w in n for w in args.words)]
     tests = sorted({MUTANTS[n][3] for n in names})
     tests = tests[:4] if args.tested else tests  # a few still check that the copied tree works

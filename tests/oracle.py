@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from kernels import ragged_decode_append_ref
 from model.config import TextConfig
 from model.llama import Llama
 from tests.seeds import BASE
@@ -120,6 +121,26 @@ def assert_stored(got, wanted, start, length, cap, what="", rtol=0.0, atol=0.0):
         assert_near(a, b, atol + rtol * b.abs().nan_to_num(), f"stored {name} {what}".strip(), place)
 
 
+def check_step(step, q, new, arenas, tables, what="", off=None, **options):
+    """Check a decode step(q, *new, *arenas, *tables, return_lse=True, **options) -> [out, lse] or [out], against
+    `ragged_decode_append_ref`: its results, and what it stores in a copy of the arenas.
+
+    tables: kv_start, kv_len, kv_cap; off: tolerances of the stored values; options: scale and rope.
+    """
+
+    def reference(to, stored):
+        given = options if options.get("rope") is None else options | {"rope": [to(t) for t in options["rope"]]}
+        return ragged_decode_append_ref(to(q), *map(to, new), *stored, *tables, return_lse=True, **given)
+
+    exact = reference(torch.Tensor.double, [a.double() for a in arenas])
+    wanted, ours = ([a.clone() for a in arenas] for _ in "ab")
+    plain = reference(torch.Tensor.clone, wanted)
+    got = step(q, *new, *ours, *tables, return_lse=True, **options)
+    assert_attends(got, plain, exact, tables[1], what)
+    assert_stored(ours, wanted, *tables, what, **(off or {}))
+    return ours
+
+
 def assert_within(got, exact, terms, count, dtype=torch.float32):
     """Assert that sums of `count` products are within the rounding bound for any order, fused or not: gamma_n * terms.
 
@@ -128,6 +149,17 @@ def assert_within(got, exact, terms, count, dtype=torch.float32):
     rounding = count * ULP[dtype] / 2
     off = (got.double() - exact).abs() - rounding / (1 - rounding) * terms
     assert not got.isnan().any() and (off <= 0).all(), f"{off.max():.3g} more than rounding explains"
+
+
+def poison(cache, value=float("nan")):
+    """Write NaN, or another value, into every free slot."""
+    for layer, arenas in enumerate(zip(cache.k, cache.v, strict=True)):
+        taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
+        for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
+            assert not taken[start : start + length].any(), "segments overlap"
+            taken[start : start + length] = True
+        for arena in arenas:
+            arena[~taken] = value
 
 
 def masked_attention(q, k, v, keep, scale=None):

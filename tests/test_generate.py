@@ -37,13 +37,10 @@ def finished(*args, **kwargs):
     return generation
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        None, "plphp", "plphp-ada:query=last", "topk:values=true,cover=0.5", "shared:cover=0.5", "snapkv", "adakv",
-        "fastv", "random", "grid", "objects", "topk:rates=[0.1,0.2,0.3,0.4,0.5,0.6]",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("spec", [
+    None, "plphp", "plphp-ada:query=last", "topk:values=true,cover=0.5", "shared:cover=0.5", "snapkv", "adakv",
+    "fastv", "random", "grid", "objects", "topk:rates=[0.1,0.2,0.3,0.4,0.5,0.6]",
+])  # fmt: skip
 def test_tensors_are_made_where_the_model_is(demo, spec):
     """Not on torch's default device, here the meta device, which has no memory."""
     asked = QUESTION, [PICTURE], Sampling(max_new_tokens=8)
@@ -129,10 +126,10 @@ def test_top_k_and_top_p_keep_the_right_set(seed, top_k, top_p, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1e-46, None, None), (5e-324, 5, 0.5), (1.0, None, 1e-320), (1.0, None, 5e-324), (1.0, 1, None), (1e4, 1, 1e-46)],
-)
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
+    (1e-46, None, None), (1e-39, None, None), (1e-6, None, None), (5e-324, 5, 0.5),
+    (1.0, None, 1e-320), (1.0, None, 5e-324), (1.0, 1, None), (1e4, 1, 1e-46),
+])  # fmt: skip
 def test_tiny_numbers_leave_the_best_token(dtype, temperature, top_k, top_p):
     logits = torch.tensor([0.5, 3.0, float("-inf"), 2.999, -80.0], dtype=dtype)
     assert probabilities(logits, temperature, top_k, top_p).tolist() == [0, 1, 0, 0, 0]
@@ -153,11 +150,6 @@ def test_a_huge_temperature_gives_every_token_its_chance():
     third = torch.tensor([1.0, 0.0, 1.0, 1.0]) / 3
     torch.testing.assert_close(probabilities(logits, 1e300), third)
     torch.testing.assert_close(probabilities(logits, float("inf"), 3, 1.0), third)
-
-
-def test_iterating_again_gives_the_answer_again(demo):
-    generation = Generation(demo, QUESTION, [PICTURE], Sampling(temperature=1.0, max_new_tokens=9))
-    assert "".join(generation) == "".join(generation) == generation.text and len(generation.token_ids) == 9
 
 
 def test_sampling_is_repeatable_and_depends_on_the_seed(demo):
@@ -223,13 +215,9 @@ def test_what_the_library_does_not_know_is_refused_at_once(demo, wrong):
 
 
 PICTURES = {
-    "name": PICTURE,
-    "path": Path(PICTURE),
-    "picture": Image.open(PICTURE),
-    "bytes": Path(PICTURE).read_bytes(),
-    "buffer": io.BytesIO(Path(PICTURE).read_bytes()),
-    "tuple": (PICTURE,),
-}
+    "name": PICTURE, "path": Path(PICTURE), "picture": Image.open(PICTURE), "tuple": (PICTURE,),
+    "bytes": Path(PICTURE).read_bytes(), "buffer": io.BytesIO(Path(PICTURE).read_bytes()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", PICTURES)
@@ -257,13 +245,7 @@ def test_a_stop_text_is_one_text(given, stop):
     assert Sampling(stop=given).stop == stop
 
 
-def test_a_stop_text_ends_the_answer_as_a_whole(demo):
-    answer = ask(demo, QUESTION, PICTURE)
-    stop = answer.split()[3]
-    assert ask(demo, QUESTION, PICTURE, stop=stop) == answer[: answer.index(stop)]
-
-
-NUMBERS = {
+NUMBERS = {  # of no use
     "max_new_tokens": [0, -1, True, 2.0, "5", None],
     "temperature": [-1, -1e-9, math.nan, math.inf, 1e5, "hot", None, True],
     "top_p": [0.0, -0.1, 1.1, math.nan, "0.9", True],
@@ -281,9 +263,7 @@ def test_sampling_without_sense_is_refused(name, value):
 
 def test_sampling_at_its_limits_is_taken():
     for values in ((1, 0, 1, 1e-320, 0), (10**9, 1e4, 10**6, 1, 2**64 - 1)):
-        sampling = Sampling(*values)
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        assert tuple(getattr(sampling, name) for name in names) == values
+        assert dataclasses.astuple(Sampling(*values))[:5] == values
 
 
 def test_a_checkpoint_without_weights_says_so():
@@ -299,8 +279,9 @@ def test_a_backend_that_cannot_work_is_refused_where_it_is_asked_for(demo, monke
 
 def test_answers_may_be_written_side_by_side_and_again(demo):
     asked = [(QUESTION, PICTURE), ("How many objects are there?", PICTURE)]
-    alone = [ask(demo, *question, max_new_tokens=20) for question in asked]
-    pair = [Generation(demo, *question, Sampling(20)) for question in asked]
+    sampling = Sampling(20, temperature=1.0)
+    alone = [finished(demo, *question, sampling).text for question in asked]
+    pair = [Generation(demo, *question, sampling) for question in asked]
     for _ in range(2):
         list(zip_longest(*pair))  # a piece of each in turn
         assert [generation.text for generation in pair] == alone
@@ -313,12 +294,6 @@ def test_one_answer_cannot_be_written_twice_at_once(demo):
     with pytest.raises(RuntimeError, match="restarted this answer"):
         list(first)
     assert "".join(list(second)) and generation.text == ask(demo, QUESTION, PICTURE, max_new_tokens=20)
-
-
-@pytest.mark.parametrize("temperature", [1e-39, 1e-6, 1e4])
-def test_any_temperature_gives_probabilities(temperature):
-    weights = probabilities(torch.tensor([1.0, 200.0, 3.0]), temperature)
-    assert weights.isfinite().all() and weights.argmax() == 1
 
 
 class Letters:
@@ -366,17 +341,6 @@ def test_pictures_go_to_their_placeholders_in_order(demo):
     assert [x[a:b].unique().tolist() for a, b in spans] == [[1.0], [2.0]]
     embed = demo.model.language_model.model.embed_tokens.weight
     assert torch.equal(x[[0, 257, -1]], embed[[1, 5, 6]])
-
-
-def test_order_of_pictures_matters(demo):
-    plain = Image.new("RGB", (224, 224), "grey")
-    one = ask(demo, "Compare the two pictures.", [PICTURE, plain], max_new_tokens=30)
-    two = ask(demo, "Compare the two pictures.", [plain, PICTURE], max_new_tokens=30)
-    assert one != two
-
-
-def test_text_alone_is_answered(demo):
-    assert finished(demo, "What is left?", sampling=Sampling(max_new_tokens=3)).vision_tokens == 0
 
 
 def test_nan_is_an_error_not_an_answer(demo):

@@ -55,9 +55,7 @@ def test_prefill_of_ten_pictures_holds_what_is_kept_one_dense_layer_and_activati
     assert cache.nbytes_held == size * shape.kv_numbers * (tokens - 10 * each + round(0.3 * each) * 10)
     dense_layer = size * tokens * shape.kv_numbers // 3
     assert cache.nbytes_reserved < most <= activations + cache.nbytes_reserved + dense_layer
-    assert (
-        activations + cache.nbytes_reserved + dense_layer < activations + 3 * dense_layer
-    )  # less than without pruning
+    assert cache.nbytes_reserved < 2 * dense_layer  # less than without pruning
 
 
 @pytest.mark.parametrize("wanted", ["bf16", "fp32"])

@@ -38,10 +38,11 @@ class MemoryFor(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def failures(make, act, every=1):
-    """Results of make() for which act() ran out of memory at its first, second, ... (or every third) allocation."""
+def failures(before, act, every=1, shared=()):
+    """Copies of `before` for which act(copy) ran out of memory at its first, second, ... (or every third) allocation.
+    shared: what is not copied."""
     for n in range(0, 100_000, every):
-        thing = make()
+        thing = copy.deepcopy(before, {id(part): part for part in shared})
         try:
             with MemoryFor(n):
                 act(thing)
@@ -119,7 +120,7 @@ def test_a_step_that_finds_no_memory_has_not_happened(name, monkeypatch):
     after = copy.deepcopy(before)
     wanted = torch.cat([step(model, after).flatten(), decoded(model, after, 3).flatten()])
     tried, every = 0, 1 if name in ("a step into larger arenas", "logits", "plain logits") else 4
-    for cache in failures(lambda: copy.deepcopy(before), lambda cache: step(model, cache), every):
+    for cache in failures(before, lambda cache: step(model, cache), every):
         check_same(cache, before)
         assert cache.room >= room  # more if the arenas had already grown
         if tried % 6 == 0:  # continue with this cache
@@ -135,7 +136,7 @@ def test_repacking_is_done_or_not_layer_by_layer(slack):
     model, before = prompted(slack=4, room=3)
     wanted = decoded(model, copy.deepcopy(before), 4)
     moved = set()
-    for cache in failures(lambda: copy.deepcopy(before), lambda cache: cache.repack(slack)):
+    for cache in failures(before, lambda cache: cache.repack(slack)):
         check_same(cache, before)
         moved.add(sum(len(a) != len(b) for a, b in zip(cache.k, before.k, strict=True)))
         torch.testing.assert_close(decoded(model, cache, 4), wanted, rtol=1e-4, atol=1e-4)
@@ -153,7 +154,7 @@ def test_those_who_stay_are_whole_and_the_others_are_there_or_not():
     after = copy.deepcopy(before)
     leave(after)
     wanted, seen = decoded(model, copy.deepcopy(after), 4), set()
-    for cache in failures(lambda: copy.deepcopy(before), leave):
+    for cache in failures(before, leave):
         seen.add(len(cache.pos))
         if len(cache.pos) == 2:
             check_same(cache, before, room=True)
@@ -172,7 +173,7 @@ def test_caches_that_could_not_be_joined_are_what_they_were():
     copies = copy.deepcopy(before)
     wanted_alone = decoded(model, copies[1], 3)
     joined = RaggedCache.join(copy.deepcopy(before))
-    for caches in failures(lambda: copy.deepcopy(before), RaggedCache.join):
+    for caches in failures(before, RaggedCache.join):
         for cache, old in zip(caches, before, strict=True):
             check_same(cache, old, room=True)
         alone = copy.deepcopy(caches[1])
@@ -187,19 +188,14 @@ def test_a_layer_is_packed_or_not():
     wanted = RaggedCache(2, 3, "torch")
     for layer in range(2):
         wanted.pack(layer, k, v, keep)
+    before = RaggedCache(2, 3, "torch")
     for first in (0, 1):  # the layer that fails
-
-        def make(first=first):
-            cache = RaggedCache(2, 3, "torch")
-            for layer in range(first):
-                cache.pack(layer, k, v, keep)
-            return cache
-
-        for cache in failures(make, lambda cache, first=first: cache.pack(first, k, v, keep)):
+        for cache in failures(before, lambda cache, first=first: cache.pack(first, k, v, keep)):
             assert cache.k[first] is None and cache.v[first] is None
             for layer in range(first, 2):
                 cache.pack(layer, k, v, keep)
             check_same(cache, wanted, room=True)
+        before.pack(first, k, v, keep)
 
 
 def test_a_batch_goes_on_where_it_was():
@@ -210,17 +206,14 @@ def test_a_batch_goes_on_where_it_was():
         prepared.add(Generation(demo, "Describe the picture.", [DEMO_PICTURE], Sampling(max_new_tokens=limit)))
     shared = (demo, demo.tokenizer, demo.model.language_model, demo.model)
 
-    def make():
-        return copy.deepcopy(prepared, {id(thing): thing for thing in shared})
-
     def run(batch):
         done = []
         while batch:
             done += batch.advance()
         return sorted(generation.text for generation in done)
 
-    wanted, left, seen = run(make()), [], set()
-    for n, batch in enumerate(failures(make, Batch.advance, every=5)):
+    wanted, left, seen = run(copy.deepcopy(prepared, {id(thing): thing for thing in shared})), [], set()
+    for n, batch in enumerate(failures(prepared, Batch.advance, 5, shared)):
         left.append(len(batch.running))
         if n % 4 == 0 or left[-1] not in seen:
             check_whole(batch.cache)

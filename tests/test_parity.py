@@ -130,40 +130,30 @@ def test_prefill_logits_at_all_positions_are_as_exact_as_transformers(pair, case
     assert all(inputs["input_ids"][0, start:stop].eq(IMAGE_ID).all() for start, stop in spans)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_32_greedy_ids_are_those_of_transformers(pair, case):
-    hf, checkpoint = pair(case)
-    images = list(CASES).index(case) % 3
-    never_stop = replace(checkpoint, stop_ids=())
-    ours = Generation(never_stop, PROMPTS[images], pictures(images), Sampling(max_new_tokens=32), template="raw")
+def both_ids(hf, checkpoint, images, count, stop_ids=()):
+    """Our Generation after `count` tokens, or after a stop id, and all the ids of transformers."""
+    asked = PROMPTS[images], pictures(images), Sampling(max_new_tokens=count)
+    ours = Generation(replace(checkpoint, stop_ids=stop_ids), *asked, template="raw")
     list(ours)
     theirs = hf.generate(
         **hf_inputs(checkpoint, ours.ids, ours.pixels),
-        do_sample=False,
-        max_new_tokens=32,
-        suppress_tokens=ours.never(),
-        eos_token_id=None,
-    )
-    assert ours.token_ids == theirs[0, -32:].tolist() and ours.finish_reason == "length"
+        do_sample=False, max_new_tokens=count, suppress_tokens=ours.never(), eos_token_id=list(stop_ids) or None,
+    )  # fmt: skip
+    return ours, theirs[0].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_32_greedy_ids_are_those_of_transformers(pair, case):
+    ours, theirs = both_ids(*pair(case), list(CASES).index(case) % 3, 32)
+    assert ours.token_ids == theirs[-32:] and ours.finish_reason == "length"
     assert len(set(ours.token_ids)) > 3  # the model does not repeat one word forever
 
 
 def test_an_answer_ends_where_transformers_ends_it(pair):
-    hf, checkpoint = pair("mha, head_dim 16")
-    ask = {"prompt": PROMPTS[1], "images": pictures(1), "template": "raw"}
-    free = Generation(replace(checkpoint, stop_ids=()), **ask, sampling=Sampling(max_new_tokens=12))
-    list(free)
-    stop = free.token_ids[7]
-    ours = Generation(replace(checkpoint, stop_ids=(stop,)), **ask, sampling=Sampling(max_new_tokens=12))
-    list(ours)
-    theirs = hf.generate(
-        **hf_inputs(checkpoint, ours.ids, ours.pixels),
-        do_sample=False,
-        max_new_tokens=12,
-        suppress_tokens=ours.never(),
-        eos_token_id=stop,
-    )
-    assert [*ours.token_ids, stop] == theirs[0, ours.prompt_tokens :].tolist() and ours.finish_reason == "stop"
+    both = pair("mha, head_dim 16")
+    stop = both_ids(*both, 1, 12)[0].token_ids[7]
+    ours, theirs = both_ids(*both, 1, 12, (stop,))
+    assert [*ours.token_ids, stop] == theirs[ours.prompt_tokens :] and ours.finish_reason == "stop"
 
 
 # ---------------------------------------------------------------- the vision tower
@@ -220,10 +210,11 @@ def fuzzed_sizes(target):
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-@pytest.mark.parametrize("target", [28, 56])
+@pytest.mark.parametrize("target", [28, 56, 336])
 def test_pixels_of_any_size_equal_the_pillow_processor_of_transformers(target, mode):
+    large = [(336, 336), (337, 336), (336, 335), (640, 427), (278, 600), (500, 20)]
     wrong = {}
-    for seed, size in enumerate(fuzzed_sizes(target)):
+    for seed, size in enumerate(large if target == 336 else fuzzed_sizes(target)):
         image = noise(*size, seed=seed)
         off = (preprocess(image, ImageSettings(target, mode)) - hf_pixels(image, target, mode)).abs().max().item()
         if not off <= 1e-6:
@@ -231,24 +222,10 @@ def test_pixels_of_any_size_equal_the_pillow_processor_of_transformers(target, m
     assert not wrong
 
 
-@pytest.mark.parametrize("mode", ["crop", "pad"])
-@pytest.mark.parametrize("size", [(336, 336), (337, 336), (336, 335), (640, 427), (278, 600), (500, 20)])
-def test_pixels_at_336_equal_the_pillow_processor_of_transformers(size, mode):
-    image = noise(*size)
-    ours = preprocess(image, ImageSettings(336, mode))
-    torch.testing.assert_close(ours, hf_pixels(image, 336, mode), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["1", "L", "P", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("kind", ["1", "L", "P", "CMYK", "YCbCr", "LA", "RGBA"])
 def test_other_pixel_formats_become_the_rgb_of_transformers(kind):
+    """Transparency is painted white."""
     image = noise(45, 33).convert(kind) if kind in ("1", "P") else noise(45, 33, kind)
-    ours = preprocess(read_image(image).image, ImageSettings(28))
-    torch.testing.assert_close(ours, hf_pixels(image, 28, "crop"), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["LA", "RGBA"])
-def test_transparency_is_painted_white_as_by_transformers(kind):
-    image = noise(45, 33, kind)
     ours = preprocess(read_image(image).image, ImageSettings(28))
     torch.testing.assert_close(ours, hf_pixels(image, 28, "crop"), rtol=0, atol=1e-6)
 
@@ -258,12 +235,9 @@ def test_transparency_is_painted_white_as_by_transformers(kind):
 LLAVA_7B = {  # all that the published 1.5-7b file sets for its language model
     "model_type": "llava",
     "text_config": {
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "model_type": "llama",
+        "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "model_type": "llama",
     },
-}
+}  # fmt: skip
 
 
 def hf_config(raw):
@@ -275,9 +249,8 @@ def assert_same_config(ours, theirs):
     """Compare each field that transformers also has."""
     text, vision = theirs.text_config, theirs.vision_config
     for field in fields(TextConfig):
-        want = getattr(
-            text, field.name, None if field.name == "sliding_window" else False
-        )  # specific to Mistral or Llama
+        missing = None if field.name == "sliding_window" else False  # specific to Mistral or Llama
+        want = getattr(text, field.name, missing)
         want = text.rope_parameters["rope_theta"] if field.name == "rope_theta" else want
         assert getattr(ours.text_config, field.name) == want, field.name
     for field in fields(VisionConfig):
@@ -326,18 +299,15 @@ SPARSE = {
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_keys_that_a_config_leaves_out_get_the_values_of_transformers(name):
+def test_keys_that_a_config_leaves_out_get_the_values_of_transformers(name, tmp_path):
+    """A full config, written by transformers, reads as the sparse one."""
     raw = {"model_type": "llava"} | SPARSE[name]
-    assert_same_config(parse_config(raw), hf_config(raw))
-
-
-@pytest.mark.parametrize("name", SPARSE)
-def test_a_full_config_written_by_transformers_reads_as_the_sparse_one(name, tmp_path):
-    raw = {"model_type": "llava"} | SPARSE[name]
-    hf_config(raw).save_pretrained(tmp_path)
+    theirs = hf_config(raw)
+    assert_same_config(parse_config(raw), theirs)
+    theirs.save_pretrained(tmp_path)
     full = json.loads((tmp_path / "config.json").read_text())
     assert len(full["text_config"]) > 15
-    assert_same_config(parse_config(full), hf_config(raw))
+    assert_same_config(parse_config(full), theirs)
 
 
 @pytest.mark.parametrize("text", [None, False, True])

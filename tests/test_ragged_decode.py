@@ -13,14 +13,11 @@ from kernels import (
     merge_states_ref,
     ragged_decode,
     ragged_decode_append,
-    ragged_decode_append_ref,
     ragged_decode_ref,
 )
 from kernels.backend import choose_backend, interpreted
-from kernels.ragged_decode import work_items
-from model.config import TextConfig
-from model.llama import rope_table, rotate
-from tests.oracle import ULP, assert_as_exact, assert_attends, assert_stored, masked_attention
+from kernels.ragged_decode_plan import _work_items
+from tests.oracle import ULP, assert_as_exact, assert_attends, check_step, masked_attention
 from tests.seeds import python_random, torch_random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -44,18 +41,8 @@ def arena(k, v, keep, caps, order=None, offset=0):
 
 def case(seed, dtype):
     """A random call and its dense twin, on the CPU. A quarter have equal lengths, a quarter also equal capacities."""
-    with torch.device("cpu"):
-        return _case(seed, dtype)
-
-
-def _case(seed, dtype):
     rng, generator = python_random(seed), torch_random(seed)
-    b, hkv, group, d = (
-        rng.choice([1, 1, 2, 3]),
-        rng.choice([1, 2, 4]),
-        rng.choice([1, 2, 3, 4, 5, 6, 7, 8]),
-        rng.choice([8, 20, 64, 80]),
-    )
+    b, hkv, group, d = (rng.choice(x) for x in ((1, 1, 2, 3), (1, 2, 4), range(1, 9), (8, 20, 64, 80)))
     rows, n = rng.choice([None, 1, 2, 5]), rng.choice([1, 2, 17, 64, 65])
     segments = b * hkv
     q = torch.randn(b, *([] if rows is None else [rows]), hkv * group, d, generator=generator).to(dtype)
@@ -114,33 +101,9 @@ def test_it_is_dense_attention_with_the_keep_mask(dtype, few, monkeypatch):
             assert_attends(got, (plain, plain_lse), (exact, exact_lse), length, f"seed {seed}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rectangle_is_stepped_in_one_piece(dtype):
-    """`rectangle_step`, not compiled, against the append reference; segments may hold different numbers."""
-    for seed in range(40):
-        rng, generator = python_random(seed), torch_random(seed)
-        b, hkv, group, n, d = (rng.choice(c) for c in ((1, 1, 2, 3), (1, 2, 4), (1, 2, 3, 7), (2, 5, 64), (8, 20, 64)))
-        q, k_new, v_new = (torch.randn(b, heads, d, generator=generator).to(dtype) for heads in (hkv * group, hkv, hkv))
-        k, v = (torch.randn(b * hkv, n, d, generator=generator).to(dtype) for _ in "kv")
-        length = torch.tensor([rng.randint(0, n - 1) for _ in range(b * hkv)], dtype=torch.int32)
-        free = torch.arange(n) >= length[:, None]
-        k[free] = v[free] = float("nan")
-        start, cap = n * torch.arange(b * hkv, dtype=torch.int32), torch.full_like(length, n)
-        tail, arenas = (start, length, cap), [(k.flatten(0, 1).clone(), v.flatten(0, 1).clone()) for _ in range(2)]
-        exact = ragged_decode_append_ref(
-            *(t.double() for t in (q, k_new, v_new, k.flatten(0, 1), v.flatten(0, 1))), *tail
-        )
-        plain = ragged_decode_append_ref(q, k_new, v_new, *arenas[0], *tail)
-        out = torch_way.rectangle_step(q, k_new, v_new, *(t.view(k.shape) for t in arenas[1]), length + 1)
-        assert out.dtype == dtype and out.shape == q.shape
-        assert_attends([out], [plain], [exact], length, f"seed {seed}")
-        assert_stored(arenas[1], arenas[0], *tail, f"seed {seed}")
-
-
-def some_rope(b, d, dtype):
-    """cos and sin (B, 1, D) of random angles, with random signs of the sines."""
-    angles = torch.randn(b, 1, d // 2).repeat(1, 1, 2)
-    return [angles.cos().to(dtype), (angles.sin() * torch.randn(d).sign()).to(dtype)]
+def on_device(*tensors):
+    """Move tensors to the device of the `backend` fixture."""
+    return [t.to(torch.get_default_device()) for t in tensors]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,133 +115,93 @@ def test_append_writes_where_there_is_room_and_attends_to_the_new_token(backend,
     # Triton's interpreter truncates to bf16 where a GPU rounds, which adds an error
     cut_off = backend == "triton" and dtype == torch.bfloat16 and interpreted()
     for seed in range(40 if backend == "torch" else 12):
-        q, k, v, keep, k_arena, v_arena, start, length, cap = (on_device(t) for t in case(seed, dtype))
+        with torch.device("cpu"):
+            made = case(seed, dtype)
+        q, *_, k, v, start, length, cap = on_device(*made)
         q = q if q.ndim == 3 else q[:, 0].contiguous()
         cap = torch.where(torch.arange(len(cap)) % 3 == seed % 3, length, cap)
-        k_new, v_new = (torch.randn(len(q), len(start) // len(q), q.shape[2]).to(dtype) for _ in range(2))
-        exact_q, *exact_new = (t.double() for t in (q, k_new, v_new))
-        rope = None if seed // 2 % 2 or cut_off else some_rope(len(q), q.shape[2], dtype)
+        new = [torch.randn(len(q), len(start) // len(q), q.shape[2]).to(dtype) for _ in "kv"]
+        rope = None
+        if seed // 2 % 2 == 0 and not cut_off:  # random angles, random signs of the sines
+            angles = torch.randn(len(q), 1, q.shape[2] // 2).repeat(1, 1, 2)
+            rope = [angles.cos().to(dtype), (angles.sin() * torch.randn(q.shape[2]).sign()).to(dtype)]
+            rope = torch.stack(rope) if seed % 4 else rope
         if seed % 3 == 0:
-            q, k_new, v_new = torch.cat((q, k_new, v_new), 1).split([t.shape[1] for t in (q, k_new, v_new)], 1)
-        tail, options = (start, length, cap), {"scale": [None, 0.3][seed % 2], "return_lse": True, "rope": rope}
-        exact_options = options | {"rope": rope and [t.double() for t in rope]}
-        exact = ragged_decode_append_ref(
-            exact_q, *exact_new, k_arena.double(), v_arena.double(), *tail, **exact_options
-        )
-        wanted, ours = ((k_arena.clone(), v_arena.clone()) for _ in range(2))
-        plain = ragged_decode_append_ref(q, k_new, v_new, *wanted, *tail, **options)
+            q, *new = torch.cat((q, *new), 1).split([t.shape[1] for t in (q, *new)], 1)
         plan = decode_plan(start, cap, split=32) if seed % 4 else None
-        got = ragged_decode_append(q, k_new, v_new, *ours, *tail, **options, plan=plan, backend=backend)
-        assert_attends(got, plain, exact, length, f"seed {seed}")
         # a GPU uses fused multiply-add
-        off, ulp = (0, 0) if rope is None else (ULP[torch.promote_types(dtype, torch.float32)], ULP[dtype])
-        assert_stored(ours, wanted, *tail, f"seed {seed}", rtol=ulp, atol=8 * off)
-
-
-def test_rope_may_be_one_tensor(backend):
-    rope, q, new = torch.stack(some_rope(2, 16, torch.float32)), torch.randn(2, 4, 16), torch.randn(2, 2, 16)
-    start, length, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 9, 18, 27], [8, 3, 0, 5], 4 * [9]))
-    arenas = torch.randn(2, 36, 16)
-    one, two = (
-        ragged_decode_append(q, new, new, *arenas.clone(), start, length, cap, rope=rope, backend=backend)
-        for rope in (rope, rope.unbind())
-    )
-    assert torch.equal(one, two)
-
-
-def test_a_step_turns_what_a_model_turns(backend):
-    """RoPE by the model's `rotate` and RoPE inside the step agree up to rounding."""
-    config = TextConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-    rope = rope_table(torch.tensor([7, 300]), config, torch.float32)
-    q, k_new, v_new = torch.randn(2, 4, 16), torch.randn(2, 2, 16), torch.randn(2, 2, 16)
-    start, length, cap = (torch.tensor(x, dtype=torch.int32) for x in ([0, 9, 18, 27], [8, 3, 0, 5], 4 * [9]))
-    k, v = torch.randn(2, 36, 16)
-    ours, wanted = (k.clone(), v.clone()), (k.clone(), v.clone())
-    out = ragged_decode_append(q, k_new, v_new, *ours, start, length, cap, rope=rope, backend=backend)
-    other = ragged_decode_append_ref(rotate(q, rope), rotate(k_new, rope), v_new, *wanted, start, length, cap)
-    torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-6, atol=1e-6)
-
-
-def on_device(thing):
-    """Move a tensor to the device of the `backend` fixture."""
-    return thing.to(torch.get_default_device()) if isinstance(thing, torch.Tensor) else thing
-
-
-def test_equal_lengths_are_read_where_they_lie(monkeypatch):
-    k = torch.randn(2 * 4, 30, 16)
-    keep = torch.zeros(8, 30, dtype=torch.bool)
-    keep[:, 5:25] = True
-    k_arena, v_arena, start, length, cap = arena(k, k, keep, [24] * 8)
-    seen = []
-    monkeypatch.setattr(torch_way, "_dense", lambda q, k, v, *_: seen.append((k, v)) or (q, None))
-    ragged_decode(torch.randn(2, 8, 16), k_arena, v_arena, start, length, plan=decode_plan(start, cap))
-    keys, values = seen[0]
-    assert keys.data_ptr() == k_arena.data_ptr() and values.data_ptr() == v_arena.data_ptr()
-    assert keys.shape == (1, 8, 20, 16)
+        off = {} if rope is None else {"rtol": ULP[dtype], "atol": 8 * ULP[torch.promote_types(dtype, torch.float32)]}
+        check_step(
+            lambda *step, plan=plan, **how: ragged_decode_append(*step, plan=plan, backend=backend, **how),
+            q, new, (k, v), (start, length, cap), f"seed {seed}", off, scale=[None, 0.3][seed % 2], rope=rope,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[5, 9, 9, 3], [30, 1], [7, 7, 7], [12, 2, 0]])
+def test_a_rectangle_is_stepped_in_one_piece(dtype):
+    """`rectangle_step`, not compiled, against the append reference; segments may hold different numbers."""
+
+    def step(q, k_new, v_new, k, v, start, length, cap, return_lse):
+        shape = len(start), int(cap[0]), q.shape[2]
+        return [torch_way.rectangle_step(q, k_new, v_new, k.view(shape), v.view(shape), length + 1)]
+
+    for seed in range(40):
+        rng, generator = python_random(seed), torch_random(seed)
+        b, hkv, group, n, d = (rng.choice(c) for c in ((1, 1, 2, 3), (1, 2, 4), (1, 2, 3, 7), (2, 5, 64), (8, 20, 64)))
+        q, *new = (torch.randn(b, heads, d, generator=generator).to(dtype) for heads in (hkv * group, hkv, hkv))
+        k, v = (torch.randn(b * hkv, n, d, generator=generator).to(dtype) for _ in "kv")
+        length = torch.tensor([rng.randint(0, n - 1) for _ in range(b * hkv)], dtype=torch.int32)
+        free = torch.arange(n) >= length[:, None]
+        k[free] = v[free] = float("nan")
+        tables = n * torch.arange(b * hkv, dtype=torch.int32), length, torch.full_like(length, n)
+        check_step(step, q, new, (k.flatten(0, 1), v.flatten(0, 1)), tables, f"seed {seed}")
+
+
+# ---------------------------------------------------------------- the torch backend reads segments where they lie
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[20, 20], [5, 9, 9, 3], [30, 1], [7, 7, 7], [12, 2, 0]])
 def test_heads_of_one_length_in_each_sequence_are_read_where_they_lie(monkeypatch, dtype, lengths):
     """As in a batch: runs of segments that form rectangles, except where a sequence is empty."""
     b, heads, tokens = len(lengths), 3, 30
-    k, v = torch.randn(2, b * heads, tokens, 16).to(dtype)
-    q = torch.randn(b, 6, 16).to(dtype)
-    keep = torch.zeros(b * heads, tokens, dtype=torch.bool)
-    for s, n in enumerate(n for n in lengths for _ in range(heads)):
-        keep[s, torch.randperm(tokens)[:n]] = True
-    slack = [4 + 3 * (s // heads) for s in range(b * heads)]  # differs per sequence, so that distances are uneven
-    k_arena, v_arena, start, length, cap = arena(
-        k, v, keep, [int(n) + m for n, m in zip(keep.sum(1), slack, strict=True)]
-    )
-    monkeypatch.setattr(torch_way, "_gathered", None)
-    out, lse = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap), return_lse=True)
-    alone = ragged_decode(q, k_arena, v_arena, start, length, plan=decode_plan(start, cap))
-    exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
-    plain, plain_lse = in_orders(q, k, v, keep)
-    assert_attends([alone], [plain], [exact], length)
-    assert_attends((out, lse), (plain, plain_lse), (exact, exact_lse), length)
+    keep = torch.rand(b * heads, tokens).argsort(1).argsort(1) < torch.tensor(lengths).repeat_interleave(heads)[:, None]
+    # the slack differs per sequence, so that distances are uneven
+    read_in_place(monkeypatch, dtype, b, keep, [lengths[s // heads] + 4 + 3 * (s // heads) for s in range(b * heads)])
 
 
-def test_runs_are_segments_of_one_length_at_even_distances():
-    def runs(starts, lengths):
-        return torch_way.runs_of(starts, lengths)
-
-    assert runs([0, 9, 18, 30, 40], [5, 5, 5, 5, 5]) == [(0, 3, 9), (3, 5, 10)]
-    assert runs([0, 9, 18], [5, 4, 4]) == [(0, 1, 0), (1, 3, 9)] and runs([0, 9, 18], [5, 5, 4])[0] == (0, 2, 9)
-    assert runs([0], [5]) == [(0, 1, 0)]
-    assert runs([20, 10, 0], [2, 2, 2]) == [(0, 1, 0), (1, 2, 0), (2, 3, 0)]  # decreasing starts are no rectangle
-    assert runs([4, 4, 4], [2, 2, 2]) == [(0, 3, 0)]  # all share the same rows
-
-
-def test_large_caches_are_read_in_place(monkeypatch):
-    """At real sizes nothing is gathered."""
+def test_large_caches_are_read_where_they_lie(monkeypatch):
+    """However many runs there are."""
     monkeypatch.setattr(torch_way, "FEW", 0)
+    keep = torch.arange(3000) < torch.tensor([[3000], [70], [0], [2503]])
+    read_in_place(monkeypatch, torch.float32, 1, keep, [3100, 70, 5, 2600])
+
+
+def read_in_place(monkeypatch, dtype, b, keep, caps):
+    """Compare a call that must gather nothing with dense attention."""
     monkeypatch.setattr(torch_way, "_gathered", None)
-    for seed in range(4):
-        k, v, q = torch.randn(4, 3000, 32), torch.randn(4, 3000, 32), torch.randn(1, 8, 32)
-        keep = torch.arange(3000) < torch.tensor([[3000], [70], [0], [2500 + seed]])
-        call = arena(k, v, keep, [3100, 70, 5, 2600])
-        out, lse = ragged_decode(q, *call[:4], plan=decode_plan(call[2], call[4]), return_lse=True)
-        exact, exact_lse = dense(q, k, v, keep, dtype=torch.float64)
-        plain, plain_lse = in_orders(q, k, v, keep)
-        assert_attends((out, lse), (plain, plain_lse), (exact, exact_lse), call[3])
+    k, v = torch.randn(2, *keep.shape, 16).to(dtype)
+    q = torch.randn(b, 2 * len(keep) // b, 16).to(dtype)
+    *call, cap = arena(k, v, keep, caps)
+    plan = decode_plan(call[2], cap)
+    exact, plain = dense(q, k, v, keep, dtype=torch.float64), in_orders(q, k, v, keep)
+    assert_attends([ragged_decode(q, *call, plan=plan)], plain, exact, call[3])
+    assert_attends(ragged_decode(q, *call, plan=plan, return_lse=True), plain, exact, call[3])
+
+
+# ---------------------------------------------------------------- segments that share slots, or hold nothing
 
 
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("planned", [False, True])
-@pytest.mark.parametrize(
-    ("start", "lengths", "cap"),
-    [
-        ([0, 0], [900, 700], [1000, 1000]),  # a shared prefix
-        ([0, 100, 640, 0], [900, 700, 0, 900], [1000, 1000, 0, 900]),
-        ([700, 0], [300, 800], [300, 1000]),  # backwards
-    ],
-)
-def test_segments_may_share_rows(backend, planned, gathered, start, lengths, cap, monkeypatch):
+@pytest.mark.parametrize("tables", [
+    ([0, 0], [900, 700], [1000, 1000]),  # a shared prefix
+    ([0, 100, 640, 0], [900, 700, 0, 900], [1000, 1000, 0, 900]),
+    ([700, 0], [300, 800], [300, 1000]),  # backwards
+])  # fmt: skip
+def test_segments_may_share_rows(backend, planned, gathered, tables, monkeypatch):
     monkeypatch.setattr(torch_way, "FEW", 0 if gathered else 8)
-    start, lengths, cap = (torch.tensor(x, dtype=torch.int32) for x in (start, lengths, cap))
+    start, lengths, cap = (torch.tensor(x, dtype=torch.int32) for x in tables)
     k, v, q = torch.randn(1100, 16), torch.randn(1100, 16), torch.randn(1, 2 * len(start), 16)
     options = {"plan": decode_plan(start, cap) if planned else None, "return_lse": True}
     got = ragged_decode(q, k, v, start, lengths, **options, backend=backend)
@@ -298,15 +221,6 @@ def test_a_step_over_shared_slots_is_refused(backend):
             ragged_decode_append(q, new, new, k, v, *shared, plan=plan, backend=backend)
 
 
-def test_rows_of_a_segment_may_be_shuffled():
-    q, k, v, keep, k_arena, v_arena, start, length, _ = case(9, torch.float64)
-    out = ragged_decode(q, k_arena, v_arena, start, length)
-    for s, n in zip(start.tolist(), length.tolist(), strict=True):
-        order = torch.randperm(n) + s
-        k_arena[s : s + n], v_arena[s : s + n] = k_arena[order], v_arena[order]
-    torch.testing.assert_close(ragged_decode(q, k_arena, v_arena, start, length), out)
-
-
 def test_nobody_keeps_anything():
     q, none = torch.randn(2, 4, 8), torch.zeros(4, dtype=torch.int32)
     for slots in (0, 5):
@@ -316,80 +230,101 @@ def test_nobody_keeps_anything():
         assert (ragged_decode(q, hollow, hollow, none, none, plan=decode_plan(none, none)) == 0).all()
 
 
+# ---------------------------------------------------------------- bad calls
+
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
 GOOD = {
     "q": torch.zeros(2, 4, 8), "k": torch.zeros(40, 8), "v": torch.zeros(40, 8),
-    "kv_start": torch.tensor([0, 10, 20, 30], dtype=torch.int32),
-    "kv_len": torch.tensor([3, 10, 0, 7], dtype=torch.int32),
+    "kv_start": ints(0, 10, 20, 30), "kv_len": ints(3, 10, 0, 7),
 }  # fmt: skip
-PLAN = decode_plan(GOOD["kv_start"], torch.tensor([10, 10, 10, 10], dtype=torch.int32))
-BAD = {
-    "q of one dimension too few": ({"q": torch.zeros(4, 8)}, "(4, 8)"),
-    "another head size": ({"q": torch.zeros(2, 4, 16)}, "16"),
-    "k and v differ": ({"v": torch.zeros(39, 8)}, "(39, 8)"),
-    "k of another dtype": ({"k": torch.zeros(40, 8).half()}, "float16"),
-    "whole numbers": ({n: torch.zeros(40, 8).int() for n in "kv"} | {"q": torch.zeros(2, 4, 8).int()}, "int32"),
-    "k on another device": ({"k": torch.zeros(40, 8, device="meta")}, "meta"),
-    "k with gaps": ({"k": torch.zeros(40, 16)[:, :8]}, "non-contiguous"),
-    "q transposed": ({"q": torch.zeros(2, 8, 4).transpose(1, 2)}, "non-contiguous"),
-    "Hq no multiple of Hkv": ({"q": torch.zeros(2, 5, 8)}, "5"),
-    "segments no multiple of B": ({"q": torch.zeros(3, 4, 8)}, "3 sequences"),
-    "starts of another type": ({"kv_start": GOOD["kv_start"].long()}, "int64"),
-    "lengths on another device": ({"kv_len": GOOD["kv_len"].to("meta")}, "meta"),
-    "fewer lengths": ({"kv_len": GOOD["kv_len"][:3]}, "(3,)"),
-    "negative length": ({"kv_len": torch.tensor([3, -1, 0, 7], dtype=torch.int32)}, "-1"),
-    "negative start": ({"kv_start": torch.tensor([0, -10, 20, 30], dtype=torch.int32)}, "-10"),
-    "beyond the arena": ({"kv_len": torch.tensor([3, 10, 0, 11], dtype=torch.int32)}, "40 slots"),
-    "beyond the capacity": ({"kv_len": torch.tensor([3, 11, 0, 7], dtype=torch.int32), "plan": PLAN}, "11"),
-    "a plan of other segments": ({"plan": decode_plan(*[torch.zeros(3, dtype=torch.int32)] * 2)}, "3 segments"),
-    "a plan of a larger arena": ({"k": torch.zeros(39, 8), "v": torch.zeros(39, 8), "plan": PLAN}, "40 slots"),
-    "a plan of other starts": ({"plan": PLAN, "kv_start": GOOD["kv_start"] + 1}, "[1, 11, 21, 31]"),
-    "a plan that is none": ({"plan": (1, 2)}, "tuple"),
-    "no sequences": ({"q": torch.zeros(0, 4, 8)}, "(0, 4, 8)"),
-    "no rows": ({"q": torch.zeros(2, 0, 4, 8)}, "(2, 0, 4, 8)"),
-    "an unknown backend": ({"backend": "cuda"}, "'cuda'"),
-    "starts with gaps": ({"kv_start": GOOD["kv_start"].repeat_interleave(2)[::2]}, "non-contiguous"),
-    "a scale that is a tensor": ({"scale": torch.tensor(0.5)}, "scale is of type Tensor"),
-    "large heads in Triton": (
-        {n: torch.zeros(*GOOD[n].shape[:-1], 320) for n in "qkv"} | {"backend": "triton"},
-        "up to 256, not 320",
-    ),
-    "float64 in Triton": ({n: GOOD[n].double() for n in "qkv"} | {"backend": "triton"}, "float64"),
-}
+PLAN = decode_plan(GOOD["kv_start"], ints(10, 10, 10, 10))
+STEP = GOOD | {"k_new": torch.zeros(2, 2, 8), "v_new": torch.zeros(2, 2, 8), "kv_cap": PLAN.kv_cap}
+PLANS = {"kv_start": torch.ones(2, 3, dtype=torch.int32), "kv_cap": torch.ones(2, 3, dtype=torch.int32)}
+BAD = {  # (changes to a good call, word of the error)
+    ragged_decode: [
+        ({"q": torch.zeros(4, 8)}, "(4, 8)"),
+        ({"q": torch.zeros(2, 4, 16)}, "16"),
+        ({"v": torch.zeros(39, 8)}, "(39, 8)"),
+        ({"k": torch.zeros(40, 8).half()}, "float16"),
+        ({n: torch.zeros(40, 8).int() for n in "kv"} | {"q": torch.zeros(2, 4, 8).int()}, "int32"),
+        ({"k": torch.zeros(40, 8, device="meta")}, "meta"),
+        ({"k": torch.zeros(40, 16)[:, :8]}, "non-contiguous"),
+        ({"q": torch.zeros(2, 8, 4).transpose(1, 2)}, "non-contiguous"),
+        ({"q": torch.zeros(2, 5, 8)}, "5"),
+        ({"q": torch.zeros(3, 4, 8)}, "3 sequences"),
+        ({"q": torch.zeros(0, 4, 8)}, "(0, 4, 8)"),
+        ({"q": torch.zeros(2, 0, 4, 8)}, "(2, 0, 4, 8)"),
+        ({"kv_start": GOOD["kv_start"].long()}, "int64"),
+        ({"kv_len": GOOD["kv_len"].to("meta")}, "meta"),
+        ({"kv_len": GOOD["kv_len"][:3]}, "(3,)"),
+        ({"kv_len": ints(3, -1, 0, 7)}, "-1"),
+        ({"kv_len": ints(3, -1, 0, 7), "plan": PLAN}, "-1"),
+        ({"kv_start": ints(0, -10, 20, 30)}, "-10"),
+        ({"kv_len": ints(3, 10, 0, 11)}, "arenas have 40"),
+        ({"kv_len": ints(3, 11, 0, 7), "plan": PLAN}, "11"),
+        ({"plan": decode_plan(ints(0, 0, 0), ints(0, 0, 0))}, "3 segments"),
+        ({"k": torch.zeros(39, 8), "v": torch.zeros(39, 8), "plan": PLAN}, "40 slots"),
+        ({"kv_start": GOOD["kv_start"] + 1, "plan": PLAN}, "[1, 11, 21, 31]"),
+        ({"plan": (1, 2)}, "tuple"),
+        ({"scale": torch.tensor(0.5)}, "scale is of type Tensor"),
+        ({"backend": "cuda"}, "'cuda'"),
+        ({n: torch.zeros(*GOOD[n].shape[:-1], 320) for n in "qkv"} | {"backend": "triton"}, "up to 256, not 320"),
+        ({n: GOOD[n].double() for n in "qkv"} | {"backend": "triton"}, "float64"),
+    ],
+    ragged_decode_append: [
+        ({"kv_cap": PLAN.kv_cap + 1, "plan": PLAN}, "but the plan has"),
+        ({"kv_cap": PLAN.kv_cap.to("meta"), "plan": PLAN}, "on meta"),
+        ({"kv_cap": [10] * 4, "plan": PLAN}, "kv_cap is of type list"),
+        ({"kv_cap": None}, "kv_cap is of type NoneType"),
+        ({"kv_cap": PLAN.kv_cap + 30}, "need 70 slots, the arenas have 40"),
+        ({"k_new": torch.zeros(2, 1, 8)}, "(2, 1, 8)"),
+        ({"v_new": torch.zeros(2, 2, 8).double()}, "float64"),
+        ({"q": torch.zeros(2, 1, 4, 8)}, "(2, 1, 4, 8)"),
+        ({"scale": torch.ones(())}, "scale is of type Tensor"),
+        ({"rope": (torch.ones(2, 8), torch.ones(2, 8))}, "(2, 8)"),
+        ({"rope": (torch.ones(2, 1, 8), torch.ones(2, 1, 8, device="meta"))}, "on meta"),
+        ({"kv_len": GOOD["kv_len"] + 9}, "repack"),
+    ],
+    decode_plan: [
+        ({"kv_start": ints(0, 5), "kv_cap": ints(5)}, "(1,)"),
+        ({"kv_start": ints(0, -5), "kv_cap": ints(5, 5)}, "-5"),
+        ({"kv_start": ints(), "kv_cap": ints()}, "(0,)"),
+        ({"kv_start": torch.zeros(1), "kv_cap": ints(1)}, "float32"),
+        ({"kv_start": ints(1), "kv_cap": [1]}, "kv_cap is of type list"),
+        *(({"kv_start": ints(1), "kv_cap": ints(1), "split": n}, "multiple of 16") for n in (0, 8, 24.0, 40, 2**40)),
+    ],
+    decode_plans: [
+        ({n: t.long() for n, t in PLANS.items()}, "int64 (2, 3) on cpu; give int32 tensors (L, S)"),
+        ({n: t[0] for n, t in PLANS.items()}, "(3,)"),
+        ({"kv_cap": PLANS["kv_cap"][:1]}, "(1, 3)"),
+        ({"kv_cap": PLANS["kv_cap"].to("meta")}, "on meta"),
+        ({"kv_start": PLANS["kv_start"].tolist()}, "kv_start is of type list"),
+        ({"kv_start": -PLANS["kv_start"]}, "-1"),
+        ({"split": 10}, "split is 10"),
+    ],
+    merge_states: [
+        ({"out_b": torch.ones(1, 4).double()}, "float64"),
+        ({"lse_a": torch.ones(2)}, "do not fit"),
+    ],
+}  # fmt: skip
+PARTS = ("out", (1, 4)), ("lse", (1,))
+CALLS = {
+    ragged_decode: GOOD, ragged_decode_append: STEP, decode_plan: {}, decode_plans: PLANS,
+    merge_states: {f"{name}_{side}": torch.ones(*shape) for name, shape in PARTS for side in "ab"},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_calls_are_refused_with_the_value(name):
-    change, word = BAD[name]
-    with pytest.raises(ValueError) as refused:
-        ragged_decode(**GOOD | change)
-    message = str(refused.value)
-    assert word in message and ";" in message and "\n" not in message
-
-
-def test_bad_steps_are_refused():
-    new, cap = torch.zeros(2, 2, 8), PLAN.kv_cap
-    good = [*(GOOD[n] for n in ("q",)), new, new, *(GOOD[n] for n in ("k", "v", "kv_start", "kv_len"))]
-    for arguments, options, word in (
-        ([*good, cap + 1], {"plan": PLAN}, "but the plan has"),
-        ([*good, cap.to("meta")], {"plan": PLAN}, "on meta"),
-        ([good[0], new[:, :1], *good[2:], cap], {}, "(2, 1, 8)"),
-        ([good[0], new, new.double(), *good[3:], cap], {}, "float64"),
-        ([good[0][:, None], *good[1:], cap], {}, "(2, 1, 4, 8)"),
-        ([*good, cap + 30], {}, "capacities need 70 slots, the arenas have 40"),
-        ([*good, None], {}, "kv_cap is of type NoneType"),
-        ([*good, [10] * 4], {"plan": PLAN}, "kv_cap is of type list"),
-        ([*good, cap], {"scale": torch.ones(())}, "scale is of type Tensor"),
-        ([*good, cap], {"rope": (torch.ones(2, 8), torch.ones(2, 8))}, "(2, 8)"),
-        ([*good, cap], {"rope": (torch.ones(2, 1, 8), torch.ones(2, 1, 8, device="meta"))}, "on meta"),
-        ([*good[:6], GOOD["kv_len"] + 9, cap], {}, "repack"),
-    ):
+@pytest.mark.parametrize("operation", BAD, ids=lambda operation: operation.__name__)
+def test_bad_calls_are_refused_with_the_value(operation):
+    for change, word in BAD[operation]:
         with pytest.raises(ValueError) as refused:
-            ragged_decode_append(*arguments, **options)
+            operation(**CALLS[operation] | change)
         message = str(refused.value)
-        assert word in message and ";" in message and "\n" not in message, message
-    for split in (0, 8, 24.0, 40, 2**40):
-        with pytest.raises(ValueError, match="multiple of 16"):
-            decode_plan(GOOD["kv_start"], cap, split=split)
+        assert word in message and "; " in message and "\n" not in message, (word, message)
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
@@ -405,48 +340,22 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     assert choose_backend("auto", torch.device("cuda"), torch.float32) == "torch"
 
 
-@pytest.mark.parametrize(
-    ("start", "cap", "word"),
-    [([0, 5], [5], "1 capacities"), ([0, -5], [5, 5], "-5"), ([], [], "(0,)"), ([0.0], [1], "float32")],
-)
-def test_bad_plans_are_refused(start, cap, word):
-    integers = [torch.tensor(x, dtype=torch.float32 if x == [0.0] else torch.int32) for x in (start, cap)]
-    with pytest.raises(ValueError) as refused:
-        decode_plan(*integers)
-    assert word in str(refused.value)
-    with pytest.raises(ValueError) as refused:
-        decode_plans(*(t[None] for t in integers))
-    assert word.removeprefix("(").removesuffix(",)") in str(refused.value)
-
-
-def test_bad_plans_of_several_layers_are_refused():
-    good = torch.ones(2, 3, dtype=torch.int32)
-    for tables, split, word in (
-        ((good.long(), good.long()), None, "int64 of shape (2, 3); give one int32 per layer and segment"),
-        ((good[0], good[0]), None, "(3,)"),
-        ((good, good[:1]), None, "2x3 starts on cpu, 1x3 capacities"),
-        ((good, good.tolist()), None, "kv_cap is of type list"),
-        ((good, good), 10, "split is 10"),
-    ):
-        with pytest.raises(ValueError) as refused:
-            decode_plans(*tables, split=split)
-        assert word in str(refused.value) and "; " in str(refused.value)
+# ---------------------------------------------------------------- plans, merging
 
 
 def test_plans_of_several_layers_are_those_of_each():
     caps = torch.tensor([[5000, 0, 770, 64], [1, 900, 30000, 70], [9, 9, 9, 9]], dtype=torch.int32)
     starts = caps.cumsum(1, dtype=torch.int32) - caps
     for split in (None, 48):
-        plans = decode_plans(starts, caps, split=split)
-        for i, (plan, start, cap) in enumerate(zip(plans, starts, caps, strict=True)):
+        plans, together = decode_plans(starts, caps, split=split), _work_items(caps.tolist(), split, caps.device)
+        for plan, items, start, cap in zip(plans, together, starts, caps, strict=True):
             one = decode_plan(start, cap, split=split)
-            assert (plan.starts, plan.caps) == (one.starts, one.caps)
+            assert (plan.starts, plan.caps) == (start.tolist(), cap.tolist())
             assert torch.equal(plan.kv_start, start) and torch.equal(plan.kv_cap, cap)
-            together = work_items(caps.tolist(), split, cap.device)[i]
-            for name in ("work", "firsts", "sizes"):
-                assert torch.equal(getattr(together, name), getattr(one.items, name)), name
-            first, count = one.items.firsts.tolist(), one.items.work[:, 0].bincount(minlength=4).tolist()
-            assert first == [sum(count[:s]) for s in range(4)] and min(count) == 1
+            assert all(torch.equal(a, b) for a, b in zip(items, one.items, strict=True))
+            work, firsts, _ = one.items
+            count = work[:, 0].bincount(minlength=4).tolist()
+            assert firsts.tolist() == [sum(count[:s]) for s in range(4)] and min(count) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -470,7 +379,3 @@ def test_merging_survives_scores_that_overflow_exp():
         for size in (900.0, -900.0):
             out, lse = merge(torch.ones(1, 4), torch.tensor([size]), torch.zeros(1, 4), torch.tensor([size]))
             assert torch.equal(out, torch.full((1, 4), 0.5)) and lse.item() == pytest.approx(size + 0.6931472)
-    with pytest.raises(ValueError, match="float64"):
-        merge_states(torch.ones(1, 4), torch.ones(1), torch.ones(1, 4).double(), torch.ones(1))
-    with pytest.raises(ValueError, match="do not fit"):
-        merge_states(torch.ones(1, 4), torch.ones(2), torch.ones(1, 4), torch.ones(1))

@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
-from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_decode_append_ref, ragged_decode_ref
+from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_decode_ref
 from kernels import ragged_decode_triton as triton_way
 from model import Generation, Sampling, load
 from model.cache import RaggedCache
 from model.fast import FastStep
-from tests.oracle import assert_attends, assert_near, assert_stored, of_segments, small_llama
+from tests.oracle import assert_attends, assert_near, check_step, of_segments, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import python_random, torch_random
 
@@ -51,11 +51,30 @@ def spoil(plan, rows, d):
         room.fill_(NAN)
 
 
-def check(got, reference, q, k, v, start, length):
+def check(got, q, k, v, start, length, **options):
     """Compare (out, lse) with the reference in float64; allowed: twice the reference's own error in this dtype."""
-    exact = reference(q.double(), k.double(), v.double(), start, length, return_lse=True)
-    plain = reference(q, k, v, start, length, return_lse=True)
+    exact = ragged_decode_ref(q.double(), k.double(), v.double(), start, length, return_lse=True, **options)
+    plain = ragged_decode_ref(q, k, v, start, length, return_lse=True, **options)
     assert_attends(got, plain, exact, length)
+
+
+def decoded(q, k, v, start, length, cap, plan, **options):
+    return ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton", **options)
+
+
+def appended(q, k, v, start, length, cap, plan, new=None):
+    """One step of ragged_decode_append, with random new tokens unless they are given."""
+    if new is None:
+        generator, shape = torch_random(9), (len(q), len(start) // len(q), q.shape[-1])
+        new = [torch.randn(shape, generator=generator).to(q) for _ in "kv"]
+    options = {"return_lse": True, "plan": plan, "backend": "triton"}
+    return ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+
+
+def assert_same(got, wanted, length, what=""):
+    """Assert that (out, lse) are bitwise equal."""
+    for name, heads, a, b in zip(("out", "lse"), (-2, -1), got, wanted, strict=True):
+        assert_near(a, b, 0.0, f"{name} {what}".strip(), of_segments(length, a.shape, heads))
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +97,10 @@ def test_lengths_at_the_borders_of_tiles_and_splits(seed):
     borders = [0, 1, BN - 1, BN, BN + 1, split - 1, split, split + 1, rng.randint(2, 4 * split)]
     lengths = rng.sample(borders, 5) + [rng.choice([7 * split + 5, 0])]  # one very long, or none
     rng.shuffle(lengths)
-    group = [1, 4, 2][seed % 3]
-    slack = [3, 0][seed % 2]
-    made = problem(lengths, [1, 2, 3][seed % 3], group, 128, slack=slack, seed=seed, split=split)
-    q, k, v, start, length, cap, plan = made
-    got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
-    check(got, ragged_decode_ref, q, k, v, start, length)
-    assert len(plan.items.work) == sum(max(1, -(-c // split)) for c in cap.tolist())
+    hkv, group, slack = [1, 2, 3][seed % 3], [1, 4, 2][seed % 3], [3, 0][seed % 2]
+    made = q, k, v, start, length, cap, plan = problem(lengths, hkv, group, 128, slack=slack, seed=seed, split=split)
+    check(decoded(*made), q, k, v, start, length)
+    assert len(plan.items[0]) == sum(max(1, -(-c // split)) for c in cap.tolist())
 
 
 DIMS = [32, 64, 72, 80, 96, 128, 256]
@@ -95,35 +111,23 @@ DIMS = [32, 64, 72, 80, 96, 128, 256]
 def test_head_dims_and_groups(d, dtype):
     """Each dim with three group sizes of 1 .. 16; the last case has rows for several tiles."""
     for i, group in enumerate([1 + DIMS.index(d), 8 + DIMS.index(d), 16]):
-        rows = [None, 2, 5][i]
-        q, k, v, start, length, _, plan = problem([70, 0, 33, 5], 2, group, d, dtype, rows, seed=i, split=48)
-        got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
-        check(got, ragged_decode_ref, q, k, v, start, length)
-
-
-def test_a_long_turn_has_many_tiles_of_rows():
-    q, k, v, start, length, _, plan = problem([40, 0, 75, 20], 2, 3, 64, rows=30, split=32)
-    assert triton_way.tiles(90, 64, 4)["M"] < 90
-    got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
-    check(got, ragged_decode_ref, q, k, v, start, length)
+        made = problem([70, 0, 33, 5], 2, group, d, dtype, [None, 2, 5][i], seed=i, split=48)
+        check(decoded(*made), *made[:5])
 
 
 def test_many_parts_of_very_different_weight():
     """More parts than one round of the merge, the heaviest first: exp2 of the difference would overflow."""
     q, k, v, start, length, _, plan = problem([1100, 20], 2, 2, 32, split=16)
-    assert len(plan.items.work) > triton_way.tiles(2, 32, 4)["BS"]
+    assert len(plan.items[0]) > triton_way.tiles(2, 32, 4)["BS"]
     k[:1100] *= torch.linspace(100, 1, 1100, device=DEVICE)[:, None]
     q[:, :2] = k[0] / k[0].norm()
-    got = ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton", scale=1.0)
-    exact = ragged_decode_ref(q.double(), k.double(), v.double(), start, length, return_lse=True, scale=1.0)
-    plain = ragged_decode_ref(q, k, v, start, length, return_lse=True, scale=1.0)
-    assert_attends(got, plain, exact, length)
+    check(decoded(q, k, v, start, length, _, plan, scale=1.0), q, k, v, start, length, scale=1.0)
 
 
 def test_splits_depend_on_the_segment_alone():
     start = torch.tensor([0, 5000, 5100, 5100, 65100, 85100], dtype=torch.int32)
     cap = torch.tensor([5000, 100, 0, 60000, 20000, 200000], dtype=torch.int32)
-    work = decode_plan(start, cap).items.work
+    work = decode_plan(start, cap).items[0]
     for s, size, count in ((0, 448, 12), (1, 64, 2), (2, 64, 1), (3, 960, 63), (4, 512, 40), (5, 1024, 196)):
         rows = work[work[:, 0] == s]
         assert rows[:, 1].tolist() == list(range(count)) and (rows[:, 3] == size).all()
@@ -141,7 +145,7 @@ def test_an_arena_of_more_than_two_to_the_31_elements():
         k[at : at + n], v[at : at + n] = near[source : source + n], far[source : source + n]
     plan = decode_plan(start, cap, split=32)
     together = cap.cumsum(0, dtype=torch.int32) - cap
-    check(decoded(q, k, v, start, length, plan), ragged_decode_ref, q, near, far, together, length)
+    check(decoded(q, k, v, start, length, cap, plan), q, near, far, together, length)
     got = appended(q, k, v, start, length, cap, plan)
     assert_same(got, appended(q, near, far, together, length, cap, decode_plan(together, cap, split=32)), length)
     assert k[rows + 170].any() and v[rows + 170].any()
@@ -159,90 +163,53 @@ def untouched(elements):
 # ---------------------------------------------------------------- bitwise equality
 
 
-def decoded(q, k, v, start, length, plan):
-    return ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton")
-
-
-def appended(q, k, v, start, length, cap, plan, seed=9):
-    """One step of ragged_decode_append with its own random new tokens."""
-    generator = torch_random(seed)
-    shape = len(q), len(start) // len(q), q.shape[-1]
-    new = [torch.randn(shape, generator=generator).to(q) for _ in range(2)]
-    options = {"return_lse": True, "plan": plan, "backend": "triton"}
-    return ragged_decode_append(q, *new, k, v, start, length, cap, **options)
-
-
-def assert_same(got, wanted, length, what=""):
-    """Assert that (out, lse) are bitwise equal."""
-    for name, heads, a, b in zip(("out", "lse"), (-2, -1), got, wanted, strict=True):
-        assert_near(a, b, 0.0, f"{name} {what}".strip(), of_segments(length, a.shape, heads))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_order_of_the_work_does_not_matter(dtype):
     """In the interpreter, the last item in the list finishes last, so every order merges differently."""
-    q, k, v, start, length, cap, plan = problem([130, 64, 3, 97], 2, 4, 64, dtype, split=32)
-    wanted, wanted_step = decoded(q, k, v, start, length, plan), appended(q, k, v, start, length, cap, plan)
+    made = *_, length, _, plan = problem([130, 64, 3, 97], 2, 4, 64, dtype, split=32)
+    wanted, wanted_step = decoded(*made), appended(*made)
     for seed in range(4):
-        order = torch.randperm(len(plan.items.work), generator=torch_random(seed))
-        plan.items.work.copy_(plan.items.work[order.to(DEVICE)])
+        order = torch.randperm(len(plan.items[0]), generator=torch_random(seed))
+        plan.items[0].copy_(plan.items[0][order.to(DEVICE)])
         spoil(plan, 4, 64)
-        assert_same(decoded(q, k, v, start, length, plan), wanted, length, f"seed {seed}")
-        assert_same(appended(q, k, v, start, length, cap, plan), wanted_step, length, f"step, seed {seed}")
+        assert_same(decoded(*made), wanted, length, f"seed {seed}")
+        assert_same(appended(*made), wanted_step, length, f"step, seed {seed}")
         assert (plan.tickets(1) == 0).all()
 
 
 def test_the_neighbours_do_not_matter():
     """One sequence alone, between others, and with neighbours of other lengths."""
-    alone = problem([90, 33], 2, 4, 64, split=32)
-    wanted, wanted_step = decoded(*alone[:5], alone[6]), appended(*alone)
-    q, k, v, start, length, cap, _ = alone
+    alone = q, k, v, start, length, cap, _ = problem([90, 33], 2, 4, 64, split=32)
+    new = torch.randn(2, 1, 2, 64).to(q)
+    wanted, wanted_step = decoded(*alone), appended(*alone, new)
     for others in ([1, 0], [400, 7]):
-        q2, k2, v2, start2, length2, cap2, _ = problem([*others, 90, 33, *others], 2, 4, 64, split=32, seed=5)
+        between = q2, k2, v2, start2, *_ = problem([*others, 90, 33, *others], 2, 4, 64, split=32, seed=5)
         q2[1] = q[0]
         for s in (0, 1):
-            for arena, source in ((k2, k), (v2, v)):
-                n, a, b = int(cap[s]), int(start2[2 + s]), int(start[s])
-                arena[a : a + n] = source[b : b + n]
-        plan = decode_plan(start2, cap2, split=32)
-        got = decoded(q2, k2, v2, start2, length2, plan)
-        assert_same([t[1:2] for t in got], wanted, length)
-        # the middle sequence needs the same new token
-        generator = torch_random(9)
-        new = [torch.randn(1, 2, 64, generator=generator).expand(3, 2, 64).to(q) for _ in range(2)]
-        options = {"return_lse": True, "plan": plan, "backend": "triton"}
-        got = ragged_decode_append(q2, *new, k2, v2, start2, length2, cap2, **options)
+            n, a, b = int(cap[s]), int(start2[2 + s]), int(start[s])
+            k2[a : a + n], v2[a : a + n] = k[b : b + n], v[b : b + n]
+        assert_same([t[1:2] for t in decoded(*between)], wanted, length)
+        got = appended(*between, new.expand(2, 3, 2, 64))
         assert_same([t[1:2] for t in got], wanted_step, length)
-
-
-def test_rows_of_a_segment_may_be_shuffled():
-    q, k, v, start, length, _, plan = problem([90, 33], 2, 4, 64, split=32)
-    out, _ = decoded(q, k, v, start, length, plan)
-    for s, n in zip(start.tolist(), length.tolist(), strict=True):
-        order = torch.randperm(n) + s
-        k[s : s + n], v[s : s + n] = k[order.to(DEVICE)], v[order.to(DEVICE)]
-    torch.testing.assert_close(decoded(q, k, v, start, length, plan)[0], out, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- consecutive steps
 
 
+def step_over(plan):
+    """A step for `check_step`."""
+    return lambda *step, **how: ragged_decode_append(*step, plan=plan, backend="triton", **how)
+
+
 def test_steps_follow_each_other_over_one_plan():
     """Segments cross a split border, start empty and become full; each step resets tickets and partial results."""
-    q, k, v, start, length, cap, plan = problem([30, 0, 64, 7], 2, 2, 64, slack=4, split=32)
-    ours, wanted = (k, v), (k.clone(), v.clone())
+    _, *arenas, start, length, cap, plan = problem([30, 0, 64, 7], 2, 2, 64, slack=4, split=32)
     for step in range(6):  # in the last two steps every segment is full
         generator = torch_random(step)
         q, *new = (torch.randn(2, h, 64, generator=generator).to(DEVICE) for h in (4, 2, 2))
-        exact_arenas = [a.double() for a in wanted]
-        exact = ragged_decode_append_ref(
-            q.double(), *(n.double() for n in new), *exact_arenas, start, length, cap, return_lse=True
-        )
-        plain = ragged_decode_append_ref(q, *new, *wanted, start, length, cap, return_lse=True)
         spoil(plan, 2, 64)
-        got = ragged_decode_append(q, *new, *ours, start, length, cap, plan=plan, return_lse=True, backend="triton")
-        assert_attends(got, plain, exact, length, f"step {step}")
-        assert_stored(ours, wanted, start, length, cap, f"step {step}")
+        arenas = check_step(step_over(plan), q, new, arenas, (start, length, cap), f"step {step}")
+        assert len(plan.buffers) == 3  # nothing but work items, tickets and a workspace
         length += (length < cap).int()
     assert torch.equal(length, cap)
 
@@ -250,25 +217,11 @@ def test_steps_follow_each_other_over_one_plan():
 @pytest.mark.parametrize(("group", "d", "dtype"), [(17, 64, torch.float32), (20, 256, torch.float16)])
 def test_more_query_heads_than_a_tile_has_rows(group, d, dtype):
     """Several programs per split: each merges its own rows, and one stores the new token."""
-    q, k, v, start, length, cap, plan = problem([70, 5], 2, group, d, dtype, split=32)
+    q, *arenas, start, length, cap, plan = problem([70, 5], 2, group, d, dtype, split=32)
     assert triton_way.tiles(group, d, q.element_size())["M"] < group
-    new = [torch.randn(1, 2, d).to(q) for _ in range(2)]
-    wanted, ours = (k.clone(), v.clone()), (k, v)
-    exact_arenas = [a.double() for a in wanted]
-    exact = ragged_decode_append_ref(q.double(), *(n.double() for n in new), *exact_arenas, start, length, cap)
-    plain = ragged_decode_append_ref(q, *new, *wanted, start, length, cap)
+    new = [torch.randn(1, 2, d).to(q) for _ in "kv"]
     for _ in range(2):  # the tickets are reset
-        got = ragged_decode_append(q, *new, *ours, start, length, cap, plan=plan, backend="triton")
-        assert_attends([got], [plain], [exact], length)
-    assert_stored(ours, wanted, start, length, cap)
-
-
-def test_with_a_plan_a_step_keeps_nothing():
-    q, k, v, start, length, cap, plan = problem([30, 5], 2, 2, 64)
-    appended(q, k, v, start, length, cap, plan)
-    buffers = dict(plan.buffers)
-    appended(q, k, v, start, length, cap, plan)
-    assert plan.buffers.keys() == buffers.keys() and all(plan.buffers[key] is buffers[key] for key in buffers)
+        arenas = check_step(step_over(plan), q, new, arenas, (start, length, cap))
 
 
 class Replayed:
@@ -327,17 +280,16 @@ def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
 
 @ONLY_CUDA
 def test_with_a_plan_a_step_asks_nothing_and_leaves_nothing():
-    q, k, v, start, length, cap, plan = problem([30, 5], 2, 2, 64)
-    appended(q, k, v, start, length, cap, plan)
-    new = [torch.randn(1, 2, 64, device=DEVICE) for _ in range(2)]
+    made = problem([30, 5], 2, 2, 64)
+    new = torch.randn(2, 1, 2, 64, device=DEVICE)
+    appended(*made, new)
     torch.cuda.synchronize()
     gc.collect()  # memory of earlier tests
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            ragged_decode_append(q, *new, k, v, start, length, cap, plan=plan, backend="triton")
-            ragged_decode(q, k, v, start, length, plan=plan, backend="triton")
+            appended(*made, new), decoded(*made)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_allocated() == before
@@ -357,38 +309,36 @@ def test_the_captured_decode_loop_says_what_eager_steps_say(temperature):
 @pytest.mark.parametrize("group", [1, 4])
 def test_ten_thousand_replays_are_equal(group):
     """A race in the ticket would eventually merge a missing part."""
-    q, k, v, start, length, cap, plan = problem([3000, 17, 900, 2048] * 4, 4, group, 128, torch.bfloat16, split=128)
-    wanted = appended(q, k, v, start, length, cap, plan)
-    new = [torch.randn(4, 4, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
-    options = {"plan": plan, "return_lse": True, "backend": "triton"}
-    wanted = ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+    made = problem([3000, 17, 900, 2048] * 4, 4, group, 128, torch.bfloat16, split=128)
+    new = torch.randn(2, 4, 4, 128, device=DEVICE, dtype=torch.bfloat16)
+    wanted = appended(*made, new)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+        got = appended(*made, new)
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(10_000):
         graph.replay()
         differing += (got[0] != wanted[0]).any() | (got[1] != wanted[1]).any()
-    assert differing.item() == 0 and (plan.tickets(1) == 0).all()
+    assert differing.item() == 0 and (made[-1].tickets(1) == 0).all()
 
 
 @ONLY_CUDA
 def test_a_growing_series_in_a_graph_equals_eager():
-    q, k, v, start, length, cap, plan = problem([500, 0, 128, 127], 2, 4, 128, torch.bfloat16, slack=300, split=128)
-    new = [torch.zeros(2, 2, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    made = problem([500, 0, 128, 127], 2, 4, 128, torch.bfloat16, slack=300, split=128)
+    q, k, v, start, length, cap, plan = made
+    new = torch.zeros(2, 2, 2, 128, device=DEVICE, dtype=torch.bfloat16)
     eager, eager_length = (k.clone(), v.clone()), length.clone()
-    options = {"plan": plan, "return_lse": True, "backend": "triton"}
-    ragged_decode_append(q, *new, k, v, start, length, cap, **options)  # compiles
+    appended(*made, new)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = ragged_decode_append(q, *new, k, v, start, length, cap, **options)
+        got = appended(*made, new)
         length += 1
     for step in range(280):
         for t in (q, *new):
             t.copy_(torch.randn(t.shape, generator=torch_random(step)))
         graph.replay()
-        wanted = ragged_decode_append(q, *new, *eager, start, eager_length, cap, **options)
+        wanted = appended(q, *eager, start, eager_length, cap, plan, new)
         eager_length += 1
         assert_same(got, wanted, eager_length, f"step {step}")
         if step % 40 == 0:
-            check(got, ragged_decode_ref, q, k, v, start, length)
+            check(got, q, k, v, start, length)
