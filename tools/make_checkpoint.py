@@ -94,6 +94,8 @@ def config_json(shape, dtype):
 
 def preprocessor_json(side):
     """preprocessor_config.json: shortest edge to `side`, centre crop, CLIP's normalisation."""
+    from model.image import CLIP_MEAN, CLIP_STD
+
     return {
         "crop_size": {"height": side, "width": side}, "do_center_crop": True, "do_convert_rgb": True,
         "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": list(CLIP_MEAN),
@@ -104,8 +106,6 @@ def preprocessor_json(side):
 
 def write_small_files(folder, raw):
     """Write every file except the weights."""
-    from model.image import CLIP_MEAN, CLIP_STD
-
     write_published(folder / "config.json", raw)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": raw["pad_token_id"]}
     write_published(folder / "generation_config.json", generation)
