@@ -84,10 +84,10 @@ class Generation(Prompt):
         self.compile, self.timed, self.remember = compile, timed, remember
         self.prune = choose_method(prune, checkpoint.folder)
         if self.prune:
-            self._check_method(self.prune)
+            self.check_method(self.prune)
         self._begin()
 
-    def _check_method(self, prune: Method) -> None:
+    def check_method(self, prune: Method) -> None:
         """InputError if the method does not fit the model; adds a note if there is nothing to drop."""
         text = self.checkpoint.config.text_config
         try:
