@@ -160,8 +160,8 @@ def test_a_cache_that_has_moved_on_is_not_fed_again(tiny):
 
 
 def test_tiles_may_come_in_a_later_turn(make_checkpoint, tmp_path):
-    next_ = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
-    make_checkpoint(tmp_path, top=next_)
+    in_tiles = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+    make_checkpoint(tmp_path, top=in_tiles)
     checkpoint = replace(load(tmp_path, "fp32"), stop_ids=())
     first = answered(checkpoint, "what?", noise(60, 20))
     second = answered(checkpoint, "and <image>?", noise(20, 70, seed=1), limit=8, before=first)

@@ -145,6 +145,8 @@ def test_stats_leave_out_what_there_is_nothing_to_say_about(cli):
     assert not re.search(r"^(vision|pruning|decode)", err, flags=re.M) and "prefill" in err and "KV cache" in err
     _, _, err = cli("--prompt", "What?", "-n", "2", "--stats")
     assert "ms  1 step of one token, " in err and "percentile" not in err
+    _, _, err = cli(*ASK, "-n", "2", "--prune", "plphp", "--stats")
+    assert " look-ahead rows; time to first token" in err
     _, _, err = cli("--image", PICTURE, PICTURE, "-p", "Compare the two pictures.", "-n", "2", "--stats")
     assert "2 pictures, 512 vision tokens" in err and err.count("demo.png: 448 x 448 pixels, 256 tokens") == 2
 

@@ -14,7 +14,6 @@ from PIL import Image
 
 from model import Checkpoint, Generation, InputError, Sampling, load
 from model import show as module
-from model.image import ImageSettings, Prepared
 from model.show import CELL, GAP, MARGIN, Shown, View, draw, layer_class, page, panel, save
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tests.seeds import torch_random
@@ -203,11 +202,17 @@ def test_titles_name_method_settings_and_what_was_asked_for_and_kept():
     assert quoted.title == "topk: 66.7 % of the vision tokens kept"
 
 
-def test_the_page_and_the_figure_show_the_tiles_of_llava_next(tmp_path):
-    folder = tmp_path / "next"
+@pytest.fixture(scope="module")
+def in_tiles(tmp_path_factory):
+    """A LLaVA-NeXT whose tiles have 56 x 56 pixels and 4 x 4 tokens."""
+    folder = tmp_path_factory.mktemp("next")
     make_checkpoint.main([str(folder), "--shape", "tiny-next"])
+    return folder
+
+
+def test_the_page_and_the_figure_show_the_tiles_of_llava_next(in_tiles):
     wide = Image.new("RGB", (300, 90), (10, 200, 30))
-    generation = answered("grid:retention=0.5", (wide,), "What?", folder)
+    generation = answered("grid:retention=0.5", (wide,), "What?", in_tiles)
     shown = Shown.of(generation)
     whole, tiles = shown.views
     assert (whole.name, tiles.name) == ("whole", "tiles") and whole.tokens.flatten().tolist() == list(range(16))
@@ -224,22 +229,12 @@ def test_the_page_and_the_figure_show_the_tiles_of_llava_next(tmp_path):
     assert [view["shape"] for view in data_of(page(shown))["views"]] == [[4, 4], [rows, columns]]
 
 
-def test_a_picture_in_four_parts_is_joined_in_its_order():
+def test_a_picture_in_four_parts_is_joined_in_its_order(in_tiles):
     """Each quarter of a square picture has another colour."""
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
     picture = Image.new("RGB", (112, 112))
-    for i, colour in enumerate(colours):
+    for i, colour in enumerate([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]):
         picture.paste(colour, (i % 2 * 56, i // 2 * 56, i % 2 * 56 + 56, i // 2 * 56 + 56))
-
-    class Tower:
-        patch_size, image_size = 14, 56
-
-    class Fake:  # what the drawing looks at
-        squares = [picture.resize((56, 56)), *(Image.new("RGB", (56, 56), c) for c in colours)]
-        pictures = [Prepared("", (112, 112), squares, (2, 2), 4, 16 + 8 * 9, ImageSettings(56, "anyres"))]
-        checkpoint = type("C", (), {"config": type("C", (), {"vision_config": Tower})})
-
-    _, tiles = module._views(Fake)
+    _, tiles = Shown.of(answered("random", (picture,), "What?", in_tiles)).views
     assert tiles.tokens.shape == (8, 8) and tiles.image.tobytes() == picture.tobytes()
     assert tiles.tokens[1, 0] == 16 + 9
 
