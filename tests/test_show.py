@@ -385,7 +385,7 @@ REFUSED = {  # words of the error: flags
     ".png or .html": ["--show kept.jpg", "--show kept", "--show="],
     "/nowhere": ["--show /nowhere/kept.png"],
     "cannot be written": ["--show {folder}/a.png"],  # a folder
-    "would replace the picture": ["--show {folder}/demo.png", "--show {folder}/link.png"],
+    "would replace": ["--show {folder}/demo.png", "--show {folder}/link.png"],
     "--questions": ["--show kept.png --questions q.jsonl --answers a.jsonl"],
 }
 
