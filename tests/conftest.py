@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,10 +27,13 @@ with contextlib.suppress(ImportError):  # now, because some tests change the var
     import kernels.window_scores_triton  # noqa: F401
 from safetensors.torch import save_file
 
+import run
+from model import load
 from model.config import InputError, parse_config
 from model.image import Picture, prepare
 from model.llava import Llava
 from tests.cover import pairwise
+from tests.paths import DEMO
 from tests.seeds import BASE, drawn, seed_all, torch_random
 from tools.hf import import_transformers
 
@@ -314,3 +319,63 @@ def exit_code_of(main, argv):
         return main(argv)
     except SystemExit as left:
         return left.code
+
+
+# ---------------------------------------------------------------- run.py in this process, which has imported torch
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return load(DEMO, "fp32")
+
+
+@pytest.fixture
+def cli(capsys):
+    """Function (arguments of run.py) -> (exit code, stdout, stderr)."""
+
+    def cli(*args):
+        try:
+            code = run.main([str(word) for word in args])
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return cli
+
+
+@pytest.fixture
+def refused(cli):
+    """Function (arguments of run.py) -> the only line that it prints, an error with exit code 2 and a remedy."""
+
+    def refused(*args):
+        code, out, err = cli(*args)
+        assert (code, out) == (2, "") and re.fullmatch("error: .+[;,] .+\n", err), (code, out, err)
+        return err
+
+    return refused
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """Function (bytes, or None if it is closed): what stdin holds."""
+    return lambda data: monkeypatch.setattr(sys, "stdin", None if data is None else io.TextIOWrapper(io.BytesIO(data)))
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Function (owner, name of a function, error, at, where): from now on its calls raise the error.
+
+    at: only the call with this number; where: only calls with arguments for which it is true.
+    """
+
+    def failing(owner, name, error, at=None, where=None):
+        function, numbers = getattr(owner, name), itertools.count(1)
+
+        def call(*args, **options):
+            if at in (None, next(numbers)) and (where is None or where(*args)):
+                raise error
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    return failing

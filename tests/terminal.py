@@ -14,6 +14,8 @@ import time
 import run
 from model.console import as_command
 
+PATIENCE = 120  # seconds, for machines with much else to do
+
 
 class Terminal:
     """run.py in a fork of this process, with a terminal of its own as stdin, stdout and stderr. `with` ends it.
@@ -21,16 +23,15 @@ class Terminal:
     A fork has torch loaded already. It must not use threads, hence --threads 1.
     """
 
-    PATIENCE = 120  # seconds, for machines with much else to do
-
-    def __init__(self, *args, stdout=None):
-        """stdout: a file that takes the place of the terminal there."""
+    def __init__(self, *args, stdout=None, until="> "):
+        """Wait for a text, by default the first prompt. stdout: a file that takes the place of the terminal there."""
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             _become_run([*map(str, args), "--device", "cpu", "--threads", "1"], stdout)
         self.shown = ""  # what `wait_for` has not returned
         self.everything = ""
         self.code = None
+        self.introduction = until and self.wait_for(until)
 
     def __enter__(self):
         return self
@@ -50,56 +51,55 @@ class Terminal:
         self.type(line + "\n")
         return (self.wait_for("\n> ") + "\n").partition("\n")[2]
 
+    def begin(self, question):
+        """Type a question and wait for the beginning of its answer."""
+        self.type(question + "\n")
+        self.wait_for("\n")  # the echo
+        self.wait_more(10)
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
     def wait_for(self, text, again=""):
         """What is shown before the text appears, which it may have already. again: as in `leave`."""
-        end = time.monotonic() + self.PATIENCE
-        while text not in self.shown:
-            if not self._read(min(end, time.monotonic() + 1) if again else end):
-                assert again and time.monotonic() < end, f"{text!r} was never shown:\n{self.everything}"
-                self.type(again)
+        assert self._read_until(lambda: text in self.shown, again), f"{text!r} was never shown:\n{self.everything}"
         before, _, self.shown = self.shown.partition(text)
         return before
 
     def wait_more(self, characters):
         """Until so many more characters are shown."""
-        end, wanted = time.monotonic() + self.PATIENCE, len(self.everything) + characters
-        while len(self.everything) < wanted:
-            assert self._read(end), f"nothing more is shown:\n{self.everything}"
+        wanted = len(self.everything) + characters
+        assert self._read_until(lambda: len(self.everything) >= wanted), f"it has ended:\n{self.everything}"
 
-    def leave(self, again=""):
-        """Wait until the program ends -> its exit code.
+    def leave(self, keys="", again=""):
+        """Type the keys and wait until the program ends, without a traceback -> its exit code.
 
         again: keys to repeat once a second. Python's readline misses a Ctrl-C between showing the prompt and waiting
         for input, and a person presses it once more.
         """
-        end = time.monotonic() + self.PATIENCE
-        while not self._ended(time.monotonic() + 1 if again else end):
-            assert time.monotonic() < end, f"it does not end:\n{self.everything}"
-            self.type(again)
+        self.type(keys)
+        self._read_until(lambda: False, again)
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        assert "Traceback" not in self.everything, self.everything
         return self.code
 
-    def _ended(self, end):
-        """Read until the program ends (True) or until a time."""
-        while time.monotonic() < end:
-            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
-            if ready and not self._read(end):
-                return True
-        return False
-
-    def resize(self, rows, columns):
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def _read(self, end):
-        """Take in what is shown next; False at the end of the program or of the patience."""
-        ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
-        try:
-            data = os.read(self.master, 65536) if ready else b""
-        except OSError:  # Linux: the program has closed the terminal
-            data = b""
-        text = data.decode(errors="replace").replace("\r\n", "\n")
-        self.shown, self.everything = self.shown + text, self.everything + text
-        return bool(data)
+    def _read_until(self, done, again=""):
+        """Take in what is shown until done() -> True, or until the program ends -> False."""
+        end = time.monotonic() + PATIENCE
+        while not done():
+            assert time.monotonic() < end, f"it does nothing more:\n{self.everything}"
+            if not select.select([self.master], [], [], 1)[0]:
+                self.type(again)
+                continue
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # Linux: the program has closed the terminal
+                data = b""
+            if not data:
+                return False
+            text = data.decode(errors="replace").replace("\r\n", "\n")
+            self.shown, self.everything = self.shown + text, self.everything + text
+        return True
 
 
 def _become_run(args, stdout):

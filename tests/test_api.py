@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 import model
-import run
-from model import Generation, InputError, Sampling, ask, load
+from model import Generation, InputError, Sampling, ask
 from model.api import choose_method
 from model.pruning import GUARDS, METHODS, make_method
 from tests.paths import DEMO, DEMO_PICTURE
@@ -56,11 +55,6 @@ def test_hints_name_what_is_accepted():
         assert getattr(Sampling(), name) is not None or type(None) in typing.get_args(hint), name
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load(DEMO, "fp32")
-
-
 def kept_by(checkpoint, prune):
     """(tokens kept per layer, token ids) of a short answer."""
     generation = Generation(checkpoint, QUESTION, [DEMO_PICTURE], Sampling(6), prune=prune)
@@ -69,10 +63,9 @@ def kept_by(checkpoint, prune):
 
 
 @pytest.mark.parametrize("spec", ["plphp", "plphp-ada:retention=0.3", "uniform:rates=[0.1,0.2,0.3,0.4,0.5,1]", "none"])
-def test_a_name_is_what_it_is_on_the_command_line(demo, capsys, spec):
-    flags = ["--image", str(DEMO_PICTURE), "--prompt", QUESTION, "--max-new-tokens", "6", "--json", "--prune", spec]
-    assert run.main(flags) == 0
-    said = json.loads(capsys.readouterr().out)
+def test_a_name_is_what_it_is_on_the_command_line(demo, cli, spec):
+    flags = ["--image", DEMO_PICTURE, "--prompt", QUESTION, "--max-new-tokens", "6", "--json", "--prune", spec]
+    said = json.loads(cli(*flags)[1])
     assert kept_by(demo, spec) == (said["prune"]["kept_per_layer"], said["token_ids"])
     assert ask(demo, QUESTION, [DEMO_PICTURE], prune=spec, max_new_tokens=6) == said["text"]
 
@@ -134,8 +127,7 @@ def test_an_instance_and_a_partial_are_methods(demo):
 
 BAD = {
     "plphd": "'plphd'", "plphp:r=0.3,retention=0.5": "one of them", "": "''", 0.5: "float", ("plphp",): "tuple",
-    needs: "part", "plphp+topk": "combines", int: "type",
-    print: "builtin_function", DEMO: "Path",
+    needs: "part", "plphp+topk": "combines", int: "type", print: "builtin_function", DEMO: "Path",
 }  # fmt: skip
 
 
@@ -151,17 +143,19 @@ def test_what_is_no_method_is_refused_in_one_line(demo, prune):
 # ---------------------------------------------------------------- the methods of a loaded checkpoint
 
 
-def test_ask_and_stream_mean_what_the_flags_mean(demo, capsys):
-    flags = ["--prune", "topk", "--retention", "0.25", "--set", "window=4", "--set", "group=max", "--temperature", "9"]
-    flags += ["--top-p", "0.9", "--top-k", "30", "--seed", "5", "-n", "9", "--template", "vicuna", "--stop", "qq"]
-    flags += ["--system", "Be brief.", "--image-mode", "pad", "--dtype", "fp32", "--no-stream"]
-    assert run.main(["--image", str(DEMO_PICTURE), "--prompt", QUESTION, *flags]) == 0
+def test_ask_and_stream_mean_what_the_flags_mean(demo, cli):
+    flags = (
+        "--prune topk --retention 0.25 --set window=4 --set group=max --temperature 9 --top-p 0.9 --top-k 30 --seed 5"
+    )
+    flags += " -n 9 --template vicuna --stop qq --image-mode pad --dtype fp32 --no-stream"
     given = {
         "prune": "topk", "retention": 0.25, "settings": {"window": 4, "group": "max"}, "temperature": 9, "top_p": 0.9,
         "top_k": 30, "seed": 5, "max_new_tokens": 9, "template": "vicuna", "stop": "qq", "system": "Be brief.",
         "image_mode": "pad",
     }  # fmt: skip
-    wanted = capsys.readouterr().out.removesuffix("\n")
+    code, out, _ = cli("--image", DEMO_PICTURE, "--prompt", QUESTION, "--system", "Be brief.", *flags.split())
+    wanted = out.removesuffix("\n")
+    assert code == 0
     assert demo.ask(QUESTION, DEMO_PICTURE, **given) == "".join(demo.stream(QUESTION, DEMO_PICTURE, **given)) == wanted
     assert demo.ask_many([(QUESTION, DEMO_PICTURE)], **given) == [wanted]
     for name, other in {"retention": 0.02, "settings": {}, "seed": 6, "max_new_tokens": 3, "top_k": 1}.items():
@@ -181,24 +175,18 @@ def test_stream_gives_pieces_and_refuses_when_it_is_called(demo):
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_many_questions_are_answered_in_order_whatever_befalls_one(demo, monkeypatch, batch):
-    wrong = {"nowhere.png": "no picture at nowhere.png", 3: "give a text or a pair", "": "empty"}
-    asked = [
-        (QUESTION, DEMO_PICTURE),
-        ("Q", "nowhere.png"),
-        "What is a star?",
-        3,
-        "",
-        ("Spell the word on the sign.", [DEMO_PICTURE]),
-    ]
+    spell = "Spell the word on the sign.", [DEMO_PICTURE]
+    asked = [(QUESTION, DEMO_PICTURE), ("Q", "nowhere.png"), "What is a star?", 3, "", spell, str(DEMO_PICTURE)]
+    # a forgotten list turns a pair into two questions, the second of them a path
+    wrong = {1: "no picture at nowhere.png", 3: "give a text or a pair", 4: "empty", 6: "is a file; give a list"}
     alone = [demo.ask(*q, max_new_tokens=12) for q in (asked[0], (asked[2],), asked[5])]
     answers = demo.ask_many(asked, batch=batch, max_new_tokens=12)
     assert [answers[i] for i in (0, 2, 5)] == alone and len(set(alone)) == 3
-    for i, said in zip((1, 3, 4), wrong.values(), strict=True):
-        assert isinstance(answers[i], InputError) and said in str(answers[i])
+    assert all(isinstance(answers[i], InputError) and words in str(answers[i]) for i, words in wrong.items())
     take = Generation.take
 
     def broken(self, token):
-        return take(self, -1 if "star" in demo.tokenizer.decode(self.ids) and len(self.token_ids) == 3 else token)
+        return take(self, -1 if "star" in self.prompt and len(self.token_ids) == 3 else token)
 
     monkeypatch.setattr(Generation, "take", broken)
     answers = demo.ask_many(asked, batch=batch, max_new_tokens=12)
@@ -232,29 +220,13 @@ def test_arguments_that_cannot_be_used_are_refused_in_one_line(demo, name):
         assert said in str(refused.value) and "; " in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_ask_many_refuses_what_is_no_list_of_questions(demo):
-    for questions, batch in (
-        (QUESTION, 1),
-        ({"a"}, 1),
-        (None, 1),
-        ([QUESTION], 0),
-        ([QUESTION], True),
-        ([QUESTION], 1.5),
-    ):
-        with pytest.raises(InputError, match="; give a"):
-            demo.ask_many(questions, batch=batch)
-
-
-def test_the_path_of_a_picture_is_no_question(demo):
-    """A forgotten list turns a pair into two questions, the second of them a path."""
-    answer, refused = demo.ask_many((QUESTION, str(DEMO_PICTURE)), max_new_tokens=1)
-    assert isinstance(answer, str) and isinstance(refused, InputError) and "is a file; give a list" in str(refused)
-
-
-def test_what_is_cropped_is_a_warning(demo):
-    wide = Image.new("RGB", (400, 100))
-    with pytest.warns(UserWarning, match="the centre crop removes 75 %"):
-        demo.ask(QUESTION, wide, max_new_tokens=1)
+@pytest.mark.parametrize(
+    ("questions", "batch"),
+    [(QUESTION, 1), ({"a"}, 1), (None, 1), ([QUESTION], 0), ([QUESTION], True), ([QUESTION], 1.5)],
+)
+def test_ask_many_refuses_what_is_no_list_of_questions(demo, questions, batch):
+    with pytest.raises(InputError, match="; give a"):
+        demo.ask_many(questions, batch=batch)
 
 
 @pytest.mark.parametrize("way", ["ask", "stream"])
@@ -266,13 +238,8 @@ def test_a_warning_names_the_line_of_the_caller_and_no_lambda(demo, way):
         line = sys._getframe().f_lineno + 1
         "".join(getattr(demo, way)(QUESTION, wide, prune=drop_all, max_new_tokens=1))
     assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line)] * 2
-    assert str(caught[1].message).startswith("the method kept no vision token")
-
-
-def test_a_budget_without_a_method_is_told_what_is_missing(demo):
-    for way in (demo.ask, demo.stream, lambda *asked, **given: demo.ask_many([asked], **given)):
-        with pytest.raises(InputError, match="retention was given, but prune is missing; give a method"):
-            way(QUESTION, DEMO_PICTURE, retention=0.5)
+    cropped, dropped = (str(warning.message) for warning in caught)
+    assert "the centre crop removes 75 %" in cropped and dropped.startswith("the method kept no vision token")
 
 
 def test_a_checkpoint_is_shown_in_one_line(demo):
@@ -289,29 +256,47 @@ def bare(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "flags", "note"),
+    ("spec", "note"),
     [
-        ("plphp-ada", ["--retention", "0.5"], "plphp-ada kept 83."),
-        ("plphp", ["--retention", "0.3"], "instead of 30.0 %; tools/calibrate.py"),
-        ("plphp:dr=0,skip=0", ["--retention", "0.3"], None),
-        ("plphp:skip=0", ["--keep-tokens", "64"], None),
-        (
-            "plphp",
-            ["--keep-tokens", "64"],
-            "plphp kept 37.5 % of the vision tokens instead of 25.0 %",
-        ),  # one layer is not pruned
-        ("fastv:layer=3", ["--retention", "0.5"], "fastv kept 75.0 % of the vision tokens instead of 50.0 %"),
-        ("fastv:layer=3,keep_tokens=32", [], "fastv kept 56.2 % of the vision tokens instead of 12.5 %"),
-        ("grid:sink=60", ["--retention", "0.5"], "grid kept"),
-        ("topk", ["--retention", "0.29"], None),
-        ("plphp:r=0.9", [], None),  # r is not the fraction of the whole
+        ("plphp-ada --retention 0.5", "plphp-ada kept 83."),
+        ("plphp --retention 0.3", "instead of 30.0 %; tools/calibrate.py"),
+        ("plphp:dr=0,skip=0 --retention 0.3", None),
+        ("plphp:skip=0 --keep-tokens 64", None),
+        ("plphp --keep-tokens 64", "plphp kept 37.5 % of the vision tokens instead of 25.0 %"),  # a layer is unpruned
+        ("fastv:layer=3 --retention 0.5", "fastv kept 75.0 % of the vision tokens instead of 50.0 %"),
+        ("fastv:layer=3,keep_tokens=32", "fastv kept 56.2 % of the vision tokens instead of 12.5 %"),
+        ("grid:sink=60 --retention 0.5", "grid kept"),
+        ("topk --retention 0.29", None),
+        ("plphp:r=0.9", None),  # r is not the fraction of the whole
     ],
 )
-def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, capsys, spec, flags, note):
-    asked = ["--model", str(bare), "--image", str(DEMO_PICTURE), "--prompt", QUESTION, "--prune", spec, *flags]
-    assert run.main([*asked, "--max-new-tokens", "1"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if re.match("note: .* kept .* instead of", line)]
-    assert len(said) == (note is not None) and all(note in line for line in said)
+def test_what_is_kept_is_said_where_it_is_not_what_was_asked(bare, cli, spec, note):
+    asked = "--model", bare, "--image", DEMO_PICTURE, "--prompt", QUESTION, "-n", "1", "--prune", *spec.split()
+    code, _, err = cli(*asked)
+    said = [line for line in err.splitlines() if re.match("note: .* kept .* instead of", line)]
+    assert code == 0 and len(said) == (note is not None) and all(note in line for line in said)
+
+
+@pytest.fixture
+def of_file(tmp_path, cli):
+    """Function (flags) -> stderr of a run over a file of three questions."""
+
+    def of_file(*flags):
+        lines = [{"question_id": i, "image": DEMO_PICTURE.name, "text": QUESTION} for i in range(3)]
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / "a.jsonl").unlink(missing_ok=True)
+        files = "--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl"
+        code, _, err = cli(*files, "--image-folder", DEMO_PICTURE.parent, "-n", "1", *flags)
+        assert code == 0
+        return err
+
+    return of_file
+
+
+def test_a_file_of_questions_says_it_once(bare, of_file):
+    for folder, times in ((bare, 1), (DEMO, 0)):
+        err = of_file("--prune", "plphp-ada", "--retention", "0.5", "--model", folder)
+        assert err.count("plphp-ada kept 83.") == times
 
 
 FORGETFUL = """
@@ -338,36 +323,16 @@ def some(view):
         ("random:keep_tokens=999", None),
     ],
 )
-def test_a_method_that_drops_nothing_or_everything_is_told_of(demo, tmp_path, capsys, spec, said):
+def test_a_method_that_drops_nothing_or_everything_is_told_of(demo, tmp_path, cli, of_file, spec, said):
     """For one answer, once for a file of questions, and as a warning from Python; without a picture never."""
     (tmp_path / "mine.py").write_text(FORGETFUL)
     spec = spec if ":" in spec else f"{tmp_path}/mine.py::{spec}"
-    pictured = {"question_id": 0, "image": DEMO_PICTURE.name, "text": QUESTION}
-    lines = [json.dumps(pictured | {"question_id": i}) for i in range(2)]
-    (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    asked = ["--image", str(DEMO_PICTURE), "--prompt", QUESTION]
-    many = ["--questions", str(tmp_path / "q.jsonl"), "--image-folder", str(DEMO_PICTURE.parent)]
-    for flags, times in (
-        (asked, said is not None),
-        (asked[2:], 0),
-        ([*many, "--answers", str(tmp_path / "a.jsonl")], said is not None),
-    ):
-        assert run.main([*flags, "-n", "1", "--prune", spec]) == 0
-        told = capsys.readouterr().err
-        assert told.count("vision token;") == times and (not times or f"{said}\n" in told)
+    flags = "--prompt", QUESTION, "-n", "1", "--prune", spec
+    for told in (cli("--image", DEMO_PICTURE, *flags)[2], of_file(*flags[2:])):
+        assert told.count("vision token;") == (said is not None) and f"{said or ''}\n" in told
+    assert "vision token;" not in cli(*flags)[2]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         demo.ask(QUESTION, DEMO_PICTURE, prune=spec, max_new_tokens=1)
-        demo.ask(QUESTION, prune=None, max_new_tokens=1)
     told = [str(warning.message) for warning in caught]
     assert len(told) == (said is not None) and all(said in line for line in told)
-
-
-def test_a_file_of_questions_says_it_once(bare, tmp_path, capsys):
-    lines = [json.dumps({"question_id": i, "image": DEMO_PICTURE.name, "text": QUESTION}) for i in range(3)]
-    (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    flags = ["--questions", str(tmp_path / "q.jsonl"), "--image-folder", str(DEMO_PICTURE.parent)]
-    flags += ["--max-new-tokens", "2", "--prune", "plphp-ada", "--retention", "0.5"]
-    for folder, times in ((bare, 1), (DEMO, 0)):
-        assert run.main([*flags, "--model", str(folder), "--answers", str(tmp_path / f"{times}.jsonl")]) == 0
-        assert capsys.readouterr().err.count("plphp-ada kept 83.") == times

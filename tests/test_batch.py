@@ -8,20 +8,12 @@ from conftest import IMAGE_ID
 from PIL import Image
 from test_parity import noise
 
-from model import Batch, Generation, InputError, Sampling, load
+from model import Batch, Generation, Sampling, load
 from model.cache import RaggedCache
 from model.fast import FastStep
 from model.pruning import make_method
 from model.sampling import Chooser
-from tests.paths import ROOT
-
-DEMO = ROOT / "assets" / "demo"
-PICTURE = ROOT / "assets" / "demo.png"
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load(DEMO, "fp32")
+from tests.paths import DEMO_PICTURE as PICTURE
 
 
 def tilted():
@@ -64,12 +56,11 @@ METHODS = [None, "plphp", "plphp-ada", AHEAD, "fastv"]
 def test_a_batch_says_what_each_would_say_alone(demo, spec, size):
     prune = make_method(spec, 0.5) if spec else None
     alone = mixed(demo, prune=prune)
-    texts = ["".join(generation) for generation in alone]
+    for generation in alone:
+        "".join(generation)
     mates = together(mixed(demo, prune=prune), size)
-    assert [g.token_ids for g in mates] == [g.token_ids for g in alone]
-    assert [g.text for g in mates] == texts
-    assert [g.finish_reason for g in mates] == [g.finish_reason for g in alone]
-    assert [g.bytes_held for g in mates] == [g.bytes_held for g in alone]
+    for name in ("token_ids", "text", "finish_reason", "bytes_held"):
+        assert [getattr(g, name) for g in mates] == [getattr(g, name) for g in alone]
     assert {g.finish_reason for g in mates} == {"stop", "length"}
 
 
@@ -144,22 +135,25 @@ def test_sampling_in_a_batch_is_that_of_each_alone(demo):
     assert len({tuple(g.token_ids[:9]) for g in alone}) == 3
 
 
-def test_a_refused_question_leaves_the_batch_as_it_was(demo, monkeypatch):
+def test_a_batch_is_of_one_checkpoint_and_backend_and_stays_as_it_was(demo, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     batch, (good, bad) = Batch(), mixed(demo)[:2]
     batch.add(good)
+    for wrong, words in (
+        (mixed(dataclasses.replace(demo))[0], "one checkpoint"),
+        (Generation(demo, "What?", backend="triton"), "one backend"),
+        *((wrong, "takes one Generation at a time") for wrong in ("What?", None, ["What?"])),
+        (good, "already in the batch"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            batch.add(wrong)
     monkeypatch.setattr(bad, "prefill", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         batch.add(bad)
+    assert len(batch) == 1
     while batch.running:
         batch.advance()
     assert good.text == "".join(mixed(demo)[0])
-
-
-def test_a_batch_is_of_one_checkpoint(demo):
-    batch = Batch()
-    batch.add(mixed(demo)[0])
-    with pytest.raises(ValueError, match="one checkpoint"):
-        batch.add(mixed(dataclasses.replace(demo))[0])
 
 
 def test_one_step_is_made_for_all_that_join_before_it(demo):
@@ -173,28 +167,6 @@ def test_one_step_is_made_for_all_that_join_before_it(demo):
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("wrong", ["What?", None, ["What?"]])
-def test_a_batch_takes_generations_only(demo, wrong):
-    with pytest.raises(InputError, match="a batch takes one Generation at a time"):
-        Batch().add(wrong)
-
-
-def test_a_batch_is_of_one_backend(demo, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    batch, first = Batch(), mixed(demo)[0]
-    batch.add(first)
-    with pytest.raises(InputError, match="one backend"):
-        batch.add(Generation(demo, "What?", backend="triton"))
-
-
-def test_a_generation_is_in_a_batch_once(demo):
-    batch, generation = Batch(), mixed(demo)[0]
-    batch.add(generation)
-    with pytest.raises(ValueError, match="already"):
-        batch.add(generation)
-    assert len(batch) == 1
-
-
 def test_broken_logits_of_one_are_noticed(demo):
     chooser = Chooser(Sampling(), [3], torch.device("cpu"))
     logits = torch.randn(3, 50)
@@ -205,21 +177,21 @@ def test_broken_logits_of_one_are_noticed(demo):
         mixed(demo)[0].take(-1)
 
 
-def filled(lengths, heads=2, layers=2, slack=3, backend="auto"):
-    """A cache of sequences of these lengths; each row holds its sequence's number."""
+def filled(lengths, backend):
+    """Caches of sequences of these lengths, 2 layers and heads; each row holds its sequence's number."""
     caches = []
     for b, n in enumerate(lengths):
-        cache = RaggedCache(layers, slack, backend)
-        for layer in range(layers):
-            k = 100.0 * b + 10 * layer + torch.arange(n)[:, None].expand(1, heads, n, 4).clone()
-            cache.pack(layer, k, -k, torch.rand(heads, n) < 0.7)
+        cache = RaggedCache(2, 3, backend)
+        for layer in range(2):
+            k = 100.0 * b + 10 * layer + torch.arange(n)[:, None].expand(1, 2, n, 4).clone()
+            cache.pack(layer, k, -k, torch.rand(2, n) < 0.7)
         caches.append(cache)
     return caches
 
 
 @pytest.mark.parametrize("stay", [[0], [2], [0, 2], [1, 2], [0, 1, 2]])
 def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
-    caches = filled([5, 9, 7], backend=backend)
+    caches = filled([5, 9, 7], backend)
     rows = [
         [cache.k[i][s : s + n].clone() for s, n in zip(cache.kv_start[i], cache.kv_len[i], strict=True)]
         for cache in caches
@@ -241,10 +213,8 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
     for _ in range(5):  # enough for a repack
         joined.grow()
         for i in range(2):
-            q = torch.randn(len(stay), 4, 4)
-            assert (
-                joined.append_attend(i, q, torch.randn(len(stay), 2, 4), torch.randn(len(stay), 2, 4)).isfinite().all()
-            )
+            k, v = torch.randn(2, len(stay), 2, 4)
+            assert joined.append_attend(i, torch.randn(len(stay), 4, 4), k, v).isfinite().all()
 
 
 def test_many_questions_of_a_small_model_come_through_a_small_batch(make_checkpoint, tmp_path, backend):

@@ -1,58 +1,46 @@
 """Conversations: later turns in the cache of the earlier ones, and run.py without --prompt as a person meets it."""
 
-import io
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
-import chat_templates
 import pytest
 import torch
-from conftest import TOKENIZER_CONFIG, refusal, write_json
-from PIL import Image
+from conftest import refusal, write_json
 from safetensors.torch import save_file
+from test_parity import noise
 from test_tokenizer import CHAT_TEMPLATES, PREPEND
 
-import run
-from model import Checkpoint, Generation, Sampling, chat, load
+from model import Checkpoint, Generation, Sampling, load
+from model.fast import FastStep
 from model.llama import DecoderLayer
-from model.tokenizer import BETWEEN, TEMPLATES, Tokenizer, build_prompt
-from tests.paths import DEMO, DEMO_PICTURE, ROOT
-from tests.seeds import torch_random
+from model.tokenizer import TEMPLATES, Tokenizer, build_prompt
+from tests.paths import DEMO_PICTURE, ROOT
 from tests.terminal import Terminal
 
 COUNT, SIGN = "How many objects are there?", "What does the sign say?"
 FOUR, NET = "The picture has four objects.\n", "The sign says NET.\n"
+PAIR = ROOT / "assets" / "pair-a.png"
 DROPPED = "70 % of the vision tokens were dropped for an earlier question; /fresh"
-
-
-def noise(*size, seed=0):
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch_random(seed), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 # ---------------------------------------------------------------- prompts of later turns
 
 
-@pytest.mark.parametrize(
-    ("template", "want"),
-    [
-        ("llava", " USER: <image>\nWhy? ASSISTANT:"),
-        ("vicuna", "</s>USER: <image>\nWhy? ASSISTANT:"),
-        ("llava_v1", "</s>USER: <image>\nWhy? ASSISTANT:"),
-        ("mistral", "</s> [INST] <image>\nWhy? [/INST]"),
-        ("raw", "<image>\nWhy?"),
-    ],
-)
-def test_a_later_turn_of_each_template_is_this_string(template, want):
-    assert build_prompt("Why?", 1, template, system="Never again.", follows=True) == want
-    assert set(BETWEEN) == set(TEMPLATES)
+def test_a_later_turn_of_each_template_is_this_string():
+    later = {name: build_prompt("Why?", 1, name, system="Never again.", follows=True) for name in TEMPLATES}
+    assert later == {
+        "llava": " USER: <image>\nWhy? ASSISTANT:",
+        "vicuna": "</s>USER: <image>\nWhy? ASSISTANT:",
+        "llava_v1": "</s>USER: <image>\nWhy? ASSISTANT:",
+        "mistral": "</s> [INST] <image>\nWhy? [/INST]",
+        "raw": "<image>\nWhy?",
+    }
 
 
 @pytest.mark.parametrize("name", ["llava", "llava, unmarked", "mistral", "demo"])
@@ -71,7 +59,6 @@ def test_three_turns_are_what_the_published_chat_template_renders(name):
         rendered = rendered.replace("</s>", " ")
     ours = build_prompt("Why?", 1, family) + " So." + build_prompt("And this?", 2, family, follows=True)
     assert ours + " Like that." + build_prompt("Thanks?", 0, family, follows=True) == rendered
-    assert CHAT_TEMPLATES["llava"][0] == chat_templates.LLAVA
 
 
 @pytest.mark.parametrize("settings", [{"legacy": True}, {"legacy": False}, "prepend"], ids=str)
@@ -79,17 +66,9 @@ def test_text_that_follows_has_the_ids_that_it_has_inside_the_whole(tokenizer_fo
     folder = tokenizer_folder(**({"legacy": False} if settings == "prepend" else settings))
     if settings == "prepend":
         write_json(folder / "tokenizer.json", PREPEND)
-    tokenizer = Tokenizer(folder)
-    first = tokenizer.encode("USER: <image>\nhow many circles? ASSISTANT: four.")
-    for between in (
-        "</s>USER: two?",
-        " USER: two <image>\n circles?",
-        "</s> [INST] <image>\n<image>\nq [/INST]",
-        "\nx",
-    ):
-        whole = tokenizer.encode("USER: <image>\nhow many circles? ASSISTANT: four." + between)
-        assert first + tokenizer.encode(between, follows=True) == whole
-    assert tokenizer.encode("", follows=True) == [] and TOKENIZER_CONFIG["add_bos_token"]
+    tokenizer, before = Tokenizer(folder), "USER: <image>\nhow many circles? ASSISTANT: four."
+    for between in ("</s>USER: two?", " USER: two <image>\n circles?", "</s> [INST] <image>\n<image>\nq", "\nx", ""):
+        assert tokenizer.encode(before) + tokenizer.encode(between, follows=True) == tokenizer.encode(before + between)
 
 
 # ---------------------------------------------------------------- turns in one cache
@@ -118,11 +97,6 @@ def tiny_folder(without_end):
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
     return load(tiny_folder, "fp32")
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load(DEMO, "fp32")
 
 
 @torch.inference_mode()
@@ -172,15 +146,6 @@ def test_turns_give_the_ids_of_one_prompt_of_the_same_ids(tiny, template, way):
     assert third.spans == [(i + 3 * n, i + 3 * n + 4) for n, i in enumerate(places)]
 
 
-def test_a_turn_without_the_cache_processes_everything_again(tiny):
-    first = answered(tiny, "what?", noise(40, 30))
-    twins = [Generation(tiny, "how many?", before=first, sampling=Sampling(8)) for _ in range(2)]
-    texts = ["".join(twin) for twin in twins]  # the first takes the cache
-    assert texts[0] == texts[1] == "".join(twins[0]) and twins[0].token_ids == twins[1].token_ids
-    assert twins[0].spans == twins[1].spans and twins[0].kept == twins[1].kept
-    assert int(twins[0].cache.pos[0]) == int(twins[1].cache.pos[0])
-
-
 def test_a_cache_that_has_moved_on_is_not_fed_again(tiny):
     """It was interrupted between the question and the first token of the answer: the question is in the cache."""
     first = answered(tiny, "what?", noise(40, 30))
@@ -190,42 +155,38 @@ def test_a_cache_that_has_moved_on_is_not_fed_again(tiny):
         lost.prefill()
     first.cache = cache
     assert not first.goes_on
-    second = answered(tiny, "red?", limit=8, before=first)
-    assert second.token_ids == of_one_prompt(second, 8) and second.cache is not cache
+    second = answered(tiny, "red?", limit=8, before=first)  # processes everything again
+    assert second.token_ids == of_one_prompt(second, 8) and second.cache is not cache and second.kept == [4.0] * 2
 
 
 def test_tiles_may_come_in_a_later_turn(make_checkpoint, tmp_path):
-    make_checkpoint(
-        tmp_path,
-        top={"model_type": "llava_next", "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]},
-    )
+    in_tiles = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+    make_checkpoint(tmp_path, top=in_tiles)
     checkpoint = replace(load(tmp_path, "fp32"), stop_ids=())
     first = answered(checkpoint, "what?", noise(60, 20))
-    second = Generation(checkpoint, "and <image>?", noise(20, 70, seed=1), Sampling(8), before=first)
-    "".join(second)
+    second = answered(checkpoint, "and <image>?", noise(20, 70, seed=1), limit=8, before=first)
     assert second.token_ids == of_one_prompt(second, 8) and second.images[1]["tiles"] > 1
     assert [stop - start for start, stop in second.spans] == [image["tokens"] for image in second.images]
 
 
 def test_what_was_dropped_stays_dropped_and_is_counted(demo):
-    first = Generation(demo, COUNT, DEMO_PICTURE, prune="random:retention=0.3")
-    "".join(first)
-    second = Generation(demo, SIGN, [ROOT / "assets/pair-a.png"], before=first, prune="random:retention=0.3")
-    "".join(second)
+    options = {"prune": "random:retention=0.3", "remember": True}
+    first = answered(demo, COUNT, DEMO_PICTURE, **options)
+    masks, past = first.masks, first.masks.shape[2]
+    second = answered(demo, SIGN, [PAIR], before=first, **options)
     assert second.kept == [77 + 256.0] * 6 and abs(second.retention - 333 / 512) < 1e-9
     assert second.timing["prune"] == 0
-    lengths = second.cache.kv_len.unique().tolist()
-    assert lengths == [int(second.cache.pos[0]) - (256 - 77)]
+    assert second.cache.kv_len.unique().tolist() == [int(second.cache.pos[0]) - (256 - 77)]
+    assert torch.equal(second.masks[..., :past], masks) and second.masks[..., past:].all()
+    assert second.masks.shape[2] == second.prompt_tokens
     again = second.again(None)
     "".join(again)
     assert again.retention == 1 and again.ids == second.ids
 
 
-def test_the_demo_answers_a_second_question_about_the_same_picture(demo):
-    first = Generation(demo, COUNT, DEMO_PICTURE)
-    assert "".join(first) + "\n" == FOUR
-    second = Generation(demo, SIGN, before=first)
-    assert "".join(second) + "\n" == NET and second.token_ids == of_one_prompt(second, 7)
+def turn_tokens(checkpoint, question):
+    """Tokens of a later turn in the template of the tiny checkpoint."""
+    return len(checkpoint.tokenizer.encode(f" USER: {question} ASSISTANT:", follows=True))
 
 
 def test_what_cannot_follow_is_refused(tiny, demo):
@@ -236,11 +197,6 @@ def test_what_cannot_follow_is_refused(tiny, demo):
     room = 512 - first.prompt_tokens - 5
     assert f"needs {needed} tokens, " in message and f"room for {room} of its 512; " in message and "/clear" in message
     assert first.goes_on  # and it can still be followed
-
-
-def turn_tokens(checkpoint, question):
-    """Tokens of a later turn in the template of the tiny checkpoint."""
-    return len(checkpoint.tokenizer.encode(f" USER: {question} ASSISTANT:", follows=True))
 
 
 def test_the_context_is_filled_to_its_last_token(tiny):
@@ -258,8 +214,8 @@ def test_the_context_is_filled_to_its_last_token(tiny):
 
 
 @pytest.fixture
-def talk(capsys, monkeypatch):
-    """Function (lines, flags): a conversation in this process -> (exit code, stdout, stderr).
+def talk(cli, monkeypatch):
+    """Function (lines, flags): a conversation on a terminal, with stdout in a file -> (exit code, stdout, stderr).
 
     An exception among the lines is raised where it would be typed; after the last line comes Ctrl-D.
     """
@@ -267,17 +223,16 @@ def talk(capsys, monkeypatch):
     def talk(lines, *flags):
         typed = iter([*lines, EOFError()])
 
-        def read():
+        def readline():
             line = next(typed)
             if isinstance(line, BaseException):
                 raise line
-            return line
+            return line + "\n"
 
-        monkeypatch.setattr(chat, "read_line", read)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=readline))
         monkeypatch.setattr("model.report.measure_bandwidth", lambda device: 1e9)  # which takes a second
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-        code = run.main([*map(str, flags), "--device", "cpu"])
-        return code, *capsys.readouterr()
+        code, out, err = cli(*flags, "--device", "cpu")
+        return code, out, re.sub("^(> )+", "", err, flags=re.M)  # without the prompts
 
     return talk
 
@@ -285,7 +240,7 @@ def talk(capsys, monkeypatch):
 def test_questions_follow_each_other_and_pruning_is_said(talk):
     lines = [COUNT, SIGN, "/prune random", "/retention 0.3", COUNT, COUNT, COUNT, "/fresh", COUNT, "/fresh", "/show"]
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
-    assert code == 0 and out.splitlines()[:3] == [FOUR.strip(), NET.strip(), FOUR.strip()] and out.count("\n") == 6
+    assert code == 0 and out.startswith(FOUR + NET + FOUR) and out.count("\n") == 6
     assert "from the next question on: random, retention 0.3" in err
     assert err.count("processed again, because the pruning has changed") == 1 and err.count(DROPPED) == 1
     assert err.count("processed again, as /fresh asks") == 1
@@ -295,7 +250,7 @@ def test_questions_follow_each_other_and_pruning_is_said(talk):
 
 def test_the_method_of_the_flags_holds_and_new_pictures_are_pruned(talk):
     flags = "--image", DEMO_PICTURE, "--prune", "random:seed=5", "--retention", "0.5"
-    lines = [COUNT, "/retention 0.25", COUNT, f"/image {ROOT}/assets/pair-a.png", SIGN, "/show", "/prune none", SIGN]
+    lines = [COUNT, "/retention 0.25", COUNT, f"/image {PAIR}", SIGN, "/show", "/prune none", SIGN]
     code, out, err = talk([*lines, "/show", "/retention 0.5"], *flags)
     assert code == 0 and out.count("\n") == 4
     assert "of 512, layer by layer: 128 128" in err and "so that random can prune the new pictures" in err
@@ -304,6 +259,7 @@ def test_the_method_of_the_flags_holds_and_new_pictures_are_pruned(talk):
 
 
 def test_the_same_method_again_is_no_change_and_the_one_in_use_is_shown(talk):
+    """Nor is the one that is set before the first question."""
     spec = "/prune random:retention=0.3"
     _, _, err = talk([spec, COUNT, spec, "/retention 0.3", COUNT, "/prune", "/retention"], "--image", DEMO_PICTURE)
     assert "processed again" not in err and err.count("as before: random, retention 0.3\n") == 2
@@ -312,21 +268,20 @@ def test_the_same_method_again_is_no_change_and_the_one_in_use_is_shown(talk):
     assert "in use: no pruning\n" in err and "processed again" not in err
 
 
-def test_a_picture_can_be_taken_back_and_one_that_is_added_twice_is_noted(talk):
-    pair = f"{ROOT}/assets/pair-a.png"
-    lines = [f"/image {pair}", f"/image {DEMO_PICTURE}", "/image -", "/image -", "/image -"]
-    _, _, err = talk(lines, "--image", DEMO_PICTURE)
-    told = re.findall("^(?:pictures for the next question: |note: (?=/)|error: )(.*)", err, re.MULTILINE)
-    assert told == [
-        f"{DEMO_PICTURE}, {pair}", f"{DEMO_PICTURE}, {pair}, {DEMO_PICTURE}",
-        f"{DEMO_PICTURE} was added more than once; /image - takes the last picture back",
-        f"{DEMO_PICTURE}, {pair}", f"{DEMO_PICTURE}", "none",
+def test_pictures_are_added_and_taken_back(talk, tmp_path, monkeypatch, tiny_folder):
+    """A path with spaces needs no quotes if it is the only one; one that is added twice is noted."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a b.png", "c.png"):
+        noise(9, 9).save(name)
+    lines = ["/image a b.png", "/image 'a b.png' c.png", "/image -", "what <image><image>?", "/show"]
+    _, out, err = talk([*lines, "/image c.png", "/image -", "/image -"], "--model", tiny_folder, "-n", "3")
+    assert re.findall("^(?:pictures for the next question: |note: (?=a)|error: )(.*)", err, re.M) == [
+        "a b.png", "a b.png, a b.png, c.png",
+        "a b.png was added more than once; /image - takes the last picture back", "a b.png, a b.png",
+        "c.png", "none", "no picture waits for the next question; /image PATH adds one",
     ]  # fmt: skip
-
-
-def test_pruning_that_is_set_before_the_first_question_is_no_change(talk):
-    _, _, err = talk(["/prune random", COUNT, COUNT], "--image", DEMO_PICTURE)
-    assert "processed again" not in err and "50 % of the vision tokens" in err
+    assert out.count("\n") == 1 and "of 8, layer by layer: 8 8" in err
+    assert "cut after 3 tokens; --max-new-tokens " in err
 
 
 def test_mistakes_are_one_line_each_and_the_conversation_goes_on(talk, tiny_folder, tmp_path):
@@ -334,53 +289,36 @@ def test_mistakes_are_one_line_each_and_the_conversation_goes_on(talk, tiny_fold
     utf8 = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
     wrong = [
         "/", "/nope x", "/image", "/image /nowhere/x.png", f"/image '{tmp_path}/no picture.png'", "/image 'a",
-        "/image -", f"/image {tmp_path}/no picture.png", "/image a\0b", "/image - -", "/prune plphp:alpha=x",
-        "/prune fastv:layer=99", "/retention 0.5", "/show", "/stats", "a" * 3000, "<image>?", "\udcff", utf8, "  ", "",
+        f"/image {tmp_path}/no picture.png", "/image a\0b", "/image - -", "/prune plphp:alpha=x", "/clear nothing",
+        "/prune fastv:layer=99", "/retention 0.5", "/show", "/stats", "a" * 3000, "<image>?", "\udcff", utf8,
     ]  # fmt: skip
-    code, out, err = talk([*wrong, "what?", "/show", "/prune random", "/retention x", "/retention 1.5"],
-                          "--model", tiny_folder, "-n", "3")  # fmt: skip
-    assert code == 0 and out.count("\n") == 1
+    lines = [*wrong, "  ", "", "what?", "/show", "/prune random", "/retention x", "/retention 1.5"]
+    code, out, err = talk(lines, "--model", tiny_folder, "-n", "3")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(wrong) - 2 + 3 and "Traceback" not in err
+    assert (code, out.count("\n")) == (0, 1) and len(errors) == len(wrong) + 3 and "Traceback" not in err
     assert all(";" in line or "," in line for line in errors), errors
+    places = "the question has 1 <image>, and the number of new pictures is 0; add pictures with /image PATH, or leave"
     for words in (
         "no command /nope",
         "no picture at /nowhere",
         "UTF-8",
         "quotes",
         "from the terminal",
-        "no picture; add",
+        "/clear nothing",
     ):
         assert words in err
-
-
-def test_a_path_with_spaces_needs_no_quotes(talk, tmp_path, tiny_folder):
-    for name in ("a b.png", "c.png"):
-        noise(9, 9).save(tmp_path / name)
-    lines = [
-        f"/image {tmp_path}/a b.png",
-        f"/image '{tmp_path}/a b.png' {tmp_path}/c.png",
-        "what <image><image><image>?",
-    ]
-    code, out, err = talk([*lines, "/show"], "--model", tiny_folder, "-n", "3")
-    assert code == 0 and out and f"next question: {tmp_path}/a b.png, {tmp_path}/a b.png, {tmp_path}/c.png\n" in err
-    assert "of 12, layer by layer: 12 12" in err
+    assert "no picture; add" in err and places in err
 
 
 def test_retention_holds_for_every_method_that_follows(talk):
     """Except one whose SPEC sets its own budget, which is said."""
     lines = ["/retention 0.3", "/prune topk", "/prune random:keep_tokens=9", "/prune none", "/prune plphp:r=0.2"]
     _, _, err = talk([*lines, "/prune grid"], "--prune", "random:retention=0.9")
+    without_effect = "retention 0.3 has no effect, because SPEC sets its own budget"
     assert re.findall(r"^(?:from the next question on: |note: (?=retention))(.*)", err, re.MULTILINE) == [
-        "random, retention 0.3",
-        "topk, retention 0.3",
-        "random, keep_tokens 9",
-        "retention 0.3 has no effect, because SPEC sets its own budget",
-        "no pruning",
-        "plphp, r 0.2",
-        "retention 0.3 has no effect, because SPEC sets its own budget",
-        "grid, retention 0.3",
-    ]
+        "random, retention 0.3", "topk, retention 0.3", "random, keep_tokens 9", without_effect, "no pruning",
+        "plphp, r 0.2", without_effect, "grid, retention 0.3",
+    ]  # fmt: skip
     _, _, err = talk(["/prune topk:window=4", "/retention 0.4", "/prune grid"], "--prune", "grid", "--keep-tokens", "7")
     assert "topk, keep_tokens 7\n" in err and "topk, retention 0.4\n" in err and "grid, retention 0.4\n" in err
 
@@ -399,114 +337,80 @@ def test_the_file_of_settings_is_named_once_for_each_change_of_method(talk):
     assert err.rindex("uses the settings in") < err.rindex("from the next question on: plphp, retention 0.4\n")
 
 
-def test_places_of_pictures_are_explained_for_a_conversation(talk, tiny_folder):
-    _, out, err = talk(["which <image>?", "what <image><image>?"], "--image", DEMO_PICTURE, "--model", tiny_folder)
-    assert out.count("\n") == 1 and "--image" not in err
-    message = "the question has 2 <image>, and the number of new pictures is 0; add pictures with /image PATH, or leave"
-    assert message in err
-
-
 @pytest.mark.parametrize(
     ("flags", "said"), [((), "interrupted"), (("--prompt", "a?"), "interrupted; nothing was written")]
 )
-def test_ctrl_c_while_the_model_is_loading(talk, monkeypatch, flags, said):
-    def pressed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "read_weights", pressed)
+def test_ctrl_c_while_the_model_is_loading(talk, failing, flags, said):
+    failing(Checkpoint, "read_weights", KeyboardInterrupt())
     assert talk([], *flags) == (130, "", f"error: {said}\n")
 
 
-def test_clear_forgets_everything(talk):
-    lines = [COUNT, "/clear all", "/stats", f"/image {DEMO_PICTURE}", SIGN, "/stats"]
-    code, out, err = talk(lines, "--image", DEMO_PICTURE)
-    assert (
-        (code, out) == (0, FOUR + NET)
-        and "new conversation, without pictures" in err
-        and "no answer to report on" in err
-    )
+def test_clear_forgets_the_conversation_and_clear_all_its_pictures_too(talk):
+    """Two pictures stay: one that was asked about, one still to be asked about."""
+    lines = [COUNT, f"/image {PAIR}", "/CLEAR", COUNT, "/show", "/clear all", "/stats", f"/image {DEMO_PICTURE}"]
+    code, out, err = talk([*lines, SIGN, "/stats"], "--image", DEMO_PICTURE)
+    assert code == 0 and out.startswith(FOUR) and out.endswith(NET) and out.count("\n") == 3
+    assert f"Ask a question about {DEMO_PICTURE}; /image PATH" in err
+    assert f"new conversation about {DEMO_PICTURE}, {PAIR}\n" in err and "a KV head keeps, of 512" in err
+    assert "new conversation, without pictures" in err and "no answer to report on" in err
     assert "1 picture, 256 vision tokens" in err
 
 
-def test_clear_keeps_the_pictures(talk):
-    """Two conversations about the same two pictures: one that was asked about, one still to be asked about."""
-    lines = [COUNT, f"/image {ROOT}/assets/pair-a.png", "/CLEAR", COUNT, "/show", "/clear nothing"]
-    code, out, err = talk(lines, "--image", DEMO_PICTURE)
-    assert code == 0 and out.startswith(FOUR) and out.count("\n") == 2
-    assert f"new conversation about {DEMO_PICTURE}, {ROOT}/assets/pair-a.png\n" in err
-    assert "a KV head keeps, of 512" in err and "error: /clear nothing is unknown; give /clear" in err
-    assert f"Ask a question about {DEMO_PICTURE}; /image PATH" in err
-
-
 def test_a_file_is_no_question_and_no_command(talk):
+    """Nor are words that name a command."""
     picture = f"'{DEMO_PICTURE}'"  # as a file manager drops it
-    _, out, err = talk([str(DEMO_PICTURE), f" {picture} ", " /image " + picture, SIGN])
-    assert out == NET and err.count("is a file; add it as a picture with /image ") == 2 and "no command" not in err
+    lines = [str(DEMO_PICTURE), f" {picture} ", "quit", " help ", "exit", " /image " + picture, SIGN, "/help"]
+    code, out, err = talk(lines)
+    assert (code, out) == (0, NET) and err.count("commands begin with a slash: /") == 3
+    assert err.count("is a file; add it as a picture with /image ") == 2 and "no command" not in err
+    assert "/quit            leave" in err
 
 
 def test_fresh_may_say_on_or_off(talk):
     _, _, err = talk(["/fresh on", "/fresh on", "/fresh off", "/fresh off", "/fresh", "/fresh", "/fresh of"])
-    again, reuse = "each question processes the whole conversation again\n", "each question reuses the cache of the "
-    places = [i for i in range(len(err)) if err.startswith((again, reuse), i)]
-    assert [err.startswith(again, i) for i in places] == [True, True, False, False, True, False]
+    said = re.findall("each question (processes the whole conversation again|reuses the cache)", err)
+    assert [words.startswith("processes") for words in said] == [True, True, False, False, True, False]
     assert err.rstrip().endswith("error: /fresh of is unknown; give /fresh on or /fresh off")
 
 
-def test_words_of_commands_are_no_questions(talk):
-    code, out, err = talk(["quit", " help ", "exit"])
-    assert (code, out) == (0, "") and err.count("commands begin with a slash: /") == 3
-
-
-def test_a_drawing_names_the_question_that_tokens_were_kept_for(talk, tmp_path):
-    flags = "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.3"
-    lines = [COUNT, SIGN, f"/show {tmp_path}/later.html", "/prune none", SIGN, COUNT, f"/show {tmp_path}/all.html"]
-    _, _, err = talk([*lines, f"/show {tmp_path}/x.gif"], *flags)
-    assert err.rstrip().endswith("give a name that ends in .png or .html") and err.count("layer by layer") == 2
+def test_show_draws_what_was_kept_and_for_which_question(talk, tmp_path, monkeypatch):
+    """Of a later turn that is what the first question kept."""
+    monkeypatch.chdir(tmp_path)
+    lines = [COUNT, "/show a.png", SIGN, "/show later.html", "/prune none", SIGN, COUNT, "/show all.html"]
+    wrong = ["/show nowhere/a.png", "/show x.gif", f"/show {DEMO_PICTURE}"]
+    code, _, err = talk([*lines, *wrong], "--image", DEMO_PICTURE, "--prune", "topk", "--retention", "0.25")
+    assert code == 0 and (tmp_path / "a.png").stat().st_size > 10_000
+    assert err.count("which vision tokens each head kept") == 3 and err.count("layer by layer") == 3
+    for words in ("nowhere/a.png cannot be written", "give a name that ends in .png or .html", "which this run reads"):
+        assert re.search(f"^error: .*{words}", err, re.M)
     later, everything = ((tmp_path / name).read_text() for name in ("later.html", "all.html"))
-    assert f"{COUNT} (asked later: {SIGN})" in later and "asked later" not in everything and COUNT in everything
+    assert "25.0 %" in later and f"{COUNT} (asked later: {SIGN})" in later
+    assert "asked later" not in everything and COUNT in everything and DEMO_PICTURE.stat().st_size > 1000
 
 
 def test_stats_of_a_later_turn_count_only_what_it_read(talk):
-    _, _, err = talk([COUNT, "/stats", SIGN, "/stats"], "--image", DEMO_PICTURE)
-    first, second = re.findall(r"^prefill .* ms  (.*) prompt tokens", err, re.MULTILINE)
+    lines = [COUNT, "/stats", SIGN, "/stats", "/prune none", SIGN, f"/image {PAIR}", SIGN, "/stats"]
+    _, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.5")
+    tables = err.split("load  ")[1:]
+    done = [re.findall("^(vision|pruning) ", table, re.MULTILINE) for table in tables]
+    assert done == [["vision", "pruning"], [], ["vision"]] and "1 picture, 256 vision tokens" in tables[2]
+    first, second, _ = re.findall(r"^prefill .* ms  (.*) prompt tokens", err, re.MULTILINE)
     new, whole = map(int, second.split(" new of "))
     assert int(first) > 256 and whole > int(first) and 0 < new < 40
 
 
-def test_stats_of_a_later_turn_leave_out_what_was_not_done(talk):
-    lines = [COUNT, "/stats", SIGN, "/stats", "/prune none", SIGN, f"/image {ROOT}/assets/pair-a.png", SIGN, "/stats"]
-    _, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.5")
-    tables = err.split("\nload ")[1:]
-    assert [re.findall("^(vision|pruning) ", table, re.MULTILINE) for table in tables] == [
-        ["vision", "pruning"], [], ["vision"],
-    ]  # fmt: skip
-    assert "1 picture, 256 vision tokens" in tables[2]
-
-
-def test_a_full_context_says_what_is_needed_and_what_there_is(talk, tiny_folder):
-    code, out, err = talk(["what?", "is " * 600, "/clear", "what?"], "--model", tiny_folder, "-n", "5")
-    assert code == 0 and len(set(out.splitlines())) == 1 and out.count("\n") == 2
-    assert "error: this question needs " in err and "of its 512; start a new conversation (in a chat: /clear)" in err
-    _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "2000")
-    assert "the context of 512 tokens is full; /clear starts a new conversation" in err
-    _, _, err = talk(["what?"], "--model", tiny_folder, "-n", "3")
-    assert "cut after 3 tokens; --max-new-tokens allows more" in err
-
-
-def test_each_turn_draws_its_own_numbers_and_the_seed_repeats_them(talk, tiny_folder):
+def test_each_turn_draws_its_own_numbers_and_the_seed_repeats_them(talk, tiny_folder, monkeypatch):
     flags = "--model", tiny_folder, "--temperature", "5", "--seed", "9", "-n", "12", "--template", "raw"
     first, again, other = (talk(["what?", "what?"], *flags, *more)[1] for more in ([], [], ["--seed", "8"]))
     assert first == again != other
-    chosen = []
-    draw = torch.Tensor.exponential_
+    chosen, draw = [], torch.Tensor.exponential_
 
     def noted(tensor, *, generator):
         chosen.append(generator.initial_seed())
         return draw(tensor, generator=generator)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "exponential_", noted)
-        talk(["what?", "what?", "/clear", "what?"], *flags, "--seed", 2**64 - 1)
+    monkeypatch.setattr(torch.Tensor, "exponential_", noted)
+    talk(["what?", "what?", "/clear", "what?"], *flags, "--seed", 2**64 - 1)
     assert list(dict.fromkeys(chosen)) == [2**64 - 1, 0] and chosen[-1] == 2**64 - 1
 
 
@@ -519,13 +423,13 @@ def test_json_stop_system_and_no_stream_work_in_a_conversation(talk):
     assert out == FOUR and "decode" in err
 
 
-def interrupting(monkeypatch, owner, name, at, times=1):
-    """The at-th call of a function is where Ctrl-C is pressed, so many times."""
+def interrupting(monkeypatch, owner, name, times=1):
+    """Ctrl-C is pressed, so many times, at the third call of a function."""
     function, calls = getattr(owner, name), []
 
     def pressed(*args, **options):
         calls.append(1)
-        if len(calls) == at:
+        if len(calls) == 3:
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
         return function(*args, **options)
@@ -536,7 +440,7 @@ def interrupting(monkeypatch, owner, name, at, times=1):
 @pytest.mark.parametrize("turn", [1, 2])
 def test_ctrl_c_while_a_question_is_read_takes_it_back(talk, monkeypatch, turn):
     name, lines = ("prefill", [COUNT, COUNT, SIGN]) if turn == 1 else ("decode", [COUNT, SIGN, SIGN])
-    interrupting(monkeypatch, DecoderLayer, name, 3)
+    interrupting(monkeypatch, DecoderLayer, name)
     handler = signal.getsignal(signal.SIGINT)
     code, out, err = talk(lines, "--image", DEMO_PICTURE)
     assert (code, out) == (0, "\n" + FOUR + NET if turn == 1 else FOUR + "\n" + NET)
@@ -545,101 +449,47 @@ def test_ctrl_c_while_a_question_is_read_takes_it_back(talk, monkeypatch, turn):
 
 
 def test_ctrl_c_stops_an_answer_between_two_tokens(talk, monkeypatch):
-    import model.fast
-
-    interrupting(monkeypatch, model.fast.FastStep, "__call__", 3)
+    interrupting(monkeypatch, FastStep, "__call__")
     code, out, err = talk([COUNT, SIGN], "--image", DEMO_PICTURE)
     assert (code, out) == (0, "The picture has four\n" + NET)
     assert "stopped; the conversation continues from the text so far" in err and "processed again" not in err
 
 
 def test_a_second_ctrl_c_breaks_off_the_step_and_the_cache_is_not_trusted(talk, monkeypatch):
-    import model.fast
-
-    interrupting(monkeypatch, model.fast.FastStep, "__call__", 3, times=2)
+    interrupting(monkeypatch, FastStep, "__call__", times=2)
     code, out, err = talk([COUNT, "/stats", SIGN, COUNT], "--image", DEMO_PICTURE)
     assert (code, out) == (0, "The picture has\n" + NET + FOUR)
     assert err.count("because the last answer was interrupted") == 1 and "no answer to report on" in err
 
 
-def test_what_fails_while_running_does_not_end_the_conversation(talk, monkeypatch):
-    grow, calls = chat.Generation._extend, []
-
-    def out_of_memory(self, before):
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("out of memory")
-        return grow(self, before)
-
-    monkeypatch.setattr(chat.Generation, "_extend", out_of_memory)
+def test_what_fails_while_running_does_not_end_the_conversation(talk, failing):
+    failing(DecoderLayer, "extend", RuntimeError("out of memory"), at=1)
     code, out, err = talk([COUNT, SIGN, SIGN], "--image", DEMO_PICTURE)
     assert (code, out) == (0, FOUR + NET) and err.count("error: out of memory") == 1
-    calls.clear()
+    failing(DecoderLayer, "extend", RuntimeError("out of memory"), at=1)
     with pytest.raises(RuntimeError):
         talk([COUNT, SIGN], "--image", DEMO_PICTURE, "--debug")
-
-
-def test_show_hands_the_last_answer_and_the_path_on(capsys, monkeypatch):
-    shown = []
-    monkeypatch.setattr(chat, "save", lambda *given: shown.append(given) or "drawn")
-    talked = chat.Chat(None, {}, [], {}, None, None, False)
-    talked.last = SimpleNamespace(kept=[3.25, 4.0], vision_tokens=8, cache=1)
-    talked.command("/show"), talked.command("/show a b.png ")
-    assert [path for _, path in shown] == ["a b.png"]
-    err = capsys.readouterr().err
-    assert err.count("of 8, layer by layer: 3.2 4\n") == 2 and err.endswith("4\ndrawn\n") and "/show FILE.png" in err
-
-
-def test_a_later_turn_is_drawn_with_what_the_first_one_kept(talk, tmp_path):
-    kept, page = tmp_path / "kept.png", tmp_path / "kept.html"
-    lines = [
-        COUNT,
-        f"/show {kept}",
-        SIGN,
-        f"/show {page}",
-        "/show nowhere/a.png",
-        "/show a.txt",
-        f"/show {DEMO_PICTURE}",
-    ]
-    code, _, err = talk(lines, "--image", DEMO_PICTURE, "--prune", "topk", "--retention", "0.25")
-    assert code == 0 and kept.stat().st_size > 10_000 and "25.0 %" in page.read_text()
-    assert err.count("which vision tokens each head kept") == 2 and err.count("error: ") == 3
-    assert "nowhere/a.png cannot be written" in err and DEMO_PICTURE.stat().st_size > 1000
-
-
-def test_masks_of_a_later_turn_cover_the_whole_conversation(demo):
-    first = chat.Generation(demo, COUNT, [DEMO_PICTURE], prune="topk:retention=0.25", remember=True)
-    "".join(first)
-    masks = first.masks
-    second = chat.Generation(demo, SIGN, prune="topk:retention=0.25", remember=True, before=first)
-    "".join(second)
-    assert second.masks.shape[2] == second.prompt_tokens and second.masks[..., masks.shape[2] :].all()
-    assert torch.equal(second.masks[..., : masks.shape[2]], masks)
 
 
 # ---------------------------------------------------------------- lines of stdin
 
 
 @pytest.fixture
-def lines(capsys, monkeypatch):
-    """Function (bytes on stdin, flags) -> (exit code, stdout, stderr)."""
+def lines(cli, stdin):
+    """Function (bytes on stdin, flags) -> (exit code, stdout, stderr), about the demo's picture."""
 
     def lines(data, *flags):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        try:
-            code = run.main(list(map(str, flags)))
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
+        stdin(data)
+        return cli("--image", DEMO_PICTURE, *flags)
 
     return lines
 
 
 def test_each_line_of_stdin_is_a_question_of_its_own(lines):
     data = f"\ufeff{SIGN}\r\n\n  \n{COUNT}\n{SIGN}".encode()
-    code, out, err = lines(data, "--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.9")
+    code, out, err = lines(data, "--prune", "random", "--retention", "0.9")
     assert (code, out) == (0, NET + FOUR + NET) and err.count("note: ") == 1
-    code, out, _ = lines(data, "--image", DEMO_PICTURE, "--json")
+    code, out, _ = lines(data, "--json")
     objects = list(map(json.loads, out.splitlines()))
     assert code == 0 and [o["text"] + "\n" for o in objects] == [NET, FOUR, NET]
     assert objects[0]["token_ids"] == objects[2]["token_ids"]
@@ -647,47 +497,46 @@ def test_each_line_of_stdin_is_a_question_of_its_own(lines):
 
 @pytest.mark.parametrize("command", ["/help", " /IMAGE x.png", "/quit", "/exit"])
 def test_a_command_among_the_lines_is_no_question(lines, command):
-    code, out, err = lines(f"{SIGN}\n{command}\n{SIGN}\n".encode(), "--image", DEMO_PICTURE)
-    name = command.split()[0]
-    said = f"error: line 2 of stdin: {name} works only in a conversation on a terminal; leave the line out\n"
-    assert (code, out) == (2, NET) and err.endswith(said)
-    assert lines(b"/usr or /var?", "--image", DEMO_PICTURE, "-n", "1")[0] == 0  # begins with no command
+    code, out, err = lines(f"{SIGN}\n{command}\n{SIGN}\n".encode())
+    said = f"line 2 of stdin: {command.split()[0]} works only in a conversation on a terminal; leave the line out\n"
+    assert (code, out) == (2, NET) and err.endswith("error: " + said)
+    assert lines(b"/usr or /var?", "-n", "1")[0] == 0  # begins with no command
 
 
 def test_an_answer_is_one_line_whatever_is_in_it(lines, monkeypatch):
     monkeypatch.setattr("model.generate.Detokenizer.push", lambda *_: " a\nb\r\u2028  c")
-    code, out, _ = lines(b"what?\nwhat?\n", "--image", DEMO_PICTURE, "-n", "1")
-    assert (code, out) == (0, "a b c\na b c\n")
-
-
-@pytest.mark.parametrize("data", [b"", b"\n \n\t\r\n"])
-def test_without_a_line_there_is_one_error(lines, data):
-    code, out, err = lines(data, "--image", DEMO_PICTURE)
-    assert (code, out) == (2, "") and err.count("\n") == 1 and "--prompt, --questions" in err
+    assert lines(b"what?\nwhat?\n", "-n", "1")[:2] == (0, "a b c\na b c\n")
 
 
 @pytest.mark.parametrize(
     ("bad", "words"), [(b"a\xff\n", "UTF-8"), (b"a " * 3000 + b"\n", "2048"), (b"<image><image>\n", "2 <image>")]
 )
 def test_a_bad_line_is_named_and_ends_it(lines, bad, words):
-    code, out, err = lines(SIGN.encode() + b"\n\n" + bad + SIGN.encode(), "--image", DEMO_PICTURE)
+    code, out, err = lines(SIGN.encode() + b"\n\n" + bad + SIGN.encode())
     assert (code, out) == (2, NET) and "error: line 3 of stdin: " in err and words in err and ";" in err
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [("--image -", "only one thing"), ("--compare --prune random", "needs --prompt"), ("--batch 2", "--questions")],
+    ("data", "flags", "words"),
+    [
+        (b"", "", "stdin is empty; give --prompt, --questions"),
+        (b"\n \n\t\r\n", "", "stdin is empty"),
+        (None, "", "stdin is empty"),
+        (b"what?", "--image -", "only one thing"),
+        (b"what?", "--compare --prune random", "needs --prompt"),
+        (b"what?", "--batch 2", "--questions"),
+    ],
 )
-def test_flags_that_have_no_place_without_a_prompt(lines, flags, words):
-    code, out, err = lines(SIGN.encode(), *flags.split())
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and words in err
+def test_flags_that_have_no_place_without_a_prompt(refused, stdin, data, flags, words):
+    """Nor has a stdin without a line."""
+    stdin(data)
+    assert words in refused("--image", DEMO_PICTURE, *flags.split())
 
 
-def test_no_stdin_at_all_is_one_error(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(SystemExit) as ended:
-        run.main([])
-    assert ended.value.code == 2 and "stdin is empty" in capsys.readouterr().err
+def test_lines_into_head():
+    command = f"printf '{COUNT}\\n{SIGN}\\n' | {sys.executable} {ROOT}/run.py --image {DEMO_PICTURE} | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, FOUR) and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- on a terminal
@@ -699,150 +548,90 @@ def endless(without_end):
     return ["--model", without_end(10**7), "--max-new-tokens", 10**6]
 
 
-def test_terminal_start_answer_quit():
-    with Terminal("--image", DEMO_PICTURE) as t:
-        assert "/help lists the commands" in t.wait_for("> ")
-        assert t.enter(COUNT) == FOUR
-        t.type("/quit\n")
-        assert t.leave() == 0
-
-
 def test_terminal_picture_by_image_wrong_path_unknown_command_clear():
     with Terminal() as t:
-        t.wait_for("> ")
+        assert "/help lists the commands" in t.introduction
         assert t.enter("/image /nowhere/x.png") == "error: no picture at /nowhere/x.png; check the path\n"
         assert t.enter("/picture x.png") == "error: there is no command /picture; /help lists them\n"
         assert str(DEMO_PICTURE) in t.enter(f"/image {DEMO_PICTURE}")
-        assert t.enter(SIGN) == NET
-        assert "new conversation" in t.enter("/clear")
+        assert t.enter(SIGN) == NET and "new conversation" in t.enter("/clear")
         assert t.enter("/stats").startswith("error: ")
-        t.type("\x04")
-        assert t.leave() == 0
+        assert t.leave("\x04") == 0
 
 
 def test_terminal_pruning_and_what_it_dropped():
     with Terminal("--image", DEMO_PICTURE, "--prune", "random", "--retention", "0.3") as t:
-        t.wait_for("> ")
         t.enter(COUNT)
-        assert DROPPED in t.enter(SIGN)
-        assert DROPPED not in t.enter(SIGN)
+        assert DROPPED in t.enter(SIGN) and DROPPED not in t.enter(SIGN)
         assert "again" in t.enter("/fresh") and "as /fresh asks" in t.enter(COUNT)
-        t.type("/quit\n")
-        assert t.leave() == 0
+        assert t.leave("/quit\n") == 0
 
 
-def begin(terminal, question):
-    """Ask a question and wait for the beginning of its answer."""
-    terminal.type(question + "\n")
-    terminal.wait_for("\n")  # the echo
-    terminal.wait_more(10)
-
-
-def test_terminal_ctrl_c_stops_an_answer_and_a_second_one_leaves(endless):
+def test_terminal_ctrl_c_stops_each_answer_and_one_more_leaves(endless):
     with Terminal(*endless) as t:
-        t.wait_for("> ")
-        begin(t, "what is this?")
-        t.type("\x03")
-        t.wait_for("stopped; the conversation continues from the text so far\n> ")
-        t.type("\x03")
-        assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
-
-
-def test_terminal_other_questions_after_ctrl_c(endless):
-    with Terminal(*endless) as t:
-        t.wait_for("> ")
         for question in ("what is this?", "and this?", "how many?"):
-            begin(t, question)
+            t.begin(question)
             t.type("\x03")
-            t.wait_for("stopped; ")
-            t.wait_for("> ")
+            t.wait_for("stopped; the conversation continues from the text so far\n> ")
         assert "processed again" not in t.everything and "error" not in t.everything
-        t.type("/quit\n")
-        assert t.leave() == 0
+        assert t.leave("\x03", again="\x03") == 130
 
 
 def test_terminal_resized_at_the_prompt_and_during_an_answer(endless):
     with Terminal(*endless) as t:
-        t.wait_for("> ")
         t.resize(10, 33)
         t.type("what is ")
         t.resize(50, 200)
-        begin(t, "this?")
+        t.begin("this?")
         t.resize(24, 80)
         t.wait_more(50)
         t.type("\x03")
         t.wait_for("stopped; ")
         t.wait_for("> ")
-        t.type("\x04")
-        assert t.leave() == 0 and "Traceback" not in t.everything and "error" not in t.everything
-
-
-def test_terminal_ctrl_c_at_the_prompt_leaves():
-    with Terminal() as t:
-        t.wait_for("> ")
-        t.type("\x03")
-        assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
+        assert t.leave("\x04") == 0 and "error" not in t.everything
 
 
 def test_terminal_ctrl_c_clears_a_line_and_leaves_at_an_empty_one():
     with Terminal() as t:
-        t.wait_for("> ")
         t.type("half a line")
         t.wait_for("half a line")
         t.type("\x03")
         t.wait_for("\n> ", again="\x03")
         assert t.enter("/retention") == "in use: no pruning\n"
-        assert t.leave(again="\x03") == 130 and "Traceback" not in t.everything
+        assert t.leave("\x03", again="\x03") == 130
 
 
 def test_terminal_full_context(tiny_folder):
     with Terminal("--model", tiny_folder, "-n", "600") as t:
-        t.wait_for("> ")
         assert "the context of 512 tokens is full; /clear starts a new conversation" in t.enter("what?")
         refused = t.enter("and?")
         assert refused.startswith("error: this question needs ") and "room for 0 of its 512; start a new" in refused
         t.enter("/clear")
-        assert "error" not in t.enter("what?")
-        t.type("\x04")
-        assert t.leave() == 0
+        assert "error" not in t.enter("what?") and t.leave("\x04") == 0
 
 
 def test_terminal_with_stdout_in_a_file_has_the_answers_only(tmp_path):
+    """Ctrl-C clears a line there too."""
     with open(tmp_path / "answers", "w") as file, Terminal("--image", DEMO_PICTURE, stdout=file) as t:
-        t.wait_for("> ")
-        t.enter(COUNT), t.enter(SIGN)
-        t.type("\x04")
-        assert t.leave() == 0
-    assert (tmp_path / "answers").read_text() == FOUR + NET
-
-
-def test_terminal_ctrl_c_clears_a_line_also_with_stdout_in_a_file(tmp_path):
-    with open(tmp_path / "answers", "w") as file, Terminal("--image", DEMO_PICTURE, stdout=file) as t:
-        t.wait_for("> ")
         t.type("half a line")
         t.wait_for("half a line")
         t.type("\x03")
         t.wait_for("\n> ")
-        t.enter(COUNT)  # the next Ctrl-C clears a line again
+        t.enter(COUNT), t.enter(SIGN)  # the next Ctrl-C clears a line again
         t.type("half\x03")
         t.wait_for("\n> ")
-        t.type("\x03")
-        assert t.leave() == 130 and "Traceback" not in t.everything
-    assert (tmp_path / "answers").read_text() == FOUR
+        assert t.leave("\x03") == 130
+    assert (tmp_path / "answers").read_text() == FOUR + NET
 
 
 def test_terminal_two_pictures_and_two_drawings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # short paths: readline scrolls long lines
-    for name in ("demo.png", "pair-a.png"):
-        shutil.copy(ROOT / "assets" / name, name)
+    for path in (DEMO_PICTURE, PAIR):
+        shutil.copy(path, tmp_path)
     with Terminal("--prune", "topk", "--retention", "0.5") as t:
-        t.wait_for("> ")
         assert t.enter("/image demo.png") == "pictures for the next question: demo.png\n"
         assert t.enter("/image pair-a.png") == "pictures for the next question: demo.png, pair-a.png\n"
-        refused = t.enter("What is in <image>?")
-        assert refused.startswith(
-            "error: the question has 1 <image>, and the number of new pictures is 2; add pictures"
-        )
+        assert t.enter("What is in <image>?").startswith("error: the question has 1 <image>, and the number of new pic")
         t.enter("How do <image> and <image> differ?")
         for name in ("kept.png", "kept.html"):
             assert f"{name}: which vision tokens each head kept\n" in t.enter(f"/show {name}")
@@ -850,41 +639,23 @@ def test_terminal_two_pictures_and_two_drawings(tmp_path, monkeypatch):
         assert t.enter("/retention 0.25") == "from the next question on: topk, retention 0.25\n"
         assert t.enter("/prune grid") == "from the next question on: grid, retention 0.25\n"
         assert "processed again, because the pruning has changed" in t.enter(SIGN)
-        t.type("/quit\n")
-        assert t.leave() == 0
+        assert t.leave("/quit\n") == 0
 
 
 def test_terminal_an_impatient_beginner():
     """Types ahead, lines without meaning, Ctrl-D in the middle of a line, and looks up the last question."""
-    with Terminal("--image", DEMO_PICTURE) as t:
+    with Terminal("--image", DEMO_PICTURE, until="") as t:
         t.type(f"\n   \n{SIGN}\n")  # before the prompt is there
-        assert t.wait_for(NET)
-        t.wait_for("> ")
-        t.type("How many\x04 objects are there?\n")
-        t.wait_for(FOUR)
-        t.wait_for("> ")
-        t.type("\x1b[A\n")  # arrow up
-        t.wait_for(FOUR)
-        t.wait_for("> ")
+        # arrow up repeats the last question
+        for keys, answer in (("", NET), ("How many\x04 objects are there?\n", FOUR), ("\x1b[A\n", FOUR)):
+            t.type(keys)
+            t.wait_for(answer)
+            t.wait_for("> ")
         assert t.enter("hep") != "" and t.enter("/hepl") == "error: there is no command /hepl; /help lists them\n"
         t.type("/" + "q" * 5000 + "\n")
         assert t.wait_for("q; /help lists them\n").count("no command /" + "q" * 39) == 1
         t.wait_for("> ")
-        assert "error" not in t.enter("Wie viele Dinge? äöü 日本語 🙂")
-        t.type("\x04")
-        assert t.leave() == 0 and "Traceback" not in t.everything
-
-
-def test_terminal_ctrl_c_while_the_model_is_loading(monkeypatch):
-    def load(*_):
-        print("loading", file=sys.stderr, flush=True)
-        time.sleep(100)
-
-    monkeypatch.setattr(Checkpoint, "read_weights", load)
-    with Terminal("--image", DEMO_PICTURE) as t:
-        t.wait_for("loading\n")
-        t.type("\x03")
-        assert t.leave() == 130 and t.everything.endswith("^Cerror: interrupted\n")
+        assert "error" not in t.enter("Wie viele Dinge? äöü 日本語 🙂") and t.leave("\x04") == 0
 
 
 def test_terminal_with_stdout_into_head():
@@ -892,19 +663,6 @@ def test_terminal_with_stdout_into_head():
     head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with head, Terminal("--image", DEMO_PICTURE, stdout=head.stdin) as t:
         head.stdin.close()
-        t.wait_for("> ")
         t.enter(COUNT)
         assert head.stdout.read() == FOUR and head.wait() == 0
-        t.type(SIGN + "\n")
-        assert t.leave() == 0 and t.everything.endswith(f"> {SIGN}\n")
-
-
-def test_terminal_wrong_flags_end_at_once():
-    with Terminal("--compare", "--prune", "random") as t:
-        assert t.leave() == 2 and "--compare needs --prompt" in t.everything
-
-
-def test_lines_into_head():
-    command = f"printf '{COUNT}\\n{SIGN}\\n' | {sys.executable} {ROOT}/run.py --image {DEMO_PICTURE} | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, FOUR) and "Traceback" not in done.stderr
+        assert t.leave(SIGN + "\n") == 0 and t.everything.endswith(f"> {SIGN}\n")

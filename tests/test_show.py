@@ -6,15 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import run
 from model import Checkpoint, Generation, InputError, Sampling, load
 from model import show as module
-from model.image import ImageSettings, Prepared
 from model.show import CELL, GAP, MARGIN, Shown, View, draw, layer_class, page, panel, save
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tests.seeds import torch_random
@@ -40,10 +39,9 @@ def hand_made(prompt="What?", seed=0, pictures=2):
     return Shown(prompt, "plphp", flags, 0.4, views, keep, 2e6, 1e6, [0.3, 0.05], (0.25, 0.1))
 
 
-def answered(prune, images=(DEMO_PICTURE,), prompt="Count the objects.", folder=DEMO, **options):
+def answered(prune, images=(DEMO_PICTURE,), prompt="Count the objects.", folder=DEMO):
     """A Generation that remembers, one token long."""
-    llava = load(folder, "fp32")
-    generation = Generation(llava, prompt, list(images), Sampling(1), prune=prune, remember=True, **options)
+    generation = Generation(load(folder, "fp32"), prompt, list(images), Sampling(1), prune=prune, remember=True)
     "".join(generation)
     return generation
 
@@ -98,21 +96,24 @@ def find(sheet, column, wanted):
     return [y for y in starts if torch.equal(strip[y : y + high], inner)]
 
 
-def by_last_row(generation, retention):
-    """(L, Hkv, V) bool, in plain PyTorch: of each picture what the last row attends to most, n of it in every head."""
+def last_rows(generation):
+    """In plain PyTorch, what the prompt's last row attends to in each layer: (L, Hq, T) float64; spans of pictures."""
     asked = asked_by(generation, [])
-    layers = []
+    rows = []
     for q, k, *_ in asked.layers:
         k = k[0].repeat_interleave(q.shape[1] // k.shape[1], 0)
-        row = (q[0, :, -1:].double() @ k.double().mT * q.shape[3] ** -0.5).softmax(-1)[:, 0]
-        heads = row.view(asked.kv_heads, -1, row.shape[1]).mean(1)
-        spans = [heads[:, a:b] for a, b in asked.spans]
-        counts = [int(retention * part.shape[1] + 0.5) for part in spans]
-        best = [part.topk(n).indices for part, n in zip(spans, counts, strict=True)]
-        layers.append(
-            torch.cat([torch.zeros_like(p).scatter(1, i, 1).bool() for p, i in zip(spans, best, strict=True)], 1)
-        )
-    return torch.stack(layers)
+        rows.append((q[0, :, -1:].double() @ k.double().mT * q.shape[3] ** -0.5).softmax(-1)[:, 0])
+    return torch.stack(rows), asked.spans
+
+
+def by_last_row(generation, retention):
+    """(L, Hkv, V) bool: of each picture what the last row attends to most, as many in every head."""
+    rows, spans = last_rows(generation)
+    heads = rows.view(len(rows), 4, -1, rows.shape[2]).mean(2)
+    pictures = [heads[..., start:stop] for start, stop in spans]
+    best = [part.topk(int(retention * part.shape[2] + 0.5)).indices for part in pictures]
+    kept = [torch.zeros_like(part).scatter(2, i, 1).bool() for part, i in zip(pictures, best, strict=True)]
+    return torch.cat(kept, 2)
 
 
 def test_the_drawn_tokens_are_those_that_the_method_keeps(tmp_path):
@@ -161,19 +162,10 @@ def test_fastv_drops_for_all_later_layers_and_the_last_row_goes_on():
     keep = Shown.of(generation).keep
     assert keep[:3].all() and [k.sum().item() for k in keep[3:].flatten(0, 1)] == [64] * 12
     assert (keep[3:] == keep[3, 0]).all()
-    row = by_attention_of_all_heads(generation, 2)
+    rows, ((start, stop),) = last_rows(generation)
+    row = rows[2].mean(0)[start:stop]
     assert keep[3, 0].nonzero().flatten().tolist() == sorted(row.topk(64).indices.tolist())
     assert generation.kept == pytest.approx(keep.sum(2).double().mean(1).tolist())
-
-
-def by_attention_of_all_heads(generation, layer):
-    """(V,): what the last row gives to the picture's tokens in a layer, mean over query heads."""
-    asked = asked_by(generation, [])
-    q, k, *_ = asked.layers[layer]
-    k = k[0].repeat_interleave(q.shape[1] // k.shape[1], 0)
-    row = (q[0, :, -1:].double() @ k.double().mT * q.shape[3] ** -0.5).softmax(-1)[:, 0].mean(0)
-    ((start, stop),) = asked.spans
-    return row[start:stop]
 
 
 def test_what_is_remembered_agrees_with_the_cache_and_costs_nothing_otherwise():
@@ -188,6 +180,8 @@ def test_what_is_remembered_agrees_with_the_cache_and_costs_nothing_otherwise():
     assert plain.masks is None
     with pytest.raises(InputError, match="remember=True"):
         save(plain, "kept.png")
+    with pytest.raises(InputError, match="no picture"):
+        save(answered(None, ()), "kept.png")
 
 
 def test_an_unpruned_answer_says_that_all_is_kept(tmp_path):
@@ -208,11 +202,17 @@ def test_titles_name_method_settings_and_what_was_asked_for_and_kept():
     assert quoted.title == "topk: 66.7 % of the vision tokens kept"
 
 
-def test_the_page_and_the_figure_show_the_tiles_of_llava_next(tmp_path):
-    folder = tmp_path / "next"
+@pytest.fixture(scope="module")
+def in_tiles(tmp_path_factory):
+    """A LLaVA-NeXT whose tiles have 56 x 56 pixels and 4 x 4 tokens."""
+    folder = tmp_path_factory.mktemp("next")
     make_checkpoint.main([str(folder), "--shape", "tiny-next"])
+    return folder
+
+
+def test_the_page_and_the_figure_show_the_tiles_of_llava_next(in_tiles):
     wide = Image.new("RGB", (300, 90), (10, 200, 30))
-    generation = answered("grid:retention=0.5", (wide,), "What?", folder)
+    generation = answered("grid:retention=0.5", (wide,), "What?", in_tiles)
     shown = Shown.of(generation)
     whole, tiles = shown.views
     assert (whole.name, tiles.name) == ("whole", "tiles") and whole.tokens.flatten().tolist() == list(range(16))
@@ -229,22 +229,12 @@ def test_the_page_and_the_figure_show_the_tiles_of_llava_next(tmp_path):
     assert [view["shape"] for view in data_of(page(shown))["views"]] == [[4, 4], [rows, columns]]
 
 
-def test_a_picture_in_four_parts_is_joined_in_its_order():
+def test_a_picture_in_four_parts_is_joined_in_its_order(in_tiles):
     """Each quarter of a square picture has another colour."""
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
     picture = Image.new("RGB", (112, 112))
-    for i, colour in enumerate(colours):
+    for i, colour in enumerate([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]):
         picture.paste(colour, (i % 2 * 56, i // 2 * 56, i % 2 * 56 + 56, i // 2 * 56 + 56))
-
-    class Tower:
-        patch_size, image_size = 14, 56
-
-    class Fake:  # what the drawing looks at
-        squares = [picture.resize((56, 56)), *(Image.new("RGB", (56, 56), c) for c in colours)]
-        pictures = [Prepared("", (112, 112), squares, (2, 2), 4, 16 + 8 * 9, ImageSettings(56, "anyres"))]
-        checkpoint = type("C", (), {"config": type("C", (), {"vision_config": Tower})})
-
-    _, tiles = module._views(Fake)
+    _, tiles = Shown.of(answered("random", (picture,), "What?", in_tiles)).views
     assert tiles.tokens.shape == (8, 8) and tiles.image.tobytes() == picture.tobytes()
     assert tiles.tokens[1, 0] == 16 + 9
 
@@ -370,53 +360,44 @@ def test_the_page_needs_nothing_from_outside():
 
 
 def asked(*flags):
-    return ["--image", str(DEMO_PICTURE), "--prompt", "How many objects are there?", *map(str, flags)]
+    return ["--image", DEMO_PICTURE, "--prompt", "How many objects are there?", *flags]
 
 
-def test_the_flag_draws_beside_the_answer(tmp_path, capsys):
+def test_the_flag_draws_beside_the_answer(tmp_path, cli):
     out = tmp_path / "kept.PNG"
     out.write_text("an older file")
-    assert run.main(asked("--prune", "plphp", "--retention", "0.3", "--show", out)) == 0
-    told = capsys.readouterr()
-    assert told.out == "The picture has four objects.\n" and told.err.splitlines()[-1].startswith(str(out))
+    code, answer, err = cli(*asked("--prune", "plphp", "--retention", "0.3", "--show", out))
+    assert (code, answer) == (0, "The picture has four objects.\n") and err.splitlines()[-1].startswith(str(out))
     assert Image.open(out).width == module.WIDTH
-    assert run.main(asked("--show", tmp_path / "kept.html", "--no-stream")) == 0
+    assert cli(*asked("--show", tmp_path / "kept.html", "--no-stream"))[0] == 0
     data = data_of((tmp_path / "kept.html").read_text())
     assert data["questions"][0]["title"].startswith("unpruned") and "0" not in data["questions"][0]["keep"][0][0][0]
 
 
-def test_a_disk_that_is_full_ends_in_one_line_after_the_answer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert run.main(asked("--show", tmp_path / "a.png")) == 1
-    told = capsys.readouterr()
-    assert told.out == "The picture has four objects.\n"
-    assert told.err.splitlines()[-1].startswith(f"error: {tmp_path}/a.png cannot be written (No space left")
+def test_a_disk_that_is_full_ends_in_one_line_after_the_answer(tmp_path, failing, cli):
+    failing(Path, "write_bytes", OSError(28, "No space left on device"))
+    code, answer, err = cli(*asked("--show", tmp_path / "a.png"))
+    assert (code, answer) == (1, "The picture has four objects.\n")
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/a.png cannot be written (No space left")
 
 
-REFUSED = [
-    (["--show", "kept.jpg"], ".png or .html"),
-    (["--show", "kept"], ".png or .html"),
-    (["--show", ""], ".png or .html"),
-    (["--show", "/nowhere/kept.png"], "/nowhere"),
-    (["--show", "{folder}/a.png"], "cannot be written"),  # a folder
-    (["--show", "{picture}"], "would replace"),
-    (["--show", "{folder}/link.png"], "would replace"),
-    (["--show", "kept.png", "--questions", "q.jsonl", "--answers", "a.jsonl"], "--questions"),
-]
+REFUSED = {  # words of the error: flags
+    ".png or .html": ["--show kept.jpg", "--show kept", "--show="],
+    "/nowhere": ["--show /nowhere/kept.png"],
+    "cannot be written": ["--show {folder}/a.png"],  # a folder
+    "would replace": ["--show {folder}/demo.png", "--show {folder}/link.png"],
+    "--questions": ["--show kept.png --questions q.jsonl --answers a.jsonl"],
+}
 
 
 def test_what_cannot_be_drawn_is_refused_at_once(tmp_path):
     """In one line, and before torch is imported."""
-    picture = tmp_path / "x.png"
-    shutil.copy(DEMO_PICTURE, picture)
+    picture = shutil.copy(DEMO_PICTURE, tmp_path)
     (tmp_path / "link.png").symlink_to(picture)
     (tmp_path / "a.png").mkdir()
-    given = [
-        [w.format(folder=tmp_path, picture=picture) for w in ["--image", "{picture}", *flags]]
-        + ([] if "--questions" in flags else ["--prompt", "What?"])
-        for flags, _ in REFUSED
-    ]
-    given.append(["--prompt", "What?", "--show", "kept.html"])  # no picture
+    given = [["--prompt", "What?", "--show", "kept.html"]]  # no picture
+    for flags in (flags.format(folder=tmp_path).split() for several in REFUSED.values() for flags in several):
+        given.append(["--image", picture, *flags, *([] if "--questions" in flags else ["--prompt", "What?"])])
     code = (
         "import contextlib, json, sys, run\n"
         "for flags in json.loads(sys.argv[1]):\n"
@@ -427,34 +408,22 @@ def test_what_cannot_be_drawn_is_refused_at_once(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, json.dumps(given)], cwd=ROOT, capture_output=True, text=True)
     lines = done.stderr.splitlines()
     assert done.returncode == 0 and not done.stdout and len(lines) == len(given), done.stderr
-    for line, word in zip(lines, [*(word for _, word in REFUSED), "give --image"], strict=True):
-        assert line.startswith("error: ") and word in line
-    assert picture.read_bytes() == DEMO_PICTURE.read_bytes()
+    for line, words in zip(
+        lines, ["give --image", *(w for w, several in REFUSED.items() for _ in several)], strict=True
+    ):
+        assert line.startswith("error: ") and words in line
+    assert Path(picture).read_bytes() == DEMO_PICTURE.read_bytes()
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
-    with pytest.raises(SystemExit) as left:
-        run.main(asked("--show", tmp_path / "a.png"))
-    assert left.value.code == 2 and "cannot be written" in capsys.readouterr().err
+    assert "cannot be written" in refused(*asked("--show", tmp_path / "a.png"))
 
 
-def test_files_of_the_checkpoint_and_pictures_by_other_names_stay(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Checkpoint, "read_weights", lambda *a: pytest.fail("weights were read"))
-    link = tmp_path / "kept.png"
+def test_files_of_the_checkpoint_and_pictures_by_other_names_stay(tmp_path, failing, refused):
+    failing(Checkpoint, "read_weights", AssertionError("weights were read"))
+    link, picture = tmp_path / "kept.png", shutil.copy(DEMO_PICTURE, tmp_path / "x.png")
     link.symlink_to(DEMO / "config.json")
-    assert run.main(asked("--show", link)) == 2
-    assert "config.json, which this run reads" in capsys.readouterr().err
-    picture = tmp_path / "x.png"
-    shutil.copy(DEMO_PICTURE, picture)
-    assert run.main(["--image", picture.as_uri(), "--prompt", "What?", "--show", str(picture)]) == 2
-    assert "which this run reads" in capsys.readouterr().err and picture.read_bytes() == DEMO_PICTURE.read_bytes()
-
-
-def test_an_answer_without_pictures_or_another_ending_is_refused(tmp_path):
-    generation = answered("random")
-    with pytest.raises(InputError, match=r"\.png or \.html"):
-        save(generation, tmp_path / "kept.gif")
-    with pytest.raises(InputError, match="no picture"):
-        save(answered(None, ()), tmp_path / "kept.png")
-    assert not list(tmp_path.iterdir())
+    assert "config.json, which this run reads" in refused(*asked("--show", link))
+    assert "which this run reads" in refused("--image", picture.as_uri(), "--prompt", "What?", "--show", picture)
+    assert picture.read_bytes() == DEMO_PICTURE.read_bytes()
