@@ -100,15 +100,16 @@ class Pruning:
         -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
         later layers process. Either may be None: all. InputError if the method refuses.
         """
-        start, keep, stay = clock(k.device, self.timed), None, None
+        keep = stay = None
         if self.spans:
+            start = clock(k.device, self.timed)
             pictures = self.spans, self.places, self.contrast
             view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend)
             try:
                 keep, stay = self.method.keep(view), self.method.narrow(view)
             except ValueError as wrong:
                 raise InputError(str(wrong)) from wrong
-        self.seconds += clock(k.device, self.timed) - start
+            self.seconds += clock(k.device, self.timed) - start
         if self.masks is not None:
             here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
             whole = here if self.rows is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.rows, here)

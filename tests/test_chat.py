@@ -463,10 +463,10 @@ def test_a_second_ctrl_c_breaks_off_the_step_and_the_cache_is_not_trusted(talk, 
 
 
 def test_what_fails_while_running_does_not_end_the_conversation(talk, failing):
-    failing(DecoderLayer, "extend", RuntimeError("out of memory"), at=1)
+    failing(DecoderLayer, "decode", RuntimeError("out of memory"), at=1)
     code, out, err = talk([COUNT, SIGN, SIGN], "--image", DEMO_PICTURE)
     assert (code, out) == (0, FOUR + NET) and err.count("error: out of memory") == 1
-    failing(DecoderLayer, "extend", RuntimeError("out of memory"), at=1)
+    failing(DecoderLayer, "decode", RuntimeError("out of memory"), at=1)
     with pytest.raises(RuntimeError):
         talk([COUNT, SIGN], "--image", DEMO_PICTURE, "--debug")
 

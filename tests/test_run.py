@@ -558,7 +558,7 @@ BAD_FLAGS = {
     "exclude": "--prune random --retention 0.5 --keep-tokens 3",
     "one of them": "--prune random:retention=0.3 --keep-tokens 4",
     "None": "--prune random --set retention=null",
-    "--compare needs --prune METHOD and --temperature 0": "--compare \n --compare --prune random --temperature 1",
+    "--prune METHOD and --temperature 0": "--compare \n --compare --prune random --temperature 1",
     "fastx": "--prune fastx \n --list-methods fastx",
     "alpha": "--prune plphp:alpha=0.1,beta=0.2",
     "layer is 6": "--prune fastv:layer=6",
@@ -582,7 +582,7 @@ def test_bad_flags(refused, words):
 
 def test_a_missing_picture_comes_with_advice(refused):
     for images, advice in (
-        (["no.png", "-p", "a"], "check the path\n"),
+        (["no.png", "-p", "a"], "check the path"),
         (["my", "picture.png", "-p", "a"], "check the path, and put it in quotes if it has spaces"),
         ([PICTURE, "What is this?"], "if this is the question, put --prompt before it, else check the path"),
     ):
