@@ -229,7 +229,7 @@ class RaggedCache:
     def nbytes_held(self):
         """Bytes of the taken K and V rows."""
         rows = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
-        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=False) if n)
+        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=False) if k is not None)
 
     @property
     def nbytes_reserved(self):

@@ -163,16 +163,26 @@ class FastStep:
             return self.logits_of(self.language, self.language.decode(x, self.cache, self.layers))
 
     def _replay(self, ids):
-        device = self.cache.pos.device
+        cache = self.cache
         if self.graph is None:
-            self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-                self.logits = self._step(self.ids)  # records the step; also counts its slots on the host
+            self.ids, graph, room = ids.clone(), torch.cuda.CUDAGraph(), cache.room
+            try:
+                with (
+                    torch.cuda.device(cache.pos.device),
+                    torch.cuda.graph(graph, stream=torch.cuda.Stream(cache.pos.device)),
+                ):
+                    self.logits = self._step(self.ids)
+            finally:
+                cache.room = room  # a step that is only recorded claims no slots
             self.graph = graph
         else:
             self.ids.copy_(ids)
-            self.cache.room -= 1  # the graph claims its slots on the device
-        self.graph.replay()
+        cache.room -= 1  # the graph claims its slots on the device
+        try:
+            self.graph.replay()
+        except RuntimeError:  # out of memory: it did not run
+            cache.room += 1
+            raise
         return self.logits
 
 

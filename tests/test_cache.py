@@ -110,6 +110,7 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
     reserved = sum(c.nbytes_reserved for c in alone)
     cache = RaggedCache.join(alone)
     assert cache.nbytes_reserved == reserved and all(k is None for c in alone for k in (*c.k, *c.v))
+    assert cache.nbytes_held > 0 and all(c.nbytes_held == 0 for c in alone)
     live = [0, 1, 2]
     for step in range(9):  # repacked at 3, 6 and 9; the second sequence leaves after 4 tokens
         if step == 4:

@@ -237,14 +237,8 @@ class Replayed:
         assert cache.room == room
 
 
-@pytest.mark.parametrize(("slack", "batch"), [(1, 1), (2, 1), (5, 2)])
-def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
-    """The host side of `FastStep` with a stand-in graph: captures, replays, repacks, and a turn in between."""
-    model, x = small_llama().to(DEVICE), torch.randn(batch, 9, 32, device=DEVICE)
-    caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
-    for cache in caches:
-        model.prefill(x, cache)
-    step = FastStep(model, caches[0])
+def stand_in(step, monkeypatch):
+    """Let a step capture and replay a stand-in graph."""
 
     @contextlib.contextmanager
     def record(graph, stream=None):
@@ -261,6 +255,17 @@ def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "device", type("device", (contextlib.nullcontext,), {}))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+
+
+@pytest.mark.parametrize(("slack", "batch"), [(1, 1), (2, 1), (5, 2)])
+def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
+    """The host side of `FastStep` with a stand-in graph: captures, replays, repacks, and a turn in between."""
+    model, x = small_llama().to(DEVICE), torch.randn(batch, 9, 32, device=DEVICE)
+    caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
+    for cache in caches:
+        model.prefill(x, cache)
+    step = FastStep(model, caches[0])
+    stand_in(step, monkeypatch)
     replays = 0
     for token in range(24):
         ids = torch.full((batch,), token, device=DEVICE)
@@ -273,6 +278,35 @@ def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
                 model.extend(turn, cache)
     assert replays > 4 and caches[0].room == caches[1].room >= 0
     assert torch.equal(caches[0].kv_len, caches[1].kv_len) and (caches[0].kv_len <= caches[0].kv_cap).all()
+
+
+@pytest.mark.parametrize("fails", ["capture", "first replay", "later replay"])
+def test_a_graph_that_finds_no_memory_claims_nothing(fails, monkeypatch):
+    """As in a batch, which undoes its step after an error."""
+    model, cache = small_llama().to(DEVICE), RaggedCache(3, 9, "triton")
+    model.prefill(torch.randn(1, 9, 32, device=DEVICE), cache)
+    step = FastStep(model, cache)
+    stand_in(step, monkeypatch)
+    ids = torch.tensor([5], device=DEVICE)
+    for _ in range(3 if fails == "later replay" else 1):
+        step(ids)
+    record, tables = torch.cuda.graph, (cache.kv_len.clone(), cache.pos.clone(), cache.room)
+
+    @contextlib.contextmanager
+    def broken(graph, stream=None):
+        with record(graph):
+            yield
+        raise torch.OutOfMemoryError("when the capture ends")
+
+    def no_memory(self):
+        raise torch.OutOfMemoryError("when it is launched")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError), cache.growing(1):
+        patch.setattr(*((torch.cuda, "graph", broken) if fails == "capture" else (Replayed, "replay", no_memory)))
+        step(ids)
+    assert torch.equal(cache.kv_len, tables[0]) and torch.equal(cache.pos, tables[1]) and cache.room == tables[2]
+    step(ids)
+    assert torch.equal(cache.pos, tables[1] + 1) and cache.room == tables[2] - 1
 
 
 # ---------------------------------------------------------------- only on a GPU
