@@ -122,7 +122,7 @@ def answer_each(begin, questions, size, crowded=None):
 
     begin(question): returns its Generation, or raises the InputError that is yielded instead. If memory runs out,
     crowded(number of questions) is called and they are tried one by one; a question that does not fit alone yields its
-    error. Without `crowded` the error is raised.
+    error. Without `crowded` the error is raised. Errors are yielded without their traceback, whose frames hold tensors.
     """
     batch, running, queue = Batch(), {}, deque(range(len(questions)))  # running: index -> its Generation
     alone = set()  # questions that did not fit in memory with others
@@ -140,7 +140,7 @@ def answer_each(begin, questions, size, crowded=None):
                     batch.add(running[number])
                 except InputError as wrong:
                     del running[number]
-                    yield number, wrong
+                    yield number, wrong.with_traceback(None)
             for generation in batch.advance():
                 number = next(n for n, other in running.items() if other is generation)
                 del running[number]
@@ -150,7 +150,7 @@ def answer_each(begin, questions, size, crowded=None):
                 raise
             batch, tried, running = Batch(), sorted(running), {}  # the cache may be inconsistent
             if len(tried) == 1:
-                yield tried[0], broken
+                yield tried[0], broken.with_traceback(None)
             else:
                 crowded(len(tried))
                 queue.extendleft(reversed(tried))

@@ -1,6 +1,7 @@
 """Batches of questions: each answer equals the one it gets alone, and a finished sequence costs nothing."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from conftest import IMAGE_ID
 from PIL import Image
 from test_parity import noise
 
-from model import Batch, Generation, Sampling, load
+from model import Batch, Generation, InputError, Sampling, load
+from model.batch import answer_each
 from model.cache import RaggedCache
 from model.fast import FastStep
 from model.pruning import make_method
@@ -237,3 +239,21 @@ def test_many_questions_of_a_small_model_come_through_a_small_batch(make_checkpo
         "".join(generation)
     assert [g.token_ids for g in together(asked(), 4)] == [g.token_ids for g in alone]
     assert IMAGE_ID not in {i for g in alone for i in g.token_ids}
+
+
+@pytest.mark.parametrize("error", [InputError, torch.OutOfMemoryError])
+def test_a_failed_question_holds_no_memory_while_others_are_answered(demo, error):
+    seen = []
+
+    def begin(held):
+        if seen:
+            assert seen[0]() is None
+            return Generation(demo, "Describe the picture.", [PICTURE], Sampling(max_new_tokens=2))
+        tensor = torch.empty(held)
+        seen.append(weakref.ref(tensor))
+        raise error("out of memory")
+
+    answers = []
+    for _, answer in answer_each(begin, [7, 7], 1, crowded=print):
+        answers.append(answer)
+    assert isinstance(answers[0], error) and len(answers[1].token_ids) == 2
