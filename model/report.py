@@ -314,7 +314,8 @@ def stats(r, bandwidth, generation):
     """The table of --stats. r: the --json object; bandwidth: bytes per second, 0 if unknown."""
     t, prune, new = r["timing_ms"], r["prune"], generation.prefilled
     known = r["prompt_tokens"] - new  # in the cache already, in a later turn of a conversation
-    seen = [image for image, (start, _) in zip(r["images"], generation.spans, strict=True) if start >= known]
+    spans = generation.spans  # none after Ctrl-C in the vision tower
+    seen = [image for image, (start, _) in zip(r["images"], spans, strict=False) if start >= known]
     lines = [_line("load", t["load"], "")]
     if seen:
         tokens = sum(image["tokens"] for image in seen)

@@ -16,6 +16,7 @@ import torch
 
 import run
 from model import Checkpoint, Generation, InputError, Sampling
+from model.clip import VisionTower
 from model.console import as_command, explain
 from model.fast import FastStep
 from model.flags import TEMPLATES, parser
@@ -448,8 +449,9 @@ def test_ctrl_c_in_an_answer_still_reports(reported, failing):
     assert r["text"] and r["timing_ms"]["decode_p50"] > 0
 
 
-def test_ctrl_c_before_the_first_token_still_reports(reported, failing):
-    failing(DecoderLayer, "prefill", KeyboardInterrupt(), at=3)
+@pytest.mark.parametrize(("where", "name", "at"), [(VisionTower, "forward", 1), (DecoderLayer, "prefill", 3)])
+def test_ctrl_c_before_the_first_token_still_reports(reported, failing, where, name, at):
+    failing(where, name, KeyboardInterrupt(), at=at)
     r, _ = reported("--stats", code=130)
     assert r["text"] == "" and r["finish_reason"] == "interrupted"
 
