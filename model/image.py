@@ -226,10 +226,18 @@ def _opened(source):
         if source is None:  # closed, or in a notebook
             raise InputError("there is no stdin to read a picture from; give the path of a picture")
     elif not hasattr(source, "read"):
-        return open(local_path(source), "rb")
+        return open(local_path(source), "rb", opener=_at_once)
     elif source.seekable():
         source.seek(0)
     return nullcontext(source)
+
+
+def _at_once(path, flags):
+    """os.open, but a pipe without a writer is empty instead of blocking."""
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # not on Windows
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(file, True)
+    return file
 
 
 def local_path(source):

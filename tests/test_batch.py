@@ -169,6 +169,21 @@ def test_one_step_is_made_for_all_that_join_before_it(demo):
     assert len(made) == 2
 
 
+def test_a_step_whose_tokens_could_not_be_chosen_is_repeated(demo, failing):
+    alone, mates, batch = mixed(demo)[:2], mixed(demo)[:2], Batch()
+    for generation, mate in zip(alone, mates, strict=True):
+        "".join(generation), batch.add(mate)
+    failing(Batch, "_next", MemoryError(), at=2)
+    batch.advance()
+    positions = batch.cache.pos.tolist()
+    with pytest.raises(MemoryError):
+        batch.advance()
+    assert batch.cache.pos.tolist() == positions and batch.cache.kv_len.amax(1).tolist() == 6 * [max(positions)]
+    while batch:
+        batch.advance()
+    assert [g.token_ids for g in mates] == [g.token_ids for g in alone] and len(alone[0].token_ids) > 3
+
+
 def test_broken_logits_of_one_are_noticed(demo):
     chooser = Chooser(Sampling(), [3], torch.device("cpu"))
     logits = torch.randn(3, 50)

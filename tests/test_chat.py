@@ -208,6 +208,10 @@ def test_the_context_is_filled_to_its_last_token(tiny):
     assert second.finish_reason == "length" and 3 <= len(second.token_ids) == second.context_left < 6
     assert second.prompt_tokens + len(second.token_ids) == 512
     assert "room for 0 of its 512" in refusal(Generation, tiny, "b", before=second)
+    assert two == one + 1  # the tokens of another "a"
+    left = first.context_left - len(first.token_ids) - one
+    assert Generation(tiny, "a" + " a" * (left - 1), before=first).context_left == 1
+    assert "needs" in refusal(Generation, tiny, "a" + " a" * left, before=first)
 
 
 # ---------------------------------------------------------------- commands, in this process

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -422,7 +423,13 @@ def test_what_cannot_be_used_is_one_clear_line(what):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd on this system")
-def test_a_pipe_is_read_and_a_stream_without_end_is_cut(monkeypatch):
+def test_a_pipe_is_read_and_a_stream_without_end_is_cut(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for a writer"))
+    signal.alarm(20)
+    assert "pipe is empty" in refusal(read_image, tmp_path / "pipe")
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
     reader, writer = os.pipe()
     os.write(writer, DATA)
     os.close(writer)
@@ -435,7 +442,7 @@ def test_a_pipe_is_read_and_a_stream_without_end_is_cut(monkeypatch):
 
 
 def test_what_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
-    def refuse(path, mode):
+    def refuse(path, mode, opener):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr("model.image.open", refuse, raising=False)  # because root can read everything

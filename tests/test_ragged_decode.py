@@ -196,6 +196,7 @@ def read_in_place(monkeypatch, dtype, b, keep, caps):
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("tables", [
     ([0, 0], [900, 700], [1000, 1000]),  # a shared prefix
+    ([9, 9, 9], [900, 900, 900], [1000, 1000, 1000]),
     ([0, 100, 640, 0], [900, 700, 0, 900], [1000, 1000, 0, 900]),
     ([700, 0], [300, 800], [300, 1000]),  # backwards
 ])  # fmt: skip

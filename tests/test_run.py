@@ -523,7 +523,8 @@ BAD_FLAGS = {
     "--retention is ": "--prune random --retention 0 \n --prune random --retention 1.1",
     "--keep-tokens is 0": "--prune random --keep-tokens 0",
     "--template is 'chatml'; use auto, llava, vicuna, llava_v1, mistral, raw\n": "--template chatml",
-    "; use ": "--backend cuda \n --dtype int8",
+    "--backend is 'cuda'; use ": "--backend cuda",
+    "--dtype is 'int8'; use ": "--dtype int8",
     "--retention needs a value; write --retention=VALUE if the value begins with a dash\n": "--retention",
     "--json": "--json=yes",
     "there is no flag --retntion; did you mean --retention?\n": "--retntion 0.5",
@@ -543,7 +544,8 @@ BAD_FLAGS = {
     "UTF-8": "--prompt a\udcffb",
     "empty": "--prompt '' \n --prompt ' ' \n --prompt '\t\x0b' \n --prompt '<image>' \n --prompt ' ' --template raw",
     "NUL": "--prompt a\0b \n --model a\0b \n --image a\0b \n --prompt @a\0b \n --prune random --set @a\0b \n"
-    "--prune a\0b.py::keep \n --questions a\0b --answers x --prompt x \n --questions x --image-folder a\0b --prompt x",
+    "--prune a\0b.py::keep \n --questions a\0b --answers x --prompt x \n --questions x --answers a\0b --prompt x \n"
+    "--questions x --image-folder a\0b --prompt x",
     "nothing is downloaded": "--image HTTPS://example.com/x.png \n --image ftp://example.com/x.png",
     "another machine": "--image file://example.com/x.png",
     "no picture at file:///nowhere/x.png": "--image file:///nowhere/x.png",

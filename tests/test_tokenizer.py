@@ -310,7 +310,6 @@ MIXED = {  # a word of the error: tokenizer.json, settings of tokenizer_config.j
         {"added_tokens_decoder": with_tokens(added_token("<image>"))},
     ),
     f"'<image>' the ids {IMAGE_ID} and {PAD_ID}": (image_as(PAD_ID), {}),
-    "different pieces": ({"model": {"vocab": {"<unk>": 0, "<s>": 2, "</s>": 1}}}, {}),
 }
 
 
@@ -320,6 +319,16 @@ def test_files_that_disagree_or_are_not_computed_are_refused(tokenizer_folder, w
     folder = tokenizer_folder(**config)
     write_json(folder / "tokenizer.json", fast)
     assert word in refusal(Tokenizer, folder)
+
+
+def test_a_tokenizer_json_of_other_pieces_is_refused(tokenizer_folder):
+    folder = tokenizer_folder()
+    vocabulary = {Tokenizer(folder).sp.id_to_piece(i): i for i in range(PIECES)}
+    write_json(folder / "tokenizer.json", {"model": {"vocab": vocabulary}})
+    assert Tokenizer(folder).encode("a")
+    a, b = list(vocabulary)[300:302]
+    write_json(folder / "tokenizer.json", {"model": {"vocab": vocabulary | {a: 301, b: 300}}})
+    assert "different pieces" in refusal(Tokenizer, folder)
 
 
 def test_what_tokenizer_json_puts_around_a_prompt_goes_before_the_flag(tokenizer_folder):

@@ -204,12 +204,14 @@ def step_over(plan):
 def test_steps_follow_each_other_over_one_plan():
     """Segments cross a split border, start empty and become full; each step resets tickets and partial results."""
     _, *arenas, start, length, cap, plan = problem([30, 0, 64, 7], 2, 2, 64, slack=4, split=32)
+    kept = []
     for step in range(6):  # in the last two steps every segment is full
         generator = torch_random(step)
         q, *new = (torch.randn(2, h, 64, generator=generator).to(DEVICE) for h in (4, 2, 2))
         spoil(plan, 2, 64)
         arenas = check_step(step_over(plan), q, new, arenas, (start, length, cap), f"step {step}")
-        assert len(plan.buffers) == 3  # nothing but work items, tickets and a workspace
+        kept = kept or [*plan.buffers.values()]  # work items, tickets and a workspace, allocated once
+        assert len(kept) == 3 and all(a is b for a, b in zip(kept, plan.buffers.values(), strict=True))
         length += (length < cap).int()
     assert torch.equal(length, cap)
 
