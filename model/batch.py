@@ -122,7 +122,7 @@ def answer_each(begin, questions, size, crowded=None):
 
     begin(question): returns its Generation, or raises the InputError that is yielded instead. If memory runs out,
     crowded(number of questions) is called and they are tried one by one; a question that does not fit alone yields its
-    error. Without `crowded` the error is raised. Errors are yielded without their traceback, whose frames hold tensors.
+    error. Without `crowded` the error is raised. Errors are yielded without tracebacks, whose frames hold tensors.
     """
     batch, running, queue = Batch(), {}, deque(range(len(questions)))  # running: index -> its Generation
     alone = set()  # questions that did not fit in memory with others
@@ -140,7 +140,7 @@ def answer_each(begin, questions, size, crowded=None):
                     batch.add(running[number])
                 except InputError as wrong:
                     del running[number]
-                    yield number, wrong.with_traceback(None)
+                    yield number, InputError(str(wrong))
             for generation in batch.advance():
                 number = next(n for n, other in running.items() if other is generation)
                 del running[number]
