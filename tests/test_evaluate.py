@@ -475,8 +475,9 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(evaluate.STAGES, "accuracy", interrupted)
+    monkeypatch.setattr(evaluate, "choose_device", interrupted)
     assert evaluate.main(["accuracy"]) == 130 and "the same command resumes" in capsys.readouterr().err
+    assert evaluate.main(["fidelity", *ONE]) == 130 and "nothing is kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

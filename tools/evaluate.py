@@ -784,7 +784,9 @@ def main(argv=None):
     if args.stage in ("fidelity", "premise") and not (args.prompt and args.image):
         p.error(f"{args.stage} needs --image and --prompt; give both")
     args.retentions = list(dict.fromkeys(args.retentions))
-    return exit_code(run, args, interrupted="interrupted; the answers so far are kept, the same command resumes")
+    resumes = STAGES[args.stage] is run_scenes
+    kept = "the answers so far are kept, the same command resumes" if resumes else "nothing is kept"
+    return exit_code(run, args, interrupted=f"interrupted; {kept}")
 
 
 def run(args):
