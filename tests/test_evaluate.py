@@ -20,6 +20,8 @@ from tools.evaluation.controls import Evidence, Like, ValuesDropped, neutral_row
 from tools.evaluation.paired import interval, mcnemar, resamples
 from tools.evaluation.replay import along, asked_by, asked_with, compare, replay
 
+# settings of plphp in the demo's folder, and the defaults of others
+FULL = "dr=0.0,alpha=0.822,beta=0.7358,skip=0,group=mean,values=false,scope=image,query=lookahead,cover=0.5"
 SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
 
 
@@ -251,6 +253,7 @@ def test_fidelity_gives_a_method_with_its_own_budget_one_row(mine, capsys):
     assert evaluate.main(["fidelity", *asked, "--methods", *specs, "--retentions", "0.5", "0.25"]) == 0
     out, err = capsys.readouterr()
     _, *rows = table_of(out, 3)
+    specs[2] = f"plphp:r=0.4,{FULL}"  # with the settings in the demo's folder
     assert [row[:2] for row in rows] == [*([spec, ""] for spec in specs[:4]), ["random", "0.5"], ["random", "0.25"]]
     assert [rows[i][2] for i in (0, 3, 4, 5)] == ["100.0 %", "100.0 %", "50.0 %", "25.0 %"]
     note, unpruned = err.splitlines()
@@ -336,6 +339,16 @@ def test_labels_of_the_table_can_be_given_to_prune():
     assert compared == 3 * 17
 
 
+def test_given_methods_are_named_by_the_settings_that_were_used():
+    """A name in a table makes the method that was measured, also without the file in the checkpoint's folder."""
+    for spec in ("plphp", "plphp-ada:cover=0", "plphp:query=last,window=3", "plphp:keep_tokens=7", "plphp:r=0.3"):
+        name = evaluate.written_out(spec, DEMO)
+        assert evaluate.budgets(name, evaluate.RETENTIONS) == evaluate.budgets(spec, evaluate.RETENTIONS)
+        for f in evaluate.budgets(spec, evaluate.RETENTIONS):
+            assert make_method(name, f).effective == make_method(spec, f, folder=DEMO).effective
+    assert evaluate.written_out("topk", DEMO) == "topk" and evaluate.written_out("none", DEMO) == "none"
+
+
 def test_the_table_has_its_rows_unless_others_are_named(tmp_path, capsys, monkeypatch):
     every = evaluate.conditions(((0.7, 0.5), (0.7, 0.5)), 6)
     assert all(evaluate.chosen(name, ["all"]) for name in every)
@@ -365,7 +378,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, mine, capsys):
     table, whole = capsys.readouterr().out, answers.read_text().splitlines()
     assert len(whole) == 3 and json.loads(whole[0])["conditions"][0] == "none"
     rows = table_of(table, 3)
-    assert [f"given: {mine}", "", "100.0"] in rows and [row[0] for row in rows].count("given: plphp:dr=0") == 3
+    assert [f"given: {mine}", "", "100.0"] in rows and [row[0] for row in rows].count(f"given: plphp:{FULL}") == 3
     answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:100])
     assert evaluate.main([*words, *only]) == 0
     again = capsys.readouterr()
@@ -462,8 +475,9 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(evaluate.STAGES, "accuracy", interrupted)
+    monkeypatch.setattr(evaluate, "choose_device", interrupted)
     assert evaluate.main(["accuracy"]) == 130 and "the same command resumes" in capsys.readouterr().err
+    assert evaluate.main(["fidelity", *ONE]) == 130 and "nothing is kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -214,13 +214,14 @@ def notes(row, device):
 
 
 def strongest(row):
-    """Providers to compare a row of ours with: the fastest rival besides the baseline, --base, and for the function of
-    --kernel also our backends."""
+    """Providers to compare a row of ours with: the fastest rival besides the baseline, the same backend of --base, and
+    for the function of --kernel all of our backends."""
     if row["provider"] in row["speeds"]:
         return []
+    _, _, backend = row["provider"].partition("ours")  # ", torch"
     ours = [name for name in row["speeds"] if name.startswith(("ours, ", "base "))]
     others = row["speeds"].keys() - {row["baseline"], *ours}
-    return [*sorted(others, key=row["speeds"].get)[:1], *ours]
+    return [*sorted(others, key=row["speeds"].get)[:1], *(name for name in ours if name.endswith(backend))]
 
 
 def one_case(title, build, again, setting, bandwidth, uniform):

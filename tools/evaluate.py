@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from model.console import note, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.image import contrast_of, normalise, places_of, read_image, to_square  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
-from model.pruning import METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
+from model.pruning import AMOUNTS, METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
 from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from tools import figures, scenes  # noqa: E402
@@ -190,14 +191,24 @@ def is_fitted(name):
     return "@" in name and "plphp" in name and not name.startswith((GIVEN, "rows ", "plphp as shipped"))
 
 
+def written_out(spec, folder):
+    """A SPEC as tables name it: with all settings if a file in the checkpoint's folder has some. InputError."""
+    method = choose_method(spec, folder)
+    if note_on_settings(method, folder) is None:
+        return spec
+    hidden = () if sets_budget(spec) else AMOUNTS  # the file's budget, which --retentions replaces
+    return replace(method, settings={k: v for k, v in method.settings.items() if k not in hidden}).spec
+
+
 def given_methods(args, generation):
-    """{(SPEC of --methods, retention or None): Method or None}. Says whose settings come from the checkpoint's folder.
+    """{(SPEC of --methods, retention or None): Method or None}. Says whose settings come from the checkpoint's folder,
+    and writes these out in args.methods.
 
     generation: any Generation of the checkpoint. InputError for a method that does not exist or fit the model.
     """
     folder, methods = generation.checkpoint.folder, {}
+    args.methods = list(dict.fromkeys(written_out(spec, folder) for spec in args.methods))
     for spec in args.methods:
-        choose_method(spec, folder)  # the InputError of a SPEC that names none
         methods |= {(spec, f): choose_method(spec, folder, f) for f in budgets(spec, args.retentions)}
     for method in filter(None, methods.values()):
         generation.check_method(method)
@@ -773,7 +784,9 @@ def main(argv=None):
     if args.stage in ("fidelity", "premise") and not (args.prompt and args.image):
         p.error(f"{args.stage} needs --image and --prompt; give both")
     args.retentions = list(dict.fromkeys(args.retentions))
-    return exit_code(run, args, interrupted="interrupted; the answers so far are kept, the same command resumes")
+    resumes = STAGES[args.stage] is run_scenes
+    kept = "the answers so far are kept, the same command resumes" if resumes else "nothing is kept"
+    return exit_code(run, args, interrupted=f"interrupted; {kept}")
 
 
 def run(args):
