@@ -1,6 +1,7 @@
 """What the commands of this folder share: flags, files that they write, errors. Imports torch only on demand."""
 
 import argparse
+import errno
 import json
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def model_flags(parser, dtype="auto"):
 
 def exit_code(work, *arguments, interrupted=None):
     """The exit code of work(*arguments), None being 0. One line on stderr after an InputError or an OSError, and 2;
-    after a MethodError, and 1; after Ctrl-C, if `interrupted` is a message, this message, and 130."""
+    after a MethodError or on a full disk, and 1; after Ctrl-C, if `interrupted` is a message, this message, and 130."""
     from model.config import InputError  # imports torch; -h must not wait for that
     from model.pruning import MethodError
 
@@ -37,8 +38,9 @@ def exit_code(work, *arguments, interrupted=None):
         return work(*arguments) or 0
     except BrokenPipeError:
         raise  # see `as_command`
-    except (InputError, OSError, MethodError) as wrong:
-        return fail(one_line(wrong), 1 if isinstance(wrong, MethodError) else 2)  # libraries' messages have line breaks
+    except (InputError, OSError, MethodError) as wrong:  # libraries' messages have line breaks
+        failed = isinstance(wrong, MethodError) or getattr(wrong, "errno", None) == errno.ENOSPC
+        return fail(one_line(wrong), 1 if failed else 2)
     except KeyboardInterrupt:
         if interrupted is None:
             raise

@@ -487,7 +487,8 @@ def parser():
                    help="pictures, or prompts of a file, per step (default 8)")
     p.add_argument("--held-out", type=whole, default=4, metavar="N", help="held-out batches to measure (default 4)")
     p.add_argument("--report", type=whole, default=50, metavar="N", help="steps per row of the curve (default 50)")
-    p.add_argument("--leave-out", nargs="+", default=[], choices=tuple(scenes.ASKERS), help="tasks to leave out")
+    p.add_argument("--leave-out", nargs="+", default=[], choices=tuple(scenes.ASKERS), metavar="TASK",
+                   help=f"tasks to leave out: {', '.join(scenes.ASKERS)}")
     p.add_argument("--max-new-tokens", type=whole, default=64, metavar="N", help="longest answer to a question in FILE")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", type=Path, default=ROOT / "runs" / "lookahead", help="folder of checkpoint and curve")
