@@ -5,10 +5,12 @@ S is the side, in pixels, of the vision tower's input squares.
 
 import base64
 import binascii
+import errno
 import io
 import math
 import os
 import re
+import stat
 import sys
 import threading
 import warnings
@@ -226,10 +228,20 @@ def _opened(source):
         if source is None:  # closed, or in a notebook
             raise InputError("there is no stdin to read a picture from; give the path of a picture")
     elif not hasattr(source, "read"):
-        return open(local_path(source), "rb")
+        return open(local_path(source), "rb", opener=_open_at_once)
     elif source.seekable():
         source.seek(0)
     return nullcontext(source)
+
+
+def _open_at_once(path, flags):
+    """os.open, but a device is refused, and a named pipe without a writer is empty instead of blocking."""
+    if stat.S_ISCHR(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is a device")
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # not on Windows
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(file, True)  # a writer may still be at work
+    return file
 
 
 def local_path(source):

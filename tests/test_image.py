@@ -430,15 +430,28 @@ def test_a_pipe_is_read_and_a_stream_without_end_is_cut(monkeypatch):
     os.close(reader)
     monkeypatch.setattr("model.image.LARGEST", 1000)
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(bytes(2000))}))
-    for source in ("-", io.BytesIO(bytes(2000)), "/dev/zero"):
+    for source in ("-", io.BytesIO(bytes(2000))):
         assert "larger than" in refusal(read_image, source)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_without_a_writer_and_a_device_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    late = threading.Timer(30, (tmp_path / "pipe").write_bytes, [b"so that a fault fails instead of hanging"])
+    late.start()
+    assert "is empty" in refusal(read_image, tmp_path / "pipe")
+    late.cancel()
+    assert "/dev/zero cannot be read (it is a device)" in refusal(read_image, "/dev/zero")
+    with subprocess.Popen(["sh", "-c", 'sleep 1; cat "$0"', tmp_path / "x.png"], stdout=subprocess.PIPE) as slow:
+        (tmp_path / "x.png").write_bytes(DATA)
+        assert read_image(f"/dev/fd/{slow.stdout.fileno()}").image.size == (5, 6)
+
+
 def test_what_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
-    def refuse(path, mode):
+    def refuse(path, flags):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("model.image.open", refuse, raising=False)  # because root can read everything
+    monkeypatch.setattr("model.image._open_at_once", refuse)  # because root can read everything
     assert "x.png cannot be read (Permission denied)" in refusal(read_image, tmp_path / "x.png")
 
 
