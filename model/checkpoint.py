@@ -309,13 +309,14 @@ def find_folder(name):
         ) from broken
     cached = _hub_cache() / ("models--" + str(name).replace("/", "--"))
     revision = cached / "refs" / "main"
-    if str(name).count("/") == 1 and revision.is_file():
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name))
+    if is_id and revision.is_file():
         snapshot = cached / "snapshots" / revision.read_text().strip()
         if snapshot.is_dir():
             return snapshot
     raise InputError(
         f"no folder {name}, and no snapshot in the local cache ({cached}); nothing is downloaded here: give the folder "
-        "of a llava-hf checkpoint, or fetch one, for example with `hf download llava-hf/llava-1.5-7b-hf`"
+        f"of a llava-hf checkpoint, or fetch one with `hf download {name if is_id else 'llava-hf/llava-1.5-7b-hf'}`"
     )
 
 

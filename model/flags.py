@@ -243,7 +243,8 @@ def check(args, error):
         error("the prompt is empty; give a question")
     for path in args.image:  # checked before torch is imported; `local_path` checks other addresses
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
-            advice = "if this is the question, put --prompt before it, else " if later else ""
+            question = later and path == args.image[-1] and (len(args.image) > 1 or " " in path)
+            advice = "if this is the question, put --prompt before it, else " if question else ""
             error(f"no picture at {path[:200]}; {advice}check the path, and put it in quotes if it has spaces")
     args.talk = later and sys.stdin is not None and sys.stdin.isatty()
     args.lines = questions_on_stdin(error) if later and not args.talk else None

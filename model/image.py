@@ -5,10 +5,12 @@ S is the side, in pixels, of the vision tower's input squares.
 
 import base64
 import binascii
+import errno
 import io
 import math
 import os
 import re
+import stat
 import sys
 import threading
 import warnings
@@ -226,17 +228,19 @@ def _opened(source):
         if source is None:  # closed, or in a notebook
             raise InputError("there is no stdin to read a picture from; give the path of a picture")
     elif not hasattr(source, "read"):
-        return open(local_path(source), "rb", opener=_at_once)
+        return open(local_path(source), "rb", opener=_open_at_once)
     elif source.seekable():
         source.seek(0)
     return nullcontext(source)
 
 
-def _at_once(path, flags):
-    """os.open, but a pipe without a writer is empty instead of blocking."""
+def _open_at_once(path, flags):
+    """os.open, but a device is refused, and a named pipe without a writer is empty instead of blocking."""
+    if stat.S_ISCHR(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is a device")
     file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # not on Windows
     if hasattr(os, "O_NONBLOCK"):
-        os.set_blocking(file, True)
+        os.set_blocking(file, True)  # a writer may still be at work
     return file
 
 
@@ -336,20 +340,27 @@ ONE_AT_A_TIME = threading.Lock()  # because what `_quiet` redirects belongs to t
 
 @contextmanager
 def _quiet():
-    """Suppress Pillow's warnings and log lines, and what libtiff, a C library, writes directly to file descriptor 2."""
-    with ONE_AT_A_TIME, open(os.devnull, "wb") as nowhere, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+    """Suppress Pillow's warnings and log lines; our notes and errors report what matters."""
+    with ONE_AT_A_TIME, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        try:
-            stderr = os.dup(2)
-        except OSError:  # stderr is closed
-            yield
-            return
-        try:
+        yield
+
+
+@contextmanager
+def _quiet_libtiff():
+    """Suppress what libtiff, a C library, writes directly to file descriptor 2."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # stderr is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 # ---------------------------------------------------------------- to RGB
@@ -365,8 +376,10 @@ def to_rgb(image, path):
     if min(image.size) < 1:
         raise InputError(f"{path} has no pixels ({image.width} x {image.height}); give another picture")
     notes, clear = [], image.info.get("transparency")
-    stored = str(getattr(image, "tile", ""))  # how a file's pixels are stored; "[]" once they are loaded
-    deep = re.search(";16|SGI16", stored) and not image.mode.startswith("I")
+    tiles = getattr(image, "tile", [])  # how a file's pixels are stored; empty once they are loaded
+    stored = str(tiles)
+    deep = re.search(";16|SGI16", stored) or ("'ppm" in stored and tiles[0][3][-1] > 255)  # its largest value
+    deep = deep and not image.mode.startswith("I")
     if isinstance(clear, tuple) and (deep or max(clear) > 255):
         raise InputError(f"{path} has a transparent colour of 16 bits per channel; save it with 8 bits per channel")
     if deep:
@@ -375,7 +388,8 @@ def to_rgb(image, path):
         image.info["transparency"] = clear * (85 if "'L;2'" in stored else 17 if "'L;4'" in stored else 1)
     # `load` itself rotates a TIFF; in other formats, reading EXIF first would hide errors of `load`
     turned = image.format == "TIFF" and _orientation(image) in UPRIGHT
-    image.load()
+    with _quiet_libtiff() if image.format == "TIFF" else nullcontext():
+        image.load()
     turn = UPRIGHT.get(_orientation(image))
     if turned or turn is not None:
         notes.append("turned upright by its EXIF orientation")

@@ -202,8 +202,9 @@ class Answers:
         self.settings = json.loads(json.dumps(settings))  # as they are read back from a line
         file.seek(0)
         data = file.read()
-        lines = data.rstrip(BLANK).split(b"\n")
-        if _is_partial(lines[-1]):
+        text = data.rstrip(BLANK)
+        lines, ended = text.split(b"\n"), data[len(text) :].startswith((b"\n", b"\r\n"))
+        if not text or not ended and _is_partial(lines[-1]):  # a kill leaves no line end
             del lines[-1]
         stripped = [(number, line.strip(BLANK)) for number, line in enumerate(lines, 1)]
         self.lines = [self._line(line, f"line {number} of {self.path}") for number, line in stripped if line]

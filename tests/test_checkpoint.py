@@ -552,6 +552,8 @@ def test_an_id_that_is_not_there_is_refused_with_the_place_searched(no_cache, or
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in ("org/tiny/more", "../org", "/org/tiny", "tiny", "./tiny"):
         assert name in refusal(load, name)
-    assert str(tmp_path / "hub" / "models--org--other") in refusal(load, "org/other")
+        assert "`hf download llava-hf/llava-1.5-7b-hf`" in refusal(load, name)
+    missing = refusal(load, "org/other")
+    assert str(tmp_path / "hub" / "models--org--other") in missing and "`hf download org/other`" in missing
     shutil.rmtree(snapshot)
     assert "org/tiny" in refusal(load, "org/tiny")

@@ -208,6 +208,12 @@ def test_a_second_run_answers_only_what_is_missing(file, answer, whole):
         assert file.read_bytes() == whole
 
 
+def test_a_damaged_last_line_with_its_line_end_is_refused_and_kept(file, refuses, whole):
+    file.write_bytes(damaged := whole[:-20] + b"\n")  # no kill leaves a line end there, but an editor may
+    assert "is not an answer of this program" in refuses()
+    assert file.read_bytes() == damaged
+
+
 def test_what_could_not_be_answered_is_asked_again(folder, file, answer, whole):
     before = read_lines(file)
     shutil.copy(DEMO_PICTURE, folder / "missing.png")
