@@ -494,7 +494,8 @@ def test_other_files_are_named_and_start_no_program(tmp_path, monkeypatch, what)
         image = Image.open(tmp_path / "x.png")  # a PIL image gets the same checks: its pixels are loaded here
     except UnidentifiedImageError:
         return
-    assert f"has the format {image.format}" in refusal(read_image, image)
+    with image:
+        assert f"has the format {image.format}" in refusal(read_image, image)
 
 
 def broken_tiff():
