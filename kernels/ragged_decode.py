@@ -127,8 +127,8 @@ def ragged_decode_append(
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
     k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
     the new token and is not changed: counting it is up to the caller. A full segment (kv_len = kv_cap) attends to the
-    new token but does not store it. With a plan, the plan's kv_cap applies. ValueError if segments overlap, because two
-    of them might write to one slot. Returns what `ragged_decode` returns.
+    new token but does not store it; `RaggedCache` makes room first. With a plan, the plan's kv_cap applies. ValueError
+    if segments overlap, because two of them might write to one slot. Returns what `ragged_decode` returns.
 
     Triton needs one launch. The torch backend needs several and, on CUDA, synchronises to find the full segments.
     """

@@ -1,4 +1,4 @@
-"""The plan of a decode step: where the segments are and how the Triton kernels split them. Made once per prefill."""
+"""The plan of a decode step: where the segments are and how the Triton kernels split them. Made when they move."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,7 +67,8 @@ class DecodePlan:
 
 
 def decode_plan(kv_start, kv_cap, *, split=None):
-    """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Build it once per prefill: it synchronises.
+    """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Build it when segments have moved,
+    not in each step: it synchronises.
 
     split: slots per work item of the Triton kernels, default `split_size`; a multiple of 16 up to 2**20. ValueError for
     another split, and for tables of another dtype or shape, on two devices, or with negative entries.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 FEW = 8  # runs that are always read in place
-SHORT = 2**15  # bytes of a segment's keys; many runs are gathered if the longest segment has fewer
+LONG = 2**15  # bytes of a segment's keys; many runs are read in place if the longest segment has as many
 
 
 def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
@@ -22,7 +22,7 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
     lengths: kv_len as a list, or None on CUDA with a plan, where reading it would synchronise.
     """
     runs = None if lengths is None else runs_of(plan.starts, lengths)
-    if runs and (len(runs) <= FEW or max(lengths) * q.shape[3] * q.element_size() >= SHORT):
+    if runs and (len(runs) <= FEW or max(lengths) * q.shape[3] * q.element_size() >= LONG):
         parts = [
             _rectangle(q[:, first:end], k, v, plan.starts[first], step, lengths[first], scale, return_lse)
             for first, end, step in runs

@@ -75,7 +75,7 @@ class Batch:
         if self.running:
             start, checkpoint = time.perf_counter(), self.running[0].checkpoint
             self._step = self._step or checkpoint.step(checkpoint.model.language_model, self.cache)
-            with self.cache.growing(1):  # if memory runs out, the step can be repeated
+            with self.cache.reserving(1):  # if memory runs out, the step can be repeated
                 ids = self._next(self._step(self._ids))
                 tokens = ids.tolist()
             self._ids = ids

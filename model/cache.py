@@ -10,7 +10,7 @@ A new token is written in place. If it does not fit into a segment, all segments
 An unpruned cache is the case where all lengths are equal. Keys keep the rotary position that their token had in the
 prompt, so the position of the next token is `pos`, never a length.
 
-Any method may run out of memory. Each allocates what it needs before it changes the cache; methods that move several
+Any call may run out of memory. Each allocates what it needs before it changes the cache; methods that move several
 layers do so one layer at a time. After such an error the cache is consistent, and the call can be repeated.
 """
 
@@ -28,7 +28,7 @@ class RaggedCache:
     k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     slots      per layer (S * T,) int64: what the last `grow` claimed, for T tokens
-    past       (L, S) int32: kv_len before the last `grow`
+    past       (L, S) int32: kv_len before the last `grow`, so without the new tokens; kv_len counts them at once
     pos        (B,) int64: position of the next token of each sequence
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
     room       tokens that still fit into every segment; a number on the host
@@ -132,15 +132,22 @@ class RaggedCache:
             self.repack(max(self._larger_slack(), tokens))
 
     def _larger_slack(self):
-        """Half of a segment's mean length, so that repacking becomes rare; after pruning at most what was dropped, so
-        that less is reserved than without. At least `slack`, and at least 64 or twice `slack`, whichever is less."""
+        """Free slots per segment after a repack: half of the mean length, so that repacking becomes rare.
+
+        After pruning at most as many as tokens were dropped, so that less is reserved than without. Never fewer than
+        `slack`, nor than the smaller of 64 and twice `slack`.
+        """
         length, position = float(self.kv_len.float().mean()), float(self.pos.float().mean())
-        half = length / 2 if position - length < 1 else min(length / 2, position - length)
-        return max(int(half), self.slack, min(64, 2 * self.slack))
+        dropped = position - length
+        wanted = length / 2 if dropped < 1 else min(length / 2, dropped)
+        return max(int(wanted), self.slack, min(64, 2 * self.slack))
 
     @contextmanager
-    def growing(self, tokens):
-        """Make room for tokens. If the step inside fails, also by Ctrl-C, the slots that it claimed are free again."""
+    def reserving(self, tokens):
+        """Make room for tokens. If the step inside fails, also by Ctrl-C, the slots that it claimed are free again.
+
+        `grow` claims them. These contexts may be nested: an outer one gives back only what is still claimed.
+        """
         self.make_room(tokens)
         room = self.room
         try:
@@ -171,7 +178,7 @@ class RaggedCache:
         """
         plan, length = self.plan(layer), self.kv_len[layer] if kv_len is None else kv_len
         return ragged_decode(
-            q, self.k[layer], self.v[layer], plan.kv_start, length,  # the plan's copy needs no comparison
+            q, self.k[layer], self.v[layer], plan.kv_start, length,  # the plan's own table: checked by identity
             return_lse=return_lse, plan=plan, backend=self.backend,
         )  # fmt: skip
 

@@ -158,7 +158,7 @@ class FastStep:
 
     def _step(self, ids):
         """One step. Copies nothing between host and device, so that it can be captured."""
-        with self.cache.growing(1):
+        with self.cache.reserving(1):
             x = F.embedding(ids, self.language.model.embed_tokens.weight)
             return self.logits_of(self.language, self.language.decode(x, self.cache, self.layers))
 

@@ -212,8 +212,8 @@ class Generation(Prompt):
     def _extend(self, before, language):
         """Like `_fill`, for only the tokens that are not in the cache of `before`; they attend to all of it."""
         cache, past = before.cache, int(before.cache.pos[0])
-        new = self.ids[len(before.ids) + len(before.token_ids) - len(before.unfed) :]
-        x, spans = self.checkpoint.model.splice(new, self.encode_images(len(before.images)))
+        fed = len(before.ids) + len(before.token_ids) - len(before.unfed)
+        x, spans = self.checkpoint.model.splice(self.ids[fed:], self.encode_images(len(before.images)))
         encoded, self.prefilled = self._clock(), len(x)
         hidden = language.extend(x[None], cache)
         self.cache, before.cache = cache, None

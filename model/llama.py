@@ -73,14 +73,14 @@ class Attention(nn.Module):
         )
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
-    def prefill(self, x, rope, mask=None, adapter=None, past=()):
+    def prefill(self, x, rope, mask=None, adapter=None, prefix=()):
         """x (B, T, C) -> y (B, T, C) and this layer's q (B, Hq, T, D) and k, v (B, Hkv, T, D).
 
-        past: k and v (B, Hkv, T', D) to put before x's own; mask must then cover all T' + T columns.
+        prefix (for training look-ahead rows): k and v (B, Hkv, T', D) before x's own; mask must cover T' + T columns.
         """
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, adapter))  # (B, H, T, D)
-        if past:
-            k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
+        if prefix:
+            k, v = (torch.cat(pair, 2) for pair in zip(prefix, (k, v), strict=True))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
         )
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         """New tokens, x (B, C) or (B, T, C) -> y like x. Appends their k and v to the cache."""
         if x.ndim == 2:
             q, k, v = self.project(x, None if cache.fused else rope)  # the fused kernel rotates
-            y = cache.append_attend(layer, q, k, v, rope)
+            y = cache.append_attend(layer, q, k, v, rope)  # rope is for that kernel
         else:
             q, k, v = self.project(x, rope)  # (B, T, H, D)
             cache.append(layer, k, v)
@@ -143,9 +143,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def prefill(self, x, rope, mask=None, adapter=None, past=()):
+    def prefill(self, x, rope, mask=None, adapter=None, prefix=()):
         """Like `Attention.prefill`, for the whole layer -> x, q, k, v."""
-        y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask, adapter, past)
+        y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask, adapter, prefix)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x), adapter), q, k, v
 
@@ -202,8 +202,8 @@ class Llama(nn.Module):
             if cache is not None:
                 cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
             if rows is not None:  # look-ahead rows stay too, and all keep their positions
-                rows, tokens = torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device))), len(rows)
-                x, rope = x[:, rows], tuple(t[..., rows, :, :] for t in rope)
+                stay = torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device)))
+                x, rope, tokens = x[:, stay], tuple(t[..., stay, :, :] for t in rope), len(rows)
             del q, k, v  # free them before the next layer allocates its own
         return self.model.norm(x[:, :tokens])
 
@@ -218,7 +218,7 @@ class Llama(nn.Module):
         tokens = 1 if x.ndim == 2 else x.shape[1]
         positions = cache.pos if x.ndim == 2 else cache.pos[:, None] + torch.arange(tokens, device=x.device)
         rope = rope_table(positions, self.config, x.dtype)
-        with cache.growing(tokens):
+        with cache.reserving(tokens):
             cache.grow(tokens)
             for i, step in enumerate(layers or [layer.decode for layer in self.model.layers]):
                 x = step(x, rope, cache, i)
@@ -226,12 +226,12 @@ class Llama(nn.Module):
 
     def extend(self, x, cache):
         """`decode` of any number of tokens (B, T, C), in blocks, so that no T x T matrix is stored."""
-        with cache.growing(x.shape[1]):  # the arenas move at most once
+        with cache.reserving(x.shape[1]):  # the arenas move at most once
             return torch.cat([self.decode(block, cache) for block in x.split(BLOCK, 1)], 1)
 
     def step(self, ids, cache, layers=None):
         """A decode step: append one token per sequence to the cache, ids (B,) -> next logits (B, V)."""
-        with cache.growing(1):
+        with cache.reserving(1):
             return self.logits(self.decode(self.model.embed_tokens(ids), cache, layers))
 
     @property

@@ -80,6 +80,7 @@ class View:
 class Pruning:
     """A method applied to each layer of one prefill.
 
+    method    a `model.pruning.Method`: it calls the stages that a rule such as `Plphp` has, and always keeps text
     seconds   time spent on measuring and choosing; see `timed` in Generation
     masks     with `remember`: per layer (Hkv, tokens of the whole prompt) bool, what each head keeps
     """

@@ -303,7 +303,7 @@ def test_a_graph_that_finds_no_memory_claims_nothing(fails, monkeypatch):
     def no_memory(self):
         raise torch.OutOfMemoryError("when it is launched")
 
-    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError), cache.growing(1):
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError), cache.reserving(1):
         patch.setattr(*((torch.cuda, "graph", broken) if fails == "capture" else (Replayed, "replay", no_memory)))
         step(ids)
     assert torch.equal(cache.kv_len, tables[0]) and torch.equal(cache.pos, tables[1]) and cache.room == tables[2]

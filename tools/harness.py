@@ -97,7 +97,7 @@ class DenseCache:
         self.lengths = [n + tokens for n in self.lengths]
         self.pos += tokens
 
-    def growing(self, tokens):
+    def reserving(self, tokens):
         return nullcontext()  # a step that fails ends the benchmark
 
     def give_back(self):
