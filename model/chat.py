@@ -27,7 +27,7 @@ HELP = """\
 /stats           print times and memory of the last answer
 /clear [all]     start a new conversation about the same pictures; all: without pictures
 /help            print this list
-/quit            leave, like Ctrl-D. Ctrl-C stops an answer or clears the line; on an empty line it leaves"""
+/quit            leave, like Ctrl-D. Ctrl-C stops an answer or clears the line; once more leaves"""
 
 
 def command_of(line):
@@ -55,6 +55,7 @@ class Chat:
     last: Generation = field(default=None, init=False)  # the answer that the next question follows
     turn: int = field(default=0, init=False)
     fresh: bool = field(default=False, init=False)
+    pressed: bool = field(default=False, init=False)  # was Ctrl-C the last thing that the user did?
     changed: bool = field(default=False, init=False)  # has the pruning changed since the last full prefill?
     noted: bool = field(default=False, init=False)  # was the user told what that prefill dropped?
 
@@ -78,7 +79,7 @@ class Chat:
             self.choose_way()
         with stopped_by_ctrl_c(generation):
             code = self.deliver(generation)
-        stopped = generation.finish_reason == "interrupted"
+        self.pressed = stopped = generation.finish_reason == "interrupted"
         if stopped and not generation.token_ids:
             say("stopped; the question is dropped")
             return
@@ -117,8 +118,8 @@ class Chat:
             raise InputError(f"{text[:200]} is a file; add it as a picture with /image {text[:200]}")
         if text.startswith("/"):
             return self.command(text)
-        if text in ("help", "quit", "exit"):
-            say(f"commands begin with a slash: /{text}")
+        if text in ("help", "quit", "exit", "?", "-h", "--help"):
+            say("commands begin with a slash: /help lists them, /quit leaves")
         elif text:
             self.ask(line)
         return False
@@ -245,7 +246,6 @@ class Chat:
             import readline  # noqa: F401
         given = f" about {', '.join(picture.path for picture in self.pictures)}" if self.pictures else ""
         say(f"Ask a question{given}; /image PATH adds a picture. /help lists the commands, Ctrl-D leaves.")
-        cleared = False  # did Ctrl-C clear the previous line?
         while True:
             try:
                 line = read_line()
@@ -254,15 +254,16 @@ class Chat:
                 return 0
             except KeyboardInterrupt:
                 say("")
-                text = typed()
-                if text == "" or (text is None and cleared):
-                    return 130
-                cleared = True
+                if not typed():
+                    if self.pressed:
+                        return 130
+                    say("Ctrl-C again, or Ctrl-D, leaves")
+                self.pressed = True
                 continue
             except UnicodeDecodeError:
                 say("error: the line is not UTF-8 text; type it again")
                 continue
-            cleared = False
+            self.pressed = False
             try:
                 if self.take(line):
                     return 0

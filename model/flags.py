@@ -47,6 +47,8 @@ class Parser(argparse.ArgumentParser):
         from difflib import get_close_matches
 
         name, _, value = one_line(word).partition("=")
+        if os.path.isfile(word):
+            return f"{word[:200]!r} belongs to no flag; put --image before a picture"
         if not name.startswith("-"):
             return f"{word[:80]!r} belongs to no flag; put text with spaces in quotes"
         key = name.lstrip("-").replace("-", "_")
@@ -224,8 +226,10 @@ def check(args, error):
         error("--retention and --keep-tokens exclude each other")
     if args.prune == "none" and (args.retention is not None or args.keep_tokens is not None or args.set):
         error("--retention, --keep-tokens and --set need --prune METHOD; for example --prune plphp")
-    if args.compare and (later or args.prune == "none" or args.temperature > 0):
-        error("--compare needs --prompt, --prune METHOD and --temperature 0")
+    if args.compare and later:
+        error("--compare needs --prompt")
+    if args.compare and (args.prune == "none" or args.temperature > 0):
+        error("--compare needs --prune METHOD and --temperature 0; for example --prune plphp")
     if "" in args.stop:
         error("--stop needs text that is not empty")
     if args.system is not None and args.template == "raw":

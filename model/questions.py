@@ -320,7 +320,7 @@ def run_file(questions, answers, ask, args, method, wait):
     note_repeated_ids(questions)
     missing, done = answers.missing(questions, args.keep_errors)
     start = said = time.perf_counter()
-    totals, count = Counter(), 0
+    totals, count, why = Counter(), 0, None
 
     def crowded(number):
         note(f"out of memory with {number} questions at once, retrying one by one; lower --batch")
@@ -329,7 +329,7 @@ def run_file(questions, answers, ask, args, method, wait):
     try:
         for text, metadata in in_order((number, outcome(answer, totals)) for number, answer in found):
             answers.write(missing[count], text, metadata)
-            count, now = count + 1, time.perf_counter()
+            count, now, why = count + 1, time.perf_counter(), why or metadata.get("error")
             if now - said >= (0.2 if sys.stderr.isatty() else 10):
                 left = (len(missing) - count) * (now - start) / count / 60
                 say(f"answered {done + count} of {done + len(missing)}, {left:.1f} min left")
@@ -349,7 +349,7 @@ def run_file(questions, answers, ask, args, method, wait):
     if done:
         line += f", {done} already answered"
     if totals["failed"]:
-        line += f"; {totals['failed']} could not be answered, see metadata.error in their lines"
+        line += f"; {totals['failed']} could not be answered, see metadata.error in their lines (the first: {why})"
     say(line)
     if vision := totals["vision"]:
         off = off_budget(method, totals["kept"] / vision, totals["wanted"] / vision or None)

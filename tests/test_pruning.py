@@ -223,7 +223,7 @@ LISTED = "own.py::NAME (it has first, keep, placed, anything, no_view, grouped, 
 BAD = [  # SPEC, or several arguments of make_method; words of the error
     ("plphd", "there is no method 'plphd'; did you mean plphp? use none, plphp, "),
     ("nope", "there is no method 'nope'; use none, "),
-    ("topk 0.3", "there is no method 'topk 0.3'; did you mean topk? "),
+    ("topk 0.3", "settings follow a colon; write topk:SETTING=VALUE"),
     ("q" * 3000, f"there is no method '{'q' * 80}'; use none"),
     ("PLPHP", "'PLPHP'; did you mean plphp? use none, "),
     ("random+none", "'random+none' combines"),

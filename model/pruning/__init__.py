@@ -396,8 +396,12 @@ def _find(name):
     if not twice and "+" in name:
         raise ValueError(f"{name!r} combines methods, which is not supported; give one")
     if not twice:
-        near = _near(name.split(" ")[0], METHODS)  # in "topk 0.3" the colon is missing
-        raise ValueError(f"there is no method {name[:80]!r}; {near}use {', '.join(METHODS)} or FILE.py::NAME")
+        first, _, rest = name.partition(" ")
+        if rest and first in METHODS:
+            raise ValueError(f"settings follow a colon; write {first}:SETTING=VALUE, such as {first}:retention=0.5")
+        raise ValueError(
+            f"there is no method {name[:80]!r}; {_near(name, METHODS)}use {', '.join(METHODS)} or FILE.py::NAME"
+        )
     module = _import(path)
     rule = getattr(module, attribute, None)
     if not callable(rule) and not stages(rule):
