@@ -88,4 +88,5 @@ def off_budget(method, kept, wanted):
     if wanted is None or abs(kept - wanted) <= 0.03:
         return None
     hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
+    hint = "; check that it returns what to keep" if kept == 1 else hint
     return f"{name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"

@@ -12,14 +12,14 @@ from .image import cells
 
 
 class View:
-    """One layer of a prompt. Attention is measured when a method asks for it, and kept for the layer.
+    """One layer of a prompt. Attention is measured when a method asks for it, and kept for the layer. The other tensors
+    are copies, so that a method may write into them without changing the model.
 
     layer, num_layers   index of the layer, from 0; L
     q_heads, kv_heads   Hq, Hkv
     tokens, device      T, the tokens that this layer sees; of all tensors that are not on the CPU
     spans               [(start, stop)] of each picture among the T tokens
     places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
-    keys, values        (Hkv, T, D); keys are rotated by RoPE
     """
 
     def __init__(self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto"):
@@ -29,12 +29,29 @@ class View:
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
         self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
-        self.keys, self.values, self.device = k[0, :, : self.tokens], v[0, :, : self.tokens], k.device
-        self.places = [cells(1, stop - start) for start, stop in spans] if places is None else places
-        self._q, self._k, self._contrast, self._ahead, self._backend = q[0], k[0], contrast, ahead, backend
+        places = [cells(1, stop - start) for start, stop in spans] if places is None else places
+        self.places, self.device = [place.clone() for place in places], k.device
+        self._q, self._k, self._v, self._contrast, self._ahead, self._backend = (
+            q[0],
+            k[0],
+            v[0],
+            contrast,
+            ahead,
+            backend,
+        )
         self._attention = {}
 
     @cached_property
+    def keys(self):
+        """(Hkv, T, D), rotated by RoPE."""
+        return self._k[:, : self.tokens].clone()
+
+    @cached_property
+    def values(self):
+        """(Hkv, T, D)."""
+        return self._v[:, : self.tokens].clone()
+
+    @property
     def text(self):
         """(T,) bool: True for tokens outside pictures."""
         mask = torch.ones(self.tokens, dtype=torch.bool, device=self.device)
@@ -47,7 +64,7 @@ class View:
         picture, but at least one."""
         rows = max(1, min(rows, self.tokens - self.spans[-1][1]))
         end = self._q.shape[1] - self._ahead
-        return self._q[:, end - rows : end]
+        return self._q[:, end - rows : end].clone()
 
     def attention(self, rows=1, query="last"):
         """(Hq, T) fp32: attention of each query head to each token, averaged over the rows of `queries(rows)`.
@@ -58,7 +75,7 @@ class View:
         ahead = query == "lookahead"
         if ahead and not self._ahead:
             raise ValueError('there are no look-ahead rows; the method needs a setting query="lookahead"')
-        q, k = (self._q[:, -self._ahead :], self._k) if ahead else (self.queries(rows), self.keys)
+        q, k = (self._q[:, -self._ahead :], self._k) if ahead else (self.queries(rows), self._k[:, : self.tokens])
         asked = query, q.shape[1]
         if asked not in self._attention:
             scores = window_scores(q, k, group="none", backend=self._backend)
@@ -67,14 +84,14 @@ class View:
 
     def value_norms(self):
         """(Hkv, T) fp32: the L1 norm of each token's value vector."""
-        return self.values.float().norm(1, dim=-1)
+        return self._v[:, : self.tokens].float().norm(1, dim=-1)
 
     def contrast(self):
         """Per picture (n,) fp32 on the CPU: how far each token's pixels are from the picture's usual colour
         (`model.image.contrast_of`). ValueError if the pixels are not known."""
         if self._contrast is None:
             raise ValueError("the method needs the pictures' pixels, and there are none here; use grid or random")
-        return self._contrast()
+        return [far.clone() for far in self._contrast()]
 
 
 class Pruning:

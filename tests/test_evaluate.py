@@ -485,6 +485,7 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, monkeypatch):
     [
         ("accuracy", ["--only", "random", "grids"], "'grids'; use all, or some of none, plphp, defaults, random"),
         ("accuracy", ["--questions", "0"], "--questions"),
+        ("accuracy", ["--out", __file__], "is a file; give a folder"),
         ("second", ["--workers", "0"], "--workers"),
         ("accuracy", ["--retentions", "0.5", "2"], "2"),
         ("accuracy", ["--retentions", "nan"], "nan"),

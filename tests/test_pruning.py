@@ -6,9 +6,12 @@ import re
 import sys
 
 import pytest
+import torch
 
+from model.config import InputError
 from model.pruning import GUARDS, METHODS, make_method, settings_of
 from model.pruning.describe import describe, meanings, shown
+from model.view import Pruning
 from tests.paths import DEMO
 
 NAMES = [name for name in METHODS if name != "none"]
@@ -335,3 +338,11 @@ def test_the_models_own_settings_are_listed(tmp_path):
     for name in ("plphp", "plphp-ada"):
         assert f"are: r=0.5 query=lookahead ({tmp_path}/plphp.json)" in " ".join(describe(name, tmp_path).split())
     assert "For this model" not in describe("topk", tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["topk", "plphp:skip=0", "shared", "snapkv", "adakv", "topk:mass=0.5"])
+def test_scores_that_are_not_numbers_are_refused(spec):
+    q, k, v = torch.randn(3, 1, 2, 9, 8)
+    q[..., -1, :] = float("nan")
+    with pytest.raises(InputError, match="the scores of layer 0 hold NaN"):
+        Pruning(make_method(spec), 2, [(2, 6)], backend="torch")(0, q, k, v)

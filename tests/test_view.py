@@ -130,6 +130,24 @@ def test_places_follow_what_leaves_the_prompt():
         q, k, stays, left = q[:, :, rows], k[:, :, rows], stays[rows], after
 
 
+def test_what_a_method_writes_into_its_view_does_not_reach_the_model():
+    """Nor what it sees of the next layer, nor which tokens count as text."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8, generator=torch_random(0))
+    places, contrast, before = [torch.ones(4, 2)], [torch.arange(4.0)], [t.clone() for t in (q, k, v)]
+
+    def writes(view):
+        mine = [view.keys, view.values, view.queries(), view.value_norms(), *view.places, *view.contrast()]
+        for tensor in (*mine, view.attention()):
+            tensor.zero_()
+        return view.text.logical_not_().expand(view.kv_heads, -1)  # drops the text
+
+    pruning = Pruning(make_method(writes), 2, [(2, 6)], places, lambda: contrast, backend="torch")
+    for layer in range(2):
+        keep, _ = pruning(layer, q, k, v)
+        assert keep.all()  # text is kept whatever a method returns
+    assert all(map(torch.equal, (q, k, v), before)) and places[0].all() and contrast[0].sum() == 6
+
+
 def test_attention_is_measured_once_per_layer_and_query():
     """Against a softmax in float64; the rows stop after the last picture, and look-ahead rows see each other."""
     q, k, v = torch.randn(3, 1, 4, 12, 8, generator=torch_random(0))

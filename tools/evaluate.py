@@ -781,6 +781,8 @@ def main(argv=None):
         for name in names:
             if args.stage not in stages and getattr(args, name) != p.get_default(name):
                 p.error(f"{args.stage} does not take --{name.replace('_', '-')}; leave it out")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        p.error(f"--out {args.out} is a file; give a folder")
     if args.stage in ("fidelity", "premise") and not (args.prompt and args.image):
         p.error(f"{args.stage} needs --image and --prompt; give both")
     args.retentions = list(dict.fromkeys(args.retentions))

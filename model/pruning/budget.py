@@ -113,8 +113,10 @@ def select(scores, view, choose, scope="image", cover=0.0):
 
     H is Hkv, or 1 if all heads keep the same tokens; `expand` the result then. scope: "image" calls choose once per
     picture, so that every picture keeps its share; "vision" once for all pictures. cover: this share of each head's
-    tokens is chosen from an even grid (`grid_phase`) instead of by scores.
+    tokens is chosen from an even grid (`grid_phase`) instead of by scores. ValueError if scores hold NaN.
     """
+    if scores.isnan().any():
+        raise ValueError(f"the scores of layer {view.layer} hold NaN, which has no rank; check for 0 / 0")
     keep = torch.ones(scores.shape, dtype=torch.bool, device=view.device)
     phase = grid_phase(view)[: len(scores)] if cover else None  # if H is 1, that of the first head
     parts = [~view.text] if scope == "vision" and view.spans else [slice(*span) for span in view.spans]
