@@ -318,7 +318,8 @@ def table(rows, names, columns, notes):
     for row in rows:
         line = " ".join([" ", *(f"{row[key]:{width}}" for key, width in names.items())])
         if not row["right"]:
-            yield f"{line} {'' if row['right'] is None else 'WRONG, '}not timed: {row['why']}"
+            wrong = "WRONG, " if row["right"] is False and row["why"] != NEEDS_CUDA else ""
+            yield f"{line} {wrong}not timed: {row['why']}"
             continue
         for _, key, factor, width, form in columns:
             value = row.get(key)
