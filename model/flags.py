@@ -158,7 +158,7 @@ def parser():
     add("--prune", "--method", default="none", metavar="SPEC", help="METHOD or FILE.py::NAME, then :KEY=VALUE,...")
     add("--list-methods", nargs="?", const="", metavar="[NAME]", help="list the methods, or the settings of one")
     add("--retention", type=share, metavar="F", help="fraction of vision tokens kept, %(type)s")
-    add("--keep-tokens", type=count, metavar="N", help="instead: vision tokens per KV head and picture")
+    add("--keep-tokens", type=count, metavar="N", help="instead: keep N tokens per KV head and picture")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="a setting of the method, or @FILE.json with several")
     add("--compare", action="store_true", help="also answer unpruned; print differences to stderr")

@@ -92,7 +92,7 @@ COMMON = {
     "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
     "sink": ("first tokens of the prompt that no head may drop", *COUNT),
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
-    "sink_keys": ("tokens most attended by a head's last 32 prompt rows, which it may not drop", *COUNT),
+    "sink_keys": ("tokens that a head may not drop: those that its last 32 prompt rows attend to most", *COUNT),
 }
 
 
