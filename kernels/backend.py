@@ -8,7 +8,7 @@ import torch
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEAD_DIM = 256  # largest of the Triton kernels: they were neither compiled nor tested with more
+HEAD_DIM = 256  # limit of the Triton kernels; larger values were neither compiled nor tested
 
 
 def interpreted():
@@ -73,8 +73,8 @@ def check_alike(**tensors):
 
 
 def check_tables(tables, ndim, device=None):
-    """ValueError unless all {name: table} are int32 tensors of one shape (S,), or (L, S) for ndim 2, not empty, on one
-    device; device: which, if not that of the first."""
+    """ValueError unless all {name: table} are non-empty int32 tensors of one shape, (S,) or, for ndim 2, (L, S), and on
+    `device`, by default the device of the first."""
     first, *_ = tables.values()
     for t in tables.values():
         if not (

@@ -126,7 +126,7 @@ def ragged_decode_append(
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
     k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
-    the new token and is not changed: counting it is up to the caller. A full segment (kv_len = kv_cap) attends to the
+    the new token and is not changed; the caller updates it. A full segment (kv_len = kv_cap) attends to the
     new token but does not store it; `RaggedCache` makes room first. With a plan, the plan's kv_cap applies. ValueError
     if segments overlap, because two of them might write to one slot. Returns what `ragged_decode` returns.
 
@@ -153,7 +153,7 @@ def ragged_decode_append(
     past = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, True)
     compute = past[1].dtype
     score = scale * (rows.to(compute) * key.to(compute)).sum(-1)
-    out, lse = merge_states(*past, value.expand_as(rows), score)  # of one key the log-sum-exp is its score
+    out, lse = merge_states(*past, value.expand_as(rows), score)  # the log-sum-exp over a single key is its score
     free = (kv_len < plan.kv_cap).nonzero()[:, 0]
     slot = (kv_start + kv_len)[free].long()  # stored last, because k_new and v_new may be views of an arena
     k[slot], v[slot] = key[0, free, 0], value[0, free, 0]

@@ -14,7 +14,7 @@ class DecodePlan:
     """The layout of a layer's S segments, and how the Triton kernels cut them into W splits.
 
     kv_start, kv_cap (S,) int32; starts, caps: the same as lists
-    split: slots per work item of the Triton kernels, None for `split_size`
+    split: slots per work item of the Triton kernels; None: `split_size` of each segment
     segments: S; shortest, longest: smallest and largest capacity; end: slots that the arena must have
     buffers: work items, ticket counters and workspaces of the Triton kernels, allocated on first use (but see `items`).
         Calls share them, so no two calls may use a plan at the same time. Keys: "items", row tiles, (rows, d).
@@ -107,7 +107,7 @@ def _plan(kv_start, kv_cap, starts, caps, split):
 
 
 def _work_items(caps, split, device):
-    """The `DecodePlan.items` of each layer, from a single copy to the device. caps: for each layer a list of S."""
+    """The `DecodePlan.items` of each layer, made with a single copy to the device. caps: for each layer a list of S."""
     caps = torch.tensor(caps, device="cpu")  # (L, S)
     sizes = torch.tensor([[split or split_size(cap) for cap in row] for row in caps.tolist()], device="cpu")
     counts = (caps + sizes - 1).div(sizes, rounding_mode="floor").clamp(min=1)
@@ -125,8 +125,8 @@ def _work_items(caps, split, device):
 def split_size(cap):
     """Slots per work item of a segment with `cap` slots.
 
-    64 per 768 slots of the segment, at most 512; above 32,768 slots 64 per 4,096, at most 1,024. A segment has at most
-    12 items up to 6,144 slots and 64 up to 65,536: enough to fill the device, few enough to merge cheaply (NOTES.md).
+    64 for each 768 slots (rounded up), up to 512; above 32,768 slots, 64 for each 4,096, up to 1,024. At most 12
+    items up to 6,144 slots, and 64 up to 65,536: enough to fill the device, few enough to merge cheaply (NOTES.md).
     The size depends on this segment alone, so the rest of the batch cannot change the order of a sum.
     """
     short, long = -(-cap // 768), -(-cap // 4096)

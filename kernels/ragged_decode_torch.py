@@ -2,8 +2,8 @@
 
 in place   a loop over runs of segments with equal lengths at equal distances. Each run is a strided view of the arena,
            without a copy: the whole cache if it is a rectangle, the heads of a sequence in a batch, or one segment
-gathered   each segment is copied and padded to the longest: cheaper for many short segments, and on CUDA with a plan,
-           where the lengths are not known to the host
+gathered   each segment is copied and padded to the longest. This is cheaper for many short segments, and necessary on
+           CUDA with a plan, where the host does not know the lengths
 
 The thresholds between them were measured (NOTES.md). Free slots may hold NaN and must not affect a result, so a weight
 of 0 is not enough to exclude them: 0 * NaN is NaN.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 FEW = 8  # runs that are always read in place
-LONG = 2**15  # bytes of a segment's keys; many runs are read in place if the longest segment has as many
+LONG = 2**15  # bytes of keys; more runs are read in place only if the longest segment has at least this many
 
 
 def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
@@ -35,8 +35,8 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
 
 
 def runs_of(starts, lengths):
-    """[(a, b, step)]: segments a to b - 1 have equal length and start `step` slots apart. From the left, each run is as
-    long as possible."""
+    """[(a, b, step)]: segments a to b - 1 have equal length and start `step` slots apart. From left to right, each
+    run is as long as possible."""
     runs, a = [], 0
     while a < len(starts):
         b, step = a + 1, 0
@@ -76,8 +76,8 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
 
 
 def _rectangle(q, k, v, start, step, length, scale, return_lse):
-    """Attention of q (1, S, M, D) over S segments of `length` slots: the first begins at slot `start`, each next `step`
-    slots later -> out, lse or None."""
+    """Attention of q (1, S, M, D) over S segments of `length` slots: the first begins at slot `start`, and each
+    further one `step` slots after the previous -> out, lse or None."""
     shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
     # as_strided counts from the start of the storage, but an arena may be a view that begins later
     keys, values = (x.as_strided(shape, strides, x.storage_offset() + start * q.shape[3]) for x in (k, v))
@@ -85,7 +85,7 @@ def _rectangle(q, k, v, start, step, length, scale, return_lse):
 
 
 def _gathered(q, k, v, kv_start, kv_len, longest, scale, return_lse):
-    """The same over a copy of each segment, padded to `longest` with its own last row, so that no free slot is read."""
+    """As `_rectangle`, over copies of the segments, padded with their last row to `longest`: reads no free slots."""
     column = torch.arange(longest, device=k.device)
     slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
     keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))

@@ -241,8 +241,8 @@ def append_kernel(
 def tiles(rows, d, itemsize):
     """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS log-sum-exps.
 
-    M is a power of two. Below 16 only if DP is 64 or 128: AMD's matrix units need at least 4 rows there, otherwise 16;
-    NVIDIA's compiler accepts any. A K tile (BN x DP) takes up to 16 KB; BN is 16 to 128, at most 64 if M > 16.
+    M is a power of two, below 16 only if DP is 64 or 128: there AMD's matrix units need only 4 rows, for other DP 16.
+    NVIDIA's compiler accepts any M. A K tile (BN x DP) takes up to 16 KB; BN is 16 to 128, at most 64 if M > 16.
     In fp32 M is at most 16 and a K tile takes 8 KB, 16 KB if DP is 256. This fits registers and shared memory together
     with the prefetched tiles (tools/inspect_kernels.py).
     """

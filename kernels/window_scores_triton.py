@@ -27,7 +27,7 @@ def _rows(
     q, head, w, there, stride_h, stride_w,
     D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Query rows [M, DP]: row w[i] of query head `head`, a scalar or [M]."""
+    """Query rows [M, DP]: row w[i] of query head `head`; head is a scalar or [M]."""
     col = tl.arange(0, DP)
     row = (head.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * ALIGN
     rows = tl.load(q + row[:, None] + col[None, :], there[:, None] & (col < D)[None, :], 0.0)

@@ -38,7 +38,7 @@ class Batch:
 
     @torch.inference_mode()
     def add(self, generation: Generation) -> None:
-        """Prefill a generation and add it. If its first token was its last, the next `advance` returns it.
+        """Prefill a generation and add it. If its first token ends the answer, the next `advance` returns it.
 
         InputError for another checkpoint or backend, ValueError if it is already in the batch.
         """
@@ -60,7 +60,7 @@ class Batch:
             return
         ids = torch.cat((self._ids, ids)) if self.running else ids
         self.cache = RaggedCache.join([self.cache, own]) if self.running else own
-        self._ids, self._step = ids, None  # `advance` makes one step for all that were added
+        self._ids, self._step = ids, None  # `advance` makes a new step for the larger batch
         self.running.append(generation)
         self._choosers.append(chooser)
 
@@ -71,7 +71,7 @@ class Batch:
         Each entry of `timing["steps"]` is the duration of the whole batch's step. If memory runs out, the step is
         either undone or complete; in both cases call `advance` again to continue.
         """
-        self._dismiss()  # removes generations that could not be removed before, when memory ran out
+        self._dismiss()  # removes what the previous call could not, because memory ran out
         if self.running:
             start, checkpoint = time.perf_counter(), self.running[0].checkpoint
             self._step = self._step or checkpoint.step(checkpoint.model.language_model, self.cache)
@@ -158,7 +158,7 @@ def answer_each(begin, questions, size, crowded=None):
 
 
 def answer_together(begin, questions, size):
-    """For each question its answer, or the exception, as a list. The arguments are those of `answer_each`."""
+    """List of each question's answer, or its exception. Arguments as for `answer_each`."""
     answers = [None] * len(questions)
     for number, answer in answer_each(begin, questions, size):
         answers[number] = answer if isinstance(answer, InputError) else answer.failure or answer.text

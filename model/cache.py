@@ -10,8 +10,8 @@ A new token is written in place. If it does not fit into a segment, all segments
 An unpruned cache is the case where all lengths are equal. Keys keep the rotary position that their token had in the
 prompt, so the position of the next token is `pos`, never a length.
 
-Any call may run out of memory. Each allocates what it needs before it changes the cache; methods that move several
-layers do so one layer at a time. After such an error the cache is consistent, and the call can be repeated.
+Any call may run out of memory. Each call allocates what it needs before it changes the cache; methods that move
+several layers do so one layer at a time. After such an error the cache is consistent, and the call can be repeated.
 """
 
 from contextlib import contextmanager
@@ -27,13 +27,13 @@ class RaggedCache:
 
     k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
-    slots      per layer (S * T,) int64: what the last `grow` claimed, for T tokens
-    past       (L, S) int32: kv_len before the last `grow`, so without the new tokens; kv_len counts them at once
+    slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens
+    past       (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
     pos        (B,) int64: position of the next token of each sequence
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
     room       tokens that still fit into every segment; a number on the host
     fused      True: one kernel appends and attends
-    version    increases when a captured graph becomes invalid (`FastStep`): arenas move or sequences leave
+    version    increases when arenas move or sequences are removed, which invalidates the graph of `FastStep`
     """
 
     def __init__(self, num_layers, slack=64, backend="auto"):
@@ -46,7 +46,7 @@ class RaggedCache:
     # ------------------------------------------------------------ prefill
 
     def pack(self, layer, k, v, keep=None):
-        """Store the tokens of a layer's prefill k, v (B, Hkv, T, D) where keep (B * Hkv, T) bool is True; None: all.
+        """Store a layer's prefill k, v (B, Hkv, T, D): tokens where keep (B * Hkv, T) bool is True, or all if None.
 
         Layer 0 comes first: its T is the length of the prompt, and later layers may see fewer tokens. ValueError if the
         layer already holds a prompt.
@@ -75,21 +75,21 @@ class RaggedCache:
         self._moved()
 
     def _moved(self):
-        """Segments lie elsewhere now."""
+        """Segments have moved: discard the plans and count a new version."""
         self.version, self._plans = self.version + 1, None
 
     def plan(self, layer):
-        """The layer's decode plan. The plans of all layers are made together, because that synchronises a device."""
+        """The layer's decode plan. All layers' plans are made together, so that a device synchronises once."""
         if self._plans is None:
             self._plans = decode_plans(self.kv_start, self.kv_cap)
         return self._plans[layer]
 
     @classmethod
     def join(cls, caches):
-        """Move the sequences of caches (same layers, device and backend) into a new one; the old ones are empty then.
+        """Move the sequences of caches (same layers, device and backend) into a new one; the old ones end up empty.
 
-        Layers are joined one at a time, and each old cache then views its part of the joined layer, so memory never
-        holds a second full copy. ValueError for an empty list.
+        Layers are joined one at a time. Each old cache then holds views of the joined layer, so there is never a second
+        full copy in memory. ValueError for an empty list.
         """
         if not caches:
             raise ValueError("no caches to join; give one for each sequence")
@@ -134,8 +134,8 @@ class RaggedCache:
     def _larger_slack(self):
         """Free slots per segment after a repack: half of the mean length, so that repacking becomes rare.
 
-        After pruning at most as many as tokens were dropped, so that less is reserved than without. Never fewer than
-        `slack`, nor than the smaller of 64 and twice `slack`.
+        After pruning, at most the mean number of dropped tokens, so that less memory is reserved than without
+        pruning. Never fewer than `slack`, nor than the smaller of 64 and twice `slack`.
         """
         length, position = float(self.kv_len.float().mean()), float(self.pos.float().mean())
         dropped = position - length
@@ -144,9 +144,9 @@ class RaggedCache:
 
     @contextmanager
     def reserving(self, tokens):
-        """Make room for tokens. If the step inside fails, also by Ctrl-C, the slots that it claimed are free again.
+        """Make room for tokens. If the body fails or Ctrl-C interrupts it, the slots that it claimed are freed.
 
-        `grow` claims them. These contexts may be nested: an outer one gives back only what is still claimed.
+        `grow` claims slots. These contexts may be nested: an outer one frees only what is still claimed.
         """
         self.make_room(tokens)
         room = self.room

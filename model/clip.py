@@ -89,7 +89,7 @@ class VisionTransformer(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
-        # in every checkpoint, but not used: LLaVA reads features before it
+        # stored in every checkpoint but not used: LLaVA reads earlier features
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values, feature_layers):
@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A wrapper of `VisionTransformer`, because checkpoint keys start with `vision_tower.vision_model`."""
+    """Wraps `VisionTransformer`, because checkpoint keys start with `vision_tower.vision_model`."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Optimised decode steps, of few large operations. Results equal those of `Llama.decode` up to rounding.
+"""Optimised decode steps, made of a few large operations. Results equal those of `Llama.decode` up to rounding.
 
-`load` calls `arrange`, and Generation decodes with the `FastStep` that the checkpoint names; llama.py and generate.py
+`load` calls `arrange`, and Generation decodes with the checkpoint's `step`, a FastStep; llama.py and generate.py
 import nothing from here. kernels/NOTES.md has the measurements behind each part.
 """
 
@@ -14,7 +14,7 @@ from .llama import rotate
 
 
 def arrange(language):
-    """Move weights side by side: those of q, k and v, and those of gate and up. Copies each once, for inference."""
+    """Store the weights of q, k and v in one matrix, gate and up in another. Copies each once; for inference."""
     for layer in language.model.layers:
         attn, mlp = layer.self_attn, layer.mlp
         for group in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
@@ -55,14 +55,14 @@ class Product:
         return F.linear(x, self.weight).split(self.sizes, -1)
 
     def add(self, x, y):
-        """x (B, N) plus the output of one layer for y (B, C), in place and in one call."""
+        """Add the single layer's output for y (B, C) to x (B, N), in place and in one call."""
         if self.weight is None or in_loops(x):
             return x.add_(self(y)[0])
         return x.addmm_(y, self.weight.t())
 
 
 def in_loops(x):
-    """True while torch.compile generates CPU loops for a single x (1, C)."""
+    """True while torch.compile compiles for a CPU and a single x (1, C)."""
     return torch.compiler.is_compiling() and x.is_cpu and len(x) == 1
 
 
@@ -107,7 +107,7 @@ class FastLayer:
         return self.down.add(x, F.silu(gate) * up)
 
     def whole(self, x, rope, k, v, kv_len):
-        """The layer in one function. k, v (S, n, D): its `rectangle` of the cache; kv_len (S,), new ones included."""
+        """The layer in one function. k, v (S, n, D): its `rectangle` of the cache; kv_len (S,) counts new tokens."""
         q, k_new, v_new = self.before(x, rope)
         return self.after(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
 
@@ -129,7 +129,7 @@ class FastStep:
     """
 
     def __init__(self, language, cache, compile=False):
-        """compile: use torch.compile for the layers, once for all of them; the first step is then slow."""
+        """compile: use torch.compile, with one compilation for all layers; the first step is then slow."""
         self.language, self.cache, self.logits_of = language, cache, type(language).logits
         self.compiles_whole = compile and not cache.fused and cache.pos.is_cpu
         functions = None
@@ -173,7 +173,7 @@ class FastStep:
                 ):
                     self.logits = self._step(self.ids)
             finally:
-                cache.room = room  # a step that is only recorded claims no slots
+                cache.room = room  # recording a step claims no slots
             self.graph = graph
         else:
             self.ids.copy_(ids)

@@ -23,7 +23,7 @@ from .view import Pruning, clock
 
 
 class Generation(Prompt):
-    """A prompt (see `Prompt` for its fields) and its answer, while it is generated and afterwards.
+    """A prompt (its fields: see `Prompt`) and its answer, during and after generation.
 
     Iterate over it for pieces of text. The constructor checks all input (InputError) before anything is computed. After
     the iteration, complete or not, these fields describe the answer:
@@ -32,9 +32,9 @@ class Generation(Prompt):
     token_ids      its ids, the stop id excluded
     finish_reason  "stop" | "length" | "interrupted"
     spans          [(start, stop)] of each picture in the prompt's tokens
-    prefilled      tokens that the prefill processed: the prompt, or in a later turn those that were not in the cache
+    prefilled      number of tokens prefilled: the whole prompt, or in a later turn only those not yet in the cache
     cache          the RaggedCache, None before the prefill is complete
-    pruned_for     the question for which tokens were dropped: `prompt`, or that of an earlier turn
+    pruned_for     the question used to choose the dropped tokens: `prompt`, or an earlier turn's
     masks          with `remember`, after the prefill: (L, Hkv, T) bool, the tokens that each head keeps
     kept           vision tokens kept per KV head: one number per layer, averaged over its heads
     bytes_held     bytes of the kept keys and values of the prompt
@@ -65,10 +65,10 @@ class Generation(Prompt):
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method, None to keep all tokens; for a
         name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels. compile:
         see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device
-        before each clock reading; otherwise all of `timing` except `steps` measures only the launches. remember: keep
+        before each clock reading; without it, `timing` measures only launches, except in `steps`. remember: keep
         `masks`, for `model.show`.
 
-        before: the Generation whose answer this question follows in a conversation, with its template and image mode.
+        before: the previous turn of the conversation; its template and image mode are used again.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of
         `before` is reused: only the new tokens are processed, and all of them are kept. If it has no cache, the whole
         conversation is prefilled and pruned; set `before.cache = None` to force that.
@@ -178,7 +178,7 @@ class Generation(Prompt):
 
     def prefill(self) -> torch.Tensor:
         """Run the model on pictures and prompt and fill the cache -> logits (V,) of the first new token."""
-        before, self.before = self.before, None  # its cache moves here once; a second iteration prefills all
+        before, self.before = self.before, None  # its cache is taken only once; a second iteration prefills everything
         start, language = self._clock(), self.checkpoint.model.language_model
         if before is not None and before.goes_on:
             hidden, encoded = self._extend(before, language)
@@ -190,7 +190,7 @@ class Generation(Prompt):
         return logits
 
     def _fill(self, language):
-        """Process the whole prompt and prune it -> final hidden states (1, T, C), the time after the vision tower."""
+        """Process the whole prompt and prune it -> final hidden states (1, T, C), end time of the vision tower."""
         x, self.spans = self.checkpoint.model.splice(self.ids, self.encode_images())
         encoded, self.prefilled = self._clock(), len(x)
         layers = self.checkpoint.config.text_config.num_hidden_layers
@@ -210,7 +210,7 @@ class Generation(Prompt):
         return hidden, encoded
 
     def _extend(self, before, language):
-        """Like `_fill`, for only the tokens that are not in the cache of `before`; they attend to all of it."""
+        """Like `_fill`, but only for the tokens missing from the cache of `before`; they attend to all of it."""
         cache, past = before.cache, int(before.cache.pos[0])
         fed = len(before.ids) + len(before.token_ids) - len(before.unfed)
         x, spans = self.checkpoint.model.splice(self.ids[fed:], self.encode_images(len(before.images)))
@@ -246,12 +246,12 @@ class Generation(Prompt):
 
     @property
     def unfed(self) -> list[int]:
-        """Ids of the answer that are not in the cache yet: the model has not processed the last token."""
+        """Ids of the answer that are not in the cache yet, because the model has not processed them."""
         return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :] if self.cache else []
 
     @property
     def goes_on(self) -> bool:
-        """True if the cache holds exactly this prompt and part of its answer, so that a turn can follow."""
+        """True if the cache holds exactly this prompt and part of its answer, so that another turn can extend it."""
         return self.cache is not None and 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
 
     @property
@@ -274,7 +274,7 @@ class Generation(Prompt):
 
 
 def plain_step(language, cache, compile=False):
-    """A decode step of the model as it is written: ids (B,) -> next logits (B, V). See `model.fast.FastStep`."""
+    """An unoptimised decode step: ids (B,) -> next logits (B, V). The optimised one is `model.fast.FastStep`."""
     if compile:
         raise InputError("a plain step is not compiled; use model.fast.FastStep")
     return partial(language.step, cache=cache)

@@ -1,8 +1,8 @@
 """The Llama decoder: RMSNorm, rotary position embeddings (RoPE), grouped-query attention, SwiGLU.
 
 B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. There are two forward
-passes: `prefill` (a prompt's tokens attend to each other) and `decode` (new tokens attend to a cache and to each other:
-one per sequence in a decode step, more in a new turn of a conversation). Module names are the checkpoint's keys.
+passes. In `prefill` a prompt's tokens attend to each other; in `decode` new tokens also attend to a cache: one per
+sequence in a decode step, several in a new turn of a conversation. Module names are the checkpoint's keys.
 """
 
 import torch
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, config, dtype):
-    """cos and signed sin of RoPE (arXiv 2104.09864): two tensors of dtype, positions.shape + (1, D), the 1 for heads.
+    """cos and signed sin of RoPE (arXiv 2104.09864) in dtype, each positions.shape + (1, D); the 1 is for heads.
 
     Channel i is paired with channel i + D/2 (the "half" layout of the checkpoints). The sine has the minus sign of the
     rotation matrix, so `rotate` needs no negation. Angles are computed in fp32.
@@ -40,7 +40,7 @@ def rope_table(positions, config, dtype):
 
 
 def rotate(x, rope):
-    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each. The kernels' `turned` rounds less."""
+    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each. `turned` in kernels/ rounds only once."""
     cos, sin = rope
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -48,7 +48,7 @@ def rotate(x, rope):
 
 
 def adapted(x, layer, lora=None):
-    """Apply a linear layer to x (B, T, C); lora, a `model.lookahead.LoRA`, adds to the look-ahead rows."""
+    """Apply a linear layer to x (B, T, C). A `model.lookahead.LoRA` changes the output of the look-ahead rows."""
     y = layer(x)
     return y if lora is None else lora.add(x, y)
 
@@ -181,9 +181,9 @@ class Llama(nn.Module):
         K and V are freed.
 
         prune(layer, q, k, v) is called after each layer with its q (B, Hq, T, D), k and v (B, Hkv, T, D). It returns
-        which tokens every head keeps in the cache, (B * Hkv, T) bool, and which tokens later layers process, indices
-        (T',). Either may be None: all. If tokens leave, the result is (B, T', C). Keeping fewer in the cache
-        does not change hidden states: dropped tokens affect decoding only.
+        the tokens that each head keeps in the cache, (B * Hkv, T) bool, and those that later layers process, indices
+        (T',); None means all. If later layers process fewer tokens, the result is (B, T', C). Keeping fewer in the
+        cache does not change hidden states; it affects decoding only.
 
         positions (B, T) or (T,) default to 0..T-1. mask replaces the causal mask: bool (True = may attend), or floats
         to add to the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences.
@@ -210,8 +210,8 @@ class Llama(nn.Module):
     def decode(self, x, cache, layers=None):
         """Embedded new tokens after a cache, x (B, C) or (B, T, C) -> final hidden states like x.
 
-        Each attends to the whole cache and to the new tokens up to itself. The cache grows by the new tokens; after an
-        error, also Ctrl-C, it is as before.
+        Each new token attends to the whole cache, to earlier new tokens and to itself. The cache grows by the new
+        tokens; after an error or Ctrl-C it is unchanged.
 
         layers: functions (x, rope, cache, layer) -> x to use instead of each layer's `decode` (model/fast.py).
         """
@@ -225,7 +225,7 @@ class Llama(nn.Module):
             return self.model.norm(x)
 
     def extend(self, x, cache):
-        """`decode` of any number of tokens (B, T, C), in blocks, so that no T x T matrix is stored."""
+        """`decode` for any number of tokens (B, T, C), in blocks, so that no T x T matrix is stored."""
         with cache.reserving(x.shape[1]):  # the arenas move at most once
             return torch.cat([self.decode(block, cache) for block in x.split(BLOCK, 1)], 1)
 

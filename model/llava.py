@@ -27,7 +27,7 @@ class Projector(nn.Module):
 
 
 class Llava(nn.Module):
-    """Vision tower, projector and decoder, by the names of the checkpoint's keys."""
+    """Vision tower, projector and decoder. Module names are the checkpoint's keys."""
 
     def __init__(self, config):
         super().__init__()
@@ -39,7 +39,7 @@ class Llava(nn.Module):
             self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
     def encode_images(self, pixel_values):
-        """pixel_values (n, 3, S, S) -> vision tokens (n, P, C); CLS is among the P only if the config says "full"."""
+        """pixel_values (n, 3, S, S) -> vision tokens (n, P, C); P includes CLS only if the config says "full"."""
         states = self.vision_tower(pixel_values, self.config.feature_layers)
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         return self.multi_modal_projector(torch.cat([s[:, first:] for s in states], dim=-1))
@@ -47,7 +47,7 @@ class Llava(nn.Module):
     def join_tiles(self, tokens, grid, size, order="hf"):
         """Vision tokens of a picture's squares (1 + rows * columns, P, C) -> (P', C): whole picture, then tiles.
 
-        The tiles' tokens are arranged as one map, without those of the canvas border; `image_newline` ends each row.
+        The tiles' tokens form one map, without tokens of the canvas border; `image_newline` ends each row.
         grid: (rows, columns) of tiles; size: (width, height) of the picture; order: see ImageSettings.
         """
         side = round(tokens.shape[1] ** 0.5)
@@ -61,7 +61,7 @@ class Llava(nn.Module):
         """Embed token ids and replace each image placeholder by its picture's vision tokens.
 
         ids: list of token ids with one `image_token_index` per picture; image_tokens: (P, C) per picture. Returns x
-        (T, C) like the embedding, and each picture's span in it, [(start, stop), ...]. InputError if the counts differ.
+        (T, C) in the embedding's dtype and the pictures' spans in x, [(start, stop), ...]. InputError if counts differ.
         """
         places = [i for i, token in enumerate(ids) if token == self.config.image_token_index]
         if len(places) != len(image_tokens):

@@ -1,4 +1,4 @@
-"""What is asked: a question with its pictures, checked and tokenised before anything is computed."""
+"""A question with its pictures, checked and tokenised before the model runs."""
 
 import torch
 
@@ -13,10 +13,10 @@ class Prompt:
 
     prompt         the question, without line breaks at its end
     ids            token ids of the whole conversation up to the answer, with one `<image>` id per picture
-    pictures       one `model.image.Prepared` per picture; `images`: what is known of each (path, size, tiles, tokens)
-    prompt_tokens, vision_tokens   number of tokens in the whole prompt, and of its pictures
-    context_left   tokens that an answer may have
-    template, image_settings       how ids and pixels are made
+    pictures       one `model.image.Prepared` per picture; `images`: path, size, tiles and tokens of each
+    prompt_tokens, vision_tokens   token counts of the whole prompt and of its pictures
+    context_left   maximum number of tokens of the answer
+    template, image_settings       the settings that determine ids and pixels
     notes          lines about changes to the pictures
     """
 
@@ -43,7 +43,7 @@ class Prompt:
             raise InputError(self._too_long(before))
 
     def _encode(self, prompt, system, pictures, follows):
-        """(question without line breaks at its end, its ids in the template). follows: it is not the first turn."""
+        """-> (question without trailing line breaks, ids of the filled template). follows: not the first turn."""
         prompt, system, raw = plain_text(prompt), system and plain_text(system), self.template == "raw"
         prompt = prompt if raw else prompt.rstrip("\n")
         text = build_prompt(prompt, pictures, self.template, system, follows)
@@ -56,7 +56,7 @@ class Prompt:
         return prompt, self.checkpoint.tokenizer.encode(text, follows=follows)
 
     def _prepare(self, source):
-        """Read a picture -> `Prepared`. Notes say what was changed about it."""
+        """Read a picture -> `Prepared`. Adds a note for each change to it."""
         config, picture = self.checkpoint.config, read_image(source)
         self.notes += [note for note in (picture.note, crop_note(picture, self.image_settings)) if note]
         side = config.vision_config.image_size // config.vision_config.patch_size
@@ -95,7 +95,7 @@ class Prompt:
 
 
 def _check_types(checkpoint, prompt, system):
-    """InputError for an argument of another type."""
+    """InputError for an argument of the wrong type."""
     for what, given, kinds, wanted in (
         ("checkpoint", checkpoint, Checkpoint, "what `load` returns"),
         ("prompt", prompt, str, "the question as text"),

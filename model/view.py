@@ -12,12 +12,12 @@ from .image import cells
 
 
 class View:
-    """One layer of a prompt. Attention is measured when a method asks for it, and kept for the layer. The other tensors
-    are copies, so that a method may write into them without changing the model.
+    """One layer of a prompt. Attention is computed when a method first asks for it, then cached. The other tensors are
+    copies, so that a method may write into them without changing the model.
 
     layer, num_layers   index of the layer, from 0; L
     q_heads, kv_heads   Hq, Hkv
-    tokens, device      T, the tokens that this layer sees; of all tensors that are not on the CPU
+    tokens, device      T, number of tokens in this layer; device of all tensors, except those on the CPU
     spans               [(start, stop)] of each picture among the T tokens
     places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
     """
@@ -25,7 +25,7 @@ class View:
     def __init__(self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto"):
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
-        places: None if the spans are text; each is then one row. contrast: function () -> what `contrast` returns.
+        places: None if the spans are text; each span is then a row. contrast: function that `contrast` calls.
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
         self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
@@ -79,7 +79,7 @@ class View:
         asked = query, q.shape[1]
         if asked not in self._attention:
             scores = window_scores(q, k, group="none", backend=self._backend)
-            self._attention[asked] = scores[:, : self.tokens]  # not that of look-ahead rows to each other
+            self._attention[asked] = scores[:, : self.tokens]  # without the attention to look-ahead rows
         return self._attention[asked]
 
     def value_norms(self):
@@ -97,7 +97,7 @@ class View:
 class Pruning:
     """A method applied to each layer of one prefill.
 
-    method    a `model.pruning.Method`: it calls the stages that a rule such as `Plphp` has, and always keeps text
+    method    a `model.pruning.Method`: calls the stages of a rule such as `Plphp`, and always keeps text
     seconds   time spent on measuring and choosing; see `timed` in Generation
     masks     with `remember`: per layer (Hkv, tokens of the whole prompt) bool, what each head keeps
     """
@@ -113,10 +113,10 @@ class Pruning:
         self.rows = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
 
     def __call__(self, layer, q, k, v):
-        """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer, of which q may be only the last rows.
+        """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer; q may have only the last rows.
 
         -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
-        later layers process. Either may be None: all. InputError if the method refuses.
+        later layers process. Either may be None: all. InputError if the method raises ValueError.
         """
         keep = stay = None
         if self.spans:

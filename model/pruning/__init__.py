@@ -3,10 +3,10 @@
 A method is one small file here and one row of METHODS: a function keep(view, *, SETTING=DEFAULT, ...), or a frozen
 dataclass whose fields are its settings (`__post_init__` may raise a ValueError). A value has the type of its default.
 The docstring begins with one sentence and has a line `name: meaning (range)` for each setting that is not in COMMON;
-`run.py --list-methods` prints them. A class has one or both of these stages, and a function is the first:
+`run.py --list-methods` prints them. A class implements one or both of these stages, a function the first:
 
-    keep(view)     after a layer's attention: whose K and V each KV head keeps, (Hkv, T) bool, or None for all. Hidden
-                   states do not change
+    keep(view)     after a layer's attention: the tokens whose K and V each KV head keeps, (Hkv, T) bool, or None for
+                   all. Hidden states do not change
     narrow(view)   after a layer: the tokens that later layers process, (T,) bool, or None for all
 
 view: a `model.view.View` of the layer, from which the method takes what it needs. Text is always kept. A class may also
@@ -125,7 +125,7 @@ class Method:
 
     @property
     def spec(self):
-        """SPEC with every setting that has an effect; `--prune` with it selects this method, for any checkpoint."""
+        """The SPEC with every effective setting: `--prune SPEC` gives this same method with any checkpoint."""
         pairs = ",".join(f"{k}={v if type(v) is str else json.dumps(v)}" for k, v in self.effective.items())
         return self.name + (":" if pairs else "") + pairs
 
@@ -167,8 +167,8 @@ class Method:
         return keep
 
     def _ask(self, stage, view, shape):
-        """What a stage of the rule returns, with text and guards added; None if there is no such stage. Its exceptions
-        become a MethodError, except the ValueErrors of METHODS."""
+        """The tokens that a stage of the rule keeps, plus text and guards; None if it has no such stage. Exceptions are
+        raised as MethodError, except a ValueError from a method of METHODS."""
         function = stages(self.rule).get(stage)
         try:
             keep = function and function(view)
@@ -192,7 +192,7 @@ class Method:
         mask[max(0, view.tokens - recent) :] = True
         if not keys:
             return mask
-        # such keys absorb attention of heads that need no token; without them it would go to other tokens
+        # heads that need no token attend to such keys; without these, they would attend to other tokens
         attended = best(by_kv_head(view.attention(rows=32), view.kv_heads), keys)
         return mask | (attended if dims == 2 else attended.any(0))
 
@@ -213,8 +213,8 @@ def _line(function, wrong):
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
     """The Method of a SPEC, or None for "none".
 
-    spec: NAME or FILE.py::NAME, then optionally ":" and comma-separated key=value pairs; or a function, a class or a
-    `functools.partial` of either; or an instance of a class; or a Method; or None. settings: a dict, or a list of
+    spec: NAME or FILE.py::NAME, optionally followed by ":" and comma-separated key=value pairs; a function or class,
+    or a `functools.partial` of one; an instance of a class; a Method; or None. settings: a dict, or a list of
     "key=value" and "@FILE.json" (a JSON object). retention, keep_tokens: the budget, for methods with a setting of that
     name. folder: of a checkpoint; its NAME.json, if there is one (see `calibrated`), replaces the method's defaults.
     ValueError for invalid input, including a setting that is given twice or together with one that makes it
@@ -245,7 +245,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
 
 
 def _with_settings(name, rule, given, folder):
-    """(a class or function with its settings, all settings): those given, then a checkpoint's own, then defaults."""
+    """-> (rule with settings, all settings). Given settings come first, then the checkpoint's, then defaults."""
     for a, b in _silenced(name, given):
         raise ValueError(f"{a} and {b} are both given, but {b} has no effect with {a}={given[a]}; give one of them")
     file = calibrated(folder, name)
@@ -258,7 +258,7 @@ def _with_settings(name, rule, given, folder):
 
 
 def stages(rule):
-    """{"keep" or "narrow": function of a view} of what a rule implements; a function is the stage keep."""
+    """The stages that a rule implements, {"keep" or "narrow": function of a view}. A function is "keep"."""
     if isinstance(rule, partial) or inspect.isroutine(rule):
         return {"keep": rule}
     return {name: getattr(rule, name) for name in ("keep", "narrow") if callable(getattr(rule, name, None))}
@@ -277,14 +277,14 @@ def _check_stages(name, rule):
 
 
 def _takes_settings(rule):
-    """True for a function or a class, which settings turn into a rule."""
+    """True for a function or a class: both become a rule when given settings."""
     return inspect.isfunction(rule) or isinstance(rule, type)
 
 
 def calibrated(folder, name):
     """Path of the calibrated settings in a checkpoint's folder for a method of METHODS, or None (tools/calibrate.py).
 
-    The first file that exists of NAME.json, OLD_NAME.json (see ALIASES), and NAME.json of each method in its FAMILY.
+    The first that exists of NAME.json, OLD_NAME.json (see ALIASES) and NAME.json of each method in its FAMILY.
     """
     if folder is None or name not in METHODS:
         return None
@@ -336,7 +336,7 @@ def _silenced(name, values):
 
 def _instead(own, given):
     """A checkpoint's own settings, overridden by given ones; a given budget or window also removes conflicting ones."""
-    replaced = {"query"} if "window" in given else set()  # a window is of the prompt's rows, not of look-ahead rows
+    replaced = {"query"} if "window" in given else set()  # a window selects prompt rows, not look-ahead rows
     if any(given.get(key) is not None for key in AMOUNTS):
         replaced |= {*AMOUNTS} - {"r"}
     return {key: value for key, value in own.items() if key not in replaced} | given
@@ -447,7 +447,7 @@ def _near(name, known):
 def settings_of(rule):
     """{setting: default} of a method's function or class, without GUARDS.
 
-    ValueError unless a function takes a view and settings by name, and a class only settings.
+    ValueError unless a function takes a view and keyword-only settings, or a class takes settings only.
     """
     parameters, is_class = inspect.signature(rule).parameters.values(), isinstance(rule, type)
     by_name = {inspect.Parameter.KEYWORD_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if is_class else set())
@@ -475,7 +475,7 @@ def _complete(name, rule, given):
 def _checked(name, key, value, default):
     """value in the type of the default. ValueError if it has another type or is outside the range of COMMON.
 
-    A setting that has no default, or None, takes any type, unless it is in COMMON.
+    A setting with no default, or with default None, takes any type, unless it is in COMMON.
     """
     if type(default) is float and type(value) is int:
         value = float(value)

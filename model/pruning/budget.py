@@ -3,7 +3,7 @@
     by what      ranking    attention, combined for the query heads that share a KV head
     how many     budget     from a fraction or a number of tokens: 1 to n tokens of n; half is rounded up
                  by_head    a budget per head, from a table of fractions per layer, or per layer and head
-                 top        both in one: a function that picks the best of a part, within its budget
+                 top        `budget` and a choice (default `best`), combined into one function of the scores
     which        best       each head keeps its own highest scores
                  pooled     the heads share one budget, with a minimum for each, so their lengths differ
                  mass       each head keeps the fewest tokens that hold a given share of its attention
@@ -65,7 +65,7 @@ def pooled(scores, count, floor):
 
 
 def top(retention=1.0, keep_tokens=None, choose=best):
-    """-> function scores (H, n) -> bool (H, n): what choose(scores, count) picks, count being the `budget` of n."""
+    """-> function scores (H, n) -> bool (H, n): choose(scores, count), where count is the `budget` of n."""
     return lambda scores: choose(scores, budget(scores.shape[1], retention, keep_tokens))
 
 
@@ -78,7 +78,7 @@ def check_fraction(name, value):
 def mass(scores, share):
     """scores (H, n) -> bool (H, n): in each row the fewest tokens with `share` (0 to 1) of its sum, at least one."""
     ordered, order = scores.double().sort(dim=-1, descending=True, stable=True)  # fp32 sums would round
-    before = ordered.cumsum(-1) - ordered  # sum of all better tokens
+    before = ordered.cumsum(-1) - ordered  # sum of all higher scores
     taken = before < share * ordered.sum(-1, keepdim=True)
     taken[..., 0] = True
     return torch.zeros_like(taken).scatter_(-1, order, taken)
@@ -99,7 +99,7 @@ def grid_phase(view):
 
 
 def covered(scores, keep, phase, share):
-    """Replace what each head keeps by as many tokens: `share` of them (rounded down) on the grid, the rest by scores.
+    """Choose as many tokens as each head keeps, but `share` of them (rounded down) on the grid, the rest by scores.
 
     scores (H, n), keep (H, n) bool, phase (H, n) -> bool (H, n).
     """

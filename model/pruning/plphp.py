@@ -4,7 +4,7 @@
     rate   = r + dr  if gamma >= alpha       a layer with much attention to the pictures keeps more,
              r - dr  if gamma < beta         a layer with little attention to the pictures keeps less,
              r       otherwise               clamped to 0 .. 1
-    keep   = in each KV head, for each picture of n tokens: its own floor(rate * n + 0.5) most attended, at least one
+    keep   = each KV head keeps its floor(rate * n + 0.5) most attended of a picture's n tokens, at least one
 
 Only K and V are dropped, after the layer's own attention: the first new token is that of the unpruned model. The heads
 of a layer keep the same number of tokens, but not the same tokens.
@@ -22,8 +22,8 @@ from .budget import best, check_fraction, pooled, ranking, select, top
 class Plphp:
     """Each head keeps its most attended tokens, at a rate chosen per layer (2502.14504).
 
-    gamma is the share of the last prompt row's attention (query=lookahead: of the look-ahead rows') that goes to the
-    pictures. For group, values, window and query see `ranking`, for scope and cover `select`.
+    gamma is the share of attention that goes to the pictures, from the last prompt row or, with query=lookahead, from
+    the look-ahead rows. For group, values, window and query see `ranking`, for scope and cover `select`.
 
     r: fraction that a layer keeps if its gamma is between beta and alpha (0 to 1)
     dr: added to r if gamma is at least alpha, subtracted if it is below beta (0 to 1)

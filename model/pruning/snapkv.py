@@ -2,7 +2,7 @@
 
 Both rank by the attention of the last prompt rows, smoothed along the tokens. The originals drop text too, rank the
 tokens of the whole prompt, and keep the window itself. Here the window is text, which is always kept; each picture is
-smoothed separately; the scores of query heads that share a KV head are combined first, and K and V stored once.
+smoothed separately; scores are combined over the query heads of a KV head, so that K and V are stored once.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One rate for every layer, or a table of rates: PLPHP's ranking without a rate that depends on gamma.
+"""PLPHP's ranking with fixed rates, one for all layers or a table, instead of rates that depend on gamma.
 
 With `rates` each head has a budget measured offline, as in HeadKV (arXiv 2410.19258) and SparseMM (2506.05344);
 with `mass` it keeps as many tokens as hold a given share of its attention, as in ZipVL (2410.08584).
@@ -13,7 +13,7 @@ from .budget import best, by_head, check_fraction, mass, ranking, select, top
 class TopK:
     """Each head keeps its most attended tokens, the same number in every layer.
 
-    The budget is one of retention, keep_tokens, mass and rates; without any it is a retention of 0.5.
+    Give at most one of retention, keep_tokens, mass and rates; the default is a retention of 0.5.
 
     mass: keep the fewest tokens with this share of a head's attention to the picture (above 0 and up to 1)
     rates: list with an entry per layer: a fraction, or a list with a fraction per KV head (0 to 1)
