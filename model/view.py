@@ -31,14 +31,8 @@ class View:
         self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
         places = [cells(1, stop - start) for start, stop in spans] if places is None else places
         self.places, self.device = [place.clone() for place in places], k.device
-        self._q, self._k, self._v, self._contrast, self._ahead, self._backend = (
-            q[0],
-            k[0],
-            v[0],
-            contrast,
-            ahead,
-            backend,
-        )
+        self._q, self._k, self._v = q[0], k[0], v[0]
+        self._contrast, self._ahead, self._backend = contrast, ahead, backend
         self._attention = {}
 
     @cached_property

@@ -42,7 +42,9 @@ def imported(path):
             yield (node.module or "").split(".")[0] if node.level == 0 else f".{node.module or ''}"
 
 
-ONE_ANSWER = "run.py model/generate.py model/llava.py model/clip.py model/llama.py model/cache.py model/view.py "
+ONE_ANSWER = (
+    "run.py model/prompt.py model/generate.py model/llava.py model/clip.py model/llama.py model/cache.py model/view.py "
+)
 ONE_ANSWER += "model/pruning/plphp.py model/pruning/budget.py"
 
 
@@ -59,7 +61,7 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 1550 and counted["product"] <= 8500 and counted["tools"] <= 8220
+    assert counted["one answer"] <= 1660 and counted["product"] <= 8500 and counted["tools"] <= 8220
     assert counted["tests"] <= 16350
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
