@@ -18,6 +18,7 @@ from conftest import preprocess, refusal
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_transforms import convert_to_rgb
 
+from model import image as reading
 from model.image import STRIP, ImageSettings, as_list, crop_note, read_image, with_mode
 from tests.seeds import torch_random
 
@@ -518,13 +519,21 @@ def test_what_pillow_and_libtiff_say_does_not_reach_stderr(capfd, monkeypatch):
 
 
 def test_threads_that_read_pictures_leave_stderr_as_it_was():
-    before, data = (sys.stderr, os.fstat(2).st_ino), packed(noise(200, 200))
-    threads = [threading.Thread(target=lambda: [read_image(data) for _ in range(20)]) for _ in range(4)]
-    for thread in threads:
+    """A second thread must not redirect stderr while the first one does: it would restore what the first one set."""
+    before, second_is_in, leave = sys.stderr, threading.Event(), threading.Event()
+
+    def second():
+        with reading._quiet():
+            second_is_in.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=second)
+    with reading._quiet():
         thread.start()
-    for thread in threads:
-        thread.join()
-    assert (sys.stderr, os.fstat(2).st_ino) == before
+        second_is_in.wait(0.5)  # without a lock, it is in by now
+    leave.set()
+    thread.join()
+    assert second_is_in.is_set() and sys.stderr is before
 
 
 @pytest.mark.parametrize(
