@@ -150,10 +150,10 @@ def ragged_decode_append(
         return (out, lse) if return_lse else out
     q, k_new = turned(q, rope), turned(k_new, rope)
     rows, key, value = (x.reshape(1, plan.segments, -1, d) for x in (q, k_new, v_new))  # (1, S, G or 1, D)
-    past = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, True)
-    compute = past[1].dtype
+    old = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, True)
+    compute = old[1].dtype
     score = scale * (rows.to(compute) * key.to(compute)).sum(-1)
-    out, lse = merge_states(*past, value.expand_as(rows), score)  # the log-sum-exp over a single key is its score
+    out, lse = merge_states(*old, value.expand_as(rows), score)  # the log-sum-exp over a single key is its score
     free = (kv_len < plan.kv_cap).nonzero()[:, 0]
     slot = (kv_start + kv_len)[free].long()  # stored last, because k_new and v_new may be views of an arena
     k[slot], v[slot] = key[0, free, 0], value[0, free, 0]

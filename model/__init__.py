@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from .batch import Batch, out_of_memory
     from .checkpoint import Checkpoint, load, open_checkpoint
     from .config import InputError
-    from .generate import Generation, ask
+    from .generate import Generation
     from .image import PictureLike
     from .sampling import Sampling
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch", "Checkpoint", "Generation", "InputError", "PictureLike", "PruneLike", "Sampling", "ask", "load",
+    "Batch", "Checkpoint", "Generation", "InputError", "PictureLike", "PruneLike", "Sampling", "load",
     "open_checkpoint", "out_of_memory",
 ]  # fmt: skip
 

@@ -51,7 +51,7 @@ class Batch:
             raise ValueError("this generation is already in the batch; add another")
         generation._begin()
         logits = generation.prefill()
-        chooser = Chooser(generation.sampling, generation.never(), generation.checkpoint.device)
+        chooser = Chooser(generation.sampling, generation.checkpoint.never_ids, generation.checkpoint.device)
         ids = chooser(logits)
         self._take(generation, ids.item())
         own, generation.cache = generation.cache, None  # its K and V move to the batch's cache
@@ -59,7 +59,7 @@ class Batch:
             self._over.append(generation)
             return
         ids = torch.cat((self._ids, ids)) if self.running else ids
-        self.cache = RaggedCache.join([self.cache, own]) if self.running else own
+        self.cache = join([self.cache, own]) if self.running else own
         self._ids, self._step = ids, None  # `advance` makes a new step for the larger batch
         self.running.append(generation)
         self._choosers.append(chooser)
@@ -107,7 +107,7 @@ class Batch:
             return
         ids = self._ids[stay]
         if stay:
-            self.cache.select(stay)  # nothing below can fail before all fields are updated
+            select(self.cache, stay)  # nothing below can fail before all fields are updated
         self._over += [generation for generation in self.running if generation.over]
         self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
         self._ids = ids
@@ -115,6 +115,45 @@ class Batch:
             self.cache.repack(max(1, self.cache.room))
         else:
             self.cache = self._step = self._ids = None
+
+
+def join(caches):
+    """Move the sequences of caches (same layers, device and backend) into a new RaggedCache; the old ones end up empty.
+
+    Layers are joined one at a time. Each old cache then holds views of the joined layer, so there is never a second
+    full copy in memory. ValueError for an empty list.
+    """
+    if not caches:
+        raise ValueError("no caches to join; give one for each sequence")
+    first, layers = caches[0], range(len(caches[0].k))
+    joined = RaggedCache(len(layers), first.slack, first.backend)
+    shift = torch.zeros(len(layers), 1, dtype=torch.int32, device=first.pos.device)  # slots of the earlier caches
+    starts = []
+    for cache in caches:
+        starts.append(cache.kv_start + shift)
+        shift += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=shift.device)
+    joined.kv_start, joined.pos = torch.cat(starts, 1), torch.cat([c.pos for c in caches])
+    joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
+    joined.room, joined.fused = min(c.room for c in caches), first.fused
+    for i in layers:
+        k, v = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
+        sizes = [len(c.k[i]) for c in caches]
+        joined.k[i], joined.v[i] = k, v
+        for c, own_k, own_v in zip(caches, k.split(sizes), v.split(sizes), strict=True):
+            c.k[i], c.v[i], c.version = own_k, own_v, c.version + 1
+    joined.plan(0)  # makes the plans of all layers
+    for c in caches:
+        c.k, c.v = [None] * len(layers), [None] * len(layers)
+    return joined
+
+
+def select(cache, sequences):
+    """Keep only these sequences (ascending indices) of a cache. The slots of the others are freed by `repack`."""
+    heads = cache.kv_len.shape[1] // len(cache.pos)
+    rows = [b * heads + h for b in sequences for h in range(heads)]
+    tables = [t[:, rows] for t in (cache.kv_start, cache.kv_len, cache.kv_cap)]
+    cache.pos, (cache.kv_start, cache.kv_len, cache.kv_cap) = cache.pos[sequences], tables
+    cache.moved()
 
 
 def answer_each(begin, questions, size, crowded=None):

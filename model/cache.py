@@ -28,7 +28,7 @@ class RaggedCache:
     k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens
-    past       (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
+    written    (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
     pos        (B,) int64: position of the next token of each sequence
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
     room       tokens that still fit into every segment; a number on the host
@@ -39,7 +39,7 @@ class RaggedCache:
     def __init__(self, num_layers, slack=64, backend="auto"):
         self.slack, self.backend = max(1, slack), backend
         self.k, self.v = [None] * num_layers, [None] * num_layers
-        self.kv_start = self.kv_len = self.kv_cap = self.slots = self.past = self.pos = None
+        self.kv_start = self.kv_len = self.kv_cap = self.slots = self.written = self.pos = None
         self.room, self.fused, self.version = self.slack, False, 0
         self._plans = None
 
@@ -72,9 +72,9 @@ class RaggedCache:
         for table, row in ((self.kv_cap, length + slack), (self.kv_start, start), (self.kv_len, length)):
             table[layer].copy_(row)
         self.k[layer], self.v[layer] = k, v
-        self._moved()
+        self.moved()
 
-    def _moved(self):
+    def moved(self):
         """Segments have moved: discard the plans and count a new version."""
         self.version, self._plans = self.version + 1, None
 
@@ -84,36 +84,6 @@ class RaggedCache:
             self._plans = decode_plans(self.kv_start, self.kv_cap)
         return self._plans[layer]
 
-    @classmethod
-    def join(cls, caches):
-        """Move the sequences of caches (same layers, device and backend) into a new one; the old ones end up empty.
-
-        Layers are joined one at a time. Each old cache then holds views of the joined layer, so there is never a second
-        full copy in memory. ValueError for an empty list.
-        """
-        if not caches:
-            raise ValueError("no caches to join; give one for each sequence")
-        first, layers = caches[0], range(len(caches[0].k))
-        joined = cls(len(layers), first.slack, first.backend)
-        before = torch.zeros(len(layers), 1, dtype=torch.int32, device=first.pos.device)  # rows of the earlier caches
-        starts = []
-        for cache in caches:
-            starts.append(cache.kv_start + before)
-            before += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=before.device)
-        joined.kv_start, joined.pos = torch.cat(starts, 1), torch.cat([c.pos for c in caches])
-        joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
-        joined.room, joined.fused = min(c.room for c in caches), first.fused
-        for i in layers:
-            k, v = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
-            sizes = [len(c.k[i]) for c in caches]
-            joined.k[i], joined.v[i] = k, v
-            for c, own_k, own_v in zip(caches, k.split(sizes), v.split(sizes), strict=True):
-                c.k[i], c.v[i], c.version = own_k, own_v, c.version + 1
-        joined.plan(0)  # makes the plans of all layers
-        for c in caches:
-            c.k, c.v = [None] * len(layers), [None] * len(layers)
-        return joined
-
     # ------------------------------------------------------------ decode
 
     def grow(self, tokens=1):
@@ -121,7 +91,7 @@ class RaggedCache:
         self.make_room(tokens)
         new = torch.arange(tokens, device=self.kv_len.device)
         self.slots = ((self.kv_start + self.kv_len)[..., None] + new).flatten(1).unbind()  # of all layers at once
-        self.past = self.kv_len.clone()  # nothing below allocates
+        self.written = self.kv_len.clone()  # nothing below allocates
         self.room -= tokens
         self.kv_len.add_(tokens)
         self.pos.add_(tokens)
@@ -192,7 +162,7 @@ class RaggedCache:
             return self.attend(layer, q.contiguous())
         plan = self.plan(layer)
         return ragged_decode_append(
-            q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.past[layer], plan.kv_cap,
+            q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.written[layer], plan.kv_cap,
             plan=plan, backend=self.backend, rope=rope,
         )  # fmt: skip
 
@@ -203,14 +173,6 @@ class RaggedCache:
             return None
         shape = plan.segments, plan.longest, k.shape[1]
         return k.view(shape), v.view(shape)
-
-    def select(self, sequences):
-        """Keep only these sequences (a list of ascending indices). The slots of the others are freed by `repack`."""
-        heads = self.kv_len.shape[1] // len(self.pos)
-        rows = [b * heads + h for b in sequences for h in range(heads)]
-        tables = [t[:, rows] for t in (self.kv_start, self.kv_len, self.kv_cap)]
-        self.pos, (self.kv_start, self.kv_len, self.kv_cap) = self.pos[sequences], tables
-        self._moved()
 
     def repack(self, slack):
         """Move every layer to arenas with `slack` free slots in each segment, one layer after the other.

@@ -55,6 +55,13 @@ class Checkpoint:
         count = sum(p.numel() for p in self.model.parameters())
         return f"<Checkpoint {self.folder}: {count:,} parameters in {self.dtype} on {self.device}>"
 
+    @property
+    def never_ids(self) -> list[int]:
+        """Ids that must not be generated: embedding rows without a token, `<image>` and `<pad>`."""
+        size, added = self.config.text_config.vocab_size, self.tokenizer.added
+        ids = self.tokenizer.unreachable_ids(size) + [added[t] for t in ("<image>", "<pad>") if t in added]
+        return [i for i in ids if i < size and i not in self.stop_ids]
+
     def ask(
         self,
         prompt: str,

@@ -85,22 +85,23 @@ def matvec(x, weight, bias=None):
 class FastLayer:
     """The decode step of a DecoderLayer: x (B, C), one token per sequence -> x, updated in place.
 
-    functions: compiled versions of `before`, `after` and, on a CPU, `whole`, for layers whose cache is a rectangle.
+    functions: compiled versions of `before_attention`, `after_attention` and, on a CPU, `whole`, for layers whose cache
+    is a rectangle.
     """
 
     def __init__(self, layer, functions=None):
-        self.functions = functions or (FastLayer.before, FastLayer.after, None)
+        self.functions = functions or (FastLayer.before_attention, FastLayer.after_attention, None)
         attn, mlp = layer.self_attn, layer.mlp
         self.layer, self.head_dim = layer, attn.head_dim
         self.qkv, self.out = Product(attn.q_proj, attn.k_proj, attn.v_proj), Product(attn.o_proj)
         self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
 
-    def before(self, x, rope):
+    def before_attention(self, x, rope):
         """The half before attention -> q (B, Hq, D), k and v (B, Hkv, D), q and k rotated by rope unless it is None."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(self.layer.input_layernorm(x)))
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
-    def after(self, x, y):
+    def after_attention(self, x, y):
         """The half of a layer after attention. y (B, Hq, D) is the attention output."""
         x = self.out.add(x, y.flatten(1))
         gate, up = self.gate_up(self.layer.post_attention_layernorm(x))
@@ -108,16 +109,16 @@ class FastLayer:
 
     def whole(self, x, rope, k, v, kv_len):
         """The layer in one function. k, v (S, n, D): its `rectangle` of the cache; kv_len (S,) counts new tokens."""
-        q, k_new, v_new = self.before(x, rope)
-        return self.after(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
+        q, k_new, v_new = self.before_attention(x, rope)
+        return self.after_attention(x, rectangle_step(q, k_new, v_new, k, v, kv_len))
 
     def __call__(self, x, rope, cache, i):
-        before, after, whole = self.functions
+        before_attention, after_attention, whole = self.functions
         rectangle = whole and cache.rectangle(i)
         if rectangle:
             return whole(self, x, rope, *rectangle, cache.kv_len[i])
-        q, k, v = before(self, x, None if cache.fused else rope)
-        return after(self, x, cache.append_attend(i, q, k, v, rope))
+        q, k, v = before_attention(self, x, None if cache.fused else rope)
+        return after_attention(self, x, cache.append_attend(i, q, k, v, rope))
 
 
 class FastStep:
@@ -134,7 +135,9 @@ class FastStep:
         self.compiles_whole = compile and not cache.fused and cache.pos.is_cpu
         functions = None
         if compile:
-            halves = [torch.compile(half, dynamic=False) for half in (FastLayer.before, FastLayer.after)]
+            halves = [
+                torch.compile(half, dynamic=False) for half in (FastLayer.before_attention, FastLayer.after_attention)
+            ]
             functions = (*halves, torch.compile(FastLayer.whole, dynamic=True) if self.compiles_whole else None)
         if self.compiles_whole:
             self.logits_of = torch.compile(logits_by_loops, dynamic=False)

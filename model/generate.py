@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -135,7 +134,7 @@ class Generation(Prompt):
         self._begin()  # a second iteration generates the answer again
         writer = self._writer
         logits = self.prefill()
-        choose = Chooser(self.sampling, self.never(), self.checkpoint.device)
+        choose = Chooser(self.sampling, self.checkpoint.never_ids, self.checkpoint.device)
         ids = choose(logits)  # (1,)
         step = self.checkpoint.step(self.checkpoint.model.language_model, self.cache, self.compile)
         while True:
@@ -211,14 +210,14 @@ class Generation(Prompt):
 
     def _extend(self, before, language):
         """Like `_fill`, but only for the tokens missing from the cache of `before`; they attend to all of it."""
-        cache, past = before.cache, int(before.cache.pos[0])
+        cache, first = before.cache, int(before.cache.pos[0])
         fed = len(before.ids) + len(before.token_ids) - len(before.unfed)
         x, spans = self.checkpoint.model.splice(self.ids[fed:], self.encode_images(len(before.images)))
         encoded, self.prefilled = self._clock(), len(x)
         hidden = language.extend(x[None], cache)
         self.cache, before.cache = cache, None
         self.pruned_for = before.pruned_for
-        self.spans = before.spans + [(past + a, past + b) for a, b in spans]
+        self.spans = before.spans + [(first + a, first + b) for a, b in spans]
         self.kept = [kept + self.vision_tokens - before.vision_tokens for kept in before.kept]
         if before.masks is not None:
             layers, heads, known = before.masks.shape
@@ -265,22 +264,9 @@ class Generation(Prompt):
         """The requested fraction of vision tokens, or None; see `Method.wanted`."""
         return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
 
-    def never(self) -> list[int]:
-        """Ids that must not be generated: embedding rows without a token, `<image>` and `<pad>`."""
-        tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
-        named = [tokenizer.added[t] for t in ("<image>", "<pad>") if t in tokenizer.added]
-        ids = tokenizer.unreachable_ids(config.text_config.vocab_size) + named
-        return [i for i in ids if i < config.text_config.vocab_size and i not in self.checkpoint.stop_ids]
-
 
 def plain_step(language, cache, compile=False):
     """An unoptimised decode step: ids (B,) -> next logits (B, V). The optimised one is `model.fast.FastStep`."""
     if compile:
         raise InputError("a plain step is not compiled; use model.fast.FastStep")
     return partial(language.step, cache=cache)
-
-
-def ask(checkpoint: Checkpoint, prompt: str, images: Pictures = (), prune: PruneLike = None, **options: Any) -> str:
-    """Return the whole answer as a string. images, prune, errors: see `Generation`; options: fields of Sampling."""
-    generation = Generation(checkpoint, prompt, images, Sampling(**options), prune=prune)
-    return "".join(generation)

@@ -94,8 +94,8 @@ class Attention(nn.Module):
         else:
             q, k, v = self.project(x, rope)  # (B, T, H, D)
             cache.append(layer, k, v)
-            past = cache.attend(layer, q.contiguous(), cache.past[layer], return_lse=True)  # the tokens before these
-            y, _ = merge_states(*past, *causal_attention(q, k, v))
+            earlier = cache.attend(layer, q.contiguous(), cache.written[layer], return_lse=True)
+            y, _ = merge_states(*earlier, *causal_attention(q, k, v))
         return self.o_proj(y.flatten(-2))
 
 
@@ -220,8 +220,8 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.config, x.dtype)
         with cache.reserving(tokens):
             cache.grow(tokens)
-            for i, step in enumerate(layers or [layer.decode for layer in self.model.layers]):
-                x = step(x, rope, cache, i)
+            for i, run in enumerate(layers or [layer.decode for layer in self.model.layers]):
+                x = run(x, rope, cache, i)
             return self.model.norm(x)
 
     def extend(self, x, cache):

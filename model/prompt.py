@@ -66,10 +66,10 @@ class Prompt:
         """The error message for a prompt that exceeds the context."""
         text = self.checkpoint.config.text_config
         if before is not None:
-            past = before.prompt_tokens + len(before.token_ids)
+            used = before.prompt_tokens + len(before.token_ids)
             return (
-                f"this question needs {self.prompt_tokens - past} tokens, and the context has room for "
-                f"{max(0, text.context - past)} of its {text.context}; start a new conversation (in a chat: /clear)"
+                f"this question needs {self.prompt_tokens - used} tokens, and the context has room for "
+                f"{max(0, text.context - used)} of its {text.context}; start a new conversation (in a chat: /clear)"
             )
         window = f" (its sliding window, less than its {text.max_position_embeddings} positions)"
         return (

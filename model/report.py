@@ -128,7 +128,7 @@ def comparison(generation):
     "".join(reference)
     ended = not reference.unfed  # by the stop id; that step counts too
     fed = reference.token_ids if ended else reference.token_ids[:-1]
-    never = torch.tensor(reference.never(), dtype=torch.long, device=generation.checkpoint.device)
+    never = torch.tensor(reference.checkpoint.never_ids, dtype=torch.long, device=generation.checkpoint.device)
     full, pruned = (
         logits_along(generation.again(prune), fed).index_fill(1, never, float("-inf"))
         for prune in (None, generation.prune)

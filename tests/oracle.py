@@ -249,7 +249,8 @@ def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
         out = model.generate(
             input_ids=torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]),
             attention_mask=(~hidden).long(), **hf_pictures(generations),
-            max_new_tokens=count, do_sample=False, eos_token_id=None, suppress_tokens=generations[0].never(),
+            max_new_tokens=count, do_sample=False, eos_token_id=None,
+            suppress_tokens=generations[0].checkpoint.never_ids,
         )  # fmt: skip
     ids = out[:, longest:].tolist()
     return [(ids[b], [kept[i][b, :, pad:] for i in sorted(kept)]) for b, pad in enumerate(pads)]

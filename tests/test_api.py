@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import model
-from model import Generation, InputError, Sampling, ask
+from model import Generation, InputError, Sampling
 from model.api import choose_method
 from model.pruning import GUARDS, METHODS, make_method
 from tests.paths import DEMO, DEMO_PICTURE
@@ -67,7 +67,7 @@ def test_a_name_is_what_it_is_on_the_command_line(demo, cli, spec):
     flags = ["--image", DEMO_PICTURE, "--prompt", QUESTION, "--max-new-tokens", "6", "--json", "--prune", spec]
     said = json.loads(cli(*flags)[1])
     assert kept_by(demo, spec) == (said["prune"]["kept_per_layer"], said["token_ids"])
-    assert ask(demo, QUESTION, [DEMO_PICTURE], prune=spec, max_new_tokens=6) == said["text"]
+    assert demo.ask(QUESTION, [DEMO_PICTURE], prune=spec, max_new_tokens=6) == said["text"]
 
 
 def test_the_checkpoints_own_settings_hold(demo):
@@ -160,9 +160,9 @@ def test_ask_and_stream_mean_what_the_flags_mean(demo, cli):
     assert demo.ask_many([(QUESTION, DEMO_PICTURE)], **given) == [wanted]
     for name, other in {"retention": 0.02, "settings": {}, "seed": 6, "max_new_tokens": 3, "top_k": 1}.items():
         assert demo.ask(QUESTION, DEMO_PICTURE, **given | {name: other}) != wanted, name
-    plain = ask(demo, QUESTION, [DEMO_PICTURE], max_new_tokens=6)
+    plain = demo.ask(QUESTION, [DEMO_PICTURE], max_new_tokens=6)
     assert demo.ask(QUESTION, [DEMO_PICTURE], max_new_tokens=6) == plain
-    pruned = ask(demo, QUESTION, [DEMO_PICTURE], "random:keep_tokens=2", max_new_tokens=6)
+    pruned = demo.ask(QUESTION, [DEMO_PICTURE], prune="random:keep_tokens=2", max_new_tokens=6)
     assert demo.ask(QUESTION, DEMO_PICTURE, prune="random", keep_tokens=2, max_new_tokens=6) == pruned != plain
 
 

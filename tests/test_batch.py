@@ -10,7 +10,7 @@ from PIL import Image
 from test_parity import noise
 
 from model import Batch, Generation, InputError, Sampling, load
-from model.batch import answer_each
+from model.batch import answer_each, join, select
 from model.cache import RaggedCache
 from model.fast import FastStep
 from model.pruning import make_method
@@ -214,12 +214,12 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
         for cache in caches
         for i in range(2)
     ]
-    joined = RaggedCache.join(caches)
+    joined = join(caches)
     joined.grow()  # a step whose slots the test fills itself
     for i in range(2):
         joined.append(i, torch.full((3, 2, 4), 7.0), torch.full((3, 2, 4), -7.0))
     version, pos = joined.version, joined.pos.clone()
-    joined.select(stay)
+    select(joined, stay)
     joined.repack(max(1, joined.room))
     assert joined.version > version and torch.equal(joined.pos, pos[stay])
     for i in range(2):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model import Generation, Sampling, llama, load
+from model.batch import join, select
 from model.cache import RaggedCache
 from model.llama import rope_table
 from model.pruning import make_method
@@ -108,14 +109,14 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
     pairs = [prefilled(model, x[:p], k, 3, backend) for x, p, k in zip(xs, prompts, keeps, strict=True)]
     alone, states = [c for c, _ in pairs], [[hidden] for _, hidden in pairs]
     reserved = sum(c.nbytes_reserved for c in alone)
-    cache = RaggedCache.join(alone)
+    cache = join(alone)
     assert cache.nbytes_reserved == reserved and all(k is None for c in alone for k in (*c.k, *c.v))
     assert cache.nbytes_held > 0 and all(c.nbytes_held == 0 for c in alone)
     live = [0, 1, 2]
     for step in range(9):  # repacked at 3, 6 and 9; the second sequence leaves after 4 tokens
         if step == 4:
             live = [0, 2]
-            cache.select(live)
+            select(cache, live)
             cache.repack(max(1, cache.room))
         new = model.decode(torch.stack([xs[i][prompts[i] + step] for i in live]), cache)
         poison(cache)
@@ -156,7 +157,7 @@ def test_a_new_turn_after_another_sequence_has_left(backend, block, monkeypatch)
     model, x = small_llama(), torch.randn(2, 14, 32)
     cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)
-    cache.select([1])
+    select(cache, [1])
     cache.repack(1)
     states = [model.prefill(x[:, :6])[1], model.extend(x[1:, 6:11], cache)[0], model.decode(x[1:, 11], cache)]
     poison(cache)
@@ -257,7 +258,7 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="already holds a prompt"):
         model.prefill(torch.randn(1, 3, 32), cache)
     with pytest.raises(ValueError, match="no caches"):
-        RaggedCache.join([])
+        join([])
 
 
 # ---------------------------------------------------------------- memory

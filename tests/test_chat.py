@@ -104,7 +104,7 @@ def of_one_prompt(asked, count):
     """Greedy ids behind asked.ids as one prompt: no cache, a whole pass for each."""
     model, device = asked.checkpoint.model, asked.checkpoint.device
     tokens, ids, new = asked.encode_images(), asked.ids, []
-    never = torch.tensor(asked.never(), dtype=torch.long, device=device)
+    never = torch.tensor(asked.checkpoint.never_ids, dtype=torch.long, device=device)
     while len(new) < count:
         x, _ = model.splice(ids + new, tokens)
         logits = model.language_model.logits(model.language_model.prefill(x[None])[0, -1])

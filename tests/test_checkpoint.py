@@ -487,7 +487,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folder):
 
 def test_ids_that_stand_for_nothing_are_never_said(folder):
     answer = Generation(load(folder), "what?")
-    assert set(answer.never()) == set(range(IMAGE_ID, TEXT["vocab_size"])) and PAD_ID in answer.never()
+    assert (
+        set(answer.checkpoint.never_ids) == set(range(IMAGE_ID, TEXT["vocab_size"]))
+        and PAD_ID in answer.checkpoint.never_ids
+    )
 
 
 def test_opening_reads_no_weights(folder):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model import Generation, InputError, Sampling, ask, load, open_checkpoint
+from model import Generation, InputError, Sampling, load, open_checkpoint
 from model.cache import RaggedCache
 from model.config import TextConfig
 from model.llama import rope_table, rotate
@@ -154,7 +154,7 @@ def test_a_huge_temperature_gives_every_token_its_chance():
 
 def test_sampling_is_repeatable_and_depends_on_the_seed(demo):
     def text(seed):
-        return ask(demo, QUESTION, [PICTURE], temperature=5.0, seed=seed, max_new_tokens=12)
+        return demo.ask(QUESTION, [PICTURE], temperature=5.0, seed=seed, max_new_tokens=12)
 
     state = torch.get_rng_state()
     texts = [text(1), text(1), text(2)]
@@ -164,7 +164,7 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(demo):
 
 def test_padding_vocabulary_and_image_ids_are_never_said(demo):
     generation = Generation(demo, QUESTION, [PICTURE])
-    never = generation.never()
+    never = generation.checkpoint.never_ids
     assert demo.config.image_token_index in never and demo.tokenizer.added["<pad>"] in never
     hot = finished(demo, QUESTION, [PICTURE], Sampling(temperature=1e4, max_new_tokens=200))
     assert len(set(hot.token_ids)) > 60 and not set(hot.token_ids) & set(never)
@@ -182,7 +182,7 @@ def test_length_and_stop_are_told_apart(demo):
 
 @pytest.mark.parametrize("stop", [" objects", "s. A", "ects."])
 def test_a_stop_string_ends_the_answer_before_it(demo, stop):
-    whole = ask(demo, QUESTION, [PICTURE])
+    whole = demo.ask(QUESTION, [PICTURE])
     assert stop in whole
     generation = finished(demo, QUESTION, [PICTURE], Sampling(stop=(stop, "never said")))
     assert generation.text == whole[: whole.index(stop)] and generation.finish_reason == "stop"
@@ -225,7 +225,7 @@ def test_one_picture_needs_no_list(demo, what):
     one = Generation(demo, QUESTION, PICTURES[what])
     assert len(one.images) == 1 and torch.equal(one.pixels[0], Generation(demo, QUESTION, [PICTURE]).pixels[0])
     if what == "name":
-        assert ask(demo, QUESTION, PICTURE) == ask(demo, QUESTION, [PICTURE])
+        assert demo.ask(QUESTION, PICTURE) == demo.ask(QUESTION, [PICTURE])
 
 
 def test_what_was_done_to_a_picture_is_noted(demo):
@@ -293,7 +293,7 @@ def test_one_answer_cannot_be_written_twice_at_once(demo):
     next(first), next(second)
     with pytest.raises(RuntimeError, match="restarted this answer"):
         list(first)
-    assert "".join(list(second)) and generation.text == ask(demo, QUESTION, PICTURE, max_new_tokens=20)
+    assert "".join(list(second)) and generation.text == demo.ask(QUESTION, PICTURE, max_new_tokens=20)
 
 
 class Letters:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Generation, Sampling, llama, load
-from model.batch import Batch
+from model.batch import Batch, join, select
 from model.cache import RaggedCache
 from model.fast import FastStep
 from model.generate import plain_step
@@ -145,7 +145,7 @@ def test_repacking_is_done_or_not_layer_by_layer(slack):
 
 def leave(cache):
     """Sequence 0 leaves."""
-    cache.select([1])
+    select(cache, [1])
     cache.repack(max(1, cache.room))
 
 
@@ -172,13 +172,13 @@ def test_caches_that_could_not_be_joined_are_what_they_were():
     model, before = made[0][0], [cache for _, cache in made]
     copies = copy.deepcopy(before)
     wanted_alone = decoded(model, copies[1], 3)
-    joined = RaggedCache.join(copy.deepcopy(before))
-    for caches in failures(before, RaggedCache.join):
+    joined = join(copy.deepcopy(before))
+    for caches in failures(before, join):
         for cache, old in zip(caches, before, strict=True):
             check_same(cache, old, room=True)
         alone = copy.deepcopy(caches[1])
         torch.testing.assert_close(decoded(model, alone, 3), wanted_alone, rtol=1e-4, atol=1e-4)
-        again = RaggedCache.join(caches)
+        again = join(caches)
         check_same(again, joined, room=True)
         assert all(k is None for cache in caches for k in (*cache.k, *cache.v))
 

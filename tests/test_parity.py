@@ -137,7 +137,8 @@ def both_ids(hf, checkpoint, images, count, stop_ids=()):
     list(ours)
     theirs = hf.generate(
         **hf_inputs(checkpoint, ours.ids, ours.pixels),
-        do_sample=False, max_new_tokens=count, suppress_tokens=ours.never(), eos_token_id=list(stop_ids) or None,
+        do_sample=False, max_new_tokens=count, suppress_tokens=ours.checkpoint.never_ids,
+        eos_token_id=list(stop_ids) or None,
     )  # fmt: skip
     return ours, theirs[0].tolist()
 

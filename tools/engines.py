@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
+from model.batch import join
 from model.cache import RaggedCache
 from model.checkpoint import DTYPES
 from model.config import TextConfig
@@ -138,7 +139,7 @@ def answer(language, x, spans, method, backend, new_tokens, lookahead=None, watc
         last.append(hidden[0, -1].clone())  # the rest is freed
         caches.append(cache)
         del hidden
-    cache = caches[0] if len(caches) == 1 else RaggedCache.join(caches)
+    cache = caches[0] if len(caches) == 1 else join(caches)
     logits = language.logits(torch.stack(last))
     ids = logits.argmax(-1)
     said = [ids.tolist()]  # waits for the device

@@ -31,7 +31,7 @@ def hf_inputs(asked, dtype, device="cpu"):
     image, (picture,) = asked.checkpoint.config.image_token_index, asked.images
     ids = [i for t in asked.ids for i in [t] * (picture["tokens"] if t == image else 1)]
     ids, pixels = torch.tensor([ids], device=device), torch.stack(asked.pixels).to(device, dtype)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "suppress_tokens": asked.never()}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "suppress_tokens": asked.checkpoint.never_ids}
     if not asked.checkpoint.config.image_grid_pinpoints:
         return inputs | {"pixel_values": pixels}
     # LLaVA-NeXT: (pictures, squares, 3, S, S) and (height, width)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model.batch import join  # noqa: E402
 from model.cache import RaggedCache  # noqa: E402
 from model.config import InputError, TextConfig  # noqa: E402
 from model.console import say  # noqa: E402
@@ -176,7 +177,7 @@ def greedy(language, prompts, stop, longest=LONGEST):
         cache = RaggedCache(language.config.num_hidden_layers, slack=longest)
         first.append(language.prefill(x[None], cache)[0, -1].clone())
         caches.append(cache)
-    cache = RaggedCache.join(caches)
+    cache = join(caches)
     step, ids = plain_step(language, cache), language.logits(torch.stack(first)).argmax(-1)
     said = [ids.tolist()]
     while len(said) < longest and not all(stop in column for column in zip(*said, strict=True)):

@@ -7,6 +7,7 @@ sequence is pruned differently, and the same tokens are fed to all of them at on
 import torch
 
 from kernels import window_scores
+from model.batch import join
 from model.cache import RaggedCache
 from model.pruning.budget import by_kv_head
 from model.pruning.plphp import gamma
@@ -129,7 +130,7 @@ def replay(asked, methods):
     kept = [h / (segments * vision) if vision else 1.0 for h in held]
     logits = torch.stack(first)
     if len(asked.fed):
-        language, cache = asked.language, RaggedCache.join(caches)
+        language, cache = asked.language, join(caches)
         hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache)
         logits = torch.cat((logits, language.logits(hidden).float()), 1)
     return logits, kept, keeps
@@ -144,7 +145,7 @@ def along(reference, methods, batch=8):
     ended = not reference.unfed  # by the stop id; that step counts too
     fed = reference.token_ids if ended else reference.token_ids[:-1]
     asked = asked_by(reference, fed)
-    never = torch.tensor(reference.never(), dtype=torch.long, device=asked.x.device)
+    never = torch.tensor(reference.checkpoint.never_ids, dtype=torch.long, device=asked.x.device)
     full = asked.logits.index_fill(1, never, float("-inf"))
     ids, found = reference.token_ids + ([full[-1].argmax().item()] if ended else []), []
     for start in range(0, len(methods), batch):
