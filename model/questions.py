@@ -3,7 +3,8 @@
 Used by `run.py --questions FILE --image-folder DIR --answers FILE`. Input, per line: {"question_id", "image", "text"},
 where "image" is a file name, a list of them, or absent. Output, per line: {"question_id", "prompt", "text",
 "answer_id", "model_id", "metadata"}, in the order of the questions, because LLaVA's scorers read both files line by
-line. If a question cannot be answered, "text" is "" and metadata.error gives the reason; the next run retries it.
+line. If a question cannot be answered, "text" is "" and metadata.error gives the reason; the next run retries it,
+perhaps with other settings.
 """
 
 import codecs
@@ -195,8 +196,8 @@ class Answers:
     def __init__(self, file, settings):
         """Read the file of `open_answers`, and cut off a partial last line, left by a kill.
 
-        settings: dict of the options that answers depend on. InputError for other settings or other contents; the file
-        is then unchanged.
+        settings: dict of the options that answers depend on. InputError for an answer with other settings (an error may
+        have others) or other contents; the file is then unchanged.
         """
         self.file, self.path = file, Path(file.name)
         self.settings = json.loads(json.dumps(settings))  # as they are read back from a line
@@ -225,7 +226,7 @@ class Answers:
             other = [name for name in {**self.settings, **settings} if settings.get(name) != self.settings.get(name)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
             raise InputError(f"{where} is not an answer of this program ({broken!r}); give another file") from broken
-        if other:
+        if other and "error" not in about:  # an error is retried with the new settings
             theirs, ours = settings.get(other[0]), self.settings.get(other[0])
             raise InputError(
                 f"{where} was answered with {other[0]} {theirs!r}, not {ours!r}; give the same options or another file"

@@ -225,6 +225,15 @@ def test_what_could_not_be_answered_is_asked_again(folder, file, answer, whole):
     assert after[:3] + after[4:] == before[:3] + before[4:] and after[3]["question_id"] == 4
 
 
+def test_settings_of_failures_do_not_bind(folder, file, answer, refuses):
+    write_lines(folder / "q.jsonl", QUESTIONS[:1] + QUESTIONS[6:7])
+    (folder / "empty").mkdir()
+    assert "2 could not be answered" in answer("--image-folder", folder / "empty")
+    assert "could not be answered before are tried again" in answer("--image-folder", folder)
+    assert [line["metadata"]["settings"]["image_folder"] for line in read_lines(file)] == [str(folder)] * 2
+    assert all(line["text"] for line in read_lines(file)) and "image_folder" in refuses("--image-folder", ROOT)
+
+
 def test_a_retry_that_was_killed_leaves_one_line_for_each_question(file, answer, whole):
     """Until the run ends, the file holds both an error and the answer that replaces it."""
     lines = whole.splitlines(keepends=True)
