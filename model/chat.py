@@ -15,6 +15,7 @@ from .config import InputError
 from .console import explain, fail, note, say
 from .generate import Generation
 from .image import read_image
+from .report import note_without_picture
 from .show import save
 from .tokenizer import IMAGE
 
@@ -140,7 +141,10 @@ class Chat:
         if name in ("prune", "retention") and not rest:
             self.say_pruning("in use: ")
         else:
+            had = self.seen or self.pictures
             commands[name](rest)
+            if had and not (self.seen or self.pictures):
+                note_without_picture(self.checkpoint)
         return False
 
     def add_pictures(self, text):

@@ -360,6 +360,17 @@ def test_clear_forgets_the_conversation_and_clear_all_its_pictures_too(talk):
     assert "1 picture, 256 vision tokens" in err
 
 
+def test_the_note_about_a_missing_picture_comes_again_when_the_last_one_goes(talk):
+    add = f"/image {DEMO_PICTURE}"
+    lines = ["/clear all", add, COUNT, "/clear", "/clear all", "/clear all", add, add, "/image -", "/image -"]
+    _, _, err = talk(lines)
+    assert re.findall("new conversation, |for the next question: none|note: there is no picture", err) == [
+        "note: there is no picture", "new conversation, ",
+        "new conversation, ", "note: there is no picture", "new conversation, ",
+        "for the next question: none", "note: there is no picture",
+    ]  # fmt: skip
+
+
 def test_a_file_is_no_question_and_no_command(talk):
     """Nor are words that name a command."""
     picture = f"'{DEMO_PICTURE}'"  # as a file manager drops it
@@ -493,6 +504,8 @@ def test_each_line_of_stdin_is_a_question_of_its_own(lines):
     data = f"\ufeff{SIGN}\r\n\n  \n{COUNT}\n{SIGN}".encode()
     code, out, err = lines(data, "--prune", "random", "--retention", "0.9")
     assert (code, out) == (0, NET + FOUR + NET) and err.count("note: ") == 1
+    said = "last answer: random kept 89.8 % of the vision tokens: KV cache "
+    assert err.count(said) == err.count(" MB instead of ") == 1 and " MB" not in lines(data)[2]
     code, out, _ = lines(data, "--json")
     objects = list(map(json.loads, out.splitlines()))
     assert code == 0 and [o["text"] + "\n" for o in objects] == [NET, FOUR, NET]
