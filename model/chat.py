@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .config import InputError
 from .console import explain, fail, note, say
 from .generate import Generation
-from .image import read_image
+from .image import local_path, read_image
 from .report import note_without_picture
 from .show import save
 from .tokenizer import IMAGE
@@ -115,7 +115,7 @@ class Chat:
     def take(self, line):
         """Run a command or answer a question. Returns True if it ends the conversation."""
         text = line.strip()
-        if os.path.isfile(text.strip("'\"")):  # such as a path that was dragged into the window
+        if os.path.isfile(local_path(text.strip("'\""))):  # such as a path that was dragged into the window
             raise InputError(f"{text[:200]} is a file; add it as a picture with /image {text[:200]}")
         if text.startswith("/"):
             return self.command(text)

@@ -39,7 +39,7 @@ except ImportError:  # Windows: two runs on one file go undetected
 # in JSON: a key that stands for a picture in other formats, with a value, or a picture's file or URI as a value
 PICTURE = re.compile(
     r'"[^"]*(image|img|picture|photo|\bpics?\b)[^"]*": (?!null|false|0[,}]|""|\[\]|\{\})'
-    r'|"data:image/|\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?[^"]*)?"',
+    r'|"data:image/|[^\s"]\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?[^"]+)?"',
     re.IGNORECASE,
 )
 BLANK = b"\0\r\n\t "  # a power cut can leave NULs in place of the last lines
@@ -129,16 +129,16 @@ def _question(line, where):
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{where} is not JSON ({broken}); give one object on each line") from broken
     if not isinstance(raw, dict) or type(raw.get("question_id")) not in (str, int):
-        raise InputError(f"{where} has no question_id; give a number or a string")
+        raise InputError(f"{where} has no question_id that is a whole number or a string; add one")
     images = raw.get("image")
     images = [] if images in (None, "") else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise InputError(f"the image in {where} is neither a file name nor a list of them; fix it")
     rest = [key for key in raw if key not in ("image", "text") and PICTURE.search(json.dumps({key: raw[key]}))]
     if not images and rest:
-        raise InputError(f'{where} has {rest[0][:50]!r} and no "image"; give the picture under the key "image"')
+        raise InputError(f'{where} has {rest[0][:50]!r} and no "image"; name the picture in "image", or drop this key')
     if not isinstance(raw.get("text"), str) or not raw["text"].strip():
-        raise InputError(f"{where} has no text; add it")
+        raise InputError(f"{where} has no text, which is a string with the question; add it")
     try:
         raw["text"].encode()
     except UnicodeEncodeError as broken:  # half of a surrogate pair
@@ -175,7 +175,7 @@ def open_answers(path):
         ours = False
     if not ours:
         file.close()
-        raise InputError(f"another run is writing {path}; wait for it, or give another file")
+        raise InputError(f"another run is writing {path}, or its disk has no file locks; wait, or give another file")
     return file
 
 

@@ -302,14 +302,7 @@ def test_mistakes_are_one_line_each_and_the_conversation_goes_on(talk, tiny_fold
     assert (code, out.count("\n")) == (0, 1) and len(errors) == len(wrong) + 3 and "Traceback" not in err
     assert all(";" in line or "," in line for line in errors), errors
     places = "the question has 1 <image>, and the number of new pictures is 0; add pictures with /image PATH, or leave"
-    for words in (
-        "no command /nope",
-        "no picture at /nowhere",
-        "UTF-8",
-        "quotes",
-        "from the terminal",
-        "/clear nothing",
-    ):
+    for words in ("no command /nope", "no picture at /nowhere", "UTF-8", "quotes", "the terminal", "/clear nothing"):
         assert words in err
     assert "no picture; add" in err and places in err
 
@@ -374,10 +367,10 @@ def test_the_note_about_a_missing_picture_comes_again_when_the_last_one_goes(tal
 def test_a_file_is_no_question_and_no_command(talk):
     """Nor are words that name a command."""
     picture = f"'{DEMO_PICTURE}'"  # as a file manager drops it
-    lines = [str(DEMO_PICTURE), f" {picture} ", "quit", " help ", "exit", " /image " + picture, SIGN, "/help"]
-    code, out, err = talk(lines)
+    lines = [str(DEMO_PICTURE), f" {picture} ", DEMO_PICTURE.as_uri(), "quit", " help ", "exit"]
+    code, out, err = talk([*lines, " /image " + picture, SIGN, "/help"])
     assert (code, out) == (0, NET) and err.count("commands begin with a slash") == 3
-    assert err.count("is a file; add it as a picture with /image ") == 2 and "no command" not in err
+    assert err.count("is a file; add it as a picture with /image ") == 3 and "no command" not in err
     assert "/quit            leave" in err
 
 
