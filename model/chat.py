@@ -115,7 +115,8 @@ class Chat:
     def take(self, line):
         """Run a command or answer a question. Returns True if it ends the conversation."""
         text = line.strip()
-        if os.path.isfile(local_path(text.strip("'\""))):  # such as a path that was dragged into the window
+        path = text.strip("'\"")
+        if os.path.isfile(path if " " in path else local_path(path)):  # such as a path that was dragged into the window
             raise InputError(f"{text[:200]} is a file; add it as a picture with /image {text[:200]}")
         if text.startswith("/"):
             return self.command(text)

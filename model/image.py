@@ -258,7 +258,7 @@ def local_path(source):
     if source[:7].lower() == "file://":
         raise InputError(f"{source[:100]} names another machine; for a file of this one, write file:///FOLDER/FILE")
     if re.match(r"[a-z][a-z0-9+.-]+:/", source, re.IGNORECASE):  # at least two letters, because C:/ is a drive
-        raise InputError(f"{source[:100]} is an address, and nothing is downloaded; download it and give its path")
+        raise InputError(f"{source[:100]} is an address, and nothing is downloaded; download it and give its new path")
     if source.startswith("~") and not os.path.exists(source):
         return os.path.expanduser(source)
     return source

@@ -368,8 +368,9 @@ def test_a_file_is_no_question_and_no_command(talk):
     """Nor are words that name a command."""
     picture = f"'{DEMO_PICTURE}'"  # as a file manager drops it
     lines = [str(DEMO_PICTURE), f" {picture} ", DEMO_PICTURE.as_uri(), "quit", " help ", "exit"]
-    code, out, err = talk([*lines, " /image " + picture, SIGN, "/help"])
-    assert (code, out) == (0, NET) and err.count("commands begin with a slash") == 3
+    code, out, err = talk([*lines, " /image " + picture, SIGN, "/help", "http://x.y", "http://x.y or z?"])
+    assert code == 0 and out.startswith(NET) and err.count("commands begin with a slash") == 3
+    assert out.count("\n") == 2 and err.count("nothing is downloaded") == 1
     assert err.count("is a file; add it as a picture with /image ") == 3 and "no command" not in err
     assert "/quit            leave" in err
 
