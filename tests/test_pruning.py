@@ -243,7 +243,7 @@ def refused(*arguments, **options):
 
 
 LISTED = "own.py::NAME (it has first, keep, placed, anything, no_view, grouped, Short, New, Neither, Called, Former, "
-FIELD = "no setting '{0}', only a class attribute; write @dataclass(frozen=True) above the class and {0}: TYPE = DEFAULT"
+FIELD = "no setting '{0}', only a class attribute; write @dataclass(frozen=True) above the class and {0}: TYPE"
 BAD = [  # SPEC, or several arguments of make_method; words of the error
     ("plphd", "there is no method 'plphd'; did you mean plphp? use none, plphp, "),
     ("nope", "there is no method 'nope'; use none, "),

@@ -204,8 +204,7 @@ def titled(name):
 
 
 def _what(rule, wrong):
-    """ "TYPE in line N: WORDS" of an exception. N is the last line of the rule's file that the exception passed
-    through; without such a line, "TYPE: WORDS"."""
+    """ "TYPE in line N: WORDS" of an exception; N is the last line of the rule's file that it passed through."""
     functions = [inspect.unwrap(getattr(stage, "func", stage)) for stage in stages(rule).values()]
     files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
     steps = traceback.walk_tb(wrong.__traceback__)
