@@ -294,6 +294,7 @@ def test_methods_of_the_pages_drop_vision_tokens(block):
     generation = Generation(load(DEMO), "How many objects are there?", [ROOT / "assets" / "demo.png"], prune=method)
     "".join(generation)
     assert 0.05 < generation.retention < 0.8
+    assert generation.wanted is None or abs(generation.retention - generation.wanted) < 0.01
 
 
 def test_the_names_that_are_reserved_are_listed():
