@@ -180,6 +180,7 @@ class Method:
             return None
         found, wanted = type(keep).__name__, f"torch.bool {shape} on {view.device}"
         if isinstance(keep, torch.Tensor):
+            keep = keep if keep.is_meta else keep.to(view.device)
             found = f"{keep.dtype} {tuple(keep.shape)} on {keep.device}"
         if found != wanted:
             raise ValueError(f"{titled(self.name)} returned {found} in layer {view.layer}; return {wanted}")
