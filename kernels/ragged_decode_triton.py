@@ -217,8 +217,11 @@ def append_kernel(
     tl.store(k + free, key, fits)
     tl.store(v + free, value, fits)
     score = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
-    m = tl.where(mine, score, float("-inf"))  # -inf: the first tile cancels l and acc
-    l, acc = tl.full([M], 1.0, tl.float32), tl.zeros([M, DP], tl.float32) + value.to(tl.float32)[None, :]
+    m = tl.where(mine, score, float("-inf"))  # -inf: the first tile cancels l
+    l = tl.full([M], 1.0, tl.float32)
+    acc = (
+        tl.zeros([M, DP], tl.float32) + tl.where(mine, value.to(tl.float32), 0.0)[None, :]
+    )  # 0, because 0 * inf is NaN
     # stream K and V
     if UP:
         rows = rows.to(tl.float32)

@@ -28,7 +28,7 @@ class RaggedCache:
     k, v       L arenas (N, D) each
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens
-    written    (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
+    len_before (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
     pos        (B,) int64: position of the next token of each sequence
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
     room       tokens that still fit into every segment; a number on the host
@@ -39,7 +39,7 @@ class RaggedCache:
     def __init__(self, num_layers, slack=64, backend="auto"):
         self.slack, self.backend = max(1, slack), backend
         self.k, self.v = [None] * num_layers, [None] * num_layers
-        self.kv_start = self.kv_len = self.kv_cap = self.slots = self.written = self.pos = None
+        self.kv_start = self.kv_len = self.kv_cap = self.slots = self.len_before = self.pos = None
         self.room, self.fused, self.version = self.slack, False, 0
         self._plans = None
 
@@ -91,7 +91,7 @@ class RaggedCache:
         self.make_room(tokens)
         new = torch.arange(tokens, device=self.kv_len.device)
         self.slots = ((self.kv_start + self.kv_len)[..., None] + new).flatten(1).unbind()  # of all layers at once
-        self.written = self.kv_len.clone()  # nothing below allocates
+        self.len_before = self.kv_len.clone()  # nothing below allocates
         self.room -= tokens
         self.kv_len.add_(tokens)
         self.pos.add_(tokens)
@@ -102,15 +102,10 @@ class RaggedCache:
             self.repack(max(self._larger_slack(), tokens))
 
     def _larger_slack(self):
-        """Free slots per segment after a repack: half of the mean length, so that repacking becomes rare.
-
-        After pruning, at most the mean number of dropped tokens, so that less memory is reserved than without
-        pruning. Never fewer than `slack`, nor than the smaller of 64 and twice `slack`.
-        """
-        length, position = float(self.kv_len.float().mean()), float(self.pos.float().mean())
-        dropped = position - length
-        wanted = length / 2 if dropped < 1 else min(length / 2, dropped)
-        return max(int(wanted), self.slack, min(64, 2 * self.slack))
+        """Free slots per segment after a repack: half of the mean position, so that repacking becomes rare. It counts
+        dropped tokens too, so a pruned cache repacks at the same steps as an unpruned one and always reserves less.
+        Never fewer than `slack`, nor than the smaller of 64 and twice `slack`."""
+        return max(int(self.pos.float().mean() / 2), self.slack, min(64, 2 * self.slack))
 
     @contextmanager
     def reserving(self, tokens):
@@ -162,7 +157,7 @@ class RaggedCache:
             return self.attend(layer, q.contiguous())
         plan = self.plan(layer)
         return ragged_decode_append(
-            q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.written[layer], plan.kv_cap,
+            q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.len_before[layer], plan.kv_cap,
             plan=plan, backend=self.backend, rope=rope,
         )  # fmt: skip
 

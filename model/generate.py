@@ -196,8 +196,8 @@ class Generation(Prompt):
         cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.backend)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
         pruning = self.prune and Pruning(
-            self.prune, layers, self.spans, self.places, lambda: self.contrast, lookahead.rows if lookahead else 0,
-            self.backend, self.timed, self.remember,
+            self.prune, layers, self.spans, self.places, lambda: self.contrast,
+            ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
         )  # fmt: skip
         hidden = language.prefill(x[None], cache, prune=pruning, lookahead=lookahead)
         text = len(x) - self.vision_tokens  # tokens that every head keeps

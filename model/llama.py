@@ -94,7 +94,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.project(x, rope)  # (B, T, H, D)
             cache.append(layer, k, v)
-            earlier = cache.attend(layer, q.contiguous(), cache.written[layer], return_lse=True)
+            earlier = cache.attend(layer, q.contiguous(), cache.len_before[layer], return_lse=True)
             y, _ = merge_states(*earlier, *causal_attention(q, k, v))
         return self.o_proj(y.flatten(-2))
 
@@ -198,12 +198,12 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
         for i, layer in enumerate(self.model.layers):
             x, q, k, v = layer.prefill(x, rope, mask, lookahead and lookahead.layers[i])
-            keep, rows = (None, None) if prune is None else prune(i, q, k, v)
+            keep, go_on = (None, None) if prune is None else prune(i, q, k, v)
             if cache is not None:
                 cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
-            if rows is not None:  # look-ahead rows stay too, and all keep their positions
-                stay = torch.cat((rows, torch.arange(tokens, x.shape[1], device=x.device)))
-                x, rope, tokens = x[:, stay], tuple(t[..., stay, :, :] for t in rope), len(rows)
+            if go_on is not None:  # look-ahead rows stay too, and all keep their positions
+                stay = torch.cat((go_on, torch.arange(tokens, x.shape[1], device=x.device)))
+                x, rope, tokens = x[:, stay], tuple(t[..., stay, :, :] for t in rope), len(go_on)
             del q, k, v  # free them before the next layer allocates its own
         return self.model.norm(x[:, :tokens])
 

@@ -12,8 +12,8 @@ from .image import cells
 
 
 class View:
-    """One layer of a prompt. Attention is computed when a method first asks for it, then cached. The other tensors are
-    copies, so that a method may write into them without changing the model.
+    """One layer of a prompt. Attention is computed when a method first asks for it, then cached. All tensors are
+    copies: a method may write into them without changing the model or a later measurement.
 
     layer, num_layers   index of the layer, from 0; L
     q_heads, kv_heads   Hq, Hkv
@@ -64,8 +64,12 @@ class View:
         """(Hq, T) fp32: attention of each query head to each token, averaged over the rows of `queries(rows)`.
 
         query: "lookahead" for the look-ahead rows instead (`model.lookahead`); only for a method whose setting `query`
-        has this value. ValueError if they were not computed.
+        has this value. ValueError if they were not computed, and for other values.
         """
+        if query not in ("last", "lookahead") or type(rows) is not int or rows < 1:
+            raise ValueError(
+                f'attention(rows={rows!r}, query={query!r}); give rows of 1 or more, "last" or "lookahead"'
+            )
         ahead = query == "lookahead"
         if ahead and not self._ahead:
             raise ValueError('there are no look-ahead rows; the method needs a setting query="lookahead"')
@@ -74,7 +78,7 @@ class View:
         if asked not in self._attention:
             scores = window_scores(q, k, group="none", backend=self._backend)
             self._attention[asked] = scores[:, : self.tokens]  # without the attention to look-ahead rows
-        return self._attention[asked]
+        return self._attention[asked].clone()
 
     def value_norms(self):
         """(Hkv, T) fp32: the L1 norm of each token's value vector."""

@@ -194,6 +194,16 @@ class Broken(Open):
     def __init__(self):
         super().__init__(0)
 opened = Open(7)
+
+
+@dataclass(frozen=True)
+class Typed:
+    part: int | None = None
+    flag: bool | None = None
+    rates: "list[float] | float" = 0.5
+
+    def keep(self, view):
+        pass
 '''
 
 
@@ -303,6 +313,9 @@ BAD = [  # SPEC, or several arguments of make_method; words of the error
     ("own.py::Open:part=1", "takes part=3, **more, but settings are listed, checked and passed by name; write __"),
     ("own.py::Broken", "method own.py::Broken cannot be created (ZeroDivisionError in line 84: "),
     *((f"own.py::{at}=1", FIELD.format(at.split(":")[1])) for at in ("Plain:share", "Plain:typed", "Untyped:step")),
+    ("own.py::Typed:part=abc", "part of method own.py::Typed is 'abc'; give a whole number or null"),
+    *((f"own.py::Typed:part={part}", "give a whole number or null") for part in ("7.9", "true", "[1]")),
+    ("own.py::Typed:flag=maybe", "flag of method own.py::Typed is 'maybe'; give true or false or null"),
     ("own.py::Plain:keep=1", "has no setting 'keep'; it has sink"),
     ("own.py::no_view", "no_view takes window"),
     ("own.py::Neither", "method own.py::Neither has no keep(self, view) or narrow(self, view)"),

@@ -39,7 +39,7 @@ def imported(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield (node.module or "").split(".")[0] if node.level == 0 else f".{node.module or ''}"
+            yield (node.module or "").split(".")[0] if node.level == 0 else "." * node.level + (node.module or "")
 
 
 ONE_ANSWER = (
@@ -61,8 +61,8 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 1610 and counted["product"] <= 8510 and counted["tools"] <= 8260
-    assert counted["tests"] <= 16450
+    assert counted["one answer"] <= 1610 and counted["product"] <= 8540 and counted["tools"] <= 8260
+    assert counted["tests"] <= 16510
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
         assert words.format(f"{round(counted[what], -2):,}") in said, f"{what}: {counted[what]}"
@@ -79,6 +79,8 @@ def test_files_import_only_what_the_design_allows(path):
         assert not any(name.startswith(".pruning") for name in names)
     foreign = {name for name in names if not name.startswith(".")} - STDLIB
     assert foreign <= ALLOWED.get(folder, foreign)
+    assert not any(name.startswith("..") for name in names)  # out of the folder
+    assert ".fast" not in names or path == ROOT / "model" / "checkpoint.py"
 
 
 def test_flags_are_written_out():

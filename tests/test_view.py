@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kernels import window_scores
 from model import Generation, load
+from model import view as views
 from model.image import ImageSettings, contrast_of, kept_of_tiles, normalise, places_of, to_tiles
 from model.pruning import Method, make_method
 from model.view import Pruning, View
@@ -139,6 +141,7 @@ def test_what_a_method_writes_into_its_view_does_not_reach_the_model():
         mine = [view.keys, view.values, view.queries(), view.value_norms(), *view.places, *view.contrast()]
         for tensor in (*mine, view.attention()):
             tensor.zero_()
+        assert view.attention().sum(1).allclose(torch.ones(1))  # a later measurement is not changed
         return view.text.logical_not_().expand(view.kv_heads, -1)  # drops the text
 
     pruning = Pruning(make_method(writes), 2, [(2, 6)], places, lambda: contrast, backend="torch")
@@ -148,8 +151,11 @@ def test_what_a_method_writes_into_its_view_does_not_reach_the_model():
     assert all(map(torch.equal, (q, k, v), before)) and places[0].all() and contrast[0].sum() == 6
 
 
-def test_attention_is_measured_once_per_layer_and_query():
+def test_attention_is_measured_once_per_layer_and_query(monkeypatch):
     """Against a softmax in float64; the rows stop after the last picture, and look-ahead rows see each other."""
+    measured = []
+    counted = lambda *given, **how: measured.append(given) or window_scores(*given, **how)  # noqa: E731
+    monkeypatch.setattr(views, "window_scores", counted)
     q, k, v = torch.randn(3, 1, 4, 12, 8, generator=torch_random(0))
     k, v = k[:, :2], v[:, :2]
     view = View(0, 3, q, k, v, [(1, 4), (5, 7)], ahead=2, backend="torch")
@@ -157,12 +163,14 @@ def test_attention_is_measured_once_per_layer_and_query():
     weights = weights.masked_fill(torch.ones(12, 12).triu(1).bool(), float("-inf")).softmax(-1)[..., :10]
     for asked, rows in (((), [9]), ((2,), [8, 9]), ((99,), [7, 8, 9]), ((1, "lookahead"), [10, 11])):
         torch.testing.assert_close(view.attention(*asked).double(), weights[:, rows].mean(1), rtol=1e-5, atol=1e-6)
-        assert view.attention(*asked) is view.attention(*asked)
-    assert view.attention(3) is view.attention(99)
+    assert view.attention(3).equal(view.attention(99)) and len(measured) == 4
     assert view.queries(2).equal(q[0, :, 8:10]) and view.keys.equal(k[0, :, :10]) and view.tokens == 10
     torch.testing.assert_close(view.value_norms(), v[0, :, :10].abs().sum(-1))
     with pytest.raises(ValueError, match='setting query="lookahead"'):
         View(0, 3, q, k, v, [(1, 4)]).attention(query="lookahead")
+    for wrong in ({"query": "look-ahead"}, {"rows": 0}, {"rows": True}, {"rows": 1.5}):
+        with pytest.raises(ValueError, match="give rows of 1 or more"):
+            view.attention(**wrong)
 
 
 # ---------------------------------------------------------------- grid, objects

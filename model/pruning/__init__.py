@@ -1,9 +1,10 @@
 """The pruning methods, and how to name one.
 
 A method is one small file here and one row of METHODS: a function keep(view, *, SETTING=DEFAULT, ...), or a frozen
-dataclass whose fields are its settings (`__post_init__` may raise a ValueError). A value has the type of its default.
-The docstring begins with one sentence and has a line `name: meaning (range)` for each setting that is not in COMMON;
-`run.py --list-methods` prints them. A class implements one or both of these stages, a function the first:
+dataclass whose fields are its settings (`__post_init__` may raise a ValueError). A value must have the annotated type,
+or that of the default. The docstring begins with one sentence and has a line `name: meaning (range)` for each setting
+that is not in COMMON; `run.py --list-methods` prints them. A class implements one or both of these stages, a function
+the first:
 
     keep(view)     after a layer's attention: the tokens whose K and V each KV head keeps, (Hkv, T) bool, or None for
                    all. Hidden states do not change
@@ -22,11 +23,12 @@ import inspect
 import json
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from types import NoneType, UnionType
+from typing import Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -78,7 +80,10 @@ FRACTION = "a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v 
 SOME = "a number above 0 and up to 1", lambda v: FRACTION[1](v) and v > 0
 ONE = "a whole number of 1 or more", lambda v: COUNT[1](v) and v > 0
 SWITCH = "true or false", lambda v: type(v) is bool
-KINDS = {int: "a whole number", float: "a number", bool: SWITCH[0], str: "text"}  # for settings that are not in COMMON
+KINDS = {  # for settings that are not in COMMON
+    int: "a whole number", float: "a number", bool: SWITCH[0], str: "text", list: "a list", dict: "an object",
+    NoneType: "null",
+}  # fmt: skip
 
 # Settings with the same meaning in every method that has them: meaning, values
 COMMON = {
@@ -242,7 +247,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         return rule
     else:  # an instance of a class
         own = {key: getattr(rule, key) for key in inspect.signature(type(rule)).parameters if hasattr(rule, key)}
-        settings = GUARDS | {key: _checked(name, key, value, value) for key, value in own.items()}
+        settings = GUARDS | {key: _checked(name, key, value, value, None) for key, value in own.items()}
     _check_stages(name, rule)
     return Method(name, rule, settings)
 
@@ -473,20 +478,35 @@ def _complete(name, rule, given):
                 what += ", only a class attribute"
                 cure = f"write @dataclass(frozen=True) above the class and {key}: TYPE = DEFAULT in it"
             raise ValueError(f"{what}; {cure}")
-    return {key: _checked(name, key, value, defaults[key]) for key, value in (defaults | given).items()}
+    kinds = kinds_of(rule, defaults)
+    return {key: _checked(name, key, value, defaults[key], kinds[key]) for key, value in (defaults | given).items()}
 
 
-def _checked(name, key, value, default):
-    """value in the type of the default. ValueError if it is missing, of another type or outside the range in COMMON.
+def kinds_of(rule, defaults):
+    """{setting: types that it takes, None for any}: those of its annotation, else that of its default."""
+    try:
+        hints = get_type_hints(rule if is_dataclass(rule) or not isinstance(rule, type) else rule.__init__)
+    except Exception:  # an annotation that names something unknown
+        hints = {}
+    known = {
+        key: None if value in (None, inspect.Parameter.empty) else (type(value),) for key, value in defaults.items()
+    }
+    for key, hint in hints.items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        types = tuple(get_origin(part) or part for part in parts)
+        known[key] = types if set(types) <= set(KINDS) else None
+    return known
 
-    A setting with no default, or with default None, takes any type, unless it is in COMMON.
-    """
+
+def _checked(name, key, value, default, kinds):
+    """value, as a float if it is an integer and `kinds` has float. ValueError if it is missing, of another type than
+    `kinds`, or outside the range in COMMON. kinds: types, or None for any."""
     if value is inspect.Parameter.empty:
         raise ValueError(f"method {name} needs {key}; give the setting {key}=VALUE")
-    if type(default) is float and type(value) is int:
+    if kinds and type(value) is int and float in kinds and int not in kinds:
         value = float(value)
-    wanted = KINDS.get(type(default), f"a {type(default).__name__}")
-    fine = type(value) is type(default) or (key not in COMMON and default in (None, inspect.Parameter.empty))
+    wanted = " or ".join(KINDS.get(kind, f"a {kind.__name__}") for kind in kinds or ())
+    fine = kinds is None or type(value) in kinds or value is default
     if key in COMMON and not (value is None and default is None):
         _, wanted, fits = COMMON[key]
         fine = fits(value)
