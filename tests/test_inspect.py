@@ -41,14 +41,14 @@ def test_the_step_in_one_launch_passes_on_its_own():
 
 
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
-WARPS = "G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps="  # of append_kernel
+TILE = "G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **"  # of append_kernel
 FAULTS = {  # gate that must fail: changes to the source
     ("barrier", "int64"): {
         "        tl.debug_barrier()": "        pass",
         WIDE: "at = slot[:, None] * D + col[None, :]",
     },
     ("stack", "int64"): {
-        WARPS + "4": WARPS + "1",  # needs too many registers
+        TILE + "tile": TILE + '(tile | {"num_warps": 1})',  # needs too many registers
         WIDE: "at = (slot[:, None] * D).to(tl.int64) + col[None, :]",  # widened too late
     },
 }
