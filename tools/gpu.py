@@ -90,6 +90,7 @@ def gpu(args):
             raise InputError("no GPU is available; run this on a machine with one, or add --rehearse")
     out = Path(args.out or ROOT / "out" / ("rehearsal" if args.rehearse else "gpu")).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    page = out / "report.md"
     for number, name in enumerate(names, 1):
         what = f"{number} of {len(names)}: {name}, {STAGES[name].what}"
         if passed(name, out, args.rehearse) and not args.again:
@@ -98,8 +99,9 @@ def gpu(args):
         say(f"{what}, at most {STAGES[name].seconds} s")
         if code := run(name, STAGES[name], out, args.rehearse):
             say(f"  {'time limit' if code == 124 else f'exit code {code}'}; see {out / name}.log")
-    (out / "report.md").write_text(report(out, known), encoding="utf-8")
-    say(f"report: {out / 'report.md'}")
+        page.write_text(report(out, known), encoding="utf-8")  # now, because a GPU may be taken away
+    page.write_text(report(out, known), encoding="utf-8")
+    say(f"report: {page}")
     return 0 if all(passed(name, out, args.rehearse) for name in names) else 1
 
 

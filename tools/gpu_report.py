@@ -32,7 +32,7 @@ def report(out, names):
         table(("workload", "method", "ms per token", "share of the roofline", "by pruning (by bytes)", f"over {SDPA}",
                "first token"), whole(answers)),
         "## Tiles chosen by `--tune`",
-        table(("architecture", "case", "instead of the formula's"), choices(tuned)),
+        table(("architecture", "case", "instead of the formula's"), [*choices(tuned)]),
         f"## Targets\n\nFrom {'tuned-kernels' if after else 'kernels'}.json; the worst of the cases counts.",
         table(("target", "limit", "worst", ""), [target(*t) for t in targets(rows, answers, tests["tests"])]),
         "## Failures",
