@@ -14,7 +14,6 @@ Exit codes: 0 all stages that were asked for have passed; 1 one failed; 2 wrong 
 """
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.command import as_command, exit_code, flags, one_of, say, write_json  # noqa: E402
+from tools.gpu_report import content, report  # noqa: E402
 from tools.gpu_stages import STAGES, commands  # noqa: E402
 
 
@@ -65,14 +65,12 @@ def finished(words, log, environment, seconds):
 
 
 def passed(name, out, rehearse):
-    path = out / f"{name}.status.json"
-    status = json.loads(path.read_text()) if path.exists() else {}
+    status = content(out / f"{name}.status.json")
     return status.get("code") == 0 and status.get("rehearsal") == rehearse
 
 
 def gpu(args):
     from model import InputError  # imports torch; -h must not wait for that
-    from tools.gpu_report import report
 
     known = [name for name, stage in STAGES.items() if commands(stage, "OUT", args.rehearse)]
     if args.list:

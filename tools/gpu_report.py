@@ -42,10 +42,10 @@ def report(out, names):
 
 
 def content(path):
-    """A JSON file; {} if its stage was stopped while it wrote."""
+    """A JSON file; {} if there is none, or if its stage was stopped while it wrote."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return {}
 
 
