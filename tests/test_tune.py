@@ -12,7 +12,7 @@ from tests.paths import ROOT
 from tools import bench_kernels, harness, problems, tune
 
 CUDA = torch.cuda.is_available()
-TINY = ["--tune", "--shapes", "demo", "--mbytes", "0.01", "0.02", "--rounds", "2", "--copies", "1", "--device", "cpu"]
+TINY = ["--tune", "--shapes", "demo", "--mbytes", "0.01", "0.05", "--rounds", "2", "--copies", "1", "--device", "cpu"]
 NAME = "DP 32, M 16, 4 bytes"  # the entry of the demo in fp32
 
 
