@@ -155,7 +155,7 @@ def problem(layer, tiles, setting):
         mask = torch.arange(longest + 1, device=setting.device) <= length[:, None]
         where = problems.places(arenas, start.long() + length, new)
         check = problems.attention_check((q, *padded, mask.view(b, hkv, 1, -1)), where)
-        given = q, *new, *arenas, start, length, decode_plan(start, cap), d**-0.5
+        given = q, *new, *arenas, length, decode_plan(start, cap), d**-0.5
         for name, tile in tiles.items():
             case.add(name, partial(step, *given, tile=tile), check)
     return case
@@ -173,8 +173,8 @@ def in_two_launches(layer, tile, setting):
 
     def call(given):
         step(*given, tile=tile)
-        q, _, _, k, v, start, length, plan, scale = given
-        return attend(q[:, None], k, v, start, length + 1, plan, scale, tile=tile)[0][:, 0]
+        q, _, _, k, v, length, plan, scale = given
+        return attend(q[:, None], k, v, length + 1, plan, scale, tile=tile)[0][:, 0]
 
     case = problem(layer, {"step": tile}, replace(setting, copies=1))
     (check,), (run,) = case.checks["step"], case.calls["step"]
