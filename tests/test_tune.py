@@ -147,6 +147,26 @@ def test_a_wrong_tile_is_not_timed(tmp_path, clock, monkeypatch):
     assert table["cpu"]["tiles"] == {} and [row["why"] for row in rows if not row["right"]][0].startswith("in two")
 
 
+@needs_interpreter
+def test_tiles_without_room_are_skipped_and_a_formula_that_fails_ends_it(tmp_path, clock, monkeypatch, capsys):
+    step = tune.step
+
+    def cramped(*given, tile):
+        if tile["BN"] in full:
+            raise type("OutOfResources", (Exception,), {})("shared memory, Required: 300000")
+        return step(*given, tile=tile)
+
+    monkeypatch.setattr(tune, "step", cramped)
+    clock({64: 1.0, 32: 0.9, 16: 0.8})
+    full = {16}
+    table, rows = tuned(tmp_path)
+    assert table["cpu"]["tiles"] == {NAME: {"BN": 32}} and [row["right"] for row in rows] == [True, None, True]
+    assert "not timed: OutOfResources: shared memory" in capsys.readouterr().out
+    full = {64}
+    assert bench_kernels.main([*TINY, "--out", str(tmp_path / "t.json")]) == 2
+    assert "error: the formula's tile fails (OutOfResources: " in capsys.readouterr().err
+
+
 (ARGS,) = bench_kernels.parsed(TINY)
 LAYERS, SETTING = (ARGS, 4), problems.Setting(torch.float32, torch.device("cpu"), {}, 1, 1)
 

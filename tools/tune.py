@@ -44,7 +44,7 @@ def tune(args, argv, device, dtype):
     if wrong := unwritable(args.json, target):
         raise InputError(wrong)
     about = harness.about_run("bench_kernels", argv, device, str(dtype), args.rounds)
-    about["arch"] = arch = architecture(torch.empty(0, device=device).device)  # with its index
+    about["arch"] = arch = architecture(device)
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     setting, entries = problems.Setting(dtype, device, {}, args.rounds, args.copies), {}
     for layer in problems.layers(args, dtype.itemsize):
@@ -87,27 +87,14 @@ def compare(name, tiles, layers, setting):
     times = {tile: [] for tile in tiles}  # seconds per layer and round
     for number, layer in enumerate(layers):
         say(f"{name}: {layer.name}, {len(times)} candidates")
-        case = problem(layer, {tile: tiles[tile] for tile in times}, setting)
-        verdicts, runs = {tile: judge(checks[:4]) for tile, checks in case.checks.items()}, {}
-        wanted = case.calls[formula][0]() if verdicts[formula][0] is None else None
-        for tile, (why, error) in verdicts.items():
-            row = rows[tile]
-            row |= {"right": why is None, "why": why, "max_error": max(error or 0, row.get("max_error", 0))}
-            if why is None:
-                row["bits"] &= wanted is not None and torch.equal(case.calls[tile][0](), wanted)
-                runs[tile], _ = harness.timer(case.calls[tile], setting.device)
-        measured, broken = harness.take_turns(runs, 1 + setting.rounds)
-        for tile, why in broken.items():
-            rows[tile] |= {"right": False, "why": harness.said(why)}
-        times = {tile: [*times[tile], measured[tile][1:]] for tile in runs if tile not in broken}  # the first warms up
-        for tile in times:
-            rows[tile] |= {f"us {number}": 1e6 * statistics.median(times[tile][-1])}
-        del case, runs
+        found = timed({tile: tiles[tile] for tile in times}, layer, rows, setting)
+        if formula not in found:
+            why = rows[formula]["why"]
+            raise InputError(f"the formula's tile fails ({why}); run bench_kernels.py without --tune first")
+        times = {tile: [*times[tile], rounds] for tile, rounds in found.items()}
+        for tile, rounds in found.items():
+            rows[tile][f"us {number}"] = 1e6 * statistics.median(rounds)
         gc.collect()  # graphs and buffers, before the next layer's
-    if formula not in times:
-        raise InputError(
-            f"the formula's tile fails ({rows[formula]['why']}); run bench_kernels.py without --tune first"
-        )
     for tile, found in times.items():
         rows[tile] |= dict(zip(("speed", "first", "second"), speeds(found, times[formula]), strict=True))
     best = winner({tile: (row["speed"], row["first"], row["second"]) for tile, row in rows.items() if row["right"]})
@@ -125,6 +112,28 @@ def compare(name, tiles, layers, setting):
     sizes = "; ".join(f"{number + 1}: {layer.name}" for number, layer in enumerate(layers))
     print(f"\n{name} ({sizes})", *harness.table(list(rows.values()), {"tile": 26}, shown, notes), sep="\n", flush=True)
     return best or formula, list(rows.values())
+
+
+def timed(tiles, layer, rows, setting):
+    """{tile: seconds of each round} of the tiles that are right on a layer; adds to `rows` what was found."""
+    case, runs, failed = problem(layer, tiles, setting), {}, {}
+    verdicts = {tile: judge(checks[:4]) for tile, checks in case.checks.items()}
+    formula, *_ = tiles
+    for tile, (why, error) in verdicts.items():
+        row = rows[tile]
+        if why:
+            row |= {"right": None if "OutOfResources" in why else False, "why": why}  # too little shared memory
+            continue
+        same = verdicts[formula][0] is None and torch.equal(case.calls[tile][0](), case.calls[formula][0]())
+        row |= {"bits": row["bits"] and same, "max_error": max(error, row.get("max_error", 0))}
+        try:
+            runs[tile], _ = harness.timer(case.calls[tile], setting.device)
+        except Exception as broken:  # CUDA, Triton and ptxas have no common exception class
+            failed[tile] = broken
+    measured, late = harness.take_turns(runs, 1 + setting.rounds)
+    for tile, broken in (failed | late).items():
+        rows[tile] |= {"right": False, "why": harness.said(broken)}
+    return {tile: rounds[1:] for tile, rounds in measured.items() if tile not in late}  # the first warms up
 
 
 def speeds(times, formula):
