@@ -7,8 +7,8 @@
 
 A stage runs other commands of this repository and writes, under --out, their output (STAGE.log), their JSON files and
 how it ended (STAGE.status.json). A stage that fails or reaches its time limit does not stop the next. Run again, the
-command skips stages that passed; folders of several machines or loans may be copied together. `tuned` copies the table
-that `tune` wrote to kernels/tuned.json, which later runs then use. Needs no network and installs nothing.
+command skips stages that passed; files of several loans of one kind of GPU may be copied together. `tuned` copies the
+table that `tune` wrote to kernels/tuned.json, which later runs then use. Needs no network and installs nothing.
 
 Exit codes: 0 all stages that were asked for have passed; 1 one failed; 2 wrong arguments, or no GPU; 130 Ctrl-C.
 """

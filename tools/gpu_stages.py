@@ -59,7 +59,7 @@ STAGES = {  # the most informative first, because a GPU may be taken away
     "pictures": Stage(
         "the same with many pictures", 520,
         f"{SEVEN} --workloads tiles eight-images long --json OUT/pictures.json",
-        f"{TINY} --workloads 1x24,24,24+8 --prune none plphp:dr=0@0.5 --engines ours --json OUT/pictures.json",
+        f"{TINY} --workloads 1x24,24,24+8 --prune none --engines ours --json OUT/pictures.json",
     ),
     "model": Stage(
         "the model's tests on this device", 500,
