@@ -18,7 +18,7 @@ which programs start and finish.
 Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result if a segment has several. 2 * G FLOP per
 element of K and V. Memory-bound above about 30 MB; below, limited by launches and latency.
 Exponentials are to base 2 (one instruction); scale includes log2(e). The specification is `ragged_decode_ref`.
-M, DP, BN, BS: see `tiles`. heads: Hkv. times: T. UP: convert 16-bit inputs to fp32, as the interpreter needs it.
+M, DP, BN, BS: see tiles.py. heads: Hkv. times: T. UP: convert 16-bit inputs to fp32, as the interpreter needs it.
 """
 
 import torch
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .backend import interpreted
+from .tiles import architecture, chosen
 
 LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
@@ -243,41 +244,19 @@ def append_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def tiles(rows, d, itemsize):
-    """Tile sizes for T * G rows of D channels: M rows, DP channels, BN slots, BS log-sum-exps.
-
-    M is a power of two, below 16 only if DP is 64 or 128: there AMD's matrix units need only 4 rows, for other DP 16.
-    NVIDIA's compiler accepts any M. A K tile (BN x DP) takes up to 16 KB; BN is 16 to 128, at most 64 if M > 16.
-    In fp32 M is at most 16 and a K tile takes 8 KB, 16 KB if DP is 256. This fits registers and shared memory together
-    with the prefetched tiles (tools/inspect_kernels.py).
-    """
-    dp = max(16, triton.next_power_of_2(d))
-    m = min(max(triton.next_power_of_2(rows), 1 if dp in (64, 128) else 16), 64 if itemsize == 2 else 16, 4096 // dp)
-    bn = 2**13 // dp if itemsize == 2 else 2**11 // dp
-    return {"M": m, "DP": dp, "BN": max(16, min(128 if m <= 16 else 64, bn)), "BS": max(16, min(64, 1024 // m))}
-
-
-def stages(device):
-    """Pipeline stages (tiles of K and V in flight): three if a multiprocessor has 200 KB of shared memory, like an H100
-    (K and V in 16 bits take 67 KB), else two."""
-    if device.type != "cuda" or torch.version.hip:
-        return 2
-    return 3 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 << 10 else 2
-
-
-def attend(q, k, v, kv_len, plan, scale):
-    """q (B, T, Hq, D) over arenas k, v -> out like q, lse (B, T, Hq) fp32, natural log."""
+def attend(q, k, v, kv_len, plan, scale, tile=None):
+    """q (B, T, Hq, D) over arenas k, v -> out like q, lse (B, T, Hq) fp32, natural log. tile: default `chosen`."""
     b, times, hq, d = q.shape
     rows = times * hq * b // plan.segments
     (work, firsts, sizes), (part, part_lse) = plan.items, plan.scratch(rows, d)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    tile = tiles(rows, d, q.element_size())
+    tile = dict(tile or chosen(rows, d, q.element_size(), architecture(q.device)))
     bs, row_tiles = tile.pop("BS"), triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         split_kernel[len(work), row_tiles](
             q, k, v, kv_len, work, part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // b, times,
-            G=rows // times, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
+            G=rows // times, D=d, UP=interpreted(), **tile,
         )  # fmt: skip
         merge_kernel[plan.segments, row_tiles](
             kv_len, firsts, sizes, part, part_lse, out, lse,
@@ -287,7 +266,7 @@ def attend(q, k, v, kv_len, plan, scale):
     return out, lse
 
 
-def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None):
+def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None, tile=None):
     """q (B, Hq, D), k_new and v_new (B, Hkv, D), each sequence contiguous: store the new token at kv_len and attend ->
     out like q, lse (B, Hq) fp32. rope: cos and sin (B, 1, D), contiguous, rotate q and k_new first; or None."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
@@ -295,13 +274,13 @@ def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None):
     cos, sin = (q, q) if rope is None else rope
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # without the gaps that q may have
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    tile = tiles(rows, d, q.element_size())
+    tile = tile or chosen(rows, d, q.element_size(), architecture(q.device))
     row_tiles = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         append_kernel[len(work), row_tiles](
             q, k_new, v_new, cos, sin, k, v, kv_len,
             work, plan.tickets(row_tiles), part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // len(q), q.stride(0), k_new.stride(0), v_new.stride(0),
-            G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
+            G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile,
         )  # fmt: skip
     return out, lse

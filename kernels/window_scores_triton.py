@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from .backend import head_and_token_strides, interpreted
-from .ragged_decode_triton import LOG2_E, tiles
+from .ragged_decode_triton import LOG2_E
+from .tiles import tiles
 
 
 @triton.jit

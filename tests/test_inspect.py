@@ -34,6 +34,14 @@ def test_what_ships_passes_its_gates_on_every_architecture(tmp_path, pytestconfi
     assert {(row["kernel"], row["arch"]) for row in rows} == {(kernel, arch) for kernel in KERNELS for arch in archs}
 
 
+@pytest.mark.thorough
+@pytest.mark.skipif(not os.path.isdir(os.environ.get("TRITON_36", "")), reason="make test-all installs triton 3.6")
+def test_triton_3_6_compiles_them_too(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.environ["TRITON_36"])
+    done = tool("--arch", "sm_90")
+    assert done.returncode == 0 and "with triton 3.6.0: none failed" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_step_in_one_launch_passes_on_its_own():
     """Fast enough for tests/mutants.py."""
     done = tool("--arch", "sm_90", "--kernel", "append_kernel")
@@ -41,14 +49,14 @@ def test_the_step_in_one_launch_passes_on_its_own():
 
 
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
-WARPS = "G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps="  # of append_kernel
+TILE = "G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **"  # of append_kernel
 FAULTS = {  # gate that must fail: changes to the source
     ("barrier", "int64"): {
         "        tl.debug_barrier()": "        pass",
         WIDE: "at = slot[:, None] * D + col[None, :]",
     },
     ("stack", "int64"): {
-        WARPS + "4": WARPS + "1",  # needs too many registers
+        TILE + "tile": TILE + '(tile | {"num_warps": 1})',  # needs too many registers
         WIDE: "at = (slot[:, None] * D).to(tl.int64) + col[None, :]",  # widened too late
     },
 }

@@ -6,6 +6,7 @@ all memory that no result may depend on, bitwise equal results.
 
 import contextlib
 import gc
+import json
 import mmap
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
 from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_decode_ref
-from kernels import ragged_decode_triton as triton_way
+from kernels.ragged_decode_triton import append_attend, attend
+from kernels.tiles import architecture, chosen, entry, tiles
 from model import Generation, Sampling, load
 from model.cache import RaggedCache
 from model.fast import FastStep
@@ -88,7 +90,7 @@ def outputs_begin_as_nan(monkeypatch):
 # ---------------------------------------------------------------- correctness
 
 
-BN = triton_way.tiles(1, 128, 4)["BN"]  # 16 slots: the smallest tile, to test few slots per border
+BN = tiles(1, 128, 4)["BN"]  # 16 slots: the smallest tile, to test few slots per border
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -118,7 +120,7 @@ def test_head_dims_and_groups(d, dtype):
 def test_many_parts_of_very_different_weight():
     """More parts than one round of the merge, the heaviest first: exp2 of the difference would overflow."""
     q, k, v, start, length, _, plan = problem([1100, 20], 2, 2, 32, split=16)
-    assert len(plan.items[0]) > triton_way.tiles(2, 32, 4)["BS"]
+    assert len(plan.items[0]) > tiles(2, 32, 4)["BS"]
     k[:1100] *= torch.linspace(100, 1, 1100, device=DEVICE)[:, None]
     q[:, :2] = k[0] / k[0].norm()
     check(decoded(q, k, v, start, length, _, plan, scale=1.0), q, k, v, start, length, scale=1.0)
@@ -219,6 +221,33 @@ def test_the_neighbours_do_not_matter():
         assert_same([t[1:2] for t in got], wanted_step, length)
 
 
+@pytest.mark.parametrize("way", ["two launches", "step"])
+def test_what_a_table_of_tiles_may_change(way, monkeypatch, tmp_path):
+    """For a fixed split, stages never change a bit. Another BN sums in another order: close, not equal. (On a GPU so
+    may warps; in the interpreter neither warps nor stages exist.) Both launchers use the table of tiles.py."""
+    q, k, v, start, length, cap, plan = made = problem([130, 64, 3, 97], 2, 4, 64, split=64)
+    arch = architecture(q.device)
+    formula = chosen(4, 64, 4, arch, {})
+    new = torch.randn(2, 2, 2, 64).to(q)
+
+    def run(**tuned):
+        tile, given = formula | tuned, (k, v, length, plan, 64**-0.5)
+        if way == "step":
+            return append_attend(q, *new, *given, tile=tile)
+        out, lse = attend(q[:, None], *given, tile=tile)
+        return out[:, 0], lse[:, 0]
+
+    wanted, other = run(), run(BN=formula["BN"] // 2)
+    for stages in (1, 2, 3):
+        assert_same(run(num_stages=stages), wanted, length, f"{stages} stages")
+    torch.testing.assert_close(other, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(other[0], wanted[0])
+    entries = {entry(formula, 4): {"BN": formula["BN"] // 2}}
+    (tmp_path / "tuned.json").write_text(json.dumps({arch: {"about": "", "tiles": entries}}))
+    monkeypatch.setattr("kernels.tiles.TUNED", tmp_path / "tuned.json")
+    assert_same(appended(*made, new) if way == "step" else decoded(*made), other, length, "of the table")
+
+
 # ---------------------------------------------------------------- consecutive steps
 
 
@@ -246,7 +275,7 @@ def test_steps_follow_each_other_over_one_plan():
 def test_more_query_heads_than_a_tile_has_rows(group, d, dtype):
     """Several programs per split: each merges its own rows, and one stores the new token."""
     q, *arenas, start, length, cap, plan = problem([70, 5], 2, group, d, dtype, split=32)
-    assert triton_way.tiles(group, d, q.element_size())["M"] < group
+    assert tiles(group, d, q.element_size())["M"] < group
     new = [torch.randn(1, 2, d).to(q) for _ in "kv"]
     for _ in range(2):  # the tickets are reset
         arenas = check_step(step_over(plan), q, new, arenas, (start, length, cap))

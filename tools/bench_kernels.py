@@ -10,6 +10,7 @@
     python tools/bench_kernels.py --skew                     # equal bytes, one head 1, 2, 4 and 8 times the mean
     python tools/bench_kernels.py --base HEAD                # also time the kernels of the last commit
     python tools/bench_kernels.py --preset gpu --json gpu.json    # everything worth timing on a GPU, in minutes
+    python tools/bench_kernels.py --tune                     # choose tiles of the decode kernels on this GPU
 
 Each row is one provider on one case: median time of a call, 20th and 80th percentile, and
 
@@ -47,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 from model import InputError  # noqa: E402
 from model.checkpoint import DTYPES  # noqa: E402
 from model.flags import choose_device  # noqa: E402
-from tools import harness, problems  # noqa: E402
+from tools import harness, problems, tune  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, one_line, one_of, unwritable  # noqa: E402
 from tools.harness import judge, said  # noqa: E402
 from tools.problems import DEFAULT_SHAPES, LAYOUTS, Setting, layers, layouts_of  # noqa: E402
@@ -109,6 +110,9 @@ def parser():
     p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file")
     p.add_argument("--base", metavar="REV", help="also time the kernels of this commit (not for prefill and decode)")
     p.add_argument("--no-flex", action="store_true", help="skip FlexAttention, which compiles for every case")
+    p.add_argument("--tune", action="store_true",
+                   help="time other tiles of the decode kernels and write the faster ones to kernels/tuned.json")
+    p.add_argument("--out", metavar="FILE", help="write the table of --tune to this file instead")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--csv", metavar="FILE")
     # fmt: on
@@ -243,7 +247,15 @@ def parsed(argv):
     given = parser().parse_args(argv)
     if given.preset and given.ops:
         raise InputError(f"--preset {given.preset} already selects the ops; give either a preset or ops")
+    for name in ("ops", "preset", "kernel", "base", "only", "csv"):
+        if given.tune and getattr(given, name):
+            raise InputError(
+                f"--tune does not use {name}; leave it out (--shapes, --mbytes and --layouts set the cases)"
+            )
+    if given.out and not given.tune:
+        raise InputError("--out is the table of --tune; give both, or --json for times")
     lines = [shlex.split(line) for line in PRESETS[given.preset]] if given.preset else [[]]
+    lines = [shlex.split(tune.CASES)] if given.tune else lines
     if given.base and (whole := {"prefill", "decode"} & set(given.ops)):
         raise InputError(f"--base is not for {' and '.join(sorted(whole))}; time them without it")
     found = [parser().parse_args(line + argv) for line in lines]
@@ -319,6 +331,8 @@ def bench(argv):
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, events and graphs belong to the current device
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    if args.tune:
+        return tune.tune(args, argv, device, dtype)
     own = load_own(args.kernel, {op for part in parts for op in part.ops})
     with tempfile.TemporaryDirectory(prefix="kernels_of_base_") as folder:
         base = kernels_of(args.base, folder) if args.base else None

@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from kernels import decode_plan  # noqa: E402
+from kernels.tiles import ROOMY  # noqa: E402
 from tools.command import as_command, flags, number, one_of, unwritable, write_json  # noqa: E402
 
 ARCHS = {  # arguments of Triton's GPUTarget: backend, architecture, threads per warp
@@ -74,7 +75,6 @@ STACK, SPILLS = 8, 4
 # Bytes per program. On sm_80 (164 KB per multiprocessor) three programs of 48 KB fit. sm_90 and sm_100 (227 KB) keep
 # one more tile in flight; three programs of 75 KB fit, or two of 80 KB. AMD has 64 KB: a larger program cannot start.
 SHARED = {"16 bit": 48 << 10, "fp32": 56 << 10, "16 bit, roomy": 80 << 10, "fp32, roomy": 90 << 10, "AMD": 64 << 10}
-ROOMY = ("sm_90", "sm_100")
 
 
 # ---------------------------------------------------------------- variants
@@ -178,8 +178,8 @@ def compile_for(variant, arch):
     module = importlib.import_module(f"kernels.{KERNELS[variant.kernel].module}")
     function = getattr(module, variant.kernel)
     stand_ins = {name: DEFAULT for name in KERNELS if hasattr(module, name)}
-    if hasattr(module, "stages"):
-        stand_ins["stages"] = lambda device: 3 if arch in ROOMY else 2
+    if hasattr(module, "architecture"):
+        stand_ins["architecture"] = lambda device: arch
     with patch.multiple(module, **stand_ins) as mocks:
         KERNELS[variant.kernel].launch(module, variant, DTYPES[variant.dtype])
     arguments, options = mocks[variant.kernel].__getitem__.return_value.call_args
