@@ -21,7 +21,7 @@ from model.config import TextConfig
 from model.lookahead import Lookahead
 from tests.paths import ROOT
 from tests.seeds import torch_random
-from tools import bench_kernels, harness, plot_bench, problems, rivals
+from tools import bench_kernels, harness, plot_bench, problems, rivals, shapes
 
 SMALL = ["--shapes", "demo", "--tokens", "64", "--retention", "1", "0.3", "--rounds", "2", "--copies", "2"]
 ONE = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", "--rounds", "1", "--copies", "2", "--layouts"]
@@ -193,10 +193,10 @@ def test_layers_have_the_bytes_that_were_asked_for(shape, mbytes):
         (b, hkv, _, d), lengths = layer.sizes, layer.lengths.double()
         assert len(lengths) == b * hkv and lengths.min() > 0 and lengths.max() <= layer.tokens
         assert 4 * d * lengths.sum() == pytest.approx(1e6 * mbytes, rel=0.01)
-    assert all(x.lengths.double().mean() <= problems.LONGEST for x in kept)
+    assert all(x.lengths.double().mean() <= shapes.LONGEST for x in kept)
     for layer in skewed:
         longest, mean = layer.lengths.max(), layer.lengths.double().mean()
-        assert longest / mean == pytest.approx(float(layer.layout[5:]), rel=0.02) and longest <= 1.02 * problems.LONGEST
+        assert longest / mean == pytest.approx(float(layer.layout[5:]), rel=0.02) and longest <= 1.02 * shapes.LONGEST
 
 
 @pytest.mark.parametrize("layout", problems.LAYOUTS)

@@ -25,14 +25,13 @@ from model.pruning.plphp import PlphpAda
 from . import harness, rivals
 from .command import ROOT
 from .harness import NEEDS_CUDA, DenseCache, attention, exact_attention, said
-from .shapes import LAYERS
+from .shapes import LAYERS, fit, one_long
 
 DEFAULT_SHAPES = ("demo", "7b", "gqa8")
 LAYOUTS = ("equal", "ragged", "plphp", "zipf", "giant")  # see `lengths_of`
 METHODS = (  # timed by prefill
     "random", "shared", "plphp", "plphp-ada", "snapkv", "plphp:values=true,window=32", "plphp:query=lookahead",
 )  # fmt: skip
-LONGEST = 2**15  # kept tokens per head (mean, or of a skewed head) above which --mbytes uses more sequences
 SLACK = 64  # free slots per segment
 
 
@@ -184,12 +183,13 @@ def layers(args, itemsize):
     """Yield the Layer of each case."""
     for shape in args.shapes or DEFAULT_SHAPES:
         for size in args.mbytes or args.tokens:
-            b, mean = fit(args, shape, size, itemsize)
+            b, mean = fit(shape, size, itemsize, bool(args.mbytes), max(args.skew or [1]))
             sizes = b, hkv, *_ = (b, *LAYERS[shape][1:])
             label = shape if b == LAYERS[shape][0] else f"{shape} x {b}"
             # of a sweep: one head `ratio` times as long as the mean, all others equally shorter; the total is fixed
             for ratio in sorted({1.0, *args.skew}) if args.skew else ():
-                layout, lengths = f"skew {ratio:g}", one_long(b * hkv, b * hkv * mean, round(ratio * mean))
+                layout = f"skew {ratio:g}"
+                lengths = torch.tensor(one_long(b * hkv, b * hkv * mean, round(ratio * mean)))
                 name = f"{label}, {mean} tokens on average, {layout}"
                 yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout)
             for retention in args.retention if not args.skew else ():
@@ -205,14 +205,15 @@ def layouts_of(args, retention):
     return dict.fromkeys(args.layouts or ("equal", "ragged")) if retention < 1 else ("equal",)
 
 
-def fit(args, shape, size, itemsize):
-    """(sequences, mean tokens per head) for a `size` of --mbytes or --tokens."""
-    (b, hkv, _, d), ratio = LAYERS[shape], max(args.skew or [1])
-    mean = size * 1e6 / (2 * b * hkv * d * itemsize) if args.mbytes else size
-    # a skewed head must not hold most of the rows; with --mbytes no head may exceed LONGEST
-    while b * hkv < 2 * ratio or (args.mbytes and ratio * mean > LONGEST):
-        b, mean = 2 * b, mean / 2 if args.mbytes else mean
-    return b, max(1, round(mean))
+def lengths_of_case(name):
+    """(B, Hkv, G, D) and the kept tokens (S,) of a `Layer.name`: the way back from a file of results."""
+    label, tokens, *kept, layout = name.split(", ")
+    shape, _, b = (label, "", "") if label in LAYERS else label.rpartition(" x ")
+    sizes = b, hkv, *_ = (int(b or LAYERS[shape][0]), *LAYERS[shape][1:])
+    tokens = int(tokens.split()[0])
+    if layout.startswith("skew "):
+        return sizes, torch.tensor(one_long(b * hkv, b * hkv * tokens, round(float(layout[5:]) * tokens)))
+    return sizes, lengths_of(layout, b, hkv, tokens, float(kept[0].split()[0]), torch.Generator().manual_seed(0))
 
 
 def lengths_of(layout, b, hkv, tokens, retention, generator):
@@ -229,7 +230,7 @@ def lengths_of(layout, b, hkv, tokens, retention, generator):
     if layout == "equal":
         return torch.full((segments,), mean)
     if layout == "giant":
-        return one_long(segments, segments * mean, tokens)
+        return torch.tensor(one_long(segments, segments * mean, tokens))
     if layout == "plphp":
         return three_rates(b, hkv, tokens, mean) if b > 1 else pooled_heads(hkv, tokens, mean, generator)
     if layout == "zipf":
@@ -237,13 +238,6 @@ def lengths_of(layout, b, hkv, tokens, retention, generator):
     else:
         share = 0.25 + 1.5 * torch.rand(segments, generator=generator)
     return divided(segments * mean, share.double(), tokens)
-
-
-def one_long(segments, total, longest):
-    """Lengths (S,) that sum to `total`: first `longest`, then the rest as equal as possible, at least 1 each."""
-    longest = min(longest, total - (segments - 1))
-    each, over = divmod(total - longest, segments - 1)
-    return torch.tensor([longest] + over * [each + 1] + (segments - 1 - over) * [each])
 
 
 def three_rates(b, hkv, tokens, mean):
