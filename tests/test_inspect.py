@@ -88,6 +88,9 @@ def test_a_spoilt_kernel_fails_the_gate(gates, tmp_path):
         (["--kernel", "split_kernel", "attend"], "attend"),
         (["--json", "no/such/folder/facts.json"], "no/such/folder"),
         (["--processes", "0"], "--processes is 0"),
+        (["--file", "/nowhere.py"], "/nowhere.py"),
+        (["--file", "kernels/ragged_pack_triton.py", "--kernel", "append_kernel"], "has no append_kernel"),
+        (["--file", "kernels/backend.py"], "kernels/backend.py has no append_kernel, "),
     ],
 )
 def test_mistakes_are_one_line(arguments, naming):
@@ -105,6 +108,21 @@ def test_loads_of_another_name_are_not_taken_for_a_fault(names, tmp_path):
     lines = " or ".join(f"`{name} = tl.load(`" for name in names)
     wanted = f"no line {lines} in kernels/ragged_decode_triton.py; the inspector finds loads by these names"
     refused(tool("--kernel", "append_kernel", root=root), wanted)
+
+
+def test_a_changed_copy_is_inspected_instead(tmp_path):
+    """The copy, not what ships: without its barrier. Only the kernels that it has."""
+    source = (ROOT / "kernels" / "ragged_decode_triton.py").read_text()
+    (tmp_path / "my.py").write_text(source.replace("        tl.debug_barrier()", "        pass"))
+    done = tool("--arch", "sm_90", "--file", tmp_path / "my.py", "--kernel", "append_kernel")
+    assert done.returncode == 1, done.stdout + done.stderr
+    header, *rows, summary = done.stdout.splitlines()
+    verdicts = {row[header.index("verdict") :].strip() for row in rows}
+    assert verdicts <= {"barrier no", "barrier chance"} and f"{len(rows)} failed" in summary, done.stdout
+    (tmp_path / "pack.py").write_text((ROOT / "kernels" / "ragged_pack_triton.py").read_text())
+    done = tool("--arch", "sm_90", "--file", tmp_path / "pack.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row.split()[0] for row in done.stdout.splitlines()[1:-1]} == {"pack_kernel"}
 
 
 def test_failed_gates_name_the_numbers():

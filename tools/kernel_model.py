@@ -152,7 +152,7 @@ def assumptions(devices):
     yield f"- the rest of starting and ending a kernel: {1e6 * START:g} us (fitted to kernels-h200.json)"
     yield f"- {INSTRUCTIONS} instructions per tile and warp (machine code for sm_90, assumed for all devices)"
     yield f"- {CYCLES} cycles per instruction (latency of NVIDIA's ALU; chosen after 2 had proved too few on the H200)"
-    yield f"- {PROLOGUE} cycles before the first tile; a merge loads {UNROLLED} parts at a time (machine code for sm_90)"
+    yield f"- {PROLOGUE} cycles before the first tile; merges load {UNROLLED} parts at a time (machine code for sm_90)"
     for name in devices:
         d = DEVICES[name]
         yield (

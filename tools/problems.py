@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,8 +43,8 @@ SLACK = 64  # free slots per segment
 class Setting:
     """Settings shared by all cases.
 
-    own: op -> (name, function) from --kernel; copies: None for `copies_for`; base: (REV, its hash, its package of
-    kernels) from --base, or None; flex: whether to time FlexAttention.
+    own: op -> (name, function, package of kernels that it belongs to) from --kernel; copies: None for `copies_for`;
+    base: (REV, its hash, its package of kernels) from --base, or None; flex: whether to time FlexAttention.
     """
 
     dtype: torch.dtype
@@ -65,6 +66,7 @@ class Case:
     layout: str = ""  # of the lengths: one of LAYOUTS or "skew R"
     reads_more: str | None = None  # provider that reads more than `bytes`, because it does not prune
     repeatable: bool = True  # False: a call changes the state of later calls
+    place: Callable = "element {}".format  # words for an index into a result
     calls: dict = field(default_factory=dict)  # provider -> list of functions
     checks: dict = field(default_factory=dict)  # provider -> functions () -> (result, plain PyTorch, float64 reference)
     missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
@@ -110,8 +112,11 @@ class Case:
             else:
                 self.add(f"ours, {name}", call_of(kernels, op, name, arguments, options), check)
         if op in setting.own:
-            name, function = setting.own[op]
-            self.add(name, bound(function, arguments, options(kernels)), check)
+            name, function, package = setting.own[op]
+            if package is not kernels and backends[triton_name(setting.device)]:  # a copy of a file with kernels
+                self.missing[name] = backends[triton_name(setting.device)]
+            else:
+                self.add(name, bound(function, arguments, options(package)), check)
         if setting.base:
             rev, _, package = setting.base
             for name, why in backends.items():
@@ -198,6 +203,16 @@ def layers(args, itemsize):
                     lengths = lengths_of(layout, b, hkv, tokens, retention, torch.Generator().manual_seed(0))
                     name = f"{label}, {tokens} tokens, {retention:g} kept, {layout}"
                     yield Layer(name, shape, sizes, tokens, lengths, layout)
+
+
+def place_in(layer, index):
+    """Words for an index (sequence, query head, channel) into the attention over a layer."""
+    (_, hkv, group, _), (sequence, head, channel) = layer.sizes, index
+    segment = sequence * hkv + head // group
+    return (
+        f"segment {segment} (sequence {sequence}, KV head {head // group}, {int(layer.lengths[segment])} tokens), "
+        f"query head {head}, channel {channel}"
+    )
 
 
 def layouts_of(args, retention):
@@ -291,7 +306,7 @@ def attention_case(op, layer, setting):
     row = 2 * d * dtype.itemsize  # of K and V
     size = row * (rows + 2 * b * hkv * append)  # the new token is read and written
     reads_more = "sdpa, all tokens" if rows < b * hkv * layer.tokens else None
-    case = Case(size, "sdpa, all tokens", layer.shape, layer.layout, reads_more)
+    case = Case(size, "sdpa, all tokens", layer.shape, layer.layout, reads_more, place=partial(place_in, layer))
     for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 3 * rows))):
         q, new, dense, arenas, (start, length, cap) = make_copy(layer, setting, append, i)
         padded = [t[:, :, : longest + append].clone() for t in dense]
