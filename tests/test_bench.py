@@ -26,6 +26,7 @@ from tools import bench_kernels, harness, plot_bench, problems, rivals, shapes
 
 SMALL = ["--shapes", "demo", "--tokens", "64", "--retention", "1", "0.3", "--rounds", "2", "--copies", "2"]
 ONE = ["--shapes", "demo", "--tokens", "40", "--retention", "0.5", "--rounds", "1", "--copies", "2", "--layouts"]
+OUR_TRITON_RIVALS = ("compactor-style", "fastdms-style")
 BASELINES = {"sdpa, all tokens", "plain softmax", "indexing", "dense cache"}
 NUMBERS = {"us", "p20_us", "p80_us", "GBps", "speed", "speeds", "ceiling", "max_error", "over_uniform"}
 OWN = """
@@ -116,6 +117,7 @@ def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
     assert all(r["speed"] == 1 for r in baselines) and len(baselines) == len({r["case"] for r in rows})
     needs = {"ours, triton": harness.NEEDS_CUDA}
     if op in bench_kernels.ATTENTION:
+        needs |= dict.fromkeys(OUR_TRITON_RIVALS, harness.NEEDS_CUDA)
         installed = importlib.util.find_spec("flashinfer") is not None
         needs["flashinfer"] = "needs CUDA" if installed else "flashinfer is not installed"
         flat = "varlen, heads as batch" if op == "ragged_decode" else "adakv-style"
@@ -134,8 +136,9 @@ def test_every_op_is_checked_and_timed(op, tmp_path, capsys):
 def test_triton_is_checked_in_the_interpreter(op, tmp_path, monkeypatch):
     monkeypatch.setattr(problems, "interpreted", lambda: True)
     _, rows = measured(tmp_path, op, *ONE, "equal", "ragged", "--copies", "1")
-    found = [r["right"] for r in rows if r["provider"] == "ours, triton (interpreted)"]
-    assert found == [True] * len({r["case"] for r in rows})
+    names = ("ours, triton (interpreted)", *(OUR_TRITON_RIVALS if op in bench_kernels.ATTENTION else ()))
+    found = [(r["case"], r["provider"]) for r in rows if r["right"] and r["provider"] in names]
+    assert len(found) == len(set(found)) == len(names) * len({r["case"] for r in rows})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -321,6 +324,48 @@ class FlashInfer:
         return self.scale * F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="conftest.py sets the interpreter only without CUDA")
+@pytest.mark.parametrize(("group", "d"), [(1, 32), (4, 32), (7, 96)])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("step", [True, False], ids=["step", "attention"])
+@pytest.mark.parametrize("way", OUR_TRITON_RIVALS)
+def test_rivals_in_triton_attend_to_what_heads_keep(way, step, splits, group, d):
+    """Two sequences of two heads, lengths at the borders of tiles and pages; NaN where nothing may be read."""
+    rivals_triton = pytest.importorskip("tools.rivals_triton")
+    lengths, generator = torch.tensor([1, 128, 300, 65]), torch_random(0)
+    q, (k_new, v_new) = torch.randn(2, 2 * group, d, generator=generator), torch.randn(2, 2, 2, d, generator=generator)
+    padded = [torch.randn(2, 2, 300, d, generator=generator) for _ in range(2)]
+    free = (torch.arange(300) >= lengths[:, None]).view(2, 2, 300)
+    for t, new in zip(padded, (k_new, v_new), strict=True):
+        t[free] = float("nan")
+        if step:  # the reference has the new token already
+            t.flatten(0, 1)[torch.arange(4), lengths - 1] = new.flatten(0, 1)
+    exact = harness.exact_attention(q, *(t.nan_to_num() for t in padded), ~free[:, :, None])
+    if way == "compactor-style":
+        stored, where, last = rivals.scattered(padded, lengths, rivals_triton.PAGE)
+        given = where, lengths.int(), splits, rivals_triton.TILE, rivals_triton.PAGE
+        assert where.shape == (4, 3) and len(stored[0]) == 6 * 128 and not torch.equal(where[2], where[2].sort().values)
+    else:
+        stored, starts = [t.flatten(0, 2).clone() for t in padded], 300 * torch.arange(4, dtype=torch.int32)
+        last = starts.long() + lengths - 1
+        given = starts, lengths.int(), -(-300 // (128 * splits)), 128 * splits, 0
+    before = [t.clone() for t in stored]
+    for t in stored if step else ():
+        t[last] = float("nan")
+    out = rivals_triton.decode(q, [k_new, v_new] if step else [], *stored, *given)
+    assert (out - exact).abs().max() < 2e-6
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(stored, before, strict=True))
+
+
+def test_as_many_splits_as_fill_the_device():
+    """By hand: an H100 has 132 multiprocessors."""
+    count = pytest.importorskip("tools.rivals_triton").split_count
+    assert count(106, 30000, 132) == 1 and count(8, 1000, 132) == 1  # nearly full; short
+    assert count(8, 1024, 132) == 3  # 2,048 / 3 slots; 4 splits would have 512
+    assert count(8, 30000, 132) == 9  # 12 splits fill 96 / 132 of a wave, 9 fill 75 % of that
+    assert count(64, 30000, 132) == 2  # 128 of 132
+
+
 @pytest.fixture
 def guests(monkeypatch):
     """FlexAttention uncompiled, and stand-ins for varlen_attn and FlashInfer, which is returned."""
@@ -346,7 +391,7 @@ def test_other_libraries_attend_to_what_heads_keep(op, attend, guests, tmp_path,
     for row in rows:  # beside every baseline
         rivals_of_case = {"sdpa, all tokens", "sdpa, padded + mask", "flex attention", "flashinfer", flat}
         rivals_of_case |= {"sdpa, rectangle"} if row["layout"] == "equal" else set()
-        assert row["right"] and set(row["speeds"]) == rivals_of_case or row["provider"] == "ours, triton"
+        assert row["right"] and set(row["speeds"]) == rivals_of_case or row["why"] == harness.NEEDS_CUDA
         assert row["guest"] == (row["provider"] in ("flex attention", "flashinfer"))
 
 
@@ -692,7 +737,7 @@ def test_points_of_the_plot_are_the_measured_ones(smoke):
     assert list(points) == ["ours, torch", "sdpa, padded + mask"]  # "sdpa, all tokens" reads more bytes than the others
     assert [x for x, _ in points["ours, torch"]] == sorted({r["megabytes"] for r in ragged})
     assert len(points["ours, torch"]) == 3
-    assert len({plot_bench.style(name)[1:] for name in (*plot_bench.STYLES, "base x, y, torch", "mine")}) == 12
+    assert len({plot_bench.style(name)[1:] for name in (*plot_bench.STYLES, "base x, y, torch", "mine")}) == 14
     assert plot_bench.style("base x, triton (interpreted)") == plot_bench.style("base HEAD~1, triton")
     swept = [r for r in rows if "over_uniform" in r]
     skews = plot_bench.lines(swept, lambda r: r["layout"], lambda r: r["over_uniform"])

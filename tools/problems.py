@@ -307,7 +307,7 @@ def attention_case(op, layer, setting):
     size = row * (rows + 2 * b * hkv * append)  # the new token is read and written
     reads_more = "sdpa, all tokens" if rows < b * hkv * layer.tokens else None
     case = Case(size, "sdpa, all tokens", layer.shape, layer.layout, reads_more, place=partial(place_in, layer))
-    for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 3 * rows))):
+    for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 4 * rows))):
         q, new, dense, arenas, (start, length, cap) = make_copy(layer, setting, append, i)
         padded = [t[:, :, : longest + append].clone() for t in dense]
         mask = torch.arange(longest + append, device=device) < length[:, None] + append
@@ -323,6 +323,7 @@ def attention_case(op, layer, setting):
             step = partial(write_and_attend, where, attention, *arguments)
             case.add(provider, step, attention_check(arguments, where), rival=True)
         add_flat(case, layer, setting, q, arenas, new, attention_check(masked))
+        add_two_launches(case, layer, setting, masked, arenas, start, new)
         build = partial(guest_step, flex, padded_places, masked[:3])
         check = attention_check(masked, padded_places)
         case.add_guest("flex attention", rivals.flex_missing(device, setting.flex), build, check)
@@ -412,6 +413,29 @@ def add_flat(case, layer, setting, q, arenas, new, check):
         flat.append(parts)
     step = (lambda: attend(q, *map(torch.cat, flat))) if new else partial(attend, q, *map(torch.cat, flat))
     case.add(provider, step, check, rival=True)
+
+
+def add_two_launches(case, layer, setting, masked, arenas, start, new):
+    """Pages with a table per head, and splits for a passed maximum length (rivals_triton.py); with new tokens, steps.
+
+    masked: q, K and V padded to the longest, and the mask; arenas, start: as of `make_copy`.
+    """
+    if why := triton_missing(setting.dtype, setting.device):
+        case.missing |= dict.fromkeys(("compactor-style", "fastdms-style"), why)
+        return
+    from . import rivals_triton as two
+
+    q, *padded, _ = masked
+    lengths, device = layer.lengths + bool(new), setting.device
+    length, longest = lengths.int().to(device), int(lengths.max())
+    pools, table, last = rivals.scattered(padded, lengths, two.PAGE)
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    splits = two.split_count(len(lengths), longest, units)
+    step = partial(two.decode, q, new, *pools, table, length, splits, two.TILE, two.PAGE)
+    case.add("compactor-style", step, attention_check(masked, places(pools, last, new)), rival=True)
+    step = partial(two.decode, q, new, *arenas, start, length, -(-longest // two.SPLIT), two.SPLIT, 0)
+    behind = start.long() + length - 1
+    case.add("fastdms-style", step, attention_check(masked, places(arenas, behind, new)), rival=True)
 
 
 # ---------------------------------------------------------------- the other ops
