@@ -344,7 +344,7 @@ def test_rivals_in_triton_attend_to_what_heads_keep(way, step, splits, group, d)
     if way == "compactor-style":
         stored, where, last = rivals.scattered(padded, lengths, rivals_triton.PAGE)
         given = where, lengths.int(), splits, rivals_triton.TILE, rivals_triton.PAGE
-        assert where.shape == (4, 3) and len(stored[0]) == 6 * 128 and not torch.equal(where[2], where[2].sort().values)
+        assert where.shape == (4, 3) and len(stored[0]) == 6 * 128 and (where[2].diff() != 1).any()
     else:
         stored, starts = [t.flatten(0, 2).clone() for t in padded], 300 * torch.arange(4, dtype=torch.int32)
         last = starts.long() + lengths - 1

@@ -183,8 +183,8 @@ def test_a_prediction_by_hand(monkeypatch):
     assert kernel_model.seconds(items, device, bandwidth=1e9) == pytest.approx(begin + 3 * 32768e-9 + arithmetic + 1e-7)
     second = 2e-7 + 2e-6 + 300e-9 + 64 * 512 / slow + arithmetic + 1e-7  # finds its work item and the length in L2
     assert kernel_model.seconds([*items, items[0]], device) == pytest.approx(one + second)
-    both = kernel_model.seconds([kernel_model.Item(0, 2, 32768)] * 2, device)  # a merge: ticket, log-sum-exps, parts
-    assert both == pytest.approx(one + 1e-7 + (2 + 1) * 1e-7)
+    both = kernel_model.seconds([kernel_model.Item(0, 2, 16384), kernel_model.Item(0, 2, 32768)], device)
+    assert both == pytest.approx(one + 1e-7 + (2 + 1) * 1e-7)  # ticket; log-sum-exps, parts, result
 
 
 def test_predictions_are_near_what_an_h200_measured():

@@ -56,9 +56,11 @@ def partial_kernel(
     if UP:
         rows = rows.to(tl.float32)
     m, total, acc = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
+    start = _row(where, segment, begin, width, PAGE)
     for first in range(begin, tl.minimum(begin + size, end), BN):
         taken = first + tl.arange(0, BN) < end
-        at = (_row(where, segment, first, width, PAGE) + tl.arange(0, BN))[:, None] * D + col[None, :]
+        row = _row(where, segment, first, width, PAGE) if PAGE else start + (first - begin)
+        at = (row + tl.arange(0, BN))[:, None] * D + col[None, :]
         known = taken[:, None] & (col < D)[None, :]
         keys, values = tl.load(k + at, known, 0.0), tl.load(v + at, known, 0.0)  # [BN, DP]
         if UP:
