@@ -125,16 +125,19 @@ def answer_lines(args, ask, meter):
     """Answer each line of stdin independently, until one fails. ask: (text) -> Generation. Returns the exit code."""
     from model import InputError
     from model.chat import command_of
+    from model.report import report, say_pruned
 
     for number, text in args.lines:
         try:
             if command := command_of(text):
                 raise InputError(f"{command} works only in a conversation on a terminal; leave the line out")
-            code = deliver(args, ask(text), meter)
+            generation = ask(text)
+            code = deliver(args, generation, meter)
         except InputError as wrong:
             raise InputError(f"line {number} of stdin: {wrong}") from wrong
         if code:
             return code
+    say_pruned(generation, report(generation, args.model, args.seed, meter), "last answer: ")
     return 0
 
 

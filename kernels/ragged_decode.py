@@ -54,7 +54,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     kv_start  (B * Hkv,) int32, first slot of each segment; query head h reads KV head h // (Hq // Hkv)
     kv_len    (B * Hkv,) int32, taken slots of each segment; 0 is allowed
     scale     of the scores, a number, default D**-0.5
-    plan      `decode_plan(kv_start, kv_cap)`; without it every call builds one
+    plan      `decode_plan(kv_start, kv_cap)`, whose kv_start then applies; without it every call builds one
     backend   "auto" | "torch" | "triton", see `choose_backend`
 
     Returns out, with shape and dtype of q; with return_lse also lse, the natural log-sum-exp of the scaled scores, fp32
@@ -79,8 +79,8 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     if way == "triton":
         from . import ragged_decode_triton  # only here: the rest works without triton
 
-        rows, tables = q if q.ndim == 4 else q[:, None], (kv_start.contiguous(), kv_len.contiguous())
-        out, lse = ragged_decode_triton.attend(rows, k, v, *tables, plan, scale)
+        rows = q if q.ndim == 4 else q[:, None]
+        out, lse = ragged_decode_triton.attend(rows, k, v, kv_len.contiguous(), plan, scale)
     else:  # all rows that read a segment are one small matrix: (S, T * G, D)
         rows = q if q.ndim == 3 else q.unflatten(2, (segments // len(q), -1)).transpose(1, 2).contiguous()
         out, lse = attend(rows.view(1, segments, -1, d), k, v, kv_start, kv_len, lengths, plan, scale, return_lse)
@@ -126,9 +126,9 @@ def ragged_decode_append(
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
     k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
-    the new token and is not changed; the caller updates it. A full segment (kv_len = kv_cap) attends to the
-    new token but does not store it; `RaggedCache` makes room first. With a plan, the plan's kv_cap applies. ValueError
-    if segments overlap, because two of them might write to one slot. Returns what `ragged_decode` returns.
+    the new token and is not changed; the caller updates it. A full segment (kv_len = kv_cap) attends to the new token
+    but does not store it; `RaggedCache` makes room first. With a plan, its kv_start and kv_cap apply. ValueError if
+    segments overlap, because two of them might write to one slot. Returns what `ragged_decode` returns.
 
     Triton needs one launch. The torch backend needs several and, on CUDA, synchronises to find the full segments.
     """
@@ -145,8 +145,7 @@ def ragged_decode_append(
         from . import ragged_decode_triton
 
         rope = None if rope is None else [t.contiguous() for t in rope]
-        tables = kv_start.contiguous(), kv_len.contiguous()
-        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, *tables, plan, scale, rope)
+        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_len.contiguous(), plan, scale, rope)
         return (out, lse) if return_lse else out
     q, k_new = turned(q, rope), turned(k_new, rope)
     rows, key, value = (x.reshape(1, plan.segments, -1, d) for x in (q, k_new, v_new))  # (1, S, G or 1, D)

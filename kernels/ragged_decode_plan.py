@@ -40,13 +40,14 @@ class DecodePlan:
 
     @property
     def items(self):
-        """work (W, 4) int32, a row per program: segment, index of the split in it, the segment's first item, slots per
-        split; firsts, sizes (S,) int32: each segment's first item and slots per split.
+        """work (W, 6) int32, a row per program: segment, index of the split in it, the segment's first item, slots per
+        split, the segment's first slot and its capacity; firsts, sizes (S,) int32: each segment's first item and slots
+        per split.
 
         On CUDA `decode_plans` makes them, because a decode step must not copy from the host.
         """
         if "items" not in self.buffers:
-            (self.buffers["items"],) = _work_items([self.caps], self.split, self.kv_start.device)
+            (self.buffers["items"],) = _work_items([self.starts], [self.caps], self.split, self.kv_start.device)
         return self.buffers["items"]
 
     def tickets(self, tiles):
@@ -94,7 +95,7 @@ def _plans(kv_start, kv_cap, split):
     (starts, caps), (kv_start, kv_cap) = pair.tolist(), pair.unbind()
     plans = [_plan(*layer, split) for layer in zip(kv_start, kv_cap, starts, caps, strict=True)]
     if kv_start.is_cuda:
-        for plan, items in zip(plans, _work_items(caps, split, kv_start.device), strict=True):
+        for plan, items in zip(plans, _work_items(starts, caps, split, kv_start.device), strict=True):
             plan.buffers["items"] = items
     return plans
 
@@ -106,19 +107,21 @@ def _plan(kv_start, kv_cap, starts, caps, split):
     return DecodePlan(kv_start, kv_cap, starts, caps, split, len(caps), min(caps), max(caps), end)
 
 
-def _work_items(caps, split, device):
-    """The `DecodePlan.items` of each layer, made with a single copy to the device. caps: for each layer a list of S."""
-    caps = torch.tensor(caps, device="cpu")  # (L, S)
+def _work_items(starts, caps, split, device):
+    """The `DecodePlan.items` of each layer, made with a single copy to the device. starts, caps: for each layer a list
+    of S."""
+    starts, caps = (torch.tensor(table, device="cpu") for table in (starts, caps))  # (L, S)
     sizes = torch.tensor([[split or split_size(cap) for cap in row] for row in caps.tolist()], device="cpu")
     counts = (caps + sizes - 1).div(sizes, rounding_mode="floor").clamp(min=1)
     firsts = counts.cumsum(1) - counts
     ends = counts.flatten().cumsum(0)
     owner = torch.repeat_interleave(counts.flatten())  # segment of each item, numbered across layers
     number = torch.arange(len(owner), device="cpu") - (ends - counts.flatten())[owner]
-    work = torch.stack((owner % sizes.shape[1], number, firsts.flatten()[owner], sizes.flatten()[owner]), 1)
+    own = [table.flatten()[owner] for table in (firsts, sizes, starts, caps)]
+    work = torch.stack((owner % sizes.shape[1], number, *own), 1)
     flat = torch.cat([t.flatten().int() for t in (work, firsts, sizes)]).to(device)
-    work, firsts, sizes = flat.split([4 * len(owner), firsts.numel(), sizes.numel()])
-    works = work.view(-1, 4).split(counts.sum(1).tolist())
+    work, firsts, sizes = flat.split([6 * len(owner), firsts.numel(), sizes.numel()])
+    works = work.view(-1, 6).split(counts.sum(1).tolist())
     return list(zip(works, firsts.chunk(len(caps)), sizes.chunk(len(caps)), strict=True))
 
 

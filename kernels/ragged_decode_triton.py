@@ -4,18 +4,19 @@ Each segment is cut into splits; the split size depends only on the segment's ca
 over one split (a work item). The partial results of a segment are merged in the order of its splits:
 
     arena        [k k k k k k k k k . . . ][k k . . ][. . . ]     '.' free slot: never read
-    plan.items    |- item 0 -|- item 1 -|   |- 2 -|   |- 3 -|     (segment, split, its segment's first item, slots)
+    plan.items    |- item 0 -|- item 1 -|   |- 2 -|   |- 3 -|     (segment, split, ..., see `DecodePlan.items`)
     live              yes        yes         yes       yes    (the segment of item 3 is empty: it stores output 0)
 
     s = scale * q k^T    m = max s    l = sum exp(s - m)    part = sum exp(s - m) v / l    lse = m + log l
     out = sum_i exp(lse_i - lse) part_i              lse = log sum_i exp(lse_i)            (arXiv 2205.14135, 2.1)
 
 The item list is built once, from capacities. A program whose split begins at or after kv_len returns after two
-dependent loads, so no step needs a new plan. Results depend neither on other segments nor on the order in which
-programs start and finish.
+dependent loads, so no step needs a new plan. A live one waits for three: its item, kv_len, the first tile of K. All
+else that it reads is requested together with kv_len. Results depend neither on other segments nor on the order in
+which programs start and finish.
 
 Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result if a segment has several. 2 * G FLOP per
-element of K and V. Memory-bound above about 30 MB; below, limited by launches and latency (three dependent loads).
+element of K and V. Memory-bound above about 30 MB; below, limited by launches and latency.
 Exponentials are to base 2 (one instruction); scale includes log2(e). The specification is `ragged_decode_ref`.
 M, DP, BN, BS: see `tiles`. heads: Hkv. times: T. UP: convert 16-bit inputs to fp32, as the interpreter needs it.
 """
@@ -110,27 +111,31 @@ def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexp
 # ---------------------------------------------------------------- two launches: splits, then merge
 
 
-@triton.jit(do_not_specialize_on_alignment=["kv_start", "kv_len"])
+@triton.jit
+def _item(work):
+    """This program's row of `DecodePlan.items`: segment, split, first, size, start, cap. Independent loads."""
+    at = work + 6 * tl.program_id(0)
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+
+
+@triton.jit(do_not_specialize_on_alignment=["kv_len"])
 def split_kernel(
-    q, k, v, kv_start, kv_len, work, part, part_lse, out, lse,
+    q, k, v, kv_len, work, part, part_lse, out, lse,
     scale, heads, times,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """grid (items, tiles of M rows): attention over one split, final if it is the segment's only live one."""
-    # this program's work item
-    item = work + 4 * tl.program_id(0)
-    segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    segment, split, first, size, start, _ = _item(work)
     length = tl.load(kv_len + segment)
-    if (split > 0) & (split * size >= length):
-        return
-    # load the query rows
-    start = tl.load(kv_start + segment)
+    # request the query rows before the length is known
     r, place, there = _rows(segment, heads, times, G, M)
     col = tl.arange(0, DP)
     at = place.to(tl.int64)[:, None] * D + col[None, :]
     rows = tl.load(q + at, there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
     if UP:
         rows = rows.to(tl.float32)
+    if (split > 0) & (split * size >= length):
+        return
     # stream K and V
     m, l, acc = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
     begin, end = start + split * size, start + tl.minimum(length, (split + 1) * size)
@@ -172,9 +177,9 @@ def _turned(x, at, there, cos, sin, col, D: tl.constexpr):
     return (straight * cos + rolled * sin).to(x.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize_on_alignment=["kv_start", "kv_len", "kv_cap"])
+@triton.jit(do_not_specialize_on_alignment=["kv_len"])
 def append_kernel(
-    q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, kv_cap, work, tickets, part, part_lse, out, lse,
+    q, k_new, v_new, cos, sin, k, v, kv_len, work, tickets, part, part_lse, out, lse,
     scale, heads, q_stride, k_stride, v_stride,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     ROPE: tl.constexpr, UP: tl.constexpr,
@@ -184,39 +189,36 @@ def append_kernel(
 
     The program that finishes last merges the partial results of its segment. No program waits for another.
     """
-    # this program's work item
-    item = work + 4 * tl.program_id(0)
-    segment, split, first, size = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    segment, split, first, size, start, cap = _item(work)
     length = tl.load(kv_len + segment)
-    last = tl.maximum(tl.cdiv(length, size) - 1, 0)
-    if split > last:
-        return
-    # load the query rows and the new token
-    start, cap = tl.load(kv_start + segment), tl.load(kv_cap + segment)
+    # request the query rows and the new token before the length is known
     r, place, there = _rows(segment, 1, 1, G, M)
     col = tl.arange(0, DP)
     sequence, head = (segment // heads).to(tl.int64), segment % heads  # 64 bits: offsets may exceed 2^31
     q_at, exists = sequence * q_stride + (head * G + r)[:, None] * D, there[:, None] & (col < D)[None, :]
     # read the new token from k_new, not from the arena: that load would have to wait for the store
-    mine = split == last
-    k_at, new = sequence * k_stride + head * D, mine & (col < D)
+    k_at, known = sequence * k_stride + head * D, col < D
     if ROPE:
-        c = tl.load(cos + sequence * D + col, col < D, 0.0).to(tl.float32)
-        s = tl.load(sin + sequence * D + col, col < D, 0.0).to(tl.float32)
+        c = tl.load(cos + sequence * D + col, known, 0.0).to(tl.float32)
+        s = tl.load(sin + sequence * D + col, known, 0.0).to(tl.float32)
         rows = _turned(q, q_at, exists, c[None, :], s[None, :], col[None, :], D)  # [M, DP]
-        key = _turned(k_new, k_at, new, c, s, col, D)
+        key = _turned(k_new, k_at, known, c, s, col, D)
     else:
         rows = tl.load(q + q_at + col[None, :], exists, 0.0)
-        key = tl.load(k_new + k_at + col, new, 0.0)
-    value = tl.load(v_new + sequence * v_stride + head * D + col, new, 0.0)
+        key = tl.load(k_new + k_at + col, known, 0.0)
+    value = tl.load(v_new + sequence * v_stride + head * D + col, known, 0.0)
+    last = tl.maximum(tl.cdiv(length, size) - 1, 0)
+    if split > last:
+        return
+    # store the new token and begin with it
+    mine = split == last
     free = (start + length).to(tl.int64) * D + col
-    fits = mine & (length < cap) & (col < D) & (tl.program_id(1) == 0)
+    fits = mine & (length < cap) & known & (tl.program_id(1) == 0)
     tl.store(k + free, key, fits)
     tl.store(v + free, value, fits)
     score = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
-    m = tl.where(mine, score, float("-inf"))
-    l = tl.zeros([M], tl.float32) + tl.where(mine, 1.0, 0.0)
-    acc = tl.zeros([M, DP], tl.float32) + value.to(tl.float32)[None, :]
+    m = tl.where(mine, score, float("-inf"))  # -inf: the first tile cancels l and acc
+    l, acc = tl.full([M], 1.0, tl.float32), tl.zeros([M, DP], tl.float32) + value.to(tl.float32)[None, :]
     # stream K and V
     if UP:
         rows = rows.to(tl.float32)
@@ -260,7 +262,7 @@ def stages(device):
     return 3 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 << 10 else 2
 
 
-def attend(q, k, v, kv_start, kv_len, plan, scale):
+def attend(q, k, v, kv_len, plan, scale):
     """q (B, T, Hq, D) over arenas k, v -> out like q, lse (B, T, Hq) fp32, natural log."""
     b, times, hq, d = q.shape
     rows = times * hq * b // plan.segments
@@ -270,7 +272,7 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
     bs, row_tiles = tile.pop("BS"), triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         split_kernel[len(work), row_tiles](
-            q, k, v, kv_start, kv_len, work, part, part_lse, out, lse,
+            q, k, v, kv_len, work, part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // b, times,
             G=rows // times, D=d, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),
         )  # fmt: skip
@@ -282,7 +284,7 @@ def attend(q, k, v, kv_start, kv_len, plan, scale):
     return out, lse
 
 
-def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=None):
+def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None):
     """q (B, Hq, D), k_new and v_new (B, Hkv, D), each sequence contiguous: store the new token at kv_len and attend ->
     out like q, lse (B, Hq) fp32. rope: cos and sin (B, 1, D), contiguous, rotate q and k_new first; or None."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
@@ -294,7 +296,7 @@ def append_attend(q, k_new, v_new, k, v, kv_start, kv_len, plan, scale, rope=Non
     row_tiles = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         append_kernel[len(work), row_tiles](
-            q, k_new, v_new, cos, sin, k, v, kv_start, kv_len, plan.kv_cap,
+            q, k_new, v_new, cos, sin, k, v, kv_len,
             work, plan.tickets(row_tiles), part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // len(q), q.stride(0), k_new.stride(0), v_new.stride(0),
             G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile, num_warps=4, num_stages=stages(q.device),

@@ -14,7 +14,8 @@ from .checkpoint import Checkpoint
 from .config import InputError
 from .console import explain, fail, note, say
 from .generate import Generation
-from .image import read_image
+from .image import local_path, read_image
+from .report import note_without_picture
 from .show import save
 from .tokenizer import IMAGE
 
@@ -114,7 +115,8 @@ class Chat:
     def take(self, line):
         """Run a command or answer a question. Returns True if it ends the conversation."""
         text = line.strip()
-        if os.path.isfile(text.strip("'\"")):  # such as a path that was dragged into the window
+        path = text.strip("'\"")
+        if os.path.isfile(path if " " in path else local_path(path)):  # such as a path that was dragged into the window
             raise InputError(f"{text[:200]} is a file; add it as a picture with /image {text[:200]}")
         if text.startswith("/"):
             return self.command(text)
@@ -140,7 +142,10 @@ class Chat:
         if name in ("prune", "retention") and not rest:
             self.say_pruning("in use: ")
         else:
+            had = self.seen or self.pictures
             commands[name](rest)
+            if had and not (self.seen or self.pictures):
+                note_without_picture(self.checkpoint)
         return False
 
     def add_pictures(self, text):

@@ -286,6 +286,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     config = _with_image_token(config, tokenizer)
     files = weight_files(folder)
     stored = stored_tensors(files)
+    _refuse_quantised(stored)
     config, stored, notes = settle_head(config, stored)
     model = empty_model(config)
     keys = match_keys(folder, stored, model)
@@ -310,6 +311,8 @@ def find_folder(name):
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
+        if folder.is_file():
+            raise InputError(f"{str(name)[:200]} is a file; give the folder that holds it")
     except (OSError, RuntimeError, TypeError) as broken:  # a name too long for a path; ~nobody; None
         raise InputError(
             f"{str(name)[:80]} is not a path ({broken}); give the folder of a llava-hf checkpoint"
@@ -475,7 +478,6 @@ def _same_values(*stored):
 def match_keys(folder, stored, model):
     """{canonical name: (file, name in the file, dtype)}, from headers. InputError unless all names and shapes match."""
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    _refuse_quantised(stored)
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or unexpected:
         lists = ("missing", missing), ("unexpected", unexpected)
@@ -506,7 +508,7 @@ def _refuse_quantised(stored):
     for name, (path, key, dtype, _) in stored.items():
         if name.endswith(QUANTISED) or dtype.startswith(("I8", "U8", "F8", "F6_", "F4")):
             raise InputError(
-                f"the weights are quantised ({key} in {path.name} is stored as {dtype}); "
+                f"the weights are quantised ({path.name} holds {key}, stored as {dtype}); "
                 "use an unquantised copy in F32, BF16 or F16"
             )
 
@@ -515,7 +517,7 @@ def _open(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as broken:
-        raise InputError(f"{path} is truncated or not a safetensors file ({broken}); fetch it again") from broken
+        raise InputError(f"{path} cannot be read as a safetensors file ({broken}); fetch it again") from broken
 
 
 def _some(names):
@@ -580,7 +582,7 @@ def read_generation_settings(folder, tokenizer, vocabulary):
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     if not eos or not all(type(i) is int and 0 <= i < vocabulary for i in eos):
         raise InputError(
-            f"{path} has eos_token_id {list(eos)}, of {vocabulary} tokens; take the file of the original checkpoint"
+            f"{path} has eos_token_id {list(eos)}, not ids from 0 to {vocabulary - 1}; take the original file"
         )
     neutral = GENERATION | (SAMPLING if raw.get("do_sample") else {})
     asked = [f"{name} {raw[name]}" for name in neutral if raw.get(name) not in (None, [], neutral[name])]

@@ -242,7 +242,7 @@ def check(args, error):
             args.prompt = decode_text(Path(args.prompt[1:]).read_bytes()).rstrip("\n")
         "".join([args.prompt, args.system or "", *args.stop]).encode()
     except (OSError, ValueError) as broken:
-        error(f"cannot read the prompt as UTF-8 text ({broken})")
+        error(f"cannot read --prompt, --system or --stop as UTF-8 ({broken}); @ in front of a prompt names a file")
     if args.questions is None and not later and not args.prompt.strip():
         error("the prompt is empty; give a question")
     for path in args.image:  # checked before torch is imported; `local_path` checks other addresses

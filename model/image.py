@@ -255,11 +255,10 @@ def local_path(source):
     local = re.match(r"file:(?:(?!//)|//(?:localhost)?)(/.*)", source, re.IGNORECASE | re.DOTALL)
     if local:
         return unquote(local[1], errors="surrogateescape")
+    if source[:7].lower() == "file://":
+        raise InputError(f"{source[:100]} names another machine; for a file of this one, write file:///FOLDER/FILE")
     if re.match(r"[a-z][a-z0-9+.-]+:/", source, re.IGNORECASE):  # at least two letters, because C:/ is a drive
-        raise InputError(
-            f"{source[:100]} is an address on the web or on another machine, and nothing is downloaded; save the "
-            "picture and give its path"
-        )
+        raise InputError(f"{source[:100]} is an address, and nothing is downloaded; download it and give its new path")
     if source.startswith("~") and not os.path.exists(source):
         return os.path.expanduser(source)
     return source
@@ -319,7 +318,7 @@ def _decode(data, shown):
     except UnidentifiedImageError as unknown:
         kinds = [what for pattern, what in OTHERS if re.match(pattern, data[:4096])]
         found = kinds[0] if kinds else "truncated, or not a picture that can be read"
-        raise InputError(f"{shown} is {found}; convert it to PNG or JPEG") from unknown
+        raise InputError(f"{shown} is {found}; give a complete PNG or JPEG file") from unknown
 
 
 @contextmanager
@@ -330,9 +329,10 @@ def _one_line_errors(shown):
     except (InputError, MemoryError):
         raise
     except Exception as broken:  # Pillow's readers raise a dozen different exceptions for broken files
-        what = "has too many pixels" if isinstance(broken, Image.DecompressionBombError) else "is truncated or broken"
-        why = " ".join(str(broken).split())
-        raise InputError(f"{shown} {what} ({why}); save it again, not larger than a photograph") from broken
+        what, cure = "is truncated or broken", "fetch or save it again"
+        if isinstance(broken, Image.DecompressionBombError):
+            what, cure = "has too many pixels", "make it smaller"
+        raise InputError(f"{shown} {what} ({' '.join(str(broken).split())}); {cure}") from broken
 
 
 ONE_AT_A_TIME = threading.Lock()  # because what `_quiet` redirects belongs to the whole process

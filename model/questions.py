@@ -3,7 +3,8 @@
 Used by `run.py --questions FILE --image-folder DIR --answers FILE`. Input, per line: {"question_id", "image", "text"},
 where "image" is a file name, a list of them, or absent. Output, per line: {"question_id", "prompt", "text",
 "answer_id", "model_id", "metadata"}, in the order of the questions, because LLaVA's scorers read both files line by
-line. If a question cannot be answered, "text" is "" and metadata.error gives the reason; the next run retries it.
+line. If a question cannot be answered, "text" is "" and metadata.error gives the reason; the next run retries it,
+perhaps with other settings.
 """
 
 import codecs
@@ -38,7 +39,7 @@ except ImportError:  # Windows: two runs on one file go undetected
 # in JSON: a key that stands for a picture in other formats, with a value, or a picture's file or URI as a value
 PICTURE = re.compile(
     r'"[^"]*(image|img|picture|photo|\bpics?\b)[^"]*": (?!null|false|0[,}]|""|\[\]|\{\})'
-    r'|"data:image/|\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?[^"]*)?"',
+    r'|"data:image/|[^\s"]\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?[^"]+)?"',
     re.IGNORECASE,
 )
 BLANK = b"\0\r\n\t "  # a power cut can leave NULs in place of the last lines
@@ -128,16 +129,16 @@ def _question(line, where):
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{where} is not JSON ({broken}); give one object on each line") from broken
     if not isinstance(raw, dict) or type(raw.get("question_id")) not in (str, int):
-        raise InputError(f"{where} has no question_id; give a number or a string")
+        raise InputError(f"{where} has no question_id that is a whole number or a string; add one")
     images = raw.get("image")
     images = [] if images in (None, "") else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise InputError(f"the image in {where} is neither a file name nor a list of them; fix it")
     rest = [key for key in raw if key not in ("image", "text") and PICTURE.search(json.dumps({key: raw[key]}))]
     if not images and rest:
-        raise InputError(f'{where} has {rest[0][:50]!r} and no "image"; give the picture under the key "image"')
+        raise InputError(f'{where} has {rest[0][:50]!r} and no "image"; name the picture in "image", or drop this key')
     if not isinstance(raw.get("text"), str) or not raw["text"].strip():
-        raise InputError(f"{where} has no text; add it")
+        raise InputError(f"{where} has no text, which is a string with the question; add it")
     try:
         raw["text"].encode()
     except UnicodeEncodeError as broken:  # half of a surrogate pair
@@ -174,7 +175,7 @@ def open_answers(path):
         ours = False
     if not ours:
         file.close()
-        raise InputError(f"another run is writing {path}; wait for it, or give another file")
+        raise InputError(f"another run is writing {path}, or its disk has no file locks; wait, or give another file")
     return file
 
 
@@ -195,8 +196,8 @@ class Answers:
     def __init__(self, file, settings):
         """Read the file of `open_answers`, and cut off a partial last line, left by a kill.
 
-        settings: dict of the options that answers depend on. InputError for other settings or other contents; the file
-        is then unchanged.
+        settings: dict of the options that answers depend on. InputError for an answer with other settings (an error may
+        have others) or other contents; the file is then unchanged.
         """
         self.file, self.path = file, Path(file.name)
         self.settings = json.loads(json.dumps(settings))  # as they are read back from a line
@@ -225,7 +226,7 @@ class Answers:
             other = [name for name in {**self.settings, **settings} if settings.get(name) != self.settings.get(name)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
             raise InputError(f"{where} is not an answer of this program ({broken!r}); give another file") from broken
-        if other:
+        if other and "error" not in about:  # an error is retried with the new settings
             theirs, ours = settings.get(other[0]), self.settings.get(other[0])
             raise InputError(
                 f"{where} was answered with {other[0]} {theirs!r}, not {ours!r}; give the same options or another file"

@@ -31,12 +31,18 @@ def introduce(args, generation):
     if demo:
         note("the demo model knows only drawn shapes and signs, and conversations of one or two questions as in "
              "assets/README.md; --model loads another")  # fmt: skip
-        if not generation.images and args.questions is None:
-            note("there is no picture, and the demo model can answer only questions about pictures")
+    if not generation.images and args.questions is None:
+        note_without_picture(checkpoint)
     for text in checkpoint.notes:
         note(text)
     if args.compile:
         note("the second token waits for the compiler, up to a minute the first time, a few seconds after that")
+
+
+def note_without_picture(checkpoint):
+    """A note on questions without a picture, if the model is the demo."""
+    if checkpoint.folder.resolve() == DEMO:
+        note("there is no picture, and the demo model can answer only questions about pictures")
 
 
 def report(generation, model, seed, meter):
@@ -94,15 +100,20 @@ def say_outcome(args, generation, took, code):
         note(off)
     if code != 0 or args.lines:
         return
-    if pruned:
-        held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
-        say(f"{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
-            f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
+    say_pruned(generation, took)
     if generation.finish_reason == "length":
         context = generation.checkpoint.config.text_config.context
         full = f"the context of {context} tokens is full" + ("; /clear starts a new conversation" if args.talk else "")
         why = "--max-new-tokens allows more" if generation.limit < generation.context_left else full
         note(f"the answer was cut after {generation.limit} tokens; {why}")
+
+
+def say_pruned(generation, took, whose=""):
+    """What pruning kept, if it took place in the answer's prefill. whose: words in front."""
+    if generation.timing["prune"] > 0:
+        held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
+        say(f"{whose}{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
+            f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
 
 
 def say_comparison(generation, took):

@@ -302,14 +302,7 @@ def test_mistakes_are_one_line_each_and_the_conversation_goes_on(talk, tiny_fold
     assert (code, out.count("\n")) == (0, 1) and len(errors) == len(wrong) + 3 and "Traceback" not in err
     assert all(";" in line or "," in line for line in errors), errors
     places = "the question has 1 <image>, and the number of new pictures is 0; add pictures with /image PATH, or leave"
-    for words in (
-        "no command /nope",
-        "no picture at /nowhere",
-        "UTF-8",
-        "quotes",
-        "from the terminal",
-        "/clear nothing",
-    ):
+    for words in ("no command /nope", "no picture at /nowhere", "UTF-8", "quotes", "the terminal", "/clear nothing"):
         assert words in err
     assert "no picture; add" in err and places in err
 
@@ -360,13 +353,25 @@ def test_clear_forgets_the_conversation_and_clear_all_its_pictures_too(talk):
     assert "1 picture, 256 vision tokens" in err
 
 
+def test_the_note_about_a_missing_picture_comes_again_when_the_last_one_goes(talk):
+    add = f"/image {DEMO_PICTURE}"
+    lines = ["/clear all", add, COUNT, "/clear", "/clear all", "/clear all", add, add, "/image -", "/image -"]
+    _, _, err = talk(lines)
+    assert re.findall("new conversation, |for the next question: none|note: there is no picture", err) == [
+        "note: there is no picture", "new conversation, ",
+        "new conversation, ", "note: there is no picture", "new conversation, ",
+        "for the next question: none", "note: there is no picture",
+    ]  # fmt: skip
+
+
 def test_a_file_is_no_question_and_no_command(talk):
     """Nor are words that name a command."""
     picture = f"'{DEMO_PICTURE}'"  # as a file manager drops it
-    lines = [str(DEMO_PICTURE), f" {picture} ", "quit", " help ", "exit", " /image " + picture, SIGN, "/help"]
-    code, out, err = talk(lines)
-    assert (code, out) == (0, NET) and err.count("commands begin with a slash") == 3
-    assert err.count("is a file; add it as a picture with /image ") == 2 and "no command" not in err
+    lines = [str(DEMO_PICTURE), f" {picture} ", DEMO_PICTURE.as_uri(), "quit", " help ", "exit"]
+    code, out, err = talk([*lines, " /image " + picture, SIGN, "/help", "http://x.y", "http://x.y or z?"])
+    assert code == 0 and out.startswith(NET) and err.count("commands begin with a slash") == 3
+    assert out.count("\n") == 2 and err.count("nothing is downloaded") == 1
+    assert err.count("is a file; add it as a picture with /image ") == 3 and "no command" not in err
     assert "/quit            leave" in err
 
 
@@ -493,6 +498,8 @@ def test_each_line_of_stdin_is_a_question_of_its_own(lines):
     data = f"\ufeff{SIGN}\r\n\n  \n{COUNT}\n{SIGN}".encode()
     code, out, err = lines(data, "--prune", "random", "--retention", "0.9")
     assert (code, out) == (0, NET + FOUR + NET) and err.count("note: ") == 1
+    said = "last answer: random kept 89.8 % of the vision tokens: KV cache "
+    assert err.count(said) == err.count(" MB instead of ") == 1 and " MB" not in lines(data)[2]
     code, out, _ = lines(data, "--json")
     objects = list(map(json.loads, out.splitlines()))
     assert code == 0 and [o["text"] + "\n" for o in objects] == [NET, FOUR, NET]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_ID, PAD_ID, TEXT, added_token, refusal, write_json
+from conftest import IMAGE_ID, PAD_ID, TEXT, VOCAB, added_token, refusal, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -312,6 +312,13 @@ def test_a_head_that_is_said_to_be_tied_is_compared(original, folder, case, nest
     assert ["another head" in note for note in checkpoint.notes] == [True] * untied
 
 
+def test_a_quantised_head_that_is_said_to_be_tied_is_refused(folder):
+    edit(folder / "config.json", tie_word_embeddings=True)
+    rewrite(folder, lambda tensors: tensors.update({HEAD: tensors[HEAD].to(torch.float8_e4m3fn)}))
+    assert "quantised" in refusal(load, folder)
+    assert "give the folder that holds it" in refusal(load, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("case", TIES)
 def test_heads_are_tied_exactly_when_transformers_ties_them(make_hf_checkpoint, tmp_path, case):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
@@ -457,7 +464,7 @@ def test_a_null_means_the_same_as_nothing(folder):
 def test_an_answer_that_nothing_ends_is_refused(folder, eos):
     write_json(folder / "generation_config.json", {"eos_token_id": eos})
     message = refusal(load, folder)
-    assert "generation_config.json" in message and "eos_token_id" in message
+    assert "generation_config.json has eos_token_id" in message and f"not ids from 0 to {VOCAB - 1}" in message
 
 
 def test_the_tokenizer_decides_which_id_the_image_has(folder):

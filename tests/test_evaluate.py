@@ -248,16 +248,18 @@ def test_nan_is_no_agreement():
 
 
 def test_fidelity_gives_a_method_with_its_own_budget_one_row(mine, capsys):
-    specs = ["none", "random:keep_tokens=20", "plphp:r=0.4", mine, "random"]
+    specs = ["none", "random:keep_tokens=20", "plphp:r=0.4", mine, "random", "fastv"]
     asked = ["--image", str(DEMO_PICTURE), "--prompt", "What?", "--max-new-tokens", "2"]
     assert evaluate.main(["fidelity", *asked, "--methods", *specs, "--retentions", "0.5", "0.25"]) == 0
     out, err = capsys.readouterr()
     _, *rows = table_of(out, 3)
     specs[2] = f"plphp:r=0.4,{FULL}"  # with the settings in the demo's folder
-    assert [row[:2] for row in rows] == [*([spec, ""] for spec in specs[:4]), ["random", "0.5"], ["random", "0.25"]]
-    assert [rows[i][2] for i in (0, 3, 4, 5)] == ["100.0 %", "100.0 %", "50.0 %", "25.0 %"]
-    note, unpruned = err.splitlines()
+    twice = [[name, f] for name in ("random", "fastv") for f in ("0.5", "0.25")]
+    assert [row[:2] for row in rows] == [*([spec, ""] for spec in specs[:4]), *twice]
+    assert [rows[i][2] for i in (0, 3, 4, 5, 6)] == ["100.0 %", "100.0 %", "50.0 %", "25.0 %", "66.7 %"]
+    note, unpruned, *off = err.splitlines()
     assert note.startswith("plphp uses the settings in ") and unpruned.startswith("unpruned: ")
+    assert [line.split(" of ")[0] for line in off] == ["note: fastv kept 66.7 %", "note: fastv kept 50.0 %"]
 
 
 # ---------------------------------------------------------------- statistics
@@ -458,7 +460,7 @@ ONE = ["--prompt", "What?", "--image", str(DEMO_PICTURE), "--max-new-tokens", "2
 @pytest.mark.parametrize(
     ("words", "name", "code", "said"),
     [
-        (["fidelity", *ONE], "five", 2, "mine.py::five returned int; return bool"),
+        (["fidelity", *ONE], "five", 2, "mine.py::five returned int in layer 0; return torch.bool ("),
         (["premise", *ONE], "keep", 1, "mine.py::keep: KeyError in line 2: 'no\\nkey'"),
         (["accuracy", "--questions", "1", "--workers", "1", "--only", "none"], "keep", 1, "KeyError in line 2"),
     ],
@@ -483,7 +485,7 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "flags", "word"),
     [
-        ("accuracy", ["--only", "random", "grids"], "'grids'; use all, or some of none, plphp, defaults, random"),
+        ("accuracy", ["--only", "me"], "'me'; give --methods FILE.py::NAME for your own, or all or some of none, 'plp"),
         ("accuracy", ["--questions", "0"], "--questions"),
         ("accuracy", ["--out", __file__], "is a file; give a folder"),
         ("second", ["--workers", "0"], "--workers"),

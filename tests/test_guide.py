@@ -44,9 +44,12 @@ def test_the_ten_minute_guide_runs_line_by_line(folder):
     assert "2 * max(16" in (folder / "my.py").read_text()
     # BN is 128 at D = 128 in bf16: two tiles of 64 KB, more than the gate allows; in fp32 registers spill
     header, *rows, _ = run(inspect, code=1).splitlines()
-    columns = [dict(zip(header.split(), row.split(), strict=False)) for row in rows]
+    verdict = header.index("verdict")
+    columns = [
+        dict(zip(header.split(), row[:verdict].split(), strict=False)) | {"verdict": row[verdict:]} for row in rows
+    ]
     (row,) = (c for c in columns if (c["dtype"], c["D"], c["M"]) == ("bf16", "128", "4"))
-    assert int(row["shared"]) > 128 << 10 and row["verdict"] == "shared" and int(row["regs"]) > 100
+    assert int(row["shared"]) > 128 << 10 and "shared 130 KB > 80" in row["verdict"] and int(row["regs"]) > 100
     assert any(int(c["spills"]) > 100 for c in columns)
     right = r"^  my +\d.* \d\.\de-\d\d  "
     assert re.search(right, run(check), re.M)  # its largest error, in the interpreter

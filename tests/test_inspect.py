@@ -123,10 +123,16 @@ def test_a_changed_copy_is_inspected_instead(tmp_path):
 
 
 def test_failed_gates_name_the_numbers():
-    facts = Facts(138, 136 << 10, 0, 0, 4, 1, 4, 8, "yes", True)
+    facts = Facts(138, 136 << 10, 0, 0, 4, 1, 4, 8, "yes", True, 4)
     constants = {"M": 4, "BN": 64, "DP": 128}
     failed = failures(Variant("split_kernel", "bf16", 128, 4, 1), "sm_90", facts, constants, 128)
-    assert failed == ["registers 138 > 128", "shared 136 KB > 80", "loads 4 wide + 1 narrow", "pipeline 4 of 5 loads"]
+    assert failed == [
+        "registers 138 > 128",
+        "shared 136 KB > 80",
+        "loads 4 wide + 1 narrow",
+        "pipeline 4 of 5 loads",
+        "chain 4 > 3",
+    ]
 
 
 def test_a_kernel_that_it_does_not_know_is_noticed(tmp_path):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from model import Generation, Sampling, load, out_of_memory
 from model.cache import RaggedCache
 from model.console import explain
 from model.pruning import METHODS, Method, MethodError, make_method
-from model.pruning.budget import best, budget, by_head, mass, pooled, select
+from model.pruning.budget import best, budget, by_head, later, mass, pooled, select
 from model.pruning.plphp import Plphp, gamma
 from model.view import Pruning, View
 from tests.given import given_view
@@ -583,6 +584,8 @@ def test_fastv_frees_the_later_layers(small, layer):
     assert generation.bytes_held == sum(lengths) * 2 * 2 * 16 * 4  # K and V of two heads with 16 channels in fp32
     starved = answered(small, "three", 3, make_method(f"fastv:scope=vision,layer={layer}", keep_tokens=1))
     assert starved.kept == [108.0] * layer + [1.0] * (4 - layer)  # two pictures keep no token
+    equal = answered(small, "three", 3, make_method(f"fastv:layer={layer}", later(0.8, layer, 4)))
+    assert abs(equal.retention - 0.8) < 0.015 and later(0.2, layer, 4) == 0  # the first layers alone are a quarter
 
 
 @pytest.mark.parametrize(
@@ -649,13 +652,15 @@ def test_a_function_of_ones_own_may_keep_all_or_forget(small):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (lambda view: [0, 1], "the method returned list; return bool (2, "),
-        (lambda view: view.text, r"returned torch.bool ("),
-        (lambda view: view.attention()[:2], "returned torch.float32 (2, "),
+        (lambda view: [0, 1], "list in layer 0"),
+        (lambda view: view.text, "torch.bool (T,) on cpu in layer 0"),
+        (lambda view: view.attention()[:2], "torch.float32 (2, T) on cpu in layer 0"),
+        (lambda view: forgets_text(view).to("meta") if view.layer else None, "torch.bool (2, T) on meta in layer 1"),
     ],
 )
 def test_what_is_no_mask_is_refused(small, method, words):
-    assert words in refusal(answered, small, "one", 1, method)
+    said = re.sub(r"\b\d\d+\b", "T", refusal(answered, small, "one", 1, method))
+    assert said == f"the method returned {words}; return torch.bool (2, T) on cpu"
 
 
 DIVERSE = """

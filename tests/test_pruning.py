@@ -175,6 +175,25 @@ class Called:
 class Former:
     def narrow(self, scores, layout):
         return None
+
+class Plain:
+    share = 0.5
+    typed: float
+    def keep(self, view):
+        return None
+
+@dataclass(frozen=True)
+class Untyped(Plain):
+    step = 2
+
+class Open(Plain):
+    def __init__(self, part=3, **more):
+        self.part = part / (part != 0)
+
+class Broken(Open):
+    def __init__(self):
+        super().__init__(0)
+opened = Open(7)
 '''
 
 
@@ -208,6 +227,7 @@ def test_a_file_of_ones_own_may_hold_classes_and_finished_methods(own):
         wide = make_method(f"{file}::wide", 0.3).settings
         assert (wide["window"], wide["retention"]) == (9, 0.3)
         assert make_method(f"{file}::Short:step=2").rule.step == 2  # fields need not be keyword-only
+        assert make_method(f"{file}::opened").settings["part"] == 7  # __init__ has already taken its arguments
 
 
 # ---------------------------------------------------------------- what is refused
@@ -222,7 +242,8 @@ def refused(*arguments, **options):
     return message
 
 
-LISTED = "own.py::NAME (it has first, keep, placed, anything, no_view, grouped, Short, New, Neither, Called, Former)"
+LISTED = "own.py::NAME (it has first, keep, placed, anything, no_view, grouped, Short, New, Neither, Called, Former, "
+FIELD = "no setting '{0}', only a class attribute; write @dataclass(frozen=True) above the class and {0}: TYPE"
 BAD = [  # SPEC, or several arguments of make_method; words of the error
     ("plphd", "there is no method 'plphd'; did you mean plphp? use none, plphp, "),
     ("nope", "there is no method 'nope'; use none, "),
@@ -277,8 +298,12 @@ BAD = [  # SPEC, or several arguments of make_method; words of the error
     ("own.py::first:part=1,window=-1", "-1"),
     (("own.py::first:part=1", 0.5), "'retention'"),
     ("own.py::grouped", "give mean or max (or rename it: retention, keep_"),
-    ("own.py::placed:window=3", "placed takes view, window=1; write placed(view, *, SETTING=DEFAULT, ...)"),
-    ("own.py::anything:part=3", "anything takes view, **settings; write anything(view, *, "),
+    ("own.py::placed:window=3", "placed takes view, window=1, but settings are listed, checked and passed by name; "),
+    ("own.py::anything:part=3", "passed by name; write anything(view, *, SETTING=DEFAULT, ...)"),
+    ("own.py::Open:part=1", "takes part=3, **more, but settings are listed, checked and passed by name; write __"),
+    ("own.py::Broken", "method own.py::Broken cannot be created (ZeroDivisionError in line 84: "),
+    *((f"own.py::{at}=1", FIELD.format(at.split(":")[1])) for at in ("Plain:share", "Plain:typed", "Untyped:step")),
+    ("own.py::Plain:keep=1", "has no setting 'keep'; it has sink"),
     ("own.py::no_view", "no_view takes window"),
     ("own.py::Neither", "method own.py::Neither has no keep(self, view) or narrow(self, view)"),
     ("own.py::Called", "method own.py::Called has no keep(self, view) or narrow(self, view)"),

@@ -145,7 +145,7 @@ def test_pictures_may_be_named_in_other_ways(folder, cli, monkeypatch):
     shutil.copy("demo.png", "-")
     names = ["demo.png", uri, "~/demo.png", f"file://{folder}/demo.png", str(folder / "demo.png"), ["demo.png"], "-"]
     bad = {
-        "HTTPS://example.com/x.png": "nothing is downloaded", "file://elsewhere/demo.png": "another machine",
+        "HTTPS://example.com/x.png": "nothing is downloaded", "file://elsewhere/demo.png": "write file:///",
         "a\0b.png": "NUL", "no.png": "no picture", ".": "folder",
     }  # fmt: skip
     asked = [QUESTIONS[0] | {"question_id": i, "image": name} for i, name in enumerate([*names, *bad])]
@@ -165,7 +165,7 @@ def test_pictures_may_be_named_in_other_ways(folder, cli, monkeypatch):
 
 def test_a_line_may_say_that_it_has_no_picture(folder, file, answer):
     none = [{}, *({"image": nothing} for nothing in (None, "", [])), {"images": []}, {"image_path": None}]
-    none += [{"has_image": False}, {"num_images": 0}]
+    none += [{"has_image": False}, {"num_images": 0}, {"hint": "Is it like photo.jpg?"}, {"format": ".png"}]
     write_lines(folder / "q.jsonl", [{"question_id": i, "text": "What?"} | more for i, more in enumerate(none)])
     answer()
     assert [line["metadata"]["vision_tokens"] for line in read_lines(file)] == [0] * len(none)
@@ -223,6 +223,15 @@ def test_what_could_not_be_answered_is_asked_again(folder, file, answer, whole):
     after = read_lines(file)
     assert "error" in before[3]["metadata"] and "error" not in after[3]["metadata"] and after[3]["text"]
     assert after[:3] + after[4:] == before[:3] + before[4:] and after[3]["question_id"] == 4
+
+
+def test_settings_of_failures_do_not_bind(folder, file, answer, refuses):
+    write_lines(folder / "q.jsonl", QUESTIONS[:1] + QUESTIONS[6:7])
+    (folder / "empty").mkdir()
+    assert "2 could not be answered" in answer("--image-folder", folder / "empty")
+    assert "could not be answered before are tried again" in answer("--image-folder", folder)
+    assert [line["metadata"]["settings"]["image_folder"] for line in read_lines(file)] == [str(folder)] * 2
+    assert all(line["text"] for line in read_lines(file)) and "image_folder" in refuses("--image-folder", ROOT)
 
 
 def test_a_retry_that_was_killed_leaves_one_line_for_each_question(file, answer, whole):
@@ -329,18 +338,7 @@ def test_the_same_files_from_another_directory_are_the_same(folder, file, cli, r
         code, _, err = cli(*words.split(), "--prune", f"{name}/mine.py::keep")
         assert code == 0 and f"{2 if name == '.' else 0} questions in" in err, err
     monkeypatch.chdir(folder)
-    words = [
-        "--questions",
-        "q.jsonl",
-        "--answers",
-        "a.jsonl",
-        "--model",
-        "model",
-        "-n",
-        "3",
-        "--prune",
-        "mine.py::keep",
-    ]
+    words = ["--questions", "q.jsonl", "--answers", "a.jsonl", "--model", "model", "-n", 3, "--prune", "mine.py::keep"]
     assert "0 questions in" in cli(*words)[2]
     assert "prune" in refused(*words[:-2]) and "image_folder" in refused(*words, "--image-folder", ROOT / "assets")
 
@@ -349,7 +347,7 @@ def test_two_runs_do_not_write_one_file(file, refuses):
     fcntl = pytest.importorskip("fcntl", reason="this system has no file locks")
     with open(file, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another run" in refuses()
+        assert "another run" in (line := refuses()) and "or its disk has no file locks" in line
 
 
 # ---------------------------------------------------------------- failures
@@ -454,9 +452,9 @@ def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, folder, file,
 
 MALFORMED = {  # words of the error: a line, and what may stand in the place of its ?
     "not JSON": ("?", ["{", "nonsense", "[" * 100000, '{"question_id": %s, "text": "x"}' % ("9" * 5000)]),
-    "no question_id": ('{"question_id": ?, "text": "x"}', ["1.5", "true", "NaN", "null", "[1]"]),
+    "no question_id that is": ('{"question_id": ?, "text": "x"}', ["1.5", "true", "NaN", "null", "[1]"]),
     "has no question_id": ("?", ["[1]", '{"text": "x"}']),
-    "no text": ('{"question_id": 1, "text": ?, "image": "demo.png"}', ['""', '" "', r'" \n"', "5", "null"]),
+    "no text, which": ('{"question_id": 1, "text": ?, "image": "demo.png"}', ['""', '" "', r'" \n"', "5", "null"]),
     "the image in": ('{"question_id": 1, "text": "x", "image": ?}', ["5", "[5]", "false", "NaN", '{"url": "a"}']),
     "not valid Unicode": ('{"question_id": 1, "text": ?}', [r'"half \ud800 of it"']),
 }

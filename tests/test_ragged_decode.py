@@ -348,13 +348,16 @@ def test_plans_of_several_layers_are_those_of_each():
     caps = torch.tensor([[5000, 0, 770, 64], [1, 900, 30000, 70], [9, 9, 9, 9]], dtype=torch.int32)
     starts = caps.cumsum(1, dtype=torch.int32) - caps
     for split in (None, 48):
-        plans, together = decode_plans(starts, caps, split=split), _work_items(caps.tolist(), split, caps.device)
+        plans = decode_plans(starts, caps, split=split)
+        together = _work_items(starts.tolist(), caps.tolist(), split, caps.device)
         for plan, items, start, cap in zip(plans, together, starts, caps, strict=True):
             one = decode_plan(start, cap, split=split)
             assert (plan.starts, plan.caps) == (start.tolist(), cap.tolist())
             assert torch.equal(plan.kv_start, start) and torch.equal(plan.kv_cap, cap)
             assert all(torch.equal(a, b) for a, b in zip(items, one.items, strict=True))
             work, firsts, _ = one.items
+            segment = work[:, 0].long()
+            assert torch.equal(work[:, 4:], torch.stack((start[segment], cap[segment]), 1))
             count = work[:, 0].bincount(minlength=4).tolist()
             assert firsts.tolist() == [sum(count[:s]) for s in range(4)] and min(count) == 1
 

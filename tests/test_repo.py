@@ -61,8 +61,8 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 1610 and counted["product"] <= 8500 and counted["tools"] <= 8760
-    assert counted["tests"] <= 16700
+    assert counted["one answer"] <= 1610 and counted["product"] <= 8510 and counted["tools"] <= 8810
+    assert counted["tests"] <= 16800
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
         assert words.format(f"{round(counted[what], -2):,}") in said, f"{what}: {counted[what]}"
@@ -295,6 +295,7 @@ def test_methods_of_the_pages_drop_vision_tokens(block):
     generation = Generation(load(DEMO), "How many objects are there?", [ROOT / "assets" / "demo.png"], prune=method)
     "".join(generation)
     assert 0.05 < generation.retention < 0.8
+    assert generation.wanted is None or abs(generation.retention - generation.wanted) < 0.01
 
 
 def test_the_names_that_are_reserved_are_listed():

@@ -548,6 +548,7 @@ BAD_FLAGS = {
     "--questions x --image-folder a\0b --prompt x",
     "nothing is downloaded": "--image HTTPS://example.com/x.png \n --image ftp://example.com/x.png",
     "another machine": "--image file://example.com/x.png",
+    "; @ in front of a prompt names a file": "--prompt @/nowhere/q.txt",
     "no picture at file:///nowhere/x.png": "--image file:///nowhere/x.png",
     "/nowhere": "--image /nowhere/x.png \n --image ~/nowhere/x.png \n --model /nowhere \n --prompt @/nowhere/q.txt \n"
     "--prune random --set @/nowhere.json \n --prune /nowhere.py::f \n --list-methods /nowhere.py::f \n"

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -36,6 +37,7 @@ from model.flags import choose_device  # noqa: E402
 from model.image import contrast_of, normalise, places_of, read_image, to_square  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
 from model.pruning import AMOUNTS, METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
+from model.pruning.budget import later  # noqa: E402
 from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from tools import figures, scenes  # noqa: E402
@@ -140,7 +142,7 @@ def _at(f, thresholds, layers, folder, rows):
     made = {"random": seeded("random"), "random, same in all heads": seeded("random:shared=true")}
     made |= labelled("grid") | {"objects": seeded("objects")} | labelled("topk", "shared", "snapkv", "adakv")
     for layer in (1, 2):
-        rest = (layers * f - layer) / (layers - layer)  # of the later layers, because FastV prunes no earlier one
+        rest = later(f, layer, layers)  # FastV prunes no earlier layer
         if rest > 0.05:
             made["fastv"] = _spec(f"fastv:layer={layer}", rest)
     made["plphp as shipped"] = _spec("plphp", f, folder)
@@ -216,6 +218,13 @@ def given_methods(args, generation):
         if text:
             say(text)
     return methods
+
+
+def warn(methods, kept):
+    """A note for each of `given_methods` that kept another fraction than asked for. kept: the fraction of each."""
+    for ((_, f), method), share in zip(methods.items(), kept, strict=True):
+        if f and (off := off_budget(method, share, f)):
+            note(off)
 
 
 # ---------------------------------------------------------------- the demo world
@@ -459,7 +468,8 @@ def run_scenes(args):
     known = dict.fromkeys(parts(name)[0] for name in every)
     for name in args.only:
         if name not in known and name not in every and name != "all":
-            raise InputError(f"--only: there is no method {name!r}; use all, or some of {', '.join(known)}")
+            cure = f"give --methods FILE.py::NAME for your own, or all or some of {', '.join(map(shlex.quote, known))}"
+            raise InputError(f"--only: there is no method {name!r}; {cure}")
     names = [name for name in every if chosen(name, args.only)]
     if any(map(is_fitted, names)):
         checkpoint.read_weights(args.dtype, args.device)
@@ -478,9 +488,7 @@ def run_scenes(args):
     say(f"answers: {path}")
     rows = summarise(head, {n: done[n] for n in numbers}, args.out or path.parent, f"pruning-{args.stage}")
     kept = {(row["method"], row["retention"]): float(row["kept"]) / 100 for row in rows}
-    for (spec, f), method in methods.items():
-        if f and (off := off_budget(method, kept[GIVEN + spec, str(f)], f)):
-            note(off)
+    warn(methods, [kept[GIVEN + spec, "" if f is None else str(f)] for spec, f in methods])
 
 
 # ---------------------------------------------------------------- tables
@@ -649,7 +657,7 @@ def markdown(head, rows, results):
     texts = [
         about, short(rows), table([*columns, "evidence kept", "attention kept"], lines, "lrrrrrll"),
         f"Compared where the two kept within {AT_EQUAL} points of each other:",
-        table([*compared, "only the second", "p"], differences(rows, results), "lrrlrrr"),
+        table([*compared, "only the second", "p"], [*differences(rows, results)] or [["none", *" " * 6]], "lrrlrrr"),
     ]  # fmt: skip
     return "\n\n".join(texts) + "\n"
 
@@ -715,8 +723,8 @@ def premise(args):
 def fidelity(args):
     """Print how far each method is from the unpruned answer: share of equal tokens, first divergence, KL."""
     reference, methods = answered(args, FIDELITY)
-    lines = []
-    for (spec, f), found in zip(methods, along(reference, list(methods.values()), args.batch), strict=True):
+    lines, results = [], along(reference, list(methods.values()), args.batch)
+    for (spec, f), found in zip(methods, results, strict=True):
         where = "never" if found["diverges"] is None else f"token {found['diverges'] + 1}"
         kept, same = (f"{100 * found[what]:.1f} %" for what in ("kept", "same"))
         kl = (f"{value:.4f}" for value in (found["kl"].mean(), found["kl"].max()))
@@ -724,6 +732,7 @@ def fidelity(args):
     pictures = f"{reference.vision_tokens} vision tokens of {len(args.image)} pictures"
     print(f"{len(reference.token_ids)} tokens, {pictures}\n")
     print(table(["method", "retention", "kept", "same token", "first divergence", "KL mean", "KL max"], lines))
+    warn(methods, [found["kept"] for found in results])
 
 
 # ---------------------------------------------------------------- command

@@ -11,7 +11,7 @@ One row per variant and architecture:
     regs     registers per thread                narrow   loads of K and V below 16 bytes per thread
     shared   bytes per program                   matrix   matrix-unit instructions
     stack    bytes per thread                    barrier  between append_kernel's partial results and its ticket
-    spills   instructions that access the stack
+    spills   instructions that access the stack  chain    loads that wait for each other, the first of K included
 
 The verdict is ok, compile (compilation failed), or the failed gates with the value found and the limit:
 
@@ -19,6 +19,7 @@ The verdict is ok, compile (compilation failed), or the failed gates with the va
     loads     K or V is not loaded 16 bytes at a time, or fewer loads were found than its tiles have
     pipeline  not all loads of K and V in the loop are asynchronous copies
     matrix    no matrix-unit instruction
+    chain     the first tile of K is requested after more than two other loads that wait for each other (NVIDIA)
     int64     an offset into K or V is not computed with 64-bit products, so it overflows in large arenas
     barrier   none before the ticket ("no"); only one that Triton inserted by chance ("chance"). "weak" passes: AMD's
               barrier does not wait for the stores of other waves, which only a run can judge
@@ -123,14 +124,14 @@ def segments(variant, dtype):
 def launch_decode(module, variant, dtype):
     k, v, start, cap = segments(variant, dtype)
     q = torch.empty(1, variant.tokens, HEADS * variant.group, variant.d, dtype=dtype)
-    module.attend(q, k, v, start, cap, decode_plan(start, cap), 1.0)
+    module.attend(q, k, v, cap, decode_plan(start, cap), 1.0)
 
 
 def launch_append(module, variant, dtype):
     k, v, start, cap = segments(variant, dtype)
     q, new = (torch.empty(1, heads, variant.d, dtype=dtype) for heads in (HEADS * variant.group, HEADS))
     rope = torch.empty(2, 1, 1, variant.d, dtype=dtype).unbind()
-    module.append_attend(q, new, new, k, v, start, cap, decode_plan(start, cap), 1.0, rope)
+    module.append_attend(q, new, new, k, v, cap, decode_plan(start, cap), 1.0, rope)
 
 
 def launch_scores(module, variant, dtype):
@@ -153,13 +154,14 @@ class Kernel:
     tiles: int = 0  # tiles of K and V that it loads
     rows: str = ""  # name of the constant with a tile's rows
     streams: bool = False  # loads tiles in a loop, which must be pipelined
+    chain: int = 9  # longest chain of loads to the first tile
     multiplies: bool = False  # uses the matrix units
 
 
 KERNELS = {
-    "split_kernel": Kernel("ragged_decode_triton", launch_decode, 2, "BN", streams=True, multiplies=True),
+    "split_kernel": Kernel("ragged_decode_triton", launch_decode, 2, "BN", streams=True, multiplies=True, chain=3),
     "merge_kernel": Kernel("ragged_decode_triton", launch_decode),
-    "append_kernel": Kernel("ragged_decode_triton", launch_append, 2, "BN", streams=True, multiplies=True),
+    "append_kernel": Kernel("ragged_decode_triton", launch_append, 2, "BN", streams=True, multiplies=True, chain=3),
     "lse_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", streams=True, multiplies=True),
     "mass_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", multiplies=True),
     "pack_kernel": Kernel("ragged_pack_triton", launch_pack, 2, "BT"),
@@ -217,6 +219,7 @@ class Facts:
     matrix: int
     barrier: str
     int64: bool
+    chain: int | None = None  # only of a CUDA binary that streams tiles
 
 
 # Regular expressions for a disassembly: the source line (file, number) of the instructions that follow; an instruction
@@ -286,7 +289,30 @@ def facts_of(compiled, loads, code, patterns, regs, stack):
         regs=regs, shared=compiled.metadata.shared, stack=stack, spills=count("spill", ops), wide=wide,
         narrow=len(kv) - wide, copies=count("copy", kv), matrix=count("matrix", ops),
         barrier=ticket_barrier(compiled.asm), int64=offsets_are_64_bit(compiled.asm["ttir"]),
+        chain=chain_to_first_tile(compiled.asm.get("ptx", "")),
     )  # fmt: skip
+
+
+PTX = re.compile(r"\s*(?:@!?(%p\d+) )?(ld\.global|cp\.async\.c[ag]|bra|ret|st|red|bar|[a-z]\w*)[\w.:]*\s+(.*)")
+
+
+def chain_to_first_tile(ptx):
+    """Loads that wait for each other before the first tile of K, this tile included; None without asynchronous copies.
+
+    A load waits for those that its address, its predicate, or a conditional branch before it depends on.
+    """
+    waits, branch = {}, 0  # per register: number of loads that its value waits for; the same for branches so far
+    for guard, op, operands in PTX.findall(ptx):
+        registers = re.findall(r"%\w+\d", operands)
+        if op in ("bra", "ret"):
+            branch = max(branch, waits.get(guard, 0))
+        elif op.startswith("cp.async"):
+            return 1 + max(branch, *(waits.get(name, 0) for name in [guard, *registers]))
+        elif op not in ("st", "red", "bar"):
+            results = re.findall(r"%\w+\d", re.match(r"\{.*?\}|[^,]*", operands)[0])
+            inputs = max(waits.get(name, 0) for name in [guard, *registers[len(results) :]])
+            waits |= dict.fromkeys(results, 1 + max(branch, inputs) if op == "ld.global" else inputs)
+    return None
 
 
 def last_before(lines, end, wanted, store):
@@ -394,6 +420,7 @@ def failures(variant, arch, facts, constants, threads):
         f"loads {facts.wide} wide + {facts.narrow} narrow": not loads_are_wide(variant, facts, constants, threads),
         f"pipeline {facts.copies} of {loads} loads": kernel.streams and not amd and not 0 < facts.copies == loads,
         "matrix": multiplies and facts.matrix == 0,
+        f"chain {facts.chain} > {kernel.chain}": (facts.chain or 0) > kernel.chain,
         f"barrier {facts.barrier}": variant.kernel == "append_kernel" and facts.barrier not in ("yes", "weak"),
         "int64": kernel.tiles and not facts.int64,
     }
@@ -443,7 +470,7 @@ def kv_lines(kernel, file=None):
 
 COLUMNS = (
     "kernel", "dtype", "d", "M", "arch", "regs", "shared", "stack", "spills", "wide", "narrow", "matrix", "barrier",
-    "verdict",
+    "chain", "verdict",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Needs neither torch nor a GPU. `roofline.py --kernel` prints the assumptions and the predictions. A prediction is a
 small simulation. Programs (work items) start in order on the free places of the multiprocessors, and each
 
-    loads its work item, the length, then query and new token    one dependent load after another
+    loads its work item, then the length and the query           one dependent load after another
     streams its K and V                                          all streaming programs share the bandwidth
     stores its partial result and draws a ticket                 two round trips to L2
     merges, if it is the last of its segment                     the log-sum-exps, then four parts per round trip
@@ -24,6 +24,7 @@ D, TILE = 128, 32 << 10  # channels; bytes of K and V in a tile of 64 slots, in 
 INSTRUCTIONS = 396  # per tile and warp: counted in the machine code for sm_90 (NOTES.md, 2026-11-21)
 UNROLLED = 4  # parts of a merge that are loaded together: ptxas unrolls the loop so (machine code for sm_90)
 CYCLES = 4  # per instruction: latency of NVIDIA's ALU, issue time of an AMD wave. Chosen after 2 had proved too few
+LOADS = 3  # that wait for each other, the first tile included: `chain` of inspect_kernels.py. 4 before 2026-11-26
 PROLOGUE = 300  # cycles from the loaded query to the first load of K: about ten barriers in the machine code
 NODE = 1.0e-6  # an empty node of a captured graph: measured on an H100 (NOTES.md)
 START = 2.5e-6  # the rest of starting and ending a kernel: fitted to kernels-h200.json
@@ -99,8 +100,9 @@ def places(device):
 # ---------------------------------------------------------------- the simulation
 
 
-def seconds(items, device, bandwidth=None, slots=None):
-    """Time of a call. bandwidth, slots: instead of the device's; with both infinite, the longest chain of loads."""
+def seconds(items, device, bandwidth=None, slots=None, loads=LOADS):
+    """Time of a call. bandwidth, slots: instead of the device's; with both infinite, the longest chain of loads.
+    loads: 4 for a kernel that requests the query only after it knows the length."""
     bandwidth, free = bandwidth or device.bandwidth, slots or device.units * places(device)
     arithmetic = CYCLES * INSTRUCTIONS / device.clock  # of a tile
     most = min((device.stages - 1) * TILE / device.dram, TILE / arithmetic)  # bytes/s that one program streams
@@ -115,8 +117,8 @@ def seconds(items, device, bandwidth=None, slots=None):
         while free and waiting:
             item, table = waiting.popleft(), device.dram if now == 0 else device.l2  # later programs find it in L2
             free -= 1
-            if item.parts:  # work item; length; query, new token, start; first tile
-                after(2 * table + 2 * device.dram + PROLOGUE / device.clock, "stream", item)
+            if item.parts:  # tables; query, with the length if there are 3 loads; first tile
+                after((loads - 2) * table + 2 * device.dram + PROLOGUE / device.clock, "stream", item)
             else:
                 after(2 * table, "end", item)
         rate = min(most, bandwidth / len(streams)) if streams else 0.0
@@ -145,12 +147,13 @@ def seconds(items, device, bandwidth=None, slots=None):
 # ---------------------------------------------------------------- the report
 
 
-def assumptions(devices):
+def assumptions(devices, loads):
     """Lines: the constants, then each device's numbers, with sources."""
     yield f"bf16, D = {D}, {SLACK} free slots per segment, cold caches, in a captured graph."
     yield f"- an empty node of the graph: {1e6 * NODE:g} us (measured on an H100, NOTES.md)"
     yield f"- the rest of starting and ending a kernel: {1e6 * START:g} us (fitted to kernels-h200.json)"
     yield f"- {INSTRUCTIONS} instructions per tile and warp (machine code for sm_90, assumed for all devices)"
+    yield f"- {loads} loads that wait for each other up to the first tile of K (PTX for sm_90; inspect_kernels: chain)"
     yield f"- {CYCLES} cycles per instruction (latency of NVIDIA's ALU; chosen after 2 had proved too few on the H200)"
     yield f"- {PROLOGUE} cycles before the first tile; merges load {UNROLLED} parts at a time (machine code for sm_90)"
     for name in devices:
@@ -165,11 +168,11 @@ def assumptions(devices):
 HEAD = ["case", "work items", "per multiprocessor", "waves", "chain us", "bytes us", "predicted us", "of bandwidth"]
 
 
-def row(name, lengths, device):
+def row(name, lengths, device, loads=LOADS):
     """Cells of the table for a call over segments of these lengths."""
     items, size = items_of(lengths), 4 * D * sum(lengths)
     live = sum(item.parts > 0 for item in items)
-    whole, chain = seconds(items, device), seconds(items, device, math.inf, len(items))
+    whole, chain = (seconds(items, device, *given, loads=loads) for given in ((), (math.inf, len(items))))
     numbers = live / device.units, live / (device.units * places(device)), 1e6 * chain, 1e6 * size / device.bandwidth
     cells = [f"{x:.1f}" for x in (*numbers, 1e6 * whole)]
     return [name, str(live), *cells, f"{size / device.bandwidth / whole:.0%}"]

@@ -5,7 +5,7 @@
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
     python tools/roofline.py --kernel --gpu H100 A100            # predicted times of a decode step's attention
-    python tools/roofline.py --kernel --measured benchmarks/kernels-h200.json    # predicted beside measured
+    python tools/roofline.py --kernel --loads 4 --measured benchmarks/kernels-h200.json    # beside measured times
 
 A decode step reads the decoder's weights once and, for each sequence, the K and V of all its tokens:
 
@@ -275,18 +275,18 @@ def short(x):
 
 def kernel_report(args):
     """Print the assumptions and a table of predictions per GPU, or beside what was measured on one."""
-    print("\n".join(kernel_model.assumptions(args.gpu)))
+    print("\n".join(kernel_model.assumptions(args.gpu, args.loads)))
     for name in args.gpu:
         device = kernel_model.DEVICES[name]
         if args.measured:
             rows = []
             for case, lengths, us in kernel_model.measured(args.measured):
-                cells = kernel_model.row(case, lengths, device)
+                cells = kernel_model.row(case, lengths, device, args.loads)
                 rows.append([*cells[:-1], f"{us:.1f}", f"{us / float(cells[-2]):.2f}"])
             head = [*kernel_model.HEAD[:-1], "measured us", "measured / predicted"]
         else:
             cases = kernel_model.cases(args.shapes, args.mbytes, args.skew)
-            head, rows = kernel_model.HEAD, [kernel_model.row(*case, device) for case in cases]
+            head, rows = kernel_model.HEAD, [kernel_model.row(*case, device, args.loads) for case in cases]
         print(f"\n{name}\n\n{markdown(head, rows)}")
 
 
@@ -310,6 +310,9 @@ def main(argv=None):
                    metavar="MB", help="for --kernel: K and V per layer (default 4 17 65 130 512)")
     p.add_argument("--skew", type=number(float, 1), nargs="+", default=[1], metavar="R",
                    help="for --kernel: one head R times as long as the mean (default 1)")
+    p.add_argument("--loads", type=number(int, 3, 4), default=kernel_model.LOADS, metavar="N",
+                   help="for --kernel: loads that wait for each other up to the first tile of K (default %(default)s; "
+                        "4 for kernels-h200.json)")
     p.add_argument("--measured", type=Path, metavar="FILE", help="for --kernel: the cases of bench_kernels.py --json "
                    "FILE, beside what was measured; needs torch")
     # fmt: on

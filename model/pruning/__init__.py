@@ -175,14 +175,16 @@ class Method:
         except Exception as wrong:
             if isinstance(wrong, MemoryError) or (isinstance(wrong, ValueError) and self.name in METHODS):
                 raise  # its message is one line
-            what = f"{type(wrong).__name__}{_line(function, wrong)}: {' '.join(str(wrong).split())}"
-            raise MethodError(f"{titled(self.name)}: {what}") from wrong
+            raise MethodError(f"{titled(self.name)}: {_what(self.rule, wrong)}") from wrong
         if keep is None:
             return None
-        if not isinstance(keep, torch.Tensor) or keep.shape != shape or keep.dtype != torch.bool:
-            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
-            raise ValueError(f"{titled(self.name)} returned {found}; return bool {shape}")
-        return keep.to(view.device) | self._guarded(view, keep.ndim)
+        found, wanted = type(keep).__name__, f"torch.bool {shape} on {view.device}"
+        if isinstance(keep, torch.Tensor):
+            keep = keep if keep.is_meta else keep.to(view.device)
+            found = f"{keep.dtype} {tuple(keep.shape)} on {keep.device}"
+        if found != wanted:
+            raise ValueError(f"{titled(self.name)} returned {found} in layer {view.layer}; return {wanted}")
+        return keep | self._guarded(view, keep.ndim)
 
     def _guarded(self, view, dims):
         """(T,) or (Hkv, T) bool: tokens that a stage may not drop: text, and those that the settings GUARDS protect."""
@@ -202,12 +204,13 @@ def titled(name):
     return "the method" if name == "<lambda>" else f"method {name}"
 
 
-def _line(function, wrong):
-    """ " in line N": the last line of a function's file that an exception passed through; "" if there is none."""
-    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+def _what(rule, wrong):
+    """ "TYPE in line N: WORDS" of an exception; N is the last line of the rule's file that it passed through."""
+    functions = [inspect.unwrap(getattr(stage, "func", stage)) for stage in stages(rule).values()]
+    files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
     steps = traceback.walk_tb(wrong.__traceback__)
-    lines = [line for frame, line in steps if code and frame.f_code.co_filename == code.co_filename]
-    return f" in line {lines[-1]}" if lines else ""
+    lines = [f" in line {line}" for frame, line in steps if frame.f_code.co_filename in files]
+    return f"{type(wrong).__name__}{lines[-1] if lines else ''}: {' '.join(str(wrong).split())}"
 
 
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
@@ -238,7 +241,7 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
     elif rule is None or isinstance(rule, Method):
         return rule
     else:  # an instance of a class
-        own = {key: getattr(rule, key) for key in settings_of(type(rule)) if hasattr(rule, key)}
+        own = {key: getattr(rule, key) for key in inspect.signature(type(rule)).parameters if hasattr(rule, key)}
         settings = GUARDS | {key: _checked(name, key, value, value) for key, value in own.items()}
     _check_stages(name, rule)
     return Method(name, rule, settings)
@@ -255,6 +258,8 @@ def _with_settings(name, rule, given, folder):
         return (rule(**own) if isinstance(rule, type) else partial(rule, **own)), settings
     except ValueError as wrong:
         raise ValueError(f"{wrong} (settings not given come from {file})" if file else str(wrong)) from wrong
+    except Exception as broken:
+        raise ValueError(f"{titled(name)} cannot be created ({_what(rule, broken)}); fix it") from broken
 
 
 def stages(rule):
@@ -298,8 +303,7 @@ def named(spec):
 
     ValueError as in `make_method`.
     """
-    if spec is None:
-        return "none", None, {}
+    spec = "none" if spec is None else spec
     if isinstance(spec, Method):
         return spec.name, spec, {}
     name, rule, texts = None, spec, []
@@ -399,9 +403,8 @@ def _find(name):
         first, _, rest = name.partition(" ")
         if rest and first in METHODS:
             raise ValueError(f"settings follow a colon; write {first}:SETTING=VALUE, such as {first}:retention=0.5")
-        raise ValueError(
-            f"there is no method {name[:80]!r}; {_near(name, METHODS)}use {', '.join(METHODS)} or FILE.py::NAME"
-        )
+        known = f"{_near(name, METHODS)}use {', '.join(METHODS)} or FILE.py::NAME"
+        raise ValueError(f"there is no method {name[:80]!r}; {known}")
     module = _import(path)
     rule = getattr(module, attribute, None)
     if not callable(rule) and not stages(rule):
@@ -453,8 +456,9 @@ def settings_of(rule):
     by_name = {inspect.Parameter.KEYWORD_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if is_class else set())
     settings = {p.name: p.default for p in parameters if p.kind in by_name}
     if len(parameters) - len(settings) != (0 if is_class else 1):
-        wanted = "*, SETTING=DEFAULT, ..." if is_class else "view, *, SETTING=DEFAULT, ..."
-        raise ValueError(f"{rule.__name__} takes {', '.join(map(str, parameters))}; write {rule.__name__}({wanted})")
+        taken = f"{rule.__name__} takes {', '.join(map(str, parameters))}"
+        wanted = ("__init__(self" if is_class else f"{rule.__name__}(view") + ", *, SETTING=DEFAULT, ...)"
+        raise ValueError(f"{taken}, but settings are listed, checked and passed by name; write {wanted}")
     return settings
 
 
@@ -463,30 +467,29 @@ def _complete(name, rule, given):
     defaults = GUARDS | settings_of(rule)
     for key in given:
         if key not in defaults:
-            near = _near(key, defaults)
-            raise ValueError(f"method {name} has no setting {key!r}; {near}it has {', '.join(defaults)}")
-    settings = defaults | given
-    for key, value in settings.items():
-        if value is inspect.Parameter.empty:
-            raise ValueError(f"method {name} needs {key}; give the setting {key}=VALUE")
-    return {key: _checked(name, key, value, defaults[key]) for key, value in settings.items()}
+            what, cure = f"method {name} has no setting {key!r}", f"{_near(key, defaults)}it has {', '.join(defaults)}"
+            attributes = {*dir(rule), *inspect.get_annotations(rule)} if isinstance(rule, type) else ()
+            if key in attributes and key not in stages(rule):
+                what += ", only a class attribute"
+                cure = f"write @dataclass(frozen=True) above the class and {key}: TYPE = DEFAULT in it"
+            raise ValueError(f"{what}; {cure}")
+    return {key: _checked(name, key, value, defaults[key]) for key, value in (defaults | given).items()}
 
 
 def _checked(name, key, value, default):
-    """value in the type of the default. ValueError if it has another type or is outside the range of COMMON.
+    """value in the type of the default. ValueError if it is missing, of another type or outside the range in COMMON.
 
     A setting with no default, or with default None, takes any type, unless it is in COMMON.
     """
+    if value is inspect.Parameter.empty:
+        raise ValueError(f"method {name} needs {key}; give the setting {key}=VALUE")
     if type(default) is float and type(value) is int:
         value = float(value)
-    if value is None and default is None:
-        return None
-    if key in COMMON:
+    wanted = KINDS.get(type(default), f"a {type(default).__name__}")
+    fine = type(value) is type(default) or (key not in COMMON and default in (None, inspect.Parameter.empty))
+    if key in COMMON and not (value is None and default is None):
         _, wanted, fits = COMMON[key]
         fine = fits(value)
-    else:
-        wanted = KINDS.get(type(default), f"a {type(default).__name__}")
-        fine = default is None or default is inspect.Parameter.empty or type(value) is type(default)
     if not fine:
         reserved = f" (or rename it: {', '.join(COMMON)} mean the same in every method)"
         own = reserved if key in COMMON and name not in METHODS else ""

@@ -2,6 +2,7 @@
 
     by what      ranking    attention, combined for the query heads that share a KV head
     how many     budget     from a fraction or a number of tokens: 1 to n tokens of n; half is rounded up
+                 later      the fraction for the later layers, if the first ones keep everything
                  by_head    a budget per head, from a table of fractions per layer, or per layer and head
                  top        `budget` and a choice (default `best`), combined into one function of the scores
     which        best       each head keeps its own highest scores
@@ -30,6 +31,12 @@ def budget(tokens, retention=1.0, keep_tokens=None):
     """
     wanted = math.floor(retention * tokens + 0.5) if keep_tokens is None else keep_tokens
     return max(1, min(wanted, tokens))
+
+
+def later(retention, layer, num_layers):
+    """The fraction that each layer from `layer` on may keep (0 or more), so that with the earlier ones, which keep
+    everything, the mean of all layers is retention."""
+    return max(0.0, (retention * num_layers - layer) / (num_layers - layer))
 
 
 def by_head(rates, layer, heads, tokens):
