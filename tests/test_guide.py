@@ -44,10 +44,8 @@ def test_the_ten_minute_guide_runs_line_by_line(folder):
     assert "2 * max(16" in (folder / "my.py").read_text()
     # BN is 128 at D = 128 in bf16: two tiles of 64 KB, more than the gate allows; in fp32 registers spill
     header, *rows, _ = run(inspect, code=1).splitlines()
-    verdict = header.index("verdict")
-    columns = [
-        dict(zip(header.split(), row[:verdict].split(), strict=False)) | {"verdict": row[verdict:]} for row in rows
-    ]
+    end = header.index("verdict")
+    columns = [dict(zip(header.split(), [*row[:end].split(), row[end:]], strict=True)) for row in rows]
     (row,) = (c for c in columns if (c["dtype"], c["D"], c["M"]) == ("bf16", "128", "4"))
     assert int(row["shared"]) > 128 << 10 and "shared 130 KB > 80" in row["verdict"] and int(row["regs"]) > 100
     assert any(int(c["spills"]) > 100 for c in columns)
