@@ -599,7 +599,8 @@ def test_a_file_without_the_op_or_its_launcher_is_refused(tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="conftest.py sets the interpreter only without CUDA")
 def test_channels_that_are_no_power_of_two_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(problems, "interpreted", lambda: True)
-    _, rows = measured(tmp_path, "ragged_decode_append", *ONE, "ragged", "--shapes", "phi3", "--copies", "1", "--tokens", "20")
+    flags = ["--shapes", "phi3", "--copies", "1", "--tokens", "20"]
+    _, rows = measured(tmp_path, "ragged_decode_append", *ONE, "ragged", *flags)
     assert shapes.LAYERS["phi3"][-1] == 96 and by_name(rows)["ours, triton (interpreted)"]["right"]
 
 

@@ -194,7 +194,7 @@ def test_a_prediction_by_hand(monkeypatch):
 
 
 def test_predictions_are_near_what_an_h200_measured():
-    """START was fitted to these; 1.5 is the factor that is promised. The chain had four loads then."""
+    """1.5 is the factor that is promised. The chain had four loads then."""
     cases = list(kernel_model.measured(ROOT / "benchmarks" / "kernels-h200.json"))
     assert len(cases) == 27
     for name, lengths, us in cases:
@@ -210,7 +210,7 @@ def test_predictions_are_near_what_an_h200_measured():
     ],
 )  # fmt: skip
 def test_predictions_are_near_what_an_h100_measured(heads, mean, us):
-    """kernels/NOTES.md, first GPU. Nothing was fitted to these."""
+    """kernels/NOTES.md, first GPU."""
     lengths = [round(mean * (0.25 + 1.5 * (i + 0.5) / heads)) for i in range(heads)]
     predicted = 1e6 * kernel_model.seconds(kernel_model.items_of(lengths), kernel_model.DEVICES["H100"], loads=4)
     assert 1 / 1.25 < us / predicted < 1.25

@@ -27,7 +27,7 @@ CYCLES = 4  # per instruction: latency of NVIDIA's ALU, issue time of an AMD wav
 LOADS = 3  # that wait for each other, the first tile included: `chain` of inspect_kernels.py. 4 before 2026-11-26
 PROLOGUE = 300  # cycles from the loaded query to the first load of K: about ten barriers in the machine code
 NODE = 1.0e-6  # an empty node of a captured graph: measured on an H100 (NOTES.md)
-START = 2.5e-6  # the rest of starting and ending a kernel: fitted to kernels-h200.json
+START = 2.5e-6  # the rest of starting and ending a kernel: fitted to the times of an H200 and an H100
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ def assumptions(devices, loads):
     """Lines: the constants, then each device's numbers, with sources."""
     yield f"bf16, D = {D}, {SLACK} free slots per segment, cold caches, in a captured graph."
     yield f"- an empty node of the graph: {1e6 * NODE:g} us (measured on an H100, NOTES.md)"
-    yield f"- the rest of starting and ending a kernel: {1e6 * START:g} us (fitted to kernels-h200.json)"
+    yield f"- the rest of starting and ending a kernel: {1e6 * START:g} us (fitted to times of an H200 and an H100)"
     yield f"- {INSTRUCTIONS} instructions per tile and warp (machine code for sm_90, assumed for all devices)"
     yield f"- {loads} loads that wait for each other up to the first tile of K (PTX for sm_90; inspect_kernels: chain)"
-    yield f"- {CYCLES} cycles per instruction (latency of NVIDIA's ALU; chosen after 2 had proved too few on the H200)"
+    yield f"- {CYCLES} cycles per instruction (latency of NVIDIA's ALU; chosen after 2 had proved too few)"
     yield f"- {PROLOGUE} cycles before the first tile; merges load {UNROLLED} parts at a time (machine code for sm_90)"
     for name in devices:
         d = DEVICES[name]
