@@ -8,7 +8,7 @@
       g = 1: w = 0 .. W - 1
 
 Columns are independent, so no reduction between programs is needed. Keys are read twice, 2 * Hkv * T * D * itemsize
-bytes; each tile of keys reads 4 * G * W * (T / PART) bytes of lse (from L2). 4 * G * W FLOP per key element:
+bytes; each tile of keys reads 4 * G * W * parts bytes of lse (from L2). 4 * G * W FLOP per key element:
 memory-bound for few query rows, compute-bound from about 64. The specification is `window_scores_ref`.
 """
 
@@ -18,8 +18,6 @@ import triton.language as tl
 
 from .backend import head_and_token_strides, interpreted
 from .ragged_decode_triton import LOG2_E, tiles
-
-PART = 1024  # keys per program of lse_kernel
 
 
 @triton.jit
@@ -57,11 +55,11 @@ def _scores(rows, keys, scale, there, position, column, end):
 @triton.jit
 def lse_kernel(
     q, k, q_pos, lse,
-    scale, window, tokens, q_stride_h, q_stride_w, k_stride_h, k_stride_t,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
-    ALIGN: tl.constexpr, UP: tl.constexpr,
+    scale, window, tokens, size, q_stride_h, q_stride_w, k_stride_h, k_stride_t,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, ALIGN: tl.constexpr,
+    UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (Hkv, parts, tiles of M rows): lse (Hq, W, parts) to base 2."""
+    """grid (Hkv, parts of `size` keys, tiles of M rows): lse (Hq, W, parts) to base 2."""
     # this program's part of the keys and its rows
     head, part = tl.program_id(0), tl.program_id(1)
     r = tl.program_id(2) * M + tl.arange(0, M)  # r = g * W + w
@@ -71,8 +69,8 @@ def lse_kernel(
     rows = _rows(q, query_head, w, there, q_stride_h, q_stride_w, D, DP, ALIGN, UP)
     m, l = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     # stream the keys
-    end = tl.minimum(tokens, (part + 1) * PART)
-    for first in range(part * PART, end, BN):
+    end = tl.minimum(tokens, (part + 1) * size)
+    for first in range(part * size, end, BN):
         column = first + tl.arange(0, BN)
         keys = _keys(k, head, column, end, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
         s = _scores(rows, keys, scale, there, position, column, end)
@@ -123,19 +121,27 @@ def mass_kernel(
         tl.store(out + head.to(tl.int64) * tokens + column, total, column < tokens)
 
 
+def part_size(tokens):
+    """Keys per program of `lse_kernel`: 128 for each 1,024 keys, up to 1,024. Up to 8,192 keys that makes at most 8
+    parts, so that few KV heads fill more of the device; mass_kernel reads every part's lse for every tile of keys."""
+    return min(1024, 128 * triton.cdiv(tokens, 1024))
+
+
 def scores(q, k, q_pos, scale, group):
     """q (Hq, W, D), k (Hkv, T, D), rows contiguous; q_pos (W,) -> fp32 (Hkv, T), or (Hq, T) for "none"."""
     (hq, window, d), (hkv, tokens, _) = q.shape, k.shape
-    parts, size = triton.cdiv(tokens, PART), hq // hkv
+    size = part_size(tokens)
+    parts = triton.cdiv(tokens, size)
     lse = torch.empty(hq, window, parts, dtype=torch.float32, device=q.device)
     out = torch.empty(hq if group == "none" else hkv, tokens, dtype=torch.float32, device=q.device)
     strides, align = head_and_token_strides(q, k)
-    shared = {"G": size, "D": d, "ALIGN": align, "UP": interpreted()}
+    shared = {"G": hq // hkv, "D": d, "ALIGN": align, "UP": interpreted()}
     with torch.cuda.device_of(q):
-        tile = tiles(size * window, d, q.element_size())
-        lse_kernel[hkv, parts, triton.cdiv(size * window, tile["M"])](
-            q, k, q_pos, lse, scale * LOG2_E, window, tokens, *strides,
-            M=tile["M"], DP=tile["DP"], BN=tile["BN"], PART=PART, **shared, num_warps=4, num_stages=2,
+        rows = hq // hkv * window
+        tile = tiles(rows, d, q.element_size())
+        lse_kernel[hkv, parts, triton.cdiv(rows, tile["M"])](
+            q, k, q_pos, lse, scale * LOG2_E, window, tokens, size, *strides,
+            M=tile["M"], DP=tile["DP"], BN=tile["BN"], **shared, num_warps=4, num_stages=2,
         )  # fmt: skip
         tile = tiles(window, d, q.element_size())
         mass_kernel[hkv, triton.cdiv(tokens, tile["BN"])](

@@ -27,7 +27,7 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
     if backend == "triton":
         if dtype == torch.float64:
             pytest.skip("Triton's kernels compute in fp32; float64 is refused, see below")
-        monkeypatch.setattr(importlib.import_module("kernels.window_scores_triton"), "PART", 64)
+        monkeypatch.setattr(importlib.import_module("kernels.window_scores_triton"), "part_size", lambda t: 64)
         empty = torch.empty  # rows that are never written show
         monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(float("nan")))
     ours = functools.partial(window_scores, backend=backend)
@@ -53,6 +53,17 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
             assert_near(got, exact, 1e-7 + 2e-5 * exact, what)
             if group != "max":
                 torch.testing.assert_close(got.sum(-1), torch.ones(len(got), dtype=got.dtype))
+
+
+def test_a_head_is_scored_alike_whatever_its_neighbours(backend):
+    """Parts of the shipped size: 256 of these 1,100 tokens, the last one cut short."""
+    q, k = torch.randn(4, 3, 16, generator=torch_random(1)), torch.randn(2, 1100, 16, generator=torch_random(2))
+    q, k = q.to(torch.get_default_device()), k.to(torch.get_default_device())
+    both = window_scores(q, k, backend=backend)
+    exact = exact_scores(q, k, [1097, 1098, 1099], 0.25, "mean")
+    assert_near(both, exact, 1e-7 + 2e-5 * exact, "(head, token)")
+    if backend == "triton":
+        assert torch.equal(both[1:], window_scores(q[2:], k[1:], backend=backend))
 
 
 def test_a_row_never_sees_what_comes_after_it(backend):
