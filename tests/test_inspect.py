@@ -96,6 +96,9 @@ def test_a_spoilt_kernel_fails_the_gate(gates, tmp_path):
         (["--kernel", "split_kernel", "attend"], "attend"),
         (["--json", "no/such/folder/facts.json"], "no/such/folder"),
         (["--processes", "0"], "--processes is 0"),
+        (["--file", "/nowhere.py"], "/nowhere.py"),
+        (["--file", "kernels/ragged_pack_triton.py", "--kernel", "append_kernel"], "has no append_kernel"),
+        (["--file", "kernels/backend.py"], "kernels/backend.py has no append_kernel, "),
     ],
 )
 def test_mistakes_are_one_line(arguments, naming):
@@ -113,6 +116,18 @@ def test_loads_of_another_name_are_not_taken_for_a_fault(names, tmp_path):
     lines = " or ".join(f"`{name} = tl.load(`" for name in names)
     wanted = f"no line {lines} in kernels/ragged_decode_triton.py; the inspector finds loads by these names"
     refused(tool("--kernel", "append_kernel", root=root), wanted)
+
+
+def test_a_changed_copy_is_inspected_instead(tmp_path):
+    """Only the kernels that the file has."""
+    source, wide = (ROOT / "kernels" / "ragged_pack_triton.py").read_text(), "to = slot.to(tl.int64)[:, None] * D"
+    assert source.count(wide) == 1
+    (tmp_path / "my.py").write_text(source.replace(wide, "to = slot[:, None] * D"))
+    done = tool("--arch", "sm_90", "--file", tmp_path / "my.py")
+    assert done.returncode == 1, done.stdout + done.stderr
+    header, *rows, summary = done.stdout.splitlines()
+    assert {row.split()[0] for row in rows} == {"pack_kernel"} and f": {len(rows)} failed" in summary
+    assert {row[header.index("verdict") :].strip() for row in rows} == {"int64"}, done.stdout
 
 
 def test_failed_gates_name_the_numbers():

@@ -4,7 +4,7 @@
     python tools/bench_kernels.py decode                     # whole decode steps of the demo model
     python tools/bench_kernels.py prefill                    # its prefill: cost of scoring, choosing and packing
     python tools/bench_kernels.py all --json out.json --csv out.csv
-    python tools/bench_kernels.py ragged_decode --kernel my.py    # also time my.py::ragged_decode
+    python tools/bench_kernels.py ragged_decode --kernel my.py    # also time my.py::ragged_decode, or a copied file
     python tools/bench_kernels.py --shapes gqa8 --mbytes 4 65     # size cases by MB of K and V per layer
     python tools/bench_kernels.py --layouts plphp zipf giant --retention 0.2    # other distributions over the heads
     python tools/bench_kernels.py --skew                     # equal bytes, one head 1, 2, 4 and 8 times the mean
@@ -26,9 +26,9 @@ On CUDA a round is one captured graph of at least 16 calls. All copies are check
 afterwards; a wrong provider gets no numbers. tools/plot_bench.py draws the output of --json.
 """
 
-import importlib.util
 import io
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,7 +36,6 @@ import tempfile
 import time
 import zipfile
 from functools import partial
-from importlib.machinery import SourceFileLoader
 from itertools import product
 from pathlib import Path
 
@@ -45,18 +44,24 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import kernels  # noqa: E402
 from model import InputError  # noqa: E402
 from model.checkpoint import DTYPES  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from tools import harness, problems, tune  # noqa: E402
-from tools.command import as_command, exit_code, flags, number, one_line, one_of, unwritable  # noqa: E402
+from tools.command import as_command, exit_code, flags, imported, number, one_line, one_of, unwritable  # noqa: E402
 from tools.harness import judge, said  # noqa: E402
 from tools.problems import DEFAULT_SHAPES, LAYOUTS, Setting, layers, layouts_of  # noqa: E402
 from tools.shapes import LAYERS  # noqa: E402
 
 ATTENTION = ("ragged_decode", "ragged_decode_append")
 OPS = (*ATTENTION, "window_scores", "ragged_pack", "prefill", "decode")
+LAUNCHERS = {  # functions of kernels/*_triton.py
+    "ragged_decode": "attend", "ragged_decode_append": "append_attend", "window_scores": "scores",
+    "ragged_pack": "pack",
+}  # fmt: skip
 QUICK = "--copies 2 --rounds 2"
+NOISY = 1.5  # 80th percentile of the rounds over the 20th
 # Command lines, the most informative first; flags given beside --preset override them. FlexAttention compiles for
 # seconds in every case, so only the first line times it.
 PRESETS = {
@@ -90,7 +95,8 @@ def parser():
     p.add_argument("--preset", choices=PRESETS, help="a set of ops and cases: gpu (minutes) or smoke (quick test)")
     p.add_argument("--shapes", nargs="+", choices=LAYERS, metavar="SHAPE",
                    help="default demo, 7b, gqa8; prefill: demo (default, the model) or 7b (two layers of that shape)")
-    p.add_argument("--tokens", nargs="+", type=number(int, 1), default=[640, 2048], metavar="T", help="before pruning")
+    p.add_argument("--tokens", nargs="+", type=number(int, 1), metavar="T",
+                   help="before pruning (default 640, on CUDA also 2048)")
     p.add_argument("--mbytes", nargs="+", type=positive, metavar="MB",
                    help="kept K and V per layer, instead of --tokens; adds sequences to stay below 32k tokens per head")
     p.add_argument("--retention", nargs="+", type=number(float, 0, 1, open_low=True), default=[1.0, 0.3], metavar="F")
@@ -107,7 +113,8 @@ def parser():
     p.add_argument("--rounds", type=number(int, 1), default=15, help="timed rounds (default 15)")
     p.add_argument("--copies", type=number(int, 1), help="copies of each problem (default: more than the cache holds)")
     p.add_argument("--only", metavar="TITLE", help="time only this case, written as in the output: OP: NAME")
-    p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file")
+    p.add_argument("--kernel", metavar="FILE.py", help="also time the function of the op's name in this file, or a "
+                   "changed copy of a kernels/*_triton.py")
     p.add_argument("--base", metavar="REV", help="also time the kernels of this commit (not for prefill and decode)")
     p.add_argument("--no-flex", action="store_true", help="skip FlexAttention, which compiles for every case")
     p.add_argument("--tune", action="store_true",
@@ -154,7 +161,7 @@ def cases(args, setting):
 
 def measure(about, case, rounds, bandwidth, device):
     """Rows of one case, one per provider. about: the first columns."""
-    verdicts = {name: judge(checks) for name, checks in case.checks.items()}
+    verdicts = {name: judge(checks, case.place) for name, checks in case.checks.items()}
     wrong = {name: why for name, (why, _) in verdicts.items()}
     runs, graphs, broken = {}, {}, {}
     for name in [name for name in case.calls if not wrong[name]]:
@@ -165,7 +172,7 @@ def measure(about, case, rounds, bandwidth, device):
     times, late = harness.take_turns(runs, 1 + rounds)
     broken |= late
     for name in times | broken:  # check again
-        wrong[name] = said(broken[name]) if name in broken else judge(case.checks[name][:2])[0]
+        wrong[name] = said(broken[name]) if name in broken else judge(case.checks[name][:2], case.place)[0]
     times = {name: found[1:] for name, found in times.items() if not wrong[name]}  # the first round warms up
     about |= {"shape": case.shape, "layout": case.layout, "megabytes": case.bytes / 1e6, "baseline": case.baseline}
     rows = []
@@ -208,12 +215,14 @@ COLUMNS = (  # title, key, factor, width, format
 
 
 def notes(row, device):
-    """The end of a row's line: more ratios, those of a skew sweep, whether it could not be captured."""
+    """The end of a row's line: more ratios, those of a skew sweep, whether it could not be captured or is noisy."""
     line = "".join(f"   {row['speeds'][rival]:.2f} x {rival}" for rival in strongest(row))
     if "over_uniform" in row:
         line += f"   {row['over_uniform']:5.2f} x the time at equal lengths"
     if device.type == "cuda" and not row["graph"]:
         line += "   (no CUDA graph: it synchronises)"
+    if row["p80_us"] > NOISY * row["p20_us"]:
+        line += f"   noisy: {row['p80_us'] / row['p20_us']:.1f} x between rounds"
     return line
 
 
@@ -260,6 +269,7 @@ def parsed(argv):
         raise InputError(f"--base is not for {' and '.join(sorted(whole))}; time them without it")
     found = [parser().parse_args(line + argv) for line in lines]
     for args in found:
+        args.tokens = args.tokens or ([640, 2048] if args.device.startswith("cuda") else [640])
         args.ops = list(OPS) if "all" in args.ops else args.ops or ["ragged_decode"]
         args.skew = [1.0, 2.0, 4.0, 8.0] if args.skew == [] else args.skew
         if "prefill" in args.ops and set(args.shapes or ()) - {"demo", "7b"}:
@@ -271,37 +281,39 @@ def parsed(argv):
 
 def repeated(argv, setting, title):
     """The command that repeats one case of the run with these arguments."""
-    files = flags(None)  # which the command does not overwrite
-    files.add_argument("--json")
-    files.add_argument("--csv")
-    _, words = files.parse_known_args(argv)
+    dropped = flags(None)  # files, which the command does not overwrite, and what is added below
+    for flag in ("--json", "--csv", "--base", "--only"):
+        dropped.add_argument(flag)
+    _, words = dropped.parse_known_args(argv)
     words += ["--base", setting.base[1]] if setting.base else []  # the hash, because HEAD moves
     interpreter = "" if problems.triton_name(setting.device) == "triton" else "TRITON_INTERPRET=1 "
     return interpreter + shlex.join(["python", "tools/bench_kernels.py", *words, "--only", title])
 
 
-def load_own(path, ops):
-    """Functions of the --kernel file: op -> (file name, function). InputError if there are none."""
+def load_own(path, ops, folder):
+    """op -> (file name, function, package of kernels that it belongs to), from the --kernel file.
+
+    A function with the op's name is called as it is. A copy of a kernels/*_triton.py has a launcher instead; it takes
+    that file's place in a copy of the package, made in the folder. InputError for a file with neither.
+    """
     if path is None:
         return {}
     name = Path(path).stem
-    module = imported(f"own_{name}", path, "give --kernel FILE.py")
-    own = {op: (name, getattr(module, op)) for op in ops if callable(getattr(module, op, None))}
-    if not own:
-        raise InputError(f"{path} defines none of {', '.join(ops)}; name the function after the op")
+    module = imported(f"kernels.own_{name}", path, "give --kernel FILE.py")  # so that it may import `.backend`
+    own = {op: (name, getattr(module, op), kernels) for op in ops if callable(getattr(module, op, None))}
+    launchers = {op: LAUNCHERS[op] for op in ops & LAUNCHERS.keys() - own.keys()}
+    copied = {op: launcher for op, launcher in launchers.items() if callable(getattr(module, launcher, None))}
+    if not own | copied:
+        wanted = ", ".join(sorted({*ops, *launchers.values()}))
+        raise InputError(f"{path} has none of {wanted}; name the function after the op, or copy kernels/*_triton.py")
+    if copied:
+        package = Path(shutil.copytree(Path(kernels.__file__).parent, Path(folder) / "own"))
+        for shipped in package.glob("*_triton.py"):
+            if any(f"\ndef {launcher}(" in shipped.read_text() for launcher in copied.values()):
+                shutil.copy(path, shipped)
+        package = imported(f"own_{Path(folder).name}", package / "__init__.py", f"{path} does not fit; mend it")
+        own |= {op: (name, partial(getattr(package, op), backend="triton"), package) for op in copied}
     return own
-
-
-def imported(name, path, advice):
-    """Import the module, or the package with this __init__.py, from a path. InputError with advice if that fails."""
-    found = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # triton looks up a kernel's module; relative imports look up the package
-    try:
-        found.loader.exec_module(module)
-    except Exception as broken:
-        raise InputError(f"cannot import {path} ({said(broken)}); {advice}") from broken
-    return module
 
 
 def kernels_of(rev, folder):
@@ -311,7 +323,7 @@ def kernels_of(rev, folder):
     sha = git(wanted, "rev-parse", "--verify", "--short", "--end-of-options", f"{rev}^{{commit}}").decode().strip()
     zipfile.ZipFile(io.BytesIO(git(wanted, "archive", "--format=zip", sha, "kernels"))).extractall(folder)
     path = Path(folder) / "kernels" / "__init__.py"
-    return rev, sha, imported(Path(folder).name, path, f"{rev} does not fit; give another --base")
+    return rev, sha, imported(f"base_{Path(folder).name}", path, f"{rev} does not fit; give another --base")
 
 
 def git(wanted, *words):
@@ -333,8 +345,8 @@ def bench(argv):
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     if args.tune:
         return tune.tune(args, argv, device, dtype)
-    own = load_own(args.kernel, {op for part in parts for op in part.ops})
-    with tempfile.TemporaryDirectory(prefix="kernels_of_base_") as folder:
+    with tempfile.TemporaryDirectory(prefix="kernels_") as folder:  # of --kernel and --base
+        own = load_own(args.kernel, {op for part in parts for op in part.ops}, folder)
         base = kernels_of(args.base, folder) if args.base else None
         settings = [Setting(dtype, device, own, part.rounds, part.copies, base, not part.no_flex) for part in parts]
         todo = [(*case, s) for part, s in zip(parts, settings, strict=True) for case in cases(part, s)]
@@ -347,7 +359,8 @@ def bench(argv):
         about |= {"base": base[1]} if base else {}
         print(", ".join(f"{k} {v}" for k, v in about.items()))
         rows, uniform = [], {}
-        for title, build, setting in work:
+        for i, (title, build, setting) in enumerate(work, 1):
+            print(f"case {i} of {len(work)}: {title}", file=sys.stderr)
             again, bandwidth = repeated(argv, setting, title), 1e9 * about["bandwidth_GBps"]
             rows += one_case(title, build, again, setting, bandwidth, uniform)
             harness.save(args, about, rows)

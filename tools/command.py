@@ -2,8 +2,10 @@
 
 import argparse
 import errno
+import importlib.util
 import json
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,3 +66,18 @@ def unwritable(*paths):
 def write_json(path, data, indent=1, sort_keys=False):
     """Write data as indented JSON."""
     Path(path).write_text(json.dumps(data, indent=indent, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def imported(name, path, advice):
+    """Import the module, or the package with this __init__.py, from a path. InputError with advice if that fails."""
+    from model.config import InputError  # imports torch
+
+    found = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # triton looks up a kernel's module; relative imports look up the package
+    try:
+        found.loader.exec_module(module)
+    except Exception as broken:
+        why = f"{type(broken).__name__}: {one_line(broken)[:200]}"
+        raise InputError(f"cannot import {path} ({why}); {advice}") from broken
+    return module

@@ -228,32 +228,46 @@ def peak_memory(device):
 # ---------------------------------------------------------------- the check
 
 
-def judge(checks):
+def judge(checks, place=str):
     """(what is wrong with a provider over all copies, or None; its largest error against float64).
 
-    checks: functions () -> (result, the same in plain PyTorch, float64 reference).
+    checks: functions () -> (result, the same in plain PyTorch, float64 reference); place: words for an index into a
+    result, a tuple.
     """
     try:
         results = [check() for check in checks]
         if not all(isinstance(got, torch.Tensor) and got.shape == exact.shape for got, _, exact in results):
             return "no tensor of the expected shape", None
         got, plain, exact = (torch.cat([t.flatten() for t in outputs]) for outputs in zip(*results, strict=True))
-        return what_is_wrong(got, plain, exact), float((got.double() - exact).abs().max())
+        shapes = [got.shape for got, *_ in results]
+        wrong = what_is_wrong(got, plain, exact, lambda element: located(element, shapes, place))
+        return wrong, float((got.double() - exact).abs().max())
     except Exception as broken:  # a third-party kernel may raise anything
         return said(broken), None
 
 
-def what_is_wrong(got, plain, exact):
-    """Error and first wrong element of `got` (n,); None within the tolerance of the tests: twice the error of plain
-    PyTorch plus two ulp of the result's dtype."""
-    if not got.isfinite().all():
-        return f"{got[~got.isfinite()][0]:g} in element {int(got.isfinite().int().argmin())}"
+def what_is_wrong(got, plain, exact, where):
+    """Error, number of wrong values and the first of `got` (n,); None within the tolerance of the tests: twice the
+    error of plain PyTorch plus two ulp of the result's dtype. where: words for an element."""
     ulp = ULP.get(got.dtype, 2**-23) * exact.abs().max()
     error, most = (got.double() - exact).abs(), 2 * (plain.double() - exact).abs().max() + 2 * ulp
-    if error.max() <= most:
+    wrong = ~(error <= most)  # NaN too
+    if not wrong.any():
         return None
-    first = int((error > most).int().argmax())
-    return f"off by {error.max():.1e} where {most:.1e} is allowed, first in element {first}"
+    first = int(wrong.int().argmax())
+    off = f"off by {error.max():.1e} where {most:.1e} is allowed" if got.isfinite().all() else "not finite"
+    values = f"got {got[first]:.6g}, wanted {exact[first]:.6g}"
+    return f"{off}, {int(wrong.sum())} of {len(got)} values, first in {where(first)}: {values}"
+
+
+def located(element, shapes, place):
+    """Words for an element of several flattened results of these shapes: the result's number, if not 0, and `place`."""
+    copy = 0
+    while element >= shapes[copy].numel():
+        element -= shapes[copy].numel()
+        copy += 1
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), shapes[copy]))
+    return f"copy {copy}, " * (copy > 0) + place(index)
 
 
 def said(broken):

@@ -3,6 +3,7 @@
     python tools/inspect_kernels.py                               # some variants of each kernel, four architectures
     python tools/inspect_kernels.py --arch sm_90 --kernel append_kernel
     python tools/inspect_kernels.py --all --json facts.json       # every head dimension, group and dtype (slow)
+    python tools/inspect_kernels.py --file my.py                  # a changed copy of a kernels/*_triton.py
 
 One row per variant and architecture:
 
@@ -40,6 +41,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +54,7 @@ sys.path.insert(0, str(ROOT))
 
 from kernels import decode_plan  # noqa: E402
 from kernels.tiles import ROOMY  # noqa: E402
-from tools.command import as_command, flags, number, one_of, unwritable, write_json  # noqa: E402
+from tools.command import as_command, flags, imported, number, one_line, one_of, unwritable, write_json  # noqa: E402
 
 ARCHS = {  # arguments of Triton's GPUTarget: backend, architecture, threads per warp
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
@@ -167,15 +169,23 @@ KERNELS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def compile_for(variant, arch):
+def module_of(kernel, file):
+    """The module with this kernel: the shipped one, or a changed copy from a file. A copy's relative imports work."""
+    if file is None:
+        return importlib.import_module(f"kernels.{KERNELS[kernel].module}")
+    return imported(f"kernels.own_{Path(file).stem}", file, "give --file FILE.py")
+
+
+def compile_for(variant, arch, file=None):
     """(compiled kernel, {name: value} of its constants), specialised as the JIT does for the launcher's arguments.
 
-    The launcher runs on the CPU with mocks in place of its kernels. Then Triton compiles for a mocked GPU.
+    The launcher runs on the CPU with mocks in place of its kernels. Then Triton compiles for a mocked GPU. file: see
+    `module_of`.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    module = importlib.import_module(f"kernels.{KERNELS[variant.kernel].module}")
+    module = module_of(variant.kernel, file)
     function = getattr(module, variant.kernel)
     stand_ins = {name: DEFAULT for name in KERNELS if hasattr(module, name)}
     if hasattr(module, "architecture"):
@@ -431,26 +441,31 @@ def loads_are_wide(variant, facts, constants, threads):
 # ---------------------------------------------------------------- compile and report
 
 
-def inspect(job):
-    """Compile a job (variant, architecture) -> its row of the table, with variant, facts and verdict."""
+def inspect(job, file=None):
+    """Compile a job (variant, architecture) -> its row of the table, with variant, facts and verdict. file: see
+    `module_of`."""
     variant, arch = job
     row = {"kernel": variant.kernel, "arch": arch, **asdict(variant)}
     try:
-        compiled, constants = compile_for(variant, arch)
+        compiled, constants = compile_for(variant, arch, file)
     except Exception as broken:  # Triton, LLVM and ptxas have no common exception class
         return {**row, "verdict": "compile", "error": f"{type(broken).__name__}: {broken}"}
     backend, _, warp = ARCHS[arch]
-    facts = (read_cuda if backend == "cuda" else read_amd)(compiled, kv_lines(variant.kernel))
+    facts = (read_cuda if backend == "cuda" else read_amd)(compiled, kv_lines(variant.kernel, file))
     failed = failures(variant, arch, facts, constants, warp * compiled.metadata.num_warps)
     row |= {"M": constants.get("M"), "constants": constants, **asdict(facts)}
     return {**row, "verdict": ", ".join(failed) or "ok"}
 
 
-def kv_lines(kernel):
-    """{(file name, line number): "keys" or "values"} of the lines of a kernel's module that load K or V."""
-    path = ROOT / "kernels" / f"{KERNELS[kernel].module}.py"
-    lines = enumerate(path.read_text().splitlines(), 1)
-    return {(path.name, n): m[1] for n, line in lines if (m := re.match(r"\s*(keys|values) = tl\.load\(", line))}
+def kv_lines(kernel, file=None):
+    """{(file name, line number): "keys" or "values"} of the lines of a kernel's module that load K or V.
+
+    Triton's cache knows lines but not files: a binary of an unchanged function may name the shipped file.
+    """
+    shipped = ROOT / "kernels" / f"{KERNELS[kernel].module}.py"
+    lines = enumerate(Path(file or shipped).read_text().splitlines(), 1)
+    found = {n: m[1] for n, line in lines if (m := re.match(r"\s*(keys|values) = tl\.load\(", line))}
+    return {(name, n): what for name in {shipped.name, Path(file or shipped).name} for n, what in found.items()}
 
 
 COLUMNS = (
@@ -470,7 +485,8 @@ def table(rows):
 def parser():
     p = flags(__doc__)
     p.add_argument("--arch", nargs="+", type=one_of(*ARCHS), default=list(ARCHS), metavar="ARCH", help="%(type)s")
-    p.add_argument("--kernel", nargs="+", type=one_of(*KERNELS), default=list(KERNELS), metavar="NAME", help="%(type)s")
+    p.add_argument("--kernel", nargs="+", type=one_of(*KERNELS), metavar="NAME", help="%(type)s")
+    p.add_argument("--file", metavar="FILE.py", help="instead of what ships: a changed copy of a kernels/*_triton.py")
     p.add_argument("--all", action="store_true", help="every head dimension, group and dtype")
     p.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
     p.add_argument("--processes", type=number(int, 1), default=2, metavar="N", help="parallel compilations (default 2)")
@@ -478,15 +494,24 @@ def parser():
 
 
 def objection(args):
-    """The error message for these arguments, or None if they are valid."""
-    source = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*_triton.py")))
-    if forgotten := set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M)) - set(KERNELS):
+    """The error message for these arguments, or None if they are valid. Fills in --kernel."""
+    shipped = sorted((ROOT / "kernels").glob("*_triton.py"))
+    try:
+        source = "".join(path.read_text() for path in ([Path(args.file)] if args.file else shipped))
+    except (OSError, ValueError) as wrong:
+        return f"--file {args.file} cannot be read ({one_line(wrong)}); give a Python file"
+    defined = set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M))
+    if args.file is None and (forgotten := defined - set(KERNELS)):
         return f"{', '.join(sorted(forgotten))} missing from KERNELS; add it in {Path(__file__).name}"
+    args.kernel = args.kernel or [name for name in KERNELS if name in defined]
+    if missing := sorted(set(args.kernel or KERNELS) - defined):
+        return f"{args.file} has no {', '.join(missing)}; copy a kernels/*_triton.py and keep its functions' names"
     for kernel in args.kernel:
         names = set(("keys", "values")[: KERNELS[kernel].tiles])
-        if missing := sorted(names - set(kv_lines(kernel).values())):
+        if missing := sorted(names - set(kv_lines(kernel, args.file).values())):
             lines = " or ".join(f"`{name} = tl.load(`" for name in missing)
-            return f"no line {lines} in kernels/{KERNELS[kernel].module}.py; the inspector finds loads by these names"
+            where = args.file or f"kernels/{KERNELS[kernel].module}.py"
+            return f"no line {lines} in {where}; the inspector finds loads by these names"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (it has no wheels for macOS and Windows)"
     return unwritable(args.json)
@@ -502,7 +527,7 @@ def main(argv=None):
     jobs = [(v, arch) for name in args.kernel for v in variants(name, args.all) for arch in args.arch]
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        for row in pool.imap(inspect, jobs, chunksize=2):
+        for row in pool.imap(partial(inspect, file=args.file), jobs, chunksize=2):
             rows.append(row)
             if len(rows) % 20 == 0 or len(rows) == len(jobs):
                 print(f"{len(rows)} of {len(jobs)} compiled", file=sys.stderr)

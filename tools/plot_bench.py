@@ -36,6 +36,8 @@ STYLES = {
     "adakv-style": ("#CC79A7", "P", "--"),
     "flex attention": ("#999933", "<", "-."),  # these two from Paul Tol's palette
     "flashinfer": ("#882255", ">", "-"),
+    "compactor-style": ("#332288", "p", "--"),
+    "fastdms-style": ("#117733", "h", "-."),
 }
 BASES = {"triton": ("#D55E00", "1", ":"), "torch": ("#E69F00", "2", ":")}  # our kernels at another commit: dotted
 OTHERS = ("#777777", "*", "-.")

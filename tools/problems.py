@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,14 +26,13 @@ from model.pruning.plphp import PlphpAda
 from . import harness, rivals
 from .command import ROOT
 from .harness import NEEDS_CUDA, DenseCache, attention, exact_attention, said
-from .shapes import LAYERS
+from .shapes import LAYERS, fit, one_long
 
 DEFAULT_SHAPES = ("demo", "7b", "gqa8")
 LAYOUTS = ("equal", "ragged", "plphp", "zipf", "giant")  # see `lengths_of`
 METHODS = (  # timed by prefill
     "random", "shared", "plphp", "plphp-ada", "snapkv", "plphp:values=true,window=32", "plphp:query=lookahead",
 )  # fmt: skip
-LONGEST = 2**15  # kept tokens per head (mean, or of a skewed head) above which --mbytes uses more sequences
 SLACK = 64  # free slots per segment
 
 
@@ -43,8 +43,8 @@ SLACK = 64  # free slots per segment
 class Setting:
     """Settings shared by all cases.
 
-    own: op -> (name, function) from --kernel; copies: None for `copies_for`; base: (REV, its hash, its package of
-    kernels) from --base, or None; flex: whether to time FlexAttention.
+    own: op -> (name, function, package of kernels that it belongs to) from --kernel; copies: None for `copies_for`;
+    base: (REV, its hash, its package of kernels) from --base, or None; flex: whether to time FlexAttention.
     """
 
     dtype: torch.dtype
@@ -66,6 +66,7 @@ class Case:
     layout: str = ""  # of the lengths: one of LAYOUTS or "skew R"
     reads_more: str | None = None  # provider that reads more than `bytes`, because it does not prune
     repeatable: bool = True  # False: a call changes the state of later calls
+    place: Callable = "element {}".format  # words for an index into a result
     calls: dict = field(default_factory=dict)  # provider -> list of functions
     checks: dict = field(default_factory=dict)  # provider -> functions () -> (result, plain PyTorch, float64 reference)
     missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
@@ -111,8 +112,11 @@ class Case:
             else:
                 self.add(f"ours, {name}", call_of(kernels, op, name, arguments, options), check)
         if op in setting.own:
-            name, function = setting.own[op]
-            self.add(name, bound(function, arguments, options(kernels)), check)
+            name, function, package = setting.own[op]
+            if package is not kernels and backends[triton_name(setting.device)]:  # a copy of a file with kernels
+                self.missing[name] = backends[triton_name(setting.device)]
+            else:
+                self.add(name, bound(function, arguments, options(package)), check)
         if setting.base:
             rev, _, package = setting.base
             for name, why in backends.items():
@@ -184,12 +188,13 @@ def layers(args, itemsize):
     """Yield the Layer of each case."""
     for shape in args.shapes or DEFAULT_SHAPES:
         for size in args.mbytes or args.tokens:
-            b, mean = fit(args, shape, size, itemsize)
+            b, mean = fit(shape, size, itemsize, bool(args.mbytes), max(args.skew or [1]))
             sizes = b, hkv, *_ = (b, *LAYERS[shape][1:])
             label = shape if b == LAYERS[shape][0] else f"{shape} x {b}"
             # of a sweep: one head `ratio` times as long as the mean, all others equally shorter; the total is fixed
             for ratio in sorted({1.0, *args.skew}) if args.skew else ():
-                layout, lengths = f"skew {ratio:g}", one_long(b * hkv, b * hkv * mean, round(ratio * mean))
+                layout = f"skew {ratio:g}"
+                lengths = torch.tensor(one_long(b * hkv, b * hkv * mean, round(ratio * mean)))
                 name = f"{label}, {mean} tokens on average, {layout}"
                 yield Layer(name, shape, sizes, int(lengths.max()), lengths, layout)
             for retention in args.retention if not args.skew else ():
@@ -200,19 +205,30 @@ def layers(args, itemsize):
                     yield Layer(name, shape, sizes, tokens, lengths, layout)
 
 
+def place_in(layer, index):
+    """Words for an index (sequence, query head, channel) into the attention over a layer."""
+    (_, hkv, group, _), (sequence, head, channel) = layer.sizes, index
+    segment = sequence * hkv + head // group
+    return (
+        f"segment {segment} (sequence {sequence}, KV head {head // group}, {int(layer.lengths[segment])} tokens), "
+        f"query head {head}, channel {channel}"
+    )
+
+
 def layouts_of(args, retention):
     """The layouts to time at a retention: only one if everything is kept."""
     return dict.fromkeys(args.layouts or ("equal", "ragged")) if retention < 1 else ("equal",)
 
 
-def fit(args, shape, size, itemsize):
-    """(sequences, mean tokens per head) for a `size` of --mbytes or --tokens."""
-    (b, hkv, _, d), ratio = LAYERS[shape], max(args.skew or [1])
-    mean = size * 1e6 / (2 * b * hkv * d * itemsize) if args.mbytes else size
-    # a skewed head must not hold most of the rows; with --mbytes no head may exceed LONGEST
-    while b * hkv < 2 * ratio or (args.mbytes and ratio * mean > LONGEST):
-        b, mean = 2 * b, mean / 2 if args.mbytes else mean
-    return b, max(1, round(mean))
+def lengths_of_case(name):
+    """(B, Hkv, G, D) and the kept tokens (S,) of a `Layer.name`: the way back from a file of results."""
+    label, tokens, *kept, layout = name.split(", ")
+    shape, _, b = (label, "", "") if label in LAYERS else label.rpartition(" x ")
+    sizes = b, hkv, *_ = (int(b or LAYERS[shape][0]), *LAYERS[shape][1:])
+    tokens = int(tokens.split()[0])
+    if layout.startswith("skew "):
+        return sizes, torch.tensor(one_long(b * hkv, b * hkv * tokens, round(float(layout[5:]) * tokens)))
+    return sizes, lengths_of(layout, b, hkv, tokens, float(kept[0].split()[0]), torch.Generator().manual_seed(0))
 
 
 def lengths_of(layout, b, hkv, tokens, retention, generator):
@@ -229,7 +245,7 @@ def lengths_of(layout, b, hkv, tokens, retention, generator):
     if layout == "equal":
         return torch.full((segments,), mean)
     if layout == "giant":
-        return one_long(segments, segments * mean, tokens)
+        return torch.tensor(one_long(segments, segments * mean, tokens))
     if layout == "plphp":
         return three_rates(b, hkv, tokens, mean) if b > 1 else pooled_heads(hkv, tokens, mean, generator)
     if layout == "zipf":
@@ -237,13 +253,6 @@ def lengths_of(layout, b, hkv, tokens, retention, generator):
     else:
         share = 0.25 + 1.5 * torch.rand(segments, generator=generator)
     return divided(segments * mean, share.double(), tokens)
-
-
-def one_long(segments, total, longest):
-    """Lengths (S,) that sum to `total`: first `longest`, then the rest as equal as possible, at least 1 each."""
-    longest = min(longest, total - (segments - 1))
-    each, over = divmod(total - longest, segments - 1)
-    return torch.tensor([longest] + over * [each + 1] + (segments - 1 - over) * [each])
 
 
 def three_rates(b, hkv, tokens, mean):
@@ -297,8 +306,8 @@ def attention_case(op, layer, setting):
     row = 2 * d * dtype.itemsize  # of K and V
     size = row * (rows + 2 * b * hkv * append)  # the new token is read and written
     reads_more = "sdpa, all tokens" if rows < b * hkv * layer.tokens else None
-    case = Case(size, "sdpa, all tokens", layer.shape, layer.layout, reads_more)
-    for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 3 * rows))):
+    case = Case(size, "sdpa, all tokens", layer.shape, layer.layout, reads_more, place=partial(place_in, layer))
+    for i in range(copies_for(setting, size, row * (b * hkv * (layer.tokens + longest + SLACK) + 4 * rows))):
         q, new, dense, arenas, (start, length, cap) = make_copy(layer, setting, append, i)
         padded = [t[:, :, : longest + append].clone() for t in dense]
         mask = torch.arange(longest + append, device=device) < length[:, None] + append
@@ -314,6 +323,7 @@ def attention_case(op, layer, setting):
             step = partial(write_and_attend, where, attention, *arguments)
             case.add(provider, step, attention_check(arguments, where), rival=True)
         add_flat(case, layer, setting, q, arenas, new, attention_check(masked))
+        add_two_launches(case, layer, setting, masked, arenas, start, new)
         build = partial(guest_step, flex, padded_places, masked[:3])
         check = attention_check(masked, padded_places)
         case.add_guest("flex attention", rivals.flex_missing(device, setting.flex), build, check)
@@ -403,6 +413,29 @@ def add_flat(case, layer, setting, q, arenas, new, check):
         flat.append(parts)
     step = (lambda: attend(q, *map(torch.cat, flat))) if new else partial(attend, q, *map(torch.cat, flat))
     case.add(provider, step, check, rival=True)
+
+
+def add_two_launches(case, layer, setting, masked, arenas, start, new):
+    """Pages with a table per head, and splits for a passed maximum length (rivals_triton.py); with new tokens, steps.
+
+    masked: q, K and V padded to the longest, and the mask; arenas, start: as of `make_copy`.
+    """
+    if why := triton_missing(setting.dtype, setting.device):
+        case.missing |= dict.fromkeys(("compactor-style", "fastdms-style"), why)
+        return
+    from . import rivals_triton as two
+
+    q, *padded, _ = masked
+    lengths, device = layer.lengths + bool(new), setting.device
+    length, longest = lengths.int().to(device), int(lengths.max())
+    pools, table, last = rivals.scattered(padded, lengths, two.PAGE)
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    splits = two.split_count(len(lengths), longest, units)
+    step = partial(two.decode, q, new, *pools, table, length, splits, two.TILE, two.PAGE)
+    case.add("compactor-style", step, attention_check(masked, places(pools, last, new)), rival=True)
+    step = partial(two.decode, q, new, *arenas, start, length, -(-longest // two.SPLIT), two.SPLIT, 0)
+    behind = start.long() + length - 1
+    case.add("fastdms-style", step, attention_check(masked, places(arenas, behind, new)), rival=True)
 
 
 # ---------------------------------------------------------------- the other ops

@@ -99,13 +99,28 @@ def flashinfer_over(lengths, group, d, dtype, device):
     return lambda q, k, v: wrapper.run(q.view(-1, group, d), (k, v)).view(q.shape)
 
 
-def paged(padded, lengths):
-    """Copy the first `lengths` rows of each segment, in order, into pages: (B, Hkv, n, D) -> (pages, PAGE, 1, D)."""
-    rows = F.pad(padded.flatten(0, 1), (0, 0, 0, -padded.shape[2] % PAGE)).unflatten(1, (-1, PAGE))
-    taken = torch.arange(rows.shape[1]) < -(-lengths // PAGE)[:, None]  # (S, pages)
+def paged(padded, lengths, size=PAGE):
+    """Copy the first `lengths` rows of each segment, in order, into pages: (B, Hkv, n, D) -> (pages, size, 1, D)."""
+    rows = F.pad(padded.flatten(0, 1), (0, 0, 0, -padded.shape[2] % size)).unflatten(1, (-1, size))
+    taken = torch.arange(rows.shape[1]) < -(-lengths // size)[:, None]  # (S, pages)
     return rows[taken.to(rows.device)][:, :, None]
 
 
 def last_slots(lengths):
     """Position of each segment's last row in `paged`: (page (S,), slot (S,), head)."""
     return (-(-lengths // PAGE)).cumsum(0) - 1, (lengths - 1) % PAGE, 0
+
+
+# ---------------------------------------------------------------- pages in any order, one table per head
+
+
+def scattered(tensors, lengths, size):
+    """The pages of `paged`, in random order, as rows (N, D) of each tensor; a table (S, most pages) int32 of the pages
+    of each segment, and the row of each segment's last slot (S,)."""
+    device, counts = tensors[0].device, -(-lengths // size)
+    order = torch.randperm(int(counts.sum()), generator=torch.Generator().manual_seed(0))
+    pools = [paged(t, lengths, size)[order.to(device)].flatten(0, 2) for t in tensors]
+    pages = (counts.cumsum(0) - counts)[:, None] + torch.arange(int(counts.max()))  # before they were scattered
+    table = order.argsort()[pages.clamp(max=len(order) - 1)]
+    last = table[torch.arange(len(lengths)), counts - 1] * size + (lengths - 1) % size
+    return pools, table.int().to(device), last.to(device)

@@ -4,6 +4,8 @@
     python tools/roofline.py --retention 0.5 0.3 --batch 1 8     # other fractions kept, other batches
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
+    python tools/roofline.py --kernel --gpu H100 A100            # predicted times of a decode step's attention
+    python tools/roofline.py --kernel --loads 4 --measured benchmarks/kernels-h200.json    # beside measured times
 
 A decode step reads the decoder's weights once and, for each sequence, the K and V of all its tokens:
 
@@ -16,6 +18,14 @@ drops K and V after prefill has used them.
 --stages counts, for each stage, the weights once, K and V read or written, and the multiplications and additions of all
 matrix products, attention included (causal: half of the square). The least time is the larger of bytes / bandwidth and
 flops / peak. Activations, norms and softmax are not counted, so real stages take longer.
+
+--kernel predicts the time of a call of ragged_decode_append's Triton kernel, one layer, and first prints what it
+assumes, with sources (tools/kernel_model.py). One row per case:
+
+    work items         programs with work, of which so many per multiprocessor; waves: work items / places for them
+    chain              time if bandwidth and places were unlimited: the longest chain of dependent loads
+    bytes              time of the bytes of K and V alone
+    of bandwidth       bytes / predicted
 """
 
 import sys
@@ -25,9 +35,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools import kernel_model  # noqa: E402
 from tools.command import as_command, flags, number  # noqa: E402
+from tools.shapes import LAYERS, text_config  # noqa: E402
 from tools.shapes import SHAPES as CONFIGS  # noqa: E402
-from tools.shapes import text_config  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,7 @@ GPUS = {
     "A100": Machine("A100 SXM 80 GB, data sheet", 2.039e12, 312e12),
     "L40S": Machine("L40S, data sheet", 0.864e12, 362e12),
     "L4": Machine("L4, data sheet", 0.3e12, 121e12),
+    "MI300X": Machine("MI300X, data sheet", 5.3e12, 1307e12),
     "RTX4090": Machine("GeForce RTX 4090, data sheet", 1.008e12, 165e12),
 }
 
@@ -258,8 +270,29 @@ def short(x):
     return f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
 
 
+# ---------------------------------------------------------------- the kernel of a decode step
+
+
+def kernel_report(args):
+    """Print the assumptions and a table of predictions per GPU, or beside what was measured on one."""
+    print("\n".join(kernel_model.assumptions(args.gpu, args.loads)))
+    for name in args.gpu:
+        device = kernel_model.DEVICES[name]
+        if args.measured:
+            rows = []
+            for case, lengths, us in kernel_model.measured(args.measured):
+                cells = kernel_model.row(case, lengths, device, args.loads)
+                rows.append([*cells[:-1], f"{us:.1f}", f"{us / float(cells[-2]):.2f}"])
+            head = [*kernel_model.HEAD[:-1], "measured us", "measured / predicted"]
+        else:
+            cases = kernel_model.cases(args.shapes, args.mbytes, args.skew)
+            head, rows = kernel_model.HEAD, [kernel_model.row(*case, device, args.loads) for case in cases]
+        print(f"\n{name}\n\n{markdown(head, rows)}")
+
+
 def main(argv=None):
     p = flags(__doc__)
+    wide = [name for name, (*_, d) in LAYERS.items() if d == kernel_model.D]
     # fmt: off
     p.add_argument("--batch", type=number(int, 1), nargs="+", default=[1, 8, 32], metavar="B")
     p.add_argument("--retention", type=number(float, 0, 1), nargs="+", default=[0.5, 0.2], metavar="F",
@@ -267,9 +300,31 @@ def main(argv=None):
     p.add_argument("--shape", default="", metavar="NAME", help="only shapes whose name contains NAME")
     p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
     p.add_argument("--stages", action="store_true", help="a row for each of tower, projector, prefill, decode step")
-    p.add_argument("--gpu", choices=GPUS, help="for --stages: least times by this GPU's data sheet")
+    p.add_argument("--gpu", choices=GPUS, nargs="+", metavar="GPU",
+                   help=f"for --stages: least times by the data sheet of {', '.join(GPUS)}; for --kernel: "
+                        f"{', '.join(kernel_model.DEVICES)} (default H200)")
+    p.add_argument("--kernel", action="store_true", help="predict times of ragged_decode_append's Triton kernel")
+    p.add_argument("--shapes", choices=wide, nargs="+", default=["7b", "gqa8"], metavar="SHAPE",
+                   help="for --kernel: layers, as in bench_kernels.py (default 7b gqa8)")
+    p.add_argument("--mbytes", type=number(float, 0, open_low=True), nargs="+", default=[4, 17, 65, 130, 512],
+                   metavar="MB", help="for --kernel: K and V per layer (default 4 17 65 130 512)")
+    p.add_argument("--skew", type=number(float, 1), nargs="+", default=[1], metavar="R",
+                   help="for --kernel: one head R times as long as the mean (default 1)")
+    p.add_argument("--loads", type=number(int, 3, 4), default=kernel_model.LOADS, metavar="N",
+                   help="for --kernel: loads that wait for each other up to the first tile of K (default %(default)s; "
+                        "4 for kernels-h200.json)")
+    p.add_argument("--measured", type=Path, metavar="FILE", help="for --kernel: the cases of bench_kernels.py --json "
+                   "FILE, beside what was measured; needs torch")
     # fmt: on
     args = p.parse_args(argv)
+    if args.kernel:
+        args.gpu = args.gpu or ["H200"]
+        if unknown := set(args.gpu) - set(kernel_model.DEVICES):
+            p.error(f"--kernel knows no {' '.join(unknown)}; use {', '.join(kernel_model.DEVICES)}")
+        if args.measured and not args.measured.is_file():
+            p.error(f"--measured {args.measured} is no file; give one written by bench_kernels.py --json")
+        kernel_report(args)
+        return
     shapes = [shape for shape in SHAPES if args.shape in shape.name]
     if not shapes:
         p.error(f"no shape's name contains {args.shape}; use one of {'; '.join(shape.name for shape in SHAPES)}")
@@ -277,14 +332,14 @@ def main(argv=None):
         names = [f"{shape.name.partition(',')[0]}, {args.vision} vision tokens" for shape in shapes]
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
     if args.gpu and not args.stages:
-        p.error("--gpu needs --stages; add it")
+        p.error("--gpu needs --stages or --kernel; add one")
     if not args.stages:
         print(table(args.batch, args.retention, shapes))
         return
-    machine = GPUS.get(args.gpu)
-    if machine:
-        print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {short(1e-12 * machine.flops)} TFLOP/s\n")
-    print("\n\n".join(stage_table(shape, machine, args.batch, args.retention) for shape in shapes))
+    for machine in [GPUS[name] for name in args.gpu or ()] or [None]:
+        if machine:
+            print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {short(1e-12 * machine.flops)} TFLOP/s\n")
+        print("\n\n".join(stage_table(shape, machine, args.batch, args.retention) for shape in shapes))
 
 
 if __name__ == "__main__":

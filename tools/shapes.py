@@ -48,11 +48,32 @@ SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the nex
     "tiny-next": (_TINY_LONG, {**_TINY_VISION, "image_size": 56}, 510),
 }
 
-# B, Hkv, G, D of layers on which the kernels are timed
+# B, Hkv, G, D of layers on which the kernels are timed. phi3: the D of Phi-3-mini is no power of two
 LAYERS = {
     "demo": (1, 4, 2, 32), "7b": (1, 32, 1, 128), "gqa8": (1, 8, 4, 128), "gqa8 x 8": (8, 8, 4, 128),
-    "qwen": (1, 4, 7, 128), "g8": (1, 8, 8, 128),
+    "qwen": (1, 4, 7, 128), "g8": (1, 8, 8, 128), "phi3": (1, 32, 1, 96),
 }  # fmt: skip
+LONGEST = 2**15  # kept tokens per head (mean, or of a skewed head) above which `fit` uses more sequences
+
+
+def fit(shape, size, itemsize, in_mbytes, ratio=1):
+    """(sequences, mean tokens per head) of a layer with `size` tokens per head, or `size` MB of K and V in total.
+
+    ratio: the longest head over the mean.
+    """
+    b, hkv, _, d = LAYERS[shape]
+    mean = size * 1e6 / (2 * b * hkv * d * itemsize) if in_mbytes else size
+    # a skewed head must not hold most of the rows; if bytes are given, no head may exceed LONGEST
+    while b * hkv < 2 * ratio or (in_mbytes and ratio * mean > LONGEST):
+        b, mean = 2 * b, mean / 2 if in_mbytes else mean
+    return b, max(1, round(mean))
+
+
+def one_long(segments, total, longest):
+    """Lengths that sum to `total`: first `longest`, then the rest as equal as possible, at least 1 each."""
+    longest = min(longest, total - (segments - 1))
+    each, over = divmod(total - longest, segments - 1)
+    return [longest] + over * [each + 1] + (segments - 1 - over) * [each]
 
 
 def text_config(name):
