@@ -220,9 +220,8 @@ def append_kernel(
     score = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     m = tl.where(mine, score, float("-inf"))  # -inf: the first tile cancels l
     l = tl.full([M], 1.0, tl.float32)
-    acc = (
-        tl.zeros([M, DP], tl.float32) + tl.where(mine, value.to(tl.float32), 0.0)[None, :]
-    )  # 0, because 0 * inf is NaN
+    own = tl.where(mine, value.to(tl.float32), 0.0)  # 0, because 0 * inf is NaN
+    acc = tl.zeros([M, DP], tl.float32) + own[None, :]
     # stream K and V
     if UP:
         rows = rows.to(tl.float32)

@@ -41,7 +41,7 @@ def test_the_ten_minute_guide_runs_line_by_line(folder):
 
     run(copy)
     run(edit)
-    assert "2 * max(16" in (folder / "my.py").read_text()
+    assert '{"BN": 2 * tile["BN"]}' in (folder / "my.py").read_text()
     # BN is 128 at D = 128 in bf16: two tiles of 64 KB, more than the gate allows; in fp32 registers spill
     header, *rows, _ = run(inspect, code=1).splitlines()
     end = header.index("verdict")
