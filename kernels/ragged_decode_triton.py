@@ -103,7 +103,8 @@ def _merge(
 def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Store rows `place` of out (., D) and lse (.) = UNIT * the base-2 log-sum-exp. No keys: l = 0, out 0, lse -inf."""
     col = tl.arange(0, DP)
-    rows = acc / tl.where(l == 0, 1.0, l)[:, None]
+    l = tl.where(l == 0, 1.0, l)
+    rows = acc / l[:, None]
     at = place.to(tl.int64)
     tl.store(out + at[:, None] * D + col[None, :], rows.to(out.dtype.element_ty), there[:, None] & (col < D)[None, :])
     tl.store(lse + at, (m + tl.log2(l)) * UNIT, there)

@@ -79,6 +79,7 @@ def lse_kernel(
         safe = tl.where(top == float("-inf"), 0.0, top)  # no keys so far
         l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
         m = top
+    l = tl.where(l == 0, 1.0, l)  # no key in this part: m is -inf
     tl.store(lse + (query_head * window + w) * tl.num_programs(1) + part, m + tl.log2(l), there)
 
 

@@ -1,6 +1,7 @@
 """A conversation on a terminal: `run.py` without --prompt. Answers go to stdout, everything else to stderr."""
 
 import contextlib
+import glob
 import os
 import re
 import shlex
@@ -165,7 +166,8 @@ class Chat:
         else:
             self.pictures = self.pictures + [read_image(path) for path in paths]
         names = [picture.path for picture in self.pictures]
-        say(f"pictures for the next question: {', '.join(names) or 'none'}")
+        beside = "; the earlier ones stay (without them: /clear all, then /image)" if self.seen and names else ""
+        say(f"pictures for the next question: {', '.join(names) or 'none'}{beside}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice and paths != ["-"]:
             note(f"{', '.join(twice)} was added more than once; /image - takes the last picture back")
@@ -248,7 +250,11 @@ class Chat:
     def run(self):
         """Read lines until the user leaves -> exit code: 0, or 130 for Ctrl-C at the prompt."""
         with contextlib.suppress(ImportError):  # gives `input` a history; not available on every system
-            import readline  # noqa: F401
+            import readline
+
+            readline.set_completer(complete_path)
+            readline.set_completer_delims(" ")
+            readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
         given = f" about {', '.join(picture.path for picture in self.pictures)}" if self.pictures else ""
         say(f"Ask a question{given}; /image PATH adds a picture. /help lists the commands, Ctrl-D leaves.")
         while True:
@@ -310,6 +316,12 @@ def read_line():
     if not line:
         raise EOFError
     return line.rstrip("\n")
+
+
+def complete_path(start, number):
+    """What Tab completes the beginning of a path to, the `number`-th choice or None; `readline` calls it."""
+    found = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))[number : number + 1]
+    return found[0] + "/" * os.path.isdir(found[0]) if found else None
 
 
 def typed():

@@ -282,7 +282,8 @@ def test_pictures_are_added_and_taken_back(talk, tmp_path, monkeypatch, tiny_fol
     assert re.findall("^(?:pictures for the next question: |note: (?=a)|error: )(.*)", err, re.M) == [
         "a b.png", "a b.png, a b.png, c.png",
         "a b.png was added more than once; /image - takes the last picture back", "a b.png, a b.png",
-        "c.png", "none", "no picture waits for the next question; /image PATH adds one",
+        "c.png; the earlier ones stay (without them: /clear all, then /image)", "none",
+        "no picture waits for the next question; /image PATH adds one",
     ]  # fmt: skip
     assert out.count("\n") == 1 and "of 8, layer by layer: 8 8" in err
     assert "cut after 3 tokens; --max-new-tokens " in err
@@ -640,7 +641,7 @@ def test_terminal_two_pictures_and_two_drawings(tmp_path, monkeypatch):
     for path in (DEMO_PICTURE, PAIR):
         shutil.copy(path, tmp_path)
     with Terminal("--prune", "topk", "--retention", "0.5") as t:
-        assert t.enter("/image demo.png") == "pictures for the next question: demo.png\n"
+        assert t.enter("/image de\t") == "pictures for the next question: demo.png\n"  # Tab completes a path
         assert t.enter("/image pair-a.png") == "pictures for the next question: demo.png, pair-a.png\n"
         assert t.enter("What is in <image>?").startswith("error: the question has 1 <image>, and the number of new pic")
         t.enter("How do <image> and <image> differ?")

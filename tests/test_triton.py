@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
-from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_decode_ref
+from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_decode_append_ref, ragged_decode_ref
 from kernels.ragged_decode_triton import append_attend, attend
 from kernels.tiles import architecture, chosen, entry, tiles
 from model import Generation, Sampling, load
@@ -115,6 +115,17 @@ def test_head_dims_and_groups(d, dtype):
     for i, group in enumerate([1 + DIMS.index(d), 8 + DIMS.index(d), 16]):
         made = problem([70, 0, 33, 5], 2, group, d, dtype, [None, 2, 5][i], seed=i, split=48)
         check(decoded(*made), *made[:5])
+
+
+def test_an_infinite_new_value_stays_in_its_split():
+    """The other splits must not multiply it by 0."""
+    q, k, v, start, length, cap, plan = problem([100], 1, 2, 64, split=32)
+    new = torch.randn(2, 1, 1, 64, generator=torch_random(3)).to(q)
+    new[1, ..., 5] = float("inf")
+    wanted = ragged_decode_append_ref(q, *new, k.clone(), v.clone(), start, length, cap)
+    out, _ = appended(q, k, v, start, length, cap, plan, new)
+    assert torch.equal(out.isinf(), wanted.isinf()) and wanted.isinf().sum() == 2
+    torch.testing.assert_close(out, wanted)
 
 
 def test_many_parts_of_very_different_weight():
