@@ -456,8 +456,7 @@ def valid_answers(lines, head):
     found, none = {}, dict.fromkeys(head["conditions"])
     for line in lines:
         if "mode" in line:
-            asked = none.keys() & line["conditions"]
-            valid = {name for name in asked if inputs(line, name) == inputs(head, name)}
+            valid = {name for name in none.keys() & line["conditions"] if inputs(line, name) == inputs(head, name)}
             continue
         questions = found.setdefault(line["scene"], [q | {"results": none} for q in line["questions"]])
         for question, more in zip(questions, line["questions"], strict=True):
