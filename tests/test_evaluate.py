@@ -253,7 +253,7 @@ def test_fidelity_gives_a_method_with_its_own_budget_one_row(mine, capsys):
     assert evaluate.main(["fidelity", *asked, "--methods", *specs, "--retentions", "0.5", "0.25"]) == 0
     out, err = capsys.readouterr()
     _, *rows = table_of(out, 3)
-    specs[2] = f"plphp:r=0.4,{FULL}"  # with the settings in the demo's folder
+    assert out.endswith(f"\n\n`plphp:r=0.4` is `plphp:r=0.4,{FULL}`\n")  # with the settings in the demo's folder
     twice = [[name, f] for name in ("random", "fastv") for f in ("0.5", "0.25")]
     assert [row[:2] for row in rows] == [*([spec, ""] for spec in specs[:4]), *twice]
     assert [rows[i][2] for i in (0, 3, 4, 5, 6)] == ["100.0 %", "100.0 %", "50.0 %", "25.0 %", "66.7 %"]
@@ -372,7 +372,7 @@ def test_the_table_has_its_rows_unless_others_are_named(tmp_path, capsys, monkey
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path, mine, capsys):
-    """A partial last line is redone, whole lines are not; lines of other conditions are rejected."""
+    """A partial last line is redone, whole lines are not."""
     answers = tmp_path / "a.jsonl"
     words = "accuracy", "--questions", "9", "--workers", "1", "--answers", str(answers), "--methods", mine, "plphp:dr=0"
     only = "--only", "random", "shared", "topk"
@@ -380,17 +380,41 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, mine, capsys):
     table, whole = capsys.readouterr().out, answers.read_text().splitlines()
     assert len(whole) == 3 and json.loads(whole[0])["conditions"][0] == "none"
     rows = table_of(table, 3)
-    assert [f"given: {mine}", "", "100.0"] in rows and [row[0] for row in rows].count(f"given: plphp:{FULL}") == 3
+    assert [f"given: {mine}", "", "100.0"] in rows and [row[0] for row in rows].count("given: plphp:dr=0") == 3
+    assert table.count(FULL) == 1 and table.endswith(f"\n\n`plphp:dr=0` is `plphp:{FULL}`\n\n")
     answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:100])
     assert evaluate.main([*words, *only]) == 0
     again = capsys.readouterr()
     assert answers.read_text().splitlines() == whole and again.out == table and "scenes: 1/1" in again.err
     assert "plphp uses the settings in " in again.err
-    (tmp_path / "mine.py").write_text("def keep(view):\n    return None  # changed\n")
-    for what, names in (("with topk", only[:-1]), (f"({tmp_path / 'mine.py'} has changed)", only)):
-        assert evaluate.main([*words, *names]) == 2
-        err = capsys.readouterr().err.splitlines()[-1]
-        assert err.startswith("error: ") and what in err
+
+
+def test_a_rerun_computes_only_what_is_new_or_changed(tmp_path, mine, capsys):
+    """What a method author does: add a method, edit it, leave it out, take the edit back."""
+    answers, file = tmp_path / "a.jsonl", tmp_path / "mine.py"
+    flags = "accuracy", "--questions", "1", "--workers", "1", "--retentions", "0.5", "--answers", str(answers)
+
+    def computed(*more):
+        """Conditions that this run added to the file, and its tables."""
+        before = len(answers.read_text().splitlines()) if answers.exists() else 0
+        assert evaluate.main([*flags, *more]) == 0
+        lines = map(json.loads, answers.read_text().splitlines()[before:])
+        names = [name for line in lines if "scene" in line for name in line["questions"][0]["results"]]
+        return names, table_of(capsys.readouterr().out)
+
+    all_of_it, old = ("--only", "random", "grid", "--methods", "topk", mine), file.read_text()
+    names, _ = computed("--only", "random", "grid", "--methods", mine)
+    assert names == ["none", "random@0.5", "grid@0.5", f"given: {mine}"]
+    names, tables = computed(*all_of_it)
+    assert names == ["given: topk@0.5"]
+    assert computed("--only", "grid")[0] == [] and computed(*all_of_it) == ([], tables)
+    (tmp_path / "other.py").write_text("")  # beside it, but not named in it
+    file.write_text("def keep(view):\n    return view.text.expand(view.kv_heads, -1)\n")
+    assert computed(*all_of_it)[0] == [f"given: {mine}"]
+    file.write_text(old)
+    assert computed(*all_of_it) == ([], tables)
+    answers.unlink()
+    assert sorted(computed(*all_of_it)[1]) == sorted(tables)  # as if computed at once
 
 
 HEAD = {
@@ -399,21 +423,45 @@ HEAD = {
 
 
 def test_answers_of_another_run_are_refused_by_what_differs(tmp_path):
-    path = tmp_path / "a.jsonl"
-    assert evaluate.open_answers(path, HEAD).values == [HEAD]
-    changed = HEAD | {"files": {"mine.py": "1"}}
-    evaluate.open_answers(path, changed).add({"scene": 7, "questions": []})  # it held no answers
-    assert evaluate.open_answers(path, changed).values == [changed, {"scene": 7, "questions": []}]
+    path, head = tmp_path / "a.jsonl", HEAD | {"dtype": "fp32", "world": "0"}
+    line = {"scene": 7, "questions": []}
+    assert evaluate.open_answers(path, HEAD | {"mode": "second", "dtype": "fp32", "world": "0"}).values
+    evaluate.open_answers(path, head).add(line)  # it held no answers
+    others = head | {"conditions": ["none", "random@0.5"]}
+    assert evaluate.open_answers(path, head).values == [head, line]
+    assert evaluate.open_answers(path, others).values == [head, line, others]
     for other, words in (
-        ({"weights": "1"}, "another weights"), ({"thresholds": [[2, 0], None]}, "another thresholds"),
-        ({"mode": "second"}, "another mode"), ({"files": {"mine.py": "2"}}, "mine.py has changed"),
-        ({"conditions": ["none", "random@0.5"]}, "without random@0.5; with grid@0.5"),
-        ({"conditions": ["grid@0.5", "none"]}, "another order"),
+        ({"weights": "1"}, "the model changed"), ({"mode": "second"}, "the stage changed"),
+        ({"dtype": "bf16", "world": "1"}, "--dtype changed"), ({"world": "1"}, "the demo world changed"),
     ):  # fmt: skip
-        said = refusal(evaluate.open_answers, path, changed | other)
-        assert words in said and "delete the file" in said
+        said = refusal(evaluate.open_answers, path, head | other)
+        assert said.startswith(words) and "or delete it" in said
+    path.write_text(json.dumps(HEAD) + "\n" + json.dumps(line) + "\n")  # as the first files were
+    assert evaluate.open_answers(path, head).values == [HEAD, line, head]
+    assert "--dtype changed" in refusal(evaluate.open_answers, path, head | {"dtype": "bf16"})
     path.write_text("a letter\n")
-    assert "not a file of answers" in refusal(evaluate.open_answers, path, HEAD) and path.read_text() == "a letter\n"
+    assert "not a file of answers" in refusal(evaluate.open_answers, path, head) and path.read_text() == "a letter\n"
+
+
+def test_results_are_valid_while_what_they_depend_on_is():
+    """Thresholds that are fitted, the file of a method or of rows, and settings in the checkpoint's folder."""
+    files = {"m.py": "1", "am.py": "1", "r.safetensors": "1", "plphp.json": "1"}
+    of = {  # condition: what changes it
+        "none": None, "grid@0.5": None, "plphp@0.5": "thresholds", "random like plphp@0.5": "thresholds",
+        "given: m.py::keep:part=3@0.5": "m.py", "given: am.py::keep": "am.py", "plphp as shipped@0.5": "plphp.json",
+        "rows r.safetensors@0.5": "r.safetensors", "rows r.safetensors+grid@0.5": "r.safetensors",
+    }  # fmt: skip
+    head = HEAD | {"conditions": list(of), "files": files}
+    line = {"scene": 7, "questions": [{"task": "list", "results": {name: [1] for name in of}}]}
+    for change in (None, "thresholds", *files):
+        now = head | ({"thresholds": [[2, 0], None]} if change == "thresholds" else {})
+        now |= {"files": files | {change: "2"}} if change in files else {}
+        assert evaluate.valid_answers([now, head, line], now)[7] == [
+            {"task": "list", "results": {name: None if change and change == by else [1] for name, by in of.items()}}
+        ]
+    fewer, later = head | {"conditions": ["none", "more@0.5"]}, {"none": [1], "more@0.5": [2]}
+    more = {"scene": 7, "questions": [{"task": "list", "results": {"more@0.5": [2]}}]}
+    assert evaluate.valid_answers([head, line, fewer, more], fewer)[7] == [{"task": "list", "results": later}]
 
 
 def test_files_that_answers_depend_on_are_told_apart(tmp_path):
@@ -431,9 +479,18 @@ def test_files_that_answers_depend_on_are_told_apart(tmp_path):
     for path in paths:
         path.write_text("one")
     for path in (*paths, paths[0]):
-        found.append(evaluate.sources([f"{path}::keep" for path in paths], DEMO))
+        names = "none", "plphp as shipped@0.5", *(f"given: {path}::keep:part=3@0.5" for path in paths)
+        found.append(evaluate.sources(names, DEMO))
         path.write_text("another")
     assert found[0].keys() == {"plphp.json", *map(str, paths)} and found[0] != found[1] != found[2] != found[0]
+    path.write_text("import torch, helper")
+    codes = [evaluate.code(path)]
+    for name, text in (("helper", "from more import x"), ("more", "x = 1"), ("unused", "x = 1"), ("more", "x = 2")):
+        path.with_name(f"{name}.py").write_text(text)
+        codes.append(evaluate.code(path))
+    assert codes[2] == codes[3] and len(set(codes)) == 4
+    (own,) = evaluate.sources(["given: topk:window=3@0.5", "given: none", "topk@0.5"], DEMO)
+    assert own.endswith("topk.py")  # a method of this repository
 
 
 def test_progress_comes_first_last_and_now_and_then(capsys, monkeypatch):

@@ -10,14 +10,16 @@ Each prompt is computed once. The caches of all methods and retentions are joine
 is fed to that batch. Greedy decoding gives an answer exactly if each token is the most likely one after those before
 it, so this is the exact match of greedy decoding (a test compares it with real generations).
 
-accuracy and second append one line per scene to a file; an interrupted run continues from there.
+accuracy and second append one line per scene to a file. A later run, with other methods too, reuses what is in it.
 """
 
 import csv
 import functools
 import hashlib
+import inspect
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -36,7 +38,7 @@ from model.console import note, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.image import contrast_of, normalise, places_of, read_image, to_square  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
-from model.pruning import AMOUNTS, METHODS, Method, calibrated, make_method, sets_budget  # noqa: E402
+from model.pruning import AMOUNTS, Method, calibrated, make_method, named, sets_budget  # noqa: E402
 from model.pruning.budget import later  # noqa: E402
 from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
@@ -194,7 +196,7 @@ def is_fitted(name):
 
 
 def written_out(spec, folder):
-    """A SPEC as tables name it: with all settings if a file in the checkpoint's folder has some. InputError."""
+    """A SPEC in full: with all settings if a file in the checkpoint's folder has some. InputError."""
     method = choose_method(spec, folder)
     if note_on_settings(method, folder) is None:
         return spec
@@ -203,13 +205,14 @@ def written_out(spec, folder):
 
 
 def given_methods(args, generation):
-    """{(SPEC of --methods, retention or None): Method or None}. Says whose settings come from the checkpoint's folder,
-    and writes these out in args.methods.
+    """{(SPEC of --methods, retention or None): Method or None}. Says whose settings come from the checkpoint's folder.
+
+    Writes these out in args.methods, which becomes {SPEC: as it was given}.
 
     generation: any Generation of the checkpoint. InputError for a method that does not exist or fit the model.
     """
     folder, methods = generation.checkpoint.folder, {}
-    args.methods = list(dict.fromkeys(written_out(spec, folder) for spec in args.methods))
+    args.methods = {written_out(spec, folder): spec for spec in args.methods}
     for spec in args.methods:
         methods |= {(spec, f): choose_method(spec, folder, f) for f in budgets(spec, args.retentions)}
     for method in filter(None, methods.values()):
@@ -218,6 +221,11 @@ def given_methods(args, generation):
         if text:
             say(text)
     return methods
+
+
+def legend(given):
+    """The SPEC of each method that a table names as it was given, for `given_methods`'s args.methods."""
+    return "".join(f"\n`{name}` is `{spec}`\n" for spec, name in given.items() if name != spec)
 
 
 def warn(methods, kept):
@@ -379,59 +387,98 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
-def sources(specs, folder, rows=()):
-    """{file: hash} of other inputs: the model's plphp.json, files of --methods FILE.py::NAME, and those of --rows."""
-    beside = [path for path in (calibrated(folder, name) for name in METHODS) if path]
-    own = [spec.rpartition("::")[0] for spec in specs if "::" in spec]  # by full path: two files may share a name
-    paths = {path.name: path for path in beside} | {path: path for path in (*own, *rows)}
-    return {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for name, path in paths.items()}
+def world():
+    """Hash of the first scenes, with their pictures and questions: another one if others are drawn."""
+    seen = [questions_of(number) for number in range(FIRST, FIRST + 5)]
+    pictures = [scenes.draw_scene(scene).tobytes() for drawn, _ in seen for scene in drawn]
+    return hashlib.sha256(repr((seen, pictures)).encode()).hexdigest()[:16]
+
+
+def file_of(name):
+    """The file that a condition's results depend on: a method's code, look-ahead rows or plphp.json; else None."""
+    about, _ = parts(name)
+    if about.startswith("rows "):
+        return about.removeprefix("rows ").removesuffix("+grid")
+    if about.startswith(GIVEN):
+        file, _, method = about.removeprefix(GIVEN).rpartition("::")
+        rule = file or named(method)[1]
+        return file or rule and inspect.getsourcefile(rule)
+    return "plphp.json" if about == "plphp as shipped" else None
+
+
+def sources(names, folder):
+    """{file: hash} of `file_of` these conditions. folder: of the checkpoint, for its plphp.json."""
+    paths = {file: calibrated(folder, "plphp") if file == "plphp.json" else file for file in map(file_of, names)}
+    return {file: code(Path(path)) for file, path in paths.items() if path}
+
+
+def code(path):
+    """Hash of a file and, if it is Python, of the Python files beside it that it names, such as those it imports."""
+    files = [path]
+    for file in files:  # which grows
+        words = set(re.findall(rb"\w+", file.read_bytes())) if file.suffix == ".py" else ()
+        beside = [other for other in sorted(file.parent.glob("*.py")) if other.stem.encode() in words]
+        files += [other for other in beside if other not in files]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 BEGINNING = b'{"mode": '  # of a file of answers
+SHARED = {"mode": "the stage", "weights": "the model", "dtype": "--dtype", "world": "the demo world"}  # in a file
 
 
 def open_answers(path, head):
-    """The `Lines` of a file of answers: a head, then a line per scene. A file without answers begins anew.
+    """The `Lines` of a file of answers: the head of each run, then its results, a line per scene.
 
-    InputError for answers under another head, or if the file holds something else.
+    A file without answers begins anew. InputError if SHARED differs, or if the file holds something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not BEGINNING.startswith(path.read_bytes()[: len(BEGINNING)]):
         raise InputError(f"{path} is not a file of answers; give another --answers")
     lines = Lines(path)
-    if len(lines.values) < 2:
+    heads = [line for line in lines.values if "mode" in line]
+    if len(heads) == len(lines.values):
         path.write_bytes(b"")
-        lines = Lines(path)
+        lines, heads = Lines(path), []
+    for old in heads:
+        old = {"dtype": "fp32", "world": head["world"]} | old  # the first files did not say
+        if changed := [what for key, what in SHARED.items() if old[key] != head[key]]:
+            raise InputError(f"{changed[0]} changed since {path} was written; give another --answers, or delete it")
+    if heads[-1:] != [head]:
         lines.add(head)
-    elif changed := changes(lines.values[0], json.loads(json.dumps(head))):
-        raise InputError(f"{path} holds answers of another run ({changed}); give another --answers, or delete the file")
     return lines
 
 
-def changes(old, new):
-    """What differs between two heads, in words; empty if nothing does."""
-    found = [f"another {key}" for key in ("mode", "weights", "thresholds") if old[key] != new[key]]
-    for what, a, b in (("without", old, new), ("with", new, old)):
-        names = [name.removeprefix(GIVEN) for name in b["conditions"] if name not in a["conditions"]]
-        if names:
-            found.append(f"{what} {', '.join(names)}")
-    if not found and old["conditions"] != new["conditions"]:
-        found.append("methods in another order")
-    files = old["files"] | new["files"]
-    found += [f"{name} has changed" for name in files if old["files"].get(name) != new["files"].get(name)]
-    return "; ".join(found)
+def valid_answers(lines, head):
+    """{scene: its questions}, with those results in the lines of a file of answers that are valid under a head.
+
+    A question has all of the head's conditions, in their order; None instead of a result that is not there.
+    """
+    found, none = {}, dict.fromkeys(head["conditions"])
+    for line in lines:
+        if "mode" in line:
+            valid = {name for name in none.keys() & line["conditions"] if inputs(line, name) == inputs(head, name)}
+            continue
+        questions = found.setdefault(line["scene"], [q | {"results": none} for q in line["questions"]])
+        for question, more in zip(questions, line["questions"], strict=True):
+            results = more["results"]
+            question["results"] = question["results"] | {name: results[name] for name in valid & results.keys()}
+    return found
+
+
+def inputs(head, name):
+    """What the results of a condition depend on, besides SHARED."""
+    return head["files"].get(file_of(name)), head["thresholds"] if is_fitted(name) else None
 
 
 worker = {}  # of a worker process: checkpoint, conditions and stage, too large to send with every scene
 
 
-def start_worker(args, names, fitted):
-    """Load the model and make the conditions with these names; the other arguments are as in `conditions_of`."""
+def start_worker(args, fitted):
+    """Load the model and make the conditions; the arguments are as in `conditions_of`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     torch.set_num_threads(1)  # the tensors are too small for more
     checkpoint = load(args.model, args.dtype, args.device)
-    every = conditions_of(args, checkpoint, fitted, loaded=True)
-    worker.update(checkpoint=checkpoint, made={name: every[name] for name in names}, stage=args.stage)
+    worker.update(checkpoint=checkpoint, made=conditions_of(args, checkpoint, fitted, loaded=True), stage=args.stage)
 
 
 def conditions_of(args, checkpoint, fitted, loaded=False):
@@ -445,8 +492,11 @@ def conditions_of(args, checkpoint, fitted, loaded=False):
     return conditions(fitted, layers, args.retentions, args.methods, checkpoint.folder, rows)
 
 
-def work(number):
-    return number, evaluate_scene(worker["checkpoint"], worker["made"], number, worker["stage"])
+def work(task):
+    """A line of a file of answers. task: number of a scene, and the names of the conditions to evaluate."""
+    number, names = task
+    made = {name: worker["made"][name] for name in names}
+    return {"scene": number, "questions": evaluate_scene(worker["checkpoint"], made, number, worker["stage"])}
 
 
 def scenes_for(questions):
@@ -474,19 +524,24 @@ def run_scenes(args):
     if any(map(is_fitted, names)):
         checkpoint.read_weights(args.dtype, args.device)
         fitted = thresholds(checkpoint), lookahead and thresholds(checkpoint, lookahead)
-    head = {"mode": args.stage, "weights": fingerprint(checkpoint.folder), "thresholds": fitted, "conditions": names}
-    head["files"] = sources(args.methods, checkpoint.folder, args.rows)
+    head = {"mode": args.stage, "weights": fingerprint(checkpoint.folder), "dtype": args.dtype, "world": world()}
+    head |= {"thresholds": fitted, "conditions": names, "files": sources(names, checkpoint.folder)}
+    head = json.loads(json.dumps(head))  # as it will be read
     path = args.answers or ROOT / "runs" / "evaluate" / f"{args.stage}.jsonl"
     answers, numbers = open_answers(path, head), scenes_for(args.questions)
-    done = {line["scene"]: line["questions"] for line in answers.values[1:]}
-    todo = [n for n in numbers if n not in done]
-    pool = torch.multiprocessing.get_context("spawn").Pool(args.workers, start_worker, (args, names, fitted))
+    done = valid_answers(answers.values, head)
+    missing = {n: [name for name in names if n not in done or not done[n][0]["results"][name]] for n in numbers}
+    todo = [task for task in missing.items() if task[1]]
+    if done:
+        say(f"{sum(map(len, missing.values()))} of {len(names) * len(numbers)} results are not yet in {path}")
+    pool = torch.multiprocessing.get_context("spawn").Pool(args.workers, start_worker, (args, fitted))
     with pool:
-        for n, questions in progress(pool.imap_unordered(work, todo), f"{args.stage}, scenes", len(todo)):
-            done[n] = questions
-            answers.add({"scene": n, "questions": questions})
+        for line in progress(pool.imap_unordered(work, todo), f"{args.stage}, scenes", len(todo)):
+            answers.add(line)
     say(f"answers: {path}")
-    rows = summarise(head, {n: done[n] for n in numbers}, args.out or path.parent, f"pruning-{args.stage}")
+    done = valid_answers(answers.values, head)
+    out, name = args.out or path.parent, f"pruning-{args.stage}"
+    rows = summarise(head, {n: done[n] for n in numbers}, out, name, args.methods)
     kept = {(row["method"], row["retention"]): float(row["kept"]) / 100 for row in rows}
     warn(methods, [kept[GIVEN + spec, "" if f is None else str(f)] for spec, f in methods])
 
@@ -523,19 +578,24 @@ class Results:
         return [100 * value for value in interval(values[where], self.group[where], self.weights)]
 
 
-def summarise(head, done, folder, name):
-    """Print the tables of the answers and write folder/name.csv, .md and .png -> rows of the CSV."""
+def summarise(head, done, folder, name, given=None):
+    """Print the tables of the answers and write folder/name.csv, .md and .png -> rows of the CSV.
+
+    given: {SPEC: as it was given} of --methods; the CSV alone has the SPEC in each row.
+    """
+    given = given or {}
+    names = {GIVEN + spec: GIVEN + short for spec, short in given.items()}
     results = Results(done)
     rows = [row_of(condition, results) for condition in results.data]
     for row in rows:
-        row["label"] = label_of(row["method"], head["thresholds"])
+        row["label"] = label_of(names.get(row["method"], row["method"]), head["thresholds"])
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.{kind}" for kind in ("csv", "md", "png")]
     with open(files[0], "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    text = markdown(head, rows, results)
+    text = markdown(head, rows, results, names) + legend(given)
     files[1].write_text(text, encoding="utf-8")
     figures.pruning(rows, second=head["mode"] == "second").savefig(files[2])
     print(text)
@@ -638,8 +698,8 @@ def _with_interval(row):
     return f"{row['long']} ({float(row['long low']):.0f}–{float(row['long high']):.0f})"
 
 
-def markdown(head, rows, results):
-    """The short table, the full table, and the pairwise comparisons."""
+def markdown(head, rows, results, names):
+    """The short table, the full table, and the pairwise comparisons. names: of some methods, instead of their own."""
     (alpha, beta), ahead = head["thresholds"]
     more = f", with look-ahead rows alpha {ahead[0]}, beta {ahead[1]}" if ahead else ""
     plphp = f"PLPHP with alpha {alpha}, beta {beta}{more}; " if any(map(is_fitted, results.data)) else ""
@@ -648,21 +708,22 @@ def markdown(head, rows, results):
         f"{questions} questions about {scenes_seen} scenes, {int(results.long.sum())} of them with long answers; "
         f"{plphp}weights {head['weights']}."
     )
+    pairs = [*differences(rows, results, names)] or [["none", *" " * 6]]
     columns = ["method", "wanted", "kept", "long answers", "all answers", "tokens >= 2"]
     lines = [
-        [r["method"], r["retention"], r["kept"], _with_interval(r), r["all"], r["tokens >= 2"],
+        [names.get(r["method"], r["method"]), r["retention"], r["kept"], _with_interval(r), r["all"], r["tokens >= 2"],
          r["evidence"], r["attention"]] for r in rows
     ]  # fmt: skip
     compared = ["long answers, exact match", "retention", "points", "95 %", "only the first right"]
     texts = [
         about, short(rows), table([*columns, "evidence kept", "attention kept"], lines, "lrrrrrll"),
         f"Compared where the two kept within {AT_EQUAL} points of each other:",
-        table([*compared, "only the second", "p"], [*differences(rows, results)] or [["none", *" " * 6]], "lrrlrrr"),
+        table([*compared, "only the second", "p"], pairs, "lrrlrrr"),
     ]  # fmt: skip
     return "\n\n".join(texts) + "\n"
 
 
-def differences(rows, results):
+def differences(rows, results, names):
     """Rows of the table of PAIRS, and of each of --methods against the baselines."""
     found, columns = placed(rows)
     own = [(name, other) for name in found if name.startswith(GIVEN) for other in AGAINST]
@@ -676,7 +737,7 @@ def differences(rows, results):
         mean, low, high = results.interval(one["exact"] - two["exact"], results.long)
         first, second, p = mcnemar(*(d["exact"][results.long].bool() for d in (one, two)))
         cells = column, f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}", first, second, f"{p:.2g}"
-        yield [f"{a} against {b}", *cells]
+        yield [f"{names.get(a, a)} against {b}", *cells]
 
 
 # ---------------------------------------------------------------- any checkpoint, without labels
@@ -703,7 +764,7 @@ def premise(args):
     attention = [asked.attention_of_fed(layer) for layer in range(asked.num_layers)]
     lines = []
     for f in (None, *args.retentions):
-        rows = [(spec, method) for (spec, retention), method in methods.items() if retention == f]
+        rows = [(args.methods[spec], method) for (spec, retention), method in methods.items() if retention == f]
         if f is not None:
             best = Method("told", Ranked(asked.attention_of_fed, f), {})
             rows.append(("told what the answer attends to", best))
@@ -714,8 +775,9 @@ def premise(args):
             lines.append([label if f is None else f"{label}, {f:g} asked for", *numbers])
     layers = (f"layer {i}" for i in range(len(attention)))
     print(table(["attention of the answer found, %", "kept, %", "mean", *layers], lines))
+    print(legend(args.methods))
     print(
-        "\nA diagnostic, not a verdict: a ranking that finds more of the attention need not answer better.\n"
+        "A diagnostic, not a verdict: a ranking that finds more of the attention need not answer better.\n"
         "The verdict is `evaluate.py fidelity`, against random and grid at equal bytes."
     )
 
@@ -728,10 +790,11 @@ def fidelity(args):
         where = "never" if found["diverges"] is None else f"token {found['diverges'] + 1}"
         kept, same = (f"{100 * found[what]:.1f} %" for what in ("kept", "same"))
         kl = (f"{value:.4f}" for value in (found["kl"].mean(), found["kl"].max()))
-        lines.append([spec, "" if f is None else f, kept, same, where, *kl])
+        lines.append([args.methods[spec], "" if f is None else f, kept, same, where, *kl])
     pictures = f"{reference.vision_tokens} vision tokens of {len(args.image)} pictures"
     print(f"{len(reference.token_ids)} tokens, {pictures}\n")
     print(table(["method", "retention", "kept", "same token", "first divergence", "KL mean", "KL max"], lines))
+    print(end=legend(args.methods))
     warn(methods, [found["kept"] for found in results])
 
 
