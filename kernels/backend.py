@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from .quantise import has_e4m3
+
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD_DIM = 256  # limit of the Triton kernels; larger values were neither compiled nor tested
@@ -16,13 +18,14 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose_backend(backend, device, dtype, inputs=()):
+def choose_backend(backend, device, dtype, inputs=(), stored=None):
     """Resolve backend ("auto", "triton" or "torch") for tensors of a dtype on a device -> "triton" or "torch".
 
     "auto" selects Triton for CUDA tensors that it supports, otherwise PyTorch. "triton" never falls back: it raises
     ValueError if triton is not installed, for float64, for tensors on the wrong device (it must be CUDA, or the CPU
     with TRITON_INTERPRET=1), for head dimensions above 256, for a lazily negated view, and for an input that requires a
-    gradient while autograd is on. inputs: tensors (..., D).
+    gradient while autograd is on, and for float8_e4m3fn arenas where the GPU has no such type. inputs: tensors
+    (..., D); stored: dtype of the arenas.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
@@ -36,6 +39,8 @@ def choose_backend(backend, device, dtype, inputs=()):
     elif device.type != ("cpu" if interpreted() else "cuda"):
         where = "in the interpreter it needs CPU tensors" if interpreted() else "it needs CUDA or TRITON_INTERPRET=1"
         why = f"the tensors are on {device}; {where}, otherwise use 'torch'"
+    elif stored == torch.float8_e4m3fn and not has_e4m3(device):
+        why = "this GPU has no float8_e4m3fn (compute capability 8.9 or higher has it); use int8 or 'torch'"
     elif any(t.shape[-1] > HEAD_DIM for t in inputs):
         why = f"its kernels support head dimensions up to {HEAD_DIM}, not {inputs[0].shape[-1]}; use 'torch'"
     elif any(t.is_neg() for t in inputs):

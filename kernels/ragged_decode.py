@@ -21,11 +21,12 @@ cache, bound by fixed costs.
 import torch
 
 from .backend import check_alike, check_tables, choose_backend
+from .quantise import CODES, dequantised, quantise, quantise_ref
 from .ragged_decode_plan import DecodePlan, decode_plan
 from .ragged_decode_torch import attend
 
 
-def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False):
+def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, k_scale=None, v_scale=None):
     """The specification of `ragged_decode`: loops over segments and computes in fp32 (float64 stays float64)."""
     rows = q if q.ndim == 4 else q[:, None]  # (B, T, Hq, D)
     b, t, hq, d = rows.shape
@@ -38,7 +39,11 @@ def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False
         if length == 0:
             continue  # no keys: out 0, lse -inf
         heads = slice(s % hkv * (hq // hkv), (s % hkv + 1) * (hq // hkv))
-        keys, values = (x[start : start + length].to(compute) for x in (k, v))  # (n, D)
+        taken = slice(start, start + length)
+        keys, values = (  # (n, D)
+            x[taken].to(compute) if unit is None else x[taken].to(compute) * unit[taken, None].to(compute)
+            for x, unit in ((k, k_scale), (v, v_scale))
+        )
         scores = scale * (rows[s // hkv, :, heads].to(compute) @ keys.T)  # (T, G, n)
         out[s // hkv, :, heads] = scores.softmax(-1) @ values
         lse[s // hkv, :, heads] = scores.logsumexp(-1)
@@ -46,7 +51,9 @@ def ragged_decode_ref(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False
     return (out, lse.view(q.shape[:-1])) if return_lse else out
 
 
-def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto"):
+def ragged_decode(
+    q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, plan=None, backend="auto", k_scale=None, v_scale=None
+):  # fmt: skip
     """Attention of query rows over the tokens that each head keeps.
 
     q         (B, Hq, D), or (B, T, Hq, D) where each of the T rows sees the whole segment
@@ -56,6 +63,7 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     scale     of the scores, a number, default D**-0.5
     plan      `decode_plan(kv_start, kv_cap)`, whose kv_start then applies; without it every call builds one
     backend   "auto" | "torch" | "triton", see `choose_backend`
+    k_scale, v_scale  (N,) fp16, of arenas in 8 bits: k and v are then int8 or float8_e4m3fn, see quantise.py
 
     Returns out, with shape and dtype of q; with return_lse also lse, the natural log-sum-exp of the scaled scores, fp32
     (float64 for float64), with the shape of q without D. An empty segment gives out 0 and lse -inf. Free slots never
@@ -66,8 +74,8 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
     strategy from all lengths of the call, so results may differ by rounding between batches. On CUDA with a plan it
     copies all segments, each padded to the largest capacity.
     """
-    _check(q, k, v, {"kv_start": kv_start, "kv_len": kv_len}, plan, scale)
-    way = choose_backend(backend, q.device, q.dtype, (q, k, v))
+    _check(q, k, v, {"kv_start": kv_start, "kv_len": kv_len}, plan, scale, k_scale, v_scale)
+    way = choose_backend(backend, q.device, q.dtype, (q, k, v), k.dtype)
     if plan is None:
         plan = decode_plan(kv_start, kv_len)
         lengths = plan.caps
@@ -80,10 +88,11 @@ def ragged_decode(q, k, v, kv_start, kv_len, *, scale=None, return_lse=False, pl
         from . import ragged_decode_triton  # only here: the rest works without triton
 
         rows = q if q.ndim == 4 else q[:, None]
-        out, lse = ragged_decode_triton.attend(rows, k, v, kv_len.contiguous(), plan, scale)
+        out, lse = ragged_decode_triton.attend(rows, k, v, kv_len.contiguous(), plan, scale, None, k_scale, v_scale)
     else:  # all rows that read a segment are one small matrix: (S, T * G, D)
         rows = q if q.ndim == 3 else q.unflatten(2, (segments // len(q), -1)).transpose(1, 2).contiguous()
-        out, lse = attend(rows.view(1, segments, -1, d), k, v, kv_start, kv_len, lengths, plan, scale, return_lse)
+        rows = rows.view(1, segments, -1, d)
+        out, lse = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, return_lse, k_scale, v_scale)
         if q.ndim == 4:  # (B, Hkv, T, G, ...) -> (B, T, Hkv, G, ...)
             shape = (len(q), segments // len(q), q.shape[1], -1)
             out = out.view(*shape, d).transpose(1, 2).contiguous()
@@ -102,25 +111,32 @@ def turned(x, rope):
 
 
 def ragged_decode_append_ref(
-    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *, scale=None, return_lse=False, rope=None
+    q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *,
+    scale=None, return_lse=False, rope=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     """The specification of `ragged_decode_append`: attend to the old and new tokens; store the new where one fits."""
     q, k_new = turned(q, rope), turned(k_new, rope)
     d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
-    joined = []  # K and V arenas with the old tokens and the new one of each segment
-    for arena, new in ((k, k_new.reshape(-1, d)), (v, v_new.reshape(-1, d))):
+    k_new, v_new = k_new.reshape(-1, d), v_new.reshape(-1, d)
+    stored = [(k, k_new), (v, v_new)]
+    if k_scale is not None:
+        (k_new, k_unit), (v_new, v_unit) = quantise_ref(k_new, k.dtype), quantise_ref(v_new, v.dtype)
+        stored = [(k, k_new), (v, v_new), (k_scale, k_unit), (v_scale, v_unit)]
+    joined = []  # arenas with the old tokens and the new one of each segment, and their scales
+    for arena, new in stored:
         rows = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
         joined.append(torch.cat([row for pair in rows for row in pair]))
         for s, (a, n, cap) in enumerate(zip(starts, lengths, kv_cap.tolist(), strict=True)):
             if n < cap:
                 arena[a + n] = new[s]
     start = (kv_len + 1).cumsum(0, dtype=torch.int32) - (kv_len + 1)
-    return ragged_decode_ref(q, *joined, start, kv_len + 1, scale=scale, return_lse=return_lse)
+    scales = dict(zip(("k_scale", "v_scale"), joined[2:], strict=False))
+    return ragged_decode_ref(q, *joined[:2], start, kv_len + 1, scale=scale, return_lse=return_lse, **scales)
 
 
 def ragged_decode_append(
     q, k_new, v_new, k, v, kv_start, kv_len, kv_cap, *,
-    scale=None, return_lse=False, plan=None, backend="auto", rope=None,
+    scale=None, return_lse=False, plan=None, backend="auto", rope=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     """A decode step of one layer: store each segment's new token in k and v, in place; attend to old and new tokens.
 
@@ -130,32 +146,42 @@ def ragged_decode_append(
     but does not store it; `RaggedCache` makes room first. With a plan, its kv_start and kv_cap apply. ValueError if
     segments overlap, because two of them might write to one slot. Returns what `ragged_decode` returns.
 
+    Arenas in 8 bits: the new token is rotated, then quantised, and attends to its own stored form, so that the result
+    depends only on what the arenas hold after the step.
+
     Triton needs one launch. The torch backend needs several and, on CUDA, synchronises to find the full segments.
     """
     plan = decode_plan(kv_start, kv_cap) if plan is None else plan
     q, k_new, v_new = (_dense_within(x) for x in (q, k_new, v_new))
-    _check(q, k, v, {"kv_start": kv_start, "kv_len": kv_len, "kv_cap": kv_cap}, plan, scale)
+    _check(q, k, v, {"kv_start": kv_start, "kv_len": kv_len, "kv_cap": kv_cap}, plan, scale, k_scale, v_scale)
     _check_arena(k, plan)
     _check_step(q, k_new, v_new, kv_cap, plan, rope)
     lengths = _lengths(kv_start, kv_len, plan)
-    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(() if rope is None else rope)))
+    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(() if rope is None else rope)), k.dtype)
     d = q.shape[-1]
     scale = d**-0.5 if scale is None else scale
     if way == "triton":
         from . import ragged_decode_triton
 
         rope = None if rope is None else [t.contiguous() for t in rope]
-        out, lse = ragged_decode_triton.append_attend(q, k_new, v_new, k, v, kv_len.contiguous(), plan, scale, rope)
+        out, lse = ragged_decode_triton.append_attend(
+            q, k_new, v_new, k, v, kv_len.contiguous(), plan, scale, rope, None, k_scale, v_scale
+        )
         return (out, lse) if return_lse else out
     q, k_new = turned(q, rope), turned(k_new, rope)
     rows, key, value = (x.reshape(1, plan.segments, -1, d) for x in (q, k_new, v_new))  # (1, S, G or 1, D)
-    old = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, True)
-    compute = old[1].dtype
+    old = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, True, k_scale, v_scale)
+    compute, stored = old[1].dtype, [(k, key), (v, value)]
+    if k_scale is not None:
+        (key, k_unit), (value, v_unit) = quantise(key, k.dtype), quantise(value, v.dtype)
+        stored = [(k, key), (v, value), (k_scale, k_unit), (v_scale, v_unit)]
+        key, value = dequantised(key, k_unit, compute), dequantised(value, v_unit, compute).to(q.dtype)
     score = scale * (rows.to(compute) * key.to(compute)).sum(-1)
     out, lse = merge_states(*old, value.expand_as(rows), score)  # the log-sum-exp over a single key is its score
     free = (kv_len < plan.kv_cap).nonzero()[:, 0]
     slot = (kv_start + kv_len)[free].long()  # stored last, because k_new and v_new may be views of an arena
-    k[slot], v[slot] = key[0, free, 0], value[0, free, 0]
+    for arena, new in stored:
+        arena[slot] = new[0, free, 0]
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
 
 
@@ -164,12 +190,16 @@ def _dense_within(x):
     return x if x.ndim == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _check(q, k, v, tables, plan, scale):
+def _check(q, k, v, tables, plan, scale, k_scale, v_scale):
     """ValueError for arguments that `ragged_decode` does not support. Runs in every step, so it must be cheap."""
     if q.ndim not in (3, 4) or k.ndim != 2 or k.shape != v.shape or k.shape[1] != q.shape[-1] or 0 in q.shape:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"{shapes}; give q (B, [T,] Hq, D), not empty, and k and v (N, D)")
-    check_alike(q=q, k=k, v=v)
+    if k_scale is None and v_scale is None:
+        check_alike(q=q, k=k, v=v)
+    else:
+        check_alike(q=q)
+        _check_codes(q, k, v, k_scale, v_scale)
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError(f"non-contiguous k or v (strides {k.stride()}, {v.stride()}); call .contiguous()")
     check_tables(tables, 1, q.device)
@@ -184,6 +214,19 @@ def _check(q, k, v, tables, plan, scale):
         raise ValueError(f"plan is a {type(plan).__name__}; give decode_plan(kv_start, kv_cap)")
     if plan is not None and plan.segments != segments:
         raise ValueError(f"the plan is for {plan.segments} segments, this call has {segments}; build a new plan")
+
+
+def _check_codes(q, k, v, k_scale, v_scale):
+    for name, codes, unit in (("k", k, k_scale), ("v", v, v_scale)):
+        if codes.dtype not in CODES or codes.dtype != k.dtype or codes.device != q.device:
+            raise ValueError(f"{name} is {codes.dtype} on {codes.device}; with scales give int8 or float8_e4m3fn")
+        if (
+            not isinstance(unit, torch.Tensor)
+            or unit.dtype != torch.float16
+            or unit.shape != codes.shape[:1]
+            or (unit.device != q.device or not unit.is_contiguous())
+        ):
+            raise ValueError(f"{name}_scale is no contiguous fp16 tensor ({len(codes)},) on {q.device}; see quantise()")
 
 
 def _check_step(q, k_new, v_new, kv_cap, plan, rope):

@@ -5,6 +5,8 @@ in place   a loop over runs of segments with equal lengths at equal distances. E
 gathered   each segment is copied and padded to the longest. This is cheaper for many short segments, and necessary on
            CUDA with a plan, where the host does not know the lengths
 
+Arenas in 8 bits are always gathered, a few segments at a time, and dequantised to fp32: a few MB, never a whole layer.
+
 The thresholds between them were measured (NOTES.md). Free slots may hold NaN and must not affect a result, so a weight
 of 0 is not enough to exclude them: 0 * NaN is NaN.
 """
@@ -12,26 +14,41 @@ of 0 is not enough to exclude them: 0 * NaN is NaN.
 import torch
 import torch.nn.functional as F
 
+from .quantise import dequantised
+
 FEW = 8  # runs that are always read in place
 LONG = 2**15  # bytes of keys; more runs are read in place only if the longest segment has at least this many
+TILE = 2**19  # elements of K, and of V, that are dequantised together, if a segment has no more
 
 
-def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse):
+def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse, k_scale=None, v_scale=None):
     """q (1, S, M, D), M query rows per segment, over arenas k, v (N, D) -> out like q, lse (1, S, M) or None.
 
     lengths: kv_len as a list, or None on CUDA with a plan, where reading it would synchronise.
     """
+    longest = plan.longest if lengths is None else max(lengths)
+    if k_scale is not None:
+        count = max(1, TILE // (max(1, longest) * q.shape[3]))  # segments
+        parts = [
+            _gathered(*block, k, v, longest, scale, return_lse, k_scale, v_scale)
+            for block in zip(q.split(count, 1), kv_start.split(count), kv_len.split(count), strict=True)
+        ]
+        return _joined(parts, return_lse)
     runs = None if lengths is None else runs_of(plan.starts, lengths)
-    if runs and (len(runs) <= FEW or max(lengths) * q.shape[3] * q.element_size() >= LONG):
+    if runs and (len(runs) <= FEW or longest * q.shape[3] * q.element_size() >= LONG):
         parts = [
             _rectangle(q[:, first:end], k, v, plan.starts[first], step, lengths[first], scale, return_lse)
             for first, end, step in runs
         ]
-        if len(parts) == 1:
-            return parts[0]
-        out, lse = zip(*parts, strict=True)
-        return torch.cat(out, 1), torch.cat(lse, 1) if return_lse else None
-    return _gathered(q, k, v, kv_start, kv_len, plan.longest if lengths is None else max(lengths), scale, return_lse)
+        return _joined(parts, return_lse)
+    return _gathered(q, kv_start, kv_len, k, v, longest, scale, return_lse)
+
+
+def _joined(parts, return_lse):
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, 1), torch.cat(lse, 1) if return_lse else None
 
 
 def runs_of(starts, lengths):
@@ -84,17 +101,22 @@ def _rectangle(q, k, v, start, step, length, scale, return_lse):
     return _dense(q, keys, values, None, scale, return_lse)
 
 
-def _gathered(q, k, v, kv_start, kv_len, longest, scale, return_lse):
+def _gathered(q, kv_start, kv_len, k, v, longest, scale, return_lse, k_scale=None, v_scale=None):
     """As `_rectangle`, over copies of the segments, padded with their last row to `longest`: reads no free slots."""
+    dtype = q.dtype
+    q = q if k_scale is None else q.to(torch.promote_types(dtype, torch.float32))
     column = torch.arange(longest, device=k.device)
     slot = kv_start[:, None] + torch.minimum(column, (kv_len - 1).clamp(min=0)[:, None])
-    keys, values = (x.index_select(0, slot.clamp(max=len(x) - 1).flatten()) for x in (k, v))
-    bias = torch.zeros(len(kv_len), 1, longest, dtype=k.dtype, device=k.device)
+    slot = slot.clamp(max=len(k) - 1).flatten()
+    keys, values = (
+        dequantised(x[slot], None if unit is None else unit[slot], q.dtype) for x, unit in ((k, k_scale), (v, v_scale))
+    )
+    bias = torch.zeros(len(kv_len), 1, longest, dtype=q.dtype, device=k.device)
     bias.masked_fill_((column >= kv_len[:, None])[:, None], float("-inf"))
     shape = (1, len(kv_len), longest, k.shape[1])
     out, lse = _dense(q, keys.view(shape), values.view(shape), bias, scale, return_lse)
     empty = (kv_len == 0)[:, None]
-    return out.masked_fill(empty[..., None], 0), lse if lse is None else lse.masked_fill(empty, float("-inf"))
+    return out.masked_fill(empty[..., None], 0).to(dtype), lse if lse is None else lse.masked_fill(empty, float("-inf"))
 
 
 def _dense(q, k, v, bias, scale, return_lse):

@@ -19,6 +19,8 @@ Bytes: 2 * sum(kv_len) * D * itemsize, plus 8 * G * (D + 1) per partial result i
 element of K and V. Memory-bound above about 30 MB; below, limited by launches and latency.
 Exponentials are to base 2 (one instruction); scale includes log2(e). The specification is `ragged_decode_ref`.
 M, DP, BN, BS: see tiles.py. heads: Hkv. times: T. UP: convert 16-bit inputs to fp32, as the interpreter needs it.
+LARGEST: the largest code if K and V are in 8 bits (quantise.py), else 0. Codes are converted to q's type, which loses
+nothing; the scales multiply scores and weights, one number per slot.
 """
 
 import torch
@@ -26,9 +28,12 @@ import triton
 import triton.language as tl
 
 from .backend import interpreted
+from .quantise import CODES
+from .rows_triton import quantised, scales_of, turned
 from .tiles import architecture, chosen
 
 LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
+LIFT = tl.constexpr(64.0)  # keeps weight * scale of V above the subnormals of fp16; at most 64 * 65504 / 127
 
 
 # ---------------------------------------------------------------- shared by both forms
@@ -44,11 +49,14 @@ def _rows(segment, heads, times, G: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, k, v, begin, end, scale, m, l, acc,
-    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
+    q, k, v, k_scale, v_scale, begin, end, scale, m, l, acc,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Attention of q [M, DP] over slots begin .. end - 1; returns the updated softmax state m, l [M], acc [M, DP]."""
     col = tl.arange(0, DP)
+    if LARGEST:
+        acc *= LIFT
+        k_next, v_next = scales_of(k_scale, v_scale, begin, end, BN)
     for first in range(begin, end, BN):
         slot = first + tl.arange(0, BN)
         taken = slot < end
@@ -56,16 +64,24 @@ def _attend(
         there = taken[:, None] & (col < D)[None, :]
         keys = tl.load(k + at, there, 0.0)  # [BN, DP]
         values = tl.load(v + at, there, 0.0)  # masked here, because a weight of 0 times NaN is NaN
-        if UP:
-            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        if UP or LARGEST:
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # [M, BN]
+        if LARGEST:
+            k_unit, v_unit = k_next, v_next
+            k_next, v_next = scales_of(k_scale, v_scale, first + BN, end, BN)
+            s *= k_unit.to(tl.float32)[None, :]
         s = tl.where(taken[None, :], s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1))  # finite: each tile has a taken slot
         p = tl.exp2(s - top[:, None])
         fade = tl.exp2(m - top)
         l = l * fade + tl.sum(p, 1)
+        if LARGEST:
+            p *= v_unit.to(tl.float32)[None, :] * LIFT
         acc = acc * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         m = top
+    if LARGEST:
+        acc /= LIFT
     return m, l, acc
 
 
@@ -122,9 +138,10 @@ def _item(work):
 
 @triton.jit(do_not_specialize_on_alignment=["kv_len"])
 def split_kernel(
-    q, k, v, kv_len, work, part, part_lse, out, lse,
+    q, k, v, k_scale, v_scale, kv_len, work, part, part_lse, out, lse,
     scale, heads, times,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     """grid (items, tiles of M rows): attention over one split, final if it is the segment's only live one."""
     segment, split, first, size, start, _ = _item(work)
@@ -141,7 +158,7 @@ def split_kernel(
     # stream K and V
     m, l, acc = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
     begin, end = start + split * size, start + tl.minimum(length, (split + 1) * size)
-    m, l, acc = _attend(rows, k, v, begin, end, scale, m, l, acc, D, DP, BN, UP)
+    m, l, acc = _attend(rows, k, v, k_scale, v_scale, begin, end, scale, m, l, acc, D, DP, BN, UP, LARGEST)
     # store
     if length <= size:
         _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
@@ -170,21 +187,12 @@ def merge_kernel(
 # ---------------------------------------------------------------- one launch: append, splits, merge in the last program
 
 
-@triton.jit
-def _turned(x, at, there, cos, sin, col, D: tl.constexpr):
-    """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin, in fp32 (cos and sin too),
-    rounded once to x's dtype."""
-    straight = tl.load(x + at + col, there, 0.0).to(tl.float32)
-    rolled = tl.load(x + at + (col + D // 2) % D, there, 0.0).to(tl.float32)
-    return (straight * cos + rolled * sin).to(x.dtype.element_ty)
-
-
 @triton.jit(do_not_specialize_on_alignment=["kv_len"])
 def append_kernel(
-    q, k_new, v_new, cos, sin, k, v, kv_len, work, tickets, part, part_lse, out, lse,
+    q, k_new, v_new, cos, sin, k, v, k_scale, v_scale, kv_len, work, tickets, part, part_lse, out, lse,
     scale, heads, q_stride, k_stride, v_stride,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
-    ROPE: tl.constexpr, UP: tl.constexpr,
+    ROPE: tl.constexpr, UP: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """grid (items, tiles of M rows): attention over one split. The last split also stores the new token, which kv_len
     does not count, and attends to it. heads: Hkv; strides: between sequences; ROPE: rotate q and k_new first.
@@ -203,8 +211,8 @@ def append_kernel(
     if ROPE:
         c = tl.load(cos + sequence * D + col, known, 0.0).to(tl.float32)
         s = tl.load(sin + sequence * D + col, known, 0.0).to(tl.float32)
-        rows = _turned(q, q_at, exists, c[None, :], s[None, :], col[None, :], D)  # [M, DP]
-        key = _turned(k_new, k_at, known, c, s, col, D)
+        rows = turned(q, q_at, exists, c[None, :], s[None, :], col[None, :], D)  # [M, DP]
+        key = turned(k_new, k_at, known, c, s, col, D)
     else:
         rows = tl.load(q + q_at + col[None, :], exists, 0.0)
         key = tl.load(k_new + k_at + col, known, 0.0)
@@ -215,19 +223,25 @@ def append_kernel(
     # store the new token and begin with it
     mine = split == last
     free = (start + length).to(tl.int64) * D + col
-    fits = mine & (length < cap) & known & (tl.program_id(1) == 0)
-    tl.store(k + free, key, fits)
-    tl.store(v + free, value, fits)
+    fits = mine & (length < cap) & (tl.program_id(1) == 0)
+    if LARGEST:
+        key, key_scale = quantised(key.to(tl.float32), k.dtype.element_ty, LARGEST)
+        value, value_scale = quantised(value.to(tl.float32), v.dtype.element_ty, LARGEST)
+        tl.store(k_scale + start + length, key_scale, fits)
+        tl.store(v_scale + start + length, value_scale, fits)
+    tl.store(k + free, key, fits & known)
+    tl.store(v + free, value, fits & known)
+    if LARGEST:  # attend to what is stored
+        key, value = key.to(tl.float32) * key_scale.to(tl.float32), value.to(tl.float32) * value_scale.to(tl.float32)
     score = tl.sum(rows.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     m = tl.where(mine, score, float("-inf"))  # -inf: the first tile cancels l
-    l = tl.full([M], 1.0, tl.float32)
     own = tl.where(mine, value.to(tl.float32), 0.0)  # 0, because 0 * inf is NaN
-    acc = tl.zeros([M, DP], tl.float32) + own[None, :]
+    l, acc = tl.full([M], 1.0, tl.float32), tl.zeros([M, DP], tl.float32) + own[None, :]
     # stream K and V
     if UP:
         rows = rows.to(tl.float32)
     begin, end = start + split * size, start + tl.minimum(length, (split + 1) * size)
-    m, l, acc = _attend(rows, k, v, begin, end, scale, m, l, acc, D, DP, BN, UP)
+    m, l, acc = _attend(rows, k, v, k_scale, v_scale, begin, end, scale, m, l, acc, D, DP, BN, UP, LARGEST)
     # store
     if last == 0:
         _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
@@ -244,7 +258,7 @@ def append_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def attend(q, k, v, kv_len, plan, scale, tile=None):
+def attend(q, k, v, kv_len, plan, scale, tile=None, k_scale=None, v_scale=None):
     """q (B, T, Hq, D) over arenas k, v -> out like q, lse (B, T, Hq) fp32, natural log. tile: default `chosen`."""
     b, times, hq, d = q.shape
     rows = times * hq * b // plan.segments
@@ -254,9 +268,9 @@ def attend(q, k, v, kv_len, plan, scale, tile=None):
     bs, row_tiles = tile.pop("BS"), triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         split_kernel[len(work), row_tiles](
-            q, k, v, kv_len, work, part, part_lse, out, lse,
+            q, k, v, k_scale, v_scale, kv_len, work, part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // b, times,
-            G=rows // times, D=d, UP=interpreted(), **tile,
+            G=rows // times, D=d, UP=interpreted(), LARGEST=CODES.get(k.dtype, 0), **tile,
         )  # fmt: skip
         merge_kernel[plan.segments, row_tiles](
             kv_len, firsts, sizes, part, part_lse, out, lse,
@@ -266,7 +280,7 @@ def attend(q, k, v, kv_len, plan, scale, tile=None):
     return out, lse
 
 
-def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None, tile=None):
+def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None, tile=None, k_scale=None, v_scale=None):
     """q (B, Hq, D), k_new and v_new (B, Hkv, D), each sequence contiguous: store the new token at kv_len and attend ->
     out like q, lse (B, Hq) fp32. rope: cos and sin (B, 1, D), contiguous, rotate q and k_new first; or None."""
     rows, d = q.shape[0] * q.shape[1] // plan.segments, q.shape[2]
@@ -278,9 +292,9 @@ def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None, tile=No
     row_tiles = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         append_kernel[len(work), row_tiles](
-            q, k_new, v_new, cos, sin, k, v, kv_len,
+            q, k_new, v_new, cos, sin, k, v, k_scale, v_scale, kv_len,
             work, plan.tickets(row_tiles), part, part_lse, out, lse,
             scale * LOG2_E, plan.segments // len(q), q.stride(0), k_new.stride(0), v_new.stride(0),
-            G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **tile,
+            G=rows, D=d, ROPE=rope is not None, UP=interpreted(), LARGEST=CODES.get(k.dtype, 0), **tile,
         )  # fmt: skip
     return out, lse

@@ -5,7 +5,7 @@ from collections import deque
 
 import torch
 
-from .cache import RaggedCache
+from .cache import ARENAS, RaggedCache
 from .config import InputError, brief
 from .generate import Generation
 from .sampling import Chooser
@@ -16,7 +16,8 @@ class Batch:
 
     Each one is prefilled separately when it is added, at any time. When its answer ends, it is removed and its K and V
     are freed: there is no padding and no waiting for the longest. Answers do not depend on each other, except for the
-    rounding of matrix products of different sizes. All must use the same checkpoint and backend.
+    rounding of matrix products of different sizes. All must use the same checkpoint, backend and
+    kv_dtype.
 
         batch = Batch()
         batch.add(Generation(...))
@@ -40,13 +41,14 @@ class Batch:
     def add(self, generation: Generation) -> None:
         """Prefill a generation and add it. If its first token ends the answer, the next `advance` returns it.
 
-        InputError for another checkpoint or backend, ValueError if it is already in the batch.
+        InputError for another checkpoint, backend or kv_dtype, ValueError if it is already in the batch.
         """
         if not isinstance(generation, Generation):
             raise InputError(f"a batch takes one Generation at a time, not {brief(generation)}; add one")
         first = self.running[0] if self.running else generation
-        if generation.checkpoint is not first.checkpoint or generation.backend != first.backend:
-            raise InputError("a batch has one checkpoint and one backend; start another batch for this one")
+        kinds = {(id(g.checkpoint), g.backend, g.kv_dtype) for g in (generation, first)}
+        if len(kinds) > 1:
+            raise InputError("a batch has one checkpoint, one backend, one kv_dtype; start another batch for this one")
         if generation in (*self.running, *self._over):
             raise ValueError("this generation is already in the batch; add another")
         generation._begin()
@@ -118,7 +120,7 @@ class Batch:
 
 
 def join(caches):
-    """Move the sequences of caches (same layers, device and backend) into a new RaggedCache; the old ones end up empty.
+    """Move the sequences of caches with equal settings and device into a new RaggedCache; the old ones end up empty.
 
     Layers are joined one at a time. Each old cache then holds views of the joined layer, so there is never a second
     full copy in memory. ValueError for an empty list.
@@ -126,7 +128,7 @@ def join(caches):
     if not caches:
         raise ValueError("no caches to join; give one for each sequence")
     first, layers = caches[0], range(len(caches[0].k))
-    joined = RaggedCache(len(layers), first.slack, first.backend)
+    joined = RaggedCache(len(layers), first.slack, first.backend, first.dtype)
     shift = torch.zeros(len(layers), 1, dtype=torch.int32, device=first.pos.device)  # slots of the earlier caches
     starts = []
     for cache in caches:
@@ -136,14 +138,18 @@ def join(caches):
     joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
     joined.room, joined.fused = min(c.room for c in caches), first.fused
     for i in layers:
-        k, v = torch.cat([c.k[i] for c in caches]), torch.cat([c.v[i] for c in caches])
+        whole = [None if own[0] is None else torch.cat(own) for own in zip(*(c.arenas(i) for c in caches), strict=True)]
         sizes = [len(c.k[i]) for c in caches]
-        joined.k[i], joined.v[i] = k, v
-        for c, own_k, own_v in zip(caches, k.split(sizes), v.split(sizes), strict=True):
-            c.k[i], c.v[i], c.version = own_k, own_v, c.version + 1
+        for name, arena in zip(ARENAS, whole, strict=True):
+            if arena is not None:
+                getattr(joined, name)[i] = arena
+                for c, own in zip(caches, arena.split(sizes), strict=True):
+                    getattr(c, name)[i] = own
+        for c in caches:
+            c.version += 1
     joined.plan(0)  # makes the plans of all layers
     for c in caches:
-        c.k, c.v = [None] * len(layers), [None] * len(layers)
+        c.k, c.v, c.k_scale, c.v_scale = ([None] * len(layers) for _ in ARENAS)
     return joined
 
 

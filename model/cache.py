@@ -18,14 +18,18 @@ from contextlib import contextmanager
 
 import torch
 
-from kernels import decode_plans, ragged_decode, ragged_decode_append, ragged_pack
+from kernels import decode_plans, quantise, ragged_decode, ragged_decode_append, ragged_pack
 from kernels.backend import choose_backend
+
+KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the arenas; None: as the model
+ARENAS = ("k", "v", "k_scale", "v_scale")
 
 
 class RaggedCache:
     """K and V of B sequences. S = B * Hkv segments, L layers.
 
-    k, v       L arenas (N, D) each
+    k, v       L arenas (N, D) each: keys and values, or with dtype "int8" or "fp8" their codes
+    k_scale, v_scale   L scales of the codes, (N,) fp16 each, or None; see kernels/quantise.py
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens
     len_before (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
@@ -36,9 +40,9 @@ class RaggedCache:
     version    increases when arenas move or sequences are removed, which invalidates the graph of `FastStep`
     """
 
-    def __init__(self, num_layers, slack=64, backend="auto"):
-        self.slack, self.backend = max(1, slack), backend
-        self.k, self.v = [None] * num_layers, [None] * num_layers
+    def __init__(self, num_layers, slack=64, backend="auto", dtype="auto"):
+        self.slack, self.backend, self.dtype = max(1, slack), backend, dtype
+        self.k, self.v, self.k_scale, self.v_scale = ([None] * num_layers for _ in ARENAS)
         self.kv_start = self.kv_len = self.kv_cap = self.slots = self.len_before = self.pos = None
         self.room, self.fused, self.version = self.slack, False, 0
         self._plans = None
@@ -58,20 +62,29 @@ class RaggedCache:
         total = None
         if keep is None:
             keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
-        k_arena, v_arena, start, length, _ = ragged_pack(
-            k, v, keep, slack=self.slack, total=total, backend=self.backend
-        )
+        *arenas, start, length, _ = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
         if self.pos is None:
-            self.fused = choose_backend(self.backend, k.device, k.dtype) == "triton"
+            self.fused = choose_backend(self.backend, k.device, k.dtype, stored=KV_DTYPES[self.dtype]) == "triton"
             self.kv_start, self.kv_len, self.kv_cap = start.new_zeros(3, len(self.k), len(k)).unbind()
             self.pos = torch.full((b,), tokens, device=k.device)
-        self._place(layer, k_arena, v_arena, start, length, self.slack)
+        self._place(layer, self._coded(*arenas), start, length, self.slack)
 
-    def _place(self, layer, k, v, start, length, slack):
+    def _coded(self, k, v):
+        """Rows k, v (..., D) as the arenas hold them: k, v, k_scale, v_scale; the scales are None without codes."""
+        if self.dtype == "auto":
+            return k, v, None, None
+        (k, k_scale), (v, v_scale) = quantise(k, KV_DTYPES[self.dtype]), quantise(v, KV_DTYPES[self.dtype])
+        return k, v, k_scale, v_scale
+
+    def arenas(self, layer):
+        """k, v, k_scale and v_scale of a layer; None for what there is not."""
+        return self.k[layer], self.v[layer], self.k_scale[layer], self.v_scale[layer]
+
+    def _place(self, layer, arenas, start, length, slack):
         """Give a layer its arenas. start, length (S,): first slot and taken slots of each segment."""
         for table, row in ((self.kv_cap, length + slack), (self.kv_start, start), (self.kv_len, length)):
             table[layer].copy_(row)
-        self.k[layer], self.v[layer] = k, v
+        self.k[layer], self.v[layer], self.k_scale[layer], self.v_scale[layer] = arenas
         self.moved()
 
     def moved(self):
@@ -132,9 +145,10 @@ class RaggedCache:
         """Write k, v into the slots that `grow` claimed: (B, Hkv, D), one token per sequence, or (B, T, Hkv, D)."""
         if k.ndim == 4:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        slots, k, v = self.slots[layer], k.flatten(0, -2), v.flatten(0, -2)  # (S * T,), (S * T, D)
-        self.k[layer].index_copy_(0, slots, k)
-        self.v[layer].index_copy_(0, slots, v)
+        new = self._coded(k.flatten(0, -2), v.flatten(0, -2))  # (S * T, D)
+        for arena, rows in zip(self.arenas(layer), new, strict=True):
+            if arena is not None:
+                _bytes(arena).index_copy_(0, self.slots[layer], _bytes(rows))
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
         """Attention of q (B, [T,] Hq, D) over all taken and claimed slots -> like q; kv_len (S,) overrides the lengths.
@@ -145,6 +159,7 @@ class RaggedCache:
         return ragged_decode(
             q, self.k[layer], self.v[layer], plan.kv_start, length,  # the plan's own table: checked by identity
             return_lse=return_lse, plan=plan, backend=self.backend,
+            k_scale=self.k_scale[layer], v_scale=self.v_scale[layer],
         )  # fmt: skip
 
     def append_attend(self, layer, q, k, v, rope=None):
@@ -158,13 +173,13 @@ class RaggedCache:
         plan = self.plan(layer)
         return ragged_decode_append(
             q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.len_before[layer], plan.kv_cap,
-            plan=plan, backend=self.backend, rope=rope,
+            plan=plan, backend=self.backend, rope=rope, k_scale=self.k_scale[layer], v_scale=self.v_scale[layer],
         )  # fmt: skip
 
     def rectangle(self, layer):
-        """The layer's arenas as (S, n, D) views if all segments have n slots, else None."""
+        """The layer's arenas as (S, n, D) views if all segments have n slots and no codes, else None."""
         plan, k, v = self.plan(layer), self.k[layer], self.v[layer]
-        if plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:
+        if self.dtype != "auto" or plan.longest * plan.segments != len(k) or plan.shortest < plan.longest:
             return None
         shape = plan.segments, plan.longest, k.shape[1]
         return k.view(shape), v.view(shape)
@@ -181,24 +196,37 @@ class RaggedCache:
             source, slot = _taken(self.kv_start[layer], length), _taken(start, length)
             slots = len(slot) + slack * len(length)
             moved = [
-                old.new_empty(slots, old.shape[1]).index_copy_(0, slot, old[source])
-                for old in (self.k[layer], self.v[layer])
+                None if old is None else _moved(old, source, old.new_empty(slots, *old.shape[1:]), slot)
+                for old in self.arenas(layer)
             ]
-            self._place(layer, *moved, start, length, slack)
+            self._place(layer, moved, start, length, slack)
         self.room = slack
 
     # ------------------------------------------------------------ bytes
 
     @property
     def nbytes_held(self):
-        """Bytes of the taken K and V rows."""
+        """Bytes of the taken K and V rows, scales included."""
         rows = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
-        return sum(2 * n * k.shape[1] * k.element_size() for n, k in zip(rows, self.k, strict=False) if k is not None)
+        layers = ((n, t) for layer, n in enumerate(rows) for t in self.arenas(layer) if t is not None)
+        return sum(n * t.nbytes // len(t) for n, t in layers if len(t))
 
     @property
     def nbytes_reserved(self):
         """Bytes of the arenas, free slots included."""
-        return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v) if t is not None)
+        every = (*self.k, *self.v, *self.k_scale, *self.v_scale)
+        return sum(t.untyped_storage().nbytes() for t in every if t is not None)
+
+
+def _bytes(t):
+    """A view of fp8 as int8, because PyTorch has no index_copy_ for fp8; any other tensor itself."""
+    return t.view(torch.int8) if t.dtype == torch.float8_e4m3fn else t
+
+
+def _moved(old, source, new, slot):
+    """Copy rows `source` of an arena to rows `slot` of a new one -> the new one."""
+    _bytes(new).index_copy_(0, slot, _bytes(old)[source])
+    return new
 
 
 def _taken(start, length):

@@ -188,6 +188,8 @@ def parser():
         help="%(type)s (auto: by file and machine)")
     add("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
         help="kernels: %(type)s (auto: triton on CUDA)")
+    add("--kv-dtype", type=one_of("auto", "int8", "fp8"), default="auto", metavar="TYPE",
+        help="cached keys and values: %(type)s (auto: as --dtype)")
     add("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads, %(type)s (default: one per core)")
 
@@ -349,4 +351,5 @@ def options(args, checkpoint):
         "backend": args.backend, "compile": args.compile, "anyres_order": args.anyres_order,
         "timed": args.stats or args.json or args.compare or args.talk,  # for /stats
         "remember": args.show is not None or args.talk,  # for /show
+        "kv_dtype": args.kv_dtype,
     }  # fmt: skip

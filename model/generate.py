@@ -8,9 +8,10 @@ from functools import partial
 import torch
 
 from kernels.backend import BACKENDS, choose_backend
+from kernels.quantise import has_e4m3
 
 from .api import Method, PruneLike, choose_method
-from .cache import RaggedCache
+from .cache import KV_DTYPES, RaggedCache
 from .checkpoint import Checkpoint
 from .config import InputError, brief
 from .image import Pictures, normalise
@@ -58,6 +59,7 @@ class Generation(Prompt):
         timed: bool = False,
         remember: bool = False,
         before: "Generation | None" = None,
+        kv_dtype: str = "auto",
     ) -> None:
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
 
@@ -65,7 +67,7 @@ class Generation(Prompt):
         name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels. compile:
         see `model.fast.FastStep`. anyres_order: "hf" or "orig", see `choose_canvas`. timed: synchronise a CUDA device
         before each clock reading; without it, `timing` measures only launches, except in `steps`. remember: keep
-        `masks`, for `model.show`.
+        `masks`, for `model.show`. kv_dtype: of the cached keys and values, "auto" (as the weights), "int8" or "fp8".
 
         before: the previous turn of the conversation; its template and image mode are used again.
         `ids`, `images` and the counts then cover the whole conversation; `prompt` is this question. The cache of
@@ -78,9 +80,11 @@ class Generation(Prompt):
             raise InputError(f"before is {brief(before)}; give the Generation that this question follows")
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; use {', '.join(BACKENDS)}")
+        if kv_dtype not in KV_DTYPES:
+            raise InputError(f"kv_dtype {brief(kv_dtype)} is unknown; use {', '.join(KV_DTYPES)}")
         super().__init__(checkpoint, prompt, images, template, image_mode, anyres_order, system, before)
         self.sampling, self.before, self._backend = sampling or Sampling(), before, backend
-        self.compile, self.timed, self.remember = compile, timed, remember
+        self.compile, self.timed, self.remember, self.kv_dtype = compile, timed, remember, kv_dtype
         self.prune = choose_method(prune, checkpoint.folder)
         if self.prune:
             self.check_method(self.prune)
@@ -113,8 +117,11 @@ class Generation(Prompt):
         """The kernel backend on the checkpoint's device: "triton" or "torch". InputError if it is not available."""
         if self.checkpoint.device.type == "meta":
             raise InputError("the checkpoint has no weights yet; call its read_weights(), or use load()")
+        device, stored = self.checkpoint.device, KV_DTYPES[self.kv_dtype]
+        if self.kv_dtype == "fp8" and self._backend != "torch" and not has_e4m3(device):
+            raise InputError(f"{device} has no fp8 (float8_e4m3fn) for the kernels; use kv_dtype int8")
         try:
-            return choose_backend(self._backend, self.checkpoint.device, self.checkpoint.dtype)
+            return choose_backend(self._backend, device, self.checkpoint.dtype, stored=stored)
         except ValueError as wrong:
             raise InputError(str(wrong)) from wrong
 
@@ -179,7 +186,7 @@ class Generation(Prompt):
         """Run the model on pictures and prompt and fill the cache -> logits (V,) of the first new token."""
         before, self.before = self.before, None  # its cache is taken only once; a second iteration prefills everything
         start, language = self._clock(), self.checkpoint.model.language_model
-        if before is not None and before.goes_on:
+        if before is not None and before.goes_on and before.kv_dtype == self.kv_dtype:
             hidden, encoded = self._extend(before, language)
         else:
             hidden, encoded = self._fill(language)
@@ -193,7 +200,7 @@ class Generation(Prompt):
         x, self.spans = self.checkpoint.model.splice(self.ids, self.encode_images())
         encoded, self.prefilled = self._clock(), len(x)
         layers = self.checkpoint.config.text_config.num_hidden_layers
-        cache = RaggedCache(layers, slack=min(self.limit, 64), backend=self.backend)
+        cache = RaggedCache(layers, min(self.limit, 64), self.backend, self.kv_dtype)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
         pruning = self.prune and Pruning(
             self.prune, layers, self.spans, self.places, lambda: self.contrast,

@@ -77,6 +77,7 @@ def answer_file(args):
         "image_mode": example.image_settings.mode, "anyres_order": example.image_settings.order,
         "image_folder": str(folder),
         "dtype": str(checkpoint.choose_dtype(args.dtype, device)).removeprefix("torch."),
+        **({} if args.kv_dtype == "auto" else {"kv_dtype": args.kv_dtype}),  # not in files of earlier versions
     }  # fmt: skip
 
     def ask(question):

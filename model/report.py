@@ -88,6 +88,7 @@ def report(generation, model, seed, meter):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": str(checkpoint.device),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "kv_dtype": generation.kv_dtype,
         "backend": generation.backend,
     }
 
@@ -347,7 +348,8 @@ def stats(r, bandwidth, generation):
     lines.append(f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak")
     held, full, reserved = (1e-6 * prune[f"kv_bytes_{which}"] for which in ("held", "full", "reserved"))
     if held:
-        unpruned = f" ({full:.2f} MB unpruned)" if held < full else ""
+        coded = "" if r["kv_dtype"] == "auto" else f" in {r['dtype']}"
+        unpruned = f" ({full:.2f} MB unpruned{coded})" if held < full else ""
         text = f"for the prompt{unpruned}; {reserved:.2f} MB with the slots for new tokens"
         lines.append(f"KV cache   {held:9.2f} MB  {text}")
     return "\n".join(lines)

@@ -152,14 +152,18 @@ def assert_within(got, exact, terms, count, dtype=torch.float32):
 
 
 def poison(cache, value=float("nan")):
-    """Write NaN, or another value, into every free slot."""
-    for layer, arenas in enumerate(zip(cache.k, cache.v, strict=True)):
+    """Write NaN, or another value, into every free slot. In 8 bits: the largest or a NaN code and a NaN scale."""
+    for layer in range(len(cache.k)):
+        arenas = [t for t in cache.arenas(layer) if t is not None]
         taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
         for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
             assert not taken[start : start + length].any(), "segments overlap"
             taken[start : start + length] = True
         for arena in arenas:
-            arena[~taken] = value
+            if arena.itemsize == 1:
+                arena.view(torch.int8)[~taken] = 0x7F
+            else:
+                arena[~taken] = value
 
 
 def masked_attention(q, k, v, keep, scale=None):

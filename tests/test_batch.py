@@ -144,6 +144,7 @@ def test_a_batch_is_of_one_checkpoint_and_backend_and_stays_as_it_was(demo, monk
     for wrong, words in (
         (mixed(dataclasses.replace(demo))[0], "one checkpoint"),
         (Generation(demo, "What?", backend="triton"), "one backend"),
+        (Generation(demo, "What?", kv_dtype="int8"), "one kv_dtype"),
         *((wrong, "takes one Generation at a time") for wrong in ("What?", None, ["What?"])),
         (good, "already in the batch"),
     ):

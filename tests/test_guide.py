@@ -46,7 +46,7 @@ def test_the_ten_minute_guide_runs_line_by_line(folder):
     header, *rows, _ = run(inspect, code=1).splitlines()
     end = header.index("verdict")
     columns = [dict(zip(header.split(), [*row[:end].split(), row[end:]], strict=True)) for row in rows]
-    (row,) = (c for c in columns if (c["dtype"], c["D"], c["M"]) == ("bf16", "128", "4"))
+    (row,) = (c for c in columns if (c["dtype"], c["codes"], c["D"], c["M"]) == ("bf16", "-", "128", "4"))
     assert int(row["shared"]) > 128 << 10 and "shared 130 KB > 80" in row["verdict"] and int(row["regs"]) > 100
     assert any(int(c["spills"]) > 100 for c in columns)
     right = r"^  my +\d.* \d\.\de-\d\d  "

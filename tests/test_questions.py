@@ -289,7 +289,7 @@ def test_what_a_power_cut_leaves_behind_is_cut_off(folder, file, answer, tail):
         assert file.read_bytes() == whole, left
 
 
-@pytest.mark.parametrize("changed", ["-n 4", "--prune plphp", "--temperature 0.5", "--seed 1"])
+@pytest.mark.parametrize("changed", ["-n 4", "--prune plphp", "--temperature 0.5", "--seed 1", "--kv-dtype int8"])
 def test_answers_of_other_settings_are_not_continued(file, refuses, whole, changed):
     line = refuses(*changed.split())
     assert "line 1 of" in line and "not" in line and file.read_bytes() == whole

@@ -62,7 +62,7 @@ def test_json_is_one_object_with_every_field(reported):
     assert set(r) == {
         "text", "token_ids", "finish_reason", "model", "template", "image_mode", "images", "prompt_tokens",
         "vision_tokens", "new_tokens", "prune", "timing_ms", "peak_memory_bytes", "ceiling_speedup", "seed", "versions",
-        "device", "dtype", "backend",
+        "device", "dtype", "kv_dtype", "backend",
     }  # fmt: skip
     times, prune = r["timing_ms"], r["prune"]
     assert set(times) == {"load", "vision", "prefill", "prune", "decode_total", "decode_p50", "decode_p95"}
@@ -105,6 +105,16 @@ def test_pruning_is_reported(reported, flags, requested, kept):
     assert f"random kept {100 * kept / 256:.1f} % of the vision tokens, {kept:.1f} per KV head" in err
     assert f"{1e-6 * held:.2f} MB  for the prompt ({1e-6 * full:.2f} MB unpruned); " in err
     assert f"from the bytes read: {r['ceiling_speedup']:.2f}x\n" in err
+
+
+@pytest.mark.parametrize("codes", ["int8", "fp8"])
+def test_keys_and_values_in_8_bits_are_reported(reported, codes):
+    """Codes of 32 channels and a scale of 2 bytes, instead of 32 fp32 numbers."""
+    r, err = reported("--stats", "--device", "cpu", "--prune", "random", "--retention", "0.5", "--kv-dtype", codes)
+    prune, kept = r["prune"], (ROW * (r["prompt_tokens"] - 128)) * 34 // 128
+    assert r["kv_dtype"] == codes and r["dtype"] == "float32"
+    assert prune["kv_bytes_full"] == ROW * r["prompt_tokens"] and prune["kv_bytes_held"] == kept
+    assert f"{1e-6 * kept:.2f} MB  for the prompt ({1e-6 * prune['kv_bytes_full']:.2f} MB unpruned in float32); " in err
 
 
 SPECS = ["random:retention=0.02", "random:retention=0.9", "fastv:layer=1,retention=0.05"]

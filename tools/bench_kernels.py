@@ -181,9 +181,14 @@ def measure(about, case, rounds, bandwidth, device):
         row = about | {"provider": name, "guest": name in case.guests, "right": right, "why": why}
         if right:
             low, median, high = (1e6 * t for t in harness.spread(times[name]))
-            useful = None if name == case.reads_more or not case.bytes else case.bytes / (1e-6 * median)  # bytes/s
+            size = case.sizes.get(name, case.bytes)
+            useful = None if name == case.reads_more or not size else size / (1e-6 * median)  # bytes/s
             own = name not in case.rivals and not name.startswith("ours, ")  # from --kernel
-            over = [other for other in times if other in case.rivals or (own and other.startswith("ours, "))]
+            over = [
+                other
+                for other in times
+                if other in case.rivals or (own and other.startswith("ours, ") and other not in case.sizes)
+            ]
             speeds = {other: times_over(times[other], times[name]) for other in over}
             row |= {"us": median, "p20_us": low, "p80_us": high, "speed": speeds.get(case.baseline), "speeds": speeds}
             row |= {"GBps": useful and useful / 1e9, "ceiling": useful and useful / bandwidth}

@@ -44,7 +44,7 @@ from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
 from tools import figures, scenes  # noqa: E402
 from tools.command import as_command, exit_code, flags, model_flags, number, one_of  # noqa: E402
-from tools.evaluation.controls import Evidence, Like, Ranked, ValuesDropped, neutral_rows, worth_of_rows  # noqa: E402
+from tools.evaluation.controls import Evidence, Like, Ranked, ValuesDropped, coded, neutral_rows, worth_of_rows  # noqa: E402
 from tools.evaluation.paired import interval, mcnemar, resamples  # noqa: E402
 from tools.evaluation.replay import along, asked_by, asked_with, gammas_of, replay, terciles, three_rates  # noqa: E402
 from tools.evaluation.runs import Lines, progress, table  # noqa: E402
@@ -148,6 +148,7 @@ def _at(f, thresholds, layers, folder, rows):
         if rest > 0.05:
             made["fastv"] = _spec(f"fastv:layer={layer}", rest)
     made["plphp as shipped"] = _spec("plphp", f, folder)
+    made |= {f"plphp as shipped, {kind}": _coded(made["plphp as shipped"], kind) for kind in ("int8", "fp8")}
     made |= labelled("plphp") | {"plphp dr=0.1": _spec(f"{plphp},dr=0.1", f)} | labelled("plphp-ada")
     made["random like plphp"] = control(lambda asked, evidence, seed: Like(rule, False, seed))
     made["shared like plphp"] = control(lambda *_: Like(rule, True))
@@ -169,6 +170,11 @@ def _at(f, thresholds, layers, folder, rows):
 
 def _spec(spec, retention=None, folder=None):
     method = make_method(spec, retention, folder=folder)
+    return lambda *_: method
+
+
+def _coded(make, kind):
+    method = coded(make(), kind)
     return lambda *_: method
 
 
@@ -642,6 +648,7 @@ PAIRS = (  # compared on the long answers: the first minus the second
     ("topk neutral rows", "topk"), ("topk ahead", "random"), ("topk ahead", "grid"), ("topk ahead", "hindsight"),
     ("plphp ahead", "plphp"), ("plphp dr=0.1", "plphp"), ("plphp-ada", "plphp"),
     ("plphp, values dropped only", "plphp"),
+    ("plphp as shipped, int8", "plphp as shipped"), ("plphp as shipped, fp8", "plphp as shipped"),
     ("topk rows", "topk"), ("topk rows+values", "topk rows"), ("topk rows+values", "random"),
     ("topk rows+values", "shared rows+values"), ("topk rows+values", "plphp rows+values"),
     ("topk rows+values", "snapkv"),

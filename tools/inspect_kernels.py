@@ -16,7 +16,7 @@ One row per variant and architecture:
 The verdict is ok, compile (compilation failed), or the failed gates with the value found and the limit:
 
     stack, registers, shared  too much of it: a register spilled to the stack, or too few programs fit beside each other
-    loads     K or V is not loaded 16 bytes at a time, or fewer loads were found than its tiles have
+    loads     K or V is not loaded 16 bytes at a time (V in 8 bits: 8), or fewer loads were found than its tiles have
     pipeline  not all loads of K and V in the loop are asynchronous copies
     matrix    no matrix-unit instruction
     chain     the first tile of K is requested after more than two other loads that wait for each other (NVIDIA)
@@ -59,7 +59,9 @@ from tools.command import as_command, flags, imported, number, one_line, one_of,
 ARCHS = {  # arguments of Triton's GPUTarget: backend, architecture, threads per warp
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
 }  # fmt: skip
-HEAD_DIMS, GROUPS, BYTES = (32, 64, 72, 80, 96, 128, 256), (1, 2, 4, 7, 8, 16), {"bf16": 2, "fp16": 2, "fp32": 4}
+E4M3 = ("sm_90", "sm_100")  # elsewhere fp8 is refused, see kernels.quantise.has_e4m3
+HEAD_DIMS, GROUPS = (32, 64, 72, 80, 96, 128, 256), (1, 2, 4, 7, 8, 16)
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1}
 # head dimension, group, dtype: covers every head dimension, every dtype, and M = 2, 4, 8 and 16
 COVER = (
     (32, 4, "fp16"), (64, 2, "bf16"), (72, 16, "bf16"), (80, 7, "bf16"), (128, 4, "bf16"), (96, 8, "fp16"),
@@ -70,7 +72,15 @@ COVER = (
 
 # Per thread. A multiprocessor has 65,536 registers. At 128 per thread four programs of 128 threads fit, at 168 three,
 # at 200 two; several are needed to hide the latency of loads. The compiler spills at 255.
-REGISTERS = {"16 bit": 128, "16 bit, D > 128 or M > 16": 168, "fp32": 200, "AMD": 512}
+# (K and V in 8 bits need more registers, for the conversion, but half of the shared memory.)
+REGISTERS = {
+    "16 bit": 128,
+    "16 bit, D > 128 or M > 16": 168,
+    "8 bit": 168,
+    "8 bit, M > 16": 224,
+    "fp32": 200,
+    "AMD": 512,
+}
 # Bytes, instructions. ptxas may park two registers on the stack while the loop runs, to reach a rounder register count
 # (append_kernel on sm_80 with G = 1 and D = 72, 80, 96). Real spilling takes hundreds.
 STACK, SPILLS = 8, 4
@@ -89,6 +99,7 @@ class Variant:
     d: int
     group: int  # query heads per KV head
     tokens: int  # new query tokens (split, merge), or rows of the window (lse, mass)
+    codes: str = ""  # K and V in 8 bits: int8 or fp8
 
 
 def variants(kernel, everything):
@@ -100,6 +111,8 @@ def variants(kernel, everything):
     chosen = [replace(plain, d=d, group=group, dtype=dtype) for d, group, dtype in cover]
     if kernel in ("split_kernel", "append_kernel"):
         chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
+        coded = chosen if everything else [v for v in chosen if v.d in (32, 72, 128) and v.group < 8]
+        chosen += [replace(v, codes=codes) for v in coded for codes in ("int8", "fp8")]
     if kernel in ("split_kernel", "merge_kernel"):  # 17 * 4 rows: more than one tile
         chosen += [replace(v, tokens=17) for v in chosen if v.group == 4 and (everything or v.d == 128)]
         chosen += [replace(plain, d=64, tokens=17), replace(plain, d=64, dtype="fp32", tokens=17)]
@@ -116,22 +129,24 @@ PROMPT = 1500  # tokens: two parts of window_scores
 
 
 def segments(variant, dtype):
-    """K and V arenas of HEADS segments; first slot, length and capacity of each."""
+    """K and V arenas of HEADS segments; first slot, length and capacity of each; keyword arguments for the scales."""
     start, cap = SLOTS * torch.arange(HEADS, dtype=torch.int32), torch.full((HEADS,), SLOTS, dtype=torch.int32)
-    return *torch.empty(2, HEADS * SLOTS, variant.d, dtype=dtype), start, cap
+    k, v = torch.empty(2, HEADS * SLOTS, variant.d, dtype=DTYPES[variant.codes] if variant.codes else dtype)
+    scales = torch.empty(2, HEADS * SLOTS, dtype=torch.float16) if variant.codes else (None, None)
+    return k, v, start, cap, dict(zip(("k_scale", "v_scale"), scales, strict=True))
 
 
 def launch_decode(module, variant, dtype):
-    k, v, start, cap = segments(variant, dtype)
+    k, v, start, cap, scales = segments(variant, dtype)
     q = torch.empty(1, variant.tokens, HEADS * variant.group, variant.d, dtype=dtype)
-    module.attend(q, k, v, cap, decode_plan(start, cap), 1.0)
+    module.attend(q, k, v, cap, decode_plan(start, cap), 1.0, **scales)
 
 
 def launch_append(module, variant, dtype):
-    k, v, start, cap = segments(variant, dtype)
+    k, v, start, cap, scales = segments(variant, dtype)
     q, new = (torch.empty(1, heads, variant.d, dtype=dtype) for heads in (HEADS * variant.group, HEADS))
     rope = torch.empty(2, 1, 1, variant.d, dtype=dtype).unbind()
-    module.append_attend(q, new, new, k, v, cap, decode_plan(start, cap), 1.0, rope)
+    module.append_attend(q, new, new, k, v, cap, decode_plan(start, cap), 1.0, rope, **scales)
 
 
 def launch_scores(module, variant, dtype):
@@ -166,7 +181,13 @@ KERNELS = {
     "mass_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", multiplies=True),
     "pack_kernel": Kernel("ragged_pack_triton", launch_pack, 2, "BT"),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 def module_of(kernel, file):
@@ -406,8 +427,10 @@ def failures(variant, arch, facts, constants, threads):
     kernel, amd, m = KERNELS[variant.kernel], arch.startswith("gfx"), constants.get("M", 1)
     bits = "fp32" if variant.dtype == "fp32" else "16 bit"
     large = ", D > 128 or M > 16" if bits == "16 bit" and (variant.d > 128 or m > 16) else ""
+    if variant.codes and bits == "16 bit":
+        bits, large = "8 bit", ", M > 16" * (m > 16)
     registers = REGISTERS["AMD" if amd else bits + large]
-    shared = SHARED["AMD" if amd else bits + ", roomy" * (arch in ROOMY)]
+    shared = SHARED["AMD" if amd else bits.replace("8", "16") + ", roomy" * (arch in ROOMY)]
     loads = facts.wide + facts.narrow
     # NVIDIA has no matrix instructions for IEEE fp32; AMD's need at least 4 rows
     multiplies = kernel.multiplies and bits != "fp32" and not (amd and m < 4)
@@ -432,10 +455,13 @@ def loads_are_wide(variant, facts, constants, threads):
     kernel = KERNELS[variant.kernel]
     if not kernel.tiles:
         return True
-    pieces = constants[kernel.rows] * constants["DP"] * BYTES[variant.dtype] // 16
+    pieces = constants[kernel.rows] * constants["DP"] * BYTES[variant.codes or variant.dtype] // 16
     if pieces < threads:
         return facts.wide + facts.narrow >= kernel.tiles
-    return facts.narrow == 0 and facts.wide >= kernel.tiles * pieces // threads
+    each = pieces // threads
+    if variant.codes:  # Triton stores V in 8 bits in shared memory so that 8 bytes at a time are copied there
+        return facts.wide >= each and facts.narrow <= 2 * facts.wide and facts.wide + facts.narrow / 2 >= 2 * each
+    return facts.narrow == 0 and facts.wide >= kernel.tiles * each
 
 
 # ---------------------------------------------------------------- compile and report
@@ -469,15 +495,15 @@ def kv_lines(kernel, file=None):
 
 
 COLUMNS = (
-    "kernel", "dtype", "d", "M", "arch", "regs", "shared", "stack", "spills", "wide", "narrow", "matrix", "barrier",
-    "chain", "verdict",
+    "kernel", "dtype", "codes", "d", "M", "arch", "regs", "shared", "stack", "spills", "wide", "narrow", "matrix",
+    "barrier", "chain", "verdict",
 )  # fmt: skip
 
 
 def table(rows):
     """The lines of the table, with aligned columns."""
     cells = [["D" if name == "d" else name for name in COLUMNS]]
-    cells += [["-" if row.get(name) is None else str(row[name]) for name in COLUMNS] for row in rows]
+    cells += [["-" if row.get(name) in (None, "") else str(row[name]) for name in COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
@@ -525,6 +551,7 @@ def main(argv=None):
     os.environ.pop("TRITON_INTERPRET", None)  # the worker processes must compile, not interpret
     start = time.monotonic()
     jobs = [(v, arch) for name in args.kernel for v in variants(name, args.all) for arch in args.arch]
+    jobs = [(v, arch) for v, arch in jobs if v.codes != "fp8" or arch in E4M3]
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for row in pool.imap(partial(inspect, file=args.file), jobs, chunksize=2):

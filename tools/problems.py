@@ -15,9 +15,11 @@ from functools import partial
 import torch
 
 import kernels
+from kernels import dequantised, quantise
 from kernels.backend import choose_backend, interpreted
+from kernels.quantise import has_e4m3
 from model import load
-from model.cache import RaggedCache
+from model.cache import KV_DTYPES, RaggedCache
 from model.config import TextConfig
 from model.lookahead import Lookahead
 from model.pruning import make_method
@@ -72,6 +74,7 @@ class Case:
     missing: dict = field(default_factory=dict)  # provider -> why it cannot be timed here
     rivals: set = field(default_factory=set)  # providers to compute speeds over
     guests: set = field(default_factory=set)  # rivals that we do not maintain: an error there does not fail the run
+    sizes: dict = field(default_factory=dict)  # provider -> its useful bytes, if not `bytes`
 
     def add(self, provider, call, check, rival=False):
         """check: function (call) -> (result, plain PyTorch, float64 reference)."""
@@ -105,7 +108,7 @@ class Case:
         kernels of its own commit.
         """
         options = functools.cache(options)
-        backends = {"torch": None, triton_name(setting.device): triton_missing(setting.dtype, setting.device)}
+        backends = backends_of(setting)
         for name, why in backends.items():
             if why:
                 self.missing[f"ours, {name}"] = why
@@ -122,6 +125,11 @@ class Case:
             for name, why in backends.items():
                 build = partial(call_of, package, op, name, arguments, options)
                 self.add_guest(f"base {rev}, {name}", why, build, check)
+
+
+def backends_of(setting):
+    """{name of our backend: the reason why it cannot run, or None}."""
+    return {"torch": None, triton_name(setting.device): triton_missing(setting.dtype, setting.device)}
 
 
 def call_of(package, op, name, arguments, options):
@@ -335,7 +343,30 @@ def attention_case(op, layer, setting):
         plan = partial(plan_of, start, cap)
         given = q, *new, *arenas, start, length, *((cap,) if append else ())
         case.add_ours(op, setting, given, plan, attention_check(masked, where))
+        for kind in ("int8", "fp8") if device.type == "cuda" and has_e4m3(device) else ("int8",):
+            add_coded(case, op, setting, kind, given, plan, masked, [index for _, index, _ in where[:1]])
     return case
+
+
+def add_coded(case, op, setting, kind, given, plan, masked, slot):
+    """Add our backends over the same rows in 8 bits. masked: q, K, V, mask of the reference; slot: [of the new token],
+    or []. The check requires the scales of the new token, and attention over the dequantised rows."""
+    (q, k, v, mask), codes, new = masked, KV_DTYPES[kind], given[1:3] if slot else ()
+    at = 1 + len(new)
+    coded = [quantise(arena, codes) for arena in given[at : at + 2]]
+    arenas, scales = zip(*coded, strict=True)
+    reference = q, *(dequantised(*quantise(t, codes), torch.float32) for t in (k, v)), mask
+    where = places(scales, slot[0], [quantise(t, codes)[1] for t in new]) if slot else ()
+    row = 2 * (q.shape[-1] + 2)
+    rows = case.bytes // (2 * q.shape[-1] * q.itemsize)  # old and new tokens; the new one is also read in q's dtype
+    for name, why in backends_of(setting).items():
+        if not why:
+            options = {**plan(kernels), "k_scale": scales[0], "v_scale": scales[1]}
+            call = partial(
+                getattr(kernels, op), *given[:at], *arenas, *given[at + 2 :], backend=name.split()[0], **options
+            )
+            case.add(f"ours, {name}, {kind}", call, attention_check(reference, where))
+            case.sizes[f"ours, {name}, {kind}"] = row * rows
 
 
 def plan_of(start, cap, package):

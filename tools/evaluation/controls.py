@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from model.cache import KV_DTYPES
 from model.lookahead import Lookahead
 from model.pruning.budget import best, budget, by_kv_head, select
 
@@ -109,3 +110,19 @@ class ValuesDropped:
 
     def keep(self, view):
         return self.other.keep(view)
+
+
+@dataclasses.dataclass
+class Coded:
+    """The choice of `other`; the prompt's keys and values are quantised to `codes` (int8 or float8_e4m3fn)."""
+
+    other: object
+    codes: torch.dtype
+
+    def keep(self, view):
+        return self.other.keep(view)
+
+
+def coded(method, kind):
+    """A method with the prompt's keys and values in "int8" or "fp8", as with `--kv-dtype`."""
+    return dataclasses.replace(method, rule=Coded(method.rule, KV_DTYPES[kind]))

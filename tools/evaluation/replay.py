@@ -6,7 +6,7 @@ sequence is pruned differently, and the same tokens are fed to all of them at on
 
 import torch
 
-from kernels import window_scores
+from kernels import dequantised, quantise, window_scores
 from model.batch import join
 from model.cache import RaggedCache
 from model.pruning.budget import by_kv_head
@@ -95,6 +95,8 @@ class Asked:
             keeps.append(keep)
             if keep is not None and getattr(method.rule, "only_values", False):  # an experiment, see controls.py
                 v, keep = v * keep[None, ..., None], None
+            if codes := getattr(method and method.rule, "codes", None):  # likewise
+                k, v = (dequantised(*quantise(rows, codes), rows.dtype) for rows in (k, v))
             cache.pack(layer, k, v, keep)
         return cache, keeps, self.logits[:1]
 

@@ -1,0 +1,44 @@
+"""What the decode kernels do with single rows: rotation (RoPE), quantisation, loads of scales. As in PyTorch, to the
+bit, unless the GPU fuses a multiplication and an addition of the rotation."""
+
+import triton
+import triton.language as tl
+
+from .quantise import SMALLEST
+
+FLOOR = tl.constexpr(SMALLEST)
+
+
+@triton.jit
+def quantised(x, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+    """A row x [DP], fp32, 0 in padding -> codes [DP] in DTYPE and their scale, fp16; see quantise.py.
+
+    Codes are rounded before they are converted, which is then exact. Triton's interpreter does not round to e4m3
+    correctly: 127.7 becomes 64.
+    """
+    largest: tl.constexpr = LARGEST * 1.0
+    top = tl.max(tl.abs(x), 0) + tl.sum(x * 0.0, 0)  # the sum is NaN if x has NaN or infinity: none gets lost
+    scale = tl.maximum(tl.div_rn(top, largest), FLOOR, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    codes = tl.clamp(tl.div_rn(x, scale.to(tl.float32)), -largest, largest)
+    step = 1.0  # distance of neighbouring codes; e4m3 has 3 bits after the first, down to 2^-9
+    if not DTYPE.is_int8():
+        power = (codes.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # 2^exponent
+        step = tl.maximum(power * 0.125, 0.001953125)
+    shift = 12582912.0 * step  # 1.5 * 2^23 steps: the sum is rounded to whole steps, half to even
+    return ((codes + shift) - shift).to(DTYPE), scale
+
+
+@triton.jit
+def scales_of(k_scale, v_scale, first, end, BN: tl.constexpr):
+    """Scales [BN] of a tile of slots. Requested one tile ahead: 2-byte loads cannot be asynchronous copies."""
+    slot = first + tl.arange(0, BN)
+    return tl.load(k_scale + slot, slot < end, 0.0), tl.load(v_scale + slot, slot < end, 0.0)
+
+
+@triton.jit
+def turned(x, at, there, cos, sin, col, D: tl.constexpr):
+    """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin, in fp32 (cos and sin too),
+    rounded once to x's dtype."""
+    straight = tl.load(x + at + col, there, 0.0).to(tl.float32)
+    rolled = tl.load(x + at + (col + D // 2) % D, there, 0.0).to(tl.float32)
+    return (straight * cos + rolled * sin).to(x.dtype.element_ty)
