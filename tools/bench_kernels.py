@@ -370,7 +370,11 @@ def bench(argv):
             rows += one_case(title, build, again, setting, bandwidth, uniform)
             harness.save(args, about, rows)
     print(f"\n{time.perf_counter() - begin:.0f} s")
-    return 1 if any(row["right"] is False and not row["guest"] for row in rows) else 0
+    failed = [row for row in rows if row["right"] is False and not row["guest"]]
+    if failed:
+        first = failed[0]
+        print(f"no right result in {len(failed)} rows, first {first['provider']}: {first['why']}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main(argv=None):
