@@ -545,7 +545,9 @@ def test_a_commit_without_kernels_is_refused(history, tmp_path, monkeypatch, cap
 )
 def test_ones_own_kernel_is_timed_beside_ours_if_it_is_right(result, said, tmp_path, capsys):
     _, rows = measured(tmp_path, *SMALL, *own(tmp_path, result), code=int(result != RIGHT))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  mine ")]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("  mine ")]
+    assert (result == RIGHT) == ("no right result in 3 rows, first mine: " not in printed.err)
     assert len(lines) == 3 and all(re.search(said, line) for line in lines)
     for row in rows:
         if row["provider"] == "mine":
