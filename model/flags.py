@@ -15,8 +15,7 @@ DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
 TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
 SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest to stderr.
 
-  run.py --image assets/demo.png --prompt "Describe the picture."
-  run.py --image assets/demo.png --prompt "Describe the picture." --prune plphp
+  run.py --image assets/demo.png --prompt "Describe the picture." [--prune plphp]
 
 Without --prompt: a conversation, or one question per line of a piped stdin."""
 
@@ -189,7 +188,7 @@ def parser():
     add("--backend", type=one_of("auto", "triton", "torch"), default="auto", metavar="NAME",
         help="kernels: %(type)s (auto: triton on CUDA)")
     add("--kv-dtype", type=one_of("auto", "int8", "fp8"), default="auto", metavar="TYPE",
-        help="cached keys and values: %(type)s (auto: as --dtype)")
+        help="cached K and V: %(type)s (auto: as --dtype)")
     add("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads, %(type)s (default: one per core)")
 
