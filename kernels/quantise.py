@@ -26,8 +26,10 @@ def quantise_ref(x, dtype):
 def quantise(x, dtype):
     """x (..., D) -> codes (..., D) in dtype, int8 or float8_e4m3fn, and scale (...) fp16. Rounds half to even.
 
-    A row with NaN or infinity gets such a scale, so that it does not become finite.
+    A row with NaN or infinity gets such a scale, so that it does not become finite. ValueError for another dtype.
     """
+    if dtype not in CODES:
+        raise ValueError(f"dtype {dtype} has no codes; give {' or '.join(map(str, CODES))}")
     x, largest = x.float(), CODES[dtype]
     scale = (x.abs().amax(-1) / largest).clamp(min=SMALLEST).half()
     codes = (x / scale[..., None].float()).clamp_(-largest, largest)

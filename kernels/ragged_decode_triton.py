@@ -264,7 +264,7 @@ def attend(q, k, v, kv_len, plan, scale, tile=None, k_scale=None, v_scale=None):
     rows = times * hq * b // plan.segments
     (work, firsts, sizes), (part, part_lse) = plan.items, plan.scratch(rows, d)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    tile = dict(tile or chosen(rows, d, q.element_size(), architecture(q.device)))
+    tile = dict(tile or chosen(rows, d, q.element_size(), architecture(q.device), coded=k.dtype in CODES))
     bs, row_tiles = tile.pop("BS"), triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         split_kernel[len(work), row_tiles](
@@ -288,7 +288,7 @@ def append_attend(q, k_new, v_new, k, v, kv_len, plan, scale, rope=None, tile=No
     cos, sin = (q, q) if rope is None else rope
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # without the gaps that q may have
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    tile = tile or chosen(rows, d, q.element_size(), architecture(q.device))
+    tile = tile or chosen(rows, d, q.element_size(), architecture(q.device), coded=k.dtype in CODES)
     row_tiles = triton.cdiv(rows, tile["M"])
     with torch.cuda.device_of(q):
         append_kernel[len(work), row_tiles](

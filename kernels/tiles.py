@@ -34,12 +34,15 @@ def tiles(rows, d, itemsize):
     return {"M": m, "DP": dp, "BN": max(16, min(128 if m <= 16 else 64, bn)), "BS": max(16, min(64, 1024 // m))}
 
 
-def chosen(rows, d, itemsize, arch, table=None):
+def chosen(rows, d, itemsize, arch, table=None, coded=False):
     """`tiles` with num_warps and num_stages (tiles of K and V in flight), and the table's overrides for this case.
 
     arch: of `architecture`; table: the content of a file like `tuned.json`, by default of that file ({}: the formula).
+    coded: K and V in 8 bits, which the table does not cover.
     """
     tile = tiles(rows, d, itemsize) | {"num_warps": 4, "num_stages": 3 if arch in ROOMY else 2}
+    if coded:
+        return tile
     table = read(TUNED) if table is None else table
     return tile | table.get(arch, {}).get("tiles", {}).get(entry(tile, itemsize), {})
 

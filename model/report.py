@@ -113,8 +113,9 @@ def say_pruned(generation, took, whose=""):
     """What pruning kept, if it took place in the answer's prefill. whose: words in front."""
     if generation.timing["prune"] > 0:
         held, full = (1e-6 * took["prune"][f"kv_bytes_{which}"] for which in ("held", "full"))
+        stored = "" if generation.kv_dtype == "auto" else f" ({generation.kv_dtype})"
         say(f"{whose}{took['prune']['method']} kept {100 * generation.retention:.1f} % of the vision tokens: "
-            f"KV cache {held:.2f} MB instead of {full:.2f} MB")  # fmt: skip
+            f"KV cache {held:.2f} MB{stored} instead of {full:.2f} MB")  # fmt: skip
 
 
 def say_comparison(generation, took):

@@ -49,7 +49,7 @@ def test_the_step_in_one_launch_passes_on_its_own():
 
 
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
-TILE = "G=rows, D=d, ROPE=rope is not None, UP=interpreted(), **"  # of append_kernel
+TILE = "ROPE=rope is not None, UP=interpreted(), LARGEST=CODES.get(k.dtype, 0), **"  # of append_kernel
 FAULTS = {  # gate that must fail: changes to the source
     ("barrier", "int64"): {
         "        tl.debug_barrier()": "        pass",

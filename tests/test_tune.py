@@ -42,6 +42,8 @@ def test_an_entry_overrides_the_formula_only_where_it_was_measured():
     assert chosen(3, 96, 2, "sm_90", table) == chosen(3, 96, 2, "sm_90", {}) | {"BN": 32, "num_warps": 2}
     for case in ((3, 96, 2, "sm_80"), (3, 96, 4, "sm_90"), (1, 96, 2, "sm_90"), (3, 64, 2, "sm_90")):
         assert chosen(*case, table) == chosen(*case, {})
+    coded = chosen(3, 96, 2, "sm_90", table, coded=True)  # K and V in 8 bits were not measured
+    assert coded == chosen(3, 96, 2, "sm_90", {})
 
 
 def test_the_shipped_table_is_valid_and_is_the_default():

@@ -6,8 +6,11 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-KERNEL_TESTS = "tests/test_triton.py tests/test_ragged_decode.py tests/test_ragged_pack.py tests/test_window_scores.py"
-MODEL_TESTS = "tests/test_fast.py tests/test_cache.py tests/test_batch.py tests/test_generate.py"
+KERNEL_TESTS = (
+    "tests/test_triton.py tests/test_ragged_decode.py tests/test_ragged_pack.py tests/test_window_scores.py "
+    "tests/test_quantise.py"
+)
+MODEL_TESTS = "tests/test_fast.py tests/test_cache.py tests/test_batch.py tests/test_generate.py tests/test_kv_dtype.py"
 CUDA_TESTS = "tests/test_bench_decode.py::test_a_step_on_cuda_neither_allocates_nor_waits"
 PYTEST, BENCH, DECODE = "PYTHON -m pytest", "PYTHON tools/bench_kernels.py", "PYTHON tools/bench_decode.py"
 SEVEN = f"{DECODE} --shape llava-1.5-7b --prune none plphp:dr=0@0.3 --engines ours hf-sdpa --rounds 2"
