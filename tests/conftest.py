@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from tests.cover import pairwise
 from tests.paths import DEMO
 from tests.seeds import BASE, drawn, seed_all, torch_random
 from tools.hf import import_transformers
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 
 with contextlib.suppress(ImportError):
     import_transformers()  # before any test imports it; see tools/hf.py

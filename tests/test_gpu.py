@@ -176,9 +176,9 @@ def test_the_commands_for_a_gpu_are_valid(capsys):
 @pytest.mark.parametrize("given", ["python3", None])
 def test_make_gpu_installs_nothing_if_an_interpreter_is_given(given):
     """With PYTHON=... as a flag of make or in the environment; otherwise it makes the environment of the tests."""
-    of_make = {"PYTHON", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"}  # of a `make test PYTHON=...` around this test
+    of_make = {"PYTHON", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"}  # of a `make test` around this test
     environment = {name: value for name, value in os.environ.items() if name not in of_make}
-    words = ["make", "--dry-run", "--always-make", "gpu", "ARGS=--list"]
+    words = ["make", "--no-print-directory", "--dry-run", "--always-make", "gpu", "ARGS=--list"]
     done = subprocess.run(words + ([f"PYTHON={given}"] if given else []), cwd=ROOT, env=environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
     if given:
