@@ -64,6 +64,7 @@ def ragged_decode(
     plan      `decode_plan(kv_start, kv_cap)`, whose kv_start then applies; without it every call builds one
     backend   "auto" | "torch" | "triton", see `choose_backend`
     k_scale, v_scale  (N,) fp16, of arenas in 8 bits: k and v are then int8 or float8_e4m3fn, see quantise.py
+        With fp16 q and Triton on a GPU, v_scale must be below 1,000: weights times 64 times v_scale are fp16.
 
     Returns out, with shape and dtype of q; with return_lse also lse, the natural log-sum-exp of the scaled scores, fp32
     (float64 for float64), with the shape of q without D. An empty segment gives out 0 and lse -inf. Free slots never
