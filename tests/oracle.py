@@ -52,8 +52,8 @@ def assert_as_exact(got, plain, exact, dtype, what="", floor=1e-3, place=str):
 
     plain: the same maths in plain PyTorch; several results, for other orders of the sums, may be stacked.
 
-    exact: float64. NaN always fails; infinities must agree. floor: smallest magnitude whose ulp is used; 1 for a
-    log-sum-exp, where the absolute error counts. place: words for an index into `got`.
+    exact: float64. NaN always fails; infinities must agree. floor: smallest magnitude whose ulp is used. place: words
+    for an index into `got`.
     """
     finite = exact.isfinite()
     largest, off = (torch.where(finite, t.abs(), 0.0).max() for t in (exact, plain.double() - exact))
@@ -82,9 +82,11 @@ def assert_near(got, wanted, allowed, what="", place=str):
 def assert_attends(got, plain, exact, length, what=""):
     """`assert_as_exact` for [out, lse], or [out], of segments with `length` (S,) tokens. The message names the segment.
 
-    out (B, [rows,] Hq, D), lse (B, [rows,] Hq).
+    out (B, [rows,] Hq, D), lse (B, [rows,] Hq). The rounding of a log-sum-exp is that of the partial sums of a score,
+    D products of normal values times D**-0.5. They reach |q| |k| D**-0.5, about D**0.5, even if the score is small.
     """
-    for name, heads, floor, *results in zip(("out", "lse"), (-2, -1), (1e-3, 1.0), got, plain, exact, strict=False):
+    floors = (1e-3, exact[0].shape[-1] ** 0.5)
+    for name, heads, floor, *results in zip(("out", "lse"), (-2, -1), floors, got, plain, exact, strict=False):
         place = of_segments(length, results[0].shape, heads)
         assert_as_exact(*results, results[0].dtype, f"{name} {what}".strip(), floor, place)
 
