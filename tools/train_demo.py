@@ -111,10 +111,12 @@ def rate_at(step, steps, peak, warmup=100, decay=0.4):
     return peak * min(1, (step + 1) / warmup) * (0.505 + 0.495 * math.cos(math.pi * down))
 
 
-def precision(device):
-    """bf16 autocast where bf16 matrix products are fast: on a GPU, and on CPUs with AVX-512 bf16."""
+def precision(device, frozen=torch.float32):
+    """Autocast to the dtype of frozen weights if it has 16 bits, because fp32 inputs do not fit them; else to bf16 where
+    bf16 matrix products are fast: on a GPU, and on CPUs with AVX-512 bf16."""
+    half = frozen.itemsize == 2
     fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, dtype=frozen if half else torch.bfloat16, enabled=half or fast)
 
 
 def optimizer_for(modules):

@@ -405,7 +405,7 @@ def train(language, source, args):
 
 def step(language, lookahead, examples, run):
     """One optimizer step -> (loss, share of answers that the model itself gives). Without such answers, no step."""
-    with precision(examples[0].x.device):
+    with precision(examples[0].x.device, language.model.embed_tokens.weight.dtype):
         frozen = freeze(language, examples)
         if not frozen.own:
             run.step += 1
@@ -426,7 +426,7 @@ def measure(language, lookahead, held):
     """KL and recalls on held-out batches, means over batches."""
     rows = []
     for examples in held:
-        with precision(examples[0].x.device):
+        with precision(examples[0].x.device, language.model.embed_tokens.weight.dtype):
             frozen = freeze(language, examples)
             if not frozen.own:
                 continue
