@@ -15,9 +15,9 @@ class Batch:
     """Generations that decode together, so that each step reads the weights once for all of them.
 
     Each one is prefilled separately when it is added, at any time. When its answer ends, it is removed and its K and V
-    are freed: there is no padding and no waiting for the longest. Answers depend on each other only by
-    rounding: matrix products of other sizes, and other splits in the Triton kernels, because all segments get the
-    same slack when one is full. All must use the same checkpoint, backend and kv_dtype.
+    are freed: there is no padding and no waiting for the longest. Answers depend on each other only by rounding, because
+    matrix products have other sizes; the Triton kernels compute the same bits for each sequence as without the others.
+    All must use the same checkpoint, backend and kv_dtype.
 
         batch = Batch()
         batch.add(Generation(...))
@@ -114,7 +114,7 @@ class Batch:
         self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
         self._ids = ids
         if stay:
-            self.cache.repack(max(1, self.cache.room))
+            self.cache.repack(self.cache.rooms)
         else:
             self.cache = self._step = self._ids = None
 
@@ -136,7 +136,8 @@ def join(caches):
         shift += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=shift.device)
     joined.kv_start, joined.pos = torch.cat(starts, 1), torch.cat([c.pos for c in caches])
     joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
-    joined.room, joined.fused = min(c.room for c in caches), first.fused
+    joined.set_rooms([room for c in caches for room in c.rooms])
+    joined.fused = first.fused
     for i in layers:
         whole = [None if own[0] is None else torch.cat(own) for own in zip(*(c.arenas(i) for c in caches), strict=True)]
         sizes = [len(c.k[i]) for c in caches]
@@ -157,8 +158,9 @@ def select(cache, sequences):
     """Keep only these sequences (ascending indices) of a cache. The slots of the others are freed by `repack`."""
     heads = cache.kv_len.shape[1] // len(cache.pos)
     rows = [b * heads + h for b in sequences for h in range(heads)]
-    tables = [t[:, rows] for t in (cache.kv_start, cache.kv_len, cache.kv_cap)]
+    tables, rooms = [t[:, rows] for t in (cache.kv_start, cache.kv_len, cache.kv_cap)], cache.rooms
     cache.pos, (cache.kv_start, cache.kv_len, cache.kv_cap) = cache.pos[sequences], tables
+    cache.set_rooms([rooms[b] for b in sequences])
     cache.moved()
 
 

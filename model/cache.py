@@ -6,7 +6,7 @@ owns kv_cap slots, starting at kv_start. The first kv_len of them are taken; '.'
     head 0            head 1      head 2
     [k k k k k . . .][k k . . .][k k k k . . .]      kv_start = 0  8  13     kv_len = 5  2  4     kv_cap = 8  5  7
 
-A new token is written in place. If it does not fit into a segment, all segments move to larger arenas first (`grow`).
+A new token is written in place. If it does not fit, all segments move to larger arenas first (`make_room`).
 An unpruned cache is the case where all lengths are equal. Keys keep the rotary position that their token had in the
 prompt, so the position of the next token is `pos`, never a length.
 
@@ -23,6 +23,7 @@ from kernels.backend import choose_backend
 
 KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the arenas; None: as the model
 ARENAS = ("k", "v", "k_scale", "v_scale")
+MORE = 64  # free slots that each segment of a full sequence gets at least
 
 
 class RaggedCache:
@@ -34,8 +35,9 @@ class RaggedCache:
     slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens
     len_before (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
     pos        (B,) int64: position of the next token of each sequence
-    slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
+    slack      free slots per segment after packing; when the segments of a sequence are full, they get more (`_more`)
     room       tokens that still fit into every segment; a number on the host
+    spare      per sequence: free slots in each of its segments beyond `room`; numbers on the host
     fused      True: one kernel appends and attends
     version    increases when arenas move or sequences are removed, which invalidates the graph of `FastStep`
     """
@@ -44,7 +46,7 @@ class RaggedCache:
         self.slack, self.backend, self.dtype = max(1, slack), backend, dtype
         self.k, self.v, self.k_scale, self.v_scale = ([None] * num_layers for _ in ARENAS)
         self.kv_start = self.kv_len = self.kv_cap = self.slots = self.len_before = self.pos = None
-        self.room, self.fused, self.version = self.slack, False, 0
+        self.room, self.spare, self.fused, self.version = self.slack, [], False, 0
         self._plans = None
 
     # ------------------------------------------------------------ prefill
@@ -66,7 +68,7 @@ class RaggedCache:
         if self.pos is None:
             self.fused = choose_backend(self.backend, k.device, k.dtype, stored=KV_DTYPES[self.dtype]) == "triton"
             self.kv_start, self.kv_len, self.kv_cap = start.new_zeros(3, len(self.k), len(k)).unbind()
-            self.pos = torch.full((b,), tokens, device=k.device)
+            self.pos, self.spare = torch.full((b,), tokens, device=k.device), [0] * b
         self._place(layer, self._coded(*arenas), start, length, self.slack)
 
     def _coded(self, k, v):
@@ -110,15 +112,20 @@ class RaggedCache:
         self.pos.add_(tokens)
 
     def make_room(self, tokens):
-        """Repack into larger arenas if this many tokens do not fit."""
+        """Repack if this many tokens do not fit. Only full sequences get more slots, so that the capacities of a
+        sequence, which determine how a kernel splits its segments, do not depend on the other sequences."""
         if self.room < tokens:
-            self.repack(max(self._larger_slack(), tokens))
+            rooms = zip(self.rooms, self.pos.tolist(), strict=True)
+            self.repack([max(_more(pos), tokens) if room < tokens else room for room, pos in rooms])
 
-    def _larger_slack(self):
-        """Free slots per segment after a repack: half of the mean position, so that repacking becomes rare. It counts
-        dropped tokens too, so a pruned cache repacks at the same steps as an unpruned one and always reserves less.
-        Never fewer than `slack`, nor than the smaller of 64 and twice `slack`."""
-        return max(int(self.pos.float().mean() / 2), self.slack, min(64, 2 * self.slack))
+    @property
+    def rooms(self):
+        """Tokens that still fit into each segment of a sequence: a list of B."""
+        return [self.room + more for more in self.spare]
+
+    def set_rooms(self, rooms):
+        self.room = min(rooms)
+        self.spare = [room - self.room for room in rooms]
 
     @contextmanager
     def reserving(self, tokens):
@@ -184,23 +191,25 @@ class RaggedCache:
         shape = plan.segments, plan.longest, k.shape[1]
         return k.view(shape), v.view(shape)
 
-    def repack(self, slack):
-        """Move every layer to arenas with `slack` free slots in each segment, one layer after the other.
+    def repack(self, rooms):
+        """Move every layer to new arenas, one layer after the other. rooms: free slots in each segment, per sequence.
 
         If memory runs out, the earlier layers have moved and the others have not.
         """
-        self.room = min(self.room, slack)  # until all have moved
+        self.set_rooms([min(pair) for pair in zip(self.rooms, rooms, strict=True)])  # until all have moved
+        heads = self.kv_len.shape[1] // len(rooms)
+        slack = self.kv_len.new_tensor(rooms).repeat_interleave(heads)  # (S,)
         for layer in range(len(self.k)):
             length = self.kv_len[layer].clone()
             start = ((length + slack).cumsum(0) - (length + slack)).int()
             source, slot = _taken(self.kv_start[layer], length), _taken(start, length)
-            slots = len(slot) + slack * len(length)
+            slots = len(slot) + heads * sum(rooms)
             moved = [
                 None if old is None else _moved(old, source, old.new_empty(slots, *old.shape[1:]), slot)
                 for old in self.arenas(layer)
             ]
             self._place(layer, moved, start, length, slack)
-        self.room = slack
+        self.set_rooms(rooms)
 
     # ------------------------------------------------------------ bytes
 
@@ -216,6 +225,12 @@ class RaggedCache:
         """Bytes of the arenas, free slots included."""
         every = (*self.k, *self.v, *self.k_scale, *self.v_scale)
         return sum(t.untyped_storage().nbytes() for t in every if t is not None)
+
+
+def _more(pos):
+    """Free slots that each segment of a full sequence gets: half of its position, so that repacking becomes rare. The
+    position counts dropped tokens too, so a pruned cache repacks at the same steps as an unpruned one."""
+    return max(pos // 2, MORE)
 
 
 def _bytes(t):

@@ -215,6 +215,12 @@ def tokenizer_folder(tiny_tokenizer_dir, tmp_path):
 # ---------------------------------------------------------------- backends
 
 
+@pytest.fixture
+def frequent_repacks(monkeypatch):
+    """A full cache gets few more slots, so that a test sees several repacks."""
+    monkeypatch.setattr("model.cache.MORE", 2)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     """The backend under test. Sets the default device: CUDA for Triton if available, else the CPU."""

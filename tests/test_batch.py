@@ -1,5 +1,6 @@
 """Batches of questions: each answer equals the one it gets alone, and a finished sequence costs nothing."""
 
+import copy
 import dataclasses
 import weakref
 
@@ -195,16 +196,39 @@ def test_broken_logits_of_one_are_noticed(demo):
         mixed(demo)[0].take(-1)
 
 
-def filled(lengths, backend):
+def filled(lengths, backend, slack=3, d=4):
     """Caches of sequences of these lengths, 2 layers and heads; each row holds its sequence's number."""
     caches = []
     for b, n in enumerate(lengths):
-        cache = RaggedCache(2, 3, backend)
+        cache = RaggedCache(2, slack, backend)
         for layer in range(2):
-            k = 100.0 * b + 10 * layer + torch.arange(n)[:, None].expand(1, 2, n, 4).clone()
+            k = 100.0 * b + 10 * layer + torch.arange(n)[:, None].expand(1, 2, n, d).clone()
             cache.pack(layer, k, -k, torch.rand(2, n) < 0.7)
         caches.append(cache)
     return caches
+
+
+def test_a_sequence_is_computed_as_if_alone():
+    """In Triton, to the bit: arenas that move for one sequence leave the splits of the others as they were."""
+    alone = filled([700, 40, 300, 20], "triton", slack=3, d=16)
+    together = copy.deepcopy(alone)
+    cache, live = join(together[:2]), [0, 1]
+    for step in range(7):  # 0 and 1 are full in step 3, 2 in step 4, 3 in step 5
+        if step in (1, 2):
+            cache, live = join([cache, together[len(live)]]), [*live, len(live)]
+        if step == 6:
+            live = [0, 1, 3]
+            select(cache, live)
+            cache.repack(cache.rooms)
+        q, (k, v) = torch.randn(4, 4, 16), torch.randn(2, 4, 2, 16)
+        cache.grow()
+        got = [cache.append_attend(layer, q[live], k[live], v[live]) for layer in range(2)]
+        for row, b in enumerate(live):
+            alone[b].grow()
+            assert torch.equal(cache.kv_cap[:, 2 * row : 2 * row + 2], alone[b].kv_cap), f"step {step}, sequence {b}"
+            for layer in range(2):
+                wanted = alone[b].append_attend(layer, *(t[b : b + 1] for t in (q, k, v)))
+                assert torch.equal(got[layer][row], wanted[0]), f"step {step}, sequence {b}, layer {layer}"
 
 
 @pytest.mark.parametrize("stay", [[0], [2], [0, 2], [1, 2], [0, 1, 2]])
@@ -221,7 +245,7 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
         joined.append(i, torch.full((3, 2, 4), 7.0), torch.full((3, 2, 4), -7.0))
     version, pos = joined.version, joined.pos.clone()
     select(joined, stay)
-    joined.repack(max(1, joined.room))
+    joined.repack(joined.rooms)
     assert joined.version > version and torch.equal(joined.pos, pos[stay])
     for i in range(2):
         got = [joined.k[i][s : s + n] for s, n in zip(joined.kv_start[i], joined.kv_len[i], strict=True)]

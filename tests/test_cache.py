@@ -15,7 +15,7 @@ import torch
 
 from model import Generation, Sampling, llama, load
 from model.batch import join, select
-from model.cache import RaggedCache
+from model.cache import MORE, RaggedCache
 from model.llama import rope_table
 from model.pruning import make_method
 from tests.oracle import ULP, assert_as_exact, poison, reordered, small_llama
@@ -24,6 +24,7 @@ from tests.seeds import python_random
 from tests.sizes import Sizes
 
 LAYERS = 3  # of small_llama
+pytestmark = pytest.mark.usefixtures("frequent_repacks")
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
         if step == 4:
             live = [0, 2]
             select(cache, live)
-            cache.repack(max(1, cache.room))
+            cache.repack(cache.rooms)
         new = model.decode(torch.stack([xs[i][prompts[i] + step] for i in live]), cache)
         poison(cache)
         for sequence, row in zip(live, new, strict=True):
@@ -159,7 +160,7 @@ def test_a_new_turn_after_another_sequence_has_left(backend, block, monkeypatch)
     cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)
     select(cache, [1])
-    cache.repack(1)
+    cache.repack([1])
     states = [model.prefill(x[:, :6])[1], model.extend(x[1:, 6:11], cache)[0], model.decode(x[1:, 11], cache)]
     poison(cache)
     check(model, x[1, :12], None, torch.cat(states))
@@ -237,7 +238,8 @@ def test_a_long_answer_moves_the_cache_a_few_times(backend, monkeypatch):
     """Pruned or not; the fewer tokens a cache keeps, the fewer bytes it reserves, at every step."""
     moves, reserved = [], []
     repack = RaggedCache.repack
-    monkeypatch.setattr(RaggedCache, "repack", lambda cache, slack: (moves.append(slack), repack(cache, slack)))
+    monkeypatch.setattr("model.cache.MORE", MORE)
+    monkeypatch.setattr(RaggedCache, "repack", lambda cache, rooms: (moves.append(rooms), repack(cache, rooms)))
     for retention in (1.0, 0.99, 0.95, 0.8, 0.3):
         cache, moves[:] = RaggedCache(LAYERS, backend=backend), []
         k, v = torch.randn(2, 1, 2, 600, 8)
@@ -326,6 +328,6 @@ def test_repacking_frees_the_old_arenas(backend):
     assert cache.nbytes_held == LAYERS * 2 * 2 * 7 * 8 * 4  # layers, K and V, KV heads, tokens, D, bytes
     assert cache.nbytes_reserved == LAYERS * 2 * 2 * (7 + 5) * 8 * 4
     old = [weakref.ref(k) for k in cache.k]
-    cache.repack(2)
+    cache.repack([2] * len(cache.spare))
     gc.collect()
     assert cache.nbytes_reserved == LAYERS * 2 * 2 * (7 + 2) * 8 * 4 and not any(r() is not None for r in old)

@@ -54,12 +54,13 @@ def test_tensors_are_made_where_the_model_is(demo, spec):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("split", [1, 5, 11])
+@pytest.mark.usefixtures("frequent_repacks")
 @torch.no_grad()
 def test_decoding_token_by_token_equals_one_long_prefill(kv_heads, split):
     model = small_llama(kv_heads=kv_heads)
     x = torch.randn(2, 12, 32)  # two sequences
     whole = model.prefill(x)
-    cache = RaggedCache(3, slack=2)  # small, to force several repacks
+    cache = RaggedCache(3, slack=2)  # with several repacks
     states = [model.prefill(x[:, :split], cache)] + [model.decode(x[:, t], cache)[:, None] for t in range(split, 12)]
     torch.testing.assert_close(torch.cat(states, 1), whole, rtol=1e-4, atol=1e-5)
     assert cache.pos.tolist() == [12, 12] and cache.kv_len.unique().tolist() == [12]

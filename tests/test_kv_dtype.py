@@ -19,6 +19,8 @@ from tests.seeds import python_random
 from tests.test_cache import LAYERS, dense_with_masks, live_bytes, random_keep
 from tests.test_out_of_memory import check_whole, failures
 
+pytestmark = pytest.mark.usefixtures("frequent_repacks")
+
 KINDS = ["int8", "fp8"]
 BOTH = pytest.mark.parametrize("kind", KINDS)
 
@@ -94,13 +96,13 @@ def test_joined_moved_and_selected_rows_keep_their_scales(backend, kind):
     assert cache.nbytes_reserved == reserved and not any(c.nbytes_reserved for c in caches)
     for act, stay in (
         (lambda: None, range(6)),
-        (lambda: cache.repack(7), range(6)),
+        (lambda: cache.repack([7, 2, 0]), range(6)),
         (lambda: select(cache, [0, 2]), [0, 1, 4, 5]),
     ):
         act()
         poison(cache)
         assert all(torch.equal(a, wanted[s]) for a, s in zip(rows_of(cache), stay, strict=True))
-    cache.repack(1)
+    cache.repack([1, 1])
     poison(cache)
     assert all(torch.equal(a, wanted[s]) for a, s in zip(rows_of(cache), [0, 1, 4, 5], strict=True))
     taken = int(cache.kv_len.sum())
@@ -113,7 +115,7 @@ def test_a_repack_that_runs_out_of_memory_leaves_codes_and_scales_together():
     cache = RaggedCache(LAYERS, 2, "torch", "int8")
     model.prefill(torch.randn(2, 7, 32), cache, prune=lambda layer, q, k, v: (keep[layer], None))
     wanted = [rows_of(cache, layer) for layer in range(LAYERS)]
-    for broken in failures(cache, lambda cache: cache.repack(9)):
+    for broken in failures(cache, lambda cache: cache.repack([9, 9])):
         check_whole(broken)
         poison(broken)
         for layer, rows in enumerate(wanted):

@@ -325,6 +325,7 @@ def stand_in(step, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
 
 
+@pytest.mark.usefixtures("frequent_repacks")
 @pytest.mark.parametrize(("slack", "batch"), [(1, 1), (2, 1), (5, 2)])
 def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
     """The host side of `FastStep` with a stand-in graph: captures, replays, repacks, and a turn in between."""

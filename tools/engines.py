@@ -309,8 +309,7 @@ def step_cost(step, cache, steps=4):
     """
     if step.func.compiles_whole:
         return {}  # counting would break up a compiled layer
-    cache.slack = 64  # the next repack leaves free slots for all steps below
-    for _ in range(cache.room + 3):  # run until that repack, and until a graph is captured again
+    for _ in range(cache.room + 3):  # run until the next repack, and until a graph is captured again
         step()
     if not cache.pos.is_cuda:
         with Calls() as calls:
