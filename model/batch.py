@@ -15,9 +15,9 @@ class Batch:
     """Generations that decode together, so that each step reads the weights once for all of them.
 
     Each one is prefilled separately when it is added, at any time. When its answer ends, it is removed and its K and V
-    are freed: there is no padding and no waiting for the longest. Answers depend on each other only by rounding, because
-    matrix products have other sizes; the Triton kernels compute the same bits for each sequence as without the others.
-    All must use the same checkpoint, backend and kv_dtype.
+    are freed: there is no padding and no waiting for the longest. Answers depend on each other only by rounding: matrix
+    products have other sizes. The Triton kernels compute the same bits for each sequence as without the others. All
+    must use the same checkpoint, backend and kv_dtype.
 
         batch = Batch()
         batch.add(Generation(...))

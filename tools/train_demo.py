@@ -112,7 +112,7 @@ def rate_at(step, steps, peak, warmup=100, decay=0.4):
 
 
 def precision(device, frozen=torch.float32):
-    """Autocast to the dtype of frozen weights if it has 16 bits, because fp32 inputs do not fit them; else to bf16 where
+    """Autocast to the dtype of frozen weights if it has 16 bits, because fp32 inputs do not fit them; else to bf16 if
     bf16 matrix products are fast: on a GPU, and on CPUs with AVX-512 bf16."""
     half = frozen.itemsize == 2
     fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
