@@ -225,6 +225,7 @@ CODED = {"k": torch.zeros(40, 8, dtype=torch.int8), "v": torch.zeros(40, 8, dtyp
     ({"k": torch.zeros(40, 8)}, "k is torch.float32"),
     ({"v": torch.zeros(40, 8).to(torch.float8_e4m3fn)}, "v is torch.float8_e4m3fn"),
     ({"k_scale": None, "v_scale": None}, "k is torch.int8 but q is torch.float32"),
+    ({"v": torch.zeros(321, dtype=torch.int8)[1:].view(40, 8)}, "v begins at an odd byte"),
 ])  # fmt: skip
 def test_scales_that_do_not_fit_are_refused(op, good, change, word):
     arguments = good | CODED | SCALES
@@ -250,3 +251,16 @@ def test_fp8_is_refused_where_a_gpu_has_none(monkeypatch):
         if not runs:
             with pytest.raises(ValueError, match=r"no float8_e4m3fn .*; use int8 or 'torch'"):
                 choose_backend("triton", *given, stored=torch.float8_e4m3fn)
+
+
+@TYPES
+def test_odd_rows_are_not_read_in_pairs(backend, codes):
+    """Triton reads codes of V in pairs, unless a pair would lie across two rows."""
+    for d in (33, 65):
+        q, _, _, arenas, (start, length, _) = step_of([40, 7], 1, 2, d, torch.float32, codes)
+        rows = (dequantised(arenas[i], arenas[i + 2], torch.float64) for i in (0, 1))
+        exact = ragged_decode_ref(q.double(), *rows, start, length, return_lse=True)
+        options = {"return_lse": True, **scales_of(arenas)}
+        plain = ragged_decode_ref(q, *arenas[:2], start, length, **options)
+        got = ragged_decode(q, *arenas[:2], start, length, backend=backend, **options)
+        assert_attends(got, plain, exact, length, f"D {d}")
