@@ -160,6 +160,25 @@ def test_segments_are_split_as_the_kernel_splits_them():
     assert [i.bytes // 512 for i in items] == [64, 36, 0] + [64, 0] + 10 * [192] + [80]
 
 
+def test_work_items_and_chains_are_those_of_the_notes(monkeypatch):
+    """For 132 multiprocessors, by the splits of commit 60b5e67 and of today. A chain: loads, tiles of the longest item,
+    parts to merge."""
+    equal = [(f"8 KV heads x {n:,} tokens", 8 * [n]) for n in (640, 2048)]
+    page = [(name, lengths) for name, lengths, _ in kernel_model.measured(ROOT / "benchmarks" / "kernels-h200.json")]
+    notes = (ROOT / "kernels" / "NOTES.md").read_text()
+    rules = (4, lambda cap: min(1024, max(128, 64 * -(-cap // 2048)))), (kernel_model.LOADS, split_size)
+    for name, lengths in equal + page[:10]:
+        cells = [name]
+        for loads, rule in rules:
+            monkeypatch.setattr(kernel_model, "split_size", rule)
+            live = [item for item in kernel_model.items_of(lengths) if item.parts]
+            tiles = max(-(-item.bytes // (64 * 512)) for item in live)
+            parts = max(item.parts for item in live)
+            chain = f"{loads} + {tiles} + {parts if parts > 1 else 0}"
+            cells += [str(len(live)), f"{len(live) / 132:.2f}", chain]
+        assert f"| {' | '.join(cells)} |\n" in notes, cells
+
+
 def test_as_many_programs_fit_as_the_binaries_leave_room_for():
     """Shared memory and registers by tools/inspect_kernels.py, D = 128, G = 4 in bf16, and with int8: (KB, per
     thread)."""
