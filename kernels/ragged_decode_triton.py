@@ -29,7 +29,7 @@ import triton.language as tl
 
 from .backend import interpreted
 from .quantise import CODES
-from .rows_triton import quantised, scales_of, turned
+from .rows_triton import apart, item_of, quantised, rows_of, scales_of, together, turned, unpacked
 from .tiles import architecture, chosen
 
 LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
@@ -40,32 +40,31 @@ LIFT = tl.constexpr(64.0)  # keeps weight * scale of V above the subnormals of f
 
 
 @triton.jit
-def _rows(segment, heads, times, G: tl.constexpr, M: tl.constexpr):
-    """This program's M of the segment's T * G query rows: index r, position in q (B, T, Hq) flattened, valid mask."""
-    r = tl.program_id(1) * M + tl.arange(0, M)  # r = t * G + g
-    place = ((segment // heads * times + r // G) * heads + segment % heads) * G + r % G
-    return r, place, r < times * G
-
-
-@triton.jit
 def _attend(
     q, k, v, k_scale, v_scale, begin, end, scale, m, l, acc,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Attention of q [M, DP] over slots begin .. end - 1; returns the updated softmax state m, l [M], acc [M, DP]."""
-    col = tl.arange(0, DP)
+    PACK: tl.constexpr = 2 if LARGEST and DP > 32 and D % 2 == 0 else 1  # codes of V are loaded in pairs: `unpacked`
+    col, pack = tl.arange(0, DP), tl.arange(0, DP // PACK)
     if LARGEST:
         acc *= LIFT
         k_next, v_next = scales_of(k_scale, v_scale, begin, end, BN)
+    if PACK > 1:
+        v = v.to(tl.pointer_type(tl.int16), bitcast=True)
+        even, odd = apart(acc)
     for first in range(begin, end, BN):
         slot = first + tl.arange(0, BN)
         taken = slot < end
         at = slot.to(tl.int64)[:, None] * D + col[None, :]  # an arena may have more than 2^31 elements
         there = taken[:, None] & (col < D)[None, :]
         keys = tl.load(k + at, there, 0.0)  # [BN, DP]
-        values = tl.load(v + at, there, 0.0)  # masked here, because a weight of 0 times NaN is NaN
+        if PACK > 1:
+            at = slot.to(tl.int64)[:, None] * (D // PACK) + pack[None, :]
+            there = taken[:, None] & (pack < D // PACK)[None, :]
+        values = tl.load(v + at, there, 0.0)  # [BN, DP / PACK]; masked, because a weight of 0 times NaN is NaN
         if UP or LARGEST:
-            keys, values = keys.to(q.dtype), values.to(q.dtype)
+            keys = keys.to(q.dtype)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # [M, BN]
         if LARGEST:
             k_unit, v_unit = k_next, v_next
@@ -78,9 +77,16 @@ def _attend(
         l = l * fade + tl.sum(p, 1)
         if LARGEST:
             p *= v_unit.to(tl.float32)[None, :] * LIFT
-        acc = acc * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        if PACK > 1:
+            left, right = unpacked(values, k.dtype.element_ty, q.dtype)
+            even = even * fade[:, None] + tl.dot(p.to(q.dtype), left, input_precision="ieee")
+            odd = odd * fade[:, None] + tl.dot(p.to(q.dtype), right, input_precision="ieee")
+        else:
+            acc = acc * fade[:, None] + tl.dot(p.to(q.dtype), values.to(q.dtype), input_precision="ieee")
         m = top
     if LARGEST:
+        if PACK > 1:
+            acc = together(even, odd)
         acc /= LIFT
     return m, l, acc
 
@@ -129,13 +135,6 @@ def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexp
 # ---------------------------------------------------------------- two launches: splits, then merge
 
 
-@triton.jit
-def _item(work):
-    """This program's row of `DecodePlan.items`: segment, split, first, size, start, cap. Independent loads."""
-    at = work + 6 * tl.program_id(0)
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
-
-
 @triton.jit(do_not_specialize_on_alignment=["kv_len"])
 def split_kernel(
     q, k, v, k_scale, v_scale, kv_len, work, part, part_lse, out, lse,
@@ -144,10 +143,10 @@ def split_kernel(
     LARGEST: tl.constexpr,
 ):  # fmt: skip
     """grid (items, tiles of M rows): attention over one split, final if it is the segment's only live one."""
-    segment, split, first, size, start, _ = _item(work)
+    segment, split, first, size, start, _ = item_of(work)
     length = tl.load(kv_len + segment)
     # request the query rows before the length is known
-    r, place, there = _rows(segment, heads, times, G, M)
+    r, place, there = rows_of(segment, heads, times, G, M)
     col = tl.arange(0, DP)
     at = place.to(tl.int64)[:, None] * D + col[None, :]
     rows = tl.load(q + at, there[:, None] & (col < D)[None, :], 0.0)  # [M, DP]
@@ -178,7 +177,7 @@ def merge_kernel(
     live = tl.cdiv(tl.load(kv_len + segment), tl.load(sizes + segment))
     if live <= 1:
         return
-    r, place, there = _rows(segment, heads, times, G, M)
+    r, place, there = rows_of(segment, heads, times, G, M)
     first = tl.load(firsts + segment)
     m, l, acc = _merge(part, part_lse, first, live, r, there, times * G, D, DP, M, BS)
     _store(out, lse, place, there, m, l, acc, LN_2, D, DP)
@@ -199,10 +198,10 @@ def append_kernel(
 
     The program that finishes last merges the partial results of its segment. No program waits for another.
     """
-    segment, split, first, size, start, cap = _item(work)
+    segment, split, first, size, start, cap = item_of(work)
     length = tl.load(kv_len + segment)
     # request the query rows and the new token before the length is known
-    r, place, there = _rows(segment, 1, 1, G, M)
+    r, place, there = rows_of(segment, 1, 1, G, M)
     col = tl.arange(0, DP)
     sequence, head = (segment // heads).to(tl.int64), segment % heads  # 64 bits: offsets may exceed 2^31
     q_at, exists = sequence * q_stride + (head * G + r)[:, None] * D, there[:, None] & (col < D)[None, :]

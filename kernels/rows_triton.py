@@ -1,5 +1,5 @@
-"""What the decode kernels do with single rows: rotation (RoPE), quantisation, loads of scales. As in PyTorch, to the
-bit, unless the GPU fuses a multiplication and an addition of the rotation."""
+"""What the decode kernels do with single rows: rotation (RoPE), quantisation, codes, scales, work records. As in
+PyTorch, to the bit, unless the GPU fuses a multiplication and an addition of the rotation."""
 
 import triton
 import triton.language as tl
@@ -36,9 +36,47 @@ def scales_of(k_scale, v_scale, first, end, BN: tl.constexpr):
 
 
 @triton.jit
+def unpacked(pairs, CODE: tl.constexpr, DTYPE: tl.constexpr):
+    """Pairs of codes, int16 [BN, DP / 2] -> the even and the odd channels in DTYPE, exactly.
+
+    Triton's layout of V in shared memory has units of 8 neighbouring elements, of which an asynchronous copy takes one.
+    With pairs these are 16 bytes, and the transposed load that the tensor cores need exists for 16-bit elements only.
+    """
+    even, odd = pairs.to(tl.int8), (pairs >> 8).to(tl.int8)
+    return even.to(CODE, bitcast=True).to(DTYPE), odd.to(CODE, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def apart(x):
+    """x [M, DP] -> its even and its odd columns."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def together(even, odd):
+    """The inverse of `apart`."""
+    return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+
+
+@triton.jit
 def turned(x, at, there, cos, sin, col, D: tl.constexpr):
     """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin, in fp32 (cos and sin too),
     rounded once to x's dtype."""
     straight = tl.load(x + at + col, there, 0.0).to(tl.float32)
     rolled = tl.load(x + at + (col + D // 2) % D, there, 0.0).to(tl.float32)
     return (straight * cos + rolled * sin).to(x.dtype.element_ty)
+
+
+@triton.jit
+def item_of(work):
+    """This program's row of `DecodePlan.items`: segment, split, first, size, start, cap. Independent loads."""
+    at = work + 6 * tl.program_id(0)
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+
+
+@triton.jit
+def rows_of(segment, heads, times, G: tl.constexpr, M: tl.constexpr):
+    """This program's M of the segment's T * G query rows: index r, position in q (B, T, Hq) flattened, valid mask."""
+    r = tl.program_id(1) * M + tl.arange(0, M)  # r = t * G + g
+    place = ((segment // heads * times + r // G) * heads + segment % heads) * G + r % G
+    return r, place, r < times * G

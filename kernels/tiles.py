@@ -2,8 +2,9 @@
 faster (`tuned.json`).
 
 A choice depends on the shape of a query tile, the dtype and the GPU's architecture, never on lengths or on the batch.
-So a sequence's bits do not depend on its neighbours, whatever the table says. The table's format, with one entry per
-architecture, padded head dimension, rows and bytes of an element; written by `tools/bench_kernels.py --tune`:
+So a sequence's bits do not depend on its neighbours, whatever the table says. The size of a split is not in the table,
+because it decides the order of a merge (NOTES.md). The table's format, with one entry per architecture, padded head
+dimension, rows and bytes of an element; written by `tools/bench_kernels.py --tune`:
 
     {"sm_90": {"about": "GPU, versions, date", "tiles": {"DP 128, M 4, 2 bytes": {"BN": 32, "num_warps": 2}}}}
 """

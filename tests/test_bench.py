@@ -580,6 +580,25 @@ def test_a_changed_copy_of_a_file_with_kernels_is_timed(name, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.py", "rows.json"]
 
 
+def test_a_changed_copy_is_checked_over_arenas_in_8_bits(tmp_path, monkeypatch):
+    """A fault that 16 bits do not show. It is timed beside ours in 8 bits."""
+    monkeypatch.setattr(problems, "interpreted", lambda: True)
+    source, old = (ROOT / "kernels" / "ragged_decode_triton.py").read_text(), "s *= k_unit"
+    assert source.count(old) == 1
+    for text, right in ((source, True), (source.replace(old, "s *= v_unit"), False)):
+        (tmp_path / "my.py").write_text(text)
+        flags = ["ragged_decode_append", *ONE, "ragged", "--copies", "1", "--kernel", str(tmp_path / "my.py")]
+        _, rows = measured(tmp_path, *flags, code=int(not right))
+        found = by_name(rows)
+        assert found["my"]["right"] and found["my, int8"]["right"] == right
+        assert "ours, triton (interpreted), int8" not in found["my"]["speeds"]
+        if right:
+            assert "ours, triton (interpreted), int8" in found["my, int8"]["speeds"]
+    (tmp_path / "my.py").write_text("def ragged_decode(q, k, v, kv_start, kv_len, plan=None): pass\n")
+    _, rows = measured(tmp_path, *ONE, "ragged", "--kernel", str(tmp_path / "my.py"), code=1)
+    assert "my" in by_name(rows) and "my, int8" not in by_name(rows)  # it takes no scales
+
+
 def test_a_copy_needs_cuda_or_the_interpreter(tmp_path, capsys):
     _, rows = measured(tmp_path, *ONE, "equal", "--kernel", str(ROOT / "kernels" / "ragged_decode_triton.py"))
     found = by_name(rows)["ragged_decode_triton"]

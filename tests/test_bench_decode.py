@@ -11,8 +11,8 @@ import types
 import pytest
 import torch
 
-from model import load, report
-from model.cache import RaggedCache
+from model import InputError, load, report
+from model.cache import KV_DTYPES, RaggedCache
 from model.config import TextConfig
 from tests.paths import DEMO
 from tools import bench_decode, engines, harness, roofline, shapes
@@ -140,6 +140,35 @@ def test_bytes_are_those_of_the_kept_rows(smoke):
         assert r["bytes_per_step"] == wanted and r["roofline_ms"] == pytest.approx(1e3 * wanted / 1e10)
     full = report.step_bytes(checkpoint, two["kv_bytes_full"])
     assert pruned_two["ceiling_speedup"] == pytest.approx(full / pruned_two["bytes_per_step"]) and two["speedup"] == 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_keys_and_values_in_8_bits_have_their_bytes_and_their_reference(kind, here, tmp_path, monkeypatch):
+    """6 layers, 4 heads, K and V of 32 codes and a scale of 2 bytes. The check is against the dequantised rows."""
+    flags = ["--smoke", "--kv-dtype", kind, "--prune", "plphp:dr=0,skip=1@0.5", "--new-tokens", "3"]
+    data = measured(tmp_path, *flags)
+    rows, row = data["rows"], 2 * 4 * (32 + 2)
+    assert data["about"]["kv_dtype"] == kind and all(r["kv_dtype"] == kind and r["right"] for r in rows)
+    assert [r["engine"] for r in rows] == 4 * ["ours"]  # not transformers
+    picture, pruned, two, pruned_two = rows
+    assert picture["kv_bytes_held"] == picture["kv_bytes_full"] == pruned["kv_bytes_full"] == 6 * row * 269
+    assert pruned["kv_bytes_held"] == row * (269 + 5 * (128 + 13))
+    assert two["kv_bytes_held"] == two["kv_bytes_full"] == 2 * 6 * row * 40
+    assert pruned_two["kv_bytes_held"] == 2 * row * (40 + 5 * (12 + 4 + 8))
+    assert two["bytes_per_step"] == report.step_bytes(load(DEMO, "fp32"), two["kv_bytes_held"])
+    monkeypatch.setattr(engines, "KV_DTYPES", dict.fromkeys(KV_DTYPES))  # the exact rows as reference
+    wrong = [r for r in measured(tmp_path, *flags, code=1)["rows"] if r["workload"] == "2x24,8+8"]
+    assert all("differ from dense attention over the dequantised rows" in r["why"] for r in wrong[1:]), wrong
+
+
+def test_fp8_is_refused_where_the_gpu_has_none(monkeypatch):
+    args = bench_decode.parser().parse_args(["--kv-dtype", "fp8"])
+    assert bench_decode.in_8_bits(args, torch.device("cpu"), engines.ENGINES) == list(engines.OURS)
+    monkeypatch.setattr(bench_decode, "has_e4m3", lambda device: False)
+    with pytest.raises(InputError, match="cuda has no float8_e4m3fn; use int8"):
+        bench_decode.in_8_bits(args, torch.device("cuda"), engines.ENGINES)
+    args.backend = "torch"
+    assert bench_decode.in_8_bits(args, torch.device("cuda"), ("ours",)) == ["ours"]
 
 
 def test_engines_work_in_processes_of_their_own(tmp_path, capfd):
@@ -342,7 +371,7 @@ def test_an_error_that_is_no_number_is_not_overlooked(monkeypatch):
     errors = iter([0.0, float("nan"), 0.0])
     monkeypatch.setattr(engines, "error", lambda got, wanted: next(errors))
     found = facts(error=engines.error_of_steps(language, x[0], spans, None, None, checked))
-    task = types.SimpleNamespace(prune="none", dtype="fp32")
+    task = types.SimpleNamespace(prune="none", dtype="fp32", kv_dtype="auto")
     assert "one long prefill" in bench_decode.is_wrong(task, found, None, None)
 
 
@@ -424,6 +453,9 @@ def test_ctrl_c_keeps_what_was_measured(here, monkeypatch, tmp_path, capsys):
         ("--engines vllm", "vllm"),
         ("--shape 70b", "70b"),
         ("--dtype int8", "int8"),
+        ("--kv-dtype int4", "int4"),
+        ("--kv-dtype int8 --engines ours hf-sdpa", "not for hf-sdpa; give ours or ours-compile"),
+        ("--device cpu --growth --kv-dtype int8", "--kv-dtype"),
     ],
 )
 def test_what_cannot_be_run_is_said(flags, word, here, capsys):

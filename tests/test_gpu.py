@@ -59,6 +59,7 @@ def test_a_stage_runs_alone(tmp_path):
     assert "| demo, " in found["Ceilings"] and "sdpa, all tokens" in found["Speed over"]
     assert "- tune: not run" in found["Failures"] and "kernels:" not in found["Failures"]
     assert found["Whole answers"].strip() == "Not measured." and "met" not in found["Targets"].split()
+    assert "(int8)" in found["Ceilings"]
     assert (ROOT / "kernels" / "tuned.json").read_bytes() == before
 
 
@@ -227,6 +228,29 @@ def test_the_targets_are_those_of_the_notes(tmp_path):
     assert "| gqa8, 4885 tokens, 0.2 kept, plphp | 4.01 | 9.3 | 10% |  |  |" in found["Ceilings"]
     assert "| one-b32 | plphp:dr=0@0.3 | 6.86 | 60% | 1.40 (1.36) | 2.64 | 0.47 |" in found["Whole answers"]
     assert found["Failures"].strip() == "None." and found["Tiles chosen by `--tune`"].strip() == "Not measured."
+
+
+def test_what_was_not_measured_has_no_unit(tmp_path):
+    page = gpu_report.report(tmp_path, ["kernels"])
+    found = sections(page)
+    assert "Measured bandwidth: not measured. The" in found["Ceilings"] and "GB/s" not in page
+    assert "Not measured; the worst" in found["Targets"] and "kernels.json" not in found["Targets"]
+    assert {verdict for _, verdict in verdicts(page).values()} == {"not measured"}
+    (tmp_path / "decode.json").write_text('{"about": {"bandwidth_GBps": 12.5}, "rows": []}')  # only that stage ran
+    assert "Measured bandwidth: 12.5 GB/s. " in gpu_report.report(tmp_path, [])
+
+
+def test_times_in_8_bits_are_not_taken_for_those_in_16(tmp_path):
+    data = h200()
+    coded = [row | {"provider": "ours, triton, int8", "us": 2 * row["us"], "GBps": row["GBps"] / 4}
+             for row in data["rows"] if row["right"] and row["provider"] == "ours, triton" and row["GBps"]]  # fmt: skip
+    data["rows"] += coded
+    (tmp_path / "kernels.json").write_text(json.dumps(data))
+    page = gpu_report.report(tmp_path, [])
+    assert verdicts(page)["4 MB, 8 KV heads, append included"] == ("9.33 us", "**missed by 17%**")
+    lines = sections(page)["Ceilings"].splitlines()
+    assert "| gqa8, 4885 tokens, 0.2 kept, plphp | 4.01 | 9.3 | 10% |  |  |" in lines
+    assert "| gqa8, 4885 tokens, 0.2 kept, plphp (int8) | 2 | 18.7 | 10% |  |  |" in lines
 
 
 def test_after_tuning_the_tuned_times_count(tmp_path):

@@ -19,7 +19,7 @@ from kernels import (
     ragged_decode_ref,
 )
 from kernels.backend import choose_backend, interpreted
-from kernels.quantise import CODES
+from kernels.quantise import CODES, has_e4m3
 from tests.oracle import assert_attends, assert_near
 from tests.seeds import python_random, torch_random
 from tests.test_ragged_decode import GOOD, STEP, case, dense, on_device
@@ -27,6 +27,15 @@ from tests.test_ragged_decode import GOOD, STEP, case, dense, on_device
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 TYPES = pytest.mark.parametrize("codes", KINDS.values(), ids=KINDS)
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def fp8_is_there(request):
+    """Skips Triton with fp8 on a GPU that has none."""
+    given = getattr(request.node, "callspec", None) and request.node.callspec.params or {}
+    fp8 = torch.cuda.is_available() and (given.get("backend"), given.get("codes")) == ("triton", KINDS["fp8"])
+    if fp8 and not has_e4m3(torch.device("cuda")):
+        pytest.skip("this GPU has no float8_e4m3fn")
 
 
 def hostile_rows():
@@ -148,7 +157,7 @@ def test_a_step_stores_the_new_token_in_8_bits_and_attends_to_what_it_stored(bac
             assert_near(a.nan_to_num(-999), b.nan_to_num(-999), off, f"stored {name}, seed {seed}")
         rows = torch.cat([torch.arange(a, a + n) for a, n in zip(tables[0].tolist(), lengths, strict=True)])
         assert all(torch.equal(x[rows].float(), y[rows].float()) for x, y in zip(ours, arenas, strict=True))
-        if q.device.type == "cpu":
+        if q.device.type == "cpu" or rope is None:
             assert_attends(got, plain, exact_step(q, k_new, v_new, arenas, tables, rope), tables[1], f"seed {seed}")
 
 
@@ -176,6 +185,45 @@ def exact_step(q, k_new, v_new, arenas, tables, rope):
         scores = q.shape[2] ** -0.5 * q[b, heads] @ k.T
         out[b, heads], lse[b, heads] = scores.softmax(-1) @ v, scores.logsumexp(-1)
     return out, lse
+
+
+def attended_in_fp16(q, arenas, lift):
+    """What the Triton kernel computes on a GPU for fp16 q (G, D) over one segment: out (G, D), fp32.
+
+    Tile by tile of 64 slots. Products of fp16 numbers are exact in fp32, in which they are summed, as by a tensor core.
+    Only the weights, times V's scale and `lift`, are rounded to fp16.
+    """
+    k, v, k_scale, v_scale = (t.float() for t in arenas)
+    m, total, acc = torch.full((len(q), 1), float("-inf")), torch.zeros(len(q), 1), torch.zeros(q.shape)
+    for at in range(0, len(k), 64):
+        tile = slice(at, at + 64)
+        s = q.float() @ k[tile].T * q.shape[1] ** -0.5 * k_scale[tile]
+        top = torch.maximum(m, s.amax(1, keepdim=True))
+        p, fade = (s - top).exp(), (m - top).exp()
+        total, m = total * fade + p.sum(1, keepdim=True), top
+        acc = acc * fade + (p * (v_scale[tile] * lift)).half().float() @ v[tile]
+    return acc / lift / total
+
+
+@TYPES
+def test_fp16_weights_times_a_scale_stay_in_range(codes):
+    """On a GPU only: the interpreter computes in fp32. A scale of V must be below 1,000, as `ragged_decode` says."""
+    lift = pytest.importorskip("kernels.ragged_decode_triton").LIFT.value
+    generator, n, d = torch_random(6), 300, 64
+    q = torch.randn(4, d, generator=generator).half()
+    k, k_scale = quantise(2 * torch.randn(n, d, generator=generator), codes)
+    rows, _ = quantise(torch.randn(n, d, generator=generator), codes)
+    weights = (q.double() @ dequantised(k, k_scale, torch.float64).T * d**-0.5).softmax(1)
+    for unit in (2.0**-18, 2.0**-12, 1.0, 999.0):
+        v_scale = torch.full((n,), unit).half()
+        v = dequantised(rows, v_scale, torch.float64)
+        got = attended_in_fp16(q, (k, rows, k_scale, v_scale), lift)
+        # half an ulp of each weight; 4 times as much where a weight times a scale is subnormal in fp16
+        error = ((got - weights @ v).abs() / (weights @ v.abs())).max()
+        assert error < 2**-11 * (4 if unit < 1e-5 else 1), f"scale {unit}: {error}"
+    beyond = attended_in_fp16(q, (k, rows, k_scale, torch.full((n,), 1024.0).half()), lift)
+    assert not beyond.isfinite().all()
+    assert "v_scale must be below 1,000" in ragged_decode.__doc__
 
 
 @TYPES
@@ -225,6 +273,7 @@ CODED = {"k": torch.zeros(40, 8, dtype=torch.int8), "v": torch.zeros(40, 8, dtyp
     ({"k": torch.zeros(40, 8)}, "k is torch.float32"),
     ({"v": torch.zeros(40, 8).to(torch.float8_e4m3fn)}, "v is torch.float8_e4m3fn"),
     ({"k_scale": None, "v_scale": None}, "k is torch.int8 but q is torch.float32"),
+    ({"v": torch.zeros(321, dtype=torch.int8)[1:].view(40, 8)}, "v begins at an odd byte"),
 ])  # fmt: skip
 def test_scales_that_do_not_fit_are_refused(op, good, change, word):
     arguments = good | CODED | SCALES
@@ -250,3 +299,16 @@ def test_fp8_is_refused_where_a_gpu_has_none(monkeypatch):
         if not runs:
             with pytest.raises(ValueError, match=r"no float8_e4m3fn .*; use int8 or 'torch'"):
                 choose_backend("triton", *given, stored=torch.float8_e4m3fn)
+
+
+@TYPES
+def test_odd_rows_are_not_read_in_pairs(backend, codes):
+    """Triton reads codes of V in pairs, unless a pair would lie across two rows."""
+    for d in (33, 65):
+        q, _, _, arenas, (start, length, _) = step_of([40, 7], 1, 2, d, torch.float32, codes)
+        rows = (dequantised(arenas[i], arenas[i + 2], torch.float64) for i in (0, 1))
+        exact = ragged_decode_ref(q.double(), *rows, start, length, return_lse=True)
+        options = {"return_lse": True, **scales_of(arenas)}
+        plain = ragged_decode_ref(q, *arenas[:2], start, length, **options)
+        got = ragged_decode(q, *arenas[:2], start, length, backend=backend, **options)
+        assert_attends(got, plain, exact, length, f"D {d}")

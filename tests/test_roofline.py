@@ -120,6 +120,8 @@ def test_without_flags_it_is_the_table_of_the_page(capsys):
         ("--kernel --shapes demo", "demo"),
         ("--kernel --skew 0.5", "--skew is 0.5"),
         ("--kernel --loads 2", "--loads is 2"),
+        ("--kernel --gpu H100 A100 --kv-dtype fp8", "fp8 is refused on A100; use int8"),
+        ("--kv-dtype int8", "--kv-dtype needs --kernel"),
         ("--kernel --measured /nowhere.json", "/nowhere.json"),
         ("--stages --vision 0", "--vision is 0; give a whole number of 1 or more"),
         ("--shape 70b", "70b"),
@@ -158,15 +160,37 @@ def test_segments_are_split_as_the_kernel_splits_them():
     assert [i.bytes // 512 for i in items] == [64, 36, 0] + [64, 0] + 10 * [192] + [80]
 
 
+def test_work_items_and_chains_are_those_of_the_notes(monkeypatch):
+    """For 132 multiprocessors, by the splits of commit 60b5e67 and of today. A chain: loads, tiles of the longest item,
+    parts to merge."""
+    equal = [(f"8 KV heads x {n:,} tokens", 8 * [n]) for n in (640, 2048)]
+    page = [(name, lengths) for name, lengths, _ in kernel_model.measured(ROOT / "benchmarks" / "kernels-h200.json")]
+    notes = (ROOT / "kernels" / "NOTES.md").read_text()
+    rules = (4, lambda cap: min(1024, max(128, 64 * -(-cap // 2048)))), (kernel_model.LOADS, split_size)
+    for name, lengths in equal + page[:10]:
+        cells = [name]
+        for loads, rule in rules:
+            monkeypatch.setattr(kernel_model, "split_size", rule)
+            live = [item for item in kernel_model.items_of(lengths) if item.parts]
+            tiles = max(-(-item.bytes // (64 * 512)) for item in live)
+            parts = max(item.parts for item in live)
+            chain = f"{loads} + {tiles} + {parts if parts > 1 else 0}"
+            cells += [str(len(live)), f"{len(live) / 132:.2f}", chain]
+        assert f"| {' | '.join(cells)} |\n" in notes, cells
+
+
 def test_as_many_programs_fit_as_the_binaries_leave_room_for():
-    """Shared memory and registers by tools/inspect_kernels.py, D = 128 in bf16: (KB, per thread)."""
-    for name, (shared, registers), threads in (
-        ("H100", (67, 90), 128), ("A100", (35, 96), 128), ("L4", (35, 96), 128), ("MI300X", (33, 170), 256),
+    """Shared memory and registers by tools/inspect_kernels.py, D = 128, G = 4 in bf16, and with int8: (KB, per
+    thread)."""
+    for name, (shared, registers), (shared_coded, coded), threads in (
+        ("H100", (67, 90), (34, 96), 128), ("A100", (35, 96), (18, 128), 128), ("L4", (35, 96), (18, 128), 128),
+        ("MI300X", (33, 170), (17, 224), 256),
     ):  # fmt: skip
-        device = kernel_model.DEVICES[name]
-        file = 65536 if threads == 128 else 4 * 64 * 512
-        assert device.registers <= file // (registers * threads)
+        device, file = kernel_model.DEVICES[name], 65536 if threads == 128 else 4 * 64 * 512
+        assert device.registers <= file // (registers * threads) and device.coded == file // (coded * threads)
         assert kernel_model.places(device) == min(device.shared // (shared + 1), file // (registers * threads))
+        places = kernel_model.places(device, kernel_model.ROWS["int8"])
+        assert places == min(device.shared // (shared_coded + 1), file // (coded * threads))
 
 
 def test_the_chain_is_the_one_that_the_gate_counts():
@@ -175,7 +199,7 @@ def test_the_chain_is_the_one_that_the_gate_counts():
 
 def test_a_prediction_by_hand(monkeypatch):
     """One program; three that stream at once; more than there are places for."""
-    device = kernel_model.Device(1, 1e11, 1e9, 1e-6, 1e-7, 105, 2, 3, "")
+    device = kernel_model.Device(1, 1e11, 1e9, 1e-6, 1e-7, 105, 2, 3, 2, True, "")
     monkeypatch.setattr(kernel_model, "START", 0.0)
     arithmetic = 4 * 396e-9
     begin = 1e-6 + 3e-6 + 300e-9  # node; work item, length and query, tile; cycles
@@ -191,6 +215,13 @@ def test_a_prediction_by_hand(monkeypatch):
     assert kernel_model.seconds([*items, items[0]], device) == pytest.approx(one + second)
     both = kernel_model.seconds([kernel_model.Item(0, 2, 16384), kernel_model.Item(0, 2, 32768)], device)
     assert both == pytest.approx(one + 1e-7 + (2 + 1) * 1e-7)  # ticket; log-sum-exps, parts, result
+    rows = kernel_model.ROWS["int8"]  # a byte per element, 2 per row for the scale; 22 barriers of 30 cycles
+    coded = kernel_model.items_of([64], rows)[:1]
+    assert coded[0].bytes == 64 * 2 * (128 + 2) and kernel_model.places(device, rows) == 2
+    begin += 360e-9
+    assert kernel_model.seconds(coded, device, rows=rows) == pytest.approx(begin + 2 * 4 * 691e-9 + 1e-7)
+    slow = kernel_model.seconds(coded, device, bandwidth=1e9, rows=rows)
+    assert slow == pytest.approx(begin + 64 * 260e-9 + 4 * 691e-9 + 1e-7)
 
 
 def test_predictions_are_near_what_an_h200_measured():
@@ -216,14 +247,15 @@ def test_predictions_are_near_what_an_h100_measured(heads, mean, us):
     assert 1 / 1.25 < us / predicted < 1.25
 
 
+@pytest.mark.parametrize("kv", kernel_model.ROWS)
 @pytest.mark.parametrize("name", kernel_model.DEVICES)
-def test_no_prediction_is_faster_than_its_bytes_or_its_chain(name):
-    device, before = kernel_model.DEVICES[name], 0.0
+def test_no_prediction_is_faster_than_its_bytes_or_its_chain(name, kv):
+    device, before, rows = kernel_model.DEVICES[name], 0.0, kernel_model.ROWS[kv]
     for mbytes in (1, 4, 17, 65, 130, 512):
         ((case, lengths),) = kernel_model.cases(["gqa8"], [mbytes], [1])
-        items = kernel_model.items_of(lengths)
-        time, chain = (kernel_model.seconds(items, device, *given) for given in ((), (math.inf, len(items))))
-        assert time >= max(chain, 512 * sum(lengths) / device.bandwidth) and time > before, case
+        items = kernel_model.items_of(lengths, rows)
+        time, chain = (kernel_model.seconds(items, device, *given, rows=rows) for given in ((), (math.inf, len(items))))
+        assert time >= max(chain, 2 * rows.row * sum(lengths) / device.bandwidth) and time > before, case
         before = time
 
 
@@ -232,5 +264,10 @@ def test_the_kernel_report_prints_its_assumptions_first(capsys):
     head, *tables = capsys.readouterr().out.split("\n\n")
     assert "fitted" in head and "- A100: 108 multiprocessors" in head and "- MI300X: 304" in head
     assert [t for t in tables if "|" not in t] == ["A100", "MI300X"] and tables[1].count("| gqa8 x 2, 488 ") == 2
+    roofline.main(["--kernel", "--kv-dtype", "fp8", "--shapes", "gqa8", "--mbytes", "65"])
+    head, _, rows = capsys.readouterr().out.split("\n\n")
+    assert "1 byte per element and 2 per row" in head and "720 instructions per tile and warp, 324 of them" in head
+    ((_, lengths),) = kernel_model.cases(["gqa8"], [65], [1])
+    assert f"| {1e6 * 260 * sum(lengths) / 4.386e12:.1f} |" in rows
     roofline.main(["--kernel", "--loads", "4", "--measured", str(ROOT / "benchmarks" / "kernels-h200.json")])
     assert "| 14.4 |" in next(row for row in capsys.readouterr().out.splitlines() if "gqa8, 20750 tokens, 0.2" in row)

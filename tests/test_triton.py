@@ -14,7 +14,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
-from kernels import decode_plan, ragged_decode, ragged_decode_append, ragged_decode_append_ref, ragged_decode_ref
+from kernels import (
+    decode_plan,
+    dequantised,
+    ragged_decode,
+    ragged_decode_append,
+    ragged_decode_append_ref,
+    ragged_decode_ref,
+)
+from kernels.quantise import has_e4m3
 from kernels.ragged_decode_triton import append_attend, attend
 from kernels.tiles import architecture, chosen, entry, tiles
 from model import Generation, Sampling, load
@@ -23,6 +31,7 @@ from model.fast import FastStep
 from tests.oracle import assert_attends, assert_near, check_step, of_segments, small_llama
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.seeds import python_random, torch_random
+from tests.test_quantise import stored
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -53,9 +62,11 @@ def spoil(plan, rows, d):
         room.fill_(NAN)
 
 
-def check(got, q, k, v, start, length, **options):
+def check(got, q, k, v, start, length, k_scale=None, v_scale=None, **options):
     """Compare (out, lse) with the reference in float64; allowed: twice the reference's own error in this dtype."""
-    exact = ragged_decode_ref(q.double(), k.double(), v.double(), start, length, return_lse=True, **options)
+    rows = (dequantised(t, unit, torch.float64).double() for t, unit in ((k, k_scale), (v, v_scale)))
+    exact = ragged_decode_ref(q.double(), *rows, start, length, return_lse=True, **options)
+    options |= {"k_scale": k_scale, "v_scale": v_scale}
     plain = ragged_decode_ref(q, k, v, start, length, return_lse=True, **options)
     assert_attends(got, plain, exact, length)
 
@@ -64,12 +75,26 @@ def decoded(q, k, v, start, length, cap, plan, **options):
     return ragged_decode(q, k, v, start, length, plan=plan, return_lse=True, backend="triton", **options)
 
 
-def appended(q, k, v, start, length, cap, plan, new=None):
+CODES = pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=["as q", "int8", "fp8"])
+
+
+def in_codes(made, codes):
+    """A `problem` with its arenas in 8 bits, and {k_scale, v_scale}; unchanged and {} if codes is None."""
+    if codes is None:
+        return made, {}
+    if codes == torch.float8_e4m3fn and not has_e4m3(made[0].device):
+        pytest.skip("this GPU has no float8_e4m3fn")
+    q, k, v, start, length, *rest = made
+    k, v, k_scale, v_scale = stored(k, v, start, length, codes)
+    return (q, k, v, start, length, *rest), {"k_scale": k_scale, "v_scale": v_scale}
+
+
+def appended(q, k, v, start, length, cap, plan, new=None, **scales):
     """One step of ragged_decode_append, with random new tokens unless they are given."""
     if new is None:
         generator, shape = torch_random(9), (len(q), len(start) // len(q), q.shape[-1])
         new = [torch.randn(shape, generator=generator).to(q) for _ in "kv"]
-    options = {"return_lse": True, "plan": plan, "backend": "triton"}
+    options = {"return_lse": True, "plan": plan, "backend": "triton", **scales}
     return ragged_decode_append(q, *new, k, v, start, length, cap, **options)
 
 
@@ -326,11 +351,11 @@ def stand_in(step, monkeypatch):
 
 
 @pytest.mark.usefixtures("frequent_repacks")
-@pytest.mark.parametrize(("slack", "batch"), [(1, 1), (2, 1), (5, 2)])
-def test_captured_steps_count_their_slots(slack, batch, monkeypatch):
+@pytest.mark.parametrize(("slack", "batch", "kind"), [(1, 1, "auto"), (2, 1, "int8"), (5, 2, "auto"), (3, 2, "fp8")])
+def test_captured_steps_count_their_slots(slack, batch, kind, monkeypatch):
     """The host side of `FastStep` with a stand-in graph: captures, replays, repacks, and a turn in between."""
     model, x = small_llama().to(DEVICE), torch.randn(batch, 9, 32, device=DEVICE)
-    caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
+    caches = [RaggedCache(3, slack, "triton", kind) for _ in range(2)]
     for cache in caches:
         model.prefill(x, cache)
     step = FastStep(model, caches[0])
@@ -399,26 +424,30 @@ def test_with_a_plan_a_step_asks_nothing_and_leaves_nothing():
 
 
 @ONLY_CUDA
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_captured_decode_loop_says_what_eager_steps_say(temperature):
+@pytest.mark.parametrize(("temperature", "kind"), [(0.0, "auto"), (0.8, "auto"), (0.0, "int8"), (0.0, "fp8")])
+def test_the_captured_decode_loop_says_what_eager_steps_say(temperature, kind):
+    if kind == "fp8" and not has_e4m3(torch.device("cuda")):
+        pytest.skip("this GPU has no float8_e4m3fn")
     demo = load(DEMO, "fp32", "cuda")
     sampling = Sampling(max_new_tokens=100, temperature=temperature, top_p=0.9 if temperature else None)
     asked = demo, "Describe the picture.", [DEMO_PICTURE], sampling
-    captured, eager = Generation(*asked, backend="triton"), Generation(*asked, backend="torch")
+    captured, eager = (Generation(*asked, backend=way, kv_dtype=kind) for way in ("triton", "torch"))
     assert "".join(captured) == "".join(eager) and captured.token_ids == eager.token_ids
 
 
 @ONLY_CUDA
+@CODES
 @pytest.mark.parametrize("group", [1, 4])
-def test_ten_thousand_replays_are_equal(group):
+def test_ten_thousand_replays_are_equal(group, codes):
     """A race in the ticket would eventually merge a missing part."""
     made = problem([3000, 17, 900, 2048] * 4, 4, group, 128, torch.bfloat16, split=128)
+    made, scales = in_codes(made, codes)
     new = torch.randn(2, 4, 4, 128, device=DEVICE, dtype=torch.bfloat16)
-    wanted = appended(*made, new)
+    wanted = appended(*made, new, **scales)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         spoil(made[-1], group, 128)  # a merge that reads too early must not find the part of the previous replay
-        got = appended(*made, new)
+        got = appended(*made, new, **scales)
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(10_000):
         graph.replay()
@@ -427,22 +456,24 @@ def test_ten_thousand_replays_are_equal(group):
 
 
 @ONLY_CUDA
-def test_a_growing_series_in_a_graph_equals_eager():
-    made = problem([500, 0, 128, 127], 2, 4, 128, torch.bfloat16, slack=300, split=128)
+@CODES
+def test_a_growing_series_in_a_graph_equals_eager(codes):
+    made, scales = in_codes(problem([500, 0, 128, 127], 2, 4, 128, torch.bfloat16, slack=300, split=128), codes)
     q, k, v, start, length, cap, plan = made
     new = torch.zeros(2, 2, 2, 128, device=DEVICE, dtype=torch.bfloat16)
     eager, eager_length = (k.clone(), v.clone()), length.clone()
-    appended(*made, new)  # compiles
+    eager_scales = {name: scale.clone() for name, scale in scales.items()}
+    appended(*made, new, **scales)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = appended(*made, new)
+        got = appended(*made, new, **scales)
         length += 1
     for step in range(280):
         for t in (q, *new):
             t.copy_(torch.randn(t.shape, generator=torch_random(step)))
         graph.replay()
-        wanted = appended(q, *eager, start, eager_length, cap, plan, new)
+        wanted = appended(q, *eager, start, eager_length, cap, plan, new, **eager_scales)
         eager_length += 1
         assert_same(got, wanted, eager_length, f"step {step}")
         if step % 40 == 0:
-            check(got, q, k, v, start, length)
+            check(got, q, k, v, start, length, **scales)

@@ -44,8 +44,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from kernels.quantise import has_e4m3  # noqa: E402
 from model import Generation, InputError, open_checkpoint  # noqa: E402
-from model.cache import RaggedCache  # noqa: E402
+from model.cache import KV_DTYPES, RaggedCache  # noqa: E402
 from model.checkpoint import DTYPES  # noqa: E402
 from model.config import TextConfig  # noqa: E402
 from model.fast import FastStep  # noqa: E402
@@ -63,6 +64,9 @@ USUAL = {  # default workloads; {0} is the number of tokens of a picture; `long`
 # random layers: 1e-6, 0.002, 0.013; for the 7B shape in bf16: 0.015 over 4 layers, 0.047 over 32. A position off by one
 # gives 0.17 at width 1024.
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 8e-2}
+# With K and V in 8 bits, where a rounding error may turn a code into its neighbour. Measured for the demo and 16 random
+# layers: 2e-4, 0.015, 0.1
+CODED_TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1}
 
 
 def parser():
@@ -80,6 +84,8 @@ def parser():
     p.add_argument("--new-tokens", type=number(int, 2), default=32, metavar="N", help="tokens per answer (default 32)")
     p.add_argument("--rounds", type=number(int, 1), default=5, help="timed answers after a checked one (default 5)")
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16; fp32 on a CPU if it fits in half of memory")
+    p.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto",
+                   help="K and V in 8 bits; only for ours, so without transformers (default auto: as --dtype)")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"))
     p.add_argument("--seed", type=number(int, 0), default=0, help="seed of weights and prompts")
@@ -173,11 +179,12 @@ def is_wrong(task, facts, unpruned, reference, plain=None):
 
     reference: (name, facts) of transformers, or None; plain: facts of the same task without the compiler, or None.
     """
-    allowed = TOLERANCE[task.dtype]
+    allowed = (TOLERANCE if task.kv_dtype == "auto" else CODED_TOLERANCE)[task.dtype]
     if not facts.get("finite", True):
         return "logits are not finite"
     if not facts.get("error", 0.0) <= allowed:
         of = "one long prefill" if task.prune == "none" else "dense attention with the kept tokens' mask"
+        of = of if task.kv_dtype == "auto" else "dense attention over the dequantised rows"
         return f"step logits differ from {of} by {facts['error']:.2g} (relative RMS)"
     if plain and task.dtype == "fp32" and plain["ids"] != facts["ids"]:
         return f"greedy ids {facts['ids']} differ from those without the compiler, {plain['ids']}"
@@ -214,20 +221,22 @@ def make_rows(found, context, shape, itemsize, bandwidth):
         if right and not any(r["steps"] for r in result["rounds"]):
             right, why = None, "the answer has a single token"
         row = rows[task.engine, task.prune] = {
-            "engine": task.engine, "prune": task.prune, "workload": w.name, "batch": w.batch,
+            "engine": task.engine, "prune": task.prune, "kv_dtype": task.kv_dtype, "workload": w.name, "batch": w.batch,
             "vision_tokens": sum(w.pictures), "text_tokens": w.text,
             "beyond_context": w.tokens + task.new_tokens > context, "right": right, "why": why,
         }  # fmt: skip
         if right:
-            row |= speeds(w.batch, facts, result["rounds"], shape, itemsize, bandwidth)
+            row |= speeds(task, facts, result["rounds"], shape, itemsize, bandwidth)
     compare({key: row for key, row in rows.items() if row["right"]})
     return [*rows.values()]
 
 
-def speeds(batch, facts, rounds, shape, itemsize, bandwidth):
-    """The measured columns of a correct row. K and V are those of the prompt after prefill."""
+def speeds(task, facts, rounds, shape, itemsize, bandwidth):
+    """The measured columns of a correct row. K and V are those of the prompt after prefill, their scales included."""
+    batch, d = task.workload.batch, shape.config.head_dim
     low, median, high = harness.spread([1e3 * s for r in rounds for s in r["steps"]])
-    full = itemsize * batch * (shape.vision + shape.text) * shape.kv_numbers
+    row = itemsize * d if task.kv_dtype == "auto" else d + 2  # bytes of a key or a value; 2 of them a scale
+    full = batch * (shape.vision + shape.text) * shape.kv_numbers // d * row
     held, weights = facts.get("kv_bytes_held", full), itemsize * shape.weight_numbers
     floor = 1e3 * (weights + held) / bandwidth
     return {
@@ -292,6 +301,8 @@ def bench(args, argv):
     cuda, wide = device.type == "cuda", 4 * roofline.Shape("", text, 0, 0).weight_numbers
     dtype = args.dtype or ("fp32" if not cuda and fits(wide, "SC_PHYS_PAGES") else "bf16")
     chosen = args.engines or (ENGINES if cuda else ("ours", "hf-eager", "hf-sdpa"))
+    if args.kv_dtype != "auto":
+        chosen = in_8_bits(args, device, chosen)
     prunes = ["none", *(spec for spec in args.prune if spec != "none")]
     for spec in prunes[1:]:
         method_of(spec, args.model, text)
@@ -308,7 +319,7 @@ def bench(args, argv):
     for w in work:
         ours = Task(
             "ours", "none", w, args.model, args.shape, args.image if w is asked else None, args.prompt, dtype,
-            str(device), args.backend, args.new_tokens, args.seed,
+            str(device), args.backend, args.new_tokens, args.seed, args.kv_dtype,
         )  # fmt: skip
         tasks = [replace(ours, engine=e, prune=prune) for e in OURS if e in chosen for prune in prunes]
         tasks += [replace(ours, engine=e) for e in chosen if e not in OURS]
@@ -343,6 +354,15 @@ def chosen_model(args):
     return config.text_config, config.image_tokens, asked
 
 
+def in_8_bits(args, device, engines):
+    """Those of the engines that have K and V in 8 bits; InputError if others were asked for, or the GPU cannot."""
+    if others := [name for name in args.engines or () if name not in OURS]:
+        raise InputError(f"--kv-dtype {args.kv_dtype} is not for {', '.join(others)}; give {' or '.join(OURS)}")
+    if args.kv_dtype == "fp8" and args.backend != "torch" and not has_e4m3(device):
+        raise InputError(f"--kv-dtype fp8: {device} has no float8_e4m3fn; use int8, or --backend torch")
+    return [name for name in engines if name in OURS]
+
+
 def fits(size, pages, share=0.5):
     """Are `size` bytes at most `share` of memory? pages: SC_PHYS_PAGES for all, SC_AVPHYS_PAGES for free memory."""
     known = pages in getattr(os, "sysconf_names", ())  # otherwise assume 16 GB
@@ -354,7 +374,7 @@ def about_run(args, argv, device, dtype, model):
     about = {"model": model, "weights": "random" if args.shape or args.growth else "of the checkpoint"}
     about |= harness.about_run("bench_decode", argv, device, dtype, args.rounds)
     about |= {"device": str(device), "transformers": harness.version("transformers"), "backend": args.backend}
-    return about | {"new_tokens": args.new_tokens}
+    return about | {"new_tokens": args.new_tokens, "kv_dtype": args.kv_dtype}
 
 
 # ---------------------------------------------------------------- growth

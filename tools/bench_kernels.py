@@ -4,7 +4,8 @@
     python tools/bench_kernels.py decode                     # whole decode steps of the demo model
     python tools/bench_kernels.py prefill                    # its prefill: cost of scoring, choosing and packing
     python tools/bench_kernels.py all --json out.json --csv out.csv
-    python tools/bench_kernels.py ragged_decode --kernel my.py    # also time my.py::ragged_decode, or a copied file
+    python tools/bench_kernels.py ragged_decode --kernel my.py    # also time my.py::ragged_decode, or a copied file;
+                                                                  # over 8-bit arenas too if it takes k_scale, v_scale
     python tools/bench_kernels.py --shapes gqa8 --mbytes 4 65     # size cases by MB of K and V per layer
     python tools/bench_kernels.py --layouts plphp zipf giant --retention 0.2    # other distributions over the heads
     python tools/bench_kernels.py --skew                     # equal bytes, one head 1, 2, 4 and 8 times the mean
@@ -187,7 +188,8 @@ def measure(about, case, rounds, bandwidth, device):
             over = [
                 other
                 for other in times
-                if other in case.rivals or (own and other.startswith("ours, ") and other not in case.sizes)
+                if other in case.rivals
+                or (own and other.startswith("ours, ") and case.sizes.get(other) == case.sizes.get(name))
             ]
             speeds = {other: times_over(times[other], times[name]) for other in over}
             row |= {"us": median, "p20_us": low, "p80_us": high, "speed": speeds.get(case.baseline), "speeds": speeds}

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import Generation, InputError, Sampling, load, open_checkpoint
 from model.batch import join
-from model.cache import RaggedCache
+from model.cache import KV_DTYPES, RaggedCache
 from model.checkpoint import DTYPES
 from model.config import TextConfig
 from model.fast import FastStep
@@ -69,6 +69,7 @@ class Task:
     backend: str
     new_tokens: int
     seed: int
+    kv_dtype: str  # of K and V in our cache: auto, int8 or fp8
 
 
 def method_of(spec, folder=None, config=None):
@@ -129,12 +130,14 @@ class Answer:
 
 
 @torch.inference_mode()
-def answer(language, x, spans, method, backend, new_tokens, lookahead=None, watched=0, compile=False):
+def answer(
+    language, x, spans, method, backend, new_tokens, lookahead=None, watched=0, compile=False, kv_dtype="auto"
+):  # fmt: skip
     """Greedy ids for the prompts x (B, T, C), prefilled one by one and decoded together -> Answer."""
     start = time.perf_counter()
     caches, last = [], []
     for sequence in x:
-        cache = RaggedCache(language.config.num_hidden_layers, slack=min(new_tokens, 64), backend=backend)
+        cache = RaggedCache(language.config.num_hidden_layers, min(new_tokens, 64), backend, kv_dtype)
         hidden = harness.prefill(language, sequence[None], cache, method, spans, backend, lookahead)
         last.append(hidden[0, -1].clone())  # the rest is freed
         caches.append(cache)
@@ -166,7 +169,8 @@ def prepare_ours(task):
     method, spans = method_of(task.prune, task.model), task.workload.spans
     x = prompts(task, language)
     compile = task.engine == "ours-compile"
-    run = partial(answer, language, x, spans, method, task.backend, task.new_tokens, lookahead, compile=compile)
+    given = language, x, spans, method, task.backend, task.new_tokens, lookahead
+    run = partial(answer, *given, compile=compile, kv_dtype=task.kv_dtype)
     checked = run(watched=WATCHED)
     facts = {
         "ids": [list(ids) for ids in zip(*checked.ids[:WATCHED], strict=True)],
@@ -175,7 +179,7 @@ def prepare_ours(task):
         "kept": checked.kept,
         "kv_bytes_held": checked.bytes_held,
         "step": step_cost(checked.step, checked.cache),
-        "error": error_of_steps(language, x[0], spans, method, lookahead, checked),
+        "error": error_of_steps(language, x[0], spans, method, lookahead, checked, KV_DTYPES[task.kv_dtype]),
     }
 
     def again():
@@ -186,15 +190,15 @@ def prepare_ours(task):
 
 
 @torch.inference_mode()
-def error_of_steps(language, x, spans, method, lookahead, checked):
+def error_of_steps(language, x, spans, method, lookahead, checked, codes=None):
     """Largest error of the step logits that follow prompt x (T, C): against a single prefill of the prompt and the
-    generated tokens or, if it was pruned, against steps with a masked `DenseCache`."""
+    generated tokens or, if it was pruned or K and V are in 8 bits, against steps with a masked `DenseCache`."""
     said = torch.tensor([ids[0] for ids in checked.ids[: len(checked.logits) - 1]], device=x.device)
     tokens = language.model.embed_tokens(said)
-    if method is None:
+    if method is None and codes is None:
         wanted = language.logits(language.prefill(torch.cat((x, tokens))[None])[0, len(x) - 1 :])
     else:
-        cache = harness.DenseCache(language.config.num_hidden_layers, len(x) + len(tokens))
+        cache = harness.DenseCache(language.config.num_hidden_layers, len(x) + len(tokens), codes)
         harness.prefill(language, x[None], cache, method, spans, lookahead=lookahead)
         wanted = [language.logits(language.decode(token[None], cache))[0] for token in tokens]
     errors = [error(a, b) for a, b in zip(checked.logits[-len(wanted) :], wanted, strict=True)]
@@ -208,7 +212,7 @@ def prepare_picture(task):
     sampling = Sampling(max_new_tokens=task.new_tokens)
     generation = Generation(
         checkpoint, task.prompt, [task.image], sampling, prune=method, backend=task.backend,
-        compile=task.engine == "ours-compile", timed=True,
+        compile=task.engine == "ours-compile", timed=True, kv_dtype=task.kv_dtype,
     )  # fmt: skip
 
     def again():

@@ -17,14 +17,15 @@ def report(out, names):
     before, after, smoke, tuned = (read.get(n, {}) for n in ("kernels", "tuned-kernels", "smoke", "tuned"))
     answers = [row for name in ("decode", "pictures") for row in read.get(name, {}).get("rows", [])]
     tests = {name: outcomes(out / f"{name}.xml") for name in ("tests", "model")}
-    about = next((found["about"] for found in (after, before, smoke) if "about" in found), {})
+    measured = [after, before, smoke, *(read.get(name, {}) for name in ("tune", "decode", "pictures"))]
+    about = next((found["about"] for found in measured if "about" in found), {})
+    bandwidth = f"{about['bandwidth_GBps']} GB/s" if "bandwidth_GBps" in about else "not measured"
     rehearsed = any(found and found["rehearsal"] for found in status.values())
-    rows = (after or before).get("rows", [])
+    source, rows = "tuned-kernels" if after else "kernels", (after or before).get("rows", [])
     parts = [
         f"# {'Rehearsal: times mean nothing' if rehearsed else 'The first minutes on a GPU'}",
         ", ".join(f"{key} {about[key]}" for key in ("machine", "torch", "triton", "dtype", "date") if key in about),
-        f"## Ceilings\n\nMeasured bandwidth: {about.get('bandwidth_GBps', 'not measured')} GB/s. The share counts only "
-        "the bytes of kept tokens.",
+        f"## Ceilings\n\nMeasured bandwidth: {bandwidth}. The share counts only the bytes of kept tokens.",
         table(("case", "MB", "us", "share", "us, tuned", "share, tuned"), ceilings(before, after)),
         "## Speed over\n\nA decode step (`ragged_decode_append`), time of the other over ours.",
         table(*ratios(rows)),
@@ -33,7 +34,7 @@ def report(out, names):
                "first token"), whole(answers)),
         "## Tiles chosen by `--tune`",
         table(("architecture", "case", "instead of the formula's"), [*choices(tuned)]),
-        f"## Targets\n\nFrom {'tuned-kernels' if after else 'kernels'}.json; the worst of the cases counts.",
+        f"## Targets\n\n{'From ' + source + '.json' if rows else 'Not measured'}; the worst of the cases counts.",
         table(("target", "limit", "worst", ""), [target(*t) for t in targets(rows, answers, tests["tests"])]),
         "## Failures",
         "\n".join(failures(out, status, tests, read)) or "None.",
@@ -58,18 +59,26 @@ def table(titles, rows):
 # ---------------------------------------------------------------- sections
 
 
-def ours(found, *ops):
-    """Rows of our Triton kernels that were timed, from the rows of bench_kernels.py."""
-    return [r for r in found if r["op"] in ops and r["right"] and r["provider"].startswith("ours, triton")]
+def ours(found, *ops, coded=False):
+    """Rows of our Triton kernels that were timed, from the rows of bench_kernels.py. coded: those in 8 bits, too."""
+    rows = [r for r in found if r["op"] in ops and r["right"] and r["provider"].startswith("ours, triton")]
+    return [r for r in rows if coded or not kind_of(r)]
+
+
+def kind_of(row):
+    """int8 or fp8 of a row over arenas in 8 bits, else ""."""
+    return ", ".join(row["provider"].split(", ")[2:])
 
 
 def ceilings(before, after):
     """Time and share of the bandwidth of each case of attention, before and after tuning."""
     cells = {}
     for place, found in enumerate((before, after)):
-        for r in ours(found.get("rows", []), STEP, SPLITS):
-            label = r["case"] if r["op"] == STEP else f"{r['case']} (two launches)"
-            line = cells.setdefault(label, [label, f"{r['megabytes']:.3g}", "", "", "", ""])
+        for r in ours(found.get("rows", []), STEP, SPLITS, coded=True):
+            words = [kind_of(r)] * bool(kind_of(r)) + ["two launches"] * (r["op"] == SPLITS)
+            label = r["case"] + f" ({', '.join(words)})" * bool(words)
+            size = r["GBps"] * r["us"] / 1e3  # of this row's type
+            line = cells.setdefault(label, [label, f"{size:.3g}", "", "", "", ""])
             line[2 + 2 * place : 4 + 2 * place] = f"{r['us']:.1f}", f"{r['ceiling']:.0%}"
     return [*cells.values()]
 

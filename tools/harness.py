@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from kernels import dequantised, quantise
 from model.fast import arrange
 from model.llama import Llama
 from model.report import measure_bandwidth
@@ -74,24 +75,28 @@ def exact_attention(q, k, v, mask=None, dtype=torch.float64):
 class DenseCache:
     """Contiguous K and V (B, Hkv, capacity, D) that hold all tokens; a mask hides the dropped ones.
 
-    The baseline of a ragged cache, and the reference for its results.
+    The baseline of a ragged cache, and the reference for its results. codes: None, or the type of the 8-bit codes whose
+    rounding the rows get; they are held in full.
     """
 
     fused = False  # q and k arrive rotated
 
-    def __init__(self, num_layers, capacity):
-        self.capacity, self.pos = capacity, None
+    def __init__(self, num_layers, capacity, codes=None):
+        self.capacity, self.codes, self.pos = capacity, codes, None
         self.k, self.v, self.mask = [None] * num_layers, [None] * num_layers, [None] * num_layers
         self.lengths = [0] * num_layers  # later layers may see fewer tokens
 
     def pack(self, layer, k, v, keep=None):
         b, h, t, _ = k.shape
-        self.k[layer], self.v[layer] = (F.pad(x, (0, 0, 0, self.capacity - t)) for x in (k, v))
+        self.k[layer], self.v[layer] = (F.pad(self.stored(x), (0, 0, 0, self.capacity - t)) for x in (k, v))
         if keep is not None:
             self.mask[layer] = F.pad(keep.view(b, h, 1, t), (0, self.capacity - t), value=True)
         self.lengths[layer] = t
         if self.pos is None:
             self.pos = torch.full((b,), t, device=k.device)
+
+    def stored(self, x):
+        return x if self.codes is None else dequantised(*quantise(x, self.codes), x.dtype)
 
     def grow(self, tokens=1):
         self.lengths = [n + tokens for n in self.lengths]
@@ -105,7 +110,7 @@ class DenseCache:
 
     def append_attend(self, layer, q, k, v, rope):
         n, mask = self.lengths[layer], self.mask[layer]
-        self.k[layer][:, :, n - 1], self.v[layer][:, :, n - 1] = k, v
+        self.k[layer][:, :, n - 1], self.v[layer][:, :, n - 1] = self.stored(k), self.stored(v)
         return attention(q, *self.rows(layer), None if mask is None else mask[..., :n])
 
     def rows(self, layer):

@@ -16,7 +16,7 @@ One row per variant and architecture:
 The verdict is ok, compile (compilation failed), or the failed gates with the value found and the limit:
 
     stack, registers, shared  too much of it: a register spilled to the stack, or too few programs fit beside each other
-    loads     K or V is not loaded 16 bytes at a time (V in 8 bits: 8), or fewer loads were found than its tiles have
+    loads     K or V is not loaded 16 bytes at a time (V in 8 bits and D = 32: 8), or fewer loads than its tiles have
     pipeline  not all loads of K and V in the loop are asynchronous copies
     matrix    no matrix-unit instruction
     chain     the first tile of K is requested after more than two other loads that wait for each other (NVIDIA)
@@ -410,7 +410,7 @@ def offsets_are_64_bit(ttir):
             if operands[1] in narrow:
                 return False
             multiplied |= operands[1] in wide
-        keep(arenas, result, op in ("tt.addptr", "tt.splat", "tt.broadcast") and operands[0] in arenas)
+        keep(arenas, result, op in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.bitcast") and operands[0] in arenas)
     return multiplied
 
 
@@ -459,7 +459,7 @@ def loads_are_wide(variant, facts, constants, threads):
     if pieces < threads:
         return facts.wide + facts.narrow >= kernel.tiles
     each = pieces // threads
-    if variant.codes:  # Triton stores V in 8 bits in shared memory so that 8 bytes at a time are copied there
+    if variant.codes and (constants["DP"] <= 32 or variant.d % 2):  # V is not read in pairs: 8 bytes at a time
         return facts.wide >= each and facts.narrow <= 2 * facts.wide and facts.wide + facts.narrow / 2 >= 2 * each
     return facts.narrow == 0 and facts.wide >= kernel.tiles * each
 

@@ -20,14 +20,34 @@ from dataclasses import dataclass
 from tools.shapes import LAYERS, fit, one_long
 
 SLACK = 64  # free slots per segment, as in bench_kernels.py
-D, TILE = 128, 32 << 10  # channels; bytes of K and V in a tile of 64 slots, in 16 bits
-INSTRUCTIONS = 396  # per tile and warp: counted in the machine code for sm_90 (NOTES.md, 2026-11-21)
+D, SLOTS = 128, 64  # channels; slots of a tile
 UNROLLED = 4  # parts of a merge that are loaded together: ptxas unrolls the loop so (machine code for sm_90)
 CYCLES = 4  # per instruction: latency of NVIDIA's ALU, issue time of an AMD wave. Chosen after 2 had proved too few
 LOADS = 3  # that wait for each other, the first tile included: `chain` of inspect_kernels.py. 4 before 2026-11-26
-PROLOGUE = 300  # cycles from the loaded query to the first load of K: about ten barriers in the machine code
+BARRIER = 30  # cycles
 NODE = 1.0e-6  # an empty node of a captured graph: measured on an H100 (NOTES.md)
 START = 2.5e-6  # the rest of starting and ending a kernel: fitted to the times of an H200 and an H100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values in a type. Counted in the machine code of append_kernel for sm_90, triton 3.7.1 (NOTES.md).
+
+    row: bytes of a key or a value, with its scale; instructions: per tile and warp; barriers: from the loaded query to
+    the first load of K; in 8 bits the new token is quantised there.
+    """
+
+    row: int
+    instructions: int
+    barriers: int
+
+    @property
+    def tile(self):
+        """Bytes of K and V in a tile."""
+        return 2 * SLOTS * self.row
+
+
+ROWS = {"auto": Rows(2 * D, 396, 10), "int8": Rows(D + 2, 691, 22), "fp8": Rows(D + 2, 720, 22)}  # auto: bf16
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,8 @@ class Device:
 
     units: multiprocessors, or compute units; bandwidth: bytes/s that a kernel reaches; dram, l2: latency of a load
     from memory, and of data that another program has just written; shared: KB per unit for programs; stages: tiles in
-    flight and in use, from `stages` in ragged_decode_triton.py; registers: programs for which a unit has registers.
+    flight and in use, see kernels/tiles.py; registers, coded: programs for which a unit has registers, in 16 bits, in
+    8 bits; fp8: False where it is refused.
     """
 
     units: int
@@ -47,19 +68,22 @@ class Device:
     shared: int
     stages: int
     registers: int
+    coded: int
+    fp8: bool
     source: str
 
 
 CHASE = "gpu-benches (RRZE-HPC, 1038c5d)"  # its pointer chase, and its streaming kernels
 DEVICES = {
-    "H200": Device(132, 4.386e12, 1.98e9, 348e-9, 142e-9, 227, 3, 5,
+    "H200": Device(132, 4.386e12, 1.98e9, 348e-9, 142e-9, 227, 3, 5, 5, True,
                    f"bandwidth measured (kernels-h200.json); latencies of a GH200, {CHASE}"),
-    "H100": Device(132, 3.062e12, 1.98e9, 348e-9, 142e-9, 227, 3, 5,
+    "H100": Device(132, 3.062e12, 1.98e9, 348e-9, 142e-9, 227, 3, 5, 5, True,
                    f"SXM; bandwidth measured (NOTES.md); latencies of a GH200, {CHASE}"),
-    "A100": Device(108, 1.794e12, 1.41e9, 391e-9, 146e-9, 163, 2, 5, f"SXM, 80 GB; latencies and bandwidth, {CHASE}"),
-    "L4": Device(58, 0.294e12, 2.04e9, 306e-9, 134e-9, 99, 2, 5,
+    "A100": Device(108, 1.794e12, 1.41e9, 391e-9, 146e-9, 163, 2, 5, 4, False,
+                   f"SXM, 80 GB; latencies and bandwidth, {CHASE}"),
+    "L4": Device(58, 0.294e12, 2.04e9, 306e-9, 134e-9, 99, 2, 5, 4, True,
                  f"an L40's cycles and its 98 % of the data sheet's bandwidth, {CHASE}"),
-    "MI300X": Device(304, 4.199e12, 2.1e9, 420e-9, 218e-9, 64, 2, 3,
+    "MI300X": Device(304, 4.199e12, 2.1e9, 420e-9, 218e-9, 64, 2, 3, 2, False,
                      f"latencies and bandwidth, {CHASE}; l2 is the Infinity Cache, because units do not share one L2"),
 }  # fmt: skip
 
@@ -80,32 +104,36 @@ class Item:
     bytes: int  # of K and V
 
 
-def items_of(lengths):
-    """The Items of a call over segments of these lengths, in the order of the work list. 16 bits."""
+def items_of(lengths, rows=ROWS["auto"]):
+    """The Items of a call over segments of these lengths, in the order of the work list."""
     items = []
     for segment, length in enumerate(lengths):
         size = split_size(length + SLACK)
         parts = max(1, -(-length // size))
         for i in range(-(-(length + SLACK) // size)):
             slots = max(0, min(size, length - i * size))
-            items.append(Item(segment, parts if i < parts else 0, 4 * D * slots))
+            items.append(Item(segment, parts if i < parts else 0, 2 * rows.row * slots))
     return items
 
 
-def places(device):
-    """Programs that fit on a unit beside each other. One takes 3 KB (1 KB of it reserved) beside its tiles."""
-    return min(device.shared // ((device.stages - 1) * (TILE >> 10) + 3), device.registers)
+def places(device, rows=ROWS["auto"]):
+    """Programs that fit on a unit beside each other. One takes 3 KB (1 KB of it reserved) beside its tiles. Scales are
+    in registers."""
+    coded = rows.row < 2 * D
+    tiles = (device.stages - 1) * (16 if coded else 32)  # KB
+    return min(device.shared // (tiles + 3), device.coded if coded else device.registers)
 
 
 # ---------------------------------------------------------------- the simulation
 
 
-def seconds(items, device, bandwidth=None, slots=None, loads=LOADS):
+def seconds(items, device, bandwidth=None, slots=None, loads=LOADS, rows=ROWS["auto"]):
     """Time of a call. bandwidth, slots: instead of the device's; with both infinite, the longest chain of loads.
     loads: 4 for a kernel that requests the query only after it knows the length."""
-    bandwidth, free = bandwidth or device.bandwidth, slots or device.units * places(device)
-    arithmetic = CYCLES * INSTRUCTIONS / device.clock  # of a tile
-    most = min((device.stages - 1) * TILE / device.dram, TILE / arithmetic)  # bytes/s that one program streams
+    bandwidth, free = bandwidth or device.bandwidth, slots or device.units * places(device, rows)
+    arithmetic = CYCLES * rows.instructions / device.clock  # of a tile
+    most = min((device.stages - 1) * rows.tile / device.dram, rows.tile / arithmetic)  # bytes/s that a program streams
+    prologue = BARRIER * rows.barriers / device.clock
     waiting, left = deque(items), {item.segment: item.parts for item in items if item.parts}
     now, moved, order = 0.0, 0.0, itertools.count()  # moved: bytes of a program that has streamed from the beginning
     events, streams = [], []  # heaps: (time, order, what, Item); (value of `moved` at the end, order, Item)
@@ -118,7 +146,7 @@ def seconds(items, device, bandwidth=None, slots=None, loads=LOADS):
             item, table = waiting.popleft(), device.dram if now == 0 else device.l2  # later programs find it in L2
             free -= 1
             if item.parts:  # tables; query, with the length if there are 3 loads; first tile
-                after((loads - 2) * table + 2 * device.dram + PROLOGUE / device.clock, "stream", item)
+                after((loads - 2) * table + 2 * device.dram + prologue, "stream", item)
             else:
                 after(2 * table, "end", item)
         rate = min(most, bandwidth / len(streams)) if streams else 0.0
@@ -147,20 +175,30 @@ def seconds(items, device, bandwidth=None, slots=None, loads=LOADS):
 # ---------------------------------------------------------------- the report
 
 
-def assumptions(devices, loads):
-    """Lines: the constants, then each device's numbers, with sources."""
+def assumptions(devices, loads, kv="auto"):
+    """Lines: the constants, then each device's numbers, with sources. kv: key of ROWS."""
+    rows, plain = ROWS[kv], ROWS["auto"]
     yield f"bf16, D = {D}, {SLACK} free slots per segment, cold caches, in a captured graph."
+    if kv != "auto":
+        yield (
+            f"- K and V in {kv}: 1 byte per element and 2 per row and arena for its scale, {rows.row} bytes instead of "
+            f"{plain.row}; the same segments and splits"
+        )
     yield f"- an empty node of the graph: {1e6 * NODE:g} us (measured on an H100, NOTES.md)"
     yield f"- the rest of starting and ending a kernel: {1e6 * START:g} us (fitted to times of an H200 and an H100)"
-    yield f"- {INSTRUCTIONS} instructions per tile and warp (machine code for sm_90, assumed for all devices)"
+    more = f", {rows.instructions - plain.instructions} of them for codes" if kv != "auto" else ""
+    yield f"- {rows.instructions} instructions per tile and warp{more} (machine code for sm_90, assumed for all)"
     yield f"- {loads} loads that wait for each other up to the first tile of K (PTX for sm_90; inspect_kernels: chain)"
     yield f"- {CYCLES} cycles per instruction (latency of NVIDIA's ALU; chosen after 2 had proved too few)"
-    yield f"- {PROLOGUE} cycles before the first tile; merges load {UNROLLED} parts at a time (machine code for sm_90)"
+    yield (
+        f"- {BARRIER * rows.barriers} cycles before the first tile ({rows.barriers} barriers of {BARRIER}); "
+        f"merges load {UNROLLED} parts at a time (machine code for sm_90)"
+    )
     for name in devices:
         d = DEVICES[name]
         yield (
-            f"- {name}: {d.units} multiprocessors, places for {places(d)} on each ({d.shared} KB of shared memory, "
-            f"{d.stages} stages), {d.clock / 1e9:g} GHz, {d.bandwidth / 1e9:,.0f} GB/s, latency of memory "
+            f"- {name}: {d.units} multiprocessors, places for {places(d, rows)} on each ({d.shared} KB of shared "
+            f"memory, {d.stages} stages), {d.clock / 1e9:g} GHz, {d.bandwidth / 1e9:,.0f} GB/s, latency of memory "
             f"{1e9 * d.dram:.0f} ns, of L2 {1e9 * d.l2:.0f} ns ({d.source})"
         )
 
@@ -168,12 +206,17 @@ def assumptions(devices, loads):
 HEAD = ["case", "work items", "per multiprocessor", "waves", "chain us", "bytes us", "predicted us", "of bandwidth"]
 
 
-def row(name, lengths, device, loads=LOADS):
+def row(name, lengths, device, loads=LOADS, rows=ROWS["auto"]):
     """Cells of the table for a call over segments of these lengths."""
-    items, size = items_of(lengths), 4 * D * sum(lengths)
+    items, size = items_of(lengths, rows), 2 * rows.row * sum(lengths)
     live = sum(item.parts > 0 for item in items)
-    whole, chain = (seconds(items, device, *given, loads=loads) for given in ((), (math.inf, len(items))))
-    numbers = live / device.units, live / (device.units * places(device)), 1e6 * chain, 1e6 * size / device.bandwidth
+    whole, chain = (seconds(items, device, *given, loads=loads, rows=rows) for given in ((), (math.inf, len(items))))
+    numbers = (
+        live / device.units,
+        live / (device.units * places(device, rows)),
+        1e6 * chain,
+        1e6 * size / device.bandwidth,
+    )
     cells = [f"{x:.1f}" for x in (*numbers, 1e6 * whole)]
     return [name, str(live), *cells, f"{size / device.bandwidth / whole:.0%}"]
 
@@ -190,14 +233,15 @@ def cases(shapes, mbytes, skews):
                 yield f"{label}, {mean} tokens on average, skew {ratio:g}", lengths
 
 
-def measured(path):
+def measured(path, kv="auto"):
     """Yield (name, lengths, measured us) of the cases of `append_kernel` in a file by bench_kernels.py. Needs torch."""
+    provider = "ours, triton" if kv == "auto" else f"ours, triton, {kv}"
     import json
 
     from tools.problems import lengths_of_case
 
     for found in json.loads(path.read_text())["rows"]:
-        if (found["op"], found["provider"], found["right"]) == ("ragged_decode_append", "ours, triton", True):
+        if (found["op"], found["provider"], found["right"]) == ("ragged_decode_append", provider, True):
             (*_, d), lengths = lengths_of_case(found["case"])
             if d == D:
                 yield found["case"], lengths.tolist(), found["us"]

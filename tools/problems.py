@@ -349,8 +349,9 @@ def attention_case(op, layer, setting):
 
 
 def add_coded(case, op, setting, kind, given, plan, masked, slot):
-    """Add our backends over the same rows in 8 bits. masked: q, K, V, mask of the reference; slot: [of the new token],
-    or []. The check requires the scales of the new token, and attention over the dequantised rows."""
+    """Add our backends, and a function of --kernel that takes scales, over the same rows in 8 bits. masked: q, K, V,
+    mask of the reference; slot: [of the new token], or []. The check requires the scales of the new token, and
+    attention over the dequantised rows."""
     (q, k, v, mask), codes, new = masked, KV_DTYPES[kind], given[1:3] if slot else ()
     at = 1 + len(new)
     coded = [quantise(arena, codes) for arena in given[at : at + 2]]
@@ -359,14 +360,18 @@ def add_coded(case, op, setting, kind, given, plan, masked, slot):
     where = places(scales, slot[0], [quantise(t, codes)[1] for t in new]) if slot else ()
     row = 2 * (q.shape[-1] + 2)
     rows = case.bytes // (2 * q.shape[-1] * q.itemsize)  # old and new tokens; the new one is also read in q's dtype
-    for name, why in backends_of(setting).items():
-        if not why:
-            options = {**plan(kernels), "k_scale": scales[0], "v_scale": scales[1]}
-            call = partial(
-                getattr(kernels, op), *given[:at], *arenas, *given[at + 2 :], backend=name.split()[0], **options
-            )
-            case.add(f"ours, {name}, {kind}", call, attention_check(reference, where))
-            case.sizes[f"ours, {name}, {kind}"] = row * rows
+    arguments, backends = (*given[:at], *arenas, *given[at + 2 :]), backends_of(setting)
+    ways = {f"ours, {name}": (partial(getattr(kernels, op), backend=name.split()[0]), kernels)
+            for name, why in backends.items() if not why}  # fmt: skip
+    if op in setting.own:
+        name, function, package = setting.own[op]
+        runs = package is kernels or not backends[triton_name(setting.device)]
+        if runs and {"k_scale", "v_scale"} <= inspect.signature(function).parameters.keys():
+            ways[name] = function, package
+    for name, (function, package) in ways.items():
+        call = bound(function, arguments, {**plan(package), "k_scale": scales[0], "v_scale": scales[1]})
+        case.add(f"{name}, {kind}", call, attention_check(reference, where))
+        case.sizes[f"{name}, {kind}"] = row * rows
 
 
 def plan_of(start, cap, package):

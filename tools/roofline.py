@@ -5,6 +5,7 @@
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
     python tools/roofline.py --kernel --gpu H100 A100            # predicted times of a decode step's attention
+    python tools/roofline.py --kernel --gpu H100 --kv-dtype int8    # with K and V in 8 bits
     python tools/roofline.py --kernel --loads 4 --measured benchmarks/kernels-h200.json    # beside measured times
 
 A decode step reads the decoder's weights once and, for each sequence, the K and V of all its tokens:
@@ -275,18 +276,19 @@ def short(x):
 
 def kernel_report(args):
     """Print the assumptions and a table of predictions per GPU, or beside what was measured on one."""
-    print("\n".join(kernel_model.assumptions(args.gpu, args.loads)))
+    rows_of = kernel_model.ROWS[args.kv_dtype]
+    print("\n".join(kernel_model.assumptions(args.gpu, args.loads, args.kv_dtype)))
     for name in args.gpu:
         device = kernel_model.DEVICES[name]
         if args.measured:
             rows = []
-            for case, lengths, us in kernel_model.measured(args.measured):
-                cells = kernel_model.row(case, lengths, device, args.loads)
+            for case, lengths, us in kernel_model.measured(args.measured, args.kv_dtype):
+                cells = kernel_model.row(case, lengths, device, args.loads, rows_of)
                 rows.append([*cells[:-1], f"{us:.1f}", f"{us / float(cells[-2]):.2f}"])
             head = [*kernel_model.HEAD[:-1], "measured us", "measured / predicted"]
         else:
             cases = kernel_model.cases(args.shapes, args.mbytes, args.skew)
-            head, rows = kernel_model.HEAD, [kernel_model.row(*case, device, args.loads) for case in cases]
+            head, rows = kernel_model.HEAD, [kernel_model.row(*case, device, args.loads, rows_of) for case in cases]
         print(f"\n{name}\n\n{markdown(head, rows)}")
 
 
@@ -313,6 +315,8 @@ def main(argv=None):
     p.add_argument("--loads", type=number(int, 3, 4), default=kernel_model.LOADS, metavar="N",
                    help="for --kernel: loads that wait for each other up to the first tile of K (default %(default)s; "
                         "4 for kernels-h200.json)")
+    p.add_argument("--kv-dtype", choices=kernel_model.ROWS, default="auto",
+                   help="for --kernel: K and V in 8 bits, over the same segments (default auto: bf16)")
     p.add_argument("--measured", type=Path, metavar="FILE", help="for --kernel: the cases of bench_kernels.py --json "
                    "FILE, beside what was measured; needs torch")
     # fmt: on
@@ -321,6 +325,8 @@ def main(argv=None):
         args.gpu = args.gpu or ["H200"]
         if unknown := set(args.gpu) - set(kernel_model.DEVICES):
             p.error(f"--kernel knows no {' '.join(unknown)}; use {', '.join(kernel_model.DEVICES)}")
+        if refused := [name for name in args.gpu if args.kv_dtype == "fp8" and not kernel_model.DEVICES[name].fp8]:
+            p.error(f"--kv-dtype fp8 is refused on {' '.join(refused)}; use int8")
         if args.measured and not args.measured.is_file():
             p.error(f"--measured {args.measured} is no file; give one written by bench_kernels.py --json")
         kernel_report(args)
@@ -331,6 +337,8 @@ def main(argv=None):
     if args.vision:
         names = [f"{shape.name.partition(',')[0]}, {args.vision} vision tokens" for shape in shapes]
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
+    if args.kv_dtype != "auto":
+        p.error("--kv-dtype needs --kernel; add it")
     if args.gpu and not args.stages:
         p.error("--gpu needs --stages or --kernel; add one")
     if not args.stages:
