@@ -4,10 +4,9 @@ Each operation has a module with a plain PyTorch reference (the specification) a
 kernels are in `*_triton.py`. Reading order: ragged_decode, ragged_pack, window_scores.
 """
 
+from .merge_states import merge_states, merge_states_ref
 from .quantise import dequantised, quantise, quantise_ref
 from .ragged_decode import (
-    merge_states,
-    merge_states_ref,
     ragged_decode,
     ragged_decode_append,
     ragged_decode_append_ref,

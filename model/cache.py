@@ -18,8 +18,9 @@ from contextlib import contextmanager
 
 import torch
 
-from kernels import decode_plans, quantise, ragged_decode, ragged_decode_append, ragged_pack
+from kernels import decode_plans, quantise, ragged_pack
 from kernels.backend import choose_backend
+from kernels.ragged_decode import unchecked_append, unchecked_decode
 
 KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the arenas; None: as the model
 ARENAS = ("k", "v", "k_scale", "v_scale")
@@ -64,7 +65,8 @@ class RaggedCache:
             keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
         *arenas, start, length, _ = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
         if self.pos is None:
-            self.fused = choose_backend(self.backend, k.device, k.dtype, stored=KV_DTYPES[self.dtype]) == "triton"
+            self.backend = choose_backend(self.backend, k.device, k.dtype, (k, v), KV_DTYPES[self.dtype])
+            self.fused = self.backend == "triton"
             self.kv_start, self.kv_len, self.kv_cap = start.new_zeros(3, len(self.k), len(k)).unbind()
             self.pos = torch.full((b,), tokens, device=k.device)
         self._place(layer, self._coded(*arenas), start, length, self.slack)
@@ -155,12 +157,9 @@ class RaggedCache:
 
         return_lse: also return the log-sum-exp, (B, [T,] Hq) fp32.
         """
-        plan, length = self.plan(layer), self.kv_len[layer] if kv_len is None else kv_len
-        return ragged_decode(
-            q, self.k[layer], self.v[layer], plan.kv_start, length,  # the plan's own table: checked by identity
-            return_lse=return_lse, plan=plan, backend=self.backend,
-            k_scale=self.k_scale[layer], v_scale=self.v_scale[layer],
-        )  # fmt: skip
+        length = self.kv_len[layer] if kv_len is None else kv_len
+        arenas, plan = self.arenas(layer), self.plan(layer)
+        return unchecked_decode(q, arenas, length, plan, self.backend, return_lse=return_lse)
 
     def append_attend(self, layer, q, k, v, rope=None):
         """A decode step: append k and v (B, Hkv, D) of one token per sequence; q (B, Hq, D) attends -> like q.
@@ -170,11 +169,8 @@ class RaggedCache:
         if not self.fused:
             self.append(layer, k, v)
             return self.attend(layer, q.contiguous())
-        plan = self.plan(layer)
-        return ragged_decode_append(
-            q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.len_before[layer], plan.kv_cap,
-            plan=plan, backend=self.backend, rope=rope, k_scale=self.k_scale[layer], v_scale=self.v_scale[layer],
-        )  # fmt: skip
+        arenas, plan = self.arenas(layer), self.plan(layer)
+        return unchecked_append(q, k, v, arenas, self.len_before[layer], plan, self.backend, rope)
 
     def rectangle(self, layer):
         """The layer's arenas as (S, n, D) views if all segments have n slots and no codes, else None."""

@@ -211,11 +211,13 @@ class Llama(nn.Module):
         """Embedded new tokens after a cache, x (B, C) or (B, T, C) -> final hidden states like x.
 
         Each new token attends to the whole cache, to earlier new tokens and to itself. The cache grows by the new
-        tokens; after an error or Ctrl-C it is unchanged.
+        tokens; after an error or Ctrl-C it is unchanged. ValueError for more than BLOCK tokens; see `extend`.
 
         layers: functions (x, rope, cache, layer) -> x to use instead of each layer's `decode` (model/fast.py).
         """
         tokens = 1 if x.ndim == 2 else x.shape[1]
+        if tokens > BLOCK:
+            raise ValueError(f"{tokens} new tokens need a matrix of {tokens} x {tokens} scores; use extend()")
         positions = cache.pos if x.ndim == 2 else cache.pos[:, None] + torch.arange(tokens, device=x.device)
         rope = rope_table(positions, self.config, x.dtype)
         with cache.reserving(tokens):

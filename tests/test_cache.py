@@ -260,6 +260,29 @@ def test_misuse_is_refused():
         model.prefill(torch.randn(1, 3, 32), cache)
     with pytest.raises(ValueError, match="no caches"):
         join([])
+    with pytest.raises(ValueError, match=f"{llama.BLOCK + 1} new tokens"):
+        model.decode(torch.randn(1, llama.BLOCK + 1, 32), cache)
+
+
+def test_a_gradient_reaches_q_and_v_or_is_refused(backend):
+    """A prompt is packed without gradients; then a step asks for them."""
+    cache = RaggedCache(1, backend=backend)
+    with torch.no_grad():
+        cache.pack(0, *torch.randn(2, 1, 2, 5, 32))
+        cache.grow()
+    q, v = torch.randn(1, 4, 32, requires_grad=True), torch.randn(1, 2, 32, requires_grad=True)
+    for asked in ((q, v), (q, v.detach()), (q.detach(), v)):
+        if backend == "triton":
+            with pytest.raises(ValueError, match="requires a gradient"):
+                cache.append_attend(0, asked[0], torch.randn(1, 2, 32), asked[1])
+        else:
+            cache.k[0], cache.v[0] = cache.k[0].detach(), cache.v[0].detach()  # without the last step's graph
+            cache.append_attend(0, asked[0], torch.randn(1, 2, 32), asked[1]).sum().backward()
+            assert all((x.grad is not None) == x.requires_grad for x in asked)
+            q.grad = v.grad = None
+    if backend == "triton":
+        with pytest.raises(ValueError, match="requires a gradient"):
+            cache.attend(0, q)
 
 
 # ---------------------------------------------------------------- memory
