@@ -11,7 +11,7 @@ from .ragged_decode import (
     ragged_decode_append,
     ragged_decode_append_ref,
     ragged_decode_ref,
-    turned,
+    rotated,
 )
 from .ragged_decode_plan import DecodePlan, decode_plan, decode_plans
 from .ragged_pack import ragged_pack, ragged_pack_ref

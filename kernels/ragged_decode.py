@@ -107,7 +107,7 @@ def unchecked_decode(q, arenas, kv_len, plan, backend, scale=None, return_lse=Fa
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
 
 
-def turned(x, rope):
+def rotated(x, rope):
     """Rotate x (B, H, D), D even: x * cos + roll(x, D/2) * sin, computed in fp32 or float64, rounded once to x's dtype.
     rope: cos and signed sin (B, 1, D), any floating dtype, or both in one tensor; None returns x. This is RoPE."""
     if rope is None:
@@ -122,7 +122,7 @@ def ragged_decode_append_ref(
     scale=None, return_lse=False, rope=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     """The specification of `ragged_decode_append`: attend to the old and new tokens; store the new where one fits."""
-    q, k_new = turned(q, rope), turned(k_new, rope)
+    q, k_new = rotated(q, rope), rotated(k_new, rope)
     d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
     k_new, v_new = k_new.reshape(-1, d), v_new.reshape(-1, d)
     stored = [(k, k_new), (v, v_new)]
@@ -148,7 +148,7 @@ def ragged_decode_append(
     """A decode step of one layer: store each segment's new token in k and v, in place; attend to old and new tokens.
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
-    k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
+    k_new must already be rotated; with rope, (cos, sin) as for `rotated`, both are rotated here. kv_len does not count
     the new token and is not changed; the caller updates it. A full segment (kv_len = kv_cap) attends to the new token
     but does not store it; `RaggedCache` makes room first. With a plan, its kv_start and kv_cap apply. ValueError if
     segments overlap, because two of them might write to one slot. Returns what `ragged_decode` returns.
@@ -184,7 +184,7 @@ def unchecked_append(
             q, k_new, v_new, k, v, kv_len.contiguous(), plan, scale, rope, None, k_scale, v_scale
         )
         return (out, lse) if return_lse else out
-    q, k_new = turned(q, rope), turned(k_new, rope)
+    q, k_new = rotated(q, rope), rotated(k_new, rope)
     rows, key, value = (x.reshape(1, plan.segments, -1, d) for x in (q, k_new, v_new))  # (1, S, G or 1, D)
     lengths = lengths or _on_host(kv_len)
     old = attend(rows, k, v, plan.kv_start, kv_len, lengths, plan, scale, True, k_scale, v_scale)

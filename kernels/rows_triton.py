@@ -36,7 +36,7 @@ def scales_of(k_scale, v_scale, first, end, BN: tl.constexpr):
 
 
 @triton.jit
-def turned(x, at, there, cos, sin, col, D: tl.constexpr):
+def rotated(x, at, there, cos, sin, col, D: tl.constexpr):
     """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin, in fp32 (cos and sin too),
     rounded once to x's dtype."""
     straight = tl.load(x + at + col, there, 0.0).to(tl.float32)

@@ -40,7 +40,7 @@ def rope_table(positions, config, dtype):
 
 
 def rotate(x, rope):
-    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each. `turned` in kernels/ rounds only once."""
+    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each. `rotated` in kernels/ rounds only once."""
     cos, sin = rope
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
