@@ -50,11 +50,11 @@ class DecodePlan:
             (self.buffers["items"],) = _work_items([self.starts], [self.caps], self.split, self.kv_start.device)
         return self.buffers["items"]
 
-    def tickets(self, tiles):
-        """Ticket counters (S * tiles,) int32: finished programs per segment and row tile. All 0 between calls."""
-        if tiles not in self.buffers:
-            self.buffers[tiles] = self.kv_cap.new_zeros(self.segments * tiles)
-        return self.buffers[tiles]
+    def tickets(self, row_tiles):
+        """Ticket counters (S * row_tiles,) int32: finished programs per segment and row tile. All 0 between calls."""
+        if row_tiles not in self.buffers:
+            self.buffers[row_tiles] = self.kv_cap.new_zeros(self.segments * row_tiles)
+        return self.buffers[row_tiles]
 
     def scratch(self, rows, d):
         """Workspace for the items' partial results, fp32: out (W, rows, d), log-sum-exp (W, rows); rows: T * G."""
