@@ -10,7 +10,7 @@ from PIL import Image
 from test_parity import noise
 
 from model import Batch, Generation, InputError, Sampling, load
-from model.batch import answer_each, join, select
+from model.batch import answer_each, join, keep_sequences
 from model.cache import RaggedCache
 from model.fast import FastStep
 from model.pruning import make_method
@@ -220,7 +220,7 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
     for i in range(2):
         joined.append(i, torch.full((3, 2, 4), 7.0), torch.full((3, 2, 4), -7.0))
     version, pos = joined.version, joined.pos.clone()
-    select(joined, stay)
+    keep_sequences(joined, stay)
     joined.repack(max(1, joined.room))
     assert joined.version > version and torch.equal(joined.pos, pos[stay])
     for i in range(2):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model import Generation, Sampling, llama, load
-from model.batch import join, select
+from model.batch import join, keep_sequences
 from model.cache import RaggedCache
 from model.llama import rope_table
 from model.pruning import make_method
@@ -117,7 +117,7 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
     for step in range(9):  # repacked at 3, 6 and 9; the second sequence leaves after 4 tokens
         if step == 4:
             live = [0, 2]
-            select(cache, live)
+            keep_sequences(cache, live)
             cache.repack(max(1, cache.room))
         new = model.decode(torch.stack([xs[i][prompts[i] + step] for i in live]), cache)
         poison(cache)
@@ -158,7 +158,7 @@ def test_a_new_turn_after_another_sequence_has_left(backend, block, monkeypatch)
     model, x = small_llama(), torch.randn(2, 14, 32)
     cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)
-    select(cache, [1])
+    keep_sequences(cache, [1])
     cache.repack(1)
     states = [model.prefill(x[:, :6])[1], model.extend(x[1:, 6:11], cache)[0], model.decode(x[1:, 11], cache)]
     poison(cache)
