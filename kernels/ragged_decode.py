@@ -131,8 +131,8 @@ def ragged_decode_append_ref(
         stored = [(k, k_new), (v, v_new), (k_scale, k_unit), (v_scale, v_unit)]
     joined = []  # arenas with the old tokens and the new one of each segment, and their scales
     for arena, new in stored:
-        rows = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
-        joined.append(torch.cat([row for pair in rows for row in pair]))
+        pairs = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
+        joined.append(torch.cat([x for pair in pairs for x in pair]))
         for s, (a, n, cap) in enumerate(zip(starts, lengths, kv_cap.tolist(), strict=True)):
             if n < cap:
                 arena[a + n] = new[s]

@@ -148,9 +148,9 @@ class RaggedCache:
         if k.ndim == 4:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         new = self._coded(k.flatten(0, -2), v.flatten(0, -2))  # (S * T, D)
-        for arena, rows in zip(self.arenas(layer), new, strict=True):
+        for arena, x in zip(self.arenas(layer), new, strict=True):
             if arena is not None:
-                _bytes(arena).index_copy_(0, self.slots[layer], _bytes(rows))
+                _bytes(arena).index_copy_(0, self.slots[layer], _bytes(x))
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
         """Attention of q (B, [T,] Hq, D) over all taken and claimed slots -> like q; kv_len (S,) overrides the lengths.
@@ -202,9 +202,9 @@ class RaggedCache:
 
     @property
     def nbytes_held(self):
-        """Bytes of the taken K and V rows, scales included."""
-        rows = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
-        layers = ((n, t) for layer, n in enumerate(rows) for t in self.arenas(layer) if t is not None)
+        """Bytes of the taken slots' K and V, scales included."""
+        taken = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
+        layers = ((n, t) for layer, n in enumerate(taken) for t in self.arenas(layer) if t is not None)
         return sum(n * t.nbytes // len(t) for n, t in layers if len(t))
 
     @property
@@ -220,12 +220,12 @@ def _bytes(t):
 
 
 def _moved(old, source, new, slot):
-    """Copy rows `source` of an arena to rows `slot` of a new one -> the new one."""
+    """Copy the slots `source` of an arena to the slots `slot` of a new one -> the new one."""
     _bytes(new).index_copy_(0, slot, _bytes(old)[source])
     return new
 
 
 def _taken(start, length):
     """Indices of the taken slots of all segments: start, length (S,) -> (sum of length,)."""
-    shift = start - (length.cumsum(0) - length)  # from a row's index among all taken rows to its slot
+    shift = start - (length.cumsum(0) - length)  # from an index among all taken slots to the slot
     return torch.repeat_interleave(shift, length) + torch.arange(int(length.sum()), device=start.device)
