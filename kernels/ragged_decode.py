@@ -222,7 +222,7 @@ def _dense_within(x):
 
 
 def _check(q, k, v, tables, plan, scale, k_scale, v_scale):
-    """ValueError for arguments that `ragged_decode` does not support. Runs in every step, so it must be cheap."""
+    """ValueError for arguments that `ragged_decode` does not support."""
     if q.ndim not in (3, 4) or k.ndim != 2 or k.shape != v.shape or k.shape[1] != q.shape[-1] or 0 in q.shape:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"{shapes}; give q (B, [T,] Hq, D), not empty, and k and v (N, D)")

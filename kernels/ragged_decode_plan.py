@@ -71,8 +71,9 @@ def decode_plan(kv_start, kv_cap, *, split=None):
     """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Build it when segments have moved,
     not in each step: it synchronises.
 
-    split: slots per work item of the Triton kernels, default `split_size`; a multiple of 16 up to 2**20. ValueError for
-    another split, and for tables of another dtype or shape, on two devices, or with negative entries.
+    split: slots per work item of the Triton kernels, a multiple of 16 up to 2**20; for experiments, and for tests that
+    need several items in a short segment. Default: `split_size`. ValueError for another split, and for tables of
+    another dtype or shape, on two devices, or with negative entries.
     """
     _check(kv_start, kv_cap, split, 1)
     return _plans(kv_start[None], kv_cap[None], split)[0]

@@ -69,8 +69,8 @@ def runs_of(starts, lengths):
 def rectangle_step(q, k_new, v_new, k, v, kv_len):
     """A decode step over segments of equal capacity, for torch.compile: store the new tokens, attend to all.
 
-    Matrix products are written as multiply and sum, which is slow in eager mode. The compiler fuses them and the rest
-    of the layer into a few loops; of the intermediate results only the scores are written to memory.
+    Matrix products are written as multiply and sum, in eager mode 16 times as slow as `_dense`. The compiler fuses them
+    and the rest of the layer into a few loops; of the intermediate results only the scores are written to memory.
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots, changed in place; kv_len
     (S,) including the new tokens -> like q. Free slots do not affect the result, even if they hold NaN.
@@ -120,7 +120,10 @@ def _gathered(q, kv_start, kv_len, k, v, longest, scale, return_lse, k_scale=Non
 
 
 def _dense(q, k, v, bias, scale, return_lse):
-    """Attention of q (1, S, M, D) over k, v (1, S, n, D); bias (S, 1, n) is added if given. No keys: 0, lse -inf."""
+    """Attention of q (1, S, M, D) over k, v (1, S, n, D); bias (S, 1, n) is added if given. No keys: 0, lse -inf.
+
+    In two forms: SDPA, which is up to 4 times as fast but returns no log-sum-exp, and products where one is asked for.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
     if k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=compute)

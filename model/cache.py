@@ -32,7 +32,8 @@ class RaggedCache:
     k, v       L arenas (N, D) each: keys and values, or with dtype "int8" or "fp8" their codes
     k_scale, v_scale   L scales of the codes, (N,) fp16 each, or None; see kernels/quantise.py
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
-    slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens
+    slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens, computed for all layers
+               together: layer by layer would be slower (kernels/NOTES.md)
     len_before (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
     pos        (B,) int64: position of the next token of each sequence
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)

@@ -102,8 +102,8 @@ class Attention(nn.Module):
 def causal_attention(q, k, v):
     """Causal attention among T tokens, computed in fp32 (float64 for float64), and its log-sum-exp.
 
-    Written out because PyTorch's SDPA does not return the log-sum-exp. Materialises B * Hq * T * T scores; T is at most
-    BLOCK.
+    Written out because PyTorch's SDPA does not return the log-sum-exp, and rows of `ragged_decode` see all tokens of a
+    segment. Materialises B * Hq * T * T scores; T is at most BLOCK.
 
     q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D) in v's dtype, (B, T, Hq) in the compute dtype.
     """
