@@ -34,11 +34,12 @@ class RaggedCache:
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
     slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens, computed for all layers
                together: layer by layer would be slower (kernels/NOTES.md)
-    len_before (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
+    len_before (L, S) int32: kv_len before the last `grow`, which counts new tokens before `append` writes them
     pos        (B,) int64: position of the next token of each sequence
     slack      free slots per segment after packing; when a segment is full, all get more (`_larger_slack`)
     room       tokens that still fit into every segment; a number on the host
-    fused      True: one kernel appends and attends
+    backend    of the kernels; `pack` replaces "auto" by "triton" or "torch"
+    fused      True with Triton: one kernel appends and attends
     version    increases when arenas move or sequences are removed, which invalidates the graph of `FastStep`
     """
 

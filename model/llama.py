@@ -90,7 +90,7 @@ class Attention(nn.Module):
         """New tokens, x (B, C) or (B, T, C) -> y like x. Appends their k and v to the cache."""
         if x.ndim == 2:
             q, k, v = self.project(x, None if cache.fused else rope)  # the fused kernel rotates
-            y = cache.append_attend(layer, q, k, v, rope)  # rope is for that kernel
+            y = cache.append_attend(layer, q, k, v, rope)  # only that kernel uses rope
         else:
             q, k, v = self.project(x, rope)  # (B, T, H, D)
             cache.append(layer, k, v)
