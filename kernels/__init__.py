@@ -4,15 +4,14 @@ Each operation has a module with a plain PyTorch reference (the specification) a
 kernels are in `*_triton.py`. Reading order: ragged_decode, ragged_pack, window_scores.
 """
 
+from .merge_states import merge_states, merge_states_ref
 from .quantise import dequantised, quantise, quantise_ref
 from .ragged_decode import (
-    merge_states,
-    merge_states_ref,
     ragged_decode,
     ragged_decode_append,
     ragged_decode_append_ref,
     ragged_decode_ref,
-    turned,
+    rotated,
 )
 from .ragged_decode_plan import DecodePlan, decode_plan, decode_plans
 from .ragged_pack import ragged_pack, ragged_pack_ref

@@ -12,15 +12,15 @@ The G = Hq / Hkv query heads of a KV head read the same rows: 2 * sum(kv_len) * 
 query rows per sequence that is 2 * T * G FLOP per element read. A decode step (T = 1) is memory-bound or, on a small
 cache, bound by fixed costs.
 
-`ragged_decode_append` is the decode step: it also stores the new token's key and value, in the same launch.
-
-`merge_states` combines two partial results over disjoint keys exactly, from their log-sum-exps. FlashAttention (arXiv
-2205.14135) and Flash-Decoding use the same identity.
+`ragged_decode_append` is the decode step: it also stores the new token's key and value, in the same launch. Both check
+their arguments, then call a function that does the work. A caller that made plan and arenas itself, as `RaggedCache`
+does in every layer of every step, calls that function: `unchecked_decode` or `unchecked_append`.
 """
 
 import torch
 
 from .backend import check_alike, check_tables, choose_backend
+from .merge_states import merge_states
 from .quantise import CODES, dequantised, quantise, quantise_ref
 from .ragged_decode_plan import DecodePlan, decode_plan
 from .ragged_decode_torch import attend
@@ -76,24 +76,30 @@ def ragged_decode(
     copies all segments, each padded to the largest capacity.
     """
     _check(q, k, v, {"kv_start": kv_start, "kv_len": kv_len}, plan, scale, k_scale, v_scale)
-    way = choose_backend(backend, q.device, q.dtype, (q, k, v), k.dtype)
+    backend = choose_backend(backend, q.device, q.dtype, (q, k, v), k.dtype)
     if plan is None:
         plan = decode_plan(kv_start, kv_len)
         lengths = plan.caps
     else:
         lengths = _lengths(kv_start, kv_len, plan)
     _check_arena(k, plan)
+    return unchecked_decode(q, (k, v, k_scale, v_scale), kv_len, plan, backend, scale, return_lse, lengths)
+
+
+def unchecked_decode(q, arenas, kv_len, plan, backend, scale=None, return_lse=False, lengths=None):
+    """`ragged_decode` for arguments that are known to fit. arenas: k, v, k_scale, v_scale; backend: "triton" or
+    "torch"; lengths: kv_len as a list, if known."""
+    k, v, *scales = arenas
     q, segments, d = q.contiguous(), plan.segments, q.shape[-1]
     scale = d**-0.5 if scale is None else scale
-    if way == "triton":
-        from . import ragged_decode_triton  # only here: the rest works without triton
-
+    if backend == "triton":
         rows = q if q.ndim == 4 else q[:, None]
-        out, lse = ragged_decode_triton.attend(rows, k, v, kv_len.contiguous(), plan, scale, None, k_scale, v_scale)
+        out, lse = _launchers(q).attend(rows, k, v, kv_len.contiguous(), plan, scale, None, *scales)
     else:  # all rows that read a segment are one small matrix: (S, T * G, D)
         rows = q if q.ndim == 3 else q.unflatten(2, (segments // len(q), -1)).transpose(1, 2).contiguous()
         rows = rows.view(1, segments, -1, d)
-        out, lse = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, return_lse, k_scale, v_scale)
+        lengths = lengths or _on_host(kv_len)
+        out, lse = attend(rows, k, v, plan.kv_start, kv_len, lengths, plan, scale, return_lse, *scales)
         if q.ndim == 4:  # (B, Hkv, T, G, ...) -> (B, T, Hkv, G, ...)
             shape = (len(q), segments // len(q), q.shape[1], -1)
             out = out.view(*shape, d).transpose(1, 2).contiguous()
@@ -101,7 +107,7 @@ def ragged_decode(
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
 
 
-def turned(x, rope):
+def rotated(x, rope):
     """Rotate x (B, H, D), D even: x * cos + roll(x, D/2) * sin, computed in fp32 or float64, rounded once to x's dtype.
     rope: cos and signed sin (B, 1, D), any floating dtype, or both in one tensor; None returns x. This is RoPE."""
     if rope is None:
@@ -116,7 +122,7 @@ def ragged_decode_append_ref(
     scale=None, return_lse=False, rope=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     """The specification of `ragged_decode_append`: attend to the old and new tokens; store the new where one fits."""
-    q, k_new = turned(q, rope), turned(k_new, rope)
+    q, k_new = rotated(q, rope), rotated(k_new, rope)
     d, starts, lengths = q.shape[-1], kv_start.tolist(), kv_len.tolist()
     k_new, v_new = k_new.reshape(-1, d), v_new.reshape(-1, d)
     stored = [(k, k_new), (v, v_new)]
@@ -125,8 +131,8 @@ def ragged_decode_append_ref(
         stored = [(k, k_new), (v, v_new), (k_scale, k_unit), (v_scale, v_unit)]
     joined = []  # arenas with the old tokens and the new one of each segment, and their scales
     for arena, new in stored:
-        rows = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
-        joined.append(torch.cat([row for pair in rows for row in pair]))
+        pairs = [(arena[a : a + n], new[s : s + 1]) for s, (a, n) in enumerate(zip(starts, lengths, strict=True))]
+        joined.append(torch.cat([x for pair in pairs for x in pair]))
         for s, (a, n, cap) in enumerate(zip(starts, lengths, kv_cap.tolist(), strict=True)):
             if n < cap:
                 arena[a + n] = new[s]
@@ -142,7 +148,7 @@ def ragged_decode_append(
     """A decode step of one layer: store each segment's new token in k and v, in place; attend to old and new tokens.
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D); the rest as for `ragged_decode`, ValueError included. Without rope, q and
-    k_new must already be rotated; with rope, (cos, sin) as for `turned`, both are rotated here. kv_len does not count
+    k_new must already be rotated; with rope, (cos, sin) as for `rotated`, both are rotated here. kv_len does not count
     the new token and is not changed; the caller updates it. A full segment (kv_len = kv_cap) attends to the new token
     but does not store it; `RaggedCache` makes room first. With a plan, its kv_start and kv_cap apply. ValueError if
     segments overlap, because two of them might write to one slot. Returns what `ragged_decode` returns.
@@ -158,20 +164,30 @@ def ragged_decode_append(
     _check_arena(k, plan)
     _check_step(q, k_new, v_new, kv_cap, plan, rope)
     lengths = _lengths(kv_start, kv_len, plan)
-    way = choose_backend(backend, q.device, q.dtype, (q, k_new, v_new, k, v, *(() if rope is None else rope)), k.dtype)
+    inputs = (q, k_new, v_new, k, v, *(() if rope is None else rope))
+    backend = choose_backend(backend, q.device, q.dtype, inputs, k.dtype)
+    arenas = k, v, k_scale, v_scale
+    return unchecked_append(q, k_new, v_new, arenas, kv_len, plan, backend, rope, scale, return_lse, lengths)
+
+
+def unchecked_append(
+    q, k_new, v_new, arenas, kv_len, plan, backend, rope=None, scale=None, return_lse=False, lengths=None
+):  # fmt: skip
+    """`ragged_decode_append` for arguments that are known to fit; arenas, backend, lengths as in `unchecked_decode`."""
+    k, v, k_scale, v_scale = arenas
+    q, k_new, v_new = (_dense_within(x) for x in (q, k_new, v_new))
     d = q.shape[-1]
     scale = d**-0.5 if scale is None else scale
-    if way == "triton":
-        from . import ragged_decode_triton
-
+    if backend == "triton":
         rope = None if rope is None else [t.contiguous() for t in rope]
-        out, lse = ragged_decode_triton.append_attend(
+        out, lse = _launchers(q, k_new, v_new).append_attend(
             q, k_new, v_new, k, v, kv_len.contiguous(), plan, scale, rope, None, k_scale, v_scale
         )
         return (out, lse) if return_lse else out
-    q, k_new = turned(q, rope), turned(k_new, rope)
+    q, k_new = rotated(q, rope), rotated(k_new, rope)
     rows, key, value = (x.reshape(1, plan.segments, -1, d) for x in (q, k_new, v_new))  # (1, S, G or 1, D)
-    old = attend(rows, k, v, kv_start, kv_len, lengths, plan, scale, True, k_scale, v_scale)
+    lengths = lengths or _on_host(kv_len)
+    old = attend(rows, k, v, plan.kv_start, kv_len, lengths, plan, scale, True, k_scale, v_scale)
     compute, stored = old[1].dtype, [(k, key), (v, value)]
     if k_scale is not None:
         (key, k_unit), (value, v_unit) = quantise(key, k.dtype), quantise(value, v.dtype)
@@ -180,10 +196,24 @@ def ragged_decode_append(
     score = scale * (rows.to(compute) * key.to(compute)).sum(-1)
     out, lse = merge_states(*old, value.expand_as(rows), score)  # the log-sum-exp over a single key is its score
     free = (kv_len < plan.kv_cap).nonzero()[:, 0]
-    slot = (kv_start + kv_len)[free].long()  # stored last, because k_new and v_new may be views of an arena
+    slot = (plan.kv_start + kv_len)[free].long()  # stored last, because k_new and v_new may be views of an arena
     for arena, new in stored:
         arena[slot] = new[0, free, 0]
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
+
+
+def _launchers(*inputs):
+    """The module with the Triton kernels. They have no backward pass: ValueError if an input requires a gradient."""
+    from . import ragged_decode_triton  # only here: the rest works without triton
+
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        raise ValueError("backend 'triton': an input requires a gradient; use torch.no_grad() or backend 'torch'")
+    return ragged_decode_triton
+
+
+def _on_host(kv_len):
+    """kv_len as a list, or None on CUDA, to avoid a synchronisation."""
+    return None if kv_len.is_cuda else kv_len.tolist()
 
 
 def _dense_within(x):
@@ -192,7 +222,7 @@ def _dense_within(x):
 
 
 def _check(q, k, v, tables, plan, scale, k_scale, v_scale):
-    """ValueError for arguments that `ragged_decode` does not support. Runs in every step, so it must be cheap."""
+    """ValueError for arguments that `ragged_decode` does not support."""
     if q.ndim not in (3, 4) or k.ndim != 2 or k.shape != v.shape or k.shape[1] != q.shape[-1] or 0 in q.shape:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"{shapes}; give q (B, [T,] Hq, D), not empty, and k and v (N, D)")
@@ -255,39 +285,12 @@ def _check_arena(k, plan):
 
 
 def _lengths(kv_start, kv_len, plan):
-    """kv_len as a list, or None on CUDA, to avoid a synchronisation. ValueError for tables that do not fit the plan."""
-    if kv_len.is_cuda:
+    """kv_len `_on_host`. ValueError for tables on the CPU that do not fit the plan."""
+    lengths = _on_host(kv_len)
+    if lengths is None:
         return None
-    lengths = kv_len.tolist()
     if kv_start is not plan.kv_start and not torch.equal(kv_start, plan.kv_start):
         raise ValueError(f"the plan is for starts {plan.starts}, not {kv_start.tolist()}; build a new plan")
     if min(lengths) < 0 or (max(lengths) > plan.shortest and (kv_len > plan.kv_cap).any()):
         raise ValueError(f"lengths {lengths} are negative or exceed the capacities {plan.caps}; repack first")
     return lengths
-
-
-def merge_states_ref(out_a, lse_a, out_b, lse_b):
-    """The specification of `merge_states`: weights each part by its sum of exponentials, in float64."""
-    lse = torch.stack((lse_a, lse_b)).double()  # (2, ...)
-    top = lse.amax(0).masked_fill(lse.amax(0) == float("-inf"), 0)  # keeps exp in range
-    sums = (lse - top).exp()
-    total = sums.sum(0)
-    parts = torch.stack((out_a, out_b)).double() * sums[..., None]
-    out = torch.where(total[..., None] > 0, parts.sum(0) / total[..., None], 0.0)
-    return out.to(out_a.dtype), (top + total.log()).to(lse_a.dtype)
-
-
-def merge_states(out_a, lse_a, out_b, lse_b):
-    """Attention over the union of two disjoint sets of keys, from the attention over each set.
-
-    out_a, out_b (..., D); lse_a, lse_b (...), natural log, -inf for no keys. Returns (out, lse) in the dtypes of out_a
-    and lse_a; two empty parts give out 0 and lse -inf. ValueError for shapes, dtypes or devices that do not match.
-    """
-    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
-        shapes = [tuple(t.shape) for t in (out_a, lse_a, out_b, lse_b)]
-        raise ValueError(f"shapes {shapes} do not fit; give (..., D), (...), (..., D), (...)")
-    check_alike(out_a=out_a, out_b=out_b)
-    check_alike(lse_a=lse_a[..., None], lse_b=lse_b[..., None])  # [..., None]: lse may have gaps
-    ratio = (lse_a - lse_b)[..., None]  # a difference, so large values cannot overflow; NaN where both are -inf
-    weight_a, weight_b = ratio.sigmoid().nan_to_num(0.0), (-ratio).sigmoid().nan_to_num(0.0)
-    return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), torch.logaddexp(lse_a, lse_b)

@@ -50,11 +50,11 @@ class DecodePlan:
             (self.buffers["items"],) = _work_items([self.starts], [self.caps], self.split, self.kv_start.device)
         return self.buffers["items"]
 
-    def tickets(self, tiles):
-        """Ticket counters (S * tiles,) int32: finished programs per segment and row tile. All 0 between calls."""
-        if tiles not in self.buffers:
-            self.buffers[tiles] = self.kv_cap.new_zeros(self.segments * tiles)
-        return self.buffers[tiles]
+    def tickets(self, row_tiles):
+        """Ticket counters (S * row_tiles,) int32: finished programs per segment and row tile. All 0 between calls."""
+        if row_tiles not in self.buffers:
+            self.buffers[row_tiles] = self.kv_cap.new_zeros(self.segments * row_tiles)
+        return self.buffers[row_tiles]
 
     def scratch(self, rows, d):
         """Workspace for the items' partial results, fp32: out (W, rows, d), log-sum-exp (W, rows); rows: T * G."""
@@ -71,8 +71,9 @@ def decode_plan(kv_start, kv_cap, *, split=None):
     """Plan for `ragged_decode` over segments kv_start, kv_cap (S,) int32. Build it when segments have moved,
     not in each step: it synchronises.
 
-    split: slots per work item of the Triton kernels, default `split_size`; a multiple of 16 up to 2**20. ValueError for
-    another split, and for tables of another dtype or shape, on two devices, or with negative entries.
+    split: slots per work item of the Triton kernels, a multiple of 16 up to 2**20; for experiments, and for tests that
+    need several items in a short segment. Default: `split_size`. ValueError for another split, and for tables of
+    another dtype or shape, on two devices, or with negative entries.
     """
     _check(kv_start, kv_cap, split, 1)
     return _plans(kv_start[None], kv_cap[None], split)[0]

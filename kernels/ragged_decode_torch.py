@@ -29,39 +29,39 @@ def attend(q, k, v, kv_start, kv_len, lengths, plan, scale, return_lse, k_scale=
     longest = plan.longest if lengths is None else max(lengths)
     if k_scale is not None:
         count = max(1, TILE // (max(1, longest) * q.shape[3]))  # segments
-        parts = [
+        results = [
             _gathered(*block, k, v, longest, scale, return_lse, k_scale, v_scale)
             for block in zip(q.split(count, 1), kv_start.split(count), kv_len.split(count), strict=True)
         ]
-        return _joined(parts, return_lse)
+        return _joined(results, return_lse)
     runs = None if lengths is None else runs_of(plan.starts, lengths)
     if runs and (len(runs) <= FEW or longest * q.shape[3] * q.element_size() >= LONG):
-        parts = [
-            _rectangle(q[:, first:end], k, v, plan.starts[first], step, lengths[first], scale, return_lse)
-            for first, end, step in runs
+        results = [
+            _rectangle(q[:, first:end], k, v, plan.starts[first], stride, lengths[first], scale, return_lse)
+            for first, end, stride in runs
         ]
-        return _joined(parts, return_lse)
+        return _joined(results, return_lse)
     return _gathered(q, kv_start, kv_len, k, v, longest, scale, return_lse)
 
 
-def _joined(parts, return_lse):
-    if len(parts) == 1:
-        return parts[0]
-    out, lse = zip(*parts, strict=True)
+def _joined(results, return_lse):
+    if len(results) == 1:
+        return results[0]
+    out, lse = zip(*results, strict=True)
     return torch.cat(out, 1), torch.cat(lse, 1) if return_lse else None
 
 
 def runs_of(starts, lengths):
-    """[(a, b, step)]: segments a to b - 1 have equal length and start `step` slots apart. From left to right, each
+    """[(a, b, stride)]: segments a to b - 1 have equal length and start `stride` slots apart. From left to right, each
     run is as long as possible."""
     runs, a = [], 0
     while a < len(starts):
-        b, step = a + 1, 0
+        b, stride = a + 1, 0
         if b < len(starts) and lengths[b] == lengths[a]:
-            step = max(0, starts[b] - starts[a])
-        while b < len(starts) and lengths[b] == lengths[a] and starts[b] - starts[b - 1] == step:
+            stride = max(0, starts[b] - starts[a])
+        while b < len(starts) and lengths[b] == lengths[a] and starts[b] - starts[b - 1] == stride:
             b += 1
-        runs.append((a, b, step))
+        runs.append((a, b, stride))
         a = b
     return runs
 
@@ -69,8 +69,8 @@ def runs_of(starts, lengths):
 def rectangle_step(q, k_new, v_new, k, v, kv_len):
     """A decode step over segments of equal capacity, for torch.compile: store the new tokens, attend to all.
 
-    Matrix products are written as multiply and sum, which is slow in eager mode. The compiler fuses them and the rest
-    of the layer into a few loops; of the intermediate results only the scores are written to memory.
+    Matrix products are written as multiply and sum, in eager mode 16 times as slow as `_dense`. The compiler fuses them
+    and the rest of the layer into a few loops; of the intermediate results only the scores are written to memory.
 
     q (B, Hq, D); k_new, v_new (B, Hkv, D); k, v (S, n, D), views of the arenas over all slots, changed in place; kv_len
     (S,) including the new tokens -> like q. Free slots do not affect the result, even if they hold NaN.
@@ -92,10 +92,10 @@ def rectangle_step(q, k_new, v_new, k, v, kv_len):
     return out.to(q.dtype).view(q.shape)
 
 
-def _rectangle(q, k, v, start, step, length, scale, return_lse):
+def _rectangle(q, k, v, start, stride, length, scale, return_lse):
     """Attention of q (1, S, M, D) over S segments of `length` slots: the first begins at slot `start`, and each
-    further one `step` slots after the previous -> out, lse or None."""
-    shape, strides = (1, q.shape[1], length, q.shape[3]), (0, step * q.shape[3], q.shape[3], 1)
+    further one `stride` slots after the previous -> out, lse or None."""
+    shape, strides = (1, q.shape[1], length, q.shape[3]), (0, stride * q.shape[3], q.shape[3], 1)
     # as_strided counts from the start of the storage, but an arena may be a view that begins later
     keys, values = (x.as_strided(shape, strides, x.storage_offset() + start * q.shape[3]) for x in (k, v))
     return _dense(q, keys, values, None, scale, return_lse)
@@ -120,7 +120,10 @@ def _gathered(q, kv_start, kv_len, k, v, longest, scale, return_lse, k_scale=Non
 
 
 def _dense(q, k, v, bias, scale, return_lse):
-    """Attention of q (1, S, M, D) over k, v (1, S, n, D); bias (S, 1, n) is added if given. No keys: 0, lse -inf."""
+    """Attention of q (1, S, M, D) over k, v (1, S, n, D); bias (S, 1, n) is added if given. No keys: 0, lse -inf.
+
+    In two forms: SDPA, which is up to 4 times as fast but returns no log-sum-exp, and products where one is asked for.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
     if k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=compute)

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from .backend import interpreted
 from .quantise import CODES
-from .rows_triton import apart, item_of, quantised, rows_of, scales_of, together, turned, unpacked
+from .rows_triton import apart, item_of, quantised, rotated, rows_of, scales_of, together, unpacked
 from .tiles import architecture, chosen
 
 LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
@@ -210,8 +210,8 @@ def append_kernel(
     if ROPE:
         c = tl.load(cos + sequence * D + col, known, 0.0).to(tl.float32)
         s = tl.load(sin + sequence * D + col, known, 0.0).to(tl.float32)
-        rows = turned(q, q_at, exists, c[None, :], s[None, :], col[None, :], D)  # [M, DP]
-        key = turned(k_new, k_at, known, c, s, col, D)
+        rows = rotated(q, q_at, exists, c[None, :], s[None, :], col[None, :], D)  # [M, DP]
+        key = rotated(k_new, k_at, known, c, s, col, D)
     else:
         rows = tl.load(q + q_at + col[None, :], exists, 0.0)
         key = tl.load(k_new + k_at + col, known, 0.0)

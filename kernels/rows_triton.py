@@ -20,11 +20,11 @@ def quantised(x, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     top = tl.max(tl.abs(x), 0) + tl.sum(x * 0.0, 0)  # the sum is NaN if x has NaN or infinity: none gets lost
     scale = tl.maximum(tl.div_rn(top, largest), FLOOR, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
     codes = tl.clamp(tl.div_rn(x, scale.to(tl.float32)), -largest, largest)
-    step = 1.0  # distance of neighbouring codes; e4m3 has 3 bits after the first, down to 2^-9
+    spacing = 1.0  # distance of neighbouring codes; e4m3 has 3 bits after the first, down to 2^-9
     if not DTYPE.is_int8():
         power = (codes.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # 2^exponent
-        step = tl.maximum(power * 0.125, 0.001953125)
-    shift = 12582912.0 * step  # 1.5 * 2^23 steps: the sum is rounded to whole steps, half to even
+        spacing = tl.maximum(power * 0.125, 0.001953125)
+    shift = 12582912.0 * spacing  # 1.5 * 2^23 of them: the sum is rounded to a multiple, half to even
     return ((codes + shift) - shift).to(DTYPE), scale
 
 
@@ -59,7 +59,7 @@ def together(even, odd):
 
 
 @triton.jit
-def turned(x, at, there, cos, sin, col, D: tl.constexpr):
+def rotated(x, at, there, cos, sin, col, D: tl.constexpr):
     """Load rows of x at offsets at + col and rotate them: x * cos + roll(x, D/2) * sin, in fp32 (cos and sin too),
     rounded once to x's dtype."""
     straight = tl.load(x + at + col, there, 0.0).to(tl.float32)

@@ -1,14 +1,14 @@
 """`window_scores` in Triton: two kernels that read only q and k. No W x T matrix of probabilities is stored.
 
-    lse_kernel    a program per (KV head, part of the keys, tile of rows): log-sum-exp of each query row over that part
-    mass_kernel   a program per (KV head, BN keys): merges the parts of each row, sums exp(s - lse) over the rows
+    lse_kernel    a program per (KV head, split of the keys, tile of rows): log-sum-exp of each query row over it
+    mass_kernel   a program per (KV head, BN keys): merges the splits of each row, sums exp(s - lse) over the rows
 
-      query rows of a KV head      keys 0 ............ T      lse[row, part]      score[column]
-      g = 0: w = 0 .. W - 1        |-- part 0 --|-- ...  -->  one number each  -->  sum over w, then over g
+      query rows of a KV head      keys 0 ............ T      lse[row, split]      score[column]
+      g = 0: w = 0 .. W - 1        |-- split 0 --|-- ...  -->  one number each  -->  sum over w, then over g
       g = 1: w = 0 .. W - 1
 
 Columns are independent, so no reduction between programs is needed. Keys are read twice, 2 * Hkv * T * D * itemsize
-bytes; each tile of keys reads 4 * G * W * parts bytes of lse (from L2). 4 * G * W FLOP per key element:
+bytes; each tile of keys reads 4 * G * W * splits bytes of lse (from L2). 4 * G * W FLOP per key element:
 memory-bound for few query rows, compute-bound from about 64. The specification is `window_scores_ref`.
 """
 
@@ -60,9 +60,9 @@ def lse_kernel(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, ALIGN: tl.constexpr,
     UP: tl.constexpr,
 ):  # fmt: skip
-    """grid (Hkv, parts of `size` keys, tiles of M rows): lse (Hq, W, parts) to base 2."""
-    # this program's part of the keys and its rows
-    head, part = tl.program_id(0), tl.program_id(1)
+    """grid (Hkv, splits of `size` keys, tiles of M rows): lse (Hq, W, splits) to base 2."""
+    # this program's split of the keys and its rows
+    head, split = tl.program_id(0), tl.program_id(1)
     r = tl.program_id(2) * M + tl.arange(0, M)  # r = g * W + w
     there, w, query_head = r < G * window, r % window, head * G + r // window
     # load the query rows
@@ -70,8 +70,8 @@ def lse_kernel(
     rows = _rows(q, query_head, w, there, q_stride_h, q_stride_w, D, DP, ALIGN, UP)
     m, l = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     # stream the keys
-    end = tl.minimum(tokens, (part + 1) * size)
-    for first in range(part * size, end, BN):
+    end = tl.minimum(tokens, (split + 1) * size)
+    for first in range(split * size, end, BN):
         column = first + tl.arange(0, BN)
         keys = _keys(k, head, column, end, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
         s = _scores(rows, keys, scale, there, position, column, end)
@@ -79,15 +79,15 @@ def lse_kernel(
         safe = tl.where(top == float("-inf"), 0.0, top)  # no keys so far
         l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
         m = top
-    l = tl.where(l == 0, 1.0, l)  # no key in this part: m is -inf
-    tl.store(lse + (query_head * window + w) * tl.num_programs(1) + part, m + tl.log2(l), there)
+    l = tl.where(l == 0, 1.0, l)  # no key in this split: m is -inf
+    tl.store(lse + (query_head * window + w) * tl.num_programs(1) + split, m + tl.log2(l), there)
 
 
 @triton.jit
 def mass_kernel(
     q, k, q_pos, lse, out,
-    scale, window, tokens, parts, q_stride_h, q_stride_w, k_stride_h, k_stride_t,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    scale, window, tokens, splits, q_stride_h, q_stride_w, k_stride_h, k_stride_t,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, ALIGN: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """grid (Hkv, tiles of BN keys): out (Hkv, T), or (Hq, T) for GROUP "none"."""
@@ -95,7 +95,7 @@ def mass_kernel(
     head = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     keys = _keys(k, head, column, tokens, k_stride_h, k_stride_t, D, DP, ALIGN, UP)
-    part = tl.arange(0, PARTS)
+    split = tl.arange(0, SPLITS)
     total = tl.zeros([BN], tl.float32)
     # stream the query rows, head by head
     for g in range(0, G):
@@ -106,8 +106,8 @@ def mass_kernel(
             position = tl.load(q_pos + w, there, -1)
             rows = _rows(q, query_head, w, there, q_stride_h, q_stride_w, D, DP, ALIGN, UP)
             s = _scores(rows, keys, scale, there, position, column, tokens)
-            known = there[:, None] & (part < parts)[None, :]
-            pieces = tl.load(lse + (query_head * window + w)[:, None] * parts + part[None, :], known, float("-inf"))
+            known = there[:, None] & (split < splits)[None, :]
+            pieces = tl.load(lse + (query_head * window + w)[:, None] * splits + split[None, :], known, float("-inf"))
             top = tl.max(pieces, 1)
             top = tl.where(top == float("-inf"), 0.0, top)  # a padding row
             whole = tl.sum(tl.exp2(pieces - top[:, None]), 1)
@@ -123,32 +123,32 @@ def mass_kernel(
         tl.store(out + head.to(tl.int64) * tokens + column, total, column < tokens)
 
 
-def part_size(tokens):
+def keys_per_split(tokens):
     """Keys per program of `lse_kernel`: 128 for each 1,024 keys, up to 1,024. Up to 8,192 keys that makes at most 8
-    parts, so that few KV heads fill more of the device; mass_kernel reads every part's lse for every tile of keys."""
+    splits, so that few KV heads fill more of the device; mass_kernel reads every split's lse for every tile of keys."""
     return min(1024, 128 * triton.cdiv(tokens, 1024))
 
 
 def scores(q, k, q_pos, scale, group):
     """q (Hq, W, D), k (Hkv, T, D), rows contiguous; q_pos (W,) -> fp32 (Hkv, T), or (Hq, T) for "none"."""
     (hq, window, d), (hkv, tokens, _) = q.shape, k.shape
-    size = part_size(tokens)
-    parts = triton.cdiv(tokens, size)
-    lse = torch.empty(hq, window, parts, dtype=torch.float32, device=q.device)
+    size = keys_per_split(tokens)
+    splits = triton.cdiv(tokens, size)
+    lse = torch.empty(hq, window, splits, dtype=torch.float32, device=q.device)
     out = torch.empty(hq if group == "none" else hkv, tokens, dtype=torch.float32, device=q.device)
     strides, align = head_and_token_strides(q, k)
     shared = {"G": hq // hkv, "D": d, "ALIGN": align, "UP": interpreted()}
     with torch.cuda.device_of(q):
         rows = hq // hkv * window
         tile = tiles(rows, d, q.element_size())
-        lse_kernel[hkv, parts, triton.cdiv(rows, tile["M"])](
+        lse_kernel[hkv, splits, triton.cdiv(rows, tile["M"])](
             q, k, q_pos, lse, scale * LOG2_E, window, tokens, size, *strides,
             M=tile["M"], DP=tile["DP"], BN=tile["BN"], **shared, num_warps=4, num_stages=2,
         )  # fmt: skip
         tile = tiles(window, d, q.element_size())
         mass_kernel[hkv, triton.cdiv(tokens, tile["BN"])](
-            q, k, q_pos, lse, out, scale * LOG2_E, window, tokens, parts, *strides,
-            M=tile["M"], DP=tile["DP"], BN=tile["BN"], PARTS=triton.next_power_of_2(parts), GROUP=group, **shared,
+            q, k, q_pos, lse, out, scale * LOG2_E, window, tokens, splits, *strides,
+            M=tile["M"], DP=tile["DP"], BN=tile["BN"], SPLITS=triton.next_power_of_2(splits), GROUP=group, **shared,
             num_warps=4,
         )  # fmt: skip
     return out

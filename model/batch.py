@@ -109,7 +109,7 @@ class Batch:
             return
         ids = self._ids[stay]
         if stay:
-            select(self.cache, stay)  # nothing below can fail before all fields are updated
+            keep_sequences(self.cache, stay)  # nothing below can fail before all fields are updated
         self._over += [generation for generation in self.running if generation.over]
         self.running, self._choosers = ([listed[i] for i in stay] for listed in (self.running, self._choosers))
         self._ids = ids
@@ -154,11 +154,11 @@ def join(caches):
     return joined
 
 
-def select(cache, sequences):
+def keep_sequences(cache, sequences):
     """Keep only these sequences (ascending indices) of a cache. The slots of the others are freed by `repack`."""
     heads = cache.kv_len.shape[1] // len(cache.pos)
-    rows = [b * heads + h for b in sequences for h in range(heads)]
-    tables, rooms = [t[:, rows] for t in (cache.kv_start, cache.kv_len, cache.kv_cap)], cache.rooms
+    segments = [b * heads + h for b in sequences for h in range(heads)]
+    tables, rooms = [t[:, segments] for t in (cache.kv_start, cache.kv_len, cache.kv_cap)], cache.rooms
     cache.pos, (cache.kv_start, cache.kv_len, cache.kv_cap) = cache.pos[sequences], tables
     cache.set_rooms([rooms[b] for b in sequences])
     cache.moved()

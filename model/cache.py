@@ -18,8 +18,9 @@ from contextlib import contextmanager
 
 import torch
 
-from kernels import decode_plans, quantise, ragged_decode, ragged_decode_append, ragged_pack
+from kernels import decode_plans, quantise, ragged_pack
 from kernels.backend import choose_backend
+from kernels.ragged_decode import unchecked_append, unchecked_decode
 
 KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the arenas; None: as the model
 ARENAS = ("k", "v", "k_scale", "v_scale")
@@ -32,13 +33,15 @@ class RaggedCache:
     k, v       L arenas (N, D) each: keys and values, or with dtype "int8" or "fp8" their codes
     k_scale, v_scale   L scales of the codes, (N,) fp16 each, or None; see kernels/quantise.py
     kv_start, kv_len, kv_cap   (L, S) int32: first slot, number of taken slots, number of slots of each segment
-    slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens
-    len_before (L, S) int32: kv_len before the last `grow`; kv_len counts new tokens before they are written
+    slots      per layer (S * T,) int64: the slots that the last `grow` claimed for T tokens, computed for all layers
+               together: layer by layer would be slower (kernels/NOTES.md)
+    len_before (L, S) int32: kv_len before the last `grow`, which counts new tokens before `append` writes them
     pos        (B,) int64: position of the next token of each sequence
     slack      free slots per segment after packing; when the segments of a sequence are full, they get more (`_more`)
     room       tokens that still fit into every segment; a number on the host
     spare      per sequence: free slots in each of its segments beyond `room`; numbers on the host
-    fused      True: one kernel appends and attends
+    backend    of the kernels; `pack` replaces "auto" by "triton" or "torch"
+    fused      True with Triton: one kernel appends and attends
     version    increases when arenas move or sequences are removed, which invalidates the graph of `FastStep`
     """
 
@@ -66,7 +69,8 @@ class RaggedCache:
             keep, total = k.new_ones(k.shape[:2], dtype=torch.bool), len(k) * tokens
         *arenas, start, length, _ = ragged_pack(k, v, keep, slack=self.slack, total=total, backend=self.backend)
         if self.pos is None:
-            self.fused = choose_backend(self.backend, k.device, k.dtype, stored=KV_DTYPES[self.dtype]) == "triton"
+            self.backend = choose_backend(self.backend, k.device, k.dtype, (k, v), KV_DTYPES[self.dtype])
+            self.fused = self.backend == "triton"
             self.kv_start, self.kv_len, self.kv_cap = start.new_zeros(3, len(self.k), len(k)).unbind()
             self.pos, self.spare = torch.full((b,), tokens, device=k.device), [0] * b
         self._place(layer, self._coded(*arenas), start, length, self.slack)
@@ -97,6 +101,8 @@ class RaggedCache:
         """The layer's decode plan. All layers' plans are made together, so that a device synchronises once."""
         if self._plans is None:
             self._plans = decode_plans(self.kv_start, self.kv_cap)
+            if any(k is not None and plan.end > len(k) for plan, k in zip(self._plans, self.k, strict=True)):
+                raise RuntimeError("segments exceed their arenas; this is a fault of RaggedCache, please report it")
         return self._plans[layer]
 
     # ------------------------------------------------------------ decode
@@ -153,21 +159,18 @@ class RaggedCache:
         if k.ndim == 4:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         new = self._coded(k.flatten(0, -2), v.flatten(0, -2))  # (S * T, D)
-        for arena, rows in zip(self.arenas(layer), new, strict=True):
+        for arena, x in zip(self.arenas(layer), new, strict=True):
             if arena is not None:
-                _bytes(arena).index_copy_(0, self.slots[layer], _bytes(rows))
+                _bytes(arena).index_copy_(0, self.slots[layer], _bytes(x))
 
     def attend(self, layer, q, kv_len=None, return_lse=False):
         """Attention of q (B, [T,] Hq, D) over all taken and claimed slots -> like q; kv_len (S,) overrides the lengths.
 
         return_lse: also return the log-sum-exp, (B, [T,] Hq) fp32.
         """
-        plan, length = self.plan(layer), self.kv_len[layer] if kv_len is None else kv_len
-        return ragged_decode(
-            q, self.k[layer], self.v[layer], plan.kv_start, length,  # the plan's own table: checked by identity
-            return_lse=return_lse, plan=plan, backend=self.backend,
-            k_scale=self.k_scale[layer], v_scale=self.v_scale[layer],
-        )  # fmt: skip
+        length = self.kv_len[layer] if kv_len is None else kv_len
+        arenas, plan = self.arenas(layer), self.plan(layer)
+        return unchecked_decode(q, arenas, length, plan, self.backend, return_lse=return_lse)
 
     def append_attend(self, layer, q, k, v, rope=None):
         """A decode step: append k and v (B, Hkv, D) of one token per sequence; q (B, Hq, D) attends -> like q.
@@ -177,11 +180,8 @@ class RaggedCache:
         if not self.fused:
             self.append(layer, k, v)
             return self.attend(layer, q.contiguous())
-        plan = self.plan(layer)
-        return ragged_decode_append(
-            q, k, v, self.k[layer], self.v[layer], plan.kv_start, self.len_before[layer], plan.kv_cap,
-            plan=plan, backend=self.backend, rope=rope, k_scale=self.k_scale[layer], v_scale=self.v_scale[layer],
-        )  # fmt: skip
+        arenas, plan = self.arenas(layer), self.plan(layer)
+        return unchecked_append(q, k, v, arenas, self.len_before[layer], plan, self.backend, rope)
 
     def rectangle(self, layer):
         """The layer's arenas as (S, n, D) views if all segments have n slots and no codes, else None."""
@@ -215,9 +215,9 @@ class RaggedCache:
 
     @property
     def nbytes_held(self):
-        """Bytes of the taken K and V rows, scales included."""
-        rows = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
-        layers = ((n, t) for layer, n in enumerate(rows) for t in self.arenas(layer) if t is not None)
+        """Bytes of the taken slots' K and V, scales included."""
+        taken = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
+        layers = ((n, t) for layer, n in enumerate(taken) for t in self.arenas(layer) if t is not None)
         return sum(n * t.nbytes // len(t) for n, t in layers if len(t))
 
     @property
@@ -239,12 +239,12 @@ def _bytes(t):
 
 
 def _moved(old, source, new, slot):
-    """Copy rows `source` of an arena to rows `slot` of a new one -> the new one."""
+    """Copy the slots `source` of an arena to the slots `slot` of a new one -> the new one."""
     _bytes(new).index_copy_(0, slot, _bytes(old)[source])
     return new
 
 
 def _taken(start, length):
     """Indices of the taken slots of all segments: start, length (S,) -> (sum of length,)."""
-    shift = start - (length.cumsum(0) - length)  # from a row's index among all taken rows to its slot
+    shift = start - (length.cumsum(0) - length)  # from an index among all taken slots to the slot
     return torch.repeat_interleave(shift, length) + torch.arange(int(length.sum()), device=start.device)

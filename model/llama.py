@@ -40,7 +40,7 @@ def rope_table(positions, config, dtype):
 
 
 def rotate(x, rope):
-    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each. `turned` in kernels/ rounds only once."""
+    """Rotate x (..., H, D) by rope = (cos, signed sin), (..., 1, D) each. `rotated` in kernels/ rounds only once."""
     cos, sin = rope
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         """New tokens, x (B, C) or (B, T, C) -> y like x. Appends their k and v to the cache."""
         if x.ndim == 2:
             q, k, v = self.project(x, None if cache.fused else rope)  # the fused kernel rotates
-            y = cache.append_attend(layer, q, k, v, rope)  # rope is for that kernel
+            y = cache.append_attend(layer, q, k, v, rope)  # only that kernel uses rope
         else:
             q, k, v = self.project(x, rope)  # (B, T, H, D)
             cache.append(layer, k, v)
@@ -102,8 +102,8 @@ class Attention(nn.Module):
 def causal_attention(q, k, v):
     """Causal attention among T tokens, computed in fp32 (float64 for float64), and its log-sum-exp.
 
-    Written out because PyTorch's SDPA does not return the log-sum-exp. Materialises B * Hq * T * T scores; T is at most
-    BLOCK.
+    Written out because PyTorch's SDPA does not return the log-sum-exp, and rows of `ragged_decode` see all tokens of a
+    segment. Materialises B * Hq * T * T scores; T is at most BLOCK.
 
     q (B, T, Hq, D), k and v (B, T, Hkv, D) -> (B, T, Hq, D) in v's dtype, (B, T, Hq) in the compute dtype.
     """
@@ -211,11 +211,13 @@ class Llama(nn.Module):
         """Embedded new tokens after a cache, x (B, C) or (B, T, C) -> final hidden states like x.
 
         Each new token attends to the whole cache, to earlier new tokens and to itself. The cache grows by the new
-        tokens; after an error or Ctrl-C it is unchanged.
+        tokens; after an error or Ctrl-C it is unchanged. ValueError for more than BLOCK tokens; see `extend`.
 
         layers: functions (x, rope, cache, layer) -> x to use instead of each layer's `decode` (model/fast.py).
         """
         tokens = 1 if x.ndim == 2 else x.shape[1]
+        if tokens > BLOCK:
+            raise ValueError(f"{tokens} new tokens need a matrix of {tokens} x {tokens} scores; use extend()")
         positions = cache.pos if x.ndim == 2 else cache.pos[:, None] + torch.arange(tokens, device=x.device)
         rope = rope_table(positions, self.config, x.dtype)
         with cache.reserving(tokens):

@@ -63,12 +63,12 @@ class Llava(nn.Module):
         ids: list of token ids with one `image_token_index` per picture; image_tokens: (P, C) per picture. Returns x
         (T, C) in the embedding's dtype and the pictures' spans in x, [(start, stop), ...]. InputError if counts differ.
         """
-        places = [i for i, token in enumerate(ids) if token == self.config.image_token_index]
-        if len(places) != len(image_tokens):
-            raise InputError(f"{len(places)} image placeholders for {len(image_tokens)} images; give one for each")
+        where = [i for i, token in enumerate(ids) if token == self.config.image_token_index]
+        if len(where) != len(image_tokens):
+            raise InputError(f"{len(where)} image placeholders for {len(image_tokens)} images; give one for each")
         embed = self.language_model.model.embed_tokens
         pieces, spans, length, start = [], [], 0, 0
-        for place, tokens in zip([*places, len(ids)], [*image_tokens, None], strict=True):
+        for place, tokens in zip([*where, len(ids)], [*image_tokens, None], strict=True):
             text = embed(torch.tensor(ids[start:place], dtype=torch.long, device=embed.weight.device))
             pieces.append(text)
             length, start = length + len(text), place + 1

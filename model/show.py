@@ -36,7 +36,7 @@ FONTS = (None, "DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "wqy-ze
 
 
 @dataclass
-class View:
+class Area:
     """A picture, or the joined tiles of one (LLaVA-NeXT), with its vision tokens."""
 
     name: str  # "" for the only picture
@@ -60,7 +60,7 @@ class Shown:
     method: str
     flags: str
     wanted: float
-    views: list
+    areas: list
     keep: torch.Tensor
     bytes_full: float
     bytes_held: float
@@ -82,11 +82,11 @@ class Shown:
         if generation.pruned_for != question and not keep.all():
             question = f"{generation.pruned_for} (asked later: {question})"
         flags, full = f"--prune {shlex.quote(spec)}", held * masks.numel() / masks.sum().item()
-        return cls(question, name, flags, generation.wanted, list(_views(generation)), keep, full, held)
+        return cls(question, name, flags, generation.wanted, list(_areas(generation)), keep, full, held)
 
-    def of_view(self, view):
-        """What is kept of a View: (L, Hkv, rows, columns) bool."""
-        return self.keep[:, :, view.tokens]
+    def of_area(self, area):
+        """What is kept of an Area: (L, Hkv, rows, columns) bool."""
+        return self.keep[:, :, area.tokens]
 
     @property
     def title(self):
@@ -141,8 +141,8 @@ def write(path, shown, second=None, layers=None, heads=None):
     Path(path).write_bytes(page(shown, second).encode() if as_page else _png(draw(shown, second, layers, heads)))
 
 
-def _views(generation):
-    """Yield one View per picture, two for a picture in tiles."""
+def _areas(generation):
+    """Yield one Area per picture, two for a picture in tiles."""
     tower, first = generation.checkpoint.config.vision_config, 0
     patch, side = tower.patch_size, tower.image_size // tower.patch_size
     for number, picture in enumerate(generation.pictures, 1):
@@ -150,18 +150,18 @@ def _views(generation):
         last = first + picture.tokens
         seen = [square.crop((0, 0, side * patch, side * patch)) for square in picture.squares]
         if grid is None:  # a CLS token, if the model keeps it, is the first
-            yield View(name, seen[0], torch.arange(last - side**2, last).view(side, side))
+            yield Area(name, seen[0], torch.arange(last - side**2, last).view(side, side))
         else:
             name = name and name + ", "
-            split = first + side**2
-            yield View(name + "whole", seen[0], torch.arange(first, split).view(side, side))
+            tiles = first + side**2
+            yield Area(name + "whole", seen[0], torch.arange(first, tiles).view(side, side))
             rows, columns = picture.cut
             joined = Image.new("RGB", (grid[1] * side * patch, grid[0] * side * patch))
             for i, tile in enumerate(seen[1:]):
                 joined.paste(tile, (i % grid[1] * side * patch, i // grid[1] * side * patch))
             box = [patch * n for n in (columns.start, rows.start, columns.stop, rows.stop)]
-            tokens = torch.arange(split, last).view(rows.stop - rows.start, -1)[:, :-1]  # without newlines
-            yield View(name + "tiles", joined.crop(box), tokens)
+            tokens = torch.arange(tiles, last).view(rows.stop - rows.start, -1)[:, :-1]  # without newlines
+            yield Area(name + "tiles", joined.crop(box), tokens)
         first = last
 
 
@@ -185,9 +185,9 @@ def draw(shown, second=None, layers=None, heads=None):
         said = f"Framed in orange: kept only for this question. In blue: only for “{second.prompt}”"
         rows.append(_lines(said, LARGE))
     cells = []
-    for view in shown.views:
-        count, title = shown.of_view(view).sum((0, 1)), (view.name or "the picture") + " as\nthe model sees it"
-        cells.append(_titled(title, _framed(panel(view, count >= 0))))
+    for area in shown.areas:
+        count, title = shown.of_area(area).sum((0, 1)), (area.name or "the picture") + " as\nthe model sees it"
+        cells.append(_titled(title, _framed(panel(area, count >= 0))))
         drawn = _framed(heat(count, number * width, *_size(count)))
         cells.append(_titled("how many heads\nkeep each token", drawn, _scale(number * width)))
     if shown.keep.all() and (not second or second.keep.all()):
@@ -202,42 +202,42 @@ def draw(shown, second=None, layers=None, heads=None):
         cells.append(_counts(shown))
     rows += _in_rows(cells)
     layers = sorted({min(1, number - 1), number // 2, number - 1}) if layers is None else layers
-    some = max(1, COLUMNS // len(shown.views))
+    some = max(1, COLUMNS // len(shown.areas))
     heads = sorted({i * (width - 1) // max(1, some - 1) for i in range(min(some, width))}) if heads is None else heads
     which = ", ".join(map(str, layers)), ", ".join(map(str, heads))
     rows.append(_lines(f"Layers {which[0]} of {number}, KV heads {which[1]} of {width} (numbered from 0):", LARGE))
     for layer in layers:
-        rows += _in_rows([_cell(shown, second, view, layer, head) for head in heads for view in shown.views])
+        rows += _in_rows([_cell(shown, second, area, layer, head) for head in heads for area in shown.areas])
     return _page(rows)
 
 
-def _cell(shown, second, view, layer, head):
-    """The titled panel of a view for one head."""
-    kept = shown.of_view(view)[layer, head]
-    other = second and second.of_view(view)[layer, head]
-    count = "" if _equal(shown.of_view(view)) else f": {int(kept.sum())} of {kept.numel()}"
-    title = f"layer {layer}, head {head}\n{view.name or (count and 'kept')}{count}".rstrip()
-    return _titled(title, _framed(panel(view, kept, other)))
+def _cell(shown, second, area, layer, head):
+    """The titled panel of an area for one head."""
+    kept = shown.of_area(area)[layer, head]
+    other = second and second.of_area(area)[layer, head]
+    count = "" if _equal(shown.of_area(area)) else f": {int(kept.sum())} of {kept.numel()}"
+    title = f"layer {layer}, head {head}\n{area.name or (count and 'kept')}{count}".rstrip()
+    return _titled(title, _framed(panel(area, kept, other)))
 
 
 def _size(tokens):
     """(width, height) in pixels of a map of tokens (rows, columns) in a cell of the figure; tokens are squares."""
     rows, columns = tokens.shape
-    step = max(1, CELL // max(rows, columns))
-    return columns * step, rows * step
+    pixels = max(1, CELL // max(rows, columns))
+    return columns * pixels, rows * pixels
 
 
-def panel(view, kept, other=None):
-    """A view in a cell of the figure; tokens where kept (rows, columns) bool is False are grey and hatched.
+def panel(area, kept, other=None):
+    """An area in a cell of the figure; tokens where kept (rows, columns) bool is False are grey and hatched.
 
     other: kept for a second question. Tokens that only one of the two keeps are framed.
     """
-    picture = view.image.resize(_size(kept), Image.Resampling.BICUBIC)
+    picture = area.image.resize(_size(kept), Image.Resampling.BICUBIC)
     picture = Image.composite(picture, veiled(picture), _grey(255 * kept, *picture.size))
-    pen, step = ImageDraw.Draw(picture), picture.width // kept.shape[1]  # pixels per token
+    pen, pixels = ImageDraw.Draw(picture), picture.width // kept.shape[1]  # pixels per token
     for row, column in [] if other is None else (kept ^ other).nonzero().tolist():
-        x, y, ink = column * step, row * step, FIRST if kept[row, column] else SECOND
-        pen.rectangle((x + 1, y + 1, x + step - 2, y + step - 2), outline=ink, width=2)
+        x, y, ink = column * pixels, row * pixels, FIRST if kept[row, column] else SECOND
+        pen.rectangle((x + 1, y + 1, x + pixels - 2, y + pixels - 2), outline=ink, width=2)
     return picture
 
 
@@ -414,7 +414,7 @@ def page(shown, second=None):
     """The HTML of a self-contained page: no network, no framework. second: as in `draw`."""
     data = {
         "tokens": shown.keep.shape[2],
-        "views": [{"name": v.name, "url": _data_url(v.image), "shape": list(v.tokens.shape)} for v in shown.views],
+        "areas": [{"name": a.name, "url": _data_url(a.image), "shape": list(a.tokens.shape)} for a in shown.areas],
         "questions": [_question(s) for s in (shown, second) if s is not None],
     }
     html = (Path(__file__).parent / "show.html").read_text(encoding="utf-8")
@@ -423,13 +423,13 @@ def page(shown, second=None):
 
 def _question(shown):
     layers, heads, _ = shown.keep.shape
-    of_views = [shown.of_view(view).flatten(2).int().tolist() for view in shown.views]
+    of_areas = [shown.of_area(area).flatten(2).int().tolist() for area in shown.areas]
     return {
         "prompt": shown.prompt,
         "title": shown.title,
         "flags": shown.flags,
         "memory": shown.memory,
-        "keep": [[["".join(map(str, bits[i][j])) for bits in of_views] for j in range(heads)] for i in range(layers)],
+        "keep": [[["".join(map(str, bits[i][j])) for bits in of_areas] for j in range(heads)] for i in range(layers)],
         "counts": shown.keep.sum(2).tolist(),
         "gammas": [round(g, 4) for g in shown.gammas or ()],
         "rows": shown.rows,

@@ -108,12 +108,12 @@ class Pruning:
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
         self.timed, self.seconds, self.masks = timed, 0.0, [] if remember else None
-        self.rows = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
+        self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
 
     def __call__(self, layer, q, k, v):
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer; q may have only the last rows.
 
-        -> keep (Hkv, T) bool, the tokens that each head keeps, and rows (T',), ascending indices of the tokens that
+        -> keep (Hkv, T) bool, the tokens that each head keeps, and go_on (T',), ascending indices of the tokens that
         later layers process. Either may be None: all. InputError if the method raises ValueError.
         """
         keep = stay = None
@@ -128,14 +128,14 @@ class Pruning:
             self.seconds += clock(k.device, self.timed) - start
         if self.masks is not None:
             here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
-            whole = here if self.rows is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.rows, here)
+            whole = here if self.seen is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.seen, here)
             self.masks.append(whole)
         return keep, None if stay is None else self._narrow(stay)
 
     def _narrow(self, stay):
         """Later layers see only the tokens where stay (T,) is True -> their indices (T',)."""
-        rows = stay.nonzero()[:, 0]
-        self.rows = rows if self.rows is None else self.rows[rows]
+        go_on = stay.nonzero()[:, 0]
+        self.seen = go_on if self.seen is None else self.seen[go_on]
         moved, spans, stay = [0, *stay.cumsum(0).tolist()], self.spans, stay.cpu()  # moved: old index -> new
         contrast = self.contrast
 
@@ -145,7 +145,7 @@ class Pruning:
         self.spans = [(moved[a], moved[b]) for a, b in spans]
         self.places = self.places and thinned(self.places)
         self.contrast = contrast and cache(lambda: thinned(contrast()))
-        return rows
+        return go_on
 
 
 def clock(device, wait):

@@ -158,7 +158,9 @@ def poison(cache, value=float("nan")):
     for layer in range(len(cache.k)):
         arenas = [t for t in cache.arenas(layer) if t is not None]
         taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
-        for start, length in zip(cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist(), strict=True):
+        tables = (table[layer].tolist() for table in (cache.kv_start, cache.kv_len, cache.kv_cap))
+        for start, length, capacity in zip(*tables, strict=True):
+            assert 0 <= length <= capacity <= len(taken) - start, "a segment does not fit"
             assert not taken[start : start + length].any(), "segments overlap"
             taken[start : start + length] = True
         for arena in arenas:

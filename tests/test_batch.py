@@ -11,7 +11,7 @@ from PIL import Image
 from test_parity import noise
 
 from model import Batch, Generation, InputError, Sampling, load
-from model.batch import answer_each, join, select
+from model.batch import answer_each, join, keep_sequences
 from model.cache import RaggedCache
 from model.fast import FastStep
 from model.pruning import make_method
@@ -218,7 +218,7 @@ def test_a_sequence_is_computed_as_if_alone():
             cache, live = join([cache, together[len(live)]]), [*live, len(live)]
         if step == 6:
             live = [0, 1, 3]
-            select(cache, live)
+            keep_sequences(cache, live)
             cache.repack(cache.rooms)
         q, (k, v) = torch.randn(4, 4, 16), torch.randn(2, 4, 2, 16)
         cache.grow()
@@ -244,7 +244,7 @@ def test_keep_moves_the_rows_of_those_who_stay(backend, stay):
     for i in range(2):
         joined.append(i, torch.full((3, 2, 4), 7.0), torch.full((3, 2, 4), -7.0))
     version, pos = joined.version, joined.pos.clone()
-    select(joined, stay)
+    keep_sequences(joined, stay)
     joined.repack(joined.rooms)
     assert joined.version > version and torch.equal(joined.pos, pos[stay])
     for i in range(2):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model import Generation, Sampling, llama, load
-from model.batch import join, select
+from model.batch import join, keep_sequences
 from model.cache import MORE, RaggedCache
 from model.llama import rope_table
 from model.pruning import make_method
@@ -118,7 +118,7 @@ def test_sequences_of_different_lengths_share_the_arenas(backend):
     for step in range(9):  # repacked at 3, 6 and 9; the second sequence leaves after 4 tokens
         if step == 4:
             live = [0, 2]
-            select(cache, live)
+            keep_sequences(cache, live)
             cache.repack(cache.rooms)
         new = model.decode(torch.stack([xs[i][prompts[i] + step] for i in live]), cache)
         poison(cache)
@@ -159,7 +159,7 @@ def test_a_new_turn_after_another_sequence_has_left(backend, block, monkeypatch)
     model, x = small_llama(), torch.randn(2, 14, 32)
     cache = RaggedCache(LAYERS, slack=2, backend=backend)
     model.prefill(x[:, :6], cache)
-    select(cache, [1])
+    keep_sequences(cache, [1])
     cache.repack([1])
     states = [model.prefill(x[:, :6])[1], model.extend(x[1:, 6:11], cache)[0], model.decode(x[1:, 11], cache)]
     poison(cache)
@@ -262,6 +262,29 @@ def test_misuse_is_refused():
         model.prefill(torch.randn(1, 3, 32), cache)
     with pytest.raises(ValueError, match="no caches"):
         join([])
+    with pytest.raises(ValueError, match=f"{llama.BLOCK + 1} new tokens"):
+        model.decode(torch.randn(1, llama.BLOCK + 1, 32), cache)
+
+
+def test_a_gradient_reaches_q_and_v_or_is_refused(backend):
+    """A prompt is packed without gradients; then a step asks for them."""
+    cache = RaggedCache(1, backend=backend)
+    with torch.no_grad():
+        cache.pack(0, *torch.randn(2, 1, 2, 5, 32))
+        cache.grow()
+    q, v = torch.randn(1, 4, 32, requires_grad=True), torch.randn(1, 2, 32, requires_grad=True)
+    for asked in ((q, v), (q, v.detach()), (q.detach(), v)):
+        if backend == "triton":
+            with pytest.raises(ValueError, match="requires a gradient"):
+                cache.append_attend(0, asked[0], torch.randn(1, 2, 32), asked[1])
+        else:
+            cache.k[0], cache.v[0] = cache.k[0].detach(), cache.v[0].detach()  # without the last step's graph
+            cache.append_attend(0, asked[0], torch.randn(1, 2, 32), asked[1]).sum().backward()
+            assert all((x.grad is not None) == x.requires_grad for x in asked)
+            q.grad = v.grad = None
+    if backend == "triton":
+        with pytest.raises(ValueError, match="requires a gradient"):
+            cache.attend(0, q)
 
 
 # ---------------------------------------------------------------- memory

@@ -7,7 +7,7 @@ import torch
 
 from kernels import dequantised, quantise
 from model import Generation, InputError, Sampling, load
-from model.batch import join, select
+from model.batch import join, keep_sequences
 from model.cache import KV_DTYPES, RaggedCache
 from model.config import TextConfig
 from model.generate import plain_step
@@ -97,7 +97,7 @@ def test_joined_moved_and_selected_rows_keep_their_scales(backend, kind):
     for act, stay in (
         (lambda: None, range(6)),
         (lambda: cache.repack([7, 2, 0]), range(6)),
-        (lambda: select(cache, [0, 2]), [0, 1, 4, 5]),
+        (lambda: keep_sequences(cache, [0, 2]), [0, 1, 4, 5]),
     ):
         act()
         poison(cache)

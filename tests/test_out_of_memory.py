@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Generation, Sampling, llama, load
-from model.batch import Batch, join, select
+from model.batch import Batch, join, keep_sequences
 from model.cache import RaggedCache
 from model.fast import FastStep
 from model.generate import plain_step
@@ -146,7 +146,7 @@ def test_repacking_is_done_or_not_layer_by_layer(slack):
 
 def leave(cache):
     """Sequence 0 leaves."""
-    select(cache, [1])
+    keep_sequences(cache, [1])
     cache.repack(cache.rooms)
 
 

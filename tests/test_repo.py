@@ -61,7 +61,7 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 1665 and counted["product"] <= 8900 and counted["tools"] <= 9624
+    assert counted["one answer"] <= 1665 and counted["product"] <= 8950 and counted["tools"] <= 9624
     assert counted["tests"] <= 18400
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from model import Checkpoint, Generation, InputError, Sampling, load
 from model import show as module
-from model.show import CELL, GAP, MARGIN, Shown, View, draw, layer_class, page, panel, save
+from model.show import CELL, GAP, MARGIN, Area, Shown, draw, layer_class, page, panel, save
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tests.seeds import torch_random
 from tools import make_checkpoint
@@ -31,12 +31,12 @@ PAIR = [ROOT / "assets" / "pair-a.png", ROOT / "assets" / "pair-b.png"]
 def hand_made(prompt="What?", seed=0, pictures=2):
     """2 layers, 3 heads, pictures of 4 x 4 tokens, each head keeping others."""
     keep = torch.rand(2, 3, 16 * pictures, generator=torch_random(seed)) < 0.5
-    views = [
-        View(f"picture {i + 1}", Image.new("RGB", (40, 40), colour), torch.arange(16 * i, 16 * i + 16).view(4, 4))
+    areas = [
+        Area(f"picture {i + 1}", Image.new("RGB", (40, 40), colour), torch.arange(16 * i, 16 * i + 16).view(4, 4))
         for i, colour in enumerate([(200, 30, 30), (20, 60, 220)][:pictures])
     ]
     flags = "--prune plphp:r=0.4"
-    return Shown(prompt, "plphp", flags, 0.4, views, keep, 2e6, 1e6, [0.3, 0.05], (0.25, 0.1))
+    return Shown(prompt, "plphp", flags, 0.4, areas, keep, 2e6, 1e6, [0.3, 0.05], (0.25, 0.1))
 
 
 def answered(prune, images=(DEMO_PICTURE,), prompt="Count the objects.", folder=DEMO):
@@ -61,10 +61,10 @@ def data_of(html):
 
 @pytest.mark.parametrize("colour", ["white", "black", (185, 185, 185), (135, 135, 135), "red"])
 def test_the_veil_shows_on_dropped_tokens_of_every_colour_and_on_no_other(colour):
-    view = View("", Image.new("RGB", (60, 40), colour), torch.arange(24).view(4, 6))
+    area = Area("", Image.new("RGB", (60, 40), colour), torch.arange(24).view(4, 6))
     kept = torch.rand(4, 6, generator=torch_random(3)) < 0.5
-    picture = panel(view, kept)
-    step, clear = CELL // 6, pixels_of(view.image)[0, 0]
+    picture = panel(area, kept)
+    step, clear = CELL // 6, pixels_of(area.image)[0, 0]
     assert picture.size == (6 * step, 4 * step)
     pixels = pixels_of(picture)
     for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(6)).tolist():
@@ -77,8 +77,8 @@ def test_the_veil_shows_on_dropped_tokens_of_every_colour_and_on_no_other(colour
 
 
 def test_tokens_that_only_one_question_keeps_are_framed():
-    view = View("", Image.new("RGB", (20, 20), "white"), torch.arange(4).view(2, 2))
-    pixels = pixels_of(panel(view, torch.tensor([[1, 1], [0, 0]]).bool(), torch.tensor([[1, 0], [1, 0]]).bool()))
+    area = Area("", Image.new("RGB", (20, 20), "white"), torch.arange(4).view(2, 2))
+    pixels = pixels_of(panel(area, torch.tensor([[1, 1], [0, 0]]).bool(), torch.tensor([[1, 0], [1, 0]]).bool()))
     step = CELL // 2
     corners = [pixels[y * step + 1, x * step + 1].tolist() for y in (0, 1) for x in (0, 1)]
     orange, blue = [0xD5, 0x5E, 0x00], [0x00, 0x72, 0xB2]
@@ -127,13 +127,13 @@ def test_the_drawn_tokens_are_those_that_the_method_keeps(tmp_path):
     for layer in (1, 3, 5):
         for column, (head, number) in enumerate([(0, 0), (0, 1), (3, 0), (3, 1)]):
             kept = expected[layer, head, 256 * number : 256 * number + 256].view(16, 16)
-            view = View("", generation.pictures[number].squares[0], None)
-            (row,) = find(sheet, column, panel(view, kept))
+            area = Area("", generation.pictures[number].squares[0], None)
+            (row,) = find(sheet, column, panel(area, kept))
             rows.append(row)
     assert rows == sorted(rows) and len(set(rows)) == 3
     save(generation, tmp_path / "a.html")
     data = data_of((tmp_path / "a.html").read_text())
-    bits = [["".join(views) for views in layer] for layer in data["questions"][0]["keep"]]
+    bits = [["".join(areas) for areas in layer] for layer in data["questions"][0]["keep"]]
     assert bits == [["".join("01"[t] for t in head) for head in layer] for layer in expected.int().tolist()]
     assert data["questions"][0]["counts"] == expected.sum(2).tolist()
 
@@ -190,7 +190,7 @@ def test_an_unpruned_answer_says_that_all_is_kept(tmp_path):
     assert shown.title == "unpruned: all 24 heads keep all 256 vision tokens" and shown.flags == "--prune none"
     figure, pruned = draw(shown), draw(Shown.of(answered("random")))
     assert figure.width == pruned.width and figure.height < pruned.height / 2  # the picture alone
-    (_,) = find(pixels_of(figure), 0, panel(shown.views[0], torch.ones(16, 16).bool()))
+    (_,) = find(pixels_of(figure), 0, panel(shown.areas[0], torch.ones(16, 16).bool()))
 
 
 def test_titles_name_method_settings_and_what_was_asked_for_and_kept():
@@ -214,7 +214,7 @@ def test_the_page_and_the_figure_show_the_tiles_of_llava_next(in_tiles):
     wide = Image.new("RGB", (300, 90), (10, 200, 30))
     generation = answered("grid:retention=0.5", (wide,), "What?", in_tiles)
     shown = Shown.of(generation)
-    whole, tiles = shown.views
+    whole, tiles = shown.areas
     assert (whole.name, tiles.name) == ("whole", "tiles") and whole.tokens.flatten().tolist() == list(range(16))
     places = generation.places[0]  # of each token; those below the whole picture are the tiles'
     numbers = places[tiles.tokens.flatten()]
@@ -226,7 +226,7 @@ def test_the_page_and_the_figure_show_the_tiles_of_llava_next(in_tiles):
     green = pixels_of(tiles.image)[7:-7]  # a border of the canvas may fill a part of the outermost patches
     assert (green - torch.tensor([10, 200, 30])).abs().max() < 3
     assert draw(shown).width == module.WIDTH
-    assert [view["shape"] for view in data_of(page(shown))["views"]] == [[4, 4], [rows, columns]]
+    assert [area["shape"] for area in data_of(page(shown))["areas"]] == [[4, 4], [rows, columns]]
 
 
 def test_a_picture_in_four_parts_is_joined_in_its_order(in_tiles):
@@ -234,7 +234,7 @@ def test_a_picture_in_four_parts_is_joined_in_its_order(in_tiles):
     picture = Image.new("RGB", (112, 112))
     for i, colour in enumerate([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]):
         picture.paste(colour, (i % 2 * 56, i // 2 * 56, i % 2 * 56 + 56, i // 2 * 56 + 56))
-    _, tiles = Shown.of(answered("random", (picture,), "What?", in_tiles)).views
+    _, tiles = Shown.of(answered("random", (picture,), "What?", in_tiles)).areas
     assert tiles.tokens.shape == (8, 8) and tiles.image.tobytes() == picture.tobytes()
     assert tiles.tokens[1, 0] == 16 + 9
 
@@ -270,7 +270,7 @@ def test_dropped_tokens_of_the_page_are_grey_and_hatched_on_every_colour(tmp_pat
     image = Image.new("RGB", (240, 120), (185, 185, 185))
     image.paste((220, 20, 20), (0, 0, 120, 120))
     keep = torch.arange(18).view(1, 1, 18) % 2 == 0
-    shown = Shown("What?", "topk", "", 0.5, [View("", image, torch.arange(18).view(3, 6))], keep, 1e6, 5e5)
+    shown = Shown("What?", "topk", "", 0.5, [Area("", image, torch.arange(18).view(3, 6))], keep, 1e6, 5e5)
     (tmp_path / "a.html").write_text(page(shown))
     shot = [f"--screenshot={tmp_path}/a.png", f"file://{tmp_path}/a.html"]
     subprocess.run([CHROMIUM, *BROWSER, *shot], capture_output=True, check=True, timeout=60)
@@ -298,7 +298,7 @@ def dom(tmp_path, html, fragment, script=""):
 
 def drawn(tree):
     """Classes of the tokens of each picture, in order."""
-    pictures = re.findall(r'<svg class="view".*?</svg>', tree, flags=re.S)
+    pictures = re.findall(r'<svg class="area".*?</svg>', tree, flags=re.S)
     return [re.findall(r'<rect[^>]*class="([\w ]+)"', svg) for svg in pictures]
 
 
@@ -326,7 +326,7 @@ def test_the_page_steps_through_layers_and_heads(tmp_path):
 
 def test_the_page_shows_which_heads_keep_a_token_and_how_many(tmp_path):
     shown = hand_made()
-    point = "document.querySelectorAll('svg.view rect')[21].dispatchEvent(new Event('mouseenter'));"  # of the second
+    point = "document.querySelectorAll('svg.area rect')[21].dispatchEvent(new Event('mouseenter'));"  # of the second
     tree = dom(tmp_path, page(shown), "layer=1&head=0&mode=1", point)
     framed = ["keeps" in words for words in re.findall(r'<td class="(count[^"]*)"', tree)]
     assert framed == shown.keep[:, :, 21].flatten().tolist()
@@ -339,7 +339,7 @@ def test_the_page_shows_which_heads_keep_a_token_and_how_many(tmp_path):
 def test_the_page_shows_the_difference_of_two_questions(tmp_path):
     first, second = hand_made(), hand_made("</script><!--<script><b>Else?", seed=1)
     html = page(first, second)
-    point = "document.querySelector('svg.view rect').dispatchEvent(new MouseEvent('mouseenter'));"
+    point = "document.querySelector('svg.area rect').dispatchEvent(new MouseEvent('mouseenter'));"
     tree = dom(tmp_path, html, "layer=1&head=0&mode=2", point)
     names = {(1, 1): "kept", (0, 0): "dropped", (1, 0): "first", (0, 1): "second dropped"}
     pairs = torch.stack((first.keep[1, 0], second.keep[1, 0]), 1).int().view(-1, 16, 2).tolist()

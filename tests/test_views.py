@@ -16,7 +16,7 @@ from kernels import (
     ragged_decode,
     ragged_decode_append,
     ragged_pack,
-    turned,
+    rotated,
     window_scores,
 )
 from kernels.ragged_decode_torch import rectangle_step
@@ -111,8 +111,8 @@ def some_call(name):
     if name == "merge":
         parts = {"out_a": torch.randn(2, 4, 16), "lse_a": torch.randn(2, 4)}
         return merged, parts | {"out_b": torch.randn(2, 4, 16), "lse_b": torch.randn(2, 4)}
-    if name == "turned":
-        return rotated, {"x": torch.randn(2, 4, 16), "cos": torch.randn(2, 1, 16), "sin": torch.randn(2, 1, 16)}
+    if name == "rotated":
+        return rotated_by, {"x": torch.randn(2, 4, 16), "cos": torch.randn(2, 1, 16), "sin": torch.randn(2, 1, 16)}
     if name == "rectangle":
         arenas = torch.randn(2, 4, 6, 8)
         q, k_new, v_new = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8)
@@ -136,8 +136,8 @@ def merged(out_a, lse_a, out_b, lse_b, backend):
     return merge_states(out_a, lse_a, out_b, lse_b)
 
 
-def rotated(x, cos, sin, backend):
-    return [turned(x, (cos, sin))]
+def rotated_by(x, cos, sin, backend):
+    return [rotated(x, (cos, sin))]
 
 
 def stepped(arenas, q, k_new, v_new, backend):
@@ -155,7 +155,7 @@ CALLS = [
     "turn uneven", "append equal", "append uneven", "append rope uneven", "scores none", "scores mean", "scores max",
     "pack equal", "pack all", "pack uneven",
 ]  # fmt: skip
-PARTS = ["merge", "turned", "rectangle"]  # without a Triton kernel of their own
+PARTS = ["merge", "rotated", "rectangle"]  # without a Triton kernel of their own
 
 
 def said(function, tensors, backend):

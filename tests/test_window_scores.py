@@ -27,7 +27,7 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
     if backend == "triton":
         if dtype == torch.float64:
             pytest.skip("Triton's kernels compute in fp32; float64 is refused, see below")
-        monkeypatch.setattr(importlib.import_module("kernels.window_scores_triton"), "part_size", lambda t: 64)
+        monkeypatch.setattr(importlib.import_module("kernels.window_scores_triton"), "keys_per_split", lambda t: 64)
         empty = torch.empty  # rows that are never written show
         monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(float("nan")))
     ours = functools.partial(window_scores, backend=backend)

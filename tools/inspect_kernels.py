@@ -125,7 +125,7 @@ def variants(kernel, everything):
 
 HEADS = 4  # KV heads
 SLOTS = 300  # per segment: several splits
-PROMPT = 1500  # tokens: two parts of window_scores
+PROMPT = 1500  # tokens: two splits of window_scores
 
 
 def segments(variant, dtype):

@@ -630,7 +630,7 @@ def attended(cache, q):
     k_new, v_new = torch.randn(2, 1, heads, d, dtype=q.dtype).to(q.device)
     angles = torch.rand(1, 1, d, dtype=q.dtype).to(q.device)
     rope = angles.cos(), angles.sin()
-    turned = kernels.turned(q, rope) if cache.fused else q
+    rotated = kernels.rotated(q, rope) if cache.fused else q
     got, plain, exact = [], [], []
     cache.grow()
     for layer in range(len(cache.k)):
@@ -640,7 +640,7 @@ def attended(cache, q):
             exact.append(exact_attention(q, *cache.rows(layer)))
         else:
             k, v, where = cache.k[layer], cache.v[layer], (cache.kv_start[layer], cache.kv_len[layer])
-            plain.append(kernels.ragged_decode_ref(turned, k, v, *where))
-            exact.append(kernels.ragged_decode_ref(turned.double(), k.double(), v.double(), *where))
+            plain.append(kernels.ragged_decode_ref(rotated, k, v, *where))
+            exact.append(kernels.ragged_decode_ref(rotated.double(), k.double(), v.double(), *where))
     cache.give_back()
     return torch.stack(got), torch.stack(plain), torch.stack(exact)
