@@ -3,17 +3,27 @@
 A method is one small file here and one row of METHODS: a function keep(view, *, SETTING=DEFAULT, ...), or a frozen
 dataclass whose fields are its settings (`__post_init__` may raise a ValueError). A value must have the annotated type,
 or that of the default. The docstring begins with one sentence and has a line `name: meaning (range)` for each setting
-that is not in COMMON; `run.py --list-methods` prints them. A class implements one or both of these stages, a function
+that is not in COMMON; `run.py --list-methods` prints them. A class implements at least one of these stages, a function
 the first:
 
-    keep(view)     after a layer's attention: the tokens whose K and V each KV head keeps, (Hkv, T) bool, or None for
-                   all. Hidden states do not change
-    narrow(view)   after a layer: the tokens that later layers process, (T,) bool, or None for all
+    keep(view)      after a layer's attention: the tokens whose K and V each KV head keeps, (Hkv, T) bool, or None for
+                    all. Hidden states do not change
+    narrow(view)    after a layer: the tokens that later layers process, (T,) bool, or None for all
+    pick(picture)   before the language model: indices (P',) int64, ascending, of the patch tokens that it gets, or a
+                    matrix (P', P) or (P', P + n) of floats that makes P' new tokens from the features of the P tokens
+                    (and of the CLS tokens of the n squares), or None for all
+    merge(patches)  inside the vision tower, after its layer `merge_after` (an attribute, counted from 0): a matrix
+                    (n, P', S * S) of floats that makes P' tokens from the patches (n, S, S, C) of each square, or None
 
-view: a `model.view.View` of the layer, from which the method takes what it needs. Text is always kept. A class may also
-have
+view: a `model.view.View` of the layer; picture: a `model.picture.PictureView`. The method takes from them what it needs.
+Text is always kept. A class may also have
 
-    check(num_layers, kv_heads)    raises a ValueError for an unsuitable model
+    check(num_layers, kv_heads)   raises a ValueError for an unsuitable model
+    layers(num_layers)            with pick or merge: the layers of the vision tower, counted from 0, whose attention or
+                                  keys it asks for
+    protect(picture)              with pick or merge: the tokens that later stages may not drop, (P,) bool, or None
+
+A composition A+B is a method with `pick` or `merge`, then one with `keep` or `narrow`.
 
 The look-ahead rows are computed only for a method whose setting query is "lookahead".
 """
@@ -33,9 +43,12 @@ from typing import Protocol, Union, get_args, get_origin, get_type_hints
 import torch
 
 from .budget import best, by_kv_head
+from .downsample import Downsample
 from .fastv import FastV
 from .grid import grid_tokens
 from .objects import Objects
+from .pick_grid import PickGrid
+from .pick_random import PickRandom
 from .plphp import Plphp, PlphpAda
 from .random_tokens import Random
 from .shared import shared_tokens
@@ -54,6 +67,9 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "pick-grid": PickGrid,
+    "pick-random": PickRandom,
+    "downsample": Downsample,
 }
 
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
@@ -67,7 +83,10 @@ SILENCED = {  # setting -> settings that have no effect beside it
     "query": ("window",),  # but not beside query=last
 }
 
-GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method, with their defaults
+STAGES = "keep", "narrow", "pick", "merge", "protect"
+EARLY = {"pick", "merge"}  # stages before the language model
+
+GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method with keep or narrow
 
 
 def _among(*names):
@@ -142,7 +161,17 @@ class Method:
     @property
     def narrows(self):
         """True if the method drops hidden states too, so that the first new token may differ."""
-        return "narrow" in stages(self.rule)
+        return self.picks or "narrow" in stages(self.rule)
+
+    @property
+    def picks(self):
+        """True if the language model gets fewer or other vision tokens: a stage `pick` or `merge`."""
+        return not EARLY.isdisjoint(stages(self.rule))
+
+    @property
+    def merge_after(self):
+        """The layer of the vision tower after which `merge` is called, None without that stage."""
+        return self.rule.merge_after if "merge" in stages(self.rule) else None
 
     def check(self, num_layers, kv_heads):
         """ValueError if the method does not fit the model."""
@@ -171,25 +200,89 @@ class Method:
             keep[-1] = True
         return keep
 
+    def layers(self, num_layers):
+        """The layers of a vision tower that the stages before the language model ask for, ascending. ValueError."""
+        asked = self._call("layers", num_layers, getattr(self.rule, "layers", None)) or ()
+        for layer in asked:
+            if type(layer) is not int or not 0 <= layer < num_layers:
+                raise ValueError(
+                    f"{titled(self.name)} asks for layer {layer!r} of the vision tower; give 0 to {num_layers - 1}"
+                )
+        return sorted({*asked})
+
+    def pick(self, picture):
+        """-> indices (P',) int64, matrix (P', P) or (P', P + n) fp32, or None for all tokens. ValueError otherwise."""
+        chosen = self._call("pick", picture)
+        if chosen is None:
+            return None
+        if isinstance(chosen, torch.Tensor) and chosen.dtype == torch.int64 and chosen.ndim == 1:
+            return self._checked_indices(chosen.to(picture.device), picture.tokens)
+        widths = picture.tokens, picture.tokens + picture.squares
+        wanted = f"int64 indices (P',), or floats (P', {widths[0]}) or (P', {widths[1]})"
+        return self._checked_matrix("pick", chosen, 2, widths, wanted).to(picture.device)
+
+    def merge(self, patches):
+        """patches (n, S, S, C) -> matrix (n, P', S * S) fp32, or None for all patches. ValueError otherwise."""
+        count, side = patches.shape[:2]
+        chosen = self._call("merge", patches)
+        if chosen is None:
+            return None
+        matrix = self._checked_matrix("merge", chosen, 3, (side**2,), f"floats ({count}, P', {side**2})")
+        if len(matrix) != count:
+            raise ValueError(f"{titled(self.name)} merged {len(matrix)} squares of {count}; return a matrix for each")
+        return matrix.to(patches.device)
+
+    def protect(self, picture):
+        """-> the tokens that later stages may not drop, (P,) bool, or None. ValueError for anything else."""
+        return self._tensor("protect", picture, (picture.tokens,), "")
+
+    def _checked_indices(self, chosen, tokens):
+        """Indices in a valid order, or None if they are all."""
+        if not len(chosen):
+            raise ValueError(f"{titled(self.name)} picked no token; return at least one index")
+        if (chosen.diff() <= 0).any() or chosen[0] < 0 or chosen[-1] >= tokens:
+            raise ValueError(
+                f"{titled(self.name)} picked indices that are not ascending, unique and from 0 to {tokens - 1}; sort them"
+            )
+        return None if len(chosen) == tokens else chosen
+
+    def _checked_matrix(self, stage, chosen, dims, widths, wanted):
+        """A matrix of floats as fp32; its last dimension is one of widths."""
+        fine = isinstance(chosen, torch.Tensor) and chosen.is_floating_point() and chosen.ndim == dims
+        if not fine or chosen.shape[-1] not in widths or not chosen.numel():
+            raise ValueError(f"{titled(self.name)} returned {_shown(chosen)} from {stage}; return {wanted}")
+        if not chosen.isfinite().all() or not chosen.any(-1).all():
+            raise ValueError(f"{titled(self.name)} returned NaN, infinity or a row of zeros from {stage}; return sums")
+        return chosen.float()
+
     def _ask(self, stage, view, shape):
-        """The tokens that a stage of the rule keeps, plus text and guards; None if it has no such stage. Exceptions are
-        raised as MethodError, except a ValueError from a method of METHODS."""
-        function = stages(self.rule).get(stage)
+        """The tokens that a stage of the rule keeps, plus text and guards; None if it has no such stage."""
+        keep = self._tensor(stage, view, shape, f" in layer {view.layer}")
+        return None if keep is None else keep | self._guarded(view, keep.ndim)
+
+    def _tensor(self, stage, view, shape, where):
+        """What a stage returns, a bool tensor of this shape, or None. ValueError for anything else."""
+        keep = self._call(stage, view)
+        if keep is None:
+            return None
+        found, wanted = _shown(keep), f"torch.bool {shape} on {view.device}"
+        if isinstance(keep, torch.Tensor):
+            keep = keep if keep.is_meta else keep.to(view.device)
+            found = _shown(keep)
+        if found != wanted:
+            raise ValueError(f"{titled(self.name)} returned {found}{where}; return {wanted}")
+        return keep
+
+    def _call(self, stage, seen, function=None):
+        """What a stage of the rule returns; None if it has no such stage. Exceptions are raised as MethodError, except a
+        ValueError from a method of METHODS."""
+        function = function or stages(self.rule).get(stage)
         try:
-            keep = function and function(view)
+            return function and function(seen)
         except Exception as wrong:
             if isinstance(wrong, MemoryError) or (isinstance(wrong, ValueError) and self.name in METHODS):
                 raise  # its message is one line
             raise MethodError(f"{titled(self.name)}: {_what(self.rule, wrong)}") from wrong
-        if keep is None:
-            return None
-        found, wanted = type(keep).__name__, f"torch.bool {shape} on {view.device}"
-        if isinstance(keep, torch.Tensor):
-            keep = keep if keep.is_meta else keep.to(view.device)
-            found = f"{keep.dtype} {tuple(keep.shape)} on {keep.device}"
-        if found != wanted:
-            raise ValueError(f"{titled(self.name)} returned {found} in layer {view.layer}; return {wanted}")
-        return keep | self._guarded(view, keep.ndim)
 
     def _guarded(self, view, dims):
         """(T,) or (Hkv, T) bool: tokens that a stage may not drop: text, and those that the settings GUARDS protect."""
@@ -197,6 +290,8 @@ class Method:
         mask = view.text.clone()
         mask[:sink] = True
         mask[max(0, view.tokens - recent) :] = True
+        if view.protected is not None:
+            mask |= view.protected
         if not keys:
             return mask
         # heads that need no token attend to such keys; without these, they would attend to other tokens
@@ -207,6 +302,13 @@ class Method:
 def titled(name):
     """A method in an error message: "method topk"; a lambda has no name."""
     return "the method" if name == "<lambda>" else f"method {name}"
+
+
+def _shown(value):
+    """A returned value in an error message: its type, or dtype, shape and device."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}"
 
 
 def _what(rule, wrong):
@@ -268,10 +370,10 @@ def _with_settings(name, rule, given, folder):
 
 
 def stages(rule):
-    """The stages that a rule implements, {"keep" or "narrow": function of a view}. A function is "keep"."""
+    """The stages that a rule implements, {name of STAGES: function of what it sees}. A function is "keep"."""
     if isinstance(rule, partial) or inspect.isroutine(rule):
         return {"keep": rule}
-    return {name: getattr(rule, name) for name in ("keep", "narrow") if callable(getattr(rule, name, None))}
+    return {name: getattr(rule, name) for name in STAGES if callable(getattr(rule, name, None))}
 
 
 def _check_stages(name, rule):

@@ -100,9 +100,14 @@ def grid_phase(view):
     phase = torch.zeros(view.kv_heads, view.tokens, dtype=torch.float64, device="cpu")
     heads = torch.arange(view.kv_heads, device="cpu").double()[:, None] + view.layer * view.kv_heads
     for (start, stop), places in zip(view.spans, view.places, strict=True):
-        rows, columns = places.T
-        phase[:, start:stop] = (rows * DOWN + columns * RIGHT + heads * SHIFT) % 1
+        phase[:, start:stop] = (along_grid(places) + heads * SHIFT) % 1
     return phase.to(view.device)
+
+
+def along_grid(places):
+    """places (n, 2), rows and columns -> (n,) float64: y * DOWN + x * RIGHT; see `grid_phase`."""
+    rows, columns = places.T
+    return rows.double() * DOWN + columns.double() * RIGHT
 
 
 def covered(scores, keep, phase, share):
