@@ -10,7 +10,7 @@ import torch
 from kernels.backend import BACKENDS, choose_backend
 from kernels.quantise import has_e4m3
 
-from .api import Method, PruneLike, choose_method
+from .api import AnyMethod, PruneLike, choose_method
 from .cache import KV_DTYPES, RaggedCache
 from .checkpoint import Checkpoint
 from .config import InputError, brief
@@ -92,7 +92,7 @@ class Generation(Prompt):
             self.check_method(self.prune)
         self._begin()
 
-    def check_method(self, prune: Method) -> None:
+    def check_method(self, prune: AnyMethod) -> None:
         """InputError if the method does not fit the model; adds a note if there is nothing to drop."""
         text = self.checkpoint.config.text_config
         try:
@@ -108,7 +108,7 @@ class Generation(Prompt):
         if not self.vision_tokens:
             self.notes.append(f"there is no picture, so {prune.name} has nothing to drop")
 
-    def again(self, method: Method | None) -> "Generation":
+    def again(self, method: AnyMethod | None) -> "Generation":
         """A new Generation of the same question with another pruning method, or None."""
         twin = copy.copy(self)
         twin.prune = method
@@ -289,9 +289,25 @@ class Generation(Prompt):
         return sum(self.kept) / total if total else 1.0
 
     @property
+    def parts(self) -> list[dict]:
+        """What each part of the method was asked to keep and kept: [{"method", "requested", "actual"}].
+
+        Fractions of the vision tokens; in a composition, the second's are of those that the first left."""
+        if not self.prune:
+            return []
+        names, asked = (part.name for part in self.prune.parts), self.prune.requested(self._counts)
+        picked = 1 - self.absent / max(1, self.vision_tokens)
+        rows = zip(names, asked, self.prune.shares(picked, self.retention), strict=True)
+        return [{"method": name, "requested": wanted, "actual": share} for name, wanted, share in rows]
+
+    @property
+    def _counts(self):
+        return [image["tokens"] for image in self.images]
+
+    @property
     def wanted(self) -> float | None:
         """The requested fraction of vision tokens, or None; see `Method.wanted`."""
-        return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
+        return self.prune.wanted(self._counts) if self.prune and self.images else None
 
 
 def plain_step(language, cache, compile=False):

@@ -28,8 +28,8 @@ class PictureView:
     """
 
     def __init__(self, picture, number, model, features, states, merged=None):
-        """picture: a `model.image.Prepared`; model: the `Llava`; features (n, 1 + m, C): what the projector reads, CLS in
-        front; states: {layer: its input (n, 1 + m, C)}.
+        """picture: a `model.image.Prepared`; model: the `Llava`; features (n, 1 + m, C): what the projector reads, with
+        CLS in front; states: {layer: its input (n, 1 + m, C)}.
 
         merged: (layer, matrix (n, m, S * S)) if m sums of each square's S * S patches replaced them after that layer.
         """
@@ -248,8 +248,9 @@ def spans_of(ids, image_id, tokens):
 
 
 def after_picking(picked, places, contrast):
-    """Lists of `Picked` and of places, and a function that returns the list of contrasts -> the same for the tokens that
-    were picked. A CLS token without origin is placed above the picture, and its contrast is 0."""
+    """Lists of `Picked` and of places, function that returns the list of contrasts -> both for the picked tokens.
+
+    A CLS token without origin is placed above the picture, and its contrast is 0."""
     above = torch.tensor([-1, 0], device="cpu")
     chosen = [of_one.of(all_places, above) for of_one, all_places in zip(picked, places, strict=True)]
     return chosen, lambda: [of_one.of(far, 0) for of_one, far in zip(picked, contrast(), strict=True)]

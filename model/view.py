@@ -19,7 +19,7 @@ class View:
     q_heads, kv_heads   Hq, Hkv
     tokens, device      T, number of tokens in this layer; device of all tensors, except those on the CPU
     spans               [(start, stop)] of each picture among the T tokens
-    protected           (T,) bool: vision tokens that a method's stage `protect` keeps in all layers; None if there is none
+    protected           (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
     places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
     """
 

@@ -15,8 +15,8 @@ the first:
     merge(patches)  inside the vision tower, after its layer `merge_after` (an attribute, counted from 0): a matrix
                     (n, P', S * S) of floats that makes P' tokens from the patches (n, S, S, C) of each square, or None
 
-view: a `model.view.View` of the layer; picture: a `model.picture.PictureView`. The method takes from them what it needs.
-Text is always kept. A class may also have
+view: a `model.view.View` of the layer; picture: a `model.picture.PictureView`. The method takes from them what it
+needs. Text is always kept. A class may also have
 
     check(num_layers, kv_heads)   raises a ValueError for an unsuitable model
     layers(num_layers)            with pick or merge: the layers of the vision tower, counted from 0, whose attention or
@@ -31,6 +31,7 @@ The look-ahead rows are computed only for a method whose setting query is "looka
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import traceback
 from dataclasses import dataclass, is_dataclass
@@ -43,6 +44,7 @@ from typing import Protocol, Union, get_args, get_origin, get_type_hints
 import torch
 
 from .budget import best, by_kv_head
+from .composed import Composition
 from .downsample import Downsample
 from .fastv import FastV
 from .grid import grid_tokens
@@ -83,7 +85,9 @@ SILENCED = {  # setting -> settings that have no effect beside it
     "query": ("window",),  # but not beside query=last
 }
 
-STAGES = "keep", "narrow", "pick", "merge", "protect"
+STAGES = {  # name of a stage -> what it sees
+    "keep": "view", "narrow": "view", "pick": "picture", "merge": "patches", "protect": "picture",
+}  # fmt: skip
 EARLY = {"pick", "merge"}  # stages before the language model
 
 GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method with keep or narrow
@@ -124,6 +128,12 @@ class Narrowing(Protocol):
     """An object that implements the second stage, such as a `FastV`."""
 
     def narrow(self, view: object) -> torch.Tensor | None: ...
+
+
+class Picking(Protocol):
+    """An object that implements the third stage, such as a `PickGrid`."""
+
+    def pick(self, picture: object) -> torch.Tensor | None: ...
 
 
 class MethodError(RuntimeError):
@@ -177,6 +187,25 @@ class Method:
         """ValueError if the method does not fit the model."""
         if hasattr(self.rule, "check"):
             self.rule.check(num_layers, kv_heads)
+
+    @property
+    def parts(self):
+        """The methods that this one consists of; see `Composition`."""
+        return (self,)
+
+    @property
+    def fraction(self):
+        """The setting retention, None if there is none or keep_tokens replaces it."""
+        return self.settings.get("retention") if self.settings.get("keep_tokens") is None else None
+
+    def requested(self, tokens):
+        """`wanted` of each of the parts."""
+        return [self.wanted(tokens)]
+
+    def shares(self, picked, kept):
+        """What each of the parts kept. picked: fraction of the vision tokens that the language model got; kept:
+        fraction of all (head, vision token) pairs."""
+        return [kept]
 
     def wanted(self, tokens):
         """The requested fraction of the vision tokens, or None if no setting gives one. tokens: count per picture."""
@@ -242,7 +271,7 @@ class Method:
             raise ValueError(f"{titled(self.name)} picked no token; return at least one index")
         if (chosen.diff() <= 0).any() or chosen[0] < 0 or chosen[-1] >= tokens:
             raise ValueError(
-                f"{titled(self.name)} picked indices that are not ascending, unique and from 0 to {tokens - 1}; sort them"
+                f"{titled(self.name)} picked indices that are not ascending, unique and below {tokens}; sort them"
             )
         return None if len(chosen) == tokens else chosen
 
@@ -274,8 +303,8 @@ class Method:
         return keep
 
     def _call(self, stage, seen, function=None):
-        """What a stage of the rule returns; None if it has no such stage. Exceptions are raised as MethodError, except a
-        ValueError from a method of METHODS."""
+        """What a stage of the rule returns; None if it has no such stage. Exceptions are raised as MethodError, except
+        a ValueError from a method of METHODS."""
         function = function or stages(self.rule).get(stage)
         try:
             return function and function(seen)
@@ -321,20 +350,22 @@ def _what(rule, wrong):
 
 
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
-    """The Method of a SPEC, or None for "none".
+    """The Method of a SPEC, the Composition of one with a "+", or None for "none".
 
-    spec: NAME or FILE.py::NAME, optionally followed by ":" and comma-separated key=value pairs; a function or class,
-    or a `functools.partial` of one; an instance of a class; a Method; or None. settings: a dict, or a list of
-    "key=value" and "@FILE.json" (a JSON object). retention, keep_tokens: the budget, for methods with a setting of that
-    name. folder: of a checkpoint; its NAME.json, if there is one (see `calibrated`), replaces the method's defaults.
+    spec: NAME or FILE.py::NAME, optionally followed by ":" and comma-separated key=value pairs, or two of these with
+    "+" between them; a function or class, or a `functools.partial` of one; an instance of a class; a Method or
+    Composition; or None. settings: a dict, or a list of "key=value" and "@FILE.json" (a JSON object); in a composition
+    the keys are NAME.KEY. retention, keep_tokens: the budget, for methods with a setting of that name; the retention of
+    a composition is that of both together. folder: of a checkpoint; its NAME.json, if there is one (see `calibrated`),
+    replaces the method's defaults.
     ValueError for invalid input, including a setting that is given twice or together with one that makes it
     ineffective.
     """
+    parts = parts_of(spec)
+    if len(parts) > 1:
+        return _compose(parts, retention, keep_tokens, _gathered(settings), folder)
     name, rule, given = named(spec)
-    if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
-        raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
-    for more in [settings] if isinstance(settings, dict) else map(_parsed, settings):
-        _add(given, more)
+    _add(given, _gathered(settings))
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
     if _takes_settings(rule):
         rule, settings = _with_settings(name, rule, given, folder)
@@ -345,13 +376,80 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         elif rule is None:
             why = f"method {name} takes no settings; give a method by name"
         raise ValueError(f"{', '.join(given)} was given, but {why}")
-    elif rule is None or isinstance(rule, Method):
+    elif rule is None or isinstance(rule, Method | Composition):
         return rule
     else:  # an instance of a class
         own = {key: getattr(rule, key) for key in inspect.signature(type(rule)).parameters if hasattr(rule, key)}
-        settings = GUARDS | {key: _checked(name, key, value, value, None) for key, value in own.items()}
+        settings = guards_of(rule) | {key: _checked(name, key, value, value, None) for key, value in own.items()}
     _check_stages(name, rule)
     return Method(name, rule, settings)
+
+
+def _gathered(settings):
+    """Settings as in `make_method` -> a dict."""
+    if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
+    given = {}
+    for more in [settings] if isinstance(settings, dict) else map(_parsed, settings):
+        _add(given, more)
+    return given
+
+
+def _compose(specs, retention, keep_tokens, settings, folder):
+    """The Composition of two SPECs. settings: {"NAME.KEY": value}. ValueError if they cannot be combined."""
+    _check_parts(specs)
+    names = [named(spec)[0] for spec in specs]
+    short, whole = [name.rpartition("::")[2] for name in names], "+".join(names)
+    given = [{}, {}]
+    for key, value in settings.items():
+        part, _, own = key.rpartition(".")
+        part = ALIASES.get(part, part)
+        if part not in (*names, *short):
+            raise ValueError(f"{key} is no setting of a part of {whole}; write {short[0]}.{own} or {short[1]}.{own}")
+        given[0 if part in (names[0], short[0]) else 1][own] = value
+    if keep_tokens is not None:
+        keys = " or ".join(f"{name}.keep_tokens={keep_tokens}" for name in short)
+        raise ValueError(f"keep_tokens is given for {whole}, which has two numbers of tokens; give the setting {keys}")
+    first = make_method(specs[0], settings=given[0], folder=folder)
+    if retention is not None:
+        share, key = first.fraction, f"{short[0]}.retention"
+        if share is None:
+            raise ValueError(
+                f"a retention of {whole} needs a fraction of {names[0]}; give settings for each part instead"
+            )
+        if retention > share:
+            raise ValueError(
+                f"{whole} keeps at most {share:g}, the retention of {names[0]}, instead of {retention:g}; give the "
+                f"setting {key}={retention:g} or more"
+            )
+        retention = round(retention / share, 12)
+    return Composition(first, make_method(specs[1], retention, settings=given[1], folder=folder))
+
+
+def _check_parts(specs):
+    """ValueError unless the SPECs are a method before the language model and one in it."""
+    order = "write A+B, where A picks tokens before the language model (pick-grid) and B prunes in it (plphp)"
+    if len(specs) > 2:
+        raise ValueError(f"{'+'.join(specs)} combines {len(specs)} methods; {order}")
+    early = []
+    for spec in specs:
+        name, rule, _ = named(spec)
+        if rule is None:
+            raise ValueError(f"none keeps everything, so nothing can be combined with it; {order}")
+        found = {stage in EARLY for stage in stages(rule)}
+        if len(found) > 1:
+            raise ValueError(f"{titled(name)} acts before the language model and in it; use it alone")
+        early += found
+    if early == [False, True]:
+        raise ValueError(f"{specs[1]} acts before the language model and comes first; write {specs[1]}+{specs[0]}")
+    if early != [True, False]:
+        where = "before" if early[0] else "in"
+        raise ValueError(f"{specs[0]} and {specs[1]} both act {where} the language model; {order}")
+
+
+def guards_of(rule):
+    """GUARDS for a rule with a stage in the language model, else {}: before it there is nothing else to protect."""
+    return {} if stages(rule).keys().isdisjoint({"keep", "narrow"}) else GUARDS
 
 
 def _with_settings(name, rule, given, folder):
@@ -378,14 +476,24 @@ def stages(rule):
 
 def _check_stages(name, rule):
     """ValueError if a rule implements no stage, or one that cannot be called with a view."""
-    if not stages(rule):
-        raise ValueError(f"{titled(name)} has no keep(self, view) or narrow(self, view); see model/pruning/README.md")
-    for stage, function in stages(rule).items():
+    found = stages(rule)
+    if not found.keys() - {"protect"}:
+        raise ValueError(
+            f"{titled(name)} has no keep(self, view), narrow(self, view), pick(self, picture) or merge(self, patches); "
+            "see model/pruning/README.md"
+        )
+    if found.keys() >= EARLY:
+        raise ValueError(f"{titled(name)} has pick and merge; give one of them")
+    if "merge" in found and type(getattr(rule, "merge_after", None)) is not int:
+        raise ValueError(
+            f"{titled(name)} has merge, but no merge_after; give it the index of a layer of the vision tower"
+        )
+    for stage, function in found.items():
         try:
             inspect.signature(function).bind(None)
         except TypeError:
             taken = f"{stage}{str(inspect.signature(function))[:80]}"
-            raise ValueError(f"{titled(name)} has {taken}; it must take one argument, the view") from None
+            raise ValueError(f"{titled(name)} has {taken}; it must take one argument, the {STAGES[stage]}") from None
 
 
 def _takes_settings(rule):
@@ -411,8 +519,10 @@ def named(spec):
     ValueError as in `make_method`.
     """
     spec = "none" if spec is None else spec
-    if isinstance(spec, Method):
+    if isinstance(spec, Method | Composition):
         return spec.name, spec, {}
+    if len(parts_of(spec)) > 1:
+        raise ValueError(f"{spec} combines methods; give one")
     name, rule, texts = None, spec, []
     if isinstance(spec, str):
         name, texts = _split(spec)
@@ -454,9 +564,30 @@ def _instead(own, given):
 
 
 def sets_budget(spec):
-    """True if a SPEC sets its own budget, or if its method has no setting `retention`."""
+    """True if a SPEC sets its own budget, or if its method has no setting `retention`.
+
+    In a composition the second part can be given a budget if the first keeps a fixed fraction."""
+    *before, spec = parts_of(spec)
+    for first in before:
+        _, rule, given = named(first)
+        if "retention" not in settings_of(rule) or given.get("keep_tokens") is not None:
+            return True
     _, rule, given = named(spec)
     return rule is None or "retention" not in settings_of(rule) or not given.keys().isdisjoint(AMOUNTS)
+
+
+def parts_of(spec):
+    """The SPECs of a composition, [spec] for one method. A "+" in a number (1e+5), in brackets or in the path of a file
+    does not split."""
+    if not isinstance(spec, str):
+        return [spec]
+    for found in re.finditer(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$)|[^:+\d][^:+]*\.py::)", spec):
+        left, right = spec[: found.start()], spec[found.end() :]
+        path = spec.partition("::")[0]
+        in_path = found.start() < len(path) and Path(path).is_file()
+        if not in_path and all(left.count(a) == left.count(b) for a, b in ("[]", "{}", "()")):
+            return [left, *parts_of(right)]
+    return [spec]
 
 
 def _split(spec):
@@ -504,8 +635,6 @@ def _find(name):
     if not twice and name.endswith(".py"):
         own = ", ".join(_own_names(_import(name))) or "none"
         raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
-    if not twice and "+" in name:
-        raise ValueError(f"{name!r} combines methods, which is not supported; give one")
     if not twice:
         first, _, rest = name.partition(" ")
         if rest and first in METHODS:
@@ -571,7 +700,7 @@ def settings_of(rule):
 
 def _complete(name, rule, given):
     """All settings of a method: the given ones, and defaults for the others."""
-    defaults = GUARDS | settings_of(rule)
+    defaults = guards_of(rule) | settings_of(rule)
     for key in given:
         if key not in defaults:
             what, cure = f"method {name} has no setting {key!r}", f"{_near(key, defaults)}it has {', '.join(defaults)}"
