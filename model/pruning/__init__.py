@@ -448,7 +448,7 @@ def _check_parts(specs):
         name, rule, _ = named(spec)
         if rule is None:
             raise ValueError(f"none keeps everything, so nothing can be combined with it; {order}")
-        found = {stage in EARLY for stage in stages(rule)}
+        found = {stage in EARLY for stage in stages(rule) if stage != "protect"}
         if len(found) > 1:
             raise ValueError(f"{titled(name)} acts before the language model and in it; use it alone")
         early += found
