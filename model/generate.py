@@ -200,7 +200,7 @@ class Generation(Prompt):
 
     def _fill(self, language):
         """Process the whole prompt and prune it -> final hidden states (1, T, C), end time of the vision tower."""
-        tokens, picked, picking = self._pick()
+        tokens, picked, picking = self.pick_images(self.prune)
         x, spans = self.checkpoint.model.splice(self.ids, tokens)
         del tokens  # x has a copy
         encoded, self.prefilled, self.absent = self._clock() - picking, len(x), self.prompt_tokens - len(x)
@@ -223,16 +223,18 @@ class Generation(Prompt):
             self.masks = unpicked(masks, picked, spans, self.spans, self.prompt_tokens)
         return hidden, encoded
 
-    def _pick(self):
-        """-> the vision tokens and the `Picked` of each picture, seconds that the choice took after the tower."""
-        if not (self.prune and self.prune.picks):
+    def pick_images(self, method):
+        """-> lists of the vision tokens (P', C) and of the `Picked` of each picture that a method gives the language
+        model, and the seconds that the choice took after the vision tower. InputError for a ValueError of the method.
+        """
+        if not (method and method.picks):
             return self.encode_images(), [Picked.all(picture.tokens) for picture in self.pictures], 0.0
         found, seconds = [], 0.0
         try:
             for number, picture in enumerate(self.pictures):
-                view = look(self.prune, self.checkpoint.model, picture, number, self._pixels(picture))
+                view = look(method, self.checkpoint.model, picture, number, self._pixels(picture))
                 start = self._clock()
-                found.append(pick(self.prune, view))
+                found.append(pick(method, view))
                 seconds += self._clock() - start
         except ValueError as wrong:
             raise InputError(str(wrong)) from wrong

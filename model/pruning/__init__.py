@@ -593,7 +593,7 @@ def parts_of(spec):
     does not split."""
     if not isinstance(spec, str):
         return [spec]
-    for found in re.finditer(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$)|[^:+\d][^:+]*\.py::)", spec):
+    for found in re.finditer(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$)|[^:\d][^:]*\.py::)", spec):
         left, right = spec[: found.start()], spec[found.end() :]
         path = spec.partition("::")[0]
         in_path = found.start() < len(path) and Path(path).is_file()

@@ -22,8 +22,8 @@ class Downsample:
 
     def pick(self, picture):
         """-> matrix (P', P), or None if no grid is smaller."""
-        rate = budget(picture.tokens, self.retention, self.keep_tokens) / picture.tokens
-        sizes = [smaller(rows, columns, math.floor(rate * rows * columns + 1e-6)) for rows, columns in picture.shapes]
+        count = budget(picture.tokens, self.retention, self.keep_tokens)
+        sizes = [smaller(rows, columns, count * rows * columns // picture.tokens) for rows, columns in picture.shapes]
         if sizes == picture.shapes:
             return None
         parts = [resized(*old, *new) for old, new in zip(picture.shapes, sizes, strict=True)]
@@ -31,10 +31,12 @@ class Downsample:
 
 
 def smaller(rows, columns, count):
-    """(rows, columns) of the grid with the most tokens, up to count, among those closest to the old proportions."""
-    exact = math.sqrt(count * rows / columns)  # rows, if they could be broken
-    tried = [min(rows, max(1, math.floor(exact) + more)) for more in (0, 1)]
-    return max(((r, min(columns, max(1, count // r))) for r in tried), key=math.prod)
+    """(rows, columns) of the grid with the most tokens, up to count, of the two closest to the old proportions. At least
+    one token."""
+    count = max(1, count)
+    exact = math.sqrt(count * rows / columns)  # the new rows, if they could be broken
+    tried = [max(1, min(math.floor(exact) + more, rows, count)) for more in (0, 1)]
+    return max(((r, min(columns, count // r)) for r in tried), key=math.prod)
 
 
 def resized(rows, columns, new_rows, new_columns):
