@@ -40,9 +40,7 @@ class Seen:
             from transformers.models.llava_next import modeling_llava_next as theirs
 
             self.grid = theirs.get_anyres_image_grid_shape(size[::-1], pinpoints, edge)
-            tiles = per_square + torch.arange(math.prod(self.grid) * per_square).view(*self.grid, self.side, self.side)
-            whole = torch.cat([torch.cat(list(row), dim=1) for row in tiles])  # tiles beside and below each other
-            cut = theirs.unpad_image(whole[None], size[::-1])[0]
+            cut = theirs.unpad_image(torch.from_numpy(map_of(self.side, self.grid))[None], size[::-1])[0]
             self.map, index = tuple(cut.shape), torch.cat((index, cut.flatten()))
         self.patch = index.numpy()
         if join:
@@ -81,17 +79,21 @@ class Seen:
         return torch.stack(pieces)
 
 
+def map_of(side, grid):
+    """(rows * S, columns * S): the patches of all tiles beside and below each other, counted through the squares."""
+    tiles = side**2 + np.arange(math.prod(grid) * side**2).reshape(*grid, side, side)
+    return np.concatenate([np.concatenate(list(row), 1) for row in tiles])
+
+
 def answer(hf, ids, image_id, pictures, count, never):
-    """Greedy ids of transformers for a prompt whose pictures are these tokens (each (P', C))."""
+    """transformers' logits after a prompt whose pictures are these tokens (each (P', C)), and its greedy ids."""
     embed, pieces, pictures = hf.get_input_embeddings(), [], iter(pictures)
     for i in ids:
         pieces.append(next(pictures) if i == image_id else embed(torch.tensor([i])))
     x = torch.cat(pieces)[None]
-    out = hf.generate(
-        inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long), max_new_tokens=count,
-        do_sample=False, eos_token_id=None, suppress_tokens=never,
-    )  # fmt: skip
-    return out[0].tolist()
+    given = {"inputs_embeds": x, "attention_mask": torch.ones(x.shape[:2], dtype=torch.long)}
+    greedy = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "suppress_tokens": never}
+    return hf(**given).logits[0, -1], hf.generate(**given, **greedy)[0].tolist()
 
 
 # ---------------------------------------------------------------- parts of the rules
@@ -206,15 +208,16 @@ def divprune(seen, rate=0.098):
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     distance = 1 - unit @ unit.T
     alone = distance + np.diag(np.full(seen.count, np.inf))
-    chosen = [int(alone.min(1).argmax())]
-    for _ in range(amount(seen.count, rate) - 1):
-        left = [i for i in range(seen.count) if i not in chosen]
-        chosen.append(left[int(distance[left][:, chosen].min(1).argmax())])
+    chosen, nearest = [int(alone.min(1).argmax())], np.full(seen.count, np.inf)
+    while len(chosen) < amount(seen.count, rate):
+        nearest = np.minimum(nearest, distance[chosen[-1]])
+        left = np.setdiff1d(np.arange(seen.count), chosen)
+        chosen.append(int(left[nearest[left].argmax()]))
     return sorted(chosen)
 
 
-def mustdrop1(patches, threshold=0.8, block=3, rate=None):
-    """patches (n, S, S, C) -> matrix (n, m, S * S)."""
+def likeness(patches, block):
+    """patches (n, S, S, C) -> windows of patches, row by row, and (n, W) the mean cosine of two different ones."""
     squares, side = patches.shape[:2]
     windows = [
         [y * side + x for y in range(top, top + block) for x in range(left, left + block)]
@@ -223,8 +226,16 @@ def mustdrop1(patches, threshold=0.8, block=3, rate=None):
     ]
     flat = patches.reshape(squares, side**2, -1)
     unit = flat / np.linalg.norm(flat, axis=2, keepdims=True)
-    alike = [[np.mean([p[i] @ p[j] for i in w for j in w if i != j]) for w in windows] for p in unit]
-    count = min(sum(value >= threshold for value in row) for row in alike)
+    pairs = block**2 * (block**2 - 1)
+    alike = [[sum(p[i] @ p[j] for i in w for j in w if i != j) / pairs for w in windows] for p in unit]
+    return windows, np.array(alike)
+
+
+def mustdrop1(patches, threshold=0.8, block=3, rate=None):
+    """patches (n, S, S, C) -> matrix (n, m, S * S)."""
+    squares, side = patches.shape[:2]
+    windows, alike = likeness(patches, block)
+    count = min((row >= threshold).sum() for row in alike)
     if rate is not None:  # the fewest windows that leave no more than asked for
         left = amount(squares * side**2, rate)
         enough = (k for k in range(len(windows)) if squares * (side**2 - k * (block**2 - 1)) <= left)
@@ -242,4 +253,3 @@ def mustdrop1(patches, threshold=0.8, block=3, rate=None):
 def mustdrop1_keys(seen, share=0.08):
     """The tokens that later stages may not drop."""
     return sorted(ranked(seen.cls(seen.depth - 1), math.ceil(share * seen.count)))
-

@@ -57,4 +57,4 @@ def significance(picture):
         given[start:stop] = rows.sum(1)
     per_square = torch.bincount(picture.tile)[picture.tile]
     received, given = received / per_square, given / per_square
-    return received if received.var() >= given.var() else given
+    return received if received.var(correction=0) >= given.var(correction=0) else given
