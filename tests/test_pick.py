@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refusal
+from conftest import exit_code_of, refusal
 from test_next import SIDE, SMALL, make_next, random_sizes
 from test_parity import noise
 
@@ -19,6 +19,8 @@ from model.picture import look, pick
 from model.pruning import METHODS, Composition, make_method
 from model.pruning.downsample import smaller
 from tests.paths import DEMO_PICTURE
+from tools import bench_decode, harness, show_pruning
+from tools.evaluation.replay import Asked, asked_by, replay
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
@@ -745,3 +747,34 @@ def test_the_even_grid_is_even(pair):
         for line in taken.T:
             halves = (line < 3).sum().item()
             assert abs(halves - count / 2) <= 1.5
+
+
+# ---------------------------------------------------------------- tools
+
+
+@torch.inference_mode()
+def test_a_pick_in_the_evaluation_is_that_of_a_generation(pair):
+    """Its prompt is put together from embeddings, not from ids; both have two pictures of several tiles."""
+    checkpoint = pair("next")[1]
+    for rule in (Third(), "pick-grid+topk", Sums(), Merge()):
+        real = ask(checkpoint, "next", rule, 1, remember=True)
+        "".join(real)
+        asked = asked_by(ask(checkpoint, "next", None, 1), [])
+        logits, (kept,), (keeps,) = replay(asked, [real.prune])
+        torch.testing.assert_close(logits[0, 0], ask(checkpoint, "next", rule).prefill(), rtol=1e-5, atol=1e-5)
+        assert kept == pytest.approx(real.retention) and torch.stack(keeps).equal(real.masks)
+
+
+def test_tools_without_pictures_refuse_picks(demo, capsys):
+    asked = Asked(demo.model.language_model, torch.randn(9, 192), 9, [(1, 5)])
+    assert "needs the pictures, and there are none here" in refusal(asked.cache, make_method("pick-grid"))
+    with pytest.raises(ValueError, match="acts before the language model, and there is no picture; use"):
+        harness.prefill(demo.model.language_model, torch.randn(1, 9, 192), method=make_method("pick-grid+topk"))
+    assert exit_code_of(bench_decode.main, ["--prune", "pick-grid@0.5", "--smoke"]) == 2
+    assert "needs pictures, and the workloads have none" in capsys.readouterr().err
+
+
+def test_a_figure_of_a_pick_has_no_gamma(demo):
+    shown = show_pruning.look(demo, "Describe the picture.", [DEMO_PICTURE], make_method("pick-grid+topk", 0.25))
+    assert shown.gammas is None and shown.title.startswith("pick-grid+topk: 25.0 % of the vision tokens kept")
+    assert shown.bytes_full == pytest.approx(269 * shown.bytes_held / (13 + 64))

@@ -31,8 +31,8 @@ class Downsample:
 
 
 def smaller(rows, columns, count):
-    """(rows, columns) of the grid with the most tokens, up to count, of the two closest to the old proportions. At least
-    one token."""
+    """(rows, columns) of the grid with the most tokens, up to count (1 at least), of the two closest to the old
+    proportions."""
     count = max(1, count)
     exact = math.sqrt(count * rows / columns)  # the new rows, if they could be broken
     tried = [max(1, min(math.floor(exact) + more, rows, count)) for more in (0, 1)]
