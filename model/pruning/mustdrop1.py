@@ -41,16 +41,16 @@ class MustDrop1:
     def merge(self, patches):
         """patches (n, S, S, C) -> matrix (n, P', S * S), or None if no window is merged."""
         n, side, size, across = *patches.shape[:2], self.block**2, patches.shape[1] // self.block
-        index, each = torch.arange(side**2), torch.eye(side**2)
+        index, each = (make(side**2, device=patches.device) for make in (torch.arange, torch.eye))
         windows = index.view(side, side)[: across * self.block, : across * self.block]
         windows = windows.reshape(across, self.block, across, self.block).transpose(1, 2).reshape(-1, size)  # (W, size)
         unit = normalize(patches.flatten(1, 2).float(), dim=-1)[:, windows]
-        alike = (unit @ unit.mT * (1 - torch.eye(size, device=unit.device))).sum((2, 3)) / (size**2 - size)  # (n, W)
+        alike = (unit @ unit.mT * (1 - each[:size, :size])).sum((2, 3)) / (size**2 - size)  # (n, W)
         count = int((alike >= self.threshold).sum(1).min())
         if self.retention is not None or self.keep_tokens is not None:
             surplus = n * side**2 - budget(n * side**2, self.retention, self.keep_tokens)
             count = min(len(windows), math.ceil(surplus / (n * (size - 1))))
-        chosen = windows[alike.sort(dim=1, descending=True, stable=True).indices[:, :count].cpu()]  # (n, count, size)
+        chosen = windows[alike.sort(dim=1, descending=True, stable=True).indices[:, :count]]  # (n, count, size)
         rows = [torch.cat((each[w].mean(1), each[~torch.isin(index, w)])) for w in chosen]
         return torch.stack(rows) if count else None
 
