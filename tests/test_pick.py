@@ -18,6 +18,7 @@ from model.image import ImageSettings, Picture, prepare
 from model.picture import look, pick
 from model.pruning import METHODS, Composition, make_method
 from model.pruning.downsample import smaller
+from model.questions import named_method
 from tests.paths import DEMO, DEMO_PICTURE
 from tools import bench_decode, harness, show_pruning
 from tools.evaluation.replay import Asked, asked_by, replay
@@ -803,3 +804,10 @@ def test_a_conversation_changes_methods_and_budgets():
     assert note == "retention 0.2 has no effect, because SPEC sets its own budget" and method.fraction is None
     assert change_method("pick-random", None, budget)[0].settings["retention"] == 0.2
     assert "plphp uses the settings in" in note_on_settings(make_method("pick-grid+plphp"), DEMO)
+
+
+def test_a_file_of_answers_names_both_parts(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("class Mine:\n    def pick(self, picture): return None\n")
+    monkeypatch.chdir(tmp_path)
+    assert named_method(make_method("own.py::Mine+topk")) == f"{tmp_path / 'own.py'}::Mine+topk"
+    assert named_method(make_method("pick-grid+topk")) == "pick-grid+topk" and named_method(None) == "none"
