@@ -471,7 +471,14 @@ def test_a_new_token_stands_for_its_heaviest_source(pair):
         assert above[7:].tolist() == [[-1, 0]] * view.squares and above[:7].equal(picture.places[picked.origin[:7]])
 
 
-@pytest.mark.parametrize("late", ["topk:keep_tokens=1", "fastv:keep_tokens=1", "plphp:keep_tokens=1"])
+class Twice:
+    """Drops all vision tokens from the hidden states, twice."""
+
+    def narrow(self, view):
+        return view.text if view.layer in (0, 2) else None
+
+
+@pytest.mark.parametrize("late", ["topk:keep_tokens=1", "fastv:keep_tokens=1", "plphp:keep_tokens=1", Twice])
 def test_later_stages_keep_what_is_protected(pair, late):
     class Protects(Third):
         def protect(self, picture):
