@@ -45,9 +45,13 @@ import torch
 
 from .budget import best, by_kv_head
 from .composed import Composition
+from .divprune import DivPrune
 from .downsample import Downsample
 from .fastv import FastV
+from .fopru import FoPru
 from .grid import grid_tokens
+from .hired import Hired
+from .mustdrop1 import MustDrop1
 from .objects import Objects
 from .pick_grid import PickGrid
 from .pick_random import PickRandom
@@ -56,6 +60,8 @@ from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
 from .topk import TopK
+from .visionzip import VisionZip
+from .vtc_cls import VtcCls
 
 METHODS = {
     "none": None,
@@ -69,6 +75,12 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "hired": Hired,
+    "vtc-cls": VtcCls,
+    "fopru": FoPru,
+    "visionzip": VisionZip,
+    "mustdrop1": MustDrop1,
+    "divprune": DivPrune,
     "pick-grid": PickGrid,
     "pick-random": PickRandom,
     "downsample": Downsample,
@@ -79,8 +91,8 @@ ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
 AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates"),
-    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "threshold"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
 }
@@ -436,7 +448,7 @@ def _check_parts(specs):
         name, rule, _ = named(spec)
         if rule is None:
             raise ValueError(f"none keeps everything, so nothing can be combined with it; {order}")
-        found = {stage in EARLY for stage in stages(rule)}
+        found = {stage in EARLY for stage in stages(rule) if stage != "protect"}
         if len(found) > 1:
             raise ValueError(f"{titled(name)} acts before the language model and in it; use it alone")
         early += found
