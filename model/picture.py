@@ -22,9 +22,7 @@ class PictureView:
     device       of all tensors, except those on the CPU
     side         patches per side of a square
     grid         (rows, columns) of the tiles, or None
-    shapes       [(rows, columns)] of the whole picture's tokens and, with tiles, of their map
-    tile         (P,) int64: the square of each token: 0 the whole picture, then the tiles row by row
-    places       (P, 2) int64 on the CPU: row and column of each token, as in `model.image.places_of`
+    shapes       [(rows, columns)] of the whole picture's tokens and, with tiles, of their map; before a merge
     """
 
     def __init__(self, picture, number, model, features, states, merged=None):
@@ -41,10 +39,20 @@ class PictureView:
         self._cls = features.shape[1] - m  # 1, or 0 in a tower without CLS
         # (P,) each: the index among the squares' m tokens, and among the picture's tokens in the prompt
         index, self.origin = _unmerged(picture) if merged is None else _merged(picture, merged[1].cpu())
-        self.tokens, self.places, self._index = len(index), picture.places[self.origin], index.to(self.device)
-        self.tile, self._cell = self._index // m, self._index % m + self._cls  # _cell: row in the square's states
+        self.tokens, self._index = len(index), index.to(self.device)
+        self._tile, self._cell = self._index // m, self._index % m + self._cls  # _cell: row in the square's states
         cut = picture.cut and tuple(part.stop - part.start for part in picture.cut)
         self.shapes = [(self.side, self.side), *([cut] if cut else [])]
+
+    @property
+    def tile(self):
+        """(P,) int64: the square of each token: 0 the whole picture, then the tiles row by row."""
+        return self._tile.clone()
+
+    @property
+    def places(self):
+        """(P, 2) int64 on the CPU: row and column of each token, as in `model.image.places_of`."""
+        return self.picture.places[self.origin]
 
     @property
     def features(self):
@@ -89,11 +97,11 @@ class PictureView:
 
         Softmax is over CLS and all patches of the square. Ask for a few hundred rows at a time.
         """
-        x, tile, cell = self._state(layer), self.tile[first:last], self._cell[first:last]
+        x, tile, cell = self._state(layer), self._tile[first:last], self._cell[first:last]
         heads = self._layers[layer].self_attn.heads
         out = torch.zeros(heads, len(tile), self.tokens, dtype=torch.float32, device=self.device)
         for square in tile.unique().tolist():
-            rows, columns = (tile == square).nonzero()[:, 0], (self.tile == square).nonzero()[:, 0]
+            rows, columns = (tile == square).nonzero()[:, 0], (self._tile == square).nonzero()[:, 0]
             of_square = x[square : square + 1]
             found = self._softmax(layer, of_square[:, cell[rows]], of_square)[0]  # (H, R, 1 + m)
             out[:, rows[:, None], columns] = found[:, :, self._cell[columns]]

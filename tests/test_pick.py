@@ -13,12 +13,13 @@ from test_next import SIDE, SMALL, make_next, random_sizes
 from test_parity import noise
 
 from model import Batch, Generation, Sampling, load
-from model.api import choose_method
+from model.api import change_budget, change_method, choose_method, named_with_budget, note_on_settings
 from model.image import ImageSettings, Picture, prepare
 from model.picture import look, pick
 from model.pruning import METHODS, Composition, make_method
 from model.pruning.downsample import smaller
-from tests.paths import DEMO_PICTURE
+from model.questions import named_method
+from tests.paths import DEMO, DEMO_PICTURE
 from tools import bench_decode, harness, show_pruning
 from tools.evaluation.replay import Asked, asked_by, replay
 
@@ -276,7 +277,7 @@ def test_views_are_copies_and_layers_have_to_be_named(pair):
     ((view, _), *_) = views(pair("llava")[1], "llava", question="what is <image>?")
     for measured in (
         lambda: view.features, lambda: view.cls_features, lambda: view.projected, lambda: view.keys(2),
-        lambda: view.cls_attention(2), lambda: view.attention(2, 0, 3),
+        lambda: view.cls_attention(2), lambda: view.attention(2, 0, 3), lambda: view.tile + 0 * view.places[:, 0] + 1,
     ):  # fmt: skip
         before = measured().clone()
         measured().zero_()
@@ -409,6 +410,18 @@ class Watch:
         return keep
 
 
+@torch.inference_mode()
+def test_half_precision_measures_in_fp32_and_stays_near(pair, tmp_path_factory):
+    _, checkpoint = pair("llava")
+    half = replace(load(checkpoint.folder, "bf16"), stop_ids=())
+    ((exact, _), *_), ((near, _), *_) = views(checkpoint, "llava"), views(half, "llava")
+    assert near.features.dtype == near.keys(2).dtype == torch.bfloat16 and near.cls_attention(2).dtype == torch.float32
+    assert (near.cls_attention(2) - exact.cls_attention(2)).abs().max() < 0.05
+    for rule in (Sums(), Merge(), Third()):
+        a, b = (ask(which, "llava", rule).prefill().float().softmax(0) for which in (checkpoint, half))
+        assert (a - b).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_later_stages_know_where_the_tokens_were(pair, kind):
     checkpoint, watch = pair(kind)[1], Watch()
@@ -458,7 +471,14 @@ def test_a_new_token_stands_for_its_heaviest_source(pair):
         assert above[7:].tolist() == [[-1, 0]] * view.squares and above[:7].equal(picture.places[picked.origin[:7]])
 
 
-@pytest.mark.parametrize("late", ["topk:keep_tokens=1", "fastv:keep_tokens=1", "plphp:keep_tokens=1"])
+class Twice:
+    """Drops all vision tokens from the hidden states, twice."""
+
+    def narrow(self, view):
+        return view.text if view.layer in (0, 2) else None
+
+
+@pytest.mark.parametrize("late", ["topk:keep_tokens=1", "fastv:keep_tokens=1", "plphp:keep_tokens=1", Twice])
 def test_later_stages_keep_what_is_protected(pair, late):
     class Protects(Third):
         def protect(self, picture):
@@ -778,3 +798,23 @@ def test_a_figure_of_a_pick_has_no_gamma(demo):
     shown = show_pruning.look(demo, "Describe the picture.", [DEMO_PICTURE], make_method("pick-grid+topk", 0.25))
     assert shown.gammas is None and shown.title.startswith("pick-grid+topk: 25.0 % of the vision tokens kept")
     assert shown.bytes_full == pytest.approx(269 * shown.bytes_held / (13 + 64))
+
+
+def test_a_conversation_changes_methods_and_budgets():
+    budget = {"retention": 0.2, "keep_tokens": None}
+    method, note = change_method("pick-grid+topk", None, budget)
+    assert note is None and method.second.settings["retention"] == 0.4
+    assert named_with_budget(method) == "pick-grid, retention 0.5 + topk, retention 0.4"
+    changed = change_budget(method, None, {"retention": 0.05, "keep_tokens": None})
+    assert changed.spec == "pick-grid:retention=0.5+" + make_method("topk", 0.1).spec
+    method, note = change_method("pick-grid:keep_tokens=9+topk:retention=0.5", None, budget)
+    assert note == "retention 0.2 has no effect, because SPEC sets its own budget" and method.fraction is None
+    assert change_method("pick-random", None, budget)[0].settings["retention"] == 0.2
+    assert "plphp uses the settings in" in note_on_settings(make_method("pick-grid+plphp"), DEMO)
+
+
+def test_a_file_of_answers_names_both_parts(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("class Mine:\n    def pick(self, picture): return None\n")
+    monkeypatch.chdir(tmp_path)
+    assert named_method(make_method("own.py::Mine+topk")) == f"{tmp_path / 'own.py'}::Mine+topk"
+    assert named_method(make_method("pick-grid+topk")) == "pick-grid+topk" and named_method(None) == "none"

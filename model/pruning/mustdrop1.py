@@ -45,7 +45,7 @@ class MustDrop1:
         windows = index.view(side, side)[: across * self.block, : across * self.block]
         windows = windows.reshape(across, self.block, across, self.block).transpose(1, 2).reshape(-1, size)  # (W, size)
         unit = normalize(patches.flatten(1, 2).float(), dim=-1)[:, windows]
-        alike = (unit @ unit.mT * (1 - each[:size, :size])).sum((2, 3)) / (size**2 - size)  # (n, W)
+        alike = (unit @ unit.mT * (1 - torch.eye(size, device=unit.device))).sum((2, 3)) / (size**2 - size)  # (n, W)
         count = int((alike >= self.threshold).sum(1).min())
         if self.retention is not None or self.keep_tokens is not None:
             surplus = n * side**2 - budget(n * side**2, self.retention, self.keep_tokens)
