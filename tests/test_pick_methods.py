@@ -131,7 +131,7 @@ def between(pictures, block):
         for row in oracle.likeness(patches, block)[1]:
             half = np.sort(row)[::-1][len(row) // 2 - 1 : len(row) // 2 + 1]
             found.append(float(half.mean()))
-    return min(found)
+    return max(0.0, min(found))
 
 
 @pytest.mark.parametrize("spec", CHOICES)
@@ -181,7 +181,7 @@ def test_merged_patches_and_24_ids_are_those_of_transformers_and_the_oracle(case
 
 
 @pytest.mark.parametrize("name", ["LLaVA-1.5, 24 x 24", "LLaVA-NeXT, 8 x 8, two pictures"])
-@pytest.mark.parametrize("spec", [*(f"{name}:retention=1" for name in NAMES), "mustdrop1:threshold=2"])
+@pytest.mark.parametrize("spec", [*(f"{name}:retention=1" for name in NAMES), "mustdrop1:threshold=1"])
 @torch.inference_mode()
 def test_keeping_everything_is_no_pruning_bit_for_bit(case, name, spec):
     checkpoint = case(name)[1]
@@ -374,7 +374,7 @@ def test_the_layers_scale_with_the_depth_and_the_last_is_not_summed(depth, layer
     assert make_method("mustdrop1").layers(depth) == [depth - 1]
 
 
-@pytest.mark.parametrize("first", [23, 30, -1])
+@pytest.mark.parametrize("first", [23, 30])
 def test_a_range_without_layers_is_refused(first):
     with pytest.raises(ValueError, match=f"first is {first}, the vision tower has 24 layers; give one from 0 to 22"):
         make_method(f"vtc-cls:first={first}").layers(24)
@@ -457,7 +457,8 @@ def test_all_squares_merge_as_many_windows_as_the_one_with_the_fewest():
     for square, count in enumerate((4, 2, 3)):
         for window in range(count):
             top, left = 3 * (window // 2), 3 * (window % 2)
-            patches[square, top : top + 3, left : left + 3] = patches[square, top, left]
+            same = patches[square, top, left] + 0.05 * (window + 1) * patches[square, :3, :3]  # more alike or less
+            patches[square, top : top + 3, left : left + 3] = same
     matrix = MustDrop1().merge(patches)
     assert matrix.shape == (3, 36 - 2 * 8, 36)
     np.testing.assert_allclose(matrix, oracle.mustdrop1(patches.double().numpy()), atol=1e-6)
@@ -540,9 +541,11 @@ def test_half_precision_is_compared_in_fp32():
     ("spec", "words"),
     [
         ("hired:whole=1.5", "whole is 1.5; give a number from 0 to 1"),
+        ("vtc-cls:first=-1", "first is -1; give a whole number of 0 or more"),
         ("fopru:form=column", "form is 'column'; use rank or row"),
         ("visionzip:contextual=-1", "contextual is -1.0; give a number from 0 to 1"),
         ("mustdrop1:block=1", "block is 1; give a whole number of 2 or more"),
+        ("mustdrop1:threshold=NaN", "threshold is nan; give a number from 0 to 1"),
         ("mustdrop1:key_share=2", "key_share is 2.0; give a number from 0 to 1"),
         ("mustdrop1:retention=0.5,threshold=0.7", "threshold has no effect with retention=0.5"),
         ("mustdrop1:keep_tokens=9,threshold=0.7", "threshold has no effect with keep_tokens=9"),

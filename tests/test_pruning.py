@@ -344,6 +344,7 @@ RANGES = {
     "mean or max": (("sum",), "max"), "avg or max": (("sum",), "max"), "image or vision": (("all",), "vision"),
     "last or lookahead": (("first",), "lookahead"), "any whole number": ((0.5,), 3), "beta or more": ((0.05,), 0.3),
     "up to alpha": ((0.3,), 0.2), "1 or more, below the number of layers": ((-1, 0, 1.5), 3),
+    "2 or more": ((-1, 1, 2.5), 3), "rank or row": (("column",), "row"),
 }  # fmt: skip
 
 

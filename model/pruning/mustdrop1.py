@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import normalize
 
 from .budget import best, budget, check_fraction
 
@@ -17,7 +17,7 @@ from .budget import best, budget, check_fraction
 class MustDrop1:
     """Windows of similar patches become their mean after the first layer of the vision tower (2411.10803, stage 1).
 
-    threshold: least mean cosine similarity of two patches of a merged window; a retention replaces it (a number)
+    threshold: least mean cosine similarity of two patches of a merged window; a retention replaces it (0 to 1)
     block: patches per side of a window (2 or more)
     key_share: share of the remaining tokens, by attention of CLS, that a second method may not drop (0 to 1)
     """
@@ -27,9 +27,10 @@ class MustDrop1:
     threshold: float = 0.8
     block: int = 3
     key_share: float = 0.08
-    merge_after = 0  # no setting
+    merge_after = 0
 
     def __post_init__(self):
+        check_fraction("threshold", self.threshold)
         check_fraction("key_share", self.key_share)
         if self.block < 2:
             raise ValueError(f"block is {self.block}; give a whole number of 2 or more")
@@ -40,17 +41,16 @@ class MustDrop1:
     def merge(self, patches):
         """patches (n, S, S, C) -> matrix (n, P', S * S), or None if no window is merged."""
         n, side, size, across = *patches.shape[:2], self.block**2, patches.shape[1] // self.block
-        index, each = torch.arange(side**2), torch.eye(side**2)
+        index, each = (make(side**2, device=patches.device) for make in (torch.arange, torch.eye))
         windows = index.view(side, side)[: across * self.block, : across * self.block]
         windows = windows.reshape(across, self.block, across, self.block).transpose(1, 2).reshape(-1, size)  # (W, size)
-        unit = F.normalize(patches.flatten(1, 2).float(), dim=-1)[:, windows]
-        similar = (unit @ unit.mT) * (1 - torch.eye(size, device=unit.device))  # (n, W, size, size)
-        alike = similar.sum((2, 3)) / (size**2 - size)  # (n, W)
+        unit = normalize(patches.flatten(1, 2).float(), dim=-1)[:, windows]
+        alike = (unit @ unit.mT * (1 - torch.eye(size, device=unit.device))).sum((2, 3)) / (size**2 - size)  # (n, W)
         count = int((alike >= self.threshold).sum(1).min())
         if self.retention is not None or self.keep_tokens is not None:
             surplus = n * side**2 - budget(n * side**2, self.retention, self.keep_tokens)
             count = min(len(windows), math.ceil(surplus / (n * (size - 1))))
-        chosen = windows[alike.sort(dim=1, descending=True, stable=True).indices[:, :count].cpu()]  # (n, count, size)
+        chosen = windows[alike.sort(dim=1, descending=True, stable=True).indices[:, :count]]  # (n, count, size)
         rows = [torch.cat((each[w].mean(1), each[~torch.isin(index, w)])) for w in chosen]
         return torch.stack(rows) if count else None
 

@@ -21,11 +21,15 @@ class VtcCls:
     keep_tokens: int | None = None
     first: int | None = None
 
+    def __post_init__(self):
+        if self.first is not None and self.first < 0:
+            raise ValueError(f"first is {self.first}; give a whole number of 0 or more")
+
     def layers(self, num_layers):
         """The summed layers, up to the one whose output LLaVA reads. ValueError if there are none."""
         last = max(0, num_layers - 2)
         first = min(round(num_layers * 2 / 3), last) if self.first is None else self.first
-        if not 0 <= first <= last:
+        if first > last:
             raise ValueError(f"first is {first}, the vision tower has {num_layers} layers; give one from 0 to {last}")
         return range(first, last + 1)
 
