@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -223,7 +223,7 @@ class Generation(Prompt):
             self.masks = unpicked(masks, picked, spans, self.spans, self.prompt_tokens)
         return hidden, encoded
 
-    def pick_images(self, method):
+    def pick_images(self, method: AnyMethod | None) -> tuple[Sequence[torch.Tensor], Sequence[Picked], float]:
         """-> lists of the vision tokens (P', C) and of the `Picked` of each picture that a method gives the language
         model, and the seconds that the choice took after the vision tower. InputError for a ValueError of the method.
         """

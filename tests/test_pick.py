@@ -16,7 +16,7 @@ from model import Batch, Generation, Sampling, load
 from model.api import change_budget, change_method, choose_method, named_with_budget, note_on_settings
 from model.image import ImageSettings, Picture, prepare
 from model.picture import look, pick
-from model.pruning import METHODS, Composition, make_method
+from model.pruning import METHODS, Composition, make_method, sets_budget
 from model.pruning.downsample import smaller
 from model.questions import named_method
 from tests.paths import DEMO, DEMO_PICTURE
@@ -818,3 +818,11 @@ def test_a_file_of_answers_names_both_parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert named_method(make_method("own.py::Mine+topk")) == f"{tmp_path / 'own.py'}::Mine+topk"
     assert named_method(make_method("pick-grid+topk")) == "pick-grid+topk" and named_method(None) == "none"
+
+
+def test_whether_a_composition_has_a_budget_of_its_own():
+    for spec, own in (
+        ("pick-grid+topk", False), ("pick-grid:keep_tokens=9+topk", True), ("pick-grid+topk:retention=0.1", True),
+        ("mustdrop1+topk", True), ("mustdrop1:retention=0.5+topk", False), ("pick-grid", False),
+    ):  # fmt: skip
+        assert sets_budget(spec) == own, spec

@@ -582,7 +582,8 @@ def sets_budget(spec):
     *before, spec = parts_of(spec)
     for first in before:
         _, rule, given = named(first)
-        if "retention" not in settings_of(rule) or given.get("keep_tokens") is not None:
+        settings = settings_of(rule) | given
+        if settings.get("retention") is None or settings.get("keep_tokens") is not None:
             return True
     _, rule, given = named(spec)
     return rule is None or "retention" not in settings_of(rule) or not given.keys().isdisjoint(AMOUNTS)
