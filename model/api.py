@@ -4,15 +4,28 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import InputError
-from .pruning import AMOUNTS, COMMON, METHODS, Method, Narrowing, calibrated, make_method, sets_budget, settings_of
+from .pruning import (
+    AMOUNTS,
+    COMMON,
+    METHODS,
+    Composition,
+    Method,
+    Narrowing,
+    Picking,
+    calibrated,
+    make_method,
+    sets_budget,
+    settings_of,
+)  # fmt: skip
 from .pruning import MethodError as MethodError  # for model.console
 
-# What `prune` accepts: None or "none"; a SPEC as in `--prune`; a Method; or a function, a class or an instance as
-# `model.pruning` describes them
-PruneLike = str | Method | Callable[..., Any] | Narrowing | None
+AnyMethod = Method | Composition
+# What `prune` accepts: None or "none"; a SPEC as in `--prune`; a Method or Composition; or a function, a class or an
+# instance as `model.pruning` describes them
+PruneLike = str | AnyMethod | Callable[..., Any] | Narrowing | Picking | None
 
 
-def choose_method(prune: PruneLike, folder=None, retention=None, keep_tokens=None, settings=()) -> Method | None:
+def choose_method(prune: PruneLike, folder=None, retention=None, keep_tokens=None, settings=()) -> AnyMethod | None:
     """The `model.pruning.Method` for the arguments, or None to keep everything. InputError if they are invalid.
 
     folder: the checkpoint's; methods given by name use its settings files, such as plphp.json. retention, keep_tokens,
@@ -35,25 +48,33 @@ def change_method(spec, folder, budget):
         return method, None
     if not sets_budget(spec):
         return choose_method(spec, folder, **budget), None
-    why = "SPEC sets its own budget" if "retention" in method.settings else f"{method.name} has no setting retention"
+    own = "retention" in method.parts[-1].settings
+    why = "SPEC sets its own budget" if own else f"{method.name} has no setting retention"
     return method, f"{given[0]} has no effect, because {why}"
 
 
 def change_budget(method, folder, budget):
-    """A copy of the Method with another budget. InputError."""
-    others = {key: value for key, value in method.effective.items() if key not in AMOUNTS}
+    """A copy of the Method with another budget. The first part of a composition keeps its own. InputError."""
+    *_, last = method.parts
+    prefix = f"{last.name}." if len(method.parts) > 1 else ""
+    amounts = {prefix + key for key in AMOUNTS}
+    others = {key: value for key, value in method.effective.items() if key not in amounts}
     return choose_method(method.name, folder, **budget, settings=others)
 
 
 def named_with_budget(method):
     """A Method's name and how much it keeps: "topk, retention 0.5"."""
-    return ", ".join([method.name, *(f"{key} {value}" for key, value in method.effective.items() if key in AMOUNTS)])
+    return " + ".join(
+        ", ".join([part.name, *(f"{key} {value}" for key, value in part.effective.items() if key in AMOUNTS)])
+        for part in method.parts
+    )
 
 
 def note_on_settings(method, folder):
     """One line if a file in the checkpoint's folder has settings for the Method, else None."""
-    file = method and calibrated(folder, method.name)
-    return f"{method.name} uses the settings in {file}; explicit settings override them" if file else None
+    name = method and method.parts[-1].name
+    file = calibrated(folder, name)
+    return f"{name} uses the settings in {file}; explicit settings override them" if file else None
 
 
 def list_methods(name, model):
@@ -87,6 +108,6 @@ def off_budget(method, kept, wanted):
         return f"{name} dropped no vision token; check its settings, and that it returns what to keep"
     if wanted is None or abs(kept - wanted) <= 0.03:
         return None
-    hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.settings else ""
+    hint = "; tools/calibrate.py fits its settings to a model" if "alpha" in method.parts[-1].settings else ""
     hint = "; check that it returns what to keep" if kept == 1 else hint
     return f"{name} kept {100 * kept:.1f} % of the vision tokens instead of {100 * wanted:.1f} %{hint}"

@@ -92,15 +92,17 @@ class VisionTransformer(nn.Module):
         # stored in every checkpoint but not used: LLaVA reads earlier features
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values, feature_layers):
+    def forward(self, pixel_values, feature_layers, after=None):
         """Hidden states of the requested layers, CLS included: a list of (B, 1 + P, C) in the order requested.
 
         pixel_values (B, 3, S, S); feature_layers: indices, 0 = input of the first layer, i = output of the i-th. Layers
-        after the last requested one do not run.
+        after the last requested one do not run. after(layer, x): called with the index and output of each layer,
+        returns what the next layer reads, such as fewer tokens.
         """
         states = [self.pre_layrnorm(self.embeddings(pixel_values))]
-        for layer in self.encoder.layers[: max(feature_layers)]:
-            states.append(layer(states[-1]))
+        for i, layer in enumerate(self.encoder.layers[: max(feature_layers)]):
+            x = layer(states[-1])
+            states.append(x if after is None else after(i, x))
         return [states[i] for i in feature_layers]
 
 
@@ -111,5 +113,5 @@ class VisionTower(nn.Module):
         super().__init__()
         self.vision_model = VisionTransformer(config)
 
-    def forward(self, pixel_values, feature_layers):
-        return self.vision_model(pixel_values, feature_layers)
+    def forward(self, pixel_values, feature_layers, after=None):
+        return self.vision_model(pixel_values, feature_layers, after)

@@ -154,7 +154,7 @@ def parser():
         help="end the answer before this text; may be repeated")
 
     add = p.add_argument_group("pruning").add_argument
-    add("--prune", "--method", default="none", metavar="SPEC", help="METHOD or FILE.py::NAME, then :KEY=VALUE,...")
+    add("--prune", "--method", default="none", metavar="SPEC", help="NAME or FILE.py::NAME, :KEY=VALUE,...; A+B: both")
     add("--list-methods", nargs="?", const="", metavar="[NAME]", help="list the methods, or the settings of one")
     add("--retention", type=share, metavar="F", help="fraction of vision tokens kept, %(type)s")
     add("--keep-tokens", type=count, metavar="N", help="instead: keep N tokens per KV head and picture")

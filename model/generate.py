@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,12 +10,13 @@ import torch
 from kernels.backend import BACKENDS, choose_backend
 from kernels.quantise import has_e4m3
 
-from .api import Method, PruneLike, choose_method
+from .api import AnyMethod, PruneLike, choose_method
 from .cache import KV_DTYPES, RaggedCache
 from .checkpoint import Checkpoint
 from .config import InputError, brief
-from .image import Pictures, normalise
+from .image import Pictures
 from .lookahead import FILE as LOOKAHEAD
+from .picture import Picked, after_picking, look, pick, protected_of, spans_of, unpicked
 from .prompt import Prompt
 from .sampling import Chooser, Sampling, Writer
 from .tokenizer import Detokenizer
@@ -33,6 +34,7 @@ class Generation(Prompt):
     finish_reason  "stop" | "length" | "interrupted"
     spans          [(start, stop)] of each picture in the prompt's tokens
     prefilled      number of tokens prefilled: the whole prompt, or in a later turn only those not yet in the cache
+    absent         number of vision tokens that a method dropped before the language model
     cache          the RaggedCache, None before the prefill is complete
     pruned_for     the question used to choose the dropped tokens: `prompt`, or an earlier turn's
     masks          with `remember`, after the prefill: (L, Hkv, T) bool, the tokens that each head keeps
@@ -90,11 +92,12 @@ class Generation(Prompt):
             self.check_method(self.prune)
         self._begin()
 
-    def check_method(self, prune: Method) -> None:
+    def check_method(self, prune: AnyMethod) -> None:
         """InputError if the method does not fit the model; adds a note if there is nothing to drop."""
         text = self.checkpoint.config.text_config
         try:
             prune.check(text.num_hidden_layers, text.num_key_value_heads)
+            prune.layers(self.checkpoint.config.vision_config.num_hidden_layers)
         except ValueError as wrong:
             raise InputError(f"method {prune.name}: {wrong}") from wrong
         if prune.looks_ahead and self.checkpoint.lookahead is None:
@@ -105,7 +108,7 @@ class Generation(Prompt):
         if not self.vision_tokens:
             self.notes.append(f"there is no picture, so {prune.name} has nothing to drop")
 
-    def again(self, method: Method | None) -> "Generation":
+    def again(self, method: AnyMethod | None) -> "Generation":
         """A new Generation of the same question with another pruning method, or None."""
         twin = copy.copy(self)
         twin.prune = method
@@ -130,7 +133,7 @@ class Generation(Prompt):
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
-        self.prefilled, self.pruned_for = 0, self.prompt
+        self.prefilled, self.absent, self.pruned_for = 0, 0, self.prompt
         self.failure = None  # in a Batch: the exception that ended this generation
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.context_left)
@@ -197,29 +200,52 @@ class Generation(Prompt):
 
     def _fill(self, language):
         """Process the whole prompt and prune it -> final hidden states (1, T, C), end time of the vision tower."""
-        x, self.spans = self.checkpoint.model.splice(self.ids, self.encode_images())
-        encoded, self.prefilled = self._clock(), len(x)
+        tokens, picked, picking = self.pick_images(self.prune)
+        x, spans = self.checkpoint.model.splice(self.ids, tokens)
+        del tokens  # x has a copy
+        encoded, self.prefilled, self.absent = self._clock() - picking, len(x), self.prompt_tokens - len(x)
+        self.spans = spans_of(self.ids, self.checkpoint.config.image_token_index, [p.tokens for p in self.pictures])
         layers = self.checkpoint.config.text_config.num_hidden_layers
         cache = RaggedCache(layers, min(self.limit, 64), self.backend, self.kv_dtype)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
         pruning = self.prune and Pruning(
-            self.prune, layers, self.spans, self.places, lambda: self.contrast,
+            self.prune, layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
+            protected=protected_of(picked, spans, x),
         )  # fmt: skip
         hidden = language.prefill(x[None], cache, prune=pruning, lookahead=lookahead)
-        text = len(x) - self.vision_tokens  # tokens that every head keeps
+        text = self.prompt_tokens - self.vision_tokens  # tokens that every head keeps
         self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]
-        self.timing["prune"] = pruning.seconds if pruning else 0.0
+        self.timing["prune"] = picking + pruning.seconds if pruning else 0.0
         if self.remember:
             everything = torch.ones(layers, cache.kv_len.shape[1], len(x), dtype=torch.bool)
-            self.masks = torch.stack(pruning.masks).cpu() if pruning else everything
+            masks = torch.stack(pruning.masks).cpu() if pruning else everything
+            self.masks = unpicked(masks, picked, spans, self.spans, self.prompt_tokens)
         return hidden, encoded
+
+    def pick_images(self, method: AnyMethod | None) -> tuple[Sequence[torch.Tensor], Sequence[Picked], float]:
+        """-> lists of the vision tokens (P', C) and of the `Picked` of each picture that a method gives the language
+        model, and the seconds that the choice took after the vision tower. InputError for a ValueError of the method.
+        """
+        if not (method and method.picks):
+            return self.encode_images(), [Picked.all(picture.tokens) for picture in self.pictures], 0.0
+        found, seconds = [], 0.0
+        try:
+            for number, picture in enumerate(self.pictures):
+                view = look(method, self.checkpoint.model, picture, number, self._pixels(picture))
+                start = self._clock()
+                found.append(pick(method, view))
+                seconds += self._clock() - start
+        except ValueError as wrong:
+            raise InputError(str(wrong)) from wrong
+        tokens, picked = zip(*found, strict=True) if found else ((), ())
+        return tokens, picked, seconds
 
     def _extend(self, before, language):
         """Like `_fill`, but only for the tokens missing from the cache of `before`; they attend to all of it."""
-        cache, first = before.cache, int(before.cache.pos[0])
-        fed = len(before.ids) + len(before.token_ids) - len(before.unfed)
+        cache, fed = before.cache, len(before.ids) + len(before.token_ids) - len(before.unfed)
         x, spans = self.checkpoint.model.splice(self.ids[fed:], self.encode_images(len(before.images)))
+        first, self.absent = before.vision_tokens - len(before.images) + fed, before.absent
         encoded, self.prefilled = self._clock(), len(x)
         hidden = language.extend(x[None], cache)
         self.cache, before.cache = cache, None
@@ -237,28 +263,26 @@ class Generation(Prompt):
 
     def encode_images(self, first: int = 0) -> list[torch.Tensor]:
         """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
-        model, device, dtype = self.checkpoint.model, self.checkpoint.device, self.checkpoint.dtype
-        pictures = self.pictures[first:]
-        squares, parts = [square for picture in pictures for square in picture.squares], []
-        for i in range(0, len(squares), 8):  # limits the memory for many pictures
-            pixels = torch.stack([normalise(square, self.image_settings) for square in squares[i : i + 8]])
-            parts.append(model.encode_images(pixels.to(device, dtype)))
-        tokens = torch.cat(parts).split([len(picture.squares) for picture in pictures]) if parts else []
-        order = self.image_settings.order
-        return [
-            part[0] if picture.grid is None else model.join_tiles(part, picture.grid, picture.size, order)
-            for part, picture in zip(tokens, pictures, strict=True)
-        ]
+        model = self.checkpoint.model
+        return [model.join(model.encode_images(self._pixels(picture)), picture) for picture in self.pictures[first:]]
+
+    def _pixels(self, picture):
+        return picture.pixels.to(self.checkpoint.device, self.checkpoint.dtype)
 
     @property
     def unfed(self) -> list[int]:
         """Ids of the answer that are not in the cache yet, because the model has not processed them."""
-        return self.token_ids[int(self.cache.pos[0]) - self.prompt_tokens :] if self.cache else []
+        return self.token_ids[self._fed :] if self.cache else []
 
     @property
     def goes_on(self) -> bool:
         """True if the cache holds exactly this prompt and part of its answer, so that another turn can extend it."""
-        return self.cache is not None and 0 <= int(self.cache.pos[0]) - self.prompt_tokens <= len(self.token_ids)
+        return self.cache is not None and 0 <= self._fed <= len(self.token_ids)
+
+    @property
+    def _fed(self):
+        """Number of the answer's tokens in the cache."""
+        return int(self.cache.pos[0]) + self.absent - self.prompt_tokens
 
     @property
     def retention(self) -> float:
@@ -267,9 +291,25 @@ class Generation(Prompt):
         return sum(self.kept) / total if total else 1.0
 
     @property
+    def parts(self) -> list[dict]:
+        """What each part of the method was asked to keep and kept: [{"method", "requested", "actual"}].
+
+        Fractions of the vision tokens; in a composition, the second's are of those that the first left."""
+        if not self.prune:
+            return []
+        names, asked = (part.name for part in self.prune.parts), self.prune.requested(self._counts)
+        picked = 1 - self.absent / max(1, self.vision_tokens)
+        rows = zip(names, asked, self.prune.shares(picked, self.retention), strict=True)
+        return [{"method": name, "requested": wanted, "actual": share} for name, wanted, share in rows]
+
+    @property
+    def _counts(self):
+        return [image["tokens"] for image in self.images]
+
+    @property
     def wanted(self) -> float | None:
         """The requested fraction of vision tokens, or None; see `Method.wanted`."""
-        return self.prune.wanted([image["tokens"] for image in self.images]) if self.prune and self.images else None
+        return self.prune.wanted(self._counts) if self.prune and self.images else None
 
 
 def plain_step(language, cache, compile=False):

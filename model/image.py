@@ -623,6 +623,10 @@ class Prepared:
         return places_of(self.side, self.tokens, self.cut)
 
     @property
+    def patches(self):
+        return patches_of(self.side, self.tokens, self.cut, self.grid)
+
+    @property
     def contrast(self):
         return contrast_of(self.pixels, self.side, self.tokens, self.cut, self.grid)
 
@@ -653,6 +657,18 @@ def places_of(side, tokens, cut=None):
 def cells(rows, columns):
     """(rows * columns, 2) int64 on the CPU: row and column of each cell of a table, row by row."""
     return torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
+
+
+def patches_of(side, tokens, cut=None, grid=None):
+    """(n,) int64 on the CPU: the patch of each of a picture's n tokens, counted through its squares; -1 for newlines
+    and CLS. Arguments: as in `contrast_of`."""
+    whole = torch.arange(side * side - tokens if grid is None else 0, side * side, device="cpu").clamp(min=-1)
+    if grid is None:
+        return whole
+    tiles = side * side + torch.arange(grid[0] * grid[1] * side * side, device="cpu").view(*grid, side, side)
+    joined = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[cut]
+    newlines = joined.new_full((len(joined), 1), -1)
+    return torch.cat((whole, torch.cat((joined, newlines), 1).flatten()))
 
 
 def contrast_of(squares, side, tokens, cut=None, grid=None):

@@ -40,9 +40,25 @@ class Llava(nn.Module):
 
     def encode_images(self, pixel_values):
         """pixel_values (n, 3, S, S) -> vision tokens (n, P, C); P includes CLS only if the config says "full"."""
-        states = self.vision_tower(pixel_values, self.config.feature_layers)
+        return self.project(self.see(pixel_values)[0])
+
+    def see(self, pixel_values, layers=(), after=None):
+        """-> features that the projector reads, (n, 1 + P, C) with CLS in front, and {layer: input of that layer of the
+        tower} for `layers`, counted from 0. after: see `VisionTransformer`."""
+        wanted = self.config.feature_layers
+        states = self.vision_tower(pixel_values, [*wanted, *layers], after)
+        return torch.cat(states[: len(wanted)], -1), dict(zip(layers, states[len(wanted) :], strict=True))
+
+    def project(self, features):
+        """Features of `see` -> vision tokens (n, P, C)."""
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
-        return self.multi_modal_projector(torch.cat([s[:, first:] for s in states], dim=-1))
+        return self.multi_modal_projector(features[:, first:].contiguous())
+
+    def join(self, tokens, picture):
+        """Vision tokens (n, P, C) of a `model.image.Prepared` -> (P', C), in the order of the prompt."""
+        if picture.grid is None:
+            return tokens[0]
+        return self.join_tiles(tokens, picture.grid, picture.size, picture.settings.order)
 
     def join_tiles(self, tokens, grid, size, order="hf"):
         """Vision tokens of a picture's squares (1 + rows * columns, P, C) -> (P', C): whole picture, then tiles.

@@ -100,8 +100,8 @@ def named_model(name, folder):
 
 def named_method(prune):
     """The method's name in an answers file; FILE.py::NAME with the file's absolute path."""
-    file, colons, function = (prune.name if prune else "none").rpartition("::")
-    return f"{Path(file).resolve()}::{function}" if colons else function
+    split = [part.name.rpartition("::") for part in prune.parts] if prune else [("", "", "none")]
+    return "+".join(f"{Path(file).resolve()}::{name}" if colons else name for file, colons, name in split)
 
 
 # ---------------------------------------------------------------- questions

@@ -67,8 +67,9 @@ def report(generation, model, seed, meter):
         "prune": {
             "method": prune.name if prune else "none",
             "settings": given,
-            "retention_requested": given.get("retention") if given.get("keep_tokens") is None else None,
+            "retention_requested": prune.fraction if prune else None,
             "retention_actual": generation.retention,
+            "parts": generation.parts,
             "kept_per_layer": generation.kept,
             "kv_bytes_full": kv_bytes,
             "kv_bytes_held": held,
@@ -326,7 +327,8 @@ def step_bytes(checkpoint, kv_bytes):
 def stats(r, bandwidth, generation):
     """The table of --stats. r: the --json object; bandwidth: bytes per second, 0 if unknown."""
     t, prune, new = r["timing_ms"], r["prune"], generation.prefilled
-    known = r["prompt_tokens"] - new  # in the cache already, in a later turn of a conversation
+    # tokens in the cache already, in a later turn of a conversation
+    known = 0 if r["prompt_tokens"] == new + generation.absent else r["prompt_tokens"] - new
     spans = generation.spans  # none after Ctrl-C in the vision tower
     seen = [image for image, (start, _) in zip(r["images"], spans, strict=False) if start >= known]
     lines = [_line("load", t["load"], "")]
@@ -335,7 +337,9 @@ def stats(r, bandwidth, generation):
         lines.append(_line("vision", t["vision"], f"{_count(seen, 'picture')}, {tokens} vision tokens"))
     if len(seen) > 1 or r["image_mode"] == "anyres":
         lines += [_of_picture(image, r) for image in seen]
-    of = (f"{new} new of " if known else "") + f"{r['prompt_tokens']} prompt tokens"
+    of = (
+        f"{new} new of " if known else f"{new} of " if generation.absent else ""
+    ) + f"{r['prompt_tokens']} prompt tokens"
     if generation.prune and generation.prune.looks_ahead and t["prune"]:
         of += f" and {generation.checkpoint.lookahead.rows} look-ahead rows"
     lines.append(_line("prefill", t["prefill"], f"{of}; time to first token {t['vision'] + t['prefill']:.1f} ms"))
@@ -343,7 +347,8 @@ def stats(r, bandwidth, generation):
         share, per_head = 100 * prune["retention_actual"], sum(generation.kept) / len(generation.kept)
         text = f"of the prefill; {prune['method']} kept {share:.1f} % of the vision tokens, {per_head:.1f} per KV head"
         bound = f"upper bound on the decoding speed-up, from the bytes read: {r['ceiling_speedup']:.2f}x"
-        lines += [_line("pruning", t["prune"], text), f"{'':25}{bound}"]
+        parts = [f"{'':25}{said_of_parts(generation)}"] if len(generation.parts) > 1 else []
+        lines += [_line("pruning", t["prune"], text), *parts, f"{'':25}{bound}"]
     if generation.timing["steps"]:
         lines += _decoded(r, bandwidth, generation)
     lines.append(f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak")
@@ -354,6 +359,15 @@ def stats(r, bandwidth, generation):
         text = f"for the prompt{unpruned}; {reserved:.2f} MB with the slots for new tokens"
         lines.append(f"KV cache   {held:9.2f} MB  {text}")
     return "\n".join(lines)
+
+
+def said_of_parts(generation):
+    """What each part of a composition kept."""
+    first, second = generation.parts
+    return (
+        f"{first['method']} kept {100 * first['actual']:.1f} % of the vision tokens, {second['method']} "
+        f"{100 * second['actual']:.1f} % of these"
+    )
 
 
 def _line(name, milliseconds, text):

@@ -52,6 +52,8 @@ class Shown:
     keep         (L, Hkv, V) bool: True where a head of a layer keeps a token
     flags        the run.py flags that select this pruning; wanted: the requested fraction, or None
     bytes_full, bytes_held     K and V of the whole prompt, of its kept tokens
+    share        fraction of the (head, vision token) pairs that is kept, None for that of keep: they differ if tokens
+                 were merged, because a new token is drawn at one of those that it is made of
     gammas       per layer, the attention (0 to 1) of `rows` to pictures; filled in by tools/show_pruning.py
     thresholds   (alpha, beta) of PLPHP, if gammas are known
     """
@@ -67,6 +69,7 @@ class Shown:
     gammas: list = None
     thresholds: tuple = None
     rows: str = "the last prompt row"
+    share: float = None
 
     @classmethod
     def of(cls, generation):
@@ -81,8 +84,11 @@ class Shown:
         question = generation.prompt
         if generation.pruned_for != question and not keep.all():
             question = f"{generation.pruned_for} (asked later: {question})"
-        flags, full = f"--prune {shlex.quote(spec)}", held * masks.numel() / masks.sum().item()
-        return cls(question, name, flags, generation.wanted, list(_areas(generation)), keep, full, held)
+        whole, vision = generation.prompt_tokens, generation.vision_tokens
+        kept = whole - vision + sum(generation.kept) / len(masks)  # tokens of the prompt per head, on average
+        flags, full = f"--prune {shlex.quote(spec)}", held * whole / kept
+        areas, wanted = list(_areas(generation)), generation.wanted
+        return cls(question, name, flags, wanted, areas, keep, full, held, share=generation.retention)
 
     def of_area(self, area):
         """What is kept of an Area: (L, Hkv, rows, columns) bool."""
@@ -95,8 +101,9 @@ class Shown:
         if self.keep.all():
             unpruned = "unpruned" if self.method == "none" else self.method
             return f"{unpruned}: all {layers * heads} heads keep all {tokens} vision tokens"
+        share = self.keep.double().mean().item() if self.share is None else self.share
         asked = "" if self.wanted is None else f", {100 * self.wanted:.1f} % asked for"
-        return f"{self.method}: {100 * self.keep.double().mean():.1f} % of the vision tokens kept{asked}"
+        return f"{self.method}: {100 * share:.1f} % of the vision tokens kept{asked}"
 
     @property
     def memory(self):

@@ -19,10 +19,14 @@ class View:
     q_heads, kv_heads   Hq, Hkv
     tokens, device      T, number of tokens in this layer; device of all tensors, except those on the CPU
     spans               [(start, stop)] of each picture among the T tokens
+    protected           (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
     places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
     """
 
-    def __init__(self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto"):
+    def __init__(
+        self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto",
+        protected=None,
+    ):  # fmt: skip
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
         places: None if the spans are text; each span is then a row. contrast: function that `contrast` calls.
@@ -33,6 +37,7 @@ class View:
         self.places, self.device = [place.clone() for place in places], k.device
         self._q, self._k, self._v = q[0], k[0], v[0]
         self._contrast, self._ahead, self._backend = contrast, ahead, backend
+        self.protected = None if protected is None else protected.clone()
         self._attention = {}
 
     @cached_property
@@ -102,12 +107,13 @@ class Pruning:
 
     def __init__(
         self, method, num_layers, spans, places=None, contrast=None, ahead=0, backend="auto", timed=False,
-        remember=False,
+        remember=False, protected=None,
     ):  # fmt: skip
         """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`."""
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
         self.timed, self.seconds, self.masks = timed, 0.0, [] if remember else None
+        self.protected = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
 
     def __call__(self, layer, q, k, v):
@@ -120,7 +126,7 @@ class Pruning:
         if self.spans:
             start = clock(k.device, self.timed)
             pictures = self.spans, self.places, self.contrast
-            view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend)
+            view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend, self.protected)
             try:
                 keep, stay = self.method.keep(view), self.method.narrow(view)
             except ValueError as wrong:
@@ -135,6 +141,7 @@ class Pruning:
     def _narrow(self, stay):
         """Later layers see only the tokens where stay (T,) is True -> their indices (T',)."""
         go_on = stay.nonzero()[:, 0]
+        self.protected = None if self.protected is None else self.protected[go_on]
         self.seen = go_on if self.seen is None else self.seen[go_on]
         moved, spans, stay = [0, *stay.cumsum(0).tolist()], self.spans, stay.cpu()  # moved: old index -> new
         contrast = self.contrast

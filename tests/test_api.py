@@ -48,7 +48,7 @@ def test_hints_name_what_is_accepted():
     hints = [typing.get_type_hints(function) for _, function in public()]
     pictures = {h["images"] for h in hints if "images" in h}
     assert pictures == {model.image.Pictures} and len([h for h in hints if "prune" in h]) >= 5
-    assert {h["prune"] for h in hints if "prune" in h} == {model.PruneLike, model.api.Method}  # of check_method
+    assert {h["prune"] for h in hints if "prune" in h} == {model.PruneLike, model.api.AnyMethod}  # of check_method
     kinds = typing.get_args(model.PictureLike)
     assert {str, bytes, Image.Image, torch.Tensor} <= set(kinds)
     for name, hint in typing.get_type_hints(Sampling).items():
@@ -127,7 +127,7 @@ def test_an_instance_and_a_partial_are_methods(demo):
 
 BAD = {
     "plphd": "'plphd'", "plphp:r=0.3,retention=0.5": "one of them", "": "''", 0.5: "float", ("plphp",): "tuple",
-    needs: "part", "plphp+topk": "combines", int: "type", print: "builtin_function", DEMO: "Path",
+    needs: "part", "plphp+topk": "both act in the language model", int: "type", print: "builtin_function", DEMO: "Path",
 }  # fmt: skip
 
 

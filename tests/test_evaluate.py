@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ from tools.evaluation.replay import along, asked_by, asked_with, compare, replay
 
 # settings of plphp in the demo's folder, and the defaults of others
 FULL = "dr=0.0,alpha=0.822,beta=0.7358,skip=0,group=mean,values=false,scope=image,query=lookahead,cover=0.5"
-SPECS = ("random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv")
+SPECS = (
+    "random:retention=0.2", "plphp:r=0.6,dr=0.2", "plphp-ada:r=0.4", "snapkv:retention=0.4,values=true", "fastv",
+    "pick-random:retention=0.3", "downsample:retention=0.6+topk:retention=0.5", "pick-grid+fastv",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,9 @@ def mine(tmp_path):
 def asked_about(demo, number, which, second=None):
     drawn, questions = evaluate.questions_of(evaluate.FIRST + number)
     ids, fed, targets = conversation(demo, questions[which], second and questions[second], len(drawn))
-    return asked_with(demo, ids, encode_scenes(demo, drawn), fed), targets, drawn, questions
+    asked = asked_with(demo, ids, encode_scenes(demo, drawn), fed, **evaluate.views_of(demo, drawn))
+    asked.pick = evaluate.picker_of(demo, drawn)
+    return asked, targets, drawn, questions
 
 
 def table_of(out, columns=None):
@@ -491,6 +497,8 @@ def test_files_that_answers_depend_on_are_told_apart(tmp_path):
     assert codes[2] == codes[3] and len(set(codes)) == 4
     (own,) = evaluate.sources(["given: topk:window=3@0.5", "given: none", "topk@0.5"], DEMO)
     assert own.endswith("topk.py")  # a method of this repository
+    both = evaluate.sources([f"given: pick-grid+{path}::keep@0.3", "given: pick-grid:retention=0.2+topk"], DEMO)
+    assert [Path(file).name for file in both] == ["pick_grid.py", "m.py", "topk.py"]
 
 
 def test_progress_comes_first_last_and_now_and_then(capsys, monkeypatch):

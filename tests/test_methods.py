@@ -28,6 +28,7 @@ from tests.paths import DEMO_PICTURE
 from tests.sizes import Sizes
 
 NAMES = [name for name in METHODS if name != "none"]
+IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
 NARROWING = {"fastv"}  # tokens leave the prompt
 
@@ -275,7 +276,7 @@ BUDGETS = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(NAMES), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
+@given(st.sampled_from(IN_MODEL), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
 def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
     """Pictures of different shapes, with and without text between them, any number of heads; results repeat exactly."""
     spans, places, end = [], [], 2
@@ -294,7 +295,7 @@ def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
     assert keep[:, view.text].all() and keep.equal(answer(method, view))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IN_MODEL)
 def test_pictures_may_share_a_budget(name):
     """20 of all their tokens; separate budgets would keep 20 of each."""
     view = given_view([(3, 40), (45, 70), (70, 100)], 110, 8, 4)
@@ -346,7 +347,7 @@ def test_keeping_everything_is_no_pruning(small, spec, retention):
     assert pruned.notes == []
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in NARROWING])
+@pytest.mark.parametrize("name", [n for n in IN_MODEL if n not in NARROWING])
 def test_dropping_k_and_v_does_not_change_the_first_token(small, name):
     """The prompt's hidden states are unchanged, so its logits are equal bit for bit."""
     pruned, plain = (Generation(small, "what?", pictures(1), prune=p) for p in (make_method(name, keep_tokens=1), None))
@@ -369,7 +370,7 @@ def test_without_a_picture_nothing_is_dropped_and_a_note_says_so(small, name):
 LONG = 700  # tokens; many more than the 32 channels
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["none", *IN_MODEL])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
 def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):

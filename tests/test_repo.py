@@ -286,7 +286,7 @@ def test_python_of_the_pages_runs(page, block, monkeypatch, capsys):
         assert "A small red cross, a large black star, a large blue square, a large orange star." in told
 
 
-METHOD_BLOCKS = [block for page, block in PYTHON if re.search(r"def \w+\((self, )?view\b", block)]
+METHOD_BLOCKS = [block for page, block in PYTHON if re.search(r"def \w+\((self, )?(view|picture)\b", block)]
 
 
 @pytest.mark.parametrize("block", METHOD_BLOCKS, ids=lambda block: re.findall(r"(?:class|def) (\w+)", block)[0])

@@ -305,7 +305,8 @@ def bench(args, argv):
         chosen = in_8_bits(args, device, chosen)
     prunes = ["none", *(spec for spec in args.prune if spec != "none")]
     for spec in prunes[1:]:
-        method_of(spec, args.model, text)
+        if method_of(spec, args.model, text).picks:
+            raise InputError(f"--prune {spec} needs pictures, and the workloads have none; time it with run.py --stats")
     usual = [name for name in USUAL if cuda or name != "long"]
     if args.smoke:
         usual, args.new_tokens, args.rounds = ["2x24,8+8"], min(args.new_tokens, 3), 1

@@ -36,9 +36,10 @@ from model import Generation, InputError, Sampling, load, open_checkpoint  # noq
 from model.api import choose_method, note_on_settings, off_budget  # noqa: E402
 from model.console import note, say  # noqa: E402
 from model.flags import choose_device  # noqa: E402
-from model.image import contrast_of, normalise, places_of, read_image, to_square  # noqa: E402
+from model.image import prepare, read_image  # noqa: E402
 from model.lookahead import fill_lookahead, open_lookahead  # noqa: E402
-from model.pruning import AMOUNTS, Method, calibrated, make_method, named, sets_budget  # noqa: E402
+from model.picture import look, pick  # noqa: E402
+from model.pruning import AMOUNTS, Method, calibrated, make_method, named, parts_of, sets_budget  # noqa: E402
 from model.pruning.budget import later  # noqa: E402
 from model.pruning.plphp import Plphp  # noqa: E402
 from model.tokenizer import build_prompt  # noqa: E402
@@ -207,7 +208,9 @@ def written_out(spec, folder):
     if note_on_settings(method, folder) is None:
         return spec
     hidden = () if sets_budget(spec) else AMOUNTS  # the file's budget, which --retentions replaces
-    return replace(method, settings={k: v for k, v in method.settings.items() if k not in hidden}).spec
+    *before, last = method.parts
+    shown = replace(last, settings={k: v for k, v in last.settings.items() if k not in hidden})
+    return "+".join(part.spec for part in (*before, shown))
 
 
 def given_methods(args, generation):
@@ -249,26 +252,39 @@ def questions_of(number):
     return held_out_questions(number, number % 5 == 4, False, 0)
 
 
-def pixels_of(checkpoint, drawn):
-    """Scenes -> pixel values (n, 3, S, S)."""
-    settings = checkpoint.image_settings
-    pictures = [to_square(read_image(scenes.draw_scene(s)).image, settings) for s in drawn]
-    return torch.stack([normalise(p, settings) for p in pictures])
+def pictures_of(checkpoint, drawn):
+    """Scenes -> their `model.image.Prepared`."""
+    tower = checkpoint.config.vision_config
+    settings, side = checkpoint.image_settings, tower.image_size // tower.patch_size
+    tokens = checkpoint.config.image_tokens
+    return [prepare(read_image(scenes.draw_scene(s)), settings, side, tokens) for s in drawn]
 
 
 def encode_scenes(checkpoint, drawn):
     """Scenes -> image tokens (n, P, C)."""
-    return checkpoint.model.encode_images(pixels_of(checkpoint, drawn).to(checkpoint.device, checkpoint.dtype))
+    pixels = torch.cat([picture.pixels for picture in pictures_of(checkpoint, drawn)])
+    return checkpoint.model.encode_images(pixels.to(checkpoint.device, checkpoint.dtype))
 
 
 def views_of(checkpoint, drawn):
     """Scenes -> the arguments of `Asked` that describe their pictures."""
-    tower, tokens = checkpoint.config.vision_config, checkpoint.config.image_tokens
-    side, pixels = tower.image_size // tower.patch_size, pixels_of(checkpoint, drawn)
-    return {
-        "places": [places_of(side, tokens) for _ in drawn],
-        "contrast": [contrast_of(p[None], side, tokens) for p in pixels],
-    }
+    pictures = pictures_of(checkpoint, drawn)
+    return {"places": [picture.places for picture in pictures], "contrast": [p.contrast for p in pictures]}
+
+
+def picker_of(checkpoint, drawn):
+    """Scenes -> `Asked.pick`. What a method picks does not depend on the question, so it is computed once."""
+    pictures, found = pictures_of(checkpoint, drawn), {}
+
+    def pick_of(method):
+        first = method.parts[0]
+        if first.spec not in found:
+            pixels = [picture.pixels.to(checkpoint.device, checkpoint.dtype) for picture in pictures]
+            views = [look(first, checkpoint.model, p, i, pixels[i]) for i, p in enumerate(pictures)]
+            found[first.spec] = tuple(zip(*(pick(first, view) for view in views), strict=True))
+        return found[first.spec]
+
+    return pick_of
 
 
 def conversation(checkpoint, first, second, pictures):
@@ -299,11 +315,13 @@ def evaluate_scene(checkpoint, made, number, stage):
     """
     drawn, questions = questions_of(number)
     image_tokens, views, result = encode_scenes(checkpoint, drawn), views_of(checkpoint, drawn), []
+    pick_of = picker_of(checkpoint, drawn)
     for i, q in enumerate(questions):
         second = questions[(i + 1) % len(questions)] if stage == "second" else None
         counted = second or q
         ids, fed, targets = conversation(checkpoint, q, second, len(drawn))
         asked = asked_with(checkpoint, ids, image_tokens, fed, **views)
+        asked.pick = pick_of
         another = questions[(i + 2) % len(questions)]  # differs from the second question too
         asked.others = others_of(checkpoint, ids, image_tokens, another, number, len(drawn))
         seed = 10 * number + i  # draws of its own for each question
@@ -400,21 +418,21 @@ def world():
     return hashlib.sha256(repr((seen, pictures)).encode()).hexdigest()[:16]
 
 
-def file_of(name):
-    """The file that a condition's results depend on: a method's code, look-ahead rows or plphp.json; else None."""
+def files_of(name):
+    """The files that a condition's results depend on: methods' code, look-ahead rows or plphp.json."""
     about, _ = parts(name)
     if about.startswith("rows "):
-        return about.removeprefix("rows ").removesuffix("+grid")
+        return [about.removeprefix("rows ").removesuffix("+grid")]
     if about.startswith(GIVEN):
-        file, _, method = about.removeprefix(GIVEN).rpartition("::")
-        rule = file or named(method)[1]
-        return file or rule and inspect.getsourcefile(rule)
-    return "plphp.json" if about == "plphp as shipped" else None
+        rules = [(spec.rpartition("::")[0], spec) for spec in parts_of(about.removeprefix(GIVEN))]
+        return [file or inspect.getsourcefile(named(spec)[1]) for file, spec in rules if file or named(spec)[1]]
+    return ["plphp.json"] if about == "plphp as shipped" else []
 
 
 def sources(names, folder):
-    """{file: hash} of `file_of` these conditions. folder: of the checkpoint, for its plphp.json."""
-    paths = {file: calibrated(folder, "plphp") if file == "plphp.json" else file for file in map(file_of, names)}
+    """{file: hash} of `files_of` these conditions. folder: of the checkpoint, for its plphp.json."""
+    files = dict.fromkeys(file for name in names for file in files_of(name))
+    paths = {file: calibrated(folder, "plphp") if file == "plphp.json" else file for file in files}
     return {file: code(Path(path)) for file, path in paths.items() if path}
 
 
@@ -473,7 +491,7 @@ def valid_answers(lines, head):
 
 def inputs(head, name):
     """What the results of a condition depend on, besides SHARED."""
-    return head["files"].get(file_of(name)), head["thresholds"] if is_fitted(name) else None
+    return [head["files"].get(file) for file in files_of(name)], head["thresholds"] if is_fitted(name) else None
 
 
 worker = {}  # of a worker process: checkpoint, conditions and stage, too large to send with every scene

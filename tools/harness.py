@@ -52,6 +52,10 @@ def prefill(language, x, cache=None, method=None, spans=(), backend="auto", look
     """
     if method is None:
         return language.prefill(x, cache)
+    if method.picks:
+        raise ValueError(
+            f"method {method.name} acts before the language model, and there is no picture; use another one"
+        )
     lookahead = lookahead if method.looks_ahead else None
     ahead = lookahead.rows if lookahead else 0
     pruning = Pruning(method, language.config.num_hidden_layers, spans, ahead=ahead, backend=backend)

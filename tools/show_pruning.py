@@ -28,10 +28,12 @@ from tools.evaluation.replay import asked_by, gammas_of  # noqa: E402
 
 @torch.inference_mode()
 def look(checkpoint, prompt, images, method, image_mode="auto"):
-    """Prune a prompt's cache -> Shown, with gamma of every layer."""
+    """Prune a prompt's cache -> Shown, with gamma of every layer unless the method acts before them."""
     generation = Generation(checkpoint, prompt, images, Sampling(1), image_mode=image_mode, prune=method, remember=True)
     "".join(generation)
     shown = Shown.of(generation)
+    if method.picks:  # gamma of a prompt that the language model did not get says nothing
+        return shown
     shown.gammas = gammas_of(asked_by(generation, []), checkpoint.lookahead if method.looks_ahead else None)
     if method.looks_ahead:
         shown.rows = "the look-ahead rows"

@@ -48,8 +48,9 @@ def methods():
         rows.append([f"[`{name}`]({file})", what, settings])
     guards = ", ".join(f"`{key}={value}`" for key, value in GUARDS.items())
     return _markdown(["`--prune`", "what is kept", "settings"], rows, "---") + (
-        f"\n\nEvery method also has {guards}: numbers of tokens that no head may drop. `sink` protects the first\n"
-        "tokens of the prompt, `recent` the last, and `sink_keys` those most attended by the last 32 rows of each head."
+        f"\n\nEvery method in the language model also has {guards}: numbers of tokens that no head may drop.\n"
+        "`sink` protects the first tokens of the prompt, `recent` the last, and `sink_keys` those most attended by\n"
+        "the last 32 rows of each head."
     )
 
 

@@ -3,17 +3,27 @@
 A method is one small file here and one row of METHODS: a function keep(view, *, SETTING=DEFAULT, ...), or a frozen
 dataclass whose fields are its settings (`__post_init__` may raise a ValueError). A value must have the annotated type,
 or that of the default. The docstring begins with one sentence and has a line `name: meaning (range)` for each setting
-that is not in COMMON; `run.py --list-methods` prints them. A class implements one or both of these stages, a function
+that is not in COMMON; `run.py --list-methods` prints them. A class implements at least one of these stages, a function
 the first:
 
-    keep(view)     after a layer's attention: the tokens whose K and V each KV head keeps, (Hkv, T) bool, or None for
-                   all. Hidden states do not change
-    narrow(view)   after a layer: the tokens that later layers process, (T,) bool, or None for all
+    keep(view)      after a layer's attention: the tokens whose K and V each KV head keeps, (Hkv, T) bool, or None for
+                    all. Hidden states do not change
+    narrow(view)    after a layer: the tokens that later layers process, (T,) bool, or None for all
+    pick(picture)   before the language model: indices (P',) int64, ascending, of the patch tokens that it gets, or a
+                    matrix (P', P) or (P', P + n) of floats that makes P' new tokens from the features of the P tokens
+                    (and of the CLS tokens of the n squares), or None for all
+    merge(patches)  inside the vision tower, after its layer `merge_after` (an attribute, counted from 0): a matrix
+                    (n, P', S * S) of floats that makes P' tokens from the patches (n, S, S, C) of each square, or None
 
-view: a `model.view.View` of the layer, from which the method takes what it needs. Text is always kept. A class may also
-have
+view: a `model.view.View` of the layer; picture: a `model.picture.PictureView`. The method takes from them what it
+needs. Text is always kept. A class may also have
 
-    check(num_layers, kv_heads)    raises a ValueError for an unsuitable model
+    check(num_layers, kv_heads)   raises a ValueError for an unsuitable model
+    layers(num_layers)            with pick or merge: the layers of the vision tower, counted from 0, whose attention or
+                                  keys it asks for
+    protect(picture)              with pick or merge: the tokens that later stages may not drop, (P,) bool, or None
+
+A composition A+B is a method with `pick` or `merge`, then one with `keep` or `narrow`.
 
 The look-ahead rows are computed only for a method whose setting query is "lookahead".
 """
@@ -21,6 +31,7 @@ The look-ahead rows are computed only for a method whose setting query is "looka
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import traceback
 from dataclasses import dataclass, is_dataclass
@@ -33,14 +44,24 @@ from typing import Protocol, Union, get_args, get_origin, get_type_hints
 import torch
 
 from .budget import best, by_kv_head
+from .composed import Composition
+from .divprune import DivPrune
+from .downsample import Downsample
 from .fastv import FastV
+from .fopru import FoPru
 from .grid import grid_tokens
+from .hired import Hired
+from .mustdrop1 import MustDrop1
 from .objects import Objects
+from .pick_grid import PickGrid
+from .pick_random import PickRandom
 from .plphp import Plphp, PlphpAda
 from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
 from .topk import TopK
+from .visionzip import VisionZip
+from .vtc_cls import VtcCls
 
 METHODS = {
     "none": None,
@@ -54,6 +75,15 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "hired": Hired,
+    "vtc-cls": VtcCls,
+    "fopru": FoPru,
+    "visionzip": VisionZip,
+    "mustdrop1": MustDrop1,
+    "divprune": DivPrune,
+    "pick-grid": PickGrid,
+    "pick-random": PickRandom,
+    "downsample": Downsample,
 }
 
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
@@ -61,13 +91,18 @@ ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
 AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates"),
-    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "threshold"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
 }
 
-GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method, with their defaults
+STAGES = {  # name of a stage -> what it sees
+    "keep": "view", "narrow": "view", "pick": "picture", "merge": "patches", "protect": "picture",
+}  # fmt: skip
+EARLY = {"pick", "merge"}  # stages before the language model
+
+GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method with keep or narrow
 
 
 def _among(*names):
@@ -107,6 +142,12 @@ class Narrowing(Protocol):
     def narrow(self, view: object) -> torch.Tensor | None: ...
 
 
+class Picking(Protocol):
+    """An object that implements the third stage, such as a `PickGrid`."""
+
+    def pick(self, picture: object) -> torch.Tensor | None: ...
+
+
 class MethodError(RuntimeError):
     """A method's own code raised an exception. The message is one line with the method's name and the line number."""
 
@@ -142,12 +183,41 @@ class Method:
     @property
     def narrows(self):
         """True if the method drops hidden states too, so that the first new token may differ."""
-        return "narrow" in stages(self.rule)
+        return self.picks or "narrow" in stages(self.rule)
+
+    @property
+    def picks(self):
+        """True if the language model gets fewer or other vision tokens: a stage `pick` or `merge`."""
+        return not EARLY.isdisjoint(stages(self.rule))
+
+    @property
+    def merge_after(self):
+        """The layer of the vision tower after which `merge` is called, None without that stage."""
+        return self.rule.merge_after if "merge" in stages(self.rule) else None
 
     def check(self, num_layers, kv_heads):
         """ValueError if the method does not fit the model."""
         if hasattr(self.rule, "check"):
             self.rule.check(num_layers, kv_heads)
+
+    @property
+    def parts(self):
+        """The methods that this one consists of; see `Composition`."""
+        return (self,)
+
+    @property
+    def fraction(self):
+        """The setting retention, None if there is none or keep_tokens replaces it."""
+        return self.settings.get("retention") if self.settings.get("keep_tokens") is None else None
+
+    def requested(self, tokens):
+        """`wanted` of each of the parts."""
+        return [self.wanted(tokens)]
+
+    def shares(self, picked, kept):
+        """What each of the parts kept. picked: fraction of the vision tokens that the language model got; kept:
+        fraction of all (head, vision token) pairs."""
+        return [kept]
 
     def wanted(self, tokens):
         """The requested fraction of the vision tokens, or None if no setting gives one. tokens: count per picture."""
@@ -171,25 +241,89 @@ class Method:
             keep[-1] = True
         return keep
 
+    def layers(self, num_layers):
+        """The layers of a vision tower that the stages before the language model ask for, ascending. ValueError."""
+        asked = self._call("layers", num_layers, getattr(self.rule, "layers", None)) or ()
+        for layer in asked:
+            if type(layer) is not int or not 0 <= layer < num_layers:
+                raise ValueError(
+                    f"{titled(self.name)} asks for layer {layer!r} of the vision tower; give 0 to {num_layers - 1}"
+                )
+        return sorted({*asked})
+
+    def pick(self, picture):
+        """-> indices (P',) int64, matrix (P', P) or (P', P + n) fp32, or None for all tokens. ValueError otherwise."""
+        chosen = self._call("pick", picture)
+        if chosen is None:
+            return None
+        if isinstance(chosen, torch.Tensor) and chosen.dtype == torch.int64 and chosen.ndim == 1:
+            return self._checked_indices(chosen.to(picture.device), picture.tokens)
+        widths = picture.tokens, picture.tokens + picture.squares
+        wanted = f"int64 indices (P',), or floats (P', {widths[0]}) or (P', {widths[1]})"
+        return self._checked_matrix("pick", chosen, 2, widths, wanted).to(picture.device)
+
+    def merge(self, patches):
+        """patches (n, S, S, C) -> matrix (n, P', S * S) fp32, or None for all patches. ValueError otherwise."""
+        count, side = patches.shape[:2]
+        chosen = self._call("merge", patches)
+        if chosen is None:
+            return None
+        matrix = self._checked_matrix("merge", chosen, 3, (side**2,), f"floats ({count}, P', {side**2})")
+        if len(matrix) != count:
+            raise ValueError(f"{titled(self.name)} merged {len(matrix)} squares of {count}; return a matrix for each")
+        return matrix.to(patches.device)
+
+    def protect(self, picture):
+        """-> the tokens that later stages may not drop, (P,) bool, or None. ValueError for anything else."""
+        return self._tensor("protect", picture, (picture.tokens,), "")
+
+    def _checked_indices(self, chosen, tokens):
+        """Indices in a valid order, or None if they are all."""
+        if not len(chosen):
+            raise ValueError(f"{titled(self.name)} picked no token; return at least one index")
+        if (chosen.diff() <= 0).any() or chosen[0] < 0 or chosen[-1] >= tokens:
+            raise ValueError(
+                f"{titled(self.name)} picked indices that are not ascending, unique and below {tokens}; sort them"
+            )
+        return None if len(chosen) == tokens else chosen
+
+    def _checked_matrix(self, stage, chosen, dims, widths, wanted):
+        """A matrix of floats as fp32; its last dimension is one of widths."""
+        fine = isinstance(chosen, torch.Tensor) and chosen.is_floating_point() and chosen.ndim == dims
+        if not fine or chosen.shape[-1] not in widths or not chosen.numel():
+            raise ValueError(f"{titled(self.name)} returned {_shown(chosen)} from {stage}; return {wanted}")
+        if not chosen.isfinite().all() or not chosen.any(-1).all():
+            raise ValueError(f"{titled(self.name)} returned NaN, infinity or a row of zeros from {stage}; return sums")
+        return chosen.float()
+
     def _ask(self, stage, view, shape):
-        """The tokens that a stage of the rule keeps, plus text and guards; None if it has no such stage. Exceptions are
-        raised as MethodError, except a ValueError from a method of METHODS."""
-        function = stages(self.rule).get(stage)
+        """The tokens that a stage of the rule keeps, plus text and guards; None if it has no such stage."""
+        keep = self._tensor(stage, view, shape, f" in layer {view.layer}")
+        return None if keep is None else keep | self._guarded(view, keep.ndim)
+
+    def _tensor(self, stage, view, shape, where):
+        """What a stage returns, a bool tensor of this shape, or None. ValueError for anything else."""
+        keep = self._call(stage, view)
+        if keep is None:
+            return None
+        found, wanted = _shown(keep), f"torch.bool {shape} on {view.device}"
+        if isinstance(keep, torch.Tensor):
+            keep = keep if keep.is_meta else keep.to(view.device)
+            found = _shown(keep)
+        if found != wanted:
+            raise ValueError(f"{titled(self.name)} returned {found}{where}; return {wanted}")
+        return keep
+
+    def _call(self, stage, seen, function=None):
+        """What a stage of the rule returns; None if it has no such stage. Exceptions are raised as MethodError, except
+        a ValueError from a method of METHODS."""
+        function = function or stages(self.rule).get(stage)
         try:
-            keep = function and function(view)
+            return function and function(seen)
         except Exception as wrong:
             if isinstance(wrong, MemoryError) or (isinstance(wrong, ValueError) and self.name in METHODS):
                 raise  # its message is one line
             raise MethodError(f"{titled(self.name)}: {_what(self.rule, wrong)}") from wrong
-        if keep is None:
-            return None
-        found, wanted = type(keep).__name__, f"torch.bool {shape} on {view.device}"
-        if isinstance(keep, torch.Tensor):
-            keep = keep if keep.is_meta else keep.to(view.device)
-            found = f"{keep.dtype} {tuple(keep.shape)} on {keep.device}"
-        if found != wanted:
-            raise ValueError(f"{titled(self.name)} returned {found} in layer {view.layer}; return {wanted}")
-        return keep | self._guarded(view, keep.ndim)
 
     def _guarded(self, view, dims):
         """(T,) or (Hkv, T) bool: tokens that a stage may not drop: text, and those that the settings GUARDS protect."""
@@ -197,6 +331,8 @@ class Method:
         mask = view.text.clone()
         mask[:sink] = True
         mask[max(0, view.tokens - recent) :] = True
+        if view.protected is not None:
+            mask |= view.protected
         if not keys:
             return mask
         # heads that need no token attend to such keys; without these, they would attend to other tokens
@@ -209,6 +345,13 @@ def titled(name):
     return "the method" if name == "<lambda>" else f"method {name}"
 
 
+def _shown(value):
+    """A returned value in an error message: its type, or dtype, shape and device."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+
+
 def _what(rule, wrong):
     """ "TYPE in line N: WORDS" of an exception; N is the last line of the rule's file that it passed through."""
     functions = [inspect.unwrap(getattr(stage, "func", stage)) for stage in stages(rule).values()]
@@ -219,20 +362,22 @@ def _what(rule, wrong):
 
 
 def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None):
-    """The Method of a SPEC, or None for "none".
+    """The Method of a SPEC, the Composition of one with a "+", or None for "none".
 
-    spec: NAME or FILE.py::NAME, optionally followed by ":" and comma-separated key=value pairs; a function or class,
-    or a `functools.partial` of one; an instance of a class; a Method; or None. settings: a dict, or a list of
-    "key=value" and "@FILE.json" (a JSON object). retention, keep_tokens: the budget, for methods with a setting of that
-    name. folder: of a checkpoint; its NAME.json, if there is one (see `calibrated`), replaces the method's defaults.
+    spec: NAME or FILE.py::NAME, optionally followed by ":" and comma-separated key=value pairs, or two of these with
+    "+" between them; a function or class, or a `functools.partial` of one; an instance of a class; a Method or
+    Composition; or None. settings: a dict, or a list of "key=value" and "@FILE.json" (a JSON object); in a composition
+    the keys are NAME.KEY. retention, keep_tokens: the budget, for methods with a setting of that name; the retention of
+    a composition is that of both together. folder: of a checkpoint; its NAME.json, if there is one (see `calibrated`),
+    replaces the method's defaults.
     ValueError for invalid input, including a setting that is given twice or together with one that makes it
     ineffective.
     """
+    parts = parts_of(spec)
+    if len(parts) > 1:
+        return _compose(parts, retention, keep_tokens, _gathered(settings), folder)
     name, rule, given = named(spec)
-    if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
-        raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
-    for more in [settings] if isinstance(settings, dict) else map(_parsed, settings):
-        _add(given, more)
+    _add(given, _gathered(settings))
     _add(given, {k: v for k, v in (("retention", retention), ("keep_tokens", keep_tokens)) if v is not None})
     if _takes_settings(rule):
         rule, settings = _with_settings(name, rule, given, folder)
@@ -243,13 +388,80 @@ def make_method(spec, retention=None, keep_tokens=None, settings=(), folder=None
         elif rule is None:
             why = f"method {name} takes no settings; give a method by name"
         raise ValueError(f"{', '.join(given)} was given, but {why}")
-    elif rule is None or isinstance(rule, Method):
+    elif rule is None or isinstance(rule, Method | Composition):
         return rule
     else:  # an instance of a class
         own = {key: getattr(rule, key) for key in inspect.signature(type(rule)).parameters if hasattr(rule, key)}
-        settings = GUARDS | {key: _checked(name, key, value, value, None) for key, value in own.items()}
+        settings = guards_of(rule) | {key: _checked(name, key, value, value, None) for key, value in own.items()}
     _check_stages(name, rule)
     return Method(name, rule, settings)
+
+
+def _gathered(settings):
+    """Settings as in `make_method` -> a dict."""
+    if not isinstance(settings, dict | list | tuple) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"the settings are {str(settings)[:80]!r}; give a dict, such as {{'window': 4}}")
+    given = {}
+    for more in [settings] if isinstance(settings, dict) else map(_parsed, settings):
+        _add(given, more)
+    return given
+
+
+def _compose(specs, retention, keep_tokens, settings, folder):
+    """The Composition of two SPECs. settings: {"NAME.KEY": value}. ValueError if they cannot be combined."""
+    _check_parts(specs)
+    names = [named(spec)[0] for spec in specs]
+    short, whole = [name.rpartition("::")[2] for name in names], "+".join(names)
+    given = [{}, {}]
+    for key, value in settings.items():
+        part, _, own = key.rpartition(".")
+        part = ALIASES.get(part, part)
+        if part not in (*names, *short):
+            raise ValueError(f"{key} is no setting of a part of {whole}; write {short[0]}.{own} or {short[1]}.{own}")
+        given[0 if part in (names[0], short[0]) else 1][own] = value
+    if keep_tokens is not None:
+        keys = " or ".join(f"{name}.keep_tokens={keep_tokens}" for name in short)
+        raise ValueError(f"keep_tokens is given for {whole}, which has two numbers of tokens; give the setting {keys}")
+    first = make_method(specs[0], settings=given[0], folder=folder)
+    if retention is not None:
+        share, key = first.fraction, f"{short[0]}.retention"
+        if share is None:
+            raise ValueError(
+                f"a retention of {whole} needs a fraction of {names[0]}; give settings for each part instead"
+            )
+        if retention > share:
+            raise ValueError(
+                f"{whole} keeps at most {share:g}, the retention of {names[0]}, instead of {retention:g}; give the "
+                f"setting {key}={retention:g} or more"
+            )
+        retention = round(retention / share, 12)
+    return Composition(first, make_method(specs[1], retention, settings=given[1], folder=folder))
+
+
+def _check_parts(specs):
+    """ValueError unless the SPECs are a method before the language model and one in it."""
+    order = "write A+B, where A picks tokens before the language model (pick-grid) and B prunes in it (plphp)"
+    if len(specs) > 2:
+        raise ValueError(f"{'+'.join(specs)} combines {len(specs)} methods; {order}")
+    early = []
+    for spec in specs:
+        name, rule, _ = named(spec)
+        if rule is None:
+            raise ValueError(f"none keeps everything, so nothing can be combined with it; {order}")
+        found = {stage in EARLY for stage in stages(rule) if stage != "protect"}
+        if len(found) > 1:
+            raise ValueError(f"{titled(name)} acts before the language model and in it; use it alone")
+        early += found
+    if early == [False, True]:
+        raise ValueError(f"{specs[1]} acts before the language model and comes first; write {specs[1]}+{specs[0]}")
+    if early != [True, False]:
+        where = "before" if early[0] else "in"
+        raise ValueError(f"{specs[0]} and {specs[1]} both act {where} the language model; {order}")
+
+
+def guards_of(rule):
+    """GUARDS for a rule with a stage in the language model, else {}: before it there is nothing else to protect."""
+    return {} if stages(rule).keys().isdisjoint({"keep", "narrow"}) else GUARDS
 
 
 def _with_settings(name, rule, given, folder):
@@ -268,22 +480,32 @@ def _with_settings(name, rule, given, folder):
 
 
 def stages(rule):
-    """The stages that a rule implements, {"keep" or "narrow": function of a view}. A function is "keep"."""
+    """The stages that a rule implements, {name of STAGES: function of what it sees}. A function is "keep"."""
     if isinstance(rule, partial) or inspect.isroutine(rule):
         return {"keep": rule}
-    return {name: getattr(rule, name) for name in ("keep", "narrow") if callable(getattr(rule, name, None))}
+    return {name: getattr(rule, name) for name in STAGES if callable(getattr(rule, name, None))}
 
 
 def _check_stages(name, rule):
     """ValueError if a rule implements no stage, or one that cannot be called with a view."""
-    if not stages(rule):
-        raise ValueError(f"{titled(name)} has no keep(self, view) or narrow(self, view); see model/pruning/README.md")
-    for stage, function in stages(rule).items():
+    found = stages(rule)
+    if not found.keys() - {"protect"}:
+        raise ValueError(
+            f"{titled(name)} has no keep(self, view), narrow(self, view), pick(self, picture) or merge(self, patches); "
+            "see model/pruning/README.md"
+        )
+    if found.keys() >= EARLY:
+        raise ValueError(f"{titled(name)} has pick and merge; give one of them")
+    if "merge" in found and type(getattr(rule, "merge_after", None)) is not int:
+        raise ValueError(
+            f"{titled(name)} has merge, but no merge_after; give it the index of a layer of the vision tower"
+        )
+    for stage, function in found.items():
         try:
             inspect.signature(function).bind(None)
         except TypeError:
             taken = f"{stage}{str(inspect.signature(function))[:80]}"
-            raise ValueError(f"{titled(name)} has {taken}; it must take one argument, the view") from None
+            raise ValueError(f"{titled(name)} has {taken}; it must take one argument, the {STAGES[stage]}") from None
 
 
 def _takes_settings(rule):
@@ -309,8 +531,10 @@ def named(spec):
     ValueError as in `make_method`.
     """
     spec = "none" if spec is None else spec
-    if isinstance(spec, Method):
+    if isinstance(spec, Method | Composition):
         return spec.name, spec, {}
+    if len(parts_of(spec)) > 1:
+        raise ValueError(f"{spec} combines methods; give one")
     name, rule, texts = None, spec, []
     if isinstance(spec, str):
         name, texts = _split(spec)
@@ -352,9 +576,31 @@ def _instead(own, given):
 
 
 def sets_budget(spec):
-    """True if a SPEC sets its own budget, or if its method has no setting `retention`."""
+    """True if a SPEC sets its own budget, or if its method has no setting `retention`.
+
+    In a composition the second part can be given a budget if the first keeps a fixed fraction."""
+    *before, spec = parts_of(spec)
+    for first in before:
+        _, rule, given = named(first)
+        settings = settings_of(rule) | given
+        if settings.get("retention") is None or settings.get("keep_tokens") is not None:
+            return True
     _, rule, given = named(spec)
     return rule is None or "retention" not in settings_of(rule) or not given.keys().isdisjoint(AMOUNTS)
+
+
+def parts_of(spec):
+    """The SPECs of a composition, [spec] for one method. A "+" in a number (1e+5), in brackets or in the path of a file
+    does not split."""
+    if not isinstance(spec, str):
+        return [spec]
+    for found in re.finditer(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$)|[^:\d][^:]*\.py::)", spec):
+        left, right = spec[: found.start()], spec[found.end() :]
+        path = spec.partition("::")[0]
+        in_path = found.start() < len(path) and Path(path).is_file()
+        if not in_path and all(left.count(a) == left.count(b) for a, b in ("[]", "{}", "()")):
+            return [left, *parts_of(right)]
+    return [spec]
 
 
 def _split(spec):
@@ -402,8 +648,6 @@ def _find(name):
     if not twice and name.endswith(".py"):
         own = ", ".join(_own_names(_import(name))) or "none"
         raise ValueError(f"{name} is a file; write {name}::NAME (it has {own})")
-    if not twice and "+" in name:
-        raise ValueError(f"{name!r} combines methods, which is not supported; give one")
     if not twice:
         first, _, rest = name.partition(" ")
         if rest and first in METHODS:
@@ -469,7 +713,7 @@ def settings_of(rule):
 
 def _complete(name, rule, given):
     """All settings of a method: the given ones, and defaults for the others."""
-    defaults = GUARDS | settings_of(rule)
+    defaults = guards_of(rule) | settings_of(rule)
     for key in given:
         if key not in defaults:
             what, cure = f"method {name} has no setting {key!r}", f"{_near(key, defaults)}it has {', '.join(defaults)}"

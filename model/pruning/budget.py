@@ -4,6 +4,7 @@
     how many     budget     from a fraction or a number of tokens: 1 to n tokens of n; half is rounded up
                  later      the fraction for the later layers, if the first ones keep everything
                  by_head    a budget per head, from a table of fractions per layer, or per layer and head
+                 divided    a number of tokens, divided in proportion to weights
                  top        `budget` and a choice (default `best`), combined into one function of the scores
     which        best       each head keeps its own highest scores
                  pooled     the heads share one budget, with a minimum for each, so their lengths differ
@@ -46,6 +47,18 @@ def by_head(rates, layer, heads, tokens):
     """
     row = rates[layer] if isinstance(rates[layer], list) else [rates[layer]] * heads
     return torch.tensor([[budget(tokens, rate)] for rate in row], device="cpu")
+
+
+def divided(total, weights, room):
+    """Divide `total` in proportion to whole weights, at most room[i] to part i: integers with the sum min(total, sum of
+    room). What rounding and limits leave over goes one by one to the part furthest below its proportion, the first of
+    equals."""
+    whole = max(1, sum(weights))
+    counts = [min(total * weight // whole, limit) for weight, limit in zip(weights, room, strict=True)]
+    for _ in range(min(total, sum(room)) - sum(counts)):
+        free = [i for i, limit in enumerate(room) if counts[i] < limit]
+        counts[max(free, key=lambda i: total * weights[i] - counts[i] * whole)] += 1
+    return counts
 
 
 def best(scores, count):
@@ -100,9 +113,14 @@ def grid_phase(view):
     phase = torch.zeros(view.kv_heads, view.tokens, dtype=torch.float64, device="cpu")
     heads = torch.arange(view.kv_heads, device="cpu").double()[:, None] + view.layer * view.kv_heads
     for (start, stop), places in zip(view.spans, view.places, strict=True):
-        rows, columns = places.T
-        phase[:, start:stop] = (rows * DOWN + columns * RIGHT + heads * SHIFT) % 1
+        phase[:, start:stop] = (along_grid(places) + heads * SHIFT) % 1
     return phase.to(view.device)
+
+
+def along_grid(places):
+    """places (n, 2), rows and columns -> (n,) float64: y * DOWN + x * RIGHT; see `grid_phase`."""
+    rows, columns = places.T
+    return rows.double() * DOWN + columns.double() * RIGHT
 
 
 def covered(scores, keep, phase, share):

@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 
-from . import COMMON, GUARDS, METHODS, calibrated, named, settings_of
+from . import COMMON, METHODS, calibrated, guards_of, named, settings_of
 
 
 def listing():
@@ -27,8 +27,10 @@ def describe(name, folder=None):
     defaults, what = settings_of(method), meanings(method)
     lines += ["", f"Settings, for --set KEY=VALUE or --prune {name}:KEY=VALUE,... and their defaults:"]
     lines += [_setting(key, value, what) for key, value in defaults.items()]
-    lines += ["", "Settings of every method:"]
-    lines += [_setting(key, value, what) for key, value in GUARDS.items() if key not in defaults]
+    guards = {key: value for key, value in guards_of(method).items() if key not in defaults}
+    if guards:
+        lines += ["", "Settings of every method in the language model:"]
+        lines += [_setting(key, value, what) for key, value in guards.items()]
     own = calibrated(folder, name)
     if own:
         pairs = " ".join(f"{key}={shown(value)}" for key, value in json.loads(own.read_bytes()).items())

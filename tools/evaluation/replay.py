@@ -9,6 +9,8 @@ import torch
 from kernels import dequantised, quantise, window_scores
 from model.batch import join
 from model.cache import RaggedCache
+from model.config import InputError
+from model.picture import after_picking, protected_of, unpicked
 from model.pruning.budget import by_kv_head
 from model.pruning.plphp import gamma
 from model.report import compare
@@ -22,6 +24,7 @@ class Asked:
               k and v (1, Hkv, T, D) of the prompt; q_fed (1, Hq, F, D)
     logits    (F + 1, V) fp32, after the prompt and after each fed token
     spans     [(start, stop)] of the tokens that may be pruned
+    pick      function (method) -> tokens and `Picked` of each picture, for methods that act before the language model
     others    alternative rankings for some controls: {name: function () -> Asked or look-ahead rows}
     """
 
@@ -30,7 +33,7 @@ class Asked:
         trained rows; places, contrast: of the pictures, as in `Generation`."""
         self.language, self.x, self.lookahead, self.backend = language, x, lookahead, backend
         self.tokens, self.fed, self.layers, self.others = prompt, x[prompt:], [], {}
-        self.spans, self.places, self.contrast = spans, places, contrast
+        self.spans, self.places, self.contrast, self.pick = spans, places, contrast, None
         self.num_layers, self.kv_heads = language.config.num_hidden_layers, language.config.num_key_value_heads
         hidden = language.prefill(x[None], prune=self._look)
         self.logits = language.logits(hidden[0, self.tokens - 1 :]).float()
@@ -84,6 +87,8 @@ class Asked:
             method, self.num_layers, self.spans, self.places, self.contrast and (lambda: self.contrast),
             lookahead.rows if lookahead else 0, self.backend, remember=method.narrows,
         )  # fmt: skip
+        if method is not None and method.picks:
+            return self._picked(method, cache, lookahead)
         if method is not None and method.narrows:
             return self._narrowed(pruning, cache, lookahead)
         keeps = []
@@ -106,6 +111,32 @@ class Asked:
         hidden = language.prefill(prompt, cache, prune=pruning, lookahead=lookahead)
         return cache, pruning.masks, language.logits(hidden[0, -1:]).float()
 
+    def _picked(self, method, cache, lookahead):
+        """As `cache`, for methods that change the vision tokens: run the prompt with these. The masks are those of the
+        whole prompt."""
+        if self.pick is None:
+            raise InputError(f"method {method.name} needs the pictures, and there are none here; use another method")
+        tokens, picked = self.pick(method)
+        x, spans = respliced(self.x[: self.tokens], self.spans, tokens)
+        pruning = Pruning(
+            method, self.num_layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
+            lookahead.rows if lookahead else 0, self.backend, remember=True, protected=protected_of(picked, spans, x),
+        )  # fmt: skip
+        hidden = self.language.prefill(x[None], cache, prune=pruning, lookahead=lookahead)
+        masks = unpicked(torch.stack(pruning.masks).cpu(), picked, spans, self.spans, self.tokens)
+        return cache, [*masks.to(x.device)], self.language.logits(hidden[0, -1:]).float()
+
+
+def respliced(x, spans, tokens):
+    """x (T, C) with other tokens (P', C) in the place of each span -> (T', C), their spans."""
+    pieces, new, end, length = [], [], 0, 0
+    for (start, stop), mine in zip(spans, tokens, strict=True):
+        pieces += [x[end:start], mine.to(x.dtype)]
+        length, end = length + start - end, stop
+        new.append((length, length + len(mine)))
+        length += len(mine)
+    return torch.cat([*pieces, x[end:]]), new
+
 
 def asked_with(checkpoint, ids, image_tokens, fed, backend="auto", places=None, contrast=None):
     """Asked from a prompt's token ids, the image tokens (P, C) of each of its pictures, and the token ids to feed."""
@@ -117,7 +148,9 @@ def asked_with(checkpoint, ids, image_tokens, fed, backend="auto", places=None, 
 def asked_by(generation, fed):
     """Asked from a Generation's prompt and pictures, and the token ids to feed after it."""
     pictures, views = generation.encode_images(), (generation.places, generation.contrast)
-    return asked_with(generation.checkpoint, generation.ids, pictures, fed, generation.backend, *views)
+    asked = asked_with(generation.checkpoint, generation.ids, pictures, fed, generation.backend, *views)
+    asked.pick = lambda method: generation.pick_images(method)[:2]
+    return asked
 
 
 def replay(asked, methods):

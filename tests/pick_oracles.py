@@ -1,0 +1,255 @@
+"""Methods before the language model, computed again: attention from transformers' CLIP, the rules in NumPy and loops.
+
+Nothing here imports the model. n squares (the picture and its tiles), S * S patches a square, P tokens in the language
+model's order without newlines, H heads.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+
+class Seen:
+    """A picture as transformers' vision tower sees it.
+
+    side: S; grid: (rows, columns) of tiles or None; map: (rows, columns) of the tiles' tokens without border;
+    patch (P,): index among the squares' tokens; tile (P,); attention[layer] (n, H, 1 + m, 1 + m) float64;
+    features (n, 1 + m, C) fp32
+    """
+
+    def __init__(self, hf, pixels, size, join=None):
+        """pixels (n, 3, S, S); size: (width, height); join: function patches (n, S, S, C) -> matrix (n, m, S * S)."""
+        tower, pinpoints = hf.model.vision_tower, getattr(hf.config, "image_grid_pinpoints", None)
+        tower.set_attn_implementation("eager")
+        self.hf, self.joined = hf, None
+        self.layers = next(module for name, module in tower.named_modules() if name.endswith("encoder.layers"))
+        config = tower.config
+        self.side, edge = config.image_size // config.patch_size, config.image_size
+        hook = self.layers[0].register_forward_hook(lambda _, __, x: self.merge(x, join)) if join else None
+        out = tower(pixels, output_attentions=True, output_hidden_states=True)
+        if hook:
+            hook.remove()
+        self.states, self.features = out.hidden_states, out.hidden_states[-2]
+        self.attention = [a.double().numpy() for a in out.attentions]
+        self.depth, self.squares = len(self.attention), len(pixels)
+        per_square = self.side**2
+        self.grid, self.map, index = None, None, torch.arange(per_square)
+        if pinpoints:
+            from transformers.models.llava_next import modeling_llava_next as theirs
+
+            self.grid = theirs.get_anyres_image_grid_shape(size[::-1], pinpoints, edge)
+            cut = theirs.unpad_image(torch.from_numpy(map_of(self.side, self.grid))[None], size[::-1])[0]
+            self.map, index = tuple(cut.shape), torch.cat((index, cut.flatten()))
+        self.patch = index.numpy()
+        if join:
+            alive = np.isin(np.arange(self.squares * per_square), self.patch).reshape(self.squares, per_square)
+            exists = [(alive[i] & (row > 0)).any() for i, rows in enumerate(self.joined) for row in rows]
+            self.patch = np.flatnonzero(exists)
+        self.per_square = self.features.shape[1] - 1
+        self.tile, self.cell = self.patch // self.per_square, self.patch % self.per_square
+        self.count = len(self.patch)
+
+    def merge(self, x, join):
+        self.joined = join(x[:, 1:].unflatten(1, (self.side, self.side)).double().numpy())
+        return torch.cat((x[:, :1], torch.from_numpy(self.joined).float() @ x[:, 1:]), 1)
+
+    def cls(self, layer):
+        """(P,): attention of CLS of each square to its tokens, mean over heads."""
+        return self.attention[layer][self.tile, :, 0, 1 + self.cell].mean(1)
+
+    def of(self, square):
+        return np.flatnonzero(self.tile == square)
+
+    def tokens(self, chosen):
+        """Token embeddings of the language model for what a rule chose. Newlines stay at the end of complete rows."""
+        patches, project = self.features[:, 1:].flatten(0, 1)[self.patch], self.hf.model.multi_modal_projector
+        if isinstance(chosen, np.ndarray) and chosen.ndim == 2:
+            sources = torch.cat((patches, self.features[:, 0]))[: chosen.shape[1]]
+            return project((torch.from_numpy(chosen).float() @ sources)[None])[0]
+        chosen = set(range(self.count) if chosen is None else chosen)
+        projected, pieces, square = project(patches[None])[0], [], self.side**2
+        if self.joined is not None or not self.grid:
+            return projected[sorted(chosen)]
+        pieces = [projected[i] for i in range(square) if i in chosen]
+        for row in np.arange(square, self.count).reshape(self.map).tolist():
+            pieces += [projected[i] for i in row if i in chosen]
+            pieces += [self.hf.model.image_newline] if chosen >= set(row) else []
+        return torch.stack(pieces)
+
+
+def map_of(side, grid):
+    """(rows * S, columns * S): the patches of all tiles beside and below each other, counted through the squares."""
+    tiles = side**2 + np.arange(math.prod(grid) * side**2).reshape(*grid, side, side)
+    return np.concatenate([np.concatenate(list(row), 1) for row in tiles])
+
+
+def answer(hf, ids, image_id, pictures, count, never):
+    """transformers' logits after a prompt whose pictures are these tokens (each (P', C)), and its greedy ids."""
+    embed, pieces, pictures = hf.get_input_embeddings(), [], iter(pictures)
+    for i in ids:
+        pieces.append(next(pictures) if i == image_id else embed(torch.tensor([i])))
+    x = torch.cat(pieces)[None]
+    given = {"inputs_embeds": x, "attention_mask": torch.ones(x.shape[:2], dtype=torch.long)}
+    greedy = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "suppress_tokens": never}
+    return hf(**given).logits[0, -1], hf.generate(**given, **greedy)[0].tolist()
+
+
+# ---------------------------------------------------------------- parts of the rules
+
+
+def amount(tokens, rate):
+    return max(1, min(tokens, math.floor(rate * tokens + 0.5)))
+
+
+def ranked(scores, count):
+    """Indices of the highest scores, in descending order; of equal ones the lower index first."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+
+
+def shares(total, weights, room):
+    """Floors of the proportions, then one token at a time to whom most is owed."""
+    ideal = [Fraction(total * w, max(1, sum(weights))) for w in weights]
+    given = [min(math.floor(x), r) for x, r in zip(ideal, room, strict=True)]
+    while sum(given) < min(total, sum(room)):
+        owed = [x - g if g < r else -math.inf for x, g, r in zip(ideal, given, room, strict=True)]
+        given[owed.index(max(owed))] += 1
+    return given
+
+
+# ---------------------------------------------------------------- the rules
+
+
+def hired(seen, rate=0.2, whole=0.5):
+    late, total = seen.cls(seen.depth - 2), amount(seen.count, rate)
+    room = [len(seen.of(square)) for square in range(seen.squares)]
+    counts = [total]
+    if seen.grid:
+        first = max(min(math.floor(whole * total), room[0]), total - sum(room[1:]))
+        side, (rows, columns) = seen.side, seen.grid
+        # the whole picture fills the canvas of the tiles except for equal borders on two sides
+        border = [(n * side - kept) // 2 for n, kept in zip(seen.grid, seen.map, strict=True)]
+        marks = [0] * (rows * columns)
+        for i in ranked(seen.cls(0)[: side**2], math.floor(side**2 * (1 - whole))):
+            y, x = (
+                border[axis] + Fraction(2 * part + 1, 2 * side) * seen.map[axis]
+                for axis, part in enumerate(divmod(i, side))
+            )
+            marks[math.floor(y / side) * columns + math.floor(x / side)] += 1
+        counts = [first, *shares(total - first, marks, room[1:])]
+    chosen = [seen.of(square)[ranked(late[seen.of(square)], count)] for square, count in enumerate(counts)]
+    return sorted(np.concatenate(chosen).tolist()), counts
+
+
+def vtc_cls(seen, rate=0.0625, first=None):
+    first = min(math.floor(2 * seen.depth / 3 + 0.5), seen.depth - 2) if first is None else first
+    total = np.sum([seen.cls(layer) for layer in range(first, seen.depth - 1)], axis=0)
+    return sorted(ranked(total, amount(seen.count, rate)))
+
+
+def fopru_scores(seen):
+    """The two candidates, received and given (P,)."""
+    received, given = np.zeros((2, seen.count))
+    for square in range(seen.squares):
+        own = seen.of(square)
+        if len(own):
+            mean = seen.attention[-2][square].mean(0)[1 + seen.cell[own]][:, 1 + seen.cell[own]]  # no CLS
+            received[own], given[own] = mean.mean(0), mean.mean(1)
+    return received, given
+
+
+def fopru(seen, rate=0.25, form="rank"):
+    scores, count = max(fopru_scores(seen), key=np.var), amount(seen.count, rate)
+    if form == "rank":
+        return sorted(ranked(scores, count))
+    square = np.arange(seen.side**2).reshape(seen.side, seen.side).tolist()
+    rows = square + (np.arange(seen.side**2, seen.count).reshape(seen.map).tolist() if seen.grid else [])
+    chosen = []
+    for i in ranked([scores[row].mean() for row in rows], len(rows)):
+        if len(chosen) < count:
+            chosen += rows[i]
+    return sorted(chosen)
+
+
+def visionzip(seen, rate=0.1111, contextual=10 / 64):
+    total, matrix = amount(seen.count, rate), []
+    room = [len(seen.of(square)) for square in range(seen.squares)]
+    layer = seen.layers[seen.depth - 2]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(seen.states[seen.depth - 2])).double().numpy()
+    keys = keys.reshape(*keys.shape[:2], seen.attention[0].shape[1], -1).mean(2)[:, 1:]  # mean over heads, no CLS
+    for square, count in enumerate(shares(total, room, room)):
+        if not count:
+            continue
+        row = np.zeros(seen.count + seen.squares)
+        row[seen.count + square] = 1
+        matrix.append(row)
+        own, sums = seen.of(square), min(math.floor(contextual * count + 0.5), count - 1)
+        dominant = sorted(ranked(seen.cls(seen.depth - 2)[own], count - 1 - sums))
+        matrix += list(np.eye(seen.count, seen.count + seen.squares)[own[dominant]])
+        rest = [i for i in own if i not in set(own[dominant])]
+        targets = rest[:: max(1, len(rest) // sums)][:sums] if sums else []
+        unit = {i: v / np.linalg.norm(v) for i, v in zip(rest, keys[square][seen.cell[rest]], strict=True)}
+        groups = {t: [] for t in targets}
+        for i in rest if targets else []:
+            if i not in groups:
+                groups[max(targets, key=lambda t: unit[i] @ unit[t])].append(i)
+        for target, others in groups.items():
+            row = np.zeros(seen.count + seen.squares)
+            row[others] = 1 / max(1, len(others))
+            row[target] += 1
+            matrix.append(row)
+    return np.array(matrix)
+
+
+def divprune(seen, rate=0.098):
+    features = seen.hf.model.multi_modal_projector(seen.features[:, 1:].flatten(0, 1)[seen.patch][None])[0]
+    unit = features.double().numpy()
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    distance = 1 - unit @ unit.T
+    alone = distance + np.diag(np.full(seen.count, np.inf))
+    chosen, nearest = [int(alone.min(1).argmax())], np.full(seen.count, np.inf)
+    while len(chosen) < amount(seen.count, rate):
+        nearest = np.minimum(nearest, distance[chosen[-1]])
+        left = np.setdiff1d(np.arange(seen.count), chosen)
+        chosen.append(int(left[nearest[left].argmax()]))
+    return sorted(chosen)
+
+
+def likeness(patches, block):
+    """patches (n, S, S, C) -> windows of patches, row by row, and (n, W) the mean cosine of two different ones."""
+    squares, side = patches.shape[:2]
+    windows = [
+        [y * side + x for y in range(top, top + block) for x in range(left, left + block)]
+        for top in range(0, side - block + 1, block)
+        for left in range(0, side - block + 1, block)
+    ]
+    flat = patches.reshape(squares, side**2, -1)
+    unit = flat / np.linalg.norm(flat, axis=2, keepdims=True)
+    pairs = block**2 * (block**2 - 1)
+    alike = [[sum(p[i] @ p[j] for i in w for j in w if i != j) / pairs for w in windows] for p in unit]
+    return windows, np.array(alike)
+
+
+def mustdrop1(patches, threshold=0.8, block=3, rate=None):
+    """patches (n, S, S, C) -> matrix (n, m, S * S)."""
+    squares, side = patches.shape[:2]
+    windows, alike = likeness(patches, block)
+    count = min((row >= threshold).sum() for row in alike)
+    if rate is not None:  # the fewest windows that leave no more than asked for
+        left = amount(squares * side**2, rate)
+        enough = (k for k in range(len(windows)) if squares * (side**2 - k * (block**2 - 1)) <= left)
+        count = next(enough, len(windows))
+    matrix = np.zeros((squares, side**2 - count * (block**2 - 1), side**2))
+    for square in range(squares):
+        best = [windows[i] for i in ranked(alike[square], count)]
+        for row, window in enumerate(best):
+            matrix[square, row, window] = 1 / len(window)
+        rest = sorted({*range(side**2)} - {i for window in best for i in window})
+        matrix[square, np.arange(count, count + len(rest)), rest] = 1
+    return matrix
+
+
+def mustdrop1_keys(seen, share=0.08):
+    """The tokens that later stages may not drop."""
+    return sorted(ranked(seen.cls(seen.depth - 1), math.ceil(share * seen.count)))
