@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .config import InputError, brief
 from .image import Pictures
 from .lookahead import FILE as LOOKAHEAD
-from .picture import Picked, after_picking, look, pick, protected_of, spans_of, unpicked
+from .picture import Picked, after_picking, look, original_positions, origins, pick, protected_of, spans_of, unpicked
 from .prompt import Prompt
 from .sampling import Chooser, Sampling, Writer
 from .tokenizer import Detokenizer
@@ -35,6 +35,7 @@ class Generation(Prompt):
     spans          [(start, stop)] of each picture in the prompt's tokens
     prefilled      number of tokens prefilled: the whole prompt, or in a later turn only those not yet in the cache
     absent         number of vision tokens that a method dropped before the language model
+    moved          positions by which the tokens after them moved up: `absent`, or 0 with positions=original
     cache          the RaggedCache, None before the prefill is complete
     pruned_for     the question used to choose the dropped tokens: `prompt`, or an earlier turn's
     masks          with `remember`, after the prefill: (L, Hkv, T) bool, the tokens that each head keeps
@@ -133,7 +134,7 @@ class Generation(Prompt):
         self.text, self.token_ids, self.finish_reason = "", [], "interrupted"
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
-        self.prefilled, self.absent, self.pruned_for = 0, 0, self.prompt
+        self.prefilled, self.absent, self.moved, self.pruned_for = 0, 0, 0, self.prompt
         self.failure = None  # in a Batch: the exception that ended this generation
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.context_left)
@@ -213,14 +214,18 @@ class Generation(Prompt):
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
             protected=protected_of(picked, spans, x),
         )  # fmt: skip
-        hidden = language.prefill(x[None], cache, prune=pruning, lookahead=lookahead)
+        origin, positions = origins(picked, self.spans, self.prompt_tokens), None
+        if self.prune and self.prune.picks and not self.prune.moves:
+            positions = original_positions(origin).to(x.device)
+        hidden = language.prefill(x[None], cache, positions, prune=pruning, lookahead=lookahead)
+        self.moved = 0 if positions is not None else self.absent
         text = self.prompt_tokens - self.vision_tokens  # tokens that every head keeps
         self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]
         self.timing["prune"] = picking + pruning.seconds if pruning else 0.0
         if self.remember:
-            everything = torch.ones(layers, cache.kv_len.shape[1], len(x), dtype=torch.bool)
+            everything = torch.ones(layers, cache.kv_len.shape[1], len(x), dtype=torch.bool, device="cpu")
             masks = torch.stack(pruning.masks).cpu() if pruning else everything
-            self.masks = unpicked(masks, picked, spans, self.spans, self.prompt_tokens)
+            self.masks = unpicked(masks, origin, self.prompt_tokens)
         return hidden, encoded
 
     def pick_images(self, method: AnyMethod | None) -> tuple[Sequence[torch.Tensor], Sequence[Picked], float]:
@@ -245,7 +250,7 @@ class Generation(Prompt):
         """Like `_fill`, but only for the tokens missing from the cache of `before`; they attend to all of it."""
         cache, fed = before.cache, len(before.ids) + len(before.token_ids) - len(before.unfed)
         x, spans = self.checkpoint.model.splice(self.ids[fed:], self.encode_images(len(before.images)))
-        first, self.absent = before.vision_tokens - len(before.images) + fed, before.absent
+        first, self.absent, self.moved = before.vision_tokens - len(before.images) + fed, before.absent, before.moved
         encoded, self.prefilled = self._clock(), len(x)
         hidden = language.extend(x[None], cache)
         self.cache, before.cache = cache, None
@@ -282,7 +287,7 @@ class Generation(Prompt):
     @property
     def _fed(self):
         """Number of the answer's tokens in the cache."""
-        return int(self.cache.pos[0]) + self.absent - self.prompt_tokens
+        return int(self.cache.pos[0]) + self.moved - self.prompt_tokens
 
     @property
     def retention(self) -> float:

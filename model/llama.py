@@ -185,16 +185,19 @@ class Llama(nn.Module):
         (T',); None means all. If later layers process fewer tokens, the result is (B, T', C). Keeping fewer in the
         cache does not change hidden states; it affects decoding only.
 
-        positions (B, T) or (T,) default to 0..T-1. mask replaces the causal mask: bool (True = may attend), or floats
-        to add to the scores, broadcast to (B, Hq, T, T). Both are for training on packed sequences.
+        positions (B, T) or (T,), for RoPE, default to 0..T-1; the next token follows the last of them. mask replaces
+        the causal mask, for training on packed sequences: bool (True = may attend), or floats to add to the scores,
+        broadcast to (B, Hq, T, T).
 
         lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt in every layer: `prune` receives T + m
         rows of q, k and v; the cache and the result have only the prompt's tokens.
         """
         tokens = x.shape[1]  # without the look-ahead rows
+        positions = torch.arange(tokens, device=x.device) if positions is None else positions
+        following = positions[..., -1] + 1
         if lookahead is not None:
             x = torch.cat((x, lookahead.embeddings.expand(len(x), -1, -1)), 1)
-        positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+            positions = torch.cat((positions, following + torch.arange(lookahead.rows, device=x.device)))
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
         for i, layer in enumerate(self.model.layers):
             x, q, k, v = layer.prefill(x, rope, mask, lookahead and lookahead.layers[i])
@@ -205,6 +208,8 @@ class Llama(nn.Module):
                 stay = torch.cat((go_on, torch.arange(tokens, x.shape[1], device=x.device)))
                 x, rope, tokens = x[:, stay], tuple(t[..., stay, :, :] for t in rope), len(go_on)
             del q, k, v  # free them before the next layer allocates its own
+        if cache is not None:
+            cache.pos[:] = following
         return self.model.norm(x[:, :tokens])
 
     def decode(self, x, cache, layers=None):

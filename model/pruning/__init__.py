@@ -103,6 +103,7 @@ STAGES = {  # name of a stage -> what it sees
 EARLY = {"pick", "merge"}  # stages before the language model
 
 GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method with keep or narrow
+PLACING = {"positions": "contiguous"}  # of every method with pick or merge
 
 
 def _among(*names):
@@ -132,6 +133,10 @@ COMMON = {
     "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
     "sink": ("first tokens of the prompt that no head may drop", *COUNT),
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
+    "positions": (
+        "rotary positions of the tokens: contiguous, as in the originals, or those of the whole prompt",
+        *_among("contiguous", "original"),
+    ),
     "sink_keys": ("tokens that a head may not drop: those that its last 32 prompt rows attend to most", *COUNT),
 }
 
@@ -163,7 +168,7 @@ class Method:
     @property
     def effective(self):
         """The settings that have an effect."""
-        given = {k: v for k, v in self.settings.items() if v is not None and (k not in GUARDS or v)}
+        given = {k: v for k, v in self.settings.items() if v is not None and v != (GUARDS | PLACING).get(k)}
         if "keep_tokens" in given:
             given.pop("retention", None)  # the default, which keep_tokens replaces
         silent = {b for _, b in _silenced(self.name, given)}
@@ -189,6 +194,11 @@ class Method:
     def picks(self):
         """True if the language model gets fewer or other vision tokens: a stage `pick` or `merge`."""
         return not EARLY.isdisjoint(stages(self.rule))
+
+    @property
+    def moves(self):
+        """True if the tokens after a picture move to the positions of those that were dropped before the model."""
+        return self.settings.get("positions") == "contiguous"
 
     @property
     def merge_after(self):
@@ -460,8 +470,9 @@ def _check_parts(specs):
 
 
 def guards_of(rule):
-    """GUARDS for a rule with a stage in the language model, else {}: before it there is nothing else to protect."""
-    return {} if stages(rule).keys().isdisjoint({"keep", "narrow"}) else GUARDS
+    """The settings that every rule with these stages has, with their defaults: GUARDS, PLACING or both."""
+    early, late = (not found.isdisjoint(stages(rule)) for found in (EARLY, {"keep", "narrow"}))
+    return (GUARDS if late else {}) | (PLACING if early else {})
 
 
 def _with_settings(name, rule, given, folder):
@@ -697,7 +708,7 @@ def _near(name, known):
 
 
 def settings_of(rule):
-    """{setting: default} of a method's function or class, without GUARDS.
+    """{setting: default} of a method's function or class, without those of `guards_of`.
 
     ValueError unless a function takes a view and keyword-only settings, or a class takes settings only.
     """

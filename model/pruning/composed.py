@@ -51,6 +51,11 @@ class Composition:
         return True
 
     @property
+    def moves(self):
+        """As in `Method`."""
+        return self.first.moves
+
+    @property
     def merge_after(self):
         """As in `Method`."""
         return self.first.merge_after

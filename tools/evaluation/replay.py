@@ -10,7 +10,7 @@ from kernels import dequantised, quantise, window_scores
 from model.batch import join
 from model.cache import RaggedCache
 from model.config import InputError
-from model.picture import after_picking, protected_of, unpicked
+from model.picture import after_picking, original_positions, origins, protected_of, unpicked
 from model.pruning.budget import by_kv_head
 from model.pruning.plphp import gamma
 from model.report import compare
@@ -122,8 +122,10 @@ class Asked:
             method, self.num_layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             lookahead.rows if lookahead else 0, self.backend, remember=True, protected=protected_of(picked, spans, x),
         )  # fmt: skip
-        hidden = self.language.prefill(x[None], cache, prune=pruning, lookahead=lookahead)
-        masks = unpicked(torch.stack(pruning.masks).cpu(), picked, spans, self.spans, self.tokens)
+        origin = origins(picked, self.spans, self.tokens)
+        positions = None if method.moves else original_positions(origin).to(x.device)
+        hidden = self.language.prefill(x[None], cache, positions, prune=pruning, lookahead=lookahead)
+        masks = unpicked(torch.stack(pruning.masks).cpu(), origin, self.tokens)
         return cache, [*masks.to(x.device)], self.language.logits(hidden[0, -1:]).float()
 
 
