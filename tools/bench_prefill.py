@@ -1,0 +1,158 @@
+"""Benchmark the prefill of a whole question about a picture, with fewer vision tokens before the language model.
+
+    python tools/bench_prefill.py                                     # random weights, 2,928 vision tokens
+    python tools/bench_prefill.py --prune hired@0.25 visionzip@0.1 fastv@0.25
+    python tools/bench_prefill.py --model DIR --image x.png --prompt "..."
+
+Every method answers with one token; the rounds alternate, so that a machine that slows down affects all equally.
+`vision` is the time of the vision tower and projector, `prefill` that of the language model with choosing, `TTFT` both.
+`speed-up` is the unpruned prefill time over that of the method, `ceiling` the same ratio of floating-point operations
+by arithmetic: matrix products and causal attention over the tokens that each layer processes. A method that drops K
+and V only, such as plphp, saves no operations: its ceiling is 1.
+"""
+
+import random
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from model import Generation, Sampling, load  # noqa: E402
+from model.flags import choose_device  # noqa: E402
+from model.pruning import stages  # noqa: E402
+from tools import engines, harness, make_checkpoint  # noqa: E402
+from tools.command import as_command, exit_code, flags, number, one_of, say, unwritable  # noqa: E402
+from tools.roofline import Shape  # noqa: E402
+from tools.shapes import SHAPES  # noqa: E402
+
+METHODS = ("pick-grid@0.25", "hired@0.25", "visionzip@0.25", "fastv@0.25", "plphp:dr=0@0.25")
+
+
+def parser():
+    p = flags(__doc__)
+    # fmt: off
+    p.add_argument("--model", metavar="DIR|ID", help="a checkpoint")
+    p.add_argument("--shape", choices=SHAPES, help="random weights of this shape (default: thin-next, without --model)")
+    p.add_argument("--image", metavar="PATH", help="a picture (default: noise, 672 x 672 pixels)")
+    p.add_argument("--prompt", default="Describe the picture.", help="default: %(default)s")
+    p.add_argument("--prune", nargs="+", default=METHODS, metavar="SPEC[@F]", help=f"default: {' '.join(METHODS)}")
+    p.add_argument("--rounds", type=number(int, 1), default=7, help="timed answers of each (default 7)")
+    p.add_argument("--dtype", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto", metavar="TYPE")
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
+    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--csv", metavar="FILE")
+    # fmt: on
+    return p
+
+
+def main(argv=None):
+    p = parser()
+    words = sys.argv[1:] if argv is None else argv
+    args = p.parse_args(words)
+    if args.model and args.shape:
+        p.error("--model and --shape are both given; give one of them")
+    if why := unwritable(args.json, args.csv):
+        p.error(why)
+    return exit_code(bench, args, words, interrupted="interrupted; nothing is printed before all rounds are done")
+
+
+def bench(args, words):
+    """Time all methods in turn, print and save the table -> exit code: 1 if a method broke."""
+    checkpoint = checkpoint_of(args)
+    methods = {"none": None} | {spec: engines.method_of(spec, checkpoint.folder) for spec in args.prune}
+    asked = Generation(checkpoint, args.prompt, args.image or noise(), Sampling(max_new_tokens=1), timed=True)
+    runs = {spec: lambda method=method: prefilled(asked, method) for spec, method in methods.items()}
+    times, broken = {}, {}
+    for turn in range(args.rounds + 1):  # the first round is a warm-up
+        say(f"round {turn} of {args.rounds}" if turn else "warm-up")
+        found, stopped = harness.take_turns({spec: runs[spec] for spec in runs if spec not in broken}, 1)
+        broken |= stopped
+        for spec, (took,) in ((spec, took) for spec, took in found.items() if took and turn):
+            times.setdefault(spec, []).append(took)
+    rows = [row_of(spec, times.get(spec), broken.get(spec)) for spec in methods]
+    for row in rows:
+        compare_with(rows[0], row)
+    about = harness.about_run("bench_prefill", words, checkpoint.device, str(checkpoint.dtype)[6:], args.rounds)
+    print(f"{about['machine']}, {about['threads']} threads, {about['dtype']}; {asked.prompt_tokens} tokens, "
+          f"{asked.vision_tokens} of them vision tokens in {asked.images[0]['tiles']} squares")  # fmt: skip
+    print("\n".join(harness.table(rows, {"prune": max(map(len, methods))}, COLUMNS, lambda row: "")))
+    harness.save(args, about, rows)
+    return 1 if broken else 0
+
+
+COLUMNS = (
+    ("tokens", "tokens", 1, 7, ".0f"), ("vision ms", "vision", 1e3, 10, ".0f"),
+    ("prefill ms", "prefill", 1e3, 11, ".0f"),
+    ("TTFT ms", "ttft", 1e3, 8, ".0f"), ("vision", "vision_ratio", 1, 7, ".2f"), ("speed-up", "speedup", 1, 9, ".2f"),
+    ("20 %", "low", 1, 6, ".2f"), ("80 %", "high", 1, 6, ".2f"), ("ceiling", "ceiling", 1, 8, ".2f"),
+    ("of it", "share", 1, 6, ".2f"), ("KV MB", "kv_bytes", 1e-6, 7, ".1f"),
+)  # fmt: skip
+
+
+def checkpoint_of(args):
+    """The checkpoint of --model, or random weights of --shape, written to a temporary folder and read from it."""
+    device = choose_device(args.device)
+    if args.model:
+        return load(args.model, args.dtype, device)
+    with tempfile.TemporaryDirectory() as folder:
+        with redirect_stdout(sys.stderr):
+            make_checkpoint.make(Path(folder) / "model", args.shape or "thin-next", "fp32")
+        return load(Path(folder) / "model", args.dtype, device)
+
+
+def noise():
+    """A picture that fills 2 x 2 tiles of 336 pixels."""
+    pixels = random.Random(0).randbytes(3 * 84 * 84)
+    return Image.frombytes("RGB", (84, 84), pixels).resize((672, 672), Image.Resampling.BICUBIC)
+
+
+def prefilled(asked, method):
+    """Prefill a question with this method -> its times in seconds, tokens, bytes and floating-point operations."""
+    generation = asked.again(method)
+    with torch.inference_mode():
+        generation.prefill()
+    cache, times = generation.cache, generation.timing
+    # a layer processes all tokens of the prompt, or after a method that narrows those that it stored
+    narrows = method is not None and any("narrow" in stages(part.rule) for part in method.parts)
+    tokens = cache.kv_len.amax(1).tolist() if narrows else [generation.prefilled] * len(cache.k)
+    return {
+        "vision": times["vision"], "prefill": times["prefill"], "tokens": generation.prefilled,
+        "kv_bytes": generation.bytes_held, "flops": flops(generation.checkpoint.config.text_config, tokens),
+    }  # fmt: skip
+
+
+def flops(config, tokens):
+    """Floating-point operations of a prefill whose layers process these numbers of tokens, the output head included."""
+    shapes = [Shape("", config, count, 0) for count in tokens]
+    head = 2 * shapes[0].head_numbers
+    return sum((shape.prefill_flops() - head) / len(tokens) for shape in shapes) + head
+
+
+def row_of(spec, times, why):
+    """A row of the table: medians over the rounds."""
+    if why is not None or not times:
+        return {"prune": spec, "right": None, "why": str(why)}
+    medians = {key: harness.spread([took[key] for took in times])[1] for key in times[0]}
+    return {"prune": spec, "right": True, **medians, "ttft": medians["vision"] + medians["prefill"], "rounds": times}
+
+
+def compare_with(plain, row):
+    """Add to a row what it gains over the unpruned one: round by round, so that a slow machine slows both."""
+    if not (row["right"] and plain["right"]):
+        return
+    pairs = list(zip(plain["rounds"], row["rounds"], strict=True))
+    gains = [a["prefill"] / b["prefill"] for a, b in pairs]
+    row["low"], row["speedup"], row["high"] = harness.spread(gains)
+    row["vision_ratio"] = harness.spread([b["vision"] / a["vision"] for a, b in pairs])[1]
+    row["ceiling"] = plain["flops"] / row["flops"]
+    row["share"] = row["speedup"] / row["ceiling"]
+
+
+if __name__ == "__main__":
+    as_command(main)
