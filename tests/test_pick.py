@@ -15,7 +15,8 @@ from test_parity import noise
 from model import Batch, Generation, Sampling, load
 from model.api import change_budget, change_method, choose_method, named_with_budget, note_on_settings
 from model.image import ImageSettings, Picture, prepare
-from model.picture import look, pick
+from model.llama import rope_table
+from model.picture import Picked, look, original_positions, origins, pick
 from model.pruning import METHODS, Composition, make_method, sets_budget
 from model.pruning.downsample import smaller
 from model.questions import named_method
@@ -174,20 +175,113 @@ class AllIndices:
 def test_indices_give_the_logits_and_ids_of_transformers(pair, kind):
     hf, checkpoint = pair(kind)
 
-    def of_picture(number, features, order):
-        tokens, rows = [patch for patch in order if patch >= 0], rows_of(order)
-        first = rows[6 if len(rows) > 6 else 0]  # of the map, or of the only square
-        picked, kept = {*tokens[1::3], *first} - {-1}, []
-        for row in rows:
-            kept += [patch for patch in row if patch in picked or (patch < 0 and picked.issuperset(row[:-1]))]
-        flat = torch.cat((features[:, 1:].flatten(0, 1), torch.full((1, features.shape[2]), float("nan"))))
-        return flat[kept]
-
     asked = ask(checkpoint, kind, Third())
-    x = embeddings(hf, asked, of_picture)
+    x = embeddings(hf, asked, lambda number, features, order: thinned(features, order)[0])
     says_the_same(hf, asked, x)
     assert asked.prefilled == x.shape[1] < asked.prompt_tokens
     assert asked.absent == asked.prompt_tokens - asked.prefilled
+
+
+def thinned(features, order):
+    """What `Third` leaves: features, NaN for a newline, and each one's index in the picture's tokens."""
+    tokens, rows = [patch for patch in order if patch >= 0], rows_of(order)
+    picked, kept = {*tokens[1::3], *rows[6 if len(rows) > 6 else 0]} - {-1}, []
+    for row in rows:
+        kept += [patch in picked or (patch < 0 and picked.issuperset(row[:-1])) for patch in row]
+    where = torch.tensor(kept).nonzero()[:, 0]
+    flat = torch.cat((features[:, 1:].flatten(0, 1), torch.full((1, features.shape[2]), float("nan"))))
+    return flat[torch.tensor(order)[where]], where
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@torch.inference_mode()
+def test_original_positions_are_those_of_the_whole_prompt(pair, kind):
+    """Against transformers with position_ids, computed from the start for each of 12 tokens, and in a second turn."""
+    hf, checkpoint = pair(kind)
+    asked = ask(checkpoint, kind, make_method(Third, settings={"positions": "original"}), 12)
+    kept = []
+
+    def of_picture(number, features, order):
+        chosen, index = thinned(features, order)
+        kept.append((index, len(order)))
+        return chosen
+
+    x, where, end, pictures = embeddings(hf, asked, of_picture), [], 0, iter(kept)
+    for token in asked.ids:
+        picture = token == checkpoint.config.image_token_index
+        index, length = next(pictures) if picture else (torch.tensor([0]), 1)
+        where, end = where + (end + index).tolist(), end + length
+    assert end == asked.prompt_tokens and len(where) == x.shape[1]
+
+    def logits(x, where):
+        return hf(inputs_embeds=x, position_ids=torch.tensor([where])).logits[0, -1]
+
+    torch.testing.assert_close(asked.prefill(), logits(x, where), rtol=1e-4, atol=2e-4)
+    moved = logits(x, list(range(len(where))))
+    assert (logits(x, where) - moved).abs().max() > 0.01  # positions matter
+    "".join(asked)
+    assert int(asked.cache.pos[0]) == asked.prompt_tokens + 11 and asked.moved == 0 < asked.absent
+    assert asked.goes_on and asked.unfed == asked.token_ids[11:]
+
+    def feed(tokens):
+        more = hf.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
+        return torch.cat((x, more), 1), where + [end + i for i in range(len(tokens))]
+
+    for i, token in enumerate(asked.token_ids):
+        found = logits(*feed(asked.token_ids[:i]))
+        found[checkpoint.never_ids] = float("-inf")
+        assert found.argmax() == token
+    later = Generation(checkpoint, "why?", (), Sampling(2), before=asked)
+    first = later.prefill()
+    torch.testing.assert_close(first, logits(*feed(later.ids[len(asked.ids) :])), rtol=1e-4, atol=2e-4)
+    assert later.moved == 0 and later.goes_on
+
+
+def test_a_cls_token_has_the_position_after_the_tokens_before_it():
+    """Two pictures of 4 tokens, at 2 and at 7; CLS twice in a row, merged tokens out of order."""
+    picked = [Picked(torch.tensor([-1, -1, 3, 1]), None), Picked(torch.tensor([2, -1]), None)]
+    origin = origins(picked, [(2, 6), (7, 11)], 12)
+    assert origin.tolist() == [0, 1, -1, -1, 5, 3, 6, 9, -1, 11]
+    assert original_positions(origin).tolist() == [0, 1, 2, 2, 5, 3, 6, 9, 10, 11]
+
+
+def test_look_ahead_rows_follow_the_prompt_whatever_its_positions():
+    """One picture, one dropped token: its position stays empty, and the rows' attention is that to a hidden column."""
+    demo = load(DEMO, "fp32")
+    seen = {}
+
+    class AllButLast:
+        def pick(self, picture):
+            return torch.arange(picture.tokens - 1)
+
+    class Look:
+        query: str = "lookahead"
+
+        def __init__(self, *, query="lookahead"):
+            self.query = query
+
+        def keep(self, view):
+            seen[view.layer] = view.attention(query="lookahead")
+
+    for positions in ("original", "contiguous"):
+        method = Composition(make_method(AllButLast, settings={"positions": positions}), make_method(Look))
+        Generation(demo, "What is there?", DEMO_PICTURE, Sampling(1), prune=method).prefill()
+        rows, language = seen.copy(), demo.model.language_model
+        if positions == "original":
+            asked = Generation(demo, "What is there?", DEMO_PICTURE, Sampling(1))
+            x, ((_, stop),) = demo.model.splice(asked.ids, asked.encode_images())
+            whole = torch.cat((x, demo.lookahead.embeddings.reshape(demo.lookahead.rows, -1)))
+            mask = torch.ones(len(whole), len(whole), dtype=torch.bool).tril()
+            mask[:, stop - 1] = torch.arange(len(whole)) == stop - 1
+            with torch.inference_mode():
+                rope = rope_table(torch.arange(len(whole)), language.config, whole.dtype)
+                _, q, k, _ = language.model.layers[0].prefill(whole[None], rope, mask, demo.lookahead.layers[0])
+            scores = (q[0, :, -demo.lookahead.rows :] @ k[0].repeat_interleave(2, 0).mT) * q.shape[-1] ** -0.5
+            hidden = scores.masked_fill(~mask[-demo.lookahead.rows :], float("-inf")).softmax(-1).mean(1)
+            wanted = torch.cat((hidden[:, : stop - 1], hidden[:, stop : len(x)]), 1)
+            torch.testing.assert_close(rows[0], wanted, rtol=1e-4, atol=1e-6)
+        else:
+            assert (rows[0] - wanted).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("cls", [True, False])

@@ -345,6 +345,7 @@ RANGES = {
     "last or lookahead": (("first",), "lookahead"), "any whole number": ((0.5,), 3), "beta or more": ((0.05,), 0.3),
     "up to alpha": ((0.3,), 0.2), "1 or more, below the number of layers": ((-1, 0, 1.5), 3),
     "2 or more": ((-1, 1, 2.5), 3), "rank or row": (("column",), "row"),
+    "contiguous or original": (("packed",), "original"),
 }  # fmt: skip
 
 
