@@ -218,7 +218,7 @@ class Generation(Prompt):
         self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]
         self.timing["prune"] = picking + pruning.seconds if pruning else 0.0
         if self.remember:
-            everything = torch.ones(layers, cache.kv_len.shape[1], len(x), dtype=torch.bool)
+            everything = torch.ones(layers, cache.kv_len.shape[1], len(x), dtype=torch.bool, device="cpu")
             masks = torch.stack(pruning.masks).cpu() if pruning else everything
             self.masks = unpicked(masks, picked, spans, self.spans, self.prompt_tokens)
         return hidden, encoded

@@ -162,7 +162,7 @@ def _merged(picture, matrix):
     """`_unmerged` after a merge, matrix (n, m, S * S). A merged token exists if one of its members does, and stands for
     the heaviest of those, the first if equal."""
     patches, origin = _unmerged(picture)
-    of_patch = torch.full((matrix.shape[0] * matrix.shape[2],), -1).index_copy_(0, patches, origin)
+    of_patch = origin.new_full((matrix.shape[0] * matrix.shape[2],), -1).index_copy_(0, patches, origin)
     of_patch = of_patch.view(len(matrix), 1, -1)  # index among the picture's tokens, -1 on the canvas border
     weights = matrix.masked_fill(of_patch < 0, 0)
     heaviest = of_patch.expand_as(matrix).gather(2, weights.argmax(2, keepdim=True)).flatten()
@@ -273,16 +273,16 @@ def protected_of(picked, spans, x):
 
 
 def unpicked(masks, picked, spans, whole, tokens):
-    """masks (L, Hkv, T) bool of a prompt with picked tokens -> (L, Hkv, tokens) of the unpicked prompt.
+    """masks (L, Hkv, T) bool on the CPU of a prompt with picked tokens -> (L, Hkv, tokens) of the unpicked prompt.
 
     spans, whole: of the pictures in the former and in the latter. True where a token is kept that stands for this one.
     """
-    text, of_text = torch.ones(masks.shape[2], dtype=torch.bool), torch.ones(tokens, dtype=torch.bool)
+    text, of_text = masks.new_ones(masks.shape[2]), masks.new_ones(tokens)
     for (a, b), (start, stop) in zip(spans, whole, strict=True):
         text[a:b], of_text[start:stop] = False, False
-    origin = torch.zeros(len(text), dtype=torch.long)
+    origin = torch.zeros(len(text), dtype=torch.long, device="cpu")
     origin[text] = of_text.nonzero()[:, 0]
     for of_one, (a, b), (start, _) in zip(picked, spans, whole, strict=True):
         origin[a:b] = torch.where(of_one.origin < 0, tokens, of_one.origin + start)
-    counted = torch.zeros(*masks.shape[:2], tokens + 1, dtype=torch.int32)  # the last column: tokens without origin
+    counted = masks.new_zeros(*masks.shape[:2], tokens + 1, dtype=torch.int32)  # the last column: tokens without origin
     return counted.index_add_(2, origin, masks.int())[..., :tokens] > 0
