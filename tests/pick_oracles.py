@@ -103,9 +103,21 @@ def amount(tokens, rate):
     return max(1, min(tokens, math.floor(rate * tokens + 0.5)))
 
 
-def ranked(scores, count):
-    """Indices of the highest scores, in descending order; of equal ones the lower index first."""
-    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+NEAR = 1e-5  # scores this close to each other, relative to the largest, may be in another order in fp32
+
+
+def ranked(scores, count, ours=()):
+    """Indices of the highest scores, in descending order; of equal ones the lower index first.
+
+    ours: indices that are preferred among those with nearly the score of the last one.
+    """
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    if not count or not len(ours):
+        return order[:count]
+    cut, off = scores[order[count - 1]], NEAR * max(map(abs, scores))
+    sure = [i for i in order if scores[i] > cut + off]
+    near = [i for i in order if abs(scores[i] - cut) <= off]
+    return sure + sorted(near, key=lambda i: i not in ours)[: count - len(sure)]
 
 
 def shares(total, weights, room):
@@ -118,10 +130,10 @@ def shares(total, weights, room):
     return given
 
 
-# ---------------------------------------------------------------- the rules
+# ---------------------------------------------------------------- the rules; ours: see `ranked`
 
 
-def hired(seen, rate=0.2, whole=0.5):
+def hired(seen, rate=0.2, whole=0.5, ours=()):
     late, total = seen.cls(seen.depth - 2), amount(seen.count, rate)
     room = [len(seen.of(square)) for square in range(seen.squares)]
     counts = [total]
@@ -138,14 +150,17 @@ def hired(seen, rate=0.2, whole=0.5):
             )
             marks[math.floor(y / side) * columns + math.floor(x / side)] += 1
         counts = [first, *shares(total - first, marks, room[1:])]
-    chosen = [seen.of(square)[ranked(late[seen.of(square)], count)] for square, count in enumerate(counts)]
-    return sorted(np.concatenate(chosen).tolist()), counts
+    chosen = []
+    for square, count in enumerate(counts):
+        own = seen.of(square)
+        chosen += own[ranked(late[own], count, np.flatnonzero(np.isin(own, ours)))].tolist() if count else []
+    return sorted(chosen), counts
 
 
-def vtc_cls(seen, rate=0.0625, first=None):
+def vtc_cls(seen, rate=0.0625, first=None, ours=()):
     first = min(math.floor(2 * seen.depth / 3 + 0.5), seen.depth - 2) if first is None else first
     total = np.sum([seen.cls(layer) for layer in range(first, seen.depth - 1)], axis=0)
-    return sorted(ranked(total, amount(seen.count, rate)))
+    return sorted(ranked(total, amount(seen.count, rate), ours))
 
 
 def fopru_scores(seen):
@@ -159,10 +174,10 @@ def fopru_scores(seen):
     return received, given
 
 
-def fopru(seen, rate=0.25, form="rank"):
+def fopru(seen, rate=0.25, form="rank", ours=()):
     scores, count = max(fopru_scores(seen), key=np.var), amount(seen.count, rate)
     if form == "rank":
-        return sorted(ranked(scores, count))
+        return sorted(ranked(scores, count, ours))
     square = np.arange(seen.side**2).reshape(seen.side, seen.side).tolist()
     rows = square + (np.arange(seen.side**2, seen.count).reshape(seen.map).tolist() if seen.grid else [])
     chosen = []
@@ -172,7 +187,7 @@ def fopru(seen, rate=0.25, form="rank"):
     return sorted(chosen)
 
 
-def visionzip(seen, rate=0.1111, contextual=10 / 64):
+def visionzip(seen, rate=0.1111, contextual=10 / 64, ours=None):
     total, matrix = amount(seen.count, rate), []
     room = [len(seen.of(square)) for square in range(seen.squares)]
     layer = seen.layers[seen.depth - 2]
@@ -185,7 +200,9 @@ def visionzip(seen, rate=0.1111, contextual=10 / 64):
         row[seen.count + square] = 1
         matrix.append(row)
         own, sums = seen.of(square), min(math.floor(contextual * count + 0.5), count - 1)
-        dominant = sorted(ranked(seen.cls(seen.depth - 2)[own], count - 1 - sums))
+        mine = np.zeros((count - 1, seen.count)) if ours is None else ours[len(matrix) :][: count - 1]
+        alone, joined = mine[: count - 1 - sums, own], mine[count - 1 - sums :]
+        dominant = sorted(ranked(seen.cls(seen.depth - 2)[own], count - 1 - sums, np.flatnonzero(alone.any(0))))
         matrix += list(np.eye(seen.count, seen.count + seen.squares)[own[dominant]])
         rest = [i for i in own if i not in set(own[dominant])]
         targets = rest[:: max(1, len(rest) // sums)][:sums] if sums else []
@@ -193,7 +210,10 @@ def visionzip(seen, rate=0.1111, contextual=10 / 64):
         groups = {t: [] for t in targets}
         for i in rest if targets else []:
             if i not in groups:
-                groups[max(targets, key=lambda t: unit[i] @ unit[t])].append(i)
+                likeness = [unit[i] @ unit[t] for t in targets]
+                near = np.flatnonzero(np.array(likeness) >= max(likeness) - NEAR)
+                near = [k for k in near if joined[k, i]] or [int(np.argmax(likeness))]
+                groups[targets[near[0]]].append(i)
         for target, others in groups.items():
             row = np.zeros(seen.count + seen.squares)
             row[others] = 1 / max(1, len(others))
@@ -202,17 +222,18 @@ def visionzip(seen, rate=0.1111, contextual=10 / 64):
     return np.array(matrix)
 
 
-def divprune(seen, rate=0.098):
+def divprune(seen, rate=0.098, ours=()):
     features = seen.hf.model.multi_modal_projector(seen.features[:, 1:].flatten(0, 1)[seen.patch][None])[0]
     unit = features.double().numpy()
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     distance = 1 - unit @ unit.T
     alone = distance + np.diag(np.full(seen.count, np.inf))
-    chosen, nearest = [int(alone.min(1).argmax())], np.full(seen.count, np.inf)
+    chosen, nearest = [], alone.min(1)
     while len(chosen) < amount(seen.count, rate):
-        nearest = np.minimum(nearest, distance[chosen[-1]])
-        left = np.setdiff1d(np.arange(seen.count), chosen)
-        chosen.append(int(left[nearest[left].argmax()]))
+        best = [i for i in np.flatnonzero(nearest >= nearest.max() - NEAR) if i in ours] or [nearest.argmax()]
+        chosen.append(int(max(best, key=lambda i: nearest[i])))
+        nearest = distance[chosen].min(0) if len(chosen) == 1 else np.minimum(nearest, distance[chosen[-1]])
+        nearest[chosen] = -np.inf
     return sorted(chosen)
 
 
@@ -231,7 +252,19 @@ def likeness(patches, block):
     return windows, np.array(alike)
 
 
-def mustdrop1(patches, threshold=0.8, block=3, rate=None):
+def in_order(alike, count, windows, ours):
+    """The windows with the highest likeness, in descending order; nearly equal ones in the order of the matrix ours."""
+    if ours is None:
+        return ranked(alike, count)
+    left, place = alike.copy(), [int(np.argmax(ours[:, window[0]])) for window in windows]
+    chosen = []
+    while len(chosen) < count:
+        chosen.append(min(np.flatnonzero(left >= left.max() - NEAR), key=lambda i: place[i]))
+        left[chosen[-1]] = -np.inf
+    return chosen
+
+
+def mustdrop1(patches, threshold=0.8, block=3, rate=None, ours=None):
     """patches (n, S, S, C) -> matrix (n, m, S * S)."""
     squares, side = patches.shape[:2]
     windows, alike = likeness(patches, block)
@@ -242,7 +275,7 @@ def mustdrop1(patches, threshold=0.8, block=3, rate=None):
         count = next(enough, len(windows))
     matrix = np.zeros((squares, side**2 - count * (block**2 - 1), side**2))
     for square in range(squares):
-        best = [windows[i] for i in ranked(alike[square], count)]
+        best = [windows[i] for i in in_order(alike[square], count, windows, ours if ours is None else ours[square])]
         for row, window in enumerate(best):
             matrix[square, row, window] = 1 / len(window)
         rest = sorted({*range(side**2)} - {i for window in best for i in window})

@@ -31,17 +31,17 @@ from tests.sizes import Sizes
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
 NAMES = ["hired", "vtc-cls", "fopru", "visionzip", "mustdrop1", "divprune"]
-CHOICES = {
-    "hired": lambda seen: oracle.hired(seen)[0],
-    "hired:retention=0.6,whole=0.2": lambda seen: oracle.hired(seen, 0.6, 0.2)[0],
-    "vtc-cls": oracle.vtc_cls,
-    "vtc-cls:retention=0.3,first=1": lambda seen: oracle.vtc_cls(seen, 0.3, 1),
-    "fopru": oracle.fopru,
-    "fopru:retention=0.4,form=row": lambda seen: oracle.fopru(seen, 0.4, "row"),
-    "visionzip": oracle.visionzip,
-    "visionzip:retention=0.4,contextual=0.5": lambda seen: oracle.visionzip(seen, 0.4, 0.5),
-    "divprune": oracle.divprune,
-    "divprune:retention=0.3": lambda seen: oracle.divprune(seen, 0.3),
+CHOICES = {  # function (Seen, our choice, which decides between nearly equal tokens)
+    "hired": lambda seen, ours: oracle.hired(seen, ours=ours)[0],
+    "hired:retention=0.6,whole=0.2": lambda seen, ours: oracle.hired(seen, 0.6, 0.2, ours)[0],
+    "vtc-cls": lambda seen, ours: oracle.vtc_cls(seen, ours=ours),
+    "vtc-cls:retention=0.3,first=1": lambda seen, ours: oracle.vtc_cls(seen, 0.3, 1, ours),
+    "fopru": lambda seen, ours: oracle.fopru(seen, ours=ours),
+    "fopru:retention=0.4,form=row": lambda seen, ours: oracle.fopru(seen, 0.4, "row"),
+    "visionzip": lambda seen, ours: oracle.visionzip(seen, ours=ours),
+    "visionzip:retention=0.4,contextual=0.5": lambda seen, ours: oracle.visionzip(seen, 0.4, 0.5, ours),
+    "divprune": lambda seen, ours: oracle.divprune(seen, ours=ours),
+    "divprune:retention=0.3": lambda seen, ours: oracle.divprune(seen, 0.3, ours),
 }
 CASES = {  # kind, side of a square in pixels, sizes of the pictures
     "LLaVA-1.5, 24 x 24": ("llava", 336, [(90, 60)]),
@@ -142,7 +142,7 @@ def test_the_choice_and_24_ids_are_those_of_transformers_and_the_oracle(case, se
     hf, checkpoint = case(name)
     asked = ask(checkpoint, name, spec)
     logits = asked.prefill()
-    wanted = [CHOICES[spec](picture) for picture in seen(name)]
+    wanted = [CHOICES[spec](picture, ours.numpy()) for picture, ours in zip(seen(name), chosen, strict=True)]
     for ours, theirs, picture in zip(chosen, wanted, seen(name), strict=True):
         if isinstance(theirs, list):
             assert ours.tolist() == theirs
@@ -169,8 +169,8 @@ def test_merged_patches_and_24_ids_are_those_of_transformers_and_the_oracle(case
     asked = ask(checkpoint, name, make_method(method))
     logits = asked.prefill()
     pictures = [
-        Seen(hf, picture.pixels, picture.size, lambda patches: oracle.mustdrop1(patches, **merging))
-        for picture in asked.pictures
+        Seen(hf, picture.pixels, picture.size, lambda x, ours=ours: oracle.mustdrop1(x, **merging, ours=ours.numpy()))
+        for picture, ours in zip(asked.pictures, found[::2], strict=True)
     ]
     for matrix, keys, picture in zip(found[::2], found[1::2], pictures, strict=True):
         np.testing.assert_allclose(matrix.numpy(), picture.joined, atol=1e-6)
@@ -188,7 +188,7 @@ def test_the_demo_gives_the_answer_of_transformers(demo, chosen, name):
     asked = Generation(replace(demo, stop_ids=()), "Describe the picture.", DEMO_PICTURE, Sampling(24), prune=name)
     logits, (picture,) = asked.prefill(), asked.pictures
     seen = Seen(hf, picture.pixels, picture.size, oracle.mustdrop1 if name == "mustdrop1" else None)
-    wanted = CHOICES[name](seen) if name in CHOICES else None
+    wanted = CHOICES[name](seen, chosen[0].numpy()) if name in CHOICES else None
     if isinstance(wanted, list):
         assert chosen[0].tolist() == wanted
     says_the_same(hf, asked, logits, [seen.tokens(wanted)])
