@@ -345,6 +345,13 @@ def test_a_rectangle_is_the_arenas_and_nothing_less(backend):
     assert uneven.rectangle(0) is None
 
 
+def test_the_first_layer_gives_the_next_position(backend):
+    cache = RaggedCache(2, backend=backend)
+    for layer, tokens in enumerate((5, 3)):  # the second layer sees fewer
+        cache.pack(layer, *torch.randn(2, 1, 2, tokens, 8))
+    assert cache.pos.tolist() == [5]
+
+
 def test_repacking_frees_the_old_arenas(backend):
     model, cache = small_llama(), RaggedCache(LAYERS, slack=5, backend=backend)
     model.prefill(torch.randn(1, 7, 32), cache)

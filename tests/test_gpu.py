@@ -16,7 +16,8 @@ from tools import bench_decode, bench_kernels, gpu, gpu_report, inspect_kernels
 from tools.gpu_stages import STAGES, Stage, commands
 
 SECTIONS = [
-    "Ceilings", "Speed over", "Whole answers", "Tiles chosen by `--tune`", "Targets", "Failures",
+    "Ceilings", "Speed over", "Whole answers", "Prefill with fewer vision tokens before the language model",
+    "Tiles chosen by `--tune`", "Targets", "Failures",
 ]  # fmt: skip
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without CUDA")
 
@@ -48,6 +49,7 @@ def test_every_stage_can_be_rehearsed(tmp_path):
     written = {path.name for path in tmp_path.iterdir()}
     assert written >= {f"{name}.{kind}" for name in STAGES for kind in ("log", "status.json")}
     assert written >= {"tests.xml", "model.xml", "tuned.json", "compile.json", "decode.json", "pictures.json"}
+    assert "prefill.json" in written and "| pick-grid@0.25 |" in page
 
 
 @NO_CUDA

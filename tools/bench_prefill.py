@@ -155,4 +155,4 @@ def compare_with(plain, row):
 
 
 if __name__ == "__main__":
-    as_command(main)
+    sys.exit(as_command(main))

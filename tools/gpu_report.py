@@ -32,6 +32,8 @@ def report(out, names):
         "## Whole answers",
         table(("workload", "method", "ms per token", "share of the roofline", "by pruning (by bytes)", f"over {SDPA}",
                "first token"), whole(answers)),
+        "## Prefill with fewer vision tokens before the language model",
+        table(("method", "speed-up", "ceiling", "first token: speed-up"), prefills(read.get("prefill", {}))),
         "## Tiles chosen by `--tune`",
         table(("architecture", "case", "instead of the formula's"), [*choices(tuned)]),
         f"## Targets\n\n{'From ' + source + '.json' if rows else 'Not measured'}; the worst of the cases counts.",
@@ -101,6 +103,15 @@ def whole(answers):
         share = f"{r['roofline_reached']:.0%}"
         lines.append([r["workload"], r["prune"], f"{r['ms_per_token']:.2f}", share, by_bytes, *over])
     return lines
+
+
+def prefills(measured):
+    """The rows of bench_prefill.py that have a speed-up over the first, the unpruned one."""
+    rows = [row for row in measured.get("rows", []) if "speedup" in row]
+    return [
+        [r["prune"], *(f"{r[key]:.2f}" for key in ("speedup", "ceiling")), f"{rows[0]['ttft'] / r['ttft']:.2f}"]
+        for r in rows
+    ]
 
 
 def choices(tuned):

@@ -13,6 +13,7 @@ KERNEL_TESTS = (
 MODEL_TESTS = "tests/test_fast.py tests/test_cache.py tests/test_batch.py tests/test_generate.py tests/test_kv_dtype.py"
 CUDA_TESTS = "tests/test_bench_decode.py::test_a_step_on_cuda_neither_allocates_nor_waits"
 PYTEST, BENCH, DECODE = "PYTHON -m pytest", "PYTHON tools/bench_kernels.py", "PYTHON tools/bench_decode.py"
+PREFILL = "PYTHON tools/bench_prefill.py"
 SEVEN = f"{DECODE} --shape llava-1.5-7b --prune none plphp:dr=0@0.3 --engines ours hf-sdpa --rounds 2"
 SMALL = f"{BENCH} ragged_decode_append --shapes demo --mbytes 0.01 --no-flex --copies 1 --rounds 2"
 TINY = f"{DECODE} --shape tiny --device cpu --dtype fp32 --new-tokens 3 --rounds 1"
@@ -61,8 +62,10 @@ STAGES = {  # the most informative first, because a GPU may be taken away
     ),
     "pictures": Stage(
         "the same with many pictures", 520,
-        f"{SEVEN} --workloads tiles eight-images long --json OUT/pictures.json",
-        f"{TINY} --workloads 1x24,24,24+8 --prune none --engines ours --json OUT/pictures.json",
+        f"{SEVEN} --workloads tiles eight-images long --json OUT/pictures.json\n"
+        f"{PREFILL} --dtype bf16 --json OUT/prefill.json",
+        f"{TINY} --workloads 1x24,24,24+8 --prune none --engines ours --json OUT/pictures.json\n"
+        f"{PREFILL} --shape tiny-next --device cpu --rounds 1 --json OUT/prefill.json",
     ),
     "model": Stage(
         "the model's tests on this device", 500,

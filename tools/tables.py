@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model.pruning import GUARDS, METHODS, describe, settings_of  # noqa: E402
+from model.pruning import GUARDS, METHODS, PLACING, describe, settings_of  # noqa: E402
 from tools import evaluate, figures, roofline  # noqa: E402
 from tools.command import as_command, flags  # noqa: E402
 from tools.plot_bench import RIVALS  # noqa: E402
@@ -46,11 +46,12 @@ def methods():
         what = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", describe.summary(method))
         settings = ", ".join(f"`{key}={describe.shown(value)}`" for key, value in settings_of(method).items())
         rows.append([f"[`{name}`]({file})", what, settings])
-    guards = ", ".join(f"`{key}={value}`" for key, value in GUARDS.items())
+    guards, places = (", ".join(f"`{key}={value}`" for key, value in each.items()) for each in (GUARDS, PLACING))
     return _markdown(["`--prune`", "what is kept", "settings"], rows, "---") + (
         f"\n\nEvery method in the language model also has {guards}: numbers of tokens that no head may drop.\n"
         "`sink` protects the first tokens of the prompt, `recent` the last, and `sink_keys` those most attended by\n"
-        "the last 32 rows of each head."
+        f"the last 32 rows of each head. Every method before the language model also has {places}: the rotary\n"
+        "positions of its tokens, without gaps or (`original`) those of the whole prompt."
     )
 
 
@@ -82,6 +83,52 @@ def summary():
 def pruning():
     """All methods of the comparison."""
     return evaluate.short(_results("pruning-accuracy"))
+
+
+COMPOSED = re.compile(r"([\w-]+):.*?retention=([\d.]+).*\+([\w-]+):.*")
+
+
+def picks():
+    """Methods before the language model and in it, at equal bytes: long answers, bytes, and time to the first token."""
+    results = {(row["method"], row["retention"]): row for row in _results("pick-accuracy")}
+    times = {row["prune"]: float(row["ttft"]) for row in _results("prefill-demo-cpu")}
+    times["plphp as shipped@0.3"] = times["plphp@0.3"]
+    whole, retentions = results["none", ""], ("0.5", "0.3", "0.15")
+    rows = [["unpruned", *(6 * [whole["long"]]), "100 %", "1.00"]]
+    for name, specs in _by_positions(spec for spec, _ in results).items():
+        found = [results.get((spec, r)) for spec in specs for r in retentions]
+        kept = next(row["kv bytes"] for row in (found[4], found[1]) if row)
+        gain = times["none"] / times[f"{name}@0.3"] if f"{name}@0.3" in times else None
+        rows.append([
+            f"`{name}`", *(row["long"] if row else "" for row in found),
+            _percent(float(kept) / float(whole["kv bytes"])), "" if gain is None else _round(gain),
+        ])  # fmt: skip
+    at = [f"{kind}, {r}" for kind in ("no gaps", "original") for r in retentions]
+    return _markdown(["long answers right, %", *at, "K and V at 0.3", "first token: speed-up at 0.3"], rows)
+
+
+def pick_tasks():
+    """The same at 0.3 by task, with original positions where a method was measured with them."""
+    results = {row["method"]: row for row in _results("pick-accuracy") if row["retention"] in ("", "0.3")}
+    tasks = [key.removesuffix(", tokens >= 2") for key in results["none"] if key.endswith(", tokens >= 2")]
+    rows = [["unpruned", *(results["none"][task] for task in tasks)]]
+    for name, (moved, original) in _by_positions(results).items():
+        rows.append([f"`{name}`", *(results[original or moved][task] for task in tasks)])
+    return _markdown(["answers right at 0.3, %", *tasks], rows)
+
+
+def _by_positions(conditions):
+    """{short SPEC: [its condition without gaps, with original positions], or None}. Methods in
+    the language model always have original positions."""
+    found = {}
+    for condition in dict.fromkeys(conditions):
+        spec = condition.removeprefix(evaluate.GIVEN)
+        parts = COMPOSED.fullmatch(spec)
+        name = "{}:retention={}+{}".format(*parts.groups()) if parts else spec.removesuffix(":positions=original")
+        original = "positions=original" in spec or spec == condition
+        if condition != "none":
+            found.setdefault(name, [None, None])[original] = condition
+    return found
 
 
 def witness():
@@ -175,6 +222,18 @@ def first_token():
     found = {(r["engine"], r["workload"]): r for r in _results("decode-demo-long-cpu") if r["prune"] == "none"}
     rows = [[ENGINES[engine], *(found[engine, work]["ttft_x_hf-sdpa"] for work in WORKLOADS)] for engine in OURS]
     return _markdown(["first token: speed-up over transformers sdpa", *WORKLOADS.values()], _rounded(rows))
+
+
+def prefill():
+    """Prefill with fewer vision tokens before the language model, beside the ceiling by arithmetic."""
+    results = _results("prefill-thin-cpu")
+    plain = float(results[0]["ttft"])
+    rows = [[f"`{row['prune']}`", row["tokens"].removesuffix(".0"),
+             f"{_round(row['speedup'])} ({_round(row['low'])}–{_round(row['high'])})", _round(row["ceiling"]),
+             _percent(row["share"]), _round(plain / float(row["ttft"])), _round(row["vision_ratio"])]
+            for row in results]  # fmt: skip
+    return _markdown(["", "tokens prefilled", "prefill: speed-up (20–80 %)", "ceiling", "share of it",
+                      "first token: speed-up", "vision: time"], rows)  # fmt: skip
 
 
 def _gain(row):
@@ -275,10 +334,11 @@ def _markdown(head, rows, others="---:"):
 
 
 TABLES = {
-    "summary": summary, "methods": methods, "pruning": pruning, "witness": witness, "demo": demo, "roofline": ceilings,
+    "summary": summary, "methods": methods, "pruning": pruning, "picks": picks, "pick-tasks": pick_tasks,
+    "witness": witness, "demo": demo, "roofline": ceilings,
     "decode-7b-h200": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
     "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
-    "kernels": kernels, "kernels-summary": kernels_summary,
+    "kernels": kernels, "kernels-summary": kernels_summary, "prefill": prefill,
 }  # fmt: skip
 
 FIGURES = {

@@ -133,11 +133,11 @@ COMMON = {
     "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
     "sink": ("first tokens of the prompt that no head may drop", *COUNT),
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
+    "sink_keys": ("tokens that a head may not drop: those that its last 32 prompt rows attend to most", *COUNT),
     "positions": (
         "rotary positions of the tokens: contiguous, as in the originals, or those of the whole prompt",
         *_among("contiguous", "original"),
     ),
-    "sink_keys": ("tokens that a head may not drop: those that its last 32 prompt rows attend to most", *COUNT),
 }
 
 

@@ -29,7 +29,7 @@ def describe(name, folder=None):
     lines += [_setting(key, value, what) for key, value in defaults.items()]
     guards = {key: value for key, value in guards_of(method).items() if key not in defaults}
     if guards:
-        lines += ["", "Settings of every method in the language model:"]
+        lines += ["", "Settings of every method of this kind:"]
         lines += [_setting(key, value, what) for key, value in guards.items()]
     own = calibrated(folder, name)
     if own:
