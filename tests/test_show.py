@@ -307,6 +307,11 @@ def expected_classes(kept):
     return [["kept" if k else "dropped" for k in picture] for picture in kept.view(-1, 16).tolist()]
 
 
+def test_a_question_cannot_end_the_script_that_holds_it():
+    wanted, html = page(hand_made("What?")).count("<"), page(hand_made("</script><b>What?"))
+    assert html.count("<") == wanted and "What?" in html
+
+
 def test_the_page_steps_through_layers_and_heads(tmp_path):
     shown = hand_made()
     html = page(shown)
