@@ -237,6 +237,19 @@ def test_original_positions_are_those_of_the_whole_prompt(pair, kind):
     assert later.moved == 0 and later.goes_on
 
 
+def test_an_answer_follows_the_whole_prompt_if_that_ends_with_a_picture(pair):
+    """At original positions the answer and the look-ahead rows do not move up to the last token that was picked."""
+    checkpoint, method = pair("llava")[1], make_method(Third, settings={"positions": "original"})
+    picture = noise(33, 50, seed=9)
+    asked = Generation(checkpoint, "see <image>", [picture], Sampling(9), "raw", prune=method)
+    asked.prefill()
+    last = asked.pick_images(method)[1][0].origin[-1]
+    assert last < asked.vision_tokens - 1  # the picture's last token is dropped
+    assert int(asked.cache.pos[0]) == asked.prompt_tokens
+    "".join(asked)
+    assert asked.goes_on and asked.unfed == asked.token_ids[8:]
+
+
 def test_a_cls_token_has_the_position_after_the_tokens_before_it():
     """Two pictures of 4 tokens, at 2 and at 7; CLS twice in a row, merged tokens out of order."""
     picked = [Picked(torch.tensor([-1, -1, 3, 1]), None), Picked(torch.tensor([2, -1]), None)]
