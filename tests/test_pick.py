@@ -745,8 +745,12 @@ def test_what_a_stage_must_not_return_is_refused_in_one_line(pair, wrong):
 
 
 NO_METHOD = {
-    "layers": (giving("pick", None, layers=lambda self, n: [4]), "asks for layer 4 of the vision tower; give 0 to 3"),
-    "negative": (giving("pick", None, layers=lambda self, n: [-1]), "asks for layer -1 of the vision tower"),
+    "layers": (
+        giving("pick", None, layers=lambda self, n: [4]),
+        "method Mine: layers names layer 4 of the vision tower; give 0 to 3",
+    ),
+    "negative": (giving("pick", None, layers=lambda self, n: [-1]), "layers names layer -1 of the vision tower"),
+    "one layer": (giving("pick", None, layers=lambda self, n: 1), "layers returned int; return a list of layers"),
     "both": (giving("pick", None, merge=lambda self, patches: None), "has pick and merge; give one of them"),
     "where": (giving("merge", None, merge_after=None), "has merge, but no merge_after"),
     "only": (giving("protect", None), "has no keep(self, view), narrow(self, view), pick(self, picture) or merge"),
@@ -758,6 +762,13 @@ NO_METHOD = {
 def test_what_cannot_be_a_method_is_refused_before_the_prefill(pair, wrong):
     rule, words = NO_METHOD[wrong]
     assert words in refusal(ask, pair("llava")[1], "llava", rule)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_merge_after_a_layer_that_does_not_run_is_refused(pair, layer):
+    """The tower has 4 layers, and LLaVA runs 3."""
+    asked = ask(pair("llava")[1], "llava", giving("merge", None, merge_after=layer), question="what is <image>?")
+    assert refusal(asked.prefill) == f"merge_after of Mine is {layer}; give a layer from 0 to 2"
 
 
 def test_features_of_a_layer_before_the_merge_are_refused(make_checkpoint, tmp_path):

@@ -50,7 +50,8 @@ def methods():
     return _markdown(["`--prune`", "what is kept", "settings"], rows, "---") + (
         f"\n\nEvery method in the language model also has {guards}: numbers of tokens that no head may drop.\n"
         "`sink` protects the first tokens of the prompt, `recent` the last, and `sink_keys` those most attended by\n"
-        "the last 32 rows of each head."
+        "the last 32 rows of each head. Every method before the language model also has `positions=contiguous`;\n"
+        "see [below](#before-the-language-model)."
     )
 
 
