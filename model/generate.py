@@ -214,10 +214,10 @@ class Generation(Prompt):
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
             protected=protected_of(picked, spans, x),
         )  # fmt: skip
-        origin, positions = origins(picked, self.spans, self.prompt_tokens), None
+        origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:
-            positions = original_positions(origin).to(x.device)
-        hidden = language.prefill(x[None], cache, positions, prune=pruning, lookahead=lookahead)
+            positions, following = original_positions(origin).to(x.device), self.prompt_tokens
+        hidden = language.prefill(x[None], cache, positions, prune=pruning, lookahead=lookahead, following=following)
         self.moved = 0 if positions is not None else self.absent
         text = self.prompt_tokens - self.vision_tokens  # tokens that every head keeps
         self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]

@@ -174,7 +174,7 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def prefill(self, x, cache=None, positions=None, mask=None, prune=None, lookahead=None):
+    def prefill(self, x, cache=None, positions=None, mask=None, prune=None, lookahead=None, following=None):
         """Embedded tokens x (B, T, C) -> final hidden states (B, T, C), after the final norm.
 
         Attention is causal. With a cache, each layer's K and V are packed into it when the layer is done, and the dense
@@ -185,16 +185,16 @@ class Llama(nn.Module):
         (T',); None means all. If later layers process fewer tokens, the result is (B, T', C). Keeping fewer in the
         cache does not change hidden states; it affects decoding only.
 
-        positions (B, T) or (T,), for RoPE, default to 0..T-1; the next token follows the last of them. mask replaces
-        the causal mask, for training on packed sequences: bool (True = may attend), or floats to add to the scores,
-        broadcast to (B, Hq, T, T).
+        positions (B, T) or (T,), for RoPE, default to 0..T-1. following: the position of the next token, by default the
+        one after the last. mask replaces the causal mask, for training on packed sequences: bool (True = may attend),
+        or floats to add to the scores, broadcast to (B, Hq, T, T).
 
         lookahead: a `model.lookahead.Lookahead`. Its m rows follow the prompt in every layer: `prune` receives T + m
         rows of q, k and v; the cache and the result have only the prompt's tokens.
         """
         tokens = x.shape[1]  # without the look-ahead rows
         positions = torch.arange(tokens, device=x.device) if positions is None else positions
-        following = positions[..., -1] + 1
+        following = positions[..., -1] + 1 if following is None else following
         if lookahead is not None:
             x = torch.cat((x, lookahead.embeddings.expand(len(x), -1, -1)), 1)
             positions = torch.cat((positions, following + torch.arange(lookahead.rows, device=x.device)))

@@ -200,7 +200,10 @@ def look(method, model, picture, number, pixels):
     `model.image.Prepared`; number: its index in the prompt; pixels (n, 3, S, S). ValueError from the method.
     """
     config, merged = model.config, []
-    depth = config.vision_config.num_hidden_layers
+    layers = method.layers(config.vision_config.num_hidden_layers)
+    run = max([*config.feature_layers, *layers])  # number of layers that run
+    if method.merge_after is not None and not 0 <= method.merge_after < run:
+        raise ValueError(f"merge_after of {method.name} is {method.merge_after}; give a layer from 0 to {run - 1}")
 
     def merge(layer, x):
         if layer != method.merge_after:
@@ -214,7 +217,7 @@ def look(method, model, picture, number, pixels):
         merged.append((layer, matrix))
         return torch.cat((x[:, :first], (matrix @ x[:, first:].float()).to(x.dtype)), 1)
 
-    features, states = model.see(pixels, method.layers(depth), merge)
+    features, states = model.see(pixels, layers, merge)
     return PictureView(picture, number, model, features, states, merged[0] if merged else None)
 
 

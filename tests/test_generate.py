@@ -81,8 +81,10 @@ def test_packed_sequences_are_alone_with_mask_and_positions():
     alone = model.prefill(torch.cat((x[:, :3], x[:, 6:]), 1))  # prefix of 3, then block two
     block = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]])
     mask = ((block[:, :, None] == block[:, None]) | (block[:, None] == 0)) & torch.ones(9, 9, dtype=torch.bool).tril()
-    packed = model.prefill(x, positions=torch.tensor([0, 1, 2, 3, 4, 5, 3, 4, 5]), mask=mask[:, None])
+    cache, positions = RaggedCache(3), torch.tensor([0, 1, 2, 3, 4, 5, 3, 4, 5])
+    packed = model.prefill(x, cache, positions, mask[:, None])
     torch.testing.assert_close(packed[:, 6:], alone[:, 3:], rtol=1e-4, atol=1e-5)
+    assert cache.pos.tolist() == [6]
 
 
 def test_rope_is_the_complex_rotation():

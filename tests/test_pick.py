@@ -237,6 +237,19 @@ def test_original_positions_are_those_of_the_whole_prompt(pair, kind):
     assert later.moved == 0 and later.goes_on
 
 
+def test_an_answer_follows_the_whole_prompt_if_that_ends_with_a_picture(pair):
+    """At original positions the answer and the look-ahead rows do not move up to the last token that was picked."""
+    checkpoint, method = pair("llava")[1], make_method(Third, settings={"positions": "original"})
+    picture = noise(33, 50, seed=9)
+    asked = Generation(checkpoint, "see <image>", [picture], Sampling(9), "raw", prune=method)
+    asked.prefill()
+    last = asked.pick_images(method)[1][0].origin[-1]
+    assert last < asked.vision_tokens - 1  # the picture's last token is dropped
+    assert int(asked.cache.pos[0]) == asked.prompt_tokens
+    "".join(asked)
+    assert asked.goes_on and asked.unfed == asked.token_ids[8:]
+
+
 def test_a_cls_token_has_the_position_after_the_tokens_before_it():
     """Two pictures of 4 tokens, at 2 and at 7; CLS twice in a row, merged tokens out of order."""
     picked = [Picked(torch.tensor([-1, -1, 3, 1]), None), Picked(torch.tensor([2, -1]), None)]
@@ -732,8 +745,12 @@ def test_what_a_stage_must_not_return_is_refused_in_one_line(pair, wrong):
 
 
 NO_METHOD = {
-    "layers": (giving("pick", None, layers=lambda self, n: [4]), "asks for layer 4 of the vision tower; give 0 to 3"),
-    "negative": (giving("pick", None, layers=lambda self, n: [-1]), "asks for layer -1 of the vision tower"),
+    "layers": (
+        giving("pick", None, layers=lambda self, n: [4]),
+        "method Mine: layers names layer 4 of the vision tower; give 0 to 3",
+    ),
+    "negative": (giving("pick", None, layers=lambda self, n: [-1]), "layers names layer -1 of the vision tower"),
+    "one layer": (giving("pick", None, layers=lambda self, n: 1), "layers returned int; return a list of layers"),
     "both": (giving("pick", None, merge=lambda self, patches: None), "has pick and merge; give one of them"),
     "where": (giving("merge", None, merge_after=None), "has merge, but no merge_after"),
     "only": (giving("protect", None), "has no keep(self, view), narrow(self, view), pick(self, picture) or merge"),
@@ -745,6 +762,13 @@ NO_METHOD = {
 def test_what_cannot_be_a_method_is_refused_before_the_prefill(pair, wrong):
     rule, words = NO_METHOD[wrong]
     assert words in refusal(ask, pair("llava")[1], "llava", rule)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_merge_after_a_layer_that_does_not_run_is_refused(pair, layer):
+    """The tower has 4 layers, and LLaVA runs 3."""
+    asked = ask(pair("llava")[1], "llava", giving("merge", None, merge_after=layer), question="what is <image>?")
+    assert refusal(asked.prefill) == f"merge_after of Mine is {layer}; give a layer from 0 to 2"
 
 
 def test_features_of_a_layer_before_the_merge_are_refused(make_checkpoint, tmp_path):

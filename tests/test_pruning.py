@@ -352,6 +352,8 @@ RANGES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_each_setting_is_listed_with_its_meaning_and_the_range_that_is_checked(name):
     listed, known = " ".join(describe(name).split()), guards_of(METHODS[name]) | settings_of(METHODS[name])
+    heads = {"in": "sink" in known, "before": "positions" in known}
+    assert all((f"of every method {where} the language model:" in listed) == has for where, has in heads.items())
     for key, default in known.items():
         meaning = meanings(METHODS[name])[key]
         assert f"{key}={shown(default)} {' '.join(meaning.split())}" in listed

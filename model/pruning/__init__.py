@@ -254,11 +254,11 @@ class Method:
     def layers(self, num_layers):
         """The layers of a vision tower that the stages before the language model ask for, ascending. ValueError."""
         asked = self._call("layers", num_layers, getattr(self.rule, "layers", None)) or ()
+        if not isinstance(asked, list | tuple | range):
+            raise ValueError(f"layers returned {_shown(asked)}; return a list of layers of the vision tower")
         for layer in asked:
             if type(layer) is not int or not 0 <= layer < num_layers:
-                raise ValueError(
-                    f"{titled(self.name)} asks for layer {layer!r} of the vision tower; give 0 to {num_layers - 1}"
-                )
+                raise ValueError(f"layers names layer {layer!r} of the vision tower; give 0 to {num_layers - 1}")
         return sorted({*asked})
 
     def pick(self, picture):

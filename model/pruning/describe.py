@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 
-from . import COMMON, METHODS, calibrated, guards_of, named, settings_of
+from . import COMMON, GUARDS, METHODS, PLACING, calibrated, guards_of, named, settings_of
 
 
 def listing():
@@ -27,10 +27,10 @@ def describe(name, folder=None):
     defaults, what = settings_of(method), meanings(method)
     lines += ["", f"Settings, for --set KEY=VALUE or --prune {name}:KEY=VALUE,... and their defaults:"]
     lines += [_setting(key, value, what) for key, value in defaults.items()]
-    guards = {key: value for key, value in guards_of(method).items() if key not in defaults}
-    if guards:
-        lines += ["", "Settings of every method of this kind:"]
-        lines += [_setting(key, value, what) for key, value in guards.items()]
+    more = {key: value for key, value in guards_of(method).items() if key not in defaults}
+    for where, keys in (("in", GUARDS), ("before", PLACING)):
+        shared = [_setting(key, more[key], what) for key in keys if key in more]
+        lines += ["", f"Settings of every method {where} the language model:", *shared] if shared else []
     own = calibrated(folder, name)
     if own:
         pairs = " ".join(f"{key}={shown(value)}" for key, value in json.loads(own.read_bytes()).items())

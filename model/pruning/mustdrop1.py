@@ -19,7 +19,7 @@ class MustDrop1:
 
     threshold: least mean cosine similarity of two patches of a merged window; a retention replaces it (0 to 1)
     block: patches per side of a window (2 or more)
-    key_share: share of the remaining tokens, by attention of CLS, that a second method may not drop (0 to 1)
+    key_share: share of the remaining tokens, by attention of CLS, that a second method keeps beyond its budget (0 to 1)
     """
 
     retention: float | None = None

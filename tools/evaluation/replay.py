@@ -124,7 +124,10 @@ class Asked:
         )  # fmt: skip
         origin = origins(picked, self.spans, self.tokens)
         positions = None if method.moves else original_positions(origin).to(x.device)
-        hidden = self.language.prefill(x[None], cache, positions, prune=pruning, lookahead=lookahead)
+        hidden = self.language.prefill(
+            x[None], cache, positions, prune=pruning, lookahead=lookahead,
+            following=None if method.moves else self.tokens,
+        )  # fmt: skip
         masks = unpicked(torch.stack(pruning.masks).cpu(), origin, self.tokens)
         return cache, [*masks.to(x.device)], self.language.logits(hidden[0, -1:]).float()
 
