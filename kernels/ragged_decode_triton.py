@@ -135,7 +135,7 @@ def _store(out, lse, place, there, m, l, acc, UNIT: tl.constexpr, D: tl.constexp
 # ---------------------------------------------------------------- two launches: splits, then merge
 
 
-@triton.jit(do_not_specialize_on_alignment=["kv_len"])
+@triton.jit(do_not_specialize_on_alignment=["kv_len", "work"])
 def split_kernel(
     q, k, v, k_scale, v_scale, kv_len, work, part, part_lse, out, lse,
     scale, heads, times,
@@ -186,7 +186,7 @@ def merge_kernel(
 # ---------------------------------------------------------------- one launch: append, splits, merge in the last program
 
 
-@triton.jit(do_not_specialize_on_alignment=["kv_len"])
+@triton.jit(do_not_specialize_on_alignment=["kv_len", "work"])
 def append_kernel(
     q, k_new, v_new, cos, sin, k, v, k_scale, v_scale, kv_len, work, tickets, part, part_lse, out, lse,
     scale, heads, q_stride, k_stride, v_stride,

@@ -48,6 +48,44 @@ def test_the_step_in_one_launch_passes_on_its_own():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+ALIGNMENTS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from types import SimpleNamespace
+from unittest.mock import DEFAULT, patch
+from kernels import ragged_decode_triton as module
+from kernels.ragged_decode_plan import _work_items, decode_plan
+
+caps = torch.tensor([[640, 641], [640, 640], [641, 641]], dtype=torch.int32)  # 10 or 11 work items per segment
+starts, x = caps.cumsum(1, dtype=torch.int32) - caps, torch.empty(1, 2, 128)
+calls = {"append_kernel": [], "split_kernel": [], "merge_kernel": []}
+kernels = {name: getattr(module, name) for name in calls}
+for layer, items in enumerate(_work_items(starts.tolist(), caps.tolist(), None, "cpu")):  # as on CUDA: of all layers
+    plan = decode_plan(starts[layer], caps[layer])
+    plan.buffers["items"] = items
+    with patch.multiple(module, architecture=lambda device: "sm_90", **{name: DEFAULT for name in calls}) as mocks:
+        k = torch.empty(2000, 128)
+        module.append_attend(x, x, x, k, k, caps[layer], plan, 1.0)
+        module.attend(x[:, None], k, k, caps[layer], plan, 1.0)
+    for name, mock in mocks.items():
+        if name in calls:
+            calls[name].append(mock.__getitem__.return_value.call_args)
+driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+                                  get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+for name, kernel in kernels.items():
+    print(name, len({kernel.warmup(*call.args, grid=(1,), **call.kwargs) for call in calls[name]}))
+"""
+
+
+def test_layers_share_a_compiled_kernel():
+    """Tables are views of one tensor for all layers, and their alignment varies."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ALIGNMENTS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.stdout.split() == ["append_kernel", "1", "split_kernel", "1", "merge_kernel", "1"], done.stderr
+
+
 WIDE = "at = slot.to(tl.int64)[:, None] * D + col[None, :]"
 TILE = "ROPE=rope is not None, UP=interpreted(), LARGEST=CODES.get(k.dtype, 0), **"  # of append_kernel
 FAULTS = {  # gate that must fail: changes to the source
