@@ -258,7 +258,7 @@ def _check_codes(q, k, v, k_scale, v_scale):
             or (unit.device != q.device or not unit.is_contiguous())
         ):
             raise ValueError(f"{name}_scale is no contiguous fp16 tensor ({len(codes)},) on {q.device}; see quantise()")
-        if codes.storage_offset() % 2:  # Triton reads codes in pairs
+        if codes.shape[1] % 2 == 0 and codes.storage_offset() % 2:  # Triton reads codes of V in pairs
             raise ValueError(f"{name} begins at an odd byte of its storage; give an arena with an even offset")
 
 

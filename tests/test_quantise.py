@@ -283,6 +283,15 @@ def test_scales_that_do_not_fit_are_refused(op, good, change, word):
     assert word in str(wrong.value) and "; " in str(wrong.value)
 
 
+def test_an_odd_number_of_channels_may_begin_anywhere(backend):
+    """Only pairs of codes need an even offset."""
+    codes, scale = quantise(torch.randn(2, 12, 33), torch.int8)
+    q, start, length = torch.randn(1, 4, 33), *torch.tensor([[0, 6], [5, 3]], dtype=torch.int32)
+    views, scales = (codes[0, 1:], codes[1, 1:]), {"k_scale": scale[0, 1:], "v_scale": scale[1, 1:]}
+    got = ragged_decode(q, *views, start, length, backend=backend, **scales)
+    assert torch.allclose(got, ragged_decode_ref(q, *views, start, length, **scales), atol=1e-5)
+
+
 def test_fp8_is_refused_where_a_gpu_has_none(monkeypatch):
     for capability, hip, runs in (
         ((8, 0), None, False),

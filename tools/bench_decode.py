@@ -19,10 +19,12 @@ own: B sequences, each with pictures of P tokens and T text tokens. Prompts beyo
 
 Checks before timing: greedy ids equal those of transformers (fp32), or the first logits are close (bf16, fp16); step
 logits match one long prefill of the same tokens; a pruned run starts with the same token, and its step logits match
-dense attention under a mask; compiling changes no greedy id (fp32). `roofline` is the time to read the weights and the
-held K and V at the measured bandwidth, `ceiling` the largest speed-up by bytes. --prune SPEC@F means --prune SPEC
---retention F of run.py. dr=0 prunes every layer equally, so that exactly F is kept: with random weights, all layers
-attend to pictures alike.
+dense attention under a mask; compiling changes no greedy id (fp32). With --kv-dtype, pruned or not, step logits match
+dense attention over the dequantised keys and values.
+
+`roofline` is the time to read the weights and the held K and V at the measured bandwidth, `ceiling` the largest
+speed-up by bytes. --prune SPEC@F means --prune SPEC --retention F of run.py. dr=0 prunes every layer equally, so that
+exactly F is kept: with random weights, all layers attend to pictures alike.
 """
 
 import contextlib

@@ -274,15 +274,15 @@ def short(x):
 # ---------------------------------------------------------------- the kernel of a decode step
 
 
-def kernel_report(args):
-    """Print the assumptions and a table of predictions per GPU, or beside what was measured on one."""
+def kernel_report(args, found):
+    """Print the assumptions and a table of predictions per GPU. found: measured cases to print beside them, or None."""
     rows_of = kernel_model.ROWS[args.kv_dtype]
     print("\n".join(kernel_model.assumptions(args.gpu, args.loads, args.kv_dtype)))
     for name in args.gpu:
         device = kernel_model.DEVICES[name]
-        if args.measured:
+        if found:
             rows = []
-            for case, lengths, us in kernel_model.measured(args.measured, args.kv_dtype):
+            for case, lengths, us in found:
                 cells = kernel_model.row(case, lengths, device, args.loads, rows_of)
                 rows.append([*cells[:-1], f"{us:.1f}", f"{us / float(cells[-2]):.2f}"])
             head = [*kernel_model.HEAD[:-1], "measured us", "measured / predicted"]
@@ -327,9 +327,16 @@ def main(argv=None):
             p.error(f"--kernel knows no {' '.join(unknown)}; use {', '.join(kernel_model.DEVICES)}")
         if refused := [name for name in args.gpu if args.kv_dtype == "fp8" and not kernel_model.DEVICES[name].fp8]:
             p.error(f"--kv-dtype fp8 is refused on {' '.join(refused)}; use int8")
-        if args.measured and not args.measured.is_file():
-            p.error(f"--measured {args.measured} is no file; give one written by bench_kernels.py --json")
-        kernel_report(args)
+        try:
+            found = [*kernel_model.measured(args.measured, args.kv_dtype)] if args.measured else None
+        except (OSError, ValueError, KeyError, TypeError):
+            p.error(f"--measured {args.measured} cannot be read; give a file written by bench_kernels.py --json")
+        if found == []:
+            p.error(
+                f"--measured {args.measured} has no time of ragged_decode_append in Triton with --kv-dtype "
+                f"{args.kv_dtype} and {kernel_model.D} channels; give another file or type"
+            )
+        kernel_report(args, found)
         return
     shapes = [shape for shape in SHAPES if args.shape in shape.name]
     if not shapes:
