@@ -1,5 +1,6 @@
 """What the decode kernels do with single rows: rotation (RoPE), quantisation, codes, scales, work records. As in
-PyTorch, to the bit, unless the GPU fuses a multiplication and an addition of the rotation."""
+PyTorch, to the bit, with two exceptions: a GPU may fuse a multiplication and an addition of the rotation, and Triton's
+interpreter truncates to bf16 instead of rounding."""
 
 import triton
 import triton.language as tl
