@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import exit_code_of
 from tests.paths import ROOT
-from tools import bench_decode, bench_kernels, gpu, gpu_report, inspect_kernels
+from tools import bench_decode, bench_kernels, bench_prefill, gpu, gpu_report, inspect_kernels
 from tools.gpu_stages import STAGES, Stage, commands
 
 SECTIONS = [
@@ -161,6 +161,8 @@ def test_the_commands_for_a_gpu_are_valid(capsys):
             elif tool == "tools/bench_decode.py":
                 args = bench_decode.parser().parse_args(words)
                 assert list(bench_decode.workloads(args.workloads, 576, None))
+            elif tool == "tools/bench_prefill.py":
+                bench_prefill.parser().parse_args(words)
             elif tool == "-m":
                 assert all((ROOT / word.partition("::")[0]).is_file() for word in words if word.startswith("tests/"))
             else:
