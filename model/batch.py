@@ -16,8 +16,8 @@ class Batch:
 
     Each one is prefilled separately when it is added, at any time. When its answer ends, it is removed and its K and V
     are freed: there is no padding and no waiting for the longest. Answers depend on each other only by rounding: matrix
-    products have other sizes. The Triton kernels compute the same bits for each sequence as without the others. All
-    must use the same checkpoint, backend and kv_dtype.
+    products have other sizes, and PyTorch's attention reads segments in another way. The Triton kernels compute the
+    same bits for each sequence as without the others. All must use the same checkpoint, backend and kv_dtype.
 
         batch = Batch()
         batch.add(Generation(...))
