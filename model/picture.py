@@ -206,6 +206,7 @@ def look(method, model, picture, number, pixels):
         raise ValueError(f"merge_after of {method.name} is {method.merge_after}; give a layer from 0 to {run - 1}")
 
     def merge(layer, x):
+        """Called by the tower after each layer: x (n, 1 + S * S, C) -> x, with merged patches after `merge_after`."""
         if layer != method.merge_after:
             return x
         first = x.shape[1] - picture.side**2  # 1: CLS

@@ -68,7 +68,7 @@ USUAL = {  # default workloads; {0} is the number of tokens of a picture; `long`
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 8e-2}
 # With K and V in 8 bits, where a rounding error may turn a code into its neighbour. Measured for the demo and 16 random
 # layers: 2e-4, 0.015, 0.1
-CODED_TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1}
+CODED_TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 0.15}  # below what a position off by one gives
 
 
 def parser():
