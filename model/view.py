@@ -1,5 +1,6 @@
 """What a pruning method sees of a prompt and a layer, and how its choice is applied during the prefill."""
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -11,6 +12,7 @@ from kernels import window_scores
 
 from .config import InputError
 from .image import cells
+from .looking import looking_attention, looking_mlp
 
 
 class View:
@@ -198,31 +200,53 @@ class Pruning:
 
     def __init__(
         self, method, num_layers, spans, places=None, contrast=None, ahead=0, backend="auto", timed=False,
-        remember=False, protected=None, embeddings=None,
+        remember=False, protected=None, embeddings=None, sides=None,
     ):  # fmt: skip
-        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`."""
+        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`.
+
+        sides: for each picture the row of its places where the map of LLaVA-NeXT's tiles begins; None if there is none.
+        """
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
         self.timed, self.seconds, self.masks = timed, 0.0, [] if remember or method.compacts else None
         self.protected = self.protected_whole = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
         self.embeddings, self.whole_spans = embeddings, list(spans)
+        self.sides = sides or [sys.maxsize] * len(spans)
+        self.looking = None  # what vision tokens and heads may look at in the current layer; None: everything
         self.attended = None  # (T,) bool: the tokens that take part in the current layer's attention; None: all
 
     def inside(self, layer):
         """-> functions `attend` and `mlp` that replace those of a layer, or None; see `Llama.prefill`."""
-        self.attended = None
+        self.attended = self.looking = None
         if not (self.spans and self.method.attends):
             return None, None
-        return partial(self._attend, layer), None
+        return partial(self._attend, layer), None if self.ahead else self._mlp
 
     def _attend(self, layer, q, k, v):
         """The layer's attention among the tokens that the method's stage `attend` chooses -> (1, Hq, T, D)."""
         start = clock(k.device, self.timed)
-        self.attended = self._asked(lambda: self.method.attend(self._view(layer, q, k, v)))
+        chosen = self._asked(lambda: self.method.attend(self._view(layer, q, k, v)))
         self.seconds += clock(k.device, self.timed) - start
+        if not isinstance(chosen, torch.Tensor | None):
+            return self._look(q, k, v, chosen)
+        self.attended = chosen
         tokens = self.attended if self.attended is None else F.pad(self.attended, (0, self.ahead), value=True)
         return attention_among(q, k, v, tokens)
+
+    def _look(self, q, k, v, looking):
+        """The layer's attention if the method returned a `model.pruning.Looking` -> (1, Hq, T, D)."""
+        if self.ahead and looking.neurons < 1:
+            raise InputError("look-ahead rows need the whole MLP; use query=last, or neurons=1")
+        self.looking = looking
+        places = self.places or [cells(1, stop - start) for start, stop in self.spans]
+        return looking_attention(q, k, v, looking, self.spans, places, self.sides)
+
+    def _mlp(self, module, x):
+        """The layer's MLP, after its attention."""
+        if self.looking is None or self.looking.neurons == 1:
+            return module(x)
+        return looking_mlp(module, x, self.looking.neurons, self.spans)
 
     def __call__(self, layer, q, k, v, x=None, upcoming=None):
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer; q may have only the last rows.

@@ -1,9 +1,10 @@
-"""Find PLPHP's thresholds and rates for a model, from a few pictures and prompts.
+"""Find PLPHP's thresholds and rates for a model, or YOPO's heads, from a few pictures and prompts.
 
     python tools/calibrate.py --model DIR --image a.png b.png --prompt "Describe the picture." --out plphp.json
     python run.py --model DIR --image x.png --prompt "..." --prune plphp --set @plphp.json
     python tools/calibrate.py --scenes 40 --retention 0.5 --out assets/demo/plphp.json    # for the demo model
     python tools/calibrate.py --rates-only ...       # leave skip, window and values as they are
+    python tools/calibrate.py --method yopo --scenes 40 --out assets/demo/yopo.json    # YOPO's table of heads
 
 The attention that each layer pays to pictures differs between models, so no fixed alpha and beta fit all of them. This
 prints its distribution, then tries some 170 settings (14 with --rates-only), including look-ahead rows where the
@@ -11,6 +12,10 @@ model has them (tools/train_lookahead.py). For each setting, r is solved so that
 The setting closest to the unpruned model (KL along the unpruned answers) is written to --out, with the share of the
 budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15. A file plphp.json (or plphp-ada.json) in a
 model's folder sets that method's defaults for the model.
+
+With --method yopo it measures how much each head looks at the pictures: attention to them divided by attention to the
+text. The file has for each head the ratio that it reaches in more than 40 % of the prompts, and the threshold that
+keeps the wanted fraction. The KLs that it prints are for your judgement; they choose nothing.
 """
 
 import dataclasses
@@ -30,6 +35,7 @@ from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import Plphp  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.command import as_command, exit_code, flags, model_flags, number, one_of, write_json  # noqa: E402
+from tools.evaluation.heads import ratios, table_of, threshold_of  # noqa: E402
 from tools.evaluation.replay import Asked, asked_by, compare, gammas_of, replay  # noqa: E402
 from tools.evaluation.runs import progress  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402
@@ -179,9 +185,40 @@ def choose_cover(samples, method_name, found):
     return next(cover for cover, mean in zip(COVERS, means, strict=True) if mean <= min(means) + 0.001)
 
 
+def calibrate_heads(samples, retention):
+    """YOPO's table and threshold for these samples. Prints the table, and KLs at the retention and at BUDGETS."""
+    found = table_of(torch.stack([ratios(s.asked) for s in samples]))
+    heads = [[float(f"{ratio:.4g}") for ratio in row] for row in found.tolist()]
+    layers, kv_heads = len(heads), samples[0].asked.kv_heads
+    skip = 1 if layers < 12 else 2
+    threshold = round(threshold_of(torch.tensor(heads, dtype=torch.float64), kv_heads, skip, retention), 6)
+    print("attention to pictures / attention to text, by query head; YOPO prunes the smallest\nlayer")
+    for layer, row in enumerate(heads):
+        print(f"{layer:5d}" + "".join(f" {ratio:8.3g}" for ratio in row))
+    tried = [{"threshold": threshold}, *({"retention": budget} for budget in BUDGETS)]
+    tried = [one | more for one in tried for more in ({}, {"prefill": False})]
+    print("\n     KL    kept  settings")
+    for settings, (kl, kept, _) in zip(
+        tried, judge(samples, "yopo", [{"heads": heads} | t for t in tried]), strict=True
+    ):
+        print(f"{kl:7.4f}  {100 * kept:4.1f} %  {settings}")
+    return {"heads": heads, "threshold": threshold}
+
+
 def calibrate(args):
     checkpoint = load(args.model, args.dtype, choose_device(args.device))
     samples = samples_of(args, checkpoint)
+    if args.method == "yopo":
+        with torch.inference_mode():
+            found = calibrate_heads(samples, args.retention)
+    else:
+        found = calibrate_rates(args, samples)
+    write_json(args.out, found)
+    print(f"wrote {args.out}", file=sys.stderr)
+
+
+def calibrate_rates(args, samples):
+    """PLPHP's settings for these samples. Prints what was tried. InputError if none keeps the wanted fraction."""
     print(distribution(samples), end="\n\n")
     tried = list(candidates(samples, args.retention, not args.rates_only))
     fixed = {"retention": args.retention}
@@ -201,8 +238,7 @@ def calibrate(args):
     if not args.rates_only:
         found = found | {"cover": choose_cover(samples, args.method, found)}
     print(f"\nchosen: {found}")
-    write_json(args.out, found)
-    print(f"wrote {args.out}", file=sys.stderr)
+    return found
 
 
 def main(argv=None):
@@ -214,15 +250,18 @@ def main(argv=None):
     p.add_argument("--retention", type=number(float, 0, 1, open_low=True), default=0.5, metavar="F",
                    help="fraction to keep (default 0.5)")
     p.add_argument("--rates-only", action="store_true", help="fit only alpha, beta, r and dr")
-    p.add_argument("--method", default="plphp", type=one_of("plphp", "plphp-ada"), metavar="NAME",
+    p.add_argument("--method", default="plphp", type=one_of("plphp", "plphp-ada", "yopo"), metavar="NAME",
                    help="%(type)s (default plphp)")
-    p.add_argument("--out", default="plphp.json", metavar="FILE", help="(default plphp.json)")
+    p.add_argument("--out", metavar="FILE", help="(default plphp.json, with --method yopo yopo.json)")
     p.add_argument("--max-new-tokens", type=number(int, 2), default=64, metavar="N", help="(default 64)")
     # fmt: on
     args = p.parse_args(argv)
     if bool(args.image) == bool(args.scenes) or (args.scenes and args.prompt):
         p.error("give either --image with --prompt, or --scenes")
+    if args.rates_only and args.method == "yopo":
+        p.error("--rates-only is for the thresholds of PLPHP; leave it out with --method yopo")
     args.prompt = args.prompt or ["Describe the picture."]
+    args.out = args.out or ("yopo.json" if args.method == "yopo" else "plphp.json")
     return exit_code(calibrate, args, interrupted="interrupted; nothing was written")
 
 

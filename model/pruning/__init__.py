@@ -11,7 +11,8 @@ the first:
     narrow(view)    after a layer: the tokens that later layers process, (T,) bool, or None for all; or (T,) int64, for
                     each token its own index if it stays, the index of the token into which it is averaged, or -1
     attend(view)    before a layer's attention: the tokens that take part in it, (T,) bool, or None for all. The others
-                    are seen by no token, and their attention is 0; they go on through the layer's other parts
+                    are seen by no token, and their attention is 0; they go on through the layer's other parts. Or a
+                    `Looking`: what heads and vision tokens see, and the part of the MLP that vision tokens use
     compact(prefilled)   after the prefill: what each layer goes on holding, a list of (T,) or (Hkv, T) bool over the
                     prompt's tokens, or None for all
     pick(picture)   before the language model: indices (P',) int64, ascending, of the patch tokens that it gets, or a
@@ -68,6 +69,7 @@ from .snapkv import AdaKV, SnapKV
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
+from .yopo import Looking, Yopo
 
 METHODS = {
     "none": None,
@@ -81,6 +83,7 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "yopo": Yopo,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
@@ -278,8 +281,15 @@ class Method:
         return owner
 
     def attend(self, view):
-        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise."""
-        chosen = self._ask("attend", view, (view.tokens,))
+        """-> the tokens that take part in a layer's attention, (T,) bool, or a Looking, or None for all. ValueError
+        otherwise."""
+        chosen = self._tensor("attend", view, (view.tokens,), f" in layer {view.layer}", other=Looking)
+        if isinstance(chosen, Looking):
+            wanted = torch.bool, (view.kv_heads,)
+            if (chosen.heads.dtype, tuple(chosen.heads.shape)) != wanted:
+                raise ValueError(f"{titled(self.name)} returned heads {_shown(chosen.heads)}; give {wanted}")
+            return chosen
+        chosen = None if chosen is None else chosen | self._guarded(view, 1)
         return None if chosen is None or chosen.all() else chosen
 
     def compact(self, prefilled):
@@ -359,11 +369,12 @@ class Method:
         keep = self._tensor(stage, view, shape, f" in layer {view.layer}")
         return None if keep is None else keep | self._guarded(view, keep.ndim)
 
-    def _tensor(self, stage, view, shape, where, dtypes=(torch.bool,)):
-        """What a stage returns, a tensor of this shape, or None. ValueError for anything else."""
+    def _tensor(self, stage, view, shape, where, dtypes=(torch.bool,), other=()):
+        """What a stage returns, a tensor of this shape, an instance of the class `other`, or None. ValueError for
+        anything else."""
         keep = self._call(stage, view)
-        if keep is None:
-            return None
+        if keep is None or isinstance(keep, other):
+            return keep
         found, wanted = _shown(keep), [f"{dtype} {shape} on {view.device}" for dtype in dtypes]
         if isinstance(keep, torch.Tensor):
             keep = keep if keep.is_meta else keep.to(view.device)
