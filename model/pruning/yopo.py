@@ -112,10 +112,8 @@ class Yopo:
             raise ValueError(NO_TABLE)
         widths = {len(row) for row in self.heads}
         if len(self.heads) != num_layers or len(widths) != 1 or min(widths) % kv_heads:
-            shape = f"{len(self.heads)} layers of {' or '.join(map(str, sorted(widths)))} query heads"
-            raise ValueError(
-                f"heads has {shape}, the model {num_layers} with {kv_heads} KV heads; calibrate this model"
-            )
+            shape = f"{len(self.heads)} layers with {' or '.join(map(str, sorted(widths)))} query heads"
+            raise ValueError(f"heads has {shape}, the model {num_layers} with {kv_heads} KV heads; calibrate the model")
         table = torch.tensor(self.heads, dtype=torch.float64, device="cpu")
         looks = table.unflatten(1, (kv_heads, -1)).amax(2)  # (L, Hkv)
         skip, last = (2 if num_layers >= 12 else 1) if self.skip is None else self.skip, self.last(num_layers)
@@ -133,7 +131,7 @@ class Yopo:
         active = self.active(view.num_layers, view.kv_heads)
         if len(self.heads[0]) != view.q_heads:
             raise ValueError(
-                f"heads has {len(self.heads[0])} in a layer, the model {view.q_heads}; calibrate this model"
+                f"heads has {len(self.heads[0])} in a layer, the model {view.q_heads}; calibrate the model"
             )
         return active[view.layer].to(view.device)
 
