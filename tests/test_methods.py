@@ -27,7 +27,7 @@ from tests.oracle import masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
 from tests.sizes import Sizes
 
-NAMES = [name for name in METHODS if name != "none"]
+NAMES = [name for name in METHODS if name not in ("none", "yopo")]  # yopo needs a table: tests/test_yopo.py
 IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
 NARROWING = {"fastv"}  # tokens leave the prompt

@@ -54,20 +54,20 @@ class Yopo:
 
     A head keeps all vision tokens or none. Without yopo.json in the model's folder, the setting heads is needed.
 
-    heads: list with a list per layer of a number per query head: its attention to pictures, relative to text (0 or
-        more). true and false will do
-    threshold: a head is active if its number is above this value; the original's are 0.035 to 0.2 (0 or more)
-    retention: fraction to keep: instead of those above the threshold, as many heads with the highest numbers as it
-        takes over all layers (above 0 and up to 1)
+    heads: list with a list per layer of a number per query head: its attention to pictures, relative to that to text;
+        true and false will do (numbers of 0 or more)
+    threshold: a head is active if its number is above this value; the original's are 0.035 to 0.2 (any number of 0 or
+        more)
+    retention: fraction to keep of all layers together: the heads with the highest numbers, instead of those above the
+        threshold (above 0 and up to 1)
     skip: number of first layers where all heads are active; null means 1 for fewer than 12 layers, else 2 (0 or more)
-    cut: later layers process no vision tokens: the share of the layers that do, half rounded up (above 0 and up to 1)
+    cut: share of the layers, half rounded up, that process vision tokens; later ones have none (above 0 and up to 1)
     radius: vision tokens see only those at most this many rows and columns away, in both directions; null means all
         before them (0 or more)
     neurons: share of the MLP's neurons that vision tokens use, the first ones (above 0 and up to 1)
-    prefill: whether inactive heads do not see the pictures in the prefill either; false leaves it as it is, except for
-        cut, radius and neurons
+    prefill: whether inactive heads do not see pictures in the prefill either (true or false)
     renormalise: whether the attention of inactive heads to text adds up to 1 in the prefill; false is the original's
-        form, in which it does not, and costs as much as seeing the pictures
+        form, as slow as seeing the pictures (true or false)
     """
 
     heads: list | None = None
@@ -127,17 +127,15 @@ class Yopo:
         return best(looks.view(1, -1), count).view_as(looks)
 
     def looking(self, view):
-        """(Hkv,) bool on the view's device: `active` of the view's layer. ValueError for a table of another model."""
+        """(Hkv,) bool on the CPU: `active` of the view's layer. ValueError for a table of another model."""
         active = self.active(view.num_layers, view.kv_heads)
         if len(self.heads[0]) != view.q_heads:
-            raise ValueError(
-                f"heads has {len(self.heads[0])} in a layer, the model {view.q_heads}; calibrate the model"
-            )
-        return active[view.layer].to(view.device)
+            raise ValueError(f"heads has {len(self.heads[0])} per layer, the model {view.q_heads}; calibrate the model")
+        return active[view.layer]
 
     def attend(self, view):
         """-> the layer's Looking, or None if it is the plain attention and MLP."""
-        seen = self.looking(view) if self.prefill else torch.ones(view.kv_heads, dtype=torch.bool, device=view.device)
+        seen = self.looking(view) if self.prefill else torch.ones(view.kv_heads, dtype=torch.bool, device="cpu")
         if view.layer >= self.last(view.num_layers) or (seen.all() and self.radius is None and self.neurons == 1):
             return None  # after the cut there are no vision tokens
         return Looking(seen, self.radius, self.renormalise, self.neurons)
@@ -145,7 +143,7 @@ class Yopo:
     def keep(self, view):
         """-> keep (Hkv, T) bool, or None if all heads are active."""
         active = self.looking(view)
-        return None if active.all() else view.text | active[:, None]
+        return None if active.all() else view.text | active[:, None].to(view.device)
 
     def narrow(self, view):
         """-> the text, (T,) bool, after the last layer that processes vision tokens, or None."""
