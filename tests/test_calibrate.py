@@ -12,6 +12,7 @@ from test_methods import pictures
 
 import run
 from model import Generation, Sampling, load
+from model.api import change_budget
 from model.pruning import make_method
 from model.pruning.yopo import Yopo
 from tests.paths import DEMO, DEMO_PICTURE
@@ -137,6 +138,14 @@ def test_the_demo_has_settings_of_its_own(name):
 
 
 # ---------------------------------------------------------------- YOPO's table
+
+
+def test_a_wanted_fraction_replaces_the_threshold_of_the_models_folder():
+    method = make_method("yopo", folder=DEMO)
+    changed = change_budget(method, DEMO, {"retention": 0.25, "keep_tokens": None})
+    assert changed.settings["heads"] == method.settings["heads"] and changed.rule.active(6, 4).sum() == 6
+    assert make_method("yopo", 0.25, folder=DEMO).settings == changed.settings != method.settings
+    assert make_method("yopo:threshold=5", folder=DEMO).rule.threshold == 5.0
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 10, 13])

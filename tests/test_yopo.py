@@ -287,7 +287,7 @@ def test_mistakes_are_told(folders, tmp_path):
     assert "tools/calibrate.py --method yopo" in said()
     assert "3 layers with 8 query heads, the model 4 with 2 KV heads" in said(heads=TABLE[:3])
     assert "4 layers with 7 query heads" in said(heads=[[1] * 7] * 4)
-    assert "4 layers with 7 or 8 query heads" in said(heads=[[1] * 8, [1] * 7, [1] * 8, [1] * 8])
+    assert "4 layers with 6 or 8 query heads" in said(heads=[[1] * 8, [1] * 6, [1] * 8, [1] * 8])
     assert "cut=0.5 keeps less than retention=0.7; give a larger cut" in said(heads=TABLE, cut=0.5, retention=0.7)
     for heads in ([], 3, [3], [[]], [["a"]], [[-1]], [[None]], [[float("nan")]], [[1], 2]):
         with pytest.raises(ValueError, match="heads "):

@@ -98,7 +98,7 @@ METHODS = {
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "threshold")  # settings that determine how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
     "retention": ("keep_tokens", "r", "mass", "rates", "threshold"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
