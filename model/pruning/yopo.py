@@ -56,8 +56,7 @@ class Yopo:
 
     heads: list with a list per layer of a number per query head: its attention to pictures, relative to that to text;
         true and false will do (numbers of 0 or more)
-    threshold: a head is active if its number is above this value; the original's are 0.035 to 0.2 (any number of 0 or
-        more)
+    threshold: heads with numbers above this are active; in the original 0.035 to 0.2 (any number of 0 or more)
     retention: fraction to keep of all layers together: the heads with the highest numbers, instead of those above the
         threshold (above 0 and up to 1)
     skip: number of first layers where all heads are active; null means 1 for fewer than 12 layers, else 2 (0 or more)
