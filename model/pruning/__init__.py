@@ -65,6 +65,7 @@ from .plphp import Plphp, PlphpAda
 from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
+from .sparsevlm import SparseVLM
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
@@ -81,6 +82,7 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "sparsevlm": SparseVLM,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
