@@ -1,76 +1,83 @@
 """SparseVLM (arXiv 2410.04417, ICML 2025; Gumpest/SparseVLMs @26a5f48): words that resemble a picture rate its tokens.
 
 As in the code, a word is a token of the text after the picture; here, after the last one. If no text follows, the last
-token rates. Different: the lists of version 1.5 are fractions of each picture's tokens, and the layers 2, 6 and 15 of
-32 scale with the depth. Tokens keep their positions (versions 1 renumber them in the middle of the model, so that a
-token has several). A centre stays at the place of its own token (the code appends all of them to the kept ones). Of
-equal densities, the better rated token is the denser (the code adds noise). Left out: the count from the rank of the
-attention (version 1), and its division by a prior that depends on positions alone (version 2).
+token rates. Different: the lists of version 1.5 are fractions of each picture's tokens, and its layers scale with the
+depth. Tokens keep their positions (version 1 renumbers them in the middle of the model, so that one token has several
+positions, and the position of a decoded token differs from layer to layer). A centre stays at the place of its own
+token (the code appends the centres to the kept tokens). Of equal densities, the better rated token is the denser (the
+code adds noise). Several pictures, and query heads that share a KV head, are ours. Left out: the number of tokens from
+the rank of the attention (version 1), and its division by a prior that depends on positions alone (version 2).
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from .budget import best, budget
+from .budget import best, budget, check_scores
 
-OF_32 = 2, 6, 15  # the code's layers, counted from 0
+AFTER = 2, 6, 15  # the code's layers of 32, counted from 0, after which tokens are removed
+RATIOS = 0.5208, 0.3472, 0.191  # of 576 tokens 300, 200 and 110
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM:
-    """After three layers, the vision tokens to which words about the picture attend least are removed (2410.04417).
+    """At each stage, the vision tokens to which words about the picture attend least are removed (2410.04417).
 
-    These words are the tokens after the last picture whose embeddings are more like the pictures' than their mean.
-    Because hidden states are dropped too, prefill gets cheaper, and the first new token may already differ. retention
-    multiplies all ratios by one number, so that this fraction of the vision tokens is kept in the mean of all layers.
+    These words are the tokens after the last picture that are more like the pictures than their mean, by embeddings.
+    Their attention in the layer before the stage, averaged over them and over heads, ranks the tokens. Because hidden
+    states are dropped too, prefill gets cheaper, and the first new token may already differ.
 
-    after: layers after which tokens are removed, ascending, from 0; null for 2, 6 and 15 of 32, scaled to the depth
-    ratios: fraction of a picture's tokens that remains after each of these layers (above 0 and up to 1, descending)
-    recycle: cluster the best 30 % of the removed tokens; a tenth of them stay as the means of clusters (true or false)
-    heads: rank by this many query heads, those with the most attention to pictures; null for all (1 or more)
+    retention: mean over all layers of the fraction to keep: the default ratios times one number, recycled tokens
+        included; null: as ratios say (above 0 and up to 1)
+    stages: first layer of each stage, below the number of layers; null: 3, 7 and 16 of 32, in proportion for other
+        depths (1 or more, ascending)
+    ratios: fraction of a picture's tokens to keep from each stage on; null: 0.5208, 0.3472, 0.191
+        (above 0 and up to 1, descending)
+    recycle: cluster the best 30 % of the removed tokens; a tenth of these stay as means of the clusters (true or false)
+    heads: rank by this many query heads, those that attend to pictures most; null: by all (1 or more)
     """
 
     retention: float | None = None
-    after: list | None = None
-    ratios: list = (0.5208, 0.3472, 0.191)  # of 576 tokens 300, 200 and 110
+    stages: list | None = None
+    ratios: list | None = None
     recycle: bool = False
     heads: int | None = None
     scope: str = "image"
 
     def __post_init__(self):
-        after, ratios = list(OF_32 if self.after is None else self.after), list(self.ratios)
-        if any(type(layer) is not int or layer < 0 for layer in after) or after != sorted({*after}):
-            raise ValueError(f"after is {self.after!r}; give a list of layers from 0, ascending")
-        if (
-            not all(type(ratio) in (int, float) and 0 < ratio <= 1 for ratio in ratios)
-            or ratios != sorted(ratios)[::-1]
-        ):
-            raise ValueError(f"ratios is {self.ratios!r}; give a list of numbers above 0 and up to 1, descending")
-        if not ratios or len(after) != len(ratios):
-            raise ValueError(f"after has {len(after)} layers and ratios {len(ratios)} numbers; give one for each")
-        if self.heads is not None and (type(self.heads) is not int or self.heads < 1):
-            raise ValueError(f"heads is {self.heads!r}; give a whole number of 1 or more")
+        stages, ratios = self.stages or [], self.ratios or []
+        layers = all(type(layer) is int and layer > 0 for layer in stages)
+        if not layers or stages != sorted({*stages}):
+            raise ValueError(f"stages is {stages}; give whole numbers of 1 or more, in ascending order")
+        fractions = all(type(ratio) in (int, float) and 0 < ratio <= 1 for ratio in ratios)
+        if not fractions or ratios != sorted(ratios, reverse=True):
+            raise ValueError(f"ratios is {ratios}; give numbers above 0 and up to 1, none above the one before it")
+        wanted, given = (len(d if s is None else s) for d, s in ((AFTER, self.stages), (RATIOS, self.ratios)))
+        if wanted != given:
+            raise ValueError(f"ratios has {given} entries for {wanted} stages; give one for each")
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"heads is {self.heads}; give a whole number of 1 or more")
 
     def check(self, num_layers, kv_heads):
-        """ValueError if a layer of `after` has none behind it."""
-        last = num_layers - 2
-        if self.after is not None and self.after[-1] > last:
-            raise ValueError(f"after names layer {self.after[-1]} of {num_layers}; give layers up to {last}")
-
-    def depths(self, num_layers):
-        """The layer after which each of the ratios is reached."""
-        return [(2 * i * num_layers + 32) // 64 for i in OF_32] if self.after is None else self.after
+        """ValueError if the model has no such stage, or if the retention cannot be reached."""
+        first, last = min(self._stages(num_layers), default=num_layers), max(self.stages or (0,))
+        if last >= num_layers:
+            raise ValueError(f"stages has layer {last}, the model has {num_layers}; give 1 to {num_layers - 1}")
+        if self.retention is not None and self.retention < 1 and self.retention * num_layers <= first:
+            raise ValueError(
+                f"retention is {self.retention:g}, but the first {first} of {num_layers} layers keep everything; "
+                f"give more than {first / num_layers:.4g}, or earlier stages"
+            )
 
     def narrow(self, view):
         """-> the tokens that remain after this layer, (T,) bool, or with `recycle` owners (T,) int64; None for all."""
-        if view.layer not in self.depths(view.num_layers):
+        if view.layer + 1 not in self._stages(view.num_layers):
             return None
         scores = self.scores(view)
         owner = torch.arange(view.tokens, device=view.device)
         for part, whole in pictures(view, self.scope):
             order = part[scores[part].sort(descending=True, stable=True).indices]
-            rest = order[self.counts(whole, view.num_layers)[view.layer] :]
+            rest = order[self.counts(whole, view.num_layers)[view.layer + 1] :]
             owner[rest] = -1
             if self.recycle and len(rest):
                 pool, clusters = recycled(len(rest))
@@ -80,38 +87,42 @@ class SparseVLM:
     def scores(self, view):
         """(T,) fp32: the attention of the rating words, averaged over them and over the heads."""
         attention = view.attention(raters(view))  # (Hq, T)
-        if attention.isnan().any():
-            raise ValueError(f"the attention of layer {view.layer} holds NaN, which has no rank; try fp32 or bf16")
+        check_scores(attention, view)
         if self.heads is not None:
             attention = attention[best(attention[:, ~view.text].sum(1)[None], self.heads)[0]]
         return attention.mean(0)
 
     def counts(self, whole, num_layers):
-        """{layer: tokens of a picture of `whole` that remain after it, without the centres}."""
+        """{first layer of a stage: tokens to keep from there on of a picture of `whole`, without recycled ones}."""
+
+        ratios = self.ratios or RATIOS
 
         def scaled(factor):
-            return {
-                layer: budget(whole, min(1.0, factor * ratio))
-                for layer, ratio in zip(self.depths(num_layers), self.ratios, strict=True)  # of equal layers the last
-            }
+            counts = [budget(whole, min(1.0, factor * ratio)) for ratio in ratios]
+            return dict(zip(self._stages(num_layers), counts, strict=True))  # the last of equal stages
 
         if self.retention is None:
             return scaled(1.0)
-        low, high = 0.0, 1 / self.ratios[-1]  # bisection for the largest factor that keeps no more than wanted
-        for _ in range(40):
+        low, high = 0.0, 1 / ratios[-1]
+        while high - low > 1e-9:
             middle = (low + high) / 2
             fits = self.held(scaled(middle), whole, num_layers) <= self.retention * whole * num_layers
             low, high = (middle, high) if fits else (low, middle)
         return scaled(low)
 
     def held(self, counts, whole, num_layers):
-        """Tokens of a picture of `whole` that all layers hold together."""
-        total = 0
+        """Number of tokens of a picture of `whole` that all layers together hold."""
+        left, total = whole, 0
         for layer in range(num_layers):
-            total += whole
-            rest = max(0, whole - counts.get(layer, whole))
-            whole -= rest - (recycled(rest)[1] if self.recycle and rest else 0)
+            rest = max(0, left - counts.get(layer, whole))
+            left -= rest - (recycled(rest)[1] if self.recycle and rest else 0)
+            total += left
         return total
+
+    def _stages(self, num_layers):
+        if self.stages is not None:
+            return self.stages
+        return [min((2 * layer * num_layers + 32) // 64 + 1, num_layers - 1) for layer in AFTER]  # half rounded up
 
 
 def pictures(view, scope):
