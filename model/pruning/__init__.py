@@ -57,11 +57,13 @@ from .fastv import FastV
 from .fopru import FoPru
 from .grid import grid_tokens
 from .hired import Hired
+from .mustdrop import MustDrop
 from .mustdrop1 import MustDrop1
 from .objects import Objects
 from .pick_grid import PickGrid
 from .pick_random import PickRandom
 from .plphp import Plphp, PlphpAda
+from .pyramiddrop import PyramidDrop
 from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
@@ -82,12 +84,14 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
     "sparsevlm": SparseVLM,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
     "visionzip": VisionZip,
     "mustdrop1": MustDrop1,
+    "mustdrop": MustDrop,
     "divprune": DivPrune,
     "pick-grid": PickGrid,
     "pick-random": PickRandom,
@@ -97,9 +101,9 @@ METHODS = {
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "ratios")  # settings that determine how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates", "threshold"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
@@ -292,6 +296,8 @@ class Method:
         shape, always = (prefilled.kv_heads, prefilled.tokens), prefilled.kept[0].new_ones(prefilled.tokens)
         for start, stop in prefilled.spans:
             always[start:stop] = False
+        always[: self.settings.get("sink", 0)] = True
+        always[max(0, prefilled.tokens - self.settings.get("recent", 0)) :] = True
         always = always if prefilled.protected is None else always | prefilled.protected
         for layer, keep in enumerate(found):
             fine = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and keep.shape in (shape, shape[1:])
