@@ -300,10 +300,10 @@ def test_text_protected_tokens_and_the_last_one_own_themselves():
     assert x[0, rest].equal(before[0, rest])
     torch.testing.assert_close(x[0, 4], before[0, [4, 5, 6, 7, 10, 12]].mean(0))
     assert pruning.protected.nonzero()[:, 0].tolist() == [3, 7]
-    last, _ = averaging({0: [*range(10), 10, 10, 10, 13, 14]})
-    last.spans = last.whole_spans = [(2, 8), (10, 15)]  # a picture ends the prompt
-    last.method = make_method(Averages(owners={0: torch.tensor([*range(10), 10, 10, 10, 10, 10])}))
-    assert last(0, q[:, :, :15], q[:, :, :15], q[:, :, :15], x[:, :15].clone())[1].tolist() == [*range(11), 14]
+    owner = torch.tensor([*range(10), 10, 10, 10, 10, 10])
+    last = Pruning(make_method(Averages(owners={0: owner})), 3, [(2, 8), (10, 15)], backend="torch")
+    q, x = q[:, :, :15], torch.randn(1, 15, 8)
+    assert last(0, q, q, q, x)[1].tolist() == [*range(11), 14]  # a picture ends the prompt
 
 
 def test_a_mean_in_bf16_is_rounded_once():

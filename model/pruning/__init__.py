@@ -280,7 +280,10 @@ class Method:
             return chosen | fixed
         owner = torch.where(fixed, torch.arange(view.tokens, device=view.device), chosen)
         if (owner >= view.tokens).any() or (owner[owner.clamp(min=0)] != owner)[owner >= 0].any():
-            raise ValueError(f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay")
+            raise ValueError(
+                f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay; return the "
+                "index of a token that owns itself, or -1"
+            )
         return owner
 
     def attend(self, view):
