@@ -120,6 +120,16 @@ def test_retention_is_the_mean_over_the_layers(whole, layers, recycle):
             assert abs(b / a - 0.3472 / 0.5208) < 1.5 / a and abs(c / a - 0.191 / 0.5208) < 1.5 / a
 
 
+def test_equal_scores_stay_in_their_order():
+    """Of two pictures, the second of which has its best token at the end."""
+    q = torch.zeros(1, 2, 30, 4)
+    k = q.clone()
+    k[:, :, 25], q[:, :, 26:] = 9, 9
+    view = View(0, 4, q, k, k, [(2, 12), (16, 26)], embeddings=torch.ones(30, 3), backend="torch")
+    stay = SparseVLM().narrow(view).nonzero()[:, 0].tolist()
+    assert stay == [0, 1, *range(2, 7), 12, 13, 14, 15, *range(16, 20), 25, *range(26, 30)]
+
+
 BAD = [
     ("stages=[2,1,3]", "stages is [2, 1, 3]; give whole numbers of 1 or more, in ascending order"),
     ("stages=[1,1,2]", "stages is [1, 1, 2]"),
