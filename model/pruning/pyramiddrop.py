@@ -44,7 +44,7 @@ class PyramidDrop:
             raise ValueError(f"ratios is {ratios}; give numbers above 0 and up to 1, none above the one before it")
         wanted = len(STAGES if stages is None else stages)
         if len(ratios) != wanted:
-            raise ValueError(f"ratios has {len(ratios)} entries for {wanted} stages; give one for each")
+            raise ValueError(f"ratios has {len(ratios)} entries; give {wanted}, one for each stage")
 
     def check(self, num_layers, kv_heads):
         """ValueError if the model has no such stage, or if the retention cannot be reached."""
