@@ -85,7 +85,8 @@ def test_each_cloud_is_a_cluster():
 
 def test_of_equal_densities_the_better_rated_token_is_the_centre():
     """With one neighbour, itself, all densities are 1; of two tokens alike, the first wins."""
-    assert centres(torch.randn(9, 64, generator=torch_random(0)) + 100, 1).tolist() == [0] * 9
+    far = torch.randn(9, 64, generator=torch_random(0)) + 100
+    assert all(centres(far.roll(i, 0), 1).tolist() == [0] * 9 for i in range(9))
     assert centres(torch.ones(12, 5), 2).tolist() == [0, 1, *[0] * 10]
     pairs = torch.tensor([[0.0, 0], [9, 0], [9, 0], [0, 0], [0.1, 0]])
     assert centres(pairs, 2).tolist() == [0, 1, 1, 0, 0]
