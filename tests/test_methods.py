@@ -31,7 +31,7 @@ NAMES = [name for name in METHODS if name != "none"]
 IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
 BUDGETED = [name for name in IN_MODEL if "keep_tokens" in make_method(name).settings]
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
-NARROWING = {"fastv", "pyramiddrop"}  # tokens leave the prompt
+NARROWING = {"fastv", "pyramiddrop", "sparsevlm"}  # tokens leave the prompt
 
 
 # ---------------------------------------------------------------- pieces
@@ -382,11 +382,11 @@ LONG = 700  # tokens; many more than the 32 channels
 @torch.no_grad()
 def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):
     model, cache = small_llama(kv_heads=kv_heads), RaggedCache(3, backend="torch")
-    method, spans = make_method(name), [(20, 320), (320, 650)]
+    method, spans, x = make_method(name), [(20, 320), (320, 650)], torch.randn(1, LONG, 32)
     contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]
-    pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch")
+    pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch", embeddings=x[0])
     with Sizes() as sizes:
-        model.prefill(torch.randn(1, LONG, 32), cache, prune=pruning)
+        model.prefill(x, cache, prune=pruning)
     assert sizes.where and sizes.largest < LONG**2, sizes.where
     assert not method or cache.kv_len.min() < LONG  # something was pruned
 

@@ -67,6 +67,7 @@ from .pyramiddrop import PyramidDrop
 from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
+from .sparsevlm import SparseVLM
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
@@ -84,6 +85,7 @@ METHODS = {
     "adakv": AdaKV,
     "fastv": FastV,
     "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
@@ -278,7 +280,10 @@ class Method:
             return chosen | fixed
         owner = torch.where(fixed, torch.arange(view.tokens, device=view.device), chosen)
         if (owner >= view.tokens).any() or (owner[owner.clamp(min=0)] != owner)[owner >= 0].any():
-            raise ValueError(f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay")
+            raise ValueError(
+                f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay; return the "
+                "index of a token that owns itself, or -1"
+            )
         return owner
 
     def attend(self, view):
