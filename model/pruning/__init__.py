@@ -68,6 +68,7 @@ from .snapkv import AdaKV, SnapKV
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
+from .zipvl import ZipVL
 
 METHODS = {
     "none": None,
@@ -81,6 +82,7 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "zipvl": ZipVL,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
@@ -95,10 +97,10 @@ METHODS = {
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "tau")  # settings that determine how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates", "threshold"),
-    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "threshold", "tau"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
 }
@@ -278,8 +280,13 @@ class Method:
         return owner
 
     def attend(self, view):
-        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise."""
+        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise.
+
+        The last token takes part, because it predicts the answer.
+        """
         chosen = self._ask("attend", view, (view.tokens,))
+        if chosen is not None:
+            chosen[-1] = True
         return None if chosen is None or chosen.all() else chosen
 
     def compact(self, prefilled):
