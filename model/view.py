@@ -21,7 +21,6 @@ class View:
     q_heads, kv_heads   Hq, Hkv
     tokens, device      T, number of tokens in this layer; device of all tensors, except those on the CPU
     spans               [(start, stop)] of each picture among the T tokens
-    origin              (T,) int64: index in the prompt of each of the T tokens
     whole_spans         [(start, stop)] of each picture in the prompt, before any narrowing
     attended            (T,) bool: the tokens that took part in this layer's attention (stage `attend`), or None: all
     protected           (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
@@ -46,7 +45,7 @@ class View:
         self._q, self._k, self._v = q[0], k[0], v[0]
         self._contrast, self._ahead, self._backend = contrast, ahead, backend
         self._x, self._upcoming, self._embeddings = x, upcoming, embeddings
-        self.origin = torch.arange(self.tokens, device=k.device) if origin is None else origin.clone()
+        self._origin = origin
         self.whole_spans = list(spans if whole_spans is None else whole_spans)
         self.protected = None if protected is None else protected.clone()
         self.attended = None if attended is None else attended.clone()
@@ -61,6 +60,11 @@ class View:
     def values(self):
         """(Hkv, T, D)."""
         return self._v[:, : self.tokens].clone()
+
+    @cached_property
+    def origin(self):
+        """(T,) int64: index in the prompt of each of the T tokens."""
+        return torch.arange(self.tokens, device=self.device) if self._origin is None else self._origin.clone()
 
     @cached_property
     def hidden(self):

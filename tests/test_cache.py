@@ -193,7 +193,8 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, 
     more = [] if backend == "triton" else first.pixels
     second = [*first.unfed, *demo.tokenizer.encode("</s>USER: ")[1:], *[demo.config.image_token_index] * len(more)]
     second += demo.tokenizer.encode("How many objects are there? ASSISTANT:")[1:]
-    language, pictures = demo.model.language_model, demo.model.encode_images(torch.stack([*first.pixels, *more]))
+    pixels = [picture.to(demo.device) for picture in (*first.pixels, *more)]
+    language, pictures = demo.model.language_model, demo.model.encode_images(torch.stack(pixels))
     with torch.inference_mode():
         x, _ = demo.model.splice(second, pictures[len(first.pixels) :])
         logits = language.logits(language.extend(x[None], first.cache)[0, -1])

@@ -108,9 +108,10 @@ def checkpoint_of(args):
     device = choose_device(args.device)
     if args.model:
         return load(args.model, args.dtype, device)
+    stored = "fp32" if args.dtype == "auto" else args.dtype
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(sys.stderr):
-            make_checkpoint.make(Path(folder) / "model", args.shape or "thin-next", "fp32")
+            make_checkpoint.make(Path(folder) / "model", args.shape or "thin-next", stored)
         return load(Path(folder) / "model", args.dtype, device)
 
 
