@@ -12,12 +12,15 @@ from test_cache import live_bytes
 from test_methods import QUESTIONS, answered, pictures
 from test_parity import noise
 
+from kernels import window_scores
 from model import Batch, Generation, Sampling, load
+from model.cache import RaggedCache
+from model.lookahead import Lookahead
 from model.pruning import make_method
 from model.pruning.zipvl import ZipVL
-from model.view import View, attention_among
+from model.view import Pruning, View, attention_among, pruned_prefill
 from tests.given import given_view
-from tests.oracle import assert_as_exact
+from tests.oracle import assert_as_exact, small_llama
 from tests.seeds import torch_random
 from tests.sparse_oracles import count_of, sparse_ids, zipvl_by_hand
 
@@ -212,6 +215,65 @@ def test_what_is_no_mask_is_refused(oracle, returned, words):
     assert "method Wrong returned" in said and words.split("(")[0] in said and "return torch.bool (" in said
 
 
+class Ahead(Some):
+    """Some, ranked by look-ahead rows, which are stored in `seen`."""
+
+    def __init__(self, *, query: str = "lookahead"):
+        super().__init__(store=True)
+        self.query, self.seen = query, []
+
+    def keep(self, view):
+        self.seen.append(view.attention(query="lookahead"))
+        return super().keep(view)
+
+
+@torch.no_grad()
+def test_look_ahead_rows_take_part_and_are_seen_by_no_other_row():
+    """Without adapters they are like text at the end of the prompt, which all its rows ignore."""
+    language, spans = small_llama(), [(3, 20)]
+    lookahead = Lookahead(language, rows=4).requires_grad_(False)
+    lookahead.embeddings.normal_()
+    x, found = torch.randn(30, 32), []
+
+    def run(x, lookahead, rule):
+        pruning = Pruning(make_method(rule), 3, spans, ahead=lookahead.rows if lookahead else 0)
+        return pruned_prefill(language, x, RaggedCache(3), pruning, lookahead)[0]
+
+    class Same(Some):
+        def attend(self, view):
+            part = torch.zeros(34, dtype=torch.bool)
+            part[:30] = torch.rand(30, generator=torch_random(view.layer)) < 0.5
+            return part
+
+        def keep(self, view):
+            found.append(window_scores(view.queries(4), view.keys, group="none")[:, :30])
+            return super().keep(view)
+
+    ahead = Ahead()
+    with_rows = run(x, lookahead, ahead)
+    as_text = run(torch.cat((x, lookahead.embeddings)), None, Same(store=True))
+    torch.testing.assert_close(with_rows, as_text[:30], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(with_rows, run(x, None, Some(store=True)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ahead.seen, found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["pick-grid:retention=0.5", "mustdrop1:retention=0.5,key_share=0.2"])
+def test_a_method_before_the_language_model_comes_first(oracle, taking_part, spec):
+    """ZipVL sees the tokens that the first method left; those that it protects take part in every layer."""
+    found, _ = taking_part
+    prompt, count, template = QUESTIONS["one"]
+    method = make_method(f"{spec}+zipvl:tau=0.3")
+    generation = Generation(oracle[1], prompt, pictures(count), Sampling(8), template, prune=method)
+    "".join(generation)
+    left = len(found[0]) - count_text(generation)
+    assert left < 36 and {len(part) for part in found} == {len(found[0])} and method.attends and method.narrows
+    kept = [int(part[generation.spans[0][0] :][:left].sum()) for part in found]
+    if spec.startswith("pick"):
+        assert left == 18 and generation.kept == kept and max(kept) < 18
+    else:
+        assert all(a >= b for a, b in zip(generation.kept, kept, strict=True)) and sum(generation.kept) > sum(kept)
+
+
 def test_a_method_may_narrow_and_attend(oracle):
     """After the first layer a third of each picture remains; of these every other one takes part."""
     shapes = []
@@ -224,6 +286,7 @@ def test_a_method_may_narrow_and_attend(oracle):
             return keep if view.layer == 0 else None
 
         def attend(self, view):
+            assert view.attended is None  # not that of the layer before
             shapes.append((view.tokens, view.origin.tolist()))
             return super().attend(view)
 
@@ -335,6 +398,20 @@ def test_the_count_is_by_sums_and_the_ranking_by_means():
     assert ZipVL(tau=0.9376, last_rows=4).attend(view).all()
     some = ZipVL(tau=0.5, last_rows=2, random_rows=0).attend(view)  # sums 0.25, 0.75, 0.25, 0.75: two by means
     assert some.nonzero()[:, 0].tolist() == [1, 3]
+
+
+def test_a_fixed_number_of_each_picture_is_ranked_by_means():
+    """Without it 1 of 4 tokens holds tau. The sums prefer the first token of each picture, the means the second."""
+    rows = torch.zeros(6, 6)
+    rows[:, 1], rows[2:, 2], rows[3:, 3], rows[4:, 4] = 0.25, 0.375, 0.25, 0.375
+    rows[:, 0], rows[5, 5] = 0.5, 1.0
+    sums = (rows.sum(0)).tolist()
+    means = [total / (6 - j) for j, total in enumerate(sums)]
+    assert sums[1] == 1.5 == sums[2] and sums[3] == 0.75 == sums[4] and means[1] < means[2] and means[3] < means[4]
+    view = planted([rows.tolist()], [(1, 3), (3, 5)])
+    for fixed in ({"keep_tokens": 1}, {"retention": 0.5}):
+        assert ZipVL(tau=0.2, **fixed).attend(view).tolist() == [True, False, True, False, True, True]
+    assert ZipVL(keep_tokens=1, scope="vision").attend(view).tolist() == [True, False, True, False, False, True]
 
 
 def test_heads_are_summed_and_text_is_added():
