@@ -299,8 +299,9 @@ def kernels_codes():
             _round(float(ours["us"]) / float(int8["us"])),
             *(_round(speeds[rival]) for rival in ("compactor-style", "fastdms-style")),
         ])  # fmt: skip
-    return _markdown(["K and V kept, per layer", "share of the bandwidth, bf16", "bf16", "int8", "fp8",
-                      "int8: speed-up over bf16", "bf16: over pages per head", "over a grid of splits"], rows)  # fmt: skip
+    head = ["K and V kept, per layer", "share of the bandwidth, bf16", "bf16", "int8", "fp8"]
+    over = ["int8: speed-up over bf16", "bf16: over pages per head", "over a grid of splits"]
+    return _markdown([*head, *over], rows)
 
 
 def _on_gpu(head, shapes, chosen):

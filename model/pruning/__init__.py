@@ -71,6 +71,7 @@ from .sparsevlm import SparseVLM
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
+from .zipvl import ZipVL
 
 METHODS = {
     "none": None,
@@ -86,6 +87,7 @@ METHODS = {
     "fastv": FastV,
     "pyramiddrop": PyramidDrop,
     "sparsevlm": SparseVLM,
+    "zipvl": ZipVL,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
@@ -101,10 +103,10 @@ METHODS = {
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "ratios")  # settings that determine how much is kept
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "ratios", "tau")  # settings that say how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold"),
-    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold", "tau"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
 }
@@ -287,8 +289,13 @@ class Method:
         return owner
 
     def attend(self, view):
-        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise."""
+        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise.
+
+        The last token takes part, because it predicts the answer.
+        """
         chosen = self._ask("attend", view, (view.tokens,))
+        if chosen is not None:
+            chosen[-1] = True
         return None if chosen is None or chosen.all() else chosen
 
     def compact(self, prefilled):
