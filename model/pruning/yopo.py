@@ -31,7 +31,8 @@ NO_TABLE = (
 
 @dataclass(frozen=True)
 class Looking:
-    """What a layer computes for vision tokens in the prefill; the stage `attend` may return it.
+    """What a layer computes for vision tokens in the prefill; the stage `attend` may return it. Tokens that no head may
+    drop (`sink` and others) stay in the cache, but blind heads do not see them here.
 
     heads        (Hkv,) bool: the KV heads that see vision tokens. In the others text sees text, and the attention of
                  vision tokens is 0
