@@ -140,8 +140,7 @@ def select(scores, view, choose, scope="image", cover=0.0):
     picture, so that every picture keeps its share; "vision" once for all pictures. cover: this share of each head's
     tokens is chosen from an even grid (`grid_phase`) instead of by scores. ValueError if scores hold NaN.
     """
-    if scores.isnan().any():
-        raise ValueError(f"the scores of layer {view.layer} hold NaN, which has no rank; check for 0 / 0")
+    refuse_nan(scores, view)
     keep = torch.ones(scores.shape, dtype=torch.bool, device=view.device)
     phase = grid_phase(view)[: len(scores)] if cover else None  # if H is 1, that of the first head
     parts = [~view.text] if scope == "vision" and view.spans else [slice(*span) for span in view.spans]
@@ -149,6 +148,12 @@ def select(scores, view, choose, scope="image", cover=0.0):
         chosen = choose(scores[:, part])
         keep[:, part] = covered(scores[:, part], chosen, phase[:, part], cover) if cover else chosen
     return keep
+
+
+def refuse_nan(scores, view):
+    """ValueError if scores of a layer hold NaN."""
+    if scores.isnan().any():
+        raise ValueError(f"the scores of layer {view.layer} hold NaN, which has no rank; check for 0 / 0")
 
 
 def ranking(view, rows=1, query="last", group="mean", values=False):
