@@ -34,7 +34,6 @@ from PIL import Image  # noqa: E402
 from model import Generation, Sampling, load  # noqa: E402
 from model.config import InputError  # noqa: E402
 from model.flags import choose_device  # noqa: E402
-from model.pruning import stages  # noqa: E402
 from tools import engines, harness, make_checkpoint  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, one_of, say, unwritable  # noqa: E402
 from tools.roofline import Shape  # noqa: E402
@@ -140,38 +139,32 @@ def noise(shape):
 def prefilled(asked, method, clock=None):
     """Prefill a question with this method -> its times in seconds, tokens, bytes and floating-point operations.
 
-    clock: replaces the times that the Generation measures itself."""
+    clock: replaces the times that the Generation measures itself: those up to the last use of the projector and after.
+    """
     generation = asked.again(method)
-    with torch.inference_mode():
-        times = clocked(generation, clock)
-    cache = generation.cache
-    # a layer processes all tokens of the prompt, or after a method that narrows those that it stored; with `attend`
-    # only the stored ones attend
-    used = {stage for part in (method.parts if method else ()) for stage in stages(part.rule)}
-    stored = cache.kv_len.amax(1).tolist()
-    tokens = stored if "narrow" in used else [generation.prefilled] * len(stored)
-    attending = stored if "attend" in used else tokens
+    checkpoint, projected, processed, hooks = generation.checkpoint, [], [], []
+    now = clock or time.perf_counter
+    hooks.append(checkpoint.model.multi_modal_projector.register_forward_hook(lambda *_: projected.append(now())))
+    for layer in checkpoint.model.language_model.model.layers:
+        norm = layer.post_attention_layernorm  # it sees every token that the layer processes
+        hooks.append(norm.register_forward_pre_hook(lambda _, given: processed.append(given[0].shape[1])))
+    start = now()
+    try:
+        with torch.inference_mode():
+            generation.prefill()
+        end = now()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = {"vision": projected[-1] - start, "prefill": end - projected[-1]} if clock else generation.timing
+    ahead = checkpoint.lookahead.rows if method and method.looks_ahead else 0
+    tokens = [count - ahead for count in processed]
+    # a method with `attend` stores what takes part
+    attending = generation.cache.kv_len.amax(1).tolist() if method and method.attends else tokens
     return {
         "vision": times["vision"], "prefill": times["prefill"], "tokens": generation.prefilled,
-        "kv_bytes": generation.bytes_held,
-        "flops": flops(generation.checkpoint.config.text_config, tokens, attending),
+        "kv_bytes": generation.bytes_held, "flops": flops(checkpoint.config.text_config, tokens, attending),
     }  # fmt: skip
-
-
-def clocked(generation, clock):
-    """Run the prefill -> its times in seconds: those of the Generation, or by another clock those up to the last use of
-    the projector and after it."""
-    if clock is None:
-        generation.prefill()
-        return generation.timing
-    projected, projector = [], generation.checkpoint.model.multi_modal_projector
-    hook = projector.register_forward_hook(lambda *_: projected.append(clock()))
-    start = clock()
-    try:
-        generation.prefill()
-    finally:
-        hook.remove()
-    return {"vision": projected[-1] - start, "prefill": clock() - projected[-1]}
 
 
 def flops(config, tokens, attending):
