@@ -13,7 +13,7 @@ from test_methods import QUESTIONS, answered, pictures
 from test_parity import noise
 
 from kernels import window_scores
-from model import Batch, Generation, Sampling, load
+from model import Batch, Generation, InputError, Sampling, load
 from model.cache import RaggedCache
 from model.lookahead import Lookahead
 from model.pruning import make_method
@@ -412,6 +412,16 @@ def test_a_fixed_number_of_each_picture_is_ranked_by_means():
     for fixed in ({"keep_tokens": 1}, {"retention": 0.5}):
         assert ZipVL(tau=0.2, **fixed).attend(view).tolist() == [True, False, True, False, True, True]
     assert ZipVL(keep_tokens=1, scope="vision").attend(view).tolist() == [True, False, True, False, False, True]
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    q, k, v = torch.randn(3, 1, 2, 9, 8)
+    k[..., 4, :] = float("nan")
+    for spec in ("zipvl", "zipvl:retention=0.5"):
+        attend, mlp = Pruning(make_method(spec), 2, [(2, 6)], backend="torch").inside(0)
+        assert mlp is None
+        with pytest.raises(InputError, match="the scores of layer 0 hold NaN"):
+            attend(q, k, v)
 
 
 def test_heads_are_summed_and_text_is_added():

@@ -11,6 +11,9 @@ Every method answers with one token; the rounds alternate, so that a machine tha
 by arithmetic: matrix products over the tokens that each layer processes, and causal attention among those of them that
 take part in it (zipvl: the important ones). A method that drops K and V only, such as plphp, saves no operations: its
 ceiling is 1. `of it` is the speed-up over the ceiling; `of gain` the same of what they are above 1.
+
+On a CPU that other programs use too, --clock processor counts the time that this process was running. `vision` then
+ends with the last use of the projector, so it includes the choice of methods before the language model.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -28,8 +32,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from model import Generation, Sampling, load  # noqa: E402
+from model.config import InputError  # noqa: E402
 from model.flags import choose_device  # noqa: E402
-from model.pruning import stages  # noqa: E402
 from tools import engines, harness, make_checkpoint  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, one_of, say, unwritable  # noqa: E402
 from tools.roofline import Shape  # noqa: E402
@@ -49,6 +53,7 @@ def parser():
     p.add_argument("--prompt", default="Describe the picture.", help="default: %(default)s")
     p.add_argument("--prune", nargs="+", default=METHODS, metavar="SPEC[@F]", help=f"default: {' '.join(METHODS)}")
     p.add_argument("--rounds", type=number(int, 1), default=7, help="timed answers of each (default 7)")
+    p.add_argument("--clock", choices=("wall", "processor"), default="wall", help="default: %(default)s")
     p.add_argument("--dtype", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto", metavar="TYPE")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--json", metavar="FILE")
@@ -70,11 +75,13 @@ def main(argv=None):
 
 def bench(args, words):
     """Time all methods in turn, print and save the table -> exit code: 1 if a method broke."""
-    checkpoint = checkpoint_of(args)
+    checkpoint, clock = checkpoint_of(args), None if args.clock == "wall" else time.process_time
+    if clock and checkpoint.device.type != "cpu":
+        raise InputError(f"--clock processor does not see the time of {checkpoint.device}; use --clock wall")
     methods = {"none": None} | {spec: engines.method_of(spec, checkpoint.folder) for spec in args.prune}
     shown = [args.image or noise(args.noise)] * args.pictures
     asked = Generation(checkpoint, args.prompt, shown, Sampling(max_new_tokens=1), timed=True)
-    runs = {spec: lambda method=method: prefilled(asked, method) for spec, method in methods.items()}
+    runs = {spec: lambda method=method: prefilled(asked, method, clock) for spec, method in methods.items()}
     times, broken = {}, {}
     for turn in range(args.rounds + 1):  # the first round is a warm-up
         say(f"round {turn} of {args.rounds}" if turn else "warm-up")
@@ -129,22 +136,34 @@ def noise(shape):
     return Image.frombytes("RGB", (84, 84), pixels).resize(shape, Image.Resampling.BICUBIC)
 
 
-def prefilled(asked, method):
-    """Prefill a question with this method -> its times in seconds, tokens, bytes and floating-point operations."""
+def prefilled(asked, method, clock=None):
+    """Prefill a question with this method -> its times in seconds, tokens, bytes and floating-point operations.
+
+    clock: replaces the times that the Generation measures itself: those up to the last use of the projector and after.
+    """
     generation = asked.again(method)
-    with torch.inference_mode():
-        generation.prefill()
-    cache, times = generation.cache, generation.timing
-    # a layer processes all tokens of the prompt, or after a method that narrows those that it stored; with `attend`
-    # only the stored ones attend
-    used = {stage for part in (method.parts if method else ()) for stage in stages(part.rule)}
-    stored = cache.kv_len.amax(1).tolist()
-    tokens = stored if "narrow" in used else [generation.prefilled] * len(stored)
-    attending = stored if "attend" in used else tokens
+    checkpoint, projected, processed, hooks = generation.checkpoint, [], [], []
+    now = clock or time.perf_counter
+    hooks.append(checkpoint.model.multi_modal_projector.register_forward_hook(lambda *_: projected.append(now())))
+    for layer in checkpoint.model.language_model.model.layers:
+        norm = layer.post_attention_layernorm  # it sees every token that the layer processes
+        hooks.append(norm.register_forward_pre_hook(lambda _, given: processed.append(given[0].shape[1])))
+    start = now()
+    try:
+        with torch.inference_mode():
+            generation.prefill()
+        end = now()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = {"vision": projected[-1] - start, "prefill": end - projected[-1]} if clock else generation.timing
+    ahead = checkpoint.lookahead.rows if method and method.looks_ahead else 0
+    tokens = [count - ahead for count in processed]
+    # a method with `attend` stores what takes part
+    attending = generation.cache.kv_len.amax(1).tolist() if method and method.attends else tokens
     return {
         "vision": times["vision"], "prefill": times["prefill"], "tokens": generation.prefilled,
-        "kv_bytes": generation.bytes_held,
-        "flops": flops(generation.checkpoint.config.text_config, tokens, attending),
+        "kv_bytes": generation.bytes_held, "flops": flops(checkpoint.config.text_config, tokens, attending),
     }  # fmt: skip
 
 

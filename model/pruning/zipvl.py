@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .budget import best, mass, select, top
+from .budget import best, check_scores, mass, select, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ class ZipVL:
         seen = (rows[:, None] >= torch.arange(view.tokens, device=view.device)).sum(0)  # by how many rows, 1 or more
         if fixed:
             return select(raw / seen, view, top(self.retention, self.keep_tokens), self.scope)[0]
+        check_scores(raw, view)
         return best(raw / seen, int(mass(raw, self.tau).sum()))[0] | view.text
 
     def keep(self, view):
