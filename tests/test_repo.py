@@ -61,7 +61,7 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 1765 and counted["product"] <= 10200 and counted["tools"] <= 9950
+    assert counted["one answer"] <= 1973 and counted["product"] <= 10635 and counted["tools"] <= 9950
     assert counted["tests"] <= 20750
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from model.image import ImageSettings, contrast_of, kept_of_tiles, normalise, pl
 from model.pruning import Method, make_method
 from model.view import Pruning, View
 from tests.given import given_view
+from tests.oracle import small_llama
 from tests.paths import DEMO
 from tests.seeds import torch_random
 from tools import evaluate, scenes
@@ -171,6 +173,36 @@ def test_attention_is_measured_once_per_layer_and_query(monkeypatch):
     for wrong in ({"query": "look-ahead"}, {"rows": 0}, {"rows": True}, {"rows": 1.5}):
         with pytest.raises(ValueError, match="give rows of 1 or more"):
             view.attention(**wrong)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_a_view_knows_the_attention_of_any_rows_and_of_the_next_layer(heads, kv_heads):
+    """The next layer's attention is what that layer then measures. No row sees later tokens."""
+    model, seen = small_llama(heads, kv_heads), []
+
+    class Looks:
+        def keep(self, view):
+            following = [view.next_attention(n) for n in (1, 4, 99)] if view.layer < 2 else None
+            seen.append((view, following))
+
+    method = Method("looks", Looks(), {})
+    pruning = Pruning(method, 3, [(2, 6)], backend="torch", counts=[9])
+    model.prefill(torch.randn(1, 12, 32), prune=pruning)
+    for (_, following), (after, _) in pairwise(seen):
+        for n, attention in zip((1, 4, 99), following, strict=True):
+            torch.testing.assert_close(attention, after.attention(n), rtol=1e-4, atol=1e-6)
+    rows = torch.tensor([0, 7, 3])
+    for view, _ in seen:
+        scores = view._q.double() @ view.keys.double().repeat_interleave(heads // kv_heads, 0).mT
+        scores *= view.keys.shape[-1] ** -0.5
+        weights = scores.masked_fill(torch.ones(12, 12).triu(1).bool(), float("-inf")).softmax(-1)
+        torch.testing.assert_close(view.row_attention(rows).double(), weights[:, rows].mean(0), rtol=1e-4, atol=1e-6)
+        assert view.counts == [9] and view.whole_spans == [(2, 6)]
+    with pytest.raises(ValueError, match="next layer"):
+        seen[2][0].next_attention()
+    for wrong in (torch.tensor([12]), torch.tensor([-1]), torch.tensor([1.0]), torch.tensor([], dtype=torch.int64)):
+        with pytest.raises(ValueError, match="give int64 indices"):
+            seen[0][0].row_attention(wrong)
 
 
 # ---------------------------------------------------------------- grid, objects
