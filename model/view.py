@@ -312,11 +312,10 @@ def _known(value, what, cure):
 def merge(x, owner):
     """Average tokens of x (T + ahead, C) in place into those that own them. owner (T,) int64: a token's own index if it
     stays, the index of the token into which it is averaged, or -1 if it is dropped."""
-    taken = (owner >= 0).nonzero()[:, 0]
-    count = torch.bincount(owner[taken], minlength=len(owner))
-    total = torch.zeros_like(x, dtype=torch.float32).index_add_(0, owner[taken], x[taken].float())
+    count = torch.bincount(owner[owner >= 0], minlength=len(owner))
     at = (count > 1).nonzero()[:, 0]  # the bits of all others stay as they are
-    x[at] = (total[at] / count[at, None]).to(x.dtype)
+    total = (owner == at[:, None]).float() @ x[: len(owner)].float()  # index_add_ has no fixed order on a GPU
+    x[at] = (total / count[at, None]).to(x.dtype)
 
 
 def attention_among(q, k, v, tokens):

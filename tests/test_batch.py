@@ -51,7 +51,7 @@ def together(generations, size=None):
 
 
 AHEAD = "plphp-ada:query=lookahead,cover=0.5"
-METHODS = [None, "plphp", "plphp-ada", AHEAD, "fastv"]
+METHODS = [None, "plphp", "plphp-ada", AHEAD, "fastv", "sparsevlm:recycle=true"]
 
 
 @pytest.mark.parametrize("spec", METHODS)

@@ -21,7 +21,7 @@ from model.console import explain
 from model.pruning import METHODS, Method, MethodError, make_method
 from model.pruning.budget import best, budget, by_head, later, mass, pooled, select
 from model.pruning.plphp import Plphp, gamma
-from model.view import Pruning, View
+from model.view import Pruning, View, pruned_prefill
 from tests.given import given_view
 from tests.oracle import masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
@@ -31,7 +31,7 @@ NAMES = [name for name in METHODS if name != "none"]
 IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
 BUDGETED = [name for name in IN_MODEL if "keep_tokens" in make_method(name).settings]
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
-NARROWING = {"fastv", "pyramiddrop"}  # tokens leave the prompt
+NARROWING = {"fastv", "pyramiddrop", "sparsevlm", "zipvl"}  # hidden states change
 
 
 # ---------------------------------------------------------------- pieces
@@ -182,7 +182,10 @@ def test_the_key_that_attention_is_parked_on_stays(name):
 
 
 def answer(method, view):
-    """keep (Hkv, T); for a method that narrows the prompt, the same in every head."""
+    """keep (Hkv, T); for a method that narrows the prompt or its attention, the same in every head."""
+    if method.attends:
+        chosen = method.attend(view)
+        return (view.text | True if chosen is None else chosen).expand(view.kv_heads, -1)
     return method.narrow(view).expand(view.kv_heads, -1) if method.narrows else method.keep(view)
 
 
@@ -382,11 +385,11 @@ LONG = 700  # tokens; many more than the 32 channels
 @torch.no_grad()
 def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):
     model, cache = small_llama(kv_heads=kv_heads), RaggedCache(3, backend="torch")
-    method, spans = make_method(name), [(20, 320), (320, 650)]
+    method, spans, x = make_method(name), [(20, 320), (320, 650)], torch.randn(1, LONG, 32)
     contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]
-    pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch")
+    pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch", embeddings=x[0])
     with Sizes() as sizes:
-        model.prefill(torch.randn(1, LONG, 32), cache, prune=pruning)
+        pruned_prefill(model, x[0], cache, pruning)
     assert sizes.where and sizes.largest < LONG**2, sizes.where
     assert not method or cache.kv_len.min() < LONG  # something was pruned
 

@@ -67,9 +67,11 @@ from .pyramiddrop import PyramidDrop
 from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
+from .sparsevlm import SparseVLM
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
+from .zipvl import ZipVL
 
 METHODS = {
     "none": None,
@@ -84,6 +86,8 @@ METHODS = {
     "adakv": AdaKV,
     "fastv": FastV,
     "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
+    "zipvl": ZipVL,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
@@ -99,10 +103,10 @@ METHODS = {
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "ratios")  # settings that determine how much is kept
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "ratios", "tau")  # settings that say how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold"),
-    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold", "tau"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
 }
@@ -278,12 +282,20 @@ class Method:
             return chosen | fixed
         owner = torch.where(fixed, torch.arange(view.tokens, device=view.device), chosen)
         if (owner >= view.tokens).any() or (owner[owner.clamp(min=0)] != owner)[owner >= 0].any():
-            raise ValueError(f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay")
+            raise ValueError(
+                f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay; return the "
+                "index of a token that owns itself, or -1"
+            )
         return owner
 
     def attend(self, view):
-        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise."""
+        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise.
+
+        The last token takes part, because it predicts the answer.
+        """
         chosen = self._ask("attend", view, (view.tokens,))
+        if chosen is not None:
+            chosen[-1] = True
         return None if chosen is None or chosen.all() else chosen
 
     def compact(self, prefilled):
