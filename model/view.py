@@ -300,11 +300,14 @@ class Pruning:
         chooses those that they go on holding, head after head. Corrects `masks`. InputError as above."""
         if not (self.whole_spans and self.method.compacts):
             return
+        device = self.masks[0].device
+        start = clock(device, self.timed)
         prefilled = Prefilled(self.whole_spans, [mask.clone() for mask in self.masks], self.protected_whole)
         for layer, keep in enumerate(self._asked(lambda: self.method.compact(prefilled))):
             if keep is not None and not keep[self.masks[layer]].all():
                 yield layer, keep[self.masks[layer]]
                 self.masks[layer] &= keep
+        self.seconds += clock(device, self.timed) - start  # with what the caller did in between
 
     def _narrow(self, stay):
         """Later layers see only the tokens where stay (T,) is True -> their indices (T',)."""
