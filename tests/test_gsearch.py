@@ -21,6 +21,7 @@ from tests.sizes import Sizes
 from tests.test_methods import QUESTIONS, pictures
 from tests.test_next import ask, make_next
 from tools import calibrate
+from tools.evaluation.replay import replay
 from tools.evaluation.schedule import agreements, kendall_tau, search, shapes
 
 SCHEDULE = [1, 0.8, 0.5, 0.125]
@@ -236,7 +237,7 @@ def test_it_is_the_sigmoid_that_is_documented():
     logits = [math.log((share - 0.1) / (0.9 - share)) for share in shares]
     assert [a - b for a, b in itertools.pairwise(logits)] == pytest.approx([6 / 8] * 7)
     assert sigmoid_shares(5, 0.6, 0.0, 1.0, 0.0)[1:] == pytest.approx([0.5] * 4)
-    assert sigmoid_shares(1, 0.5, 0.0, 1.0, 10.0) == [1.0]
+    assert sigmoid_shares(1, 0.5, 0.0, 1.0, 10.0) == (1.0,)
 
 
 # ---------------------------------------------------------------- the search
@@ -318,19 +319,32 @@ def test_agreement_is_that_of_the_last_row_in_neighbouring_layers(oracle):
 
 
 def test_the_tool_writes_a_schedule_within_its_tolerance(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate, "shapes", lambda *given: list(shapes(*given))[:2])
+    monkeypatch.setattr(calibrate, "shapes", lambda *given: list(shapes(*given))[-2:])
     path, prompt = tmp_path / "g.json", "Count the objects."
     flags = ["schedule", "--image", str(DEMO_PICTURE), "--prompt", prompt, "--tolerance", "0.05", "--out", str(path)]
     assert calibrate.main(flags) == 0
     out, err = capsys.readouterr()
     found = json.loads(path.read_text())
-    assert set(found) == {"schedule", "lo", "hi", "steepness", "query"}
+    assert set(found) == {"schedule", "lo", "hi", "steepness", "query"} and found["query"] == "lookahead"
     assert "0-1: " in out and "Kendall" in out and str(found["schedule"]) in out and "agree less than 0.7" in err
     checkpoint = load(DEMO, "fp32")
     sample = calibrate.sample(checkpoint, prompt, [DEMO_PICTURE], 64)
     with torch.inference_mode():
         ((kl, kept, _),) = calibrate.judge([sample], "g-search", [found])
     assert kl <= 0.05 and kept == pytest.approx(sum(found["schedule"]) / 6, abs=0.01) and kept < 1
+
+
+@torch.inference_mode()
+def test_the_first_step_counts_where_it_can_change(oracle):
+    """The loss is the mean KL along the unpruned answer, its first token included."""
+    found = calibrate.sample(oracle[1], QUESTIONS["three"][0], pictures(3), 4)
+    ((kl, *_),) = calibrate.judge([found], "g-search", [{"retention": 0.3}])
+    (pruned,), _, _ = replay(found.asked, [make_method("g-search", 0.3)])
+    full, pruned = found.asked.logits.double().log_softmax(-1), pruned.double().log_softmax(-1)
+    steps = (full.exp() * (full - pruned)).sum(-1)
+    assert kl == pytest.approx(steps.mean().item(), rel=1e-4) and len(steps) == 4
+    first = asked(oracle[1], "three", prune=make_method("g-search", 0.3)).prefill().double().log_softmax(-1)
+    assert first.sub(pruned[0]).abs().max() < 1e-4 and steps[0] > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from tests.oracle import masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
 from tests.sizes import Sizes
 
-NAMES = [name for name in METHODS if name != "none"]
+DEEP = {"g-search"}  # several depths, so no keep_tokens and scope; tests/test_gsearch.py
+NAMES = [name for name in METHODS if name not in ("none", *DEEP)]
 IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
 NARROWING = {"fastv"}  # tokens leave the prompt
@@ -338,7 +339,8 @@ def answered(checkpoint, question, tokens, prune=None, backend="torch"):
 
 
 @pytest.mark.parametrize(
-    ("spec", "retention"), [*((n, 1.0) for n in NAMES), ("plphp:r=1,dr=0,skip=0", None), ("plphp:skip=4", 0.1)]
+    ("spec", "retention"),
+    [*((n, 1.0) for n in [*NAMES, *DEEP]), ("plphp:r=1,dr=0,skip=0", None), ("plphp:skip=4", 0.1)],
 )
 def test_keeping_everything_is_no_pruning(small, spec, retention):
     pruned, plain = answered(small, "last", 8, make_method(spec, retention)), answered(small, "last", 8)
@@ -370,7 +372,7 @@ def test_without_a_picture_nothing_is_dropped_and_a_note_says_so(small, name):
 LONG = 700  # tokens; many more than the 32 channels
 
 
-@pytest.mark.parametrize("name", ["none", *IN_MODEL])
+@pytest.mark.parametrize("name", ["none", *IN_MODEL, *DEEP])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
 def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):

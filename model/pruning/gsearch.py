@@ -7,6 +7,7 @@ The paper's code and equations are not public. The following is our reconstructi
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -79,14 +80,15 @@ class GSearch:
         return sigmoid_shares(num_layers, retention, self.lo, self.hi, self.steepness)
 
 
+@lru_cache  # every layer of a prefill asks for it
 def sigmoid_shares(num_layers, retention, lo, hi, steepness):
-    """The sigmoid whose mean over the layers, with 1 for the first, is retention: a list, not increasing.
+    """The sigmoid whose mean over the layers, with 1 for the first, is retention: a tuple, not increasing.
 
     Its centre is found by bisection. lo or hi moves if retention is outside of them. The first layer alone is 1 / L: if
     retention is less, the later layers get 0.
     """
     if num_layers == 1:
-        return [1.0]
+        return (1.0,)
     wanted = later(retention, 1, num_layers)
     lo, hi = min(lo, wanted), max(hi, wanted)
     depths = torch.arange(1, num_layers, device="cpu").double() / (num_layers - 1)
@@ -95,4 +97,4 @@ def sigmoid_shares(num_layers, retention, lo, hi, steepness):
         middle = (low + high) / 2
         shares = lo + (hi - lo) * torch.sigmoid(middle - steepness * depths)
         low, high = (middle, high) if shares.mean() < wanted else (low, middle)
-    return [1.0, *shares.clamp(0, 1).tolist()]
+    return (1.0, *shares.clamp(0, 1).tolist())
