@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import exit_code_of
+from conftest import exit_code_of, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,6 +201,11 @@ def test_a_schedule_of_another_model_is_refused(oracle):
         asked(oracle[1], "one", 1, "g-search:schedule=[1,0.5,0.5]")
 
 
+def test_a_retention_below_the_first_layers_is_refused(oracle):
+    said = refusal(asked, oracle[1], "one", 1, make_method("g-search", 0.25))
+    assert said == "method g-search: retention is 0.25, but the first of 4 layers keeps everything; give more than 0.25"
+
+
 def test_a_checkpoints_schedule_gives_way_to_a_given_retention_or_sigmoid(tmp_path):
     own = {"schedule": [1, 0.5], "lo": 0.1, "hi": 0.9, "steepness": 3.0, "query": "last"}
     (tmp_path / "g-search.json").write_text(json.dumps(own))
@@ -220,14 +225,15 @@ def test_a_checkpoints_schedule_gives_way_to_a_given_retention_or_sigmoid(tmp_pa
 
 
 @given(
-    st.integers(2, 80), st.floats(0.01, 1), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+    st.integers(2, 80), st.floats(0, 1, exclude_min=True), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
     st.one_of(st.just(0.0), st.floats(0.01, 1000)),
 )  # fmt: skip
 def test_the_mean_is_the_retention_and_no_layer_has_more_than_the_one_before(layers, retention, ends, steepness):
-    """Whatever the limits and the steepness. The first layer alone is 1 / L: less is not possible."""
+    """Whatever the limits and the steepness. The first layer alone is 1 / L."""
+    retention = 1 / layers + retention * (1 - 1 / layers)
     shares = sigmoid_shares(layers, retention, *ends, steepness)
     assert len(shares) == layers and shares[0] == 1 and all(0 <= share <= 1 for share in shares)
-    assert sum(shares) / layers == pytest.approx(max(retention, 1 / layers), abs=1e-6)
+    assert sum(shares) / layers == pytest.approx(retention, abs=1e-6)
     assert all(b <= a for a, b in itertools.pairwise(shares))
 
 

@@ -55,22 +55,23 @@ class GSearch:
                 raise ValueError(f"schedule grows from {before} to {after}; dropped tokens cannot return, so lower it")
 
     def check(self, num_layers, kv_heads):
-        """ValueError if `schedule` does not match the model's number of layers."""
+        """ValueError if `schedule` does not match the model's number of layers, or if retention cannot be reached."""
         if self.schedule and len(self.schedule) != num_layers:
             raise ValueError(f"schedule has {len(self.schedule)} layers, the model {num_layers}; give one for each")
+        if self.retention is not None and self.retention < 1 and self.retention * num_layers <= 1:
+            raise ValueError(
+                f"retention is {self.retention:g}, but the first of {num_layers} layers keeps everything; "
+                f"give more than {1 / num_layers:.4g}"
+            )
 
     def narrow(self, view):
         """-> the tokens that the next layer processes, keep (T,) bool, or None for all."""
         shares = self.shares(view.num_layers)
         if view.layer + 1 >= len(shares) or shares[view.layer + 1] == shares[view.layer]:
             return None
-        whole = iter(view.whole_spans)
-
-        def choose(scores):  # (1, n) of the next picture, of which n tokens are left
-            start, stop = next(whole)
-            return best(scores, budget(stop - start, shares[view.layer + 1]))
-
-        return select(view.attention(query=self.query).mean(0, keepdim=True), view, choose)[0]
+        counts = iter([budget(stop - start, shares[view.layer + 1]) for start, stop in view.whole_spans])
+        mean = view.attention(query=self.query).mean(0, keepdim=True)  # (1, T)
+        return select(mean, view, lambda scores: best(scores, next(counts)))[0]
 
     def shares(self, num_layers):
         """The fraction of the vision tokens in each layer, [] for all tokens in all layers."""
@@ -84,8 +85,7 @@ class GSearch:
 def sigmoid_shares(num_layers, retention, lo, hi, steepness):
     """The sigmoid whose mean over the layers, with 1 for the first, is retention: a tuple, not increasing.
 
-    Its centre is found by bisection. lo or hi moves if retention is outside of them. The first layer alone is 1 / L: if
-    retention is less, the later layers get 0.
+    Its centre is found by bisection. lo or hi moves if retention is outside of them.
     """
     if num_layers == 1:
         return (1.0,)
