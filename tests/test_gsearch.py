@@ -143,7 +143,7 @@ def test_fractions_are_of_the_pictures_that_the_language_model_got(oracle):
 def test_a_token_that_left_does_not_return_and_each_layer_ranks_anew():
     """Layer 0 drops the token that layer 1 attends to most; of the rest, layer 1 decides. All heads count."""
     method = make_method("g-search", settings={"schedule": [1, 0.75, 0.5, 0.5]})
-    views = [given_view([(1, 5)], 6, layer=0, scores=torch.tensor([[0, 5, 3, 0, 0, 0], [0, 0, 3, 4, 0, 0.0]] * 2))]
+    views = [given_view([(1, 5)], 6, layer=0, scores=torch.tensor([[0, 5, 3, 0, 1, 0], [0, 0, 3, 4, 0, 0.0]] * 2))]
     assert method.narrow(views[0]).tolist() == [True, True, True, True, False, True]
     views.append(given_view([(1, 4)], 5, layer=1, scores=torch.tensor([[9.0, 1, 3, 2, 9]] * 4)))
     views[1].whole_spans = [(1, 5)]
