@@ -120,7 +120,7 @@ def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
         (["--image", "a.png", "--scenes", "2"], "--scenes"),
         (["--scenes", "2", "--prompt", "What?"], "--prompt"),
         (["--image", "/nowhere.png"], "/nowhere.png"),
-        (["--scenes", "1", "--method", "yopo", "--rates-only"], "--rates-only"),
+        (["heads", "--scenes", "1", "--rates-only"], "--rates-only"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
@@ -190,8 +190,8 @@ def test_the_command_finds_a_table_that_run_takes(tmp_path, capsys):
     asked = ["--model", str(folder), "--image", str(DEMO_PICTURE), "--prompt", "What?", "-n", "2", "--json"]
     assert run.main([*asked, "--prune", "yopo"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: method yopo: ") and "tools/calibrate.py --method yopo" in error
-    calibrate.main(["--model", str(folder), "--method", "yopo", "--scenes", "1", "--out", str(folder / "yopo.json")])
+    assert error.startswith("error: method yopo: ") and "tools/calibrate.py heads" in error
+    calibrate.main(["heads", "--model", str(folder), "--scenes", "1", "--out", str(folder / "yopo.json")])
     found = json.loads((folder / "yopo.json").read_text())
     assert capsys.readouterr().out.count("%  {") == 8 and [len(row) for row in found["heads"]] == [8] * 6
     assert run.main([*asked, "--prune", "yopo"]) == 0

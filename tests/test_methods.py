@@ -31,7 +31,7 @@ NAMES = [name for name in METHODS if name not in ("none", "yopo")]  # yopo needs
 IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
 BUDGETED = [name for name in IN_MODEL if "keep_tokens" in make_method(name).settings]
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
-NARROWING = {"fastv", "pyramiddrop", "sparsevlm", "zipvl"}  # hidden states change
+NARROWING = {"fastv", "g-search", "pyramiddrop", "sparsevlm", "zipvl"}  # hidden states change
 
 
 # ---------------------------------------------------------------- pieces

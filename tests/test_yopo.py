@@ -284,7 +284,7 @@ def test_mistakes_are_told(folders, tmp_path):
     def said(**settings):
         return refusal(Generation, checkpoint, "what?", pictures(1), prune=make_method("yopo", settings=settings))
 
-    assert "tools/calibrate.py --method yopo" in said()
+    assert "tools/calibrate.py heads" in said()
     assert "3 layers with 8 query heads, the model 4 with 2 KV heads" in said(heads=TABLE[:3])
     assert "4 layers with 7 query heads" in said(heads=[[1] * 7] * 4)
     assert "4 layers with 6 or 8 query heads" in said(heads=[[1] * 8, [1] * 6, [1] * 8, [1] * 8])

@@ -57,6 +57,7 @@ from .downsample import Downsample
 from .fastv import FastV
 from .fopru import FoPru
 from .grid import grid_tokens
+from .gsearch import GSearch
 from .hired import Hired
 from .mustdrop import MustDrop
 from .mustdrop1 import MustDrop1
@@ -87,6 +88,7 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "g-search": GSearch,
     "pyramiddrop": PyramidDrop,
     "sparsevlm": SparseVLM,
     "zipvl": ZipVL,
@@ -107,10 +109,10 @@ ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
 AMOUNTS = (  # settings that say how much is kept
-    "retention", "keep_tokens", "r", "mass", "rates", "ratios", "threshold", "tau",
+    "retention", "keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau",
 )  # fmt: skip
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold", "tau"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
@@ -658,8 +660,11 @@ def _silenced(name, values):
 
 
 def _instead(own, given):
-    """A checkpoint's own settings, overridden by given ones; a given budget or window also removes conflicting ones."""
+    """A checkpoint's own settings, overridden by given ones; a given budget, sigmoid or window also removes conflicting
+    ones."""
     replaced = {"query"} if "window" in given else set()  # a window selects prompt rows, not look-ahead rows
+    if not given.keys().isdisjoint(("lo", "hi", "steepness")):
+        replaced.add("schedule")
     if any(given.get(key) is not None for key in AMOUNTS):
         replaced |= {*AMOUNTS} - {"r"}
     return {key: value for key, value in own.items() if key not in replaced} | given

@@ -24,7 +24,7 @@ import torch
 from .budget import best, budget, check_fraction
 
 NO_TABLE = (
-    "there is no table of this model's heads; make yopo.json in its folder with tools/calibrate.py --method yopo, or "
+    "there is no table of this model's heads; make yopo.json in its folder with tools/calibrate.py heads, or "
     "give the setting heads"
 )
 
