@@ -201,15 +201,29 @@ class RaggedCache:
         slack = self.kv_len.new_tensor(rooms).repeat_interleave(heads)  # (S,)
         for layer in range(len(self.k)):
             length = self.kv_len[layer].clone()
-            start = ((length + slack).cumsum(0) - (length + slack)).int()
-            source, slot = _taken(self.kv_start[layer], length), _taken(start, length)
-            slots = len(slot) + heads * sum(rooms)
-            moved = [
-                None if old is None else _moved(old, source, old.new_empty(slots, *old.shape[1:]), slot)
-                for old in self.arenas(layer)
-            ]
-            self._place(layer, moved, start, length, slack)
+            self._move(layer, _taken(self.kv_start[layer], length), length, slack, heads * sum(rooms))
         self.set_rooms(rooms)
+
+    def _move(self, layer, source, length, slack, free=None):
+        """Move a layer's slots `source` to new arenas. length, slack (S,): taken and free slots of each segment; free:
+        the sum of slack, if the host knows it."""
+        start = ((length + slack).cumsum(0) - (length + slack)).int()
+        slot = _taken(start, length)
+        slots = len(slot) + (int(slack.sum()) if free is None else free)
+        moved = [
+            None if old is None else _moved(old, source, old.new_empty(slots, *old.shape[1:]), slot)
+            for old in self.arenas(layer)
+        ]
+        self._place(layer, moved, start, length, slack)
+
+    def drop(self, layer, keep):
+        """Free some of a layer's taken slots. keep: bool for each, segment after segment. The layer gets new arenas
+        with as many free slots in each segment as before."""
+        free, length = self.kv_cap[layer] - self.kv_len[layer], self.kv_len[layer]
+        source = _taken(self.kv_start[layer], length)[keep]
+        owner = torch.repeat_interleave(torch.arange(len(length), device=keep.device), length)[keep]
+        length = torch.bincount(owner, minlength=len(length)).int()
+        self._move(layer, source, length, free)
 
     # ------------------------------------------------------------ bytes
 

@@ -20,7 +20,7 @@ from .picture import Picked, after_picking, look, original_positions, origins, p
 from .prompt import Prompt
 from .sampling import Chooser, Sampling, Writer
 from .tokenizer import Detokenizer
-from .view import Pruning, clock
+from .view import Pruning, clock, pruned_prefill
 
 
 class Generation(Prompt):
@@ -212,12 +212,12 @@ class Generation(Prompt):
         pruning = self.prune and Pruning(
             self.prune, layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
-            protected=protected_of(picked, spans, x),
+            protected=protected_of(picked, spans, x), embeddings=x,
         )  # fmt: skip
         origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:
             positions, following = original_positions(origin).to(x.device), self.prompt_tokens
-        hidden = language.prefill(x[None], cache, positions, prune=pruning, lookahead=lookahead, following=following)
+        hidden = pruned_prefill(language, x, cache, pruning, lookahead, positions, following)
         self.moved = 0 if positions is not None else self.absent
         text = self.prompt_tokens - self.vision_tokens  # tokens that every head keeps
         self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]

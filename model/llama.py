@@ -5,6 +5,8 @@ passes. In `prefill` a prompt's tokens attend to each other; in `decode` new tok
 sequence in a decode step, several in a new turn of a conversation. Module names are the checkpoint's keys.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,17 +75,21 @@ class Attention(nn.Module):
         )
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
-    def prefill(self, x, rope, mask=None, adapter=None, prefix=()):
+    def prefill(self, x, rope, mask=None, adapter=None, prefix=(), attend=None):
         """x (B, T, C) -> y (B, T, C) and this layer's q (B, Hq, T, D) and k, v (B, Hkv, T, D).
 
         prefix (for training look-ahead rows): k and v (B, Hkv, T', D) before x's own; mask must cover T' + T columns.
+        attend(q, k, v) -> (B, Hq, T, D) replaces the attention over all tokens.
         """
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, adapter))  # (B, H, T, D)
         if prefix:
             k, v = (torch.cat(pair, 2) for pair in zip(prefix, (k, v), strict=True))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
-        )
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
+            )
         return adapted(y.transpose(1, 2).flatten(2), self.o_proj, adapter and adapter.o_proj), q, k, v
 
     def decode(self, x, rope, cache, layer):
@@ -143,11 +149,17 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def prefill(self, x, rope, mask=None, adapter=None, prefix=()):
-        """Like `Attention.prefill`, for the whole layer -> x, q, k, v."""
-        y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask, adapter, prefix)
+    def prefill(self, x, rope, mask=None, adapter=None, prefix=(), attend=None, mlp=None):
+        """Like `Attention.prefill`, for the whole layer -> x, q, k, v. mlp(module, x) -> y replaces the MLP."""
+        y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask, adapter, prefix, attend)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x), adapter), q, k, v
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed, adapter) if mlp is None else mlp(self.mlp, normed)), q, k, v
+
+    def queries_and_keys(self, x, rope):
+        """q (B, Hq, T, D) and k (B, Hkv, T, D) that the layer computes from its input x (B, T, C)."""
+        q, k, _ = self.self_attn.project(self.input_layernorm(x), rope)
+        return q.transpose(1, 2), k.transpose(1, 2)
 
     def decode(self, x, rope, cache, layer):
         """Like `Attention.decode`, for the whole layer -> x."""
@@ -174,16 +186,22 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def prefill(self, x, cache=None, positions=None, mask=None, prune=None, lookahead=None, following=None):
+    def prefill(
+        self, x, cache=None, positions=None, mask=None, prune=None, lookahead=None, following=None, inside=None
+    ):
         """Embedded tokens x (B, T, C) -> final hidden states (B, T, C), after the final norm.
 
         Attention is causal. With a cache, each layer's K and V are packed into it when the layer is done, and the dense
         K and V are freed.
 
-        prune(layer, q, k, v) is called after each layer with its q (B, Hq, T, D), k and v (B, Hkv, T, D). It returns
-        the tokens that each head keeps in the cache, (B * Hkv, T) bool, and those that later layers process, indices
-        (T',); None means all. If later layers process fewer tokens, the result is (B, T', C). Keeping fewer in the
-        cache does not change hidden states; it affects decoding only.
+        prune(layer, q, k, v, x, upcoming) is called after each layer with its q (B, Hq, T, D), k and v (B, Hkv, T, D)
+        and its output x (B, T, C), which it may change in place; upcoming() computes q and k of the next layer, and is
+        None after the last. It returns the tokens that each head keeps in the cache, (B * Hkv, T) bool, and those that
+        later layers process, indices (T',); None means all. If later layers process fewer tokens, the result is
+        (B, T', C). Keeping fewer in the cache does not change hidden states; it affects decoding only.
+
+        inside(layer) is called before each layer. It returns functions `attend` and `mlp` that replace the attention
+        and the MLP of this layer (see `DecoderLayer.prefill`), or None for either.
 
         positions (B, T) or (T,), for RoPE, default to 0..T-1. following: the position of the next token, by default the
         one after the last. mask replaces the causal mask, for training on packed sequences: bool (True = may attend),
@@ -200,14 +218,17 @@ class Llama(nn.Module):
             positions = torch.cat((positions, following + torch.arange(lookahead.rows, device=x.device)))
         rope = rope_table(positions, self.config, x.dtype)  # (..., T, 1, D)
         for i, layer in enumerate(self.model.layers):
-            x, q, k, v = layer.prefill(x, rope, mask, lookahead and lookahead.layers[i])
-            keep, go_on = (None, None) if prune is None else prune(i, q, k, v)
+            attend, mlp = (None, None) if inside is None else inside(i)
+            x, q, k, v = layer.prefill(x, rope, mask, lookahead and lookahead.layers[i], attend=attend, mlp=mlp)
+            after = self.model.layers[i + 1 : i + 2]
+            upcoming = partial(after[0].queries_and_keys, x, rope) if after else None
+            keep, go_on = (None, None) if prune is None else prune(i, q, k, v, x, upcoming)
             if cache is not None:
                 cache.pack(i, k[:, :, :tokens], v[:, :, :tokens], keep)
             if go_on is not None:  # look-ahead rows stay too, and all keep their positions
                 stay = torch.cat((go_on, torch.arange(tokens, x.shape[1], device=x.device)))
                 x, rope, tokens = x[:, stay], tuple(t[..., stay, :, :] for t in rope), len(go_on)
-            del q, k, v  # free them before the next layer allocates its own
+            del q, k, v, upcoming  # free them before the next layer allocates its own
         if cache is not None:
             cache.pos[:] = following
         return self.model.norm(x[:, :tokens])

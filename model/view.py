@@ -1,9 +1,11 @@
 """What a pruning method sees of a prompt and a layer, and how its choice is applied during the prefill."""
 
 import time
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 
 import torch
+import torch.nn.functional as F
 
 from kernels import window_scores
 
@@ -19,17 +21,23 @@ class View:
     q_heads, kv_heads   Hq, Hkv
     tokens, device      T, number of tokens in this layer; device of all tensors, except those on the CPU
     spans               [(start, stop)] of each picture among the T tokens
+    origin              (T,) int64: index in the prompt of each of the T tokens
+    whole_spans         [(start, stop)] of each picture in the prompt, before any narrowing
+    attended            (T,) bool: the tokens that took part in this layer's attention (stage `attend`), or None: all
     protected           (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
     places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
     """
 
     def __init__(
         self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto",
-        protected=None,
+        protected=None, x=None, upcoming=None, embeddings=None, origin=None, whole_spans=None, attended=None,
     ):  # fmt: skip
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
         places: None if the spans are text; each span is then a row. contrast: function that `contrast` calls.
+        x (1, T + ahead, C) and upcoming: the layer's output, and a function for q and k of the next layer, see
+        `Llama.prefill`. embeddings (T', C): of the whole prompt. These three, if not None, can be asked for.
+        origin, whole_spans: None if no token of the prompt has been dropped.
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
         self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
@@ -37,7 +45,11 @@ class View:
         self.places, self.device = [place.clone() for place in places], k.device
         self._q, self._k, self._v = q[0], k[0], v[0]
         self._contrast, self._ahead, self._backend = contrast, ahead, backend
+        self._x, self._upcoming, self._embeddings = x, upcoming, embeddings
+        self.origin = torch.arange(self.tokens, device=k.device) if origin is None else origin.clone()
+        self.whole_spans = list(spans if whole_spans is None else whole_spans)
         self.protected = None if protected is None else protected.clone()
+        self.attended = None if attended is None else attended.clone()
         self._attention = {}
 
     @cached_property
@@ -49,6 +61,17 @@ class View:
     def values(self):
         """(Hkv, T, D)."""
         return self._v[:, : self.tokens].clone()
+
+    @cached_property
+    def hidden(self):
+        """(T, C): the layer's output. ValueError before the layer's attention."""
+        return _known(self._x, "hidden states", "ask in keep or narrow")[0, : self.tokens].clone()
+
+    @cached_property
+    def embeddings(self):
+        """(T', C): the embedded tokens of the whole prompt, as the first layer got them; `embeddings[origin]` are those
+        of the T tokens. ValueError if they are not known."""
+        return _known(self._embeddings, "embeddings", "give them to the Pruning").clone()
 
     @property
     def text(self):
@@ -68,9 +91,14 @@ class View:
     def attention(self, rows=1, query="last"):
         """(Hq, T) fp32: attention of each query head to each token, averaged over the rows of `queries(rows)`.
 
-        query: "lookahead" for the look-ahead rows instead (`model.lookahead`); only for a method whose setting `query`
-        has this value. ValueError if they were not computed, and for other values.
+        rows: their number, or the indices of other rows among the T tokens, (R,) int64. query: "lookahead" for the
+        look-ahead rows instead (`model.lookahead`); only for a method whose setting `query` has this value. ValueError
+        if they were not computed, and for other values.
         """
+        if isinstance(rows, torch.Tensor):
+            q, rows = self._queries_of(rows)
+            keys = self._k[:, : self.tokens]
+            return window_scores(q, keys, q_pos=rows, group="none", backend=self._backend)
         if query not in ("last", "lookahead") or type(rows) is not int or rows < 1:
             raise ValueError(
                 f'attention(rows={rows!r}, query={query!r}); give rows of 1 or more, "last" or "lookahead"'
@@ -85,6 +113,35 @@ class View:
             self._attention[asked] = scores[:, : self.tokens]  # without the attention to look-ahead rows
         return self._attention[asked].clone()
 
+    def row_attention(self, rows):
+        """(R, T) fp32: attention of each of the rows (R,), int64 indices, to each token, averaged over all heads."""
+        q, rows = self._queries_of(rows)
+        future = torch.arange(self.tokens, device=self.device) > rows[:, None]
+        total = torch.zeros(len(rows), self.tokens, device=self.device)
+        for of_group, keys in zip(q.unflatten(0, (self.kv_heads, -1)), self._k[:, : self.tokens], strict=True):
+            scores = of_group.float() @ keys.float().T * q.shape[-1] ** -0.5  # (G, R, T)
+            total += scores.masked_fill_(future, float("-inf")).softmax(-1).sum(0)
+        return total / self.q_heads
+
+    def next_attention(self, rows=1):
+        """(Hq, T) fp32: attention in the next layer, averaged over the prompt's last rows, if no token were dropped.
+        ValueError in the last layer."""
+        q, k = _known(self._upcoming, "next layer", "ask in an earlier layer")()
+        rows = max(1, min(rows, self.tokens - self.spans[-1][1]))
+        q, k = q[0, :, self.tokens - rows : self.tokens], k[0, :, : self.tokens]
+        return window_scores(q, k, group="none", backend=self._backend)
+
+    def _queries_of(self, rows):
+        """-> q (Hq, R, D) of the rows (R,), and the rows on the queries' device. ValueError if they are not known."""
+        first = self.tokens - (self._q.shape[1] - self._ahead)  # earlier rows are not stored
+        rows = rows.to(self.device)
+        indices = rows.ndim == 1 and rows.dtype == torch.int64 and len(rows) > 0
+        if not indices or rows.min() < first or rows.max() >= self.tokens:
+            raise ValueError(
+                f"rows are {rows.dtype} {tuple(rows.shape)}; give int64 indices (R,) from {first} to {self.tokens - 1}"
+            )
+        return self._q[:, rows - first], rows
+
     def value_norms(self):
         """(Hkv, T) fp32: the L1 norm of each token's value vector."""
         return self._v[:, : self.tokens].float().norm(1, dim=-1)
@@ -97,46 +154,125 @@ class View:
         return [far.clone() for far in self._contrast()]
 
 
+def pruned_prefill(language, x, cache, pruning, lookahead=None, positions=None, following=None):
+    """`Llama.prefill` of embedded tokens x (T, C) with all stages of a `Pruning`, or without pruning if it is None."""
+    inside = pruning and pruning.inside
+    hidden = language.prefill(
+        x[None], cache, positions, prune=pruning, lookahead=lookahead, following=following, inside=inside
+    )
+    for layer, keep in pruning.compact() if pruning else ():
+        cache.drop(layer, keep)
+    return hidden
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What the stage `compact` sees after the prefill. All tensors are copies.
+
+    spans       [(start, stop)] of each picture among the T tokens of the prompt
+    kept        per layer (Hkv, T) bool: the tokens that each head holds
+    protected   (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
+    """
+
+    spans: list
+    kept: list
+    protected: torch.Tensor | None
+
+    @property
+    def tokens(self):
+        return self.kept[0].shape[1]
+
+    @property
+    def kv_heads(self):
+        return self.kept[0].shape[0]
+
+
 class Pruning:
     """A method applied to each layer of one prefill.
 
     method    a `model.pruning.Method`: calls the stages of a rule such as `Plphp`, and always keeps text
     seconds   time spent on measuring and choosing; see `timed` in Generation
-    masks     with `remember`: per layer (Hkv, tokens of the whole prompt) bool, what each head keeps
+    masks     with `remember`, or if the method compacts: per layer (Hkv, tokens of the whole prompt) bool, what each
+              head keeps
     """
 
     def __init__(
         self, method, num_layers, spans, places=None, contrast=None, ahead=0, backend="auto", timed=False,
-        remember=False, protected=None,
+        remember=False, protected=None, embeddings=None,
     ):  # fmt: skip
         """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`."""
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
-        self.timed, self.seconds, self.masks = timed, 0.0, [] if remember else None
-        self.protected = protected  # (T,) bool or None
+        self.timed, self.seconds, self.masks = timed, 0.0, [] if remember or method.compacts else None
+        self.protected = self.protected_whole = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
+        self.embeddings, self.whole_spans = embeddings, list(spans)
+        self.attended = None  # (T,) bool: the tokens that take part in the current layer's attention; None: all
 
-    def __call__(self, layer, q, k, v):
+    def inside(self, layer):
+        """-> functions `attend` and `mlp` that replace those of a layer, or None; see `Llama.prefill`."""
+        self.attended = None
+        if not (self.spans and self.method.attends):
+            return None, None
+        return partial(self._attend, layer), None
+
+    def _attend(self, layer, q, k, v):
+        """The layer's attention among the tokens that the method's stage `attend` chooses -> (1, Hq, T, D)."""
+        start = clock(k.device, self.timed)
+        self.attended = self._asked(lambda: self.method.attend(self._view(layer, q, k, v)))
+        self.seconds += clock(k.device, self.timed) - start
+        tokens = self.attended if self.attended is None else F.pad(self.attended, (0, self.ahead), value=True)
+        return attention_among(q, k, v, tokens)
+
+    def __call__(self, layer, q, k, v, x=None, upcoming=None):
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer; q may have only the last rows.
 
+        x, upcoming: see `View`; tokens that the method merges are averaged in x.
         -> keep (Hkv, T) bool, the tokens that each head keeps, and go_on (T',), ascending indices of the tokens that
         later layers process. Either may be None: all. InputError if the method raises ValueError.
         """
         keep = stay = None
         if self.spans:
             start = clock(k.device, self.timed)
-            pictures = self.spans, self.places, self.contrast
-            view = View(layer, self.num_layers, q, k, v, *pictures, self.ahead, self.backend, self.protected)
-            try:
-                keep, stay = self.method.keep(view), self.method.narrow(view)
-            except ValueError as wrong:
-                raise InputError(str(wrong)) from wrong
+            view = self._view(layer, q, k, v, x, upcoming)
+            keep, stay = self._asked(lambda: (self.method.keep(view), self.method.narrow(view)))
+            if stay is not None and stay.dtype == torch.int64:
+                merge(x[0], stay)
+                stay = stay == torch.arange(len(stay), device=stay.device)
             self.seconds += clock(k.device, self.timed) - start
         if self.masks is not None:
-            here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
-            whole = here if self.seen is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.seen, here)
-            self.masks.append(whole)
+            self._record(k, keep)
         return keep, None if stay is None else self._narrow(stay)
+
+    def _view(self, layer, q, k, v, x=None, upcoming=None):
+        return View(
+            layer, self.num_layers, q, k, v, self.spans, self.places, self.contrast, self.ahead, self.backend,
+            self.protected, x, upcoming, self.embeddings, self.seen, self.whole_spans, self.attended,
+        )  # fmt: skip
+
+    def _asked(self, ask):
+        """What the method answers; its ValueError as an InputError."""
+        try:
+            return ask()
+        except ValueError as wrong:
+            raise InputError(str(wrong)) from wrong
+
+    def _record(self, k, keep):
+        """Note what each head keeps of the prompt's tokens, (Hkv, tokens of the prompt) bool."""
+        here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
+        whole = here if self.seen is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.seen, here)
+        self.masks.append(whole)
+
+    def compact(self):
+        """After the prefill: yield (layer, keep), where keep (number of tokens that its heads hold together,) bool
+        chooses those that they go on holding, head after head. Corrects `masks`. InputError as above."""
+        if not (self.whole_spans and self.method.compacts):
+            return
+        prefilled = Prefilled(self.whole_spans, [mask.clone() for mask in self.masks], self.protected_whole)
+        for layer, keep in enumerate(self._asked(lambda: self.method.compact(prefilled))):
+            if keep is not None:
+                yield layer, keep[self.masks[layer]]
+                self.masks[layer] &= keep
 
     def _narrow(self, stay):
         """Later layers see only the tokens where stay (T,) is True -> their indices (T',)."""
@@ -153,6 +289,34 @@ class Pruning:
         self.places = self.places and thinned(self.places)
         self.contrast = contrast and cache(lambda: thinned(contrast()))
         return go_on
+
+
+def _known(value, what, cure):
+    """The value; ValueError if it is None."""
+    if value is None:
+        raise ValueError(f"the {what} are not known here; {cure}")
+    return value
+
+
+def merge(x, owner):
+    """Average tokens of x (T + ahead, C) in place into those that own them. owner (T,) int64: a token's own index if it
+    stays, the index of the token into which it is averaged, or -1 if it is dropped."""
+    taken = (owner >= 0).nonzero()[:, 0]
+    count = torch.bincount(owner[taken], minlength=len(owner))
+    total = torch.zeros_like(x, dtype=torch.float32).index_add_(0, owner[taken], x[taken].float())
+    at = (count > 1).nonzero()[:, 0]  # the bits of all others stay as they are
+    x[at] = (total[at] / count[at, None]).to(x.dtype)
+
+
+def attention_among(q, k, v, tokens):
+    """Causal attention among some of the tokens, (T,) bool, or all if None: q (1, Hq, T, D), k, v (1, Hkv, T, D) ->
+    (1, Hq, T, D), 0 for the rows of the others."""
+    shared = q.shape[1] != k.shape[1]
+    if tokens is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+    at = tokens.nonzero()[:, 0]
+    y = F.scaled_dot_product_attention(*(t[:, :, at] for t in (q, k, v)), is_causal=True, enable_gqa=shared)
+    return torch.zeros_like(q).index_copy_(2, at, y)
 
 
 def clock(device, wait):

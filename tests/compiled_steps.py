@@ -21,7 +21,7 @@ def cache_of(language, x, prune):
     return cache
 
 
-def halves(layer, q, k, v):
+def halves(layer, q, k, v, *_):
     """Keep every second token of each head, and every third in odd layers, so that layers differ."""
     return (torch.arange(k.shape[2]) % (2 + layer % 2) == 0).expand(k.shape[0] * k.shape[1], -1), None
 

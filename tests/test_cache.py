@@ -57,7 +57,7 @@ def dense_with_masks(model, x, keep):
 def prefilled(model, x, keep, slack, backend):
     """A cache of one sequence after its prompt x (P, C)."""
     cache = RaggedCache(LAYERS, slack, backend)
-    hidden = model.prefill(x[None], cache, prune=lambda layer, q, k, v: (keep[layer], None))
+    hidden = model.prefill(x[None], cache, prune=lambda layer, *_: (keep[layer], None))
     poison(cache)
     return cache, hidden[0]
 
@@ -328,7 +328,7 @@ def test_prefill_never_holds_two_dense_layers(backend):
     cache, seen = RaggedCache(LAYERS, 4, backend=backend), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda *_: seen.append(live_bytes()[0] - cache.nbytes_reserved))
-    model.prefill(x, cache, prune=lambda layer, q, k, v: (keep[layer], None))
+    model.prefill(x, cache, prune=lambda layer, *_: (keep[layer], None))
     assert len(seen) == LAYERS and max(seen) - seen[0] <= x.nbytes + 2000
 
 

@@ -166,7 +166,7 @@ def test_neutral_rows_are_that_token_behind_the_prompt(demo):
     token = demo.model.language_model.model.embed_tokens.weight[demo.tokenizer.encode(".")[-1]]
     x, wanted = torch.cat((asked.x[: asked.tokens], token.expand(8, -1))), []
 
-    def look(layer, q, k, v):
+    def look(layer, q, k, v, *_):
         q, k = q[0, :, -8:].double(), k[0].double().repeat_interleave(2, 0)
         scores = q @ k.transpose(1, 2) * 32**-0.5
         future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)[-8:]

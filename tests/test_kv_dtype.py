@@ -61,7 +61,7 @@ def test_pruned_decoding_is_dense_attention_over_dequantised_rows(backend, kind,
     model, rng = small_llama(heads, kv_heads).to(torch.get_default_device()), python_random(turn)
     x, keep = torch.randn(9 + 6, 32), random_keep(rng, kv_heads, 9)
     cache = RaggedCache(LAYERS, 2, backend, kind)
-    states = [model.prefill(x[None, :9], cache, prune=lambda layer, q, k, v: (keep[layer], None))[0]]
+    states = [model.prefill(x[None, :9], cache, prune=lambda layer, *_: (keep[layer], None))[0]]
     for t in range(9, len(x), turn):
         poison(cache)
         states.append(model.decode(x[None, t] if turn == 1 else x[None, t : t + turn], cache).view(turn, -1))
@@ -87,9 +87,7 @@ def test_joined_moved_and_selected_rows_keep_their_scales(backend, kind):
     for prompt in (5, 1, 12):
         keep = random_keep(rng, 2, prompt)
         caches.append(RaggedCache(LAYERS, 3, backend, kind))
-        model.prefill(
-            torch.randn(1, prompt, 32), caches[-1], prune=lambda layer, q, k, v, keep=keep: (keep[layer], None)
-        )
+        model.prefill(torch.randn(1, prompt, 32), caches[-1], prune=lambda layer, *_, keep=keep: (keep[layer], None))
     wanted = [row for cache in caches for row in rows_of(cache)]
     reserved = sum(cache.nbytes_reserved for cache in caches)
     cache = join(caches)
@@ -113,7 +111,7 @@ def test_joined_moved_and_selected_rows_keep_their_scales(backend, kind):
 def test_a_repack_that_runs_out_of_memory_leaves_codes_and_scales_together():
     model, keep = small_llama(), torch.rand(LAYERS, 4, 7) < 0.6
     cache = RaggedCache(LAYERS, 2, "torch", "int8")
-    model.prefill(torch.randn(2, 7, 32), cache, prune=lambda layer, q, k, v: (keep[layer], None))
+    model.prefill(torch.randn(2, 7, 32), cache, prune=lambda layer, *_: (keep[layer], None))
     wanted = [rows_of(cache, layer) for layer in range(LAYERS)]
     for broken in failures(cache, lambda cache: cache.repack([9, 9])):
         check_whole(broken)

@@ -43,8 +43,8 @@ def looked(language, x, lookahead=None):
     """Final hidden states of a prefill, its cache, and q, k, v of each layer."""
     cache, layers = RaggedCache(len(language.model.layers), backend="torch"), []
 
-    def look(layer, *qkv):
-        layers.append(qkv)
+    def look(layer, q, k, v, *_):
+        layers.append((q, k, v))
         return None, None
 
     hidden = language.prefill(x, cache, prune=look, lookahead=lookahead)

@@ -88,7 +88,7 @@ def prompted(slack=2, room=0):
     """A model, and a cache of two sequences whose heads keep different tokens, with `room` free slots each."""
     model = small_llama()
     cache, keep = RaggedCache(LAYERS, slack, "torch"), torch.rand(LAYERS, 4, 7) < 0.6
-    model.prefill(torch.randn(2, 7, 32), cache, prune=lambda layer, q, k, v: (keep[layer], None))
+    model.prefill(torch.randn(2, 7, 32), cache, prune=lambda layer, *_: (keep[layer], None))
     for _ in range(slack - room):
         model.decode(torch.randn(2, 32), cache)
     return model, cache

@@ -22,7 +22,7 @@ from kernels import dequantised, quantise
 from model.fast import arrange
 from model.llama import Llama
 from model.report import measure_bandwidth
-from model.view import Pruning
+from model.view import Pruning, pruned_prefill
 
 from .command import one_line, write_json
 
@@ -58,8 +58,9 @@ def prefill(language, x, cache=None, method=None, spans=(), backend="auto", look
         )
     lookahead = lookahead if method.looks_ahead else None
     ahead = lookahead.rows if lookahead else 0
-    pruning = Pruning(method, language.config.num_hidden_layers, spans, ahead=ahead, backend=backend)
-    return language.prefill(x, cache, prune=pruning, lookahead=lookahead)
+    layers = language.config.num_hidden_layers
+    pruning = Pruning(method, layers, spans, ahead=ahead, backend=backend, embeddings=x[0])
+    return pruned_prefill(language, x[0], cache, pruning, lookahead)
 
 
 def attention(q, k, v, mask=None):

@@ -551,7 +551,7 @@ def step_case(tokens, retention, layout, setting):
     x = model.model.embed_tokens.weight[ids.to(setting.device)]
     layers, heads, steps = config.num_hidden_layers, config.num_key_value_heads, 2 * setting.rounds + 8
 
-    def prune(layer, q, k, v):
+    def prune(layer, *_):
         generator = torch.Generator().manual_seed(layer)  # same choice for every cache
         lengths = lengths_of(layout, 1, heads, tokens, retention, generator)
         draw = torch.rand(heads, tokens, generator=generator).argsort(-1).argsort(-1)

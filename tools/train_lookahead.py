@@ -87,7 +87,7 @@ def freeze(language, examples):
     first = padded(openings.values())  # (n, P, C); no row attends to the padding at the end
     past = []
 
-    def listen(layer, q, k, v):
+    def listen(layer, q, k, v, *_):
         past.append((k[which], v[which]))
         return None, None
 

@@ -8,14 +8,20 @@ the first:
 
     keep(view)      after a layer's attention: the tokens whose K and V each KV head keeps, (Hkv, T) bool, or None for
                     all. Hidden states do not change
-    narrow(view)    after a layer: the tokens that later layers process, (T,) bool, or None for all
+    narrow(view)    after a layer: the tokens that later layers process, (T,) bool, or None for all; or (T,) int64, for
+                    each token its own index if it stays, the index of the token into which it is averaged, or -1
+    attend(view)    before a layer's attention: the tokens that take part in it, (T,) bool, or None for all. The others
+                    are seen by no token, and their attention is 0; they go on through the layer's other parts
+    compact(prefilled)   after the prefill: what each layer goes on holding, a list of (T,) or (Hkv, T) bool over the
+                    prompt's tokens, or None for all
     pick(picture)   before the language model: indices (P',) int64, ascending, of the patch tokens that it gets, or a
                     matrix (P', P) or (P', P + n) of floats that makes P' new tokens from the features of the P tokens
                     (and of the CLS tokens of the n squares), or None for all
     merge(patches)  inside the vision tower, after its layer `merge_after` (an attribute, counted from 0): a matrix
                     (n, P', S * S) of floats that makes P' tokens from the patches (n, S, S, C) of each square, or None
 
-view: a `model.view.View` of the layer; picture: a `model.picture.PictureView`. The method takes from them what it
+view: a `model.view.View` of the layer; prefilled: a `model.view.Prefilled`; picture: a `model.picture.PictureView`. The
+method takes from them what it
 needs. Text is always kept. A class may also have
 
     check(num_layers, kv_heads)   raises a ValueError for an unsuitable model
@@ -98,9 +104,11 @@ SILENCED = {  # setting -> settings that have no effect beside it
 }
 
 STAGES = {  # name of a stage -> what it sees
-    "keep": "view", "narrow": "view", "pick": "picture", "merge": "patches", "protect": "picture",
+    "keep": "view", "narrow": "view", "attend": "view", "compact": "prefilled",
+    "pick": "picture", "merge": "patches", "protect": "picture",
 }  # fmt: skip
 EARLY = {"pick", "merge"}  # stages before the language model
+LATE = {"keep", "narrow", "attend", "compact"}  # stages in it
 
 GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method with keep or narrow
 PLACING = {"positions": "contiguous"}  # of every method with pick or merge
@@ -187,8 +195,18 @@ class Method:
 
     @property
     def narrows(self):
-        """True if the method drops hidden states too, so that the first new token may differ."""
-        return self.picks or "narrow" in stages(self.rule)
+        """True if the method changes hidden states too, so that the first new token may differ."""
+        return self.picks or self.attends or "narrow" in stages(self.rule)
+
+    @property
+    def attends(self):
+        """True if not all tokens take part in the attention of the prefill: a stage `attend`."""
+        return "attend" in stages(self.rule)
+
+    @property
+    def compacts(self):
+        """True if layers give up tokens after the prefill: a stage `compact`."""
+        return "compact" in stages(self.rule)
 
     @property
     def picks(self):
@@ -242,14 +260,44 @@ class Method:
         return self._ask("keep", view, (view.kv_heads, view.tokens))
 
     def narrow(self, view):
-        """-> the tokens that later layers process, (T,) bool, or None for all. ValueError for anything else.
+        """-> the tokens that later layers process, (T,) bool, or None for all; or (T,) int64, for each token its own
+        index if it stays, that of the token into which it is averaged, or -1. ValueError for anything else.
 
         The last token stays, because it predicts the answer.
         """
-        keep = self._ask("narrow", view, (view.tokens,))
-        if keep is not None:
-            keep[-1] = True
-        return keep
+        chosen = self._tensor("narrow", view, (view.tokens,), f" in layer {view.layer}", (torch.bool, torch.int64))
+        if chosen is None:
+            return None
+        fixed = self._guarded(view, 1)
+        fixed[-1] = True
+        if chosen.dtype == torch.bool:
+            return chosen | fixed
+        owner = torch.where(fixed, torch.arange(view.tokens, device=view.device), chosen)
+        if (owner >= view.tokens).any() or (owner[owner.clamp(min=0)] != owner)[owner >= 0].any():
+            raise ValueError(f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay")
+        return owner
+
+    def attend(self, view):
+        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise."""
+        chosen = self._ask("attend", view, (view.tokens,))
+        return None if chosen is None or chosen.all() else chosen
+
+    def compact(self, prefilled):
+        """-> for each layer the tokens that its heads go on holding, (Hkv, T) bool, or None for all. ValueError."""
+        found, count = self._call("compact", prefilled), len(prefilled.kept)
+        if not isinstance(found, list) or len(found) != count:
+            raise ValueError(f"{titled(self.name)} returned {_shown(found)} from compact; return a list of {count}")
+        shape, always = (prefilled.kv_heads, prefilled.tokens), prefilled.kept[0].new_ones(prefilled.tokens)
+        for start, stop in prefilled.spans:
+            always[start:stop] = False
+        always = always if prefilled.protected is None else always | prefilled.protected
+        for layer, keep in enumerate(found):
+            fine = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and keep.shape in (shape, shape[1:])
+            if not (keep is None or fine):
+                raise ValueError(
+                    f"{titled(self.name)} returned {_shown(keep)} for layer {layer}; return torch.bool {shape}"
+                )
+        return [None if keep is None else keep.to(always.device).expand(shape) | always for keep in found]
 
     def layers(self, num_layers):
         """The layers of a vision tower that the stages before the language model ask for, ascending. ValueError."""
@@ -311,17 +359,17 @@ class Method:
         keep = self._tensor(stage, view, shape, f" in layer {view.layer}")
         return None if keep is None else keep | self._guarded(view, keep.ndim)
 
-    def _tensor(self, stage, view, shape, where):
-        """What a stage returns, a bool tensor of this shape, or None. ValueError for anything else."""
+    def _tensor(self, stage, view, shape, where, dtypes=(torch.bool,)):
+        """What a stage returns, a tensor of this shape, or None. ValueError for anything else."""
         keep = self._call(stage, view)
         if keep is None:
             return None
-        found, wanted = _shown(keep), f"torch.bool {shape} on {view.device}"
+        found, wanted = _shown(keep), [f"{dtype} {shape} on {view.device}" for dtype in dtypes]
         if isinstance(keep, torch.Tensor):
             keep = keep if keep.is_meta else keep.to(view.device)
             found = _shown(keep)
-        if found != wanted:
-            raise ValueError(f"{titled(self.name)} returned {found}{where}; return {wanted}")
+        if found not in wanted:
+            raise ValueError(f"{titled(self.name)} returned {found}{where}; return {wanted[0]}")
         return keep
 
     def _call(self, stage, seen, function=None):
@@ -471,7 +519,7 @@ def _check_parts(specs):
 
 def guards_of(rule):
     """The settings that every rule with these stages has, with their defaults: GUARDS, PLACING or both."""
-    early, late = (not found.isdisjoint(stages(rule)) for found in (EARLY, {"keep", "narrow"}))
+    early, late = (not found.isdisjoint(stages(rule)) for found in (EARLY, LATE))
     return (GUARDS if late else {}) | (PLACING if early else {})
 
 

@@ -51,6 +51,16 @@ class Composition:
         return True
 
     @property
+    def attends(self):
+        """As in `Method`."""
+        return self.second.attends
+
+    @property
+    def compacts(self):
+        """As in `Method`."""
+        return self.second.compacts
+
+    @property
     def moves(self):
         """As in `Method`."""
         return self.first.moves
@@ -101,6 +111,12 @@ class Composition:
 
     def narrow(self, view):
         return self.second.narrow(view)
+
+    def attend(self, view):
+        return self.second.attend(view)
+
+    def compact(self, prefilled):
+        return self.second.compact(prefilled)
 
 
 def _product(fractions):

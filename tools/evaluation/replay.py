@@ -14,7 +14,7 @@ from model.picture import after_picking, original_positions, origins, protected_
 from model.pruning.budget import by_kv_head
 from model.pruning.plphp import gamma
 from model.report import compare
-from model.view import Pruning
+from model.view import Pruning, pruned_prefill
 
 
 class Asked:
@@ -44,7 +44,7 @@ class Asked:
         if id(lookahead) not in self._ahead:
             t, found = self.tokens, []
 
-            def look(layer, q, k, v):
+            def look(layer, q, k, v, *_):
                 found.append((q[:, :, t:], k[:, :, t:]))
                 return None, None
 
@@ -68,7 +68,7 @@ class Asked:
         end = torch.full((q.shape[2],), self.tokens - 1, device=q.device)
         return by_kv_head(window_scores(q[0], k[0], q_pos=end, group="none", backend=self.backend), self.kv_heads)
 
-    def _look(self, layer, q, k, v):
+    def _look(self, layer, q, k, v, *_):
         """Store a layer's tensors; prune nothing."""
         t = self.tokens
         first = min(t - 1, self.spans[-1][1] if self.spans else 0)
@@ -85,11 +85,11 @@ class Asked:
         lookahead = self.lookahead if method is not None and method.looks_ahead else None
         pruning = method and Pruning(
             method, self.num_layers, self.spans, self.places, self.contrast and (lambda: self.contrast),
-            lookahead.rows if lookahead else 0, self.backend, remember=method.narrows,
+            lookahead.rows if lookahead else 0, self.backend, remember=method.narrows, embeddings=self.x[: self.tokens],
         )  # fmt: skip
         if method is not None and method.picks:
             return self._picked(method, cache, lookahead)
-        if method is not None and method.narrows:
+        if method is not None and (method.narrows or method.compacts):
             return self._narrowed(pruning, cache, lookahead)
         keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
@@ -106,9 +106,9 @@ class Asked:
         return cache, keeps, self.logits[:1]
 
     def _narrowed(self, pruning, cache, lookahead):
-        """As `cache`, for methods that drop hidden tokens during prefill: run the whole prompt again."""
-        language, prompt = self.language, self.x[None, : self.tokens]
-        hidden = language.prefill(prompt, cache, prune=pruning, lookahead=lookahead)
+        """As `cache`, for methods that change the prefill or act after it: run the whole prompt again."""
+        language = self.language
+        hidden = pruned_prefill(language, self.x[: self.tokens], cache, pruning, lookahead)
         return cache, pruning.masks, language.logits(hidden[0, -1:]).float()
 
     def _picked(self, method, cache, lookahead):
@@ -121,13 +121,12 @@ class Asked:
         pruning = Pruning(
             method, self.num_layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             lookahead.rows if lookahead else 0, self.backend, remember=True, protected=protected_of(picked, spans, x),
+            embeddings=x,
         )  # fmt: skip
         origin = origins(picked, self.spans, self.tokens)
         positions = None if method.moves else original_positions(origin).to(x.device)
-        hidden = self.language.prefill(
-            x[None], cache, positions, prune=pruning, lookahead=lookahead,
-            following=None if method.moves else self.tokens,
-        )  # fmt: skip
+        following = None if method.moves else self.tokens
+        hidden = pruned_prefill(self.language, x, cache, pruning, lookahead, positions, following)
         masks = unpicked(torch.stack(pruning.masks).cpu(), origin, self.tokens)
         return cache, [*masks.to(x.device)], self.language.logits(hidden[0, -1:]).float()
 
