@@ -59,9 +59,9 @@ def add_scores(q, k, score, token, kv_len, pos, plan, backend, *, lse=None, rope
         slot_scores_triton.add(q, k, score, token, kv_len, pos, plan, lse, rope, scale, k_scale)
         return
     q = rotated(q, rope)[:, None] if q.ndim == 3 else q
-    (b, t, _, d), longest, device = q.shape, plan.longest, q.device
+    b, t, device = len(q), q.shape[1], q.device
     rows = q.unflatten(2, (plan.segments // b, -1)).transpose(1, 2).flatten(0, 1)  # (S, T, G, D)
-    column, compute = torch.arange(longest, device=device), torch.promote_types(q.dtype, torch.float32)
+    column, compute = torch.arange(plan.longest, device=device), torch.promote_types(q.dtype, torch.float32)
     taken, old = column < kv_len[:, None], column < kv_len[:, None] - t  # (S, n)
     slot = plan.kv_start[:, None] + torch.minimum(column, kv_len[:, None] - 1)  # reads no free slot
     keys = dequantised(k[slot], None if k_scale is None else k_scale[slot], compute).to(compute).mT  # (S, D, n)

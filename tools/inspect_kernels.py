@@ -105,11 +105,12 @@ class Variant:
 def variants(kernel, everything):
     """The variants of a kernel to compile: everything that ships, or a selection."""
     plain = Variant(kernel, "bf16", 128, 4, 16 if kernel in ("lse_kernel", "mass_kernel") else 1)
-    cover = COVER if kernel in ("split_kernel", "append_kernel", "score_kernel") else COVER[::2]  # fewer, to stay below 90 s
+    decodes = kernel in ("split_kernel", "append_kernel", "score_kernel")
+    cover = COVER if decodes else COVER[::2]  # fewer, to stay below 90 s
     if everything:
         cover = itertools.product(HEAD_DIMS, GROUPS if kernel != "pack_kernel" else (1,), BYTES)
     chosen = [replace(plain, d=d, group=group, dtype=dtype) for d, group, dtype in cover]
-    if kernel in ("split_kernel", "append_kernel", "score_kernel"):
+    if decodes:
         chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
         coded = chosen if everything else [v for v in chosen if v.d in (32, 72, 128) and v.group < 8]
         chosen += [replace(v, codes=codes) for v in coded for codes in ("int8", "fp8")]
