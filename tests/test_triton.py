@@ -324,10 +324,10 @@ class Replayed:
         self.step = step
 
     def replay(self):
-        cache, room = self.step.cache, self.step.cache.room
-        cache.room = room + 1  # compensates `grow`, which a real replay does not run
+        cache, counts = self.step.cache, self.step.cache.counts
+        cache.claim(-1)  # compensates `grow`, which a real replay does not run
         self.step.logits.copy_(self.step._step(self.step.ids))
-        assert cache.room == room
+        assert cache.counts == counts
 
 
 def stand_in(step, monkeypatch):
@@ -336,7 +336,8 @@ def stand_in(step, monkeypatch):
     @contextlib.contextmanager
     def record(graph, stream=None):
         cache = step.cache
-        tables = cache.kv_len, cache.pos, *cache.k, *cache.v
+        rows = [t for layer in range(len(cache.k)) for t in cache.rows(layer) if t is not None]
+        tables = cache.kv_len, cache.pos, *rows
         before, version = [t.clone() for t in tables], cache.version
         yield
         assert cache.version == version, "a capture must not move the arenas"
