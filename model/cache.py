@@ -316,12 +316,8 @@ class RaggedCache:
         """The layer's arenas as (S, n, D) views if all segments have n slots and no codes, else None; None too if the
         cache evicts, which needs the attention weights, and a whole layer in one function does not return them."""
         plan, k, v = self.plan(layer), self.k[layer], self.v[layer]
-        if (
-            self.dtype != "auto"
-            or self.evicts
-            or plan.longest * plan.segments != len(k)
-            or plan.shortest < plan.longest
-        ):
+        even = plan.longest * plan.segments == len(k) and plan.shortest == plan.longest
+        if self.dtype != "auto" or self.evicts or not even:
             return None
         shape = plan.segments, plan.longest, k.shape[1]
         return k.view(shape), v.view(shape)
@@ -364,14 +360,14 @@ class RaggedCache:
 
     @property
     def nbytes_held(self):
-        """Bytes of the taken slots' K and V, with their scales, sums and positions."""
+        """Bytes of the taken slots' K and V, scales included."""
         taken = [] if self.kv_len is None else self.kv_len.sum(1).tolist()
-        layers = ((n, t) for layer, n in enumerate(taken) for t in self.rows(layer) if t is not None)
+        layers = ((n, t) for layer, n in enumerate(taken) for t in self.arenas(layer) if t is not None)
         return sum(n * t.nbytes // len(t) for n, t in layers if len(t))
 
     @property
     def nbytes_reserved(self):
-        """Bytes of the arenas, free slots included."""
+        """Bytes of all that has a row per slot, free slots included; scores and positions too."""
         every = (t for layer in range(len(self.k)) for t in self.rows(layer))
         return sum(t.untyped_storage().nbytes() for t in every if t is not None)
 

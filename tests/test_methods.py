@@ -338,7 +338,7 @@ def answered(checkpoint, question, tokens, prune=None, backend="torch"):
 
 
 @pytest.mark.parametrize(
-    ("spec", "retention"), [*((n, 1.0) for n in NAMES), ("plphp:r=1,dr=0,skip=0", None), ("plphp:skip=4", 0.1)]
+    ("spec", "retention"), [*((n + ":extra_tokens=8" * (n == "h2o"), 1.0) for n in NAMES), ("plphp:r=1,dr=0,skip=0", None), ("plphp:skip=4", 0.1)]
 )
 def test_keeping_everything_is_no_pruning(small, spec, retention):
     pruned, plain = answered(small, "last", 8, make_method(spec, retention)), answered(small, "last", 8)

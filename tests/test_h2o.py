@@ -1,0 +1,232 @@
+"""The stage `evict` and h2o: what each head holds after each token, in fixed bytes, alone and in a batch."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import refusal
+from test_methods import pictures
+
+from model import Batch, Generation, Sampling, load
+from model.fast import FastStep
+from model.generate import plain_step
+from model.pruning import make_method
+from model.report import logits_along
+from tests.h2o_oracle import heavy_hitters
+from tests.oracle import poison
+from tests.test_cache import live_bytes
+from tests.test_out_of_memory import failures
+
+LONG = {"max_position_embeddings": 2048, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module")
+def tiny(make_hf_checkpoint, tmp_path_factory):
+    """Function (KV heads, kind) -> folder and checkpoint: 3 layers, 4 query heads, 36 tokens a picture, no stop id."""
+    made = {}
+
+    def get(kv_heads=2, kind="Llava"):
+        if (kv_heads, kind) not in made:
+            folder = tmp_path_factory.mktemp("tiny")
+            top = {"image_grid_pinpoints": [[84, 168], [168, 84]]} if kind == "LlavaNext" else {}
+            make_hf_checkpoint(
+                folder, LONG | {"num_key_value_heads": kv_heads}, {"image_size": 84}, top, seed=kv_heads, kind=kind
+            )
+            made[kv_heads, kind] = folder, dataclasses.replace(load(folder, "fp32"), stop_ids=())
+        return made[kv_heads, kind]
+
+    return get
+
+
+class Watched(FastStep):
+    """A step that poisons free slots and records logits and, per layer and head, the positions in the cache."""
+
+    told = []
+
+    def __call__(self, ids):
+        logits = super().__call__(ids)
+        poison(self.cache)
+        self.told.append((logits.clone(), held(self.cache) if self.cache.evicts else None))
+        return logits
+
+
+def held(cache):
+    """Per layer and segment the set of positions in it."""
+    found = []
+    for layer in range(len(cache.k)):
+        places, segment = cache.positions(layer)
+        found.append([{*places[segment == s].tolist()} for s in range(cache.kv_len.shape[1])])
+        assert all(len(places) == n for places, n in zip(found[-1], cache.kv_len[layer].tolist(), strict=True))
+    return found
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Function (checkpoint, spec, ...) -> finished Generation, [(logits, positions) after each step]."""
+
+    def run(checkpoint, spec, count=28, images=1, prompt="what is in the picture?", **options):
+        monkeypatch.setattr(Watched, "told", [])
+        checkpoint = dataclasses.replace(checkpoint, step=Watched)
+        prune = spec and make_method(spec)
+        generation = Generation(checkpoint, prompt, pictures(images), Sampling(count), prune=prune, **options)
+        "".join(generation)
+        return generation, Watched.told
+
+    return run
+
+
+ORACLE = [  # KV heads, kind, retention, newest, extra tokens, pictures
+    (4, "Llava", 0.3, 0.5, 1, 1), (2, "Llava", 0.2, 0.5, 1, 2), (2, "Llava", 0.5, 0.0, 4, 1), (1, "Llava", 0.1, 1.0, 2, 1),
+    (2, "LlavaNext", 0.2, 0.3, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kv_heads", "kind", "retention", "newest", "extra", "images"), ORACLE)
+def test_each_head_holds_what_transformers_with_masks_would(
+    tiny, watched, kv_heads, kind, retention, newest, extra, images
+):
+    folder, checkpoint = tiny(kv_heads, kind)
+    spec = f"h2o:retention={retention},newest={newest},extra_tokens={extra}"
+    generation, seen = watched(checkpoint, spec, images=images)
+    ids, told = heavy_hitters(folder, generation, generation.spans, retention, newest, extra, 28)
+    for (_, ours), theirs in zip(seen, told, strict=True):
+        assert ours == [[{*row.nonzero()[:, 0].tolist()} for row in layer] for layer in theirs]
+    assert generation.token_ids == ids and len(ids) == 28
+    assert len({frozenset(own) for layer in seen[-1][1] for own in layer}) == 3 * kv_heads  # each head its own
+    text = {*range(generation.prompt_tokens)} - {j for a, b in generation.spans for j in range(a, b)}
+    assert all(text <= own for _, layers in seen for layer in layers for own in layer)
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_with_room_for_everything_the_logits_are_those_of_no_pruning(tiny, watched, backend, kind):
+    """To the last bit, though scores are kept."""
+    _, checkpoint = tiny(2)
+    checkpoint = dataclasses.replace(load(checkpoint.folder, "fp32", torch.get_default_device()), stop_ids=())
+    count = 24 if backend == "torch" else 5
+    options = {"backend": backend, "kv_dtype": kind}
+    pruned, ours = watched(checkpoint, "h2o:retention=1,extra_tokens=100", count, **options)
+    plain, theirs = watched(checkpoint, None, count, **options)
+    assert pruned.token_ids == plain.token_ids and pruned.bytes_held == plain.bytes_held
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True)) and len(ours) == count - 1
+    _, fewer = watched(checkpoint, "h2o:retention=1,extra_tokens=2", count, **options)
+    assert [torch.equal(a, b) for (a, _), (b, _) in zip(fewer, theirs, strict=True)][:3] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8", "fp8"])
+def test_backends_hold_the_same(tiny, watched, kind):
+    pytest.importorskip("triton", reason="triton has no wheel for this system")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = dataclasses.replace(load(tiny(2)[0], "fp32", device), stop_ids=())
+    with torch.device(device):
+        ways = [watched(checkpoint, "h2o:newest=0.2", 7, backend=b, kv_dtype=kind) for b in ("torch", "triton")]
+    (one, ours), (two, theirs) = ways
+    assert one.token_ids == two.token_ids and two.cache.fused
+    assert [places for _, places in ours] == [places for _, places in theirs]
+    for (a, _), (b, _) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_an_answer_of_500_tokens_takes_no_more_bytes_than_its_first(tiny, kind):
+    _, checkpoint = tiny(2)
+    sampling = Sampling(500)
+    generation = Generation(checkpoint, "what?", pictures(2), sampling, prune=make_method("h2o"), kv_dtype=kind)
+    _, before = live_bytes()
+    sizes, lives, answer = set(), [], iter(generation)
+    for piece, _ in enumerate(answer):
+        cache = generation.cache
+        sizes.add((cache.nbytes_reserved, tuple(cache.kv_len.flatten().tolist())) if piece > 1 else None)
+        if piece in (2, 400):
+            lives.append(live_bytes(apart=before)[0])
+    assert len(generation.token_ids) == 500 and len(sizes) == 2  # None, and one for all later steps
+    assert cache.pos.item() == generation.prompt_tokens + 499
+    assert abs(lives[1] - lives[0]) <= 4096  # ids and times of the answer
+    assert 0 <= lives[0] - cache.nbytes_reserved <= 4096  # tables, plans, what a step computes
+    rows = int(cache.kv_len.sum())
+    row = 2 * 16 * 4 if kind == "auto" else 2 * (16 + 2)
+    assert cache.nbytes_held == rows * row and cache.nbytes_reserved == rows * (row + 12)  # no slot is free
+    assert generation.bytes_held == cache.nbytes_held - 3 * 2 * row
+
+
+SPECS = ["h2o", None, "h2o:retention=0.5,newest=0.1,extra_tokens=7", "plphp", "h2o:keep_tokens=1"]
+
+
+@pytest.mark.parametrize("size", [5, 2])
+@torch.inference_mode()
+def test_sequences_of_a_batch_evict_as_they_would_alone(tiny, size):
+    """Other budgets, other ages, some that never evict; they join and leave."""
+    _, checkpoint = tiny(2)
+
+    def asked():
+        lengths = (30, 12, 25, 9, 18)
+        return [
+            Generation(
+                checkpoint, "what? " * (i + 1), pictures(1 + i % 2), Sampling(n), prune=spec and make_method(spec)
+            )
+            for i, (n, spec) in enumerate(zip(lengths, SPECS, strict=True))
+        ]
+
+    alone, mates, batch = asked(), asked(), Batch()
+    for generation in alone:
+        "".join(generation)
+    waiting, over = list(mates), []
+    while waiting or batch:
+        while waiting and len(batch) < size:
+            batch.add(waiting.pop(0))
+        over += batch.advance()
+        if batch.cache:
+            poison(batch.cache)
+            assert all(room >= 0 for room in batch.cache.rooms)
+            assert (batch.cache.kv_len <= batch.cache.kv_cap).all()
+    assert len(over) == 5 and [g.token_ids for g in mates] == [g.token_ids for g in alone]
+
+
+def prompted(checkpoint, spec="h2o:retention=0.2,extra_tokens=2", steps=4):
+    """A cache that evicts, after some steps."""
+    generation = Generation(checkpoint, "what?", pictures(1), Sampling(9), prune=make_method(spec))
+    language = checkpoint.model.language_model
+    with torch.inference_mode():
+        generation.prefill()
+        for i in range(steps):
+            plain_step(language, generation.cache)(torch.tensor([i + 5]))
+    return language, generation.cache
+
+
+STEPS = {
+    "step": lambda language, cache: language.step(torch.tensor([7]), cache),
+    "fast step": lambda language, cache: FastStep(language, cache)(torch.tensor([7])),
+    "turn": lambda language, cache: language.extend(torch.ones(1, 5, 64), cache),
+}
+
+
+@pytest.mark.parametrize("block", [512, 2])
+@pytest.mark.parametrize("name", STEPS)
+@torch.inference_mode()
+def test_a_step_that_finds_no_memory_changes_no_score_and_evicts_at_most_once(tiny, name, block, monkeypatch):
+    monkeypatch.setattr("model.llama.BLOCK", block)
+    language, before = prompted(tiny(2)[1])
+    after, act, tried = copy.deepcopy(before), STEPS[name], 0
+    wanted = [act(language, after), language.step(torch.tensor([3]), after)]
+    for cache in failures(before, lambda cache: act(language, cache), 7):
+        tried += 1
+        assert cache.pos.equal(before.pos) and ((before.kv_len - cache.kv_len) >= 0).all()
+        assert (before.kv_len - cache.kv_len).max() <= 1 and cache.fits()
+        if tried % 4 == 0:
+            got = [act(language, cache), language.step(torch.tensor([3]), cache)]
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert held(cache) == held(after) and cache.limit.equal(after.limit)
+            assert scores(cache) == [pytest.approx(own, rel=1e-5) for own in scores(after)]
+    assert tried > 8
+
+
+def scores(cache):
+    """Per layer and segment {position: score}."""
+    found = []
+    for layer, sums in enumerate(cache.score):
+        tables = cache.kv_start[layer].tolist(), cache.kv_len[layer].tolist()
+        for start, length in zip(*tables, strict=True):
+            taken = slice(start, start + length)
+            found.append(dict(zip(cache.token[layer][taken].tolist(), sums[taken].tolist(), strict=True)))
+    return found
