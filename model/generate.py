@@ -216,7 +216,7 @@ class Generation(Prompt):
         pruning = self.prune and Pruning(
             self.prune, layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
-            protected=protected_of(picked, spans, x), embeddings=x,
+            protected=protected_of(picked, spans, x), embeddings=x, counts=self._counts,
         )  # fmt: skip
         origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:

@@ -23,8 +23,8 @@ class View:
     q_heads, kv_heads   Hq, Hkv
     tokens, device      T, number of tokens in this layer; device of all tensors, except those on the CPU
     spans               [(start, stop)] of each picture among the T tokens
-    origin              (T,) int64: index in the prompt of each of the T tokens
     whole_spans         [(start, stop)] of each picture in the prompt, before any narrowing
+    counts              number of tokens of each picture before a stage `pick` or `merge`
     attended            (T,) bool: the tokens that took part in this layer's attention (stage `attend`), or None: all
     protected           (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
     places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
@@ -33,13 +33,14 @@ class View:
     def __init__(
         self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto",
         protected=None, x=None, upcoming=None, embeddings=None, origin=None, whole_spans=None, attended=None,
+        counts=None,
     ):  # fmt: skip
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
         places: None if the spans are text; each span is then a row. contrast: function that `contrast` calls.
         x (1, T + ahead, C) and upcoming: the layer's output, and a function for q and k of the next layer, see
         `Llama.prefill`. embeddings (T', C): of the whole prompt. These three, if not None, can be asked for.
-        origin, whole_spans: None if no token of the prompt has been dropped.
+        origin, whole_spans, counts: None if no token has been dropped.
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
         self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
@@ -48,8 +49,9 @@ class View:
         self._q, self._k, self._v = q[0], k[0], v[0]
         self._contrast, self._ahead, self._backend = contrast, ahead, backend
         self._x, self._upcoming, self._embeddings = x, upcoming, embeddings
-        self.origin = torch.arange(self.tokens, device=k.device) if origin is None else origin.clone()
+        self._origin = origin
         self.whole_spans = list(spans if whole_spans is None else whole_spans)
+        self.counts = [stop - start for start, stop in self.whole_spans] if counts is None else list(counts)
         self.protected = None if protected is None else protected.clone()
         self.attended = None if attended is None else attended.clone()
         self._attention = {}
@@ -63,6 +65,11 @@ class View:
     def values(self):
         """(Hkv, T, D)."""
         return self._v[:, : self.tokens].clone()
+
+    @cached_property
+    def origin(self):
+        """(T,) int64: index in the prompt of each of the T tokens."""
+        return torch.arange(self.tokens, device=self.device) if self._origin is None else self._origin.clone()
 
     @cached_property
     def hidden(self):
@@ -216,7 +223,7 @@ class Pruning:
 
     def __init__(
         self, method, num_layers, spans, places=None, contrast=None, ahead=0, backend="auto", timed=False,
-        remember=False, protected=None, embeddings=None,
+        remember=False, protected=None, embeddings=None, counts=None,
     ):  # fmt: skip
         """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`."""
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
@@ -225,7 +232,7 @@ class Pruning:
         self.masks = [] if remember or method.compacts or method.evicts else None
         self.protected = self.protected_whole = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
-        self.embeddings, self.whole_spans = embeddings, list(spans)
+        self.embeddings, self.whole_spans, self.counts = embeddings, list(spans), counts
         self.attended = None  # (T,) bool: the tokens that take part in the current layer's attention; None: all
 
     def inside(self, layer):
@@ -269,6 +276,7 @@ class Pruning:
         return View(
             layer, self.num_layers, q, k, v, self.spans, self.places, self.contrast, self.ahead, self.backend,
             self.protected, x, upcoming, self.embeddings, self.seen, self.whole_spans, self.attended,
+            self.counts,
         )  # fmt: skip
 
     def _asked(self, ask):
@@ -296,7 +304,7 @@ class Pruning:
             return
         prefilled = Prefilled(self.whole_spans, [mask.clone() for mask in self.masks], self.protected_whole)
         for layer, keep in enumerate(self._asked(lambda: self.method.compact(prefilled))):
-            if keep is not None:
+            if keep is not None and not keep[self.masks[layer]].all():
                 yield layer, keep[self.masks[layer]]
                 self.masks[layer] &= keep
 
@@ -327,11 +335,10 @@ def _known(value, what, cure):
 def merge(x, owner):
     """Average tokens of x (T + ahead, C) in place into those that own them. owner (T,) int64: a token's own index if it
     stays, the index of the token into which it is averaged, or -1 if it is dropped."""
-    taken = (owner >= 0).nonzero()[:, 0]
-    count = torch.bincount(owner[taken], minlength=len(owner))
-    total = torch.zeros_like(x, dtype=torch.float32).index_add_(0, owner[taken], x[taken].float())
+    count = torch.bincount(owner[owner >= 0], minlength=len(owner))
     at = (count > 1).nonzero()[:, 0]  # the bits of all others stay as they are
-    x[at] = (total[at] / count[at, None]).to(x.dtype)
+    total = (owner == at[:, None]).float() @ x[: len(owner)].float()  # index_add_ has no fixed order on a GPU
+    x[at] = (total / count[at, None]).to(x.dtype)
 
 
 def attention_among(q, k, v, tokens):

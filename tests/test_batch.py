@@ -51,7 +51,7 @@ def together(generations, size=None):
 
 
 AHEAD = "plphp-ada:query=lookahead,cover=0.5"
-METHODS = [None, "plphp", "plphp-ada", AHEAD, "fastv"]
+METHODS = [None, "plphp", "plphp-ada", AHEAD, "fastv", "sparsevlm:recycle=true"]
 
 
 @pytest.mark.parametrize("spec", METHODS)
@@ -208,9 +208,10 @@ def filled(lengths, backend, slack=3, d=4):
     return caches
 
 
-def test_a_sequence_is_computed_as_if_alone():
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_sequence_is_computed_as_if_alone(backend):
     """In Triton, to the bit: arenas that move for one sequence leave the splits of the others as they were."""
-    alone = filled([700, 40, 300, 20], "triton", slack=3, d=16)
+    alone = filled([700, 40, 300, 20], backend, slack=3, d=16)
     together = copy.deepcopy(alone)
     cache, live = join(together[:2]), [0, 1]
     for step in range(7):  # 0 and 1 are full in step 3, 2 in step 4, 3 in step 5

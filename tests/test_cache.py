@@ -193,7 +193,8 @@ def test_a_new_turn_of_the_demo_equals_asking_all_at_once(demo, backend, limit, 
     more = [] if backend == "triton" else first.pixels
     second = [*first.unfed, *demo.tokenizer.encode("</s>USER: ")[1:], *[demo.config.image_token_index] * len(more)]
     second += demo.tokenizer.encode("How many objects are there? ASSISTANT:")[1:]
-    language, pictures = demo.model.language_model, demo.model.encode_images(torch.stack([*first.pixels, *more]))
+    pixels = [picture.to(demo.device) for picture in (*first.pixels, *more)]
+    language, pictures = demo.model.language_model, demo.model.encode_images(torch.stack(pixels))
     with torch.inference_mode():
         x, _ = demo.model.splice(second, pictures[len(first.pixels) :])
         logits = language.logits(language.extend(x[None], first.cache)[0, -1])
@@ -287,6 +288,62 @@ def test_a_gradient_reaches_q_and_v_or_is_refused(backend):
             cache.attend(0, q)
 
 
+def drops(rng, cache, layer, share=0.5):
+    """Drop about this share of a layer's taken slots -> one bool for each, segment after segment."""
+    taken = int(cache.kv_len[layer].sum())
+    stays = torch.tensor([rng.random() >= share for _ in range(taken)], dtype=torch.bool)
+    cache.drop(layer, stays)
+    return stays
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("slack", [1, 30])
+def test_what_a_layer_drops_after_the_prefill_is_as_if_it_was_never_kept(heads, kv_heads, slack, backend):
+    """Another share in each layer: nothing, half and all. Later steps move the arenas with slack 1."""
+    model, rng = small_llama(heads, kv_heads), python_random(heads)
+    x, keep = torch.randn(16, 32), random_keep(rng, kv_heads, 9)
+    cache, hidden = prefilled(model, x[:9], keep, slack, backend)
+    for layer, share in enumerate((0.5, 0.0, 1.0)):
+        before = cache.kv_len.clone()
+        keep[layer][keep[layer].clone()] = drops(rng, cache, layer, share)
+        poison(cache)
+        assert torch.equal(cache.kv_len, before.index_copy(0, torch.tensor([layer]), keep[layer].sum(1)[None].int()))
+    assert cache.kv_len.tolist() == keep.sum(2).tolist() and (cache.kv_cap - cache.kv_len == slack).all()
+    states = [hidden, model.extend(x[None, 9:12], cache)[0]]
+    states += [model.decode(x[None, t], cache) for t in range(12, 16)]
+    poison(cache)
+    check(model, x, keep, torch.cat(states))
+    assert cache.pos.tolist() == [16]
+
+
+def test_sequences_of_a_batch_drop_their_own_tokens(backend):
+    """Also with other numbers of free slots in each sequence."""
+    model, rng, prompts = small_llama(), python_random(3), (5, 9)
+    xs, keeps = [torch.randn(p + 4, 32) for p in prompts], [random_keep(rng, 2, p) for p in prompts]
+    pairs = [
+        prefilled(model, x[:p], keep, slack, backend)
+        for x, p, keep, slack in zip(xs, prompts, keeps, (2, 5), strict=True)
+    ]
+    cache, room = join([cache for cache, _ in pairs]), None
+    for layer in range(LAYERS):
+        room = cache.kv_cap[layer] - cache.kv_len[layer]
+        stays, begin = drops(rng, cache, layer), 0
+        assert torch.equal(cache.kv_cap[layer] - cache.kv_len[layer], room)
+        for keep in keeps:
+            count = int(keep[layer].sum())
+            keep[layer][keep[layer].clone()] = stays[begin : begin + count]
+            begin += count
+    states = [[hidden] for _, hidden in pairs]
+    for step in range(4):
+        new = model.decode(torch.stack([x[p + step] for x, p in zip(xs, prompts, strict=True)]), cache)
+        poison(cache)
+        for rows, row in zip(states, new, strict=True):
+            rows.append(row[None])
+    assert room.tolist() == [2, 2, 5, 5]
+    for x, keep, rows in zip(xs, keeps, states, strict=True):
+        check(model, x, keep, torch.cat(rows))
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -350,6 +407,23 @@ def test_the_first_layer_gives_the_next_position(backend):
     for layer, tokens in enumerate((5, 3)):  # the second layer sees fewer
         cache.pack(layer, *torch.randn(2, 1, 2, tokens, 8))
     assert cache.pos.tolist() == [5]
+
+
+def test_dropped_tokens_free_their_memory_layer_by_layer(backend):
+    """No more is live at any time than before, except one layer's new arenas."""
+    model, cache = small_llama(), RaggedCache(LAYERS, slack=5, backend=backend)
+    model.prefill(torch.randn(1, 40, 32), cache)
+    row, whole = 2 * 8 * 4, cache.nbytes_reserved  # K and V, D, bytes
+    assert whole == LAYERS * 2 * (40 + 5) * row
+    live, addresses = live_bytes()
+    for layer in range(LAYERS):
+        old = weakref.ref(cache.k[layer]), weakref.ref(cache.v[layer])
+        cache.drop(layer, torch.arange(2 * 40) % 4 == 0)
+        gc.collect()
+        assert all(r() is None for r in old)
+        assert cache.nbytes_reserved == whole - (layer + 1) * 2 * 30 * row
+        assert live - live_bytes()[0] >= (layer + 1) * 2 * 30 * row - 2000  # tables and the mask
+    assert cache.nbytes_held == LAYERS * 2 * 10 * row
 
 
 def test_repacking_frees_the_old_arenas(backend):

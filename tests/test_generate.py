@@ -39,7 +39,7 @@ def finished(*args, **kwargs):
 
 @pytest.mark.parametrize("spec", [
     None, "plphp", "plphp-ada:query=last", "topk:values=true,cover=0.5", "shared:cover=0.5", "snapkv", "adakv",
-    "fastv", "random", "grid", "objects", "topk:rates=[0.1,0.2,0.3,0.4,0.5,0.6]",
+    "fastv", "sparsevlm:recycle=true", "random", "grid", "objects", "topk:rates=[0.1,0.2,0.3,0.4,0.5,0.6]",
 ])  # fmt: skip
 def test_tensors_are_made_where_the_model_is(demo, spec):
     """Not on torch's default device, here the meta device, which has no memory."""

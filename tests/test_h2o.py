@@ -5,14 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import refusal
 from test_methods import pictures
 
 from model import Batch, Generation, Sampling, load
 from model.fast import FastStep
 from model.generate import plain_step
 from model.pruning import make_method
-from model.report import logits_along
 from tests.h2o_oracle import heavy_hitters
 from tests.oracle import poison
 from tests.test_cache import live_bytes
@@ -77,8 +75,8 @@ def watched(monkeypatch):
 
 
 ORACLE = [  # KV heads, kind, retention, newest, extra tokens, pictures
-    (4, "Llava", 0.3, 0.5, 1, 1), (2, "Llava", 0.2, 0.5, 1, 2), (2, "Llava", 0.5, 0.0, 4, 1), (1, "Llava", 0.1, 1.0, 2, 1),
-    (2, "LlavaNext", 0.2, 0.3, 1, 1),
+    (4, "Llava", 0.3, 0.5, 1, 1), (2, "Llava", 0.2, 0.5, 1, 2), (2, "Llava", 0.5, 0.0, 4, 1),
+    (1, "Llava", 0.1, 1.0, 2, 1), (2, "LlavaNext", 0.2, 0.3, 1, 1),
 ]  # fmt: skip
 
 

@@ -108,6 +108,18 @@ def test_joined_moved_and_selected_rows_keep_their_scales(backend, kind):
     assert cache.nbytes_reserved == (taken + 1 * LAYERS * 4) * 2 * (8 + 2)
 
 
+@BOTH
+def test_dropped_rows_take_their_scales_with_them(backend, kind):
+    model = small_llama().to(torch.get_default_device())
+    cache, stays = RaggedCache(LAYERS, 3, backend, kind), torch.rand(2, 9) < 0.5
+    model.prefill(torch.randn(1, 9, 32), cache)
+    wanted = [rows[own] for rows, own in zip(rows_of(cache), stays, strict=True)]
+    cache.drop(1, stays.flatten())
+    poison(cache)
+    assert all(map(torch.equal, rows_of(cache), wanted)) and cache.kv_len[1].tolist() == stays.sum(1).tolist()
+    assert cache.nbytes_reserved == (2 * 2 * 12 + int(stays.sum()) + 2 * 3) * 2 * (8 + 2)  # D codes and a scale
+
+
 def test_a_repack_that_runs_out_of_memory_leaves_codes_and_scales_together():
     model, keep = small_llama(), torch.rand(LAYERS, 4, 7) < 0.6
     cache = RaggedCache(LAYERS, 2, "torch", "int8")

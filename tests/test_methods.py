@@ -21,7 +21,7 @@ from model.console import explain
 from model.pruning import METHODS, Method, MethodError, make_method
 from model.pruning.budget import best, budget, by_head, later, mass, pooled, select
 from model.pruning.plphp import Plphp, gamma
-from model.view import Pruning, View
+from model.view import Pruning, View, pruned_prefill
 from tests.given import given_view
 from tests.oracle import masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
@@ -29,8 +29,9 @@ from tests.sizes import Sizes
 
 NAMES = [name for name in METHODS if name != "none"]
 IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
+BUDGETED = [name for name in IN_MODEL if "keep_tokens" in make_method(name).settings]
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
-NARROWING = {"fastv"}  # tokens leave the prompt
+NARROWING = {"fastv", "pyramiddrop", "sparsevlm", "zipvl"}  # hidden states change
 
 
 # ---------------------------------------------------------------- pieces
@@ -181,7 +182,10 @@ def test_the_key_that_attention_is_parked_on_stays(name):
 
 
 def answer(method, view):
-    """keep (Hkv, T); for a method that narrows the prompt, the same in every head."""
+    """keep (Hkv, T); for a method that narrows the prompt or its attention, the same in every head."""
+    if method.attends:
+        chosen = method.attend(view)
+        return (view.text | True if chosen is None else chosen).expand(view.kv_heads, -1)
     return method.narrow(view).expand(view.kv_heads, -1) if method.narrows else method.keep(view)
 
 
@@ -276,7 +280,7 @@ BUDGETS = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(IN_MODEL), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
+@given(st.sampled_from(BUDGETED), GRIDS, BUDGETS, st.sampled_from([(4, 4), (8, 2), (6, 1)]), st.integers(0, 3))
 def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
     """Pictures of different shapes, with and without text between them, any number of heads; results repeat exactly."""
     spans, places, end = [], [], 2
@@ -295,7 +299,7 @@ def test_every_method_keeps_exactly_its_budget(name, grids, wanted, heads, gap):
     assert keep[:, view.text].all() and keep.equal(answer(method, view))
 
 
-@pytest.mark.parametrize("name", IN_MODEL)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_pictures_may_share_a_budget(name):
     """20 of all their tokens; separate budgets would keep 20 of each."""
     view = given_view([(3, 40), (45, 70), (70, 100)], 110, 8, 4)
@@ -338,7 +342,14 @@ def answered(checkpoint, question, tokens, prune=None, backend="torch"):
 
 
 @pytest.mark.parametrize(
-    ("spec", "retention"), [*((n + ":extra_tokens=8" * (n == "h2o"), 1.0) for n in NAMES), ("plphp:r=1,dr=0,skip=0", None), ("plphp:skip=4", 0.1)]
+    ("spec", "retention"),
+    [
+        *((n, 1.0) for n in NAMES if n != "h2o" and "retention" in make_method(n).settings),
+        ("h2o:extra_tokens=8", 1.0),
+        *((spec, None) for spec in ("plphp:r=1,dr=0,skip=0", "pyramiddrop:stages=[]", "pyramiddrop:ratios=[1,1,1]")),
+        ("plphp:skip=4", 0.1),
+        ("mustdrop:threshold=1,individual_threshold=0", None),
+    ],  # fmt: skip
 )
 def test_keeping_everything_is_no_pruning(small, spec, retention):
     pruned, plain = answered(small, "last", 8, make_method(spec, retention)), answered(small, "last", 8)
@@ -359,7 +370,7 @@ def test_dropping_k_and_v_does_not_change_the_first_token(small, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_picture_nothing_is_dropped_and_a_note_says_so(small, name):
-    pruned, plain = answered(small, "none", 4, make_method(name, keep_tokens=1)), answered(small, "none", 4)
+    pruned, plain = answered(small, "none", 4, make_method(name)), answered(small, "none", 4)
     assert pruned.token_ids == plain.token_ids and pruned.bytes_held == plain.bytes_held
     assert pruned.kept == [0.0] * 4 and plain.notes == []
     "".join(pruned)
@@ -375,11 +386,11 @@ LONG = 700  # tokens; many more than the 32 channels
 @torch.no_grad()
 def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):
     model, cache = small_llama(kv_heads=kv_heads), RaggedCache(3, backend="torch")
-    method, spans = make_method(name), [(20, 320), (320, 650)]
+    method, spans, x = make_method(name), [(20, 320), (320, 650)], torch.randn(1, LONG, 32)
     contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]
-    pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch")
+    pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch", embeddings=x[0])
     with Sizes() as sizes:
-        model.prefill(torch.randn(1, LONG, 32), cache, prune=pruning)
+        pruned_prefill(model, x[0], cache, pruning)
     assert sizes.where and sizes.largest < LONG**2, sizes.where
     assert not method or cache.kv_len.min() < LONG  # something was pruned
 
@@ -635,6 +646,61 @@ def test_a_class_of_ones_own_may_narrow(small):
         assert generation.kept == [108.0] * before + [3.0 * each] * (4 - before)
         assert generation.bytes_held == (4 * text + 108 * before + 3 * each * (4 - before)) * 2 * 2 * 16 * 4
     assert answered(small, "three", 3, Both(layer=2)).kept == [15.0] * 4  # later layers see the remaining tokens
+
+
+class Forgets:
+    """Each head keeps `mask` of what it sees and, after the prefill, `left` of that; (Hkv, T) bool each."""
+
+    def __init__(self, mask, left):
+        self.mask, self.left = mask, left
+
+    def keep(self, view):
+        return self.mask
+
+    def compact(self, prefilled):
+        assert all(kept[self.mask].all() and not kept.all() for kept in prefilled.kept)
+        assert (prefilled.tokens, prefilled.kv_heads) == (self.mask.shape[1], len(self.mask))
+        for kept in prefilled.kept:
+            kept.zero_()  # a copy
+        return [self.left, None, self.left.any(0), self.left]
+
+
+def test_what_is_given_up_after_the_prefill_is_as_if_no_layer_had_kept_it(small):
+    """A head's own tokens, or the same in all heads; None: nothing is given up. Text and guarded tokens stay."""
+    tokens = answered(small, "three", 1).prompt_tokens
+    mask, left = torch.rand(2, 2, tokens) < 0.5
+    wanted = [mask & left, mask, mask & left.any(0), mask & left]
+    ids = {}
+    for name, rule in (("compact", Forgets(mask, left)), ("keep", lambda view: wanted[view.layer])):
+        method = Method(name, rule, {"sink": 40, "recent": 30})
+        generation = Generation(small, *QUESTIONS["three"][:1], pictures(3), Sampling(8), prune=method, remember=True)
+        ids[name] = ["".join(generation), generation.token_ids, generation.kept, generation.bytes_held]
+        for layer, (keep, shown) in enumerate(zip(wanted, generation.masks, strict=True)):
+            fixed = torch.ones(tokens, dtype=torch.bool)
+            for a, b in generation.spans:
+                fixed[max(a, 40) : max(40, min(b, tokens - 30))] = False
+            assert shown.equal(keep | fixed)
+            assert generation.cache.kv_len[layer].tolist() == ((keep | fixed).sum(1) + 7).tolist()
+    assert ids["compact"] == ids["keep"] and generation.kept != [108.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (None, "NoneType from compact; return a list of 4"),
+        ([None] * 3, "list from compact; return a list of 4"),
+        ([None, torch.ones(9, dtype=torch.bool)] * 2, "torch.bool (9,) on cpu for layer 1; return torch.bool (2, T)"),
+        ([None, None, [True], None], "list for layer 2; return torch.bool (2, T)"),
+        ([torch.ones(2, 59)] * 4, "torch.float32 (2, T) on cpu for layer 0; return torch.bool (2, T)"),
+    ],
+)
+def test_what_is_no_list_of_masks_is_refused_after_the_prefill(small, result, words):
+    class Gives:
+        def compact(self, prefilled):
+            return result
+
+    said = refusal(answered, small, "one", 1, Gives())
+    assert re.sub(r"\b\d\d+\b", "T", said) == f"method Gives returned {words}"
 
 
 def forgets_text(view):

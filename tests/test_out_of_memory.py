@@ -144,6 +144,17 @@ def test_repacking_is_done_or_not_layer_by_layer(slack):
     assert moved == set(range(LAYERS))
 
 
+def test_a_layer_drops_tokens_or_not():
+    _, before = prompted(slack=4, room=3)
+    stays = torch.rand(int(before.kv_len[1].sum())) < 0.5
+    after = copy.deepcopy(before)
+    after.drop(1, stays)
+    for cache in failures(before, lambda cache: cache.drop(1, stays)):
+        check_same(cache, before, room=True)
+        cache.drop(1, stays)
+        check_same(cache, after, room=True)
+
+
 def leave(cache):
     """Sequence 0 leaves."""
     keep_sequences(cache, [1])

@@ -5,15 +5,20 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import refusal
 from PIL import Image
 
 from kernels import window_scores
 from model import Generation, load
 from model import view as views
+from model.cache import RaggedCache
 from model.image import ImageSettings, contrast_of, kept_of_tiles, normalise, places_of, to_tiles
+from model.llama import rope_table
 from model.pruning import Method, make_method
 from model.view import Pruning, View
 from tests.given import given_view
+from tests.oracle import small_llama
 from tests.paths import DEMO
 from tests.seeds import torch_random
 from tools import evaluate, scenes
@@ -171,6 +176,165 @@ def test_attention_is_measured_once_per_layer_and_query(monkeypatch):
     for wrong in ({"query": "look-ahead"}, {"rows": 0}, {"rows": True}, {"rows": 1.5}):
         with pytest.raises(ValueError, match="give rows of 1 or more"):
             view.attention(**wrong)
+
+
+@pytest.mark.parametrize("known", [10, 7])
+def test_attention_of_any_rows_is_that_of_a_softmax(backend, known):
+    """Against a loop in float64. known: last rows whose queries are stored; two look-ahead rows follow."""
+    q, k, v = torch.randn(3, 1, 4, 12, 8)
+    q, k, v = q[:, :, 10 - known :], k[:, :2], v[:, :2]
+    view = View(0, 3, q, k, v, [(1, 4), (5, 7)], ahead=2, backend=backend)
+
+    def row(head, place):
+        key = k[0, head // 2, : place + 1].double()
+        weights = (key @ q[0, head, place - (10 - known)].double() * 8**-0.5).exp()
+        return F.pad(weights / weights.sum(), (0, 9 - place))
+
+    for rows in ([9], [3], [8, 3, 3], [9, 5, 4, 6], list(range(3, 10))):
+        wanted = torch.stack([torch.stack([row(head, place) for place in rows]) for head in range(4)])  # (Hq, R, T)
+        asked = torch.tensor(rows)
+        torch.testing.assert_close(view.attention(asked).double(), wanted.mean(1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(view.row_attention(asked).double(), wanted.mean(0), rtol=1e-5, atol=1e-6)
+        view.attention(asked).zero_()
+    torch.testing.assert_close(view.attention(torch.tensor([7, 8, 9])), view.attention(3), rtol=1e-5, atol=1e-6)
+    for wrong in ([], [-1], [9 - known], [10], [[9]], [9.0]):
+        for ask in (view.attention, view.row_attention):
+            with pytest.raises(ValueError, match=f"give int64 indices .* from {10 - known} to 9"):
+                ask(torch.tensor(wrong, dtype=None if wrong else torch.int64))
+
+
+# ---------------------------------------------------------------- tokens that are averaged
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Averages:
+    """Returns the owners given for each layer; notes what it sees."""
+
+    owners: dict
+    seen: list = dataclasses.field(default_factory=list)
+
+    def narrow(self, view):
+        self.seen.append(view)
+        return self.owners.get(view.layer)
+
+
+SPANS = [(2, 8), (10, 13)]  # of 15 tokens
+OWNERS = {  # layer: owner of each token that it sees
+    0: [0, 1, 2, 5, -1, 5, 5, 2, 8, 9, 5, 11, -1, 13, 14],  # 2 and 7; 3, 5, 6 and 10, across two pictures
+    1: [0, 1, 2, 2, 4, 5, 6, 7, 8],  # then 2 and 5
+}
+LEFT = [[*range(15)], [0, 1, 2, 5, 8, 9, 11, 13, 14], [0, 1, 2, 8, 9, 11, 13, 14]]
+
+
+def averaged(model, x, owners):
+    """The decoder's layers, one after the other, with means in loops -> hidden states of the tokens that are left."""
+    left = [*range(len(x))]
+    for layer, block in enumerate(model.model.layers):
+        rope = rope_table(torch.tensor(left), model.config, x.dtype)  # the positions of the prompt
+        x = block.prefill(x[None], rope)[0][0]
+        owner = owners.get(layer, range(len(x)))
+        stay = [i for i, own in enumerate(owner) if own == i]
+        x = torch.stack([torch.stack([x[i] for i, own in enumerate(owner) if own == u]).mean(0) for u in stay])
+        left = [left[i] for i in stay]
+    return model.model.norm(x)
+
+
+def averaging(owners, num_layers=3, **more):
+    """A `Pruning` with `Averages` for prompts of 15 tokens, and what it sees."""
+    method = Averages(owners={layer: torch.tensor(owner) for layer, owner in owners.items()})
+    places = [torch.cartesian_prod(torch.arange(rows), torch.arange(3)) for rows in (2, 1)]
+    contrast = [torch.arange(6.0), torch.arange(3.0)]
+    pruning = Pruning(
+        make_method(method), num_layers, SPANS, places, lambda: contrast, backend="torch", remember=True, **more
+    )
+    return pruning, method.seen
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_a_token_is_averaged_into_one_that_stays_at_its_place(kv_heads):
+    model, x = small_llama(kv_heads=kv_heads), torch.randn(1, 15, 32)
+    before, cache = x.clone(), RaggedCache(3, backend="torch")
+    pruning, seen = averaging(OWNERS, embeddings=x[0])
+    hidden = model.prefill(x, cache, prune=pruning)
+    torch.testing.assert_close(hidden[0], averaged(model, x[0], OWNERS), rtol=1e-4, atol=1e-5)
+    assert x.equal(before) and cache.pos.tolist() == [15]
+    assert cache.kv_len.tolist() == [[len(left)] * kv_heads for left in LEFT]
+    for view, left, mask in zip(seen, LEFT, pruning.masks, strict=True):
+        assert view.origin.tolist() == left and mask.nonzero()[:, 1].tolist() == left * kv_heads
+        assert view.whole_spans == SPANS and view.embeddings.equal(x[0])
+        assert [j for a, b in view.spans for j in left[a:b]] == [j for j in left if not view.text[left.index(j)]]
+        kept = [[j - a for j in left if a <= j < b] for a, b in SPANS]
+        assert [far.tolist() for far in view.contrast()] == kept
+        assert [place.tolist() for place in view.places] == [[[j // 3, j % 3] for j in row] for row in kept]
+    without = {layer: [own if own == i else -1 for i, own in enumerate(owner)] for layer, owner in OWNERS.items()}
+    dropped = averaged(model, x[0], without)
+    assert (hidden[0, -1] - dropped[-1]).abs().max() > 1e-2  # the means have an effect
+    none, _ = averaging(without)
+    masks, _ = averaging({})
+    masks.method = make_method(Keeps(keep={i: torch.tensor(o) >= 0 for i, o in without.items()}))
+    both = [model.prefill(x, prune=pruning) for pruning in (none, masks)]
+    assert both[0].equal(both[1])  # owners of -1 are a mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeps:
+    keep: dict
+
+    def narrow(self, view):
+        return self.keep.get(view.layer)
+
+
+@torch.no_grad()
+def test_text_protected_tokens_and_the_last_one_own_themselves():
+    """Whatever a method says of them; they are in no mean."""
+    x, q = torch.randn(1, 17, 8), torch.zeros(1, 1, 17, 4)  # two look-ahead rows
+    before, protected = x.clone(), torch.zeros(15, dtype=torch.bool)
+    protected[[3, 11]] = True
+    pruning, _ = averaging({0: [4] * 15}, protected=protected, ahead=2)
+    pruning.method = dataclasses.replace(pruning.method, settings={"sink": 3})
+    keep, go_on = pruning(0, q, q, q, x)
+    stay = [0, 1, 2, 3, 4, 8, 9, 11, 13, 14]
+    assert keep is None and go_on.tolist() == stay
+    rest = [i for i in (*stay, 15, 16) if i != 4]
+    assert x[0, rest].equal(before[0, rest])
+    torch.testing.assert_close(x[0, 4], before[0, [4, 5, 6, 7, 10, 12]].mean(0))
+    assert pruning.protected.nonzero()[:, 0].tolist() == [3, 7]
+    owner = torch.tensor([*range(10), 10, 10, 10, 10, 10])
+    last = Pruning(make_method(Averages(owners={0: owner})), 3, [(2, 8), (10, 15)], backend="torch")
+    q, x = q[:, :, :15], torch.randn(1, 15, 8)
+    assert last(0, q, q, q, x)[1].tolist() == [*range(11), 14]  # a picture ends the prompt
+
+
+def test_a_mean_in_bf16_is_rounded_once():
+    """A sum of 300 tokens in bf16 would be off; tokens that stay alone keep their bits."""
+    x = torch.randn(1, 310, 4).bfloat16() + 1
+    q = torch.zeros(1, 1, 310, 4)
+    before, owner = x[0].clone(), torch.arange(310)
+    owner[2:302] = 7
+    pruning = Pruning(make_method(Averages(owners={0: owner})), 2, [(2, 305)], backend="torch")
+    _, go_on = pruning(0, q, q, q, x)
+    assert go_on.tolist() == [0, 1, 7, *range(302, 310)]
+    assert x[0, 7].equal(before[2:302].double().mean(0).bfloat16())
+    rest = [0, 1, *range(302, 310)]
+    assert x[0, rest].equal(before[rest])
+
+
+@pytest.mark.parametrize(
+    ("owner", "words"),
+    [
+        ([0, 1, 3, -1, *range(4, 15)], "averages a token of layer 0 into one that does not stay"),
+        ([0, 1, 3, 4, *range(4, 15)], "averages a token of layer 0 into one that does not stay"),
+        ([0, 1, 15, *range(3, 15)], "averages a token of layer 0 into one that does not stay"),
+        ([*range(14)], "returned torch.int64 (14,)"),
+        ([float(i) for i in range(15)], "returned torch.float32 (15,)"),
+    ],
+)
+def test_owners_that_do_not_stay_are_refused(owner, words):
+    """Of a token that is dropped, of one that is averaged itself, of none."""
+    pruning, _ = averaging({0: owner})
+    x, q = torch.randn(1, 15, 8), torch.zeros(1, 1, 15, 4)
+    assert words in refusal(pruning, 0, q, q, q, x)
 
 
 # ---------------------------------------------------------------- grid, objects

@@ -57,7 +57,8 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
 
 def test_a_head_is_scored_alike_whatever_its_neighbours(backend):
     """Parts of the shipped size: 256 of these 1,100 tokens, the last one cut short."""
-    q, k = torch.randn(4, 3, 16, generator=torch_random(1)), torch.randn(2, 1100, 16, generator=torch_random(2))
+    shapes = (4, 3, 16), (2, 1100, 16)
+    q, k = (torch.randn(shape, generator=torch_random(seed), device="cpu") for seed, shape in enumerate(shapes))
     q, k = q.to(torch.get_default_device()), k.to(torch.get_default_device())
     both = window_scores(q, k, backend=backend)
     exact = exact_scores(q, k, [1097, 1098, 1099], 0.25, "mean")

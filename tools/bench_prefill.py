@@ -2,16 +2,20 @@
 
     python tools/bench_prefill.py                                     # random weights, 2,928 vision tokens
     python tools/bench_prefill.py --prune hired@0.25 visionzip@0.1 fastv@0.25
+    python tools/bench_prefill.py --prune zipvl@0.5 --pictures 3 --noise 672x616    # 8,196 vision tokens
     python tools/bench_prefill.py --model DIR --image x.png --prompt "..."
 
 Every method answers with one token; the rounds alternate, so that a machine that slows down affects all equally.
 `vision` is the time of the vision tower and projector, `prefill` that of the language model with choosing, `TTFT` both.
 `speed-up` is the unpruned prefill time over that of the method, `ceiling` the same ratio of floating-point operations
-by arithmetic: matrix products and causal attention over the tokens that each layer processes. A method that drops K
-and V only, such as plphp, saves no operations: its ceiling is 1.
+by arithmetic: matrix products over the tokens that each layer processes, and causal attention among those of them that
+take part in it (zipvl: the important ones). A method that drops K and V only, such as plphp, saves no operations: its
+ceiling is 1. `of it` is the speed-up over the ceiling; `of gain` the same of what they are above 1.
 """
 
+import argparse
 import random
+import re
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -39,7 +43,9 @@ def parser():
     # fmt: off
     p.add_argument("--model", metavar="DIR|ID", help="a checkpoint")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape (default: thin-next, without --model)")
-    p.add_argument("--image", metavar="PATH", help="a picture (default: noise, 672 x 672 pixels)")
+    p.add_argument("--image", metavar="PATH", help="a picture (default: noise)")
+    p.add_argument("--noise", type=size, default=(672, 672), metavar="WxH", help="size of the noise (672x672 pixels)")
+    p.add_argument("--pictures", type=number(int, 1), default=1, metavar="N", help="so many times (default 1)")
     p.add_argument("--prompt", default="Describe the picture.", help="default: %(default)s")
     p.add_argument("--prune", nargs="+", default=METHODS, metavar="SPEC[@F]", help=f"default: {' '.join(METHODS)}")
     p.add_argument("--rounds", type=number(int, 1), default=7, help="timed answers of each (default 7)")
@@ -66,7 +72,8 @@ def bench(args, words):
     """Time all methods in turn, print and save the table -> exit code: 1 if a method broke."""
     checkpoint = checkpoint_of(args)
     methods = {"none": None} | {spec: engines.method_of(spec, checkpoint.folder) for spec in args.prune}
-    asked = Generation(checkpoint, args.prompt, args.image or noise(), Sampling(max_new_tokens=1), timed=True)
+    shown = [args.image or noise(args.noise)] * args.pictures
+    asked = Generation(checkpoint, args.prompt, shown, Sampling(max_new_tokens=1), timed=True)
     runs = {spec: lambda method=method: prefilled(asked, method) for spec, method in methods.items()}
     times, broken = {}, {}
     for turn in range(args.rounds + 1):  # the first round is a warm-up
@@ -79,8 +86,9 @@ def bench(args, words):
     for row in rows:
         compare_with(rows[0], row)
     about = harness.about_run("bench_prefill", words, checkpoint.device, str(checkpoint.dtype)[6:], args.rounds)
+    squares = sum(image["tiles"] for image in asked.images)
     print(f"{about['machine']}, {about['threads']} threads, {about['dtype']}; {asked.prompt_tokens} tokens, "
-          f"{asked.vision_tokens} of them vision tokens in {asked.images[0]['tiles']} squares")  # fmt: skip
+          f"{asked.vision_tokens} of them vision tokens in {squares} squares")  # fmt: skip
     print("\n".join(harness.table(rows, {"prune": max(map(len, methods))}, COLUMNS, lambda row: "")))
     harness.save(args, about, rows)
     return 1 if broken else 0
@@ -91,7 +99,7 @@ COLUMNS = (
     ("prefill ms", "prefill", 1e3, 11, ".0f"),
     ("TTFT ms", "ttft", 1e3, 8, ".0f"), ("vision", "vision_ratio", 1, 7, ".2f"), ("speed-up", "speedup", 1, 9, ".2f"),
     ("20 %", "low", 1, 6, ".2f"), ("80 %", "high", 1, 6, ".2f"), ("ceiling", "ceiling", 1, 8, ".2f"),
-    ("of it", "share", 1, 6, ".2f"), ("KV MB", "kv_bytes", 1e-6, 7, ".1f"),
+    ("of it", "share", 1, 6, ".2f"), ("of gain", "gain", 1, 8, ".2f"), ("KV MB", "kv_bytes", 1e-6, 7, ".1f"),
 )  # fmt: skip
 
 
@@ -100,16 +108,25 @@ def checkpoint_of(args):
     device = choose_device(args.device)
     if args.model:
         return load(args.model, args.dtype, device)
+    stored = "fp32" if args.dtype == "auto" else args.dtype
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(sys.stderr):
-            make_checkpoint.make(Path(folder) / "model", args.shape or "thin-next", "fp32")
+            make_checkpoint.make(Path(folder) / "model", args.shape or "thin-next", stored)
         return load(Path(folder) / "model", args.dtype, device)
 
 
-def noise():
-    """A picture that fills 2 x 2 tiles of 336 pixels."""
+def size(text):
+    """ "WxH" -> (W, H), pixels; by default a picture fills 2 x 2 tiles of 336."""
+    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if not found or not (int(found[1]) and int(found[2])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give WIDTHxHEIGHT, such as 672x672")
+    return int(found[1]), int(found[2])
+
+
+def noise(shape):
+    """A picture of this size, (width, height)."""
     pixels = random.Random(0).randbytes(3 * 84 * 84)
-    return Image.frombytes("RGB", (84, 84), pixels).resize((672, 672), Image.Resampling.BICUBIC)
+    return Image.frombytes("RGB", (84, 84), pixels).resize(shape, Image.Resampling.BICUBIC)
 
 
 def prefilled(asked, method):
@@ -118,20 +135,26 @@ def prefilled(asked, method):
     with torch.inference_mode():
         generation.prefill()
     cache, times = generation.cache, generation.timing
-    # a layer processes all tokens of the prompt, or after a method that narrows those that it stored
-    narrows = method is not None and any("narrow" in stages(part.rule) for part in method.parts)
-    tokens = cache.kv_len.amax(1).tolist() if narrows else [generation.prefilled] * len(cache.k)
+    # a layer processes all tokens of the prompt, or after a method that narrows those that it stored; with `attend`
+    # only the stored ones attend
+    used = {stage for part in (method.parts if method else ()) for stage in stages(part.rule)}
+    stored = cache.kv_len.amax(1).tolist()
+    tokens = stored if "narrow" in used else [generation.prefilled] * len(stored)
+    attending = stored if "attend" in used else tokens
     return {
         "vision": times["vision"], "prefill": times["prefill"], "tokens": generation.prefilled,
-        "kv_bytes": generation.bytes_held, "flops": flops(generation.checkpoint.config.text_config, tokens),
+        "kv_bytes": generation.bytes_held,
+        "flops": flops(generation.checkpoint.config.text_config, tokens, attending),
     }  # fmt: skip
 
 
-def flops(config, tokens):
-    """Floating-point operations of a prefill whose layers process these numbers of tokens, the output head included."""
-    shapes = [Shape("", config, count, 0) for count in tokens]
-    head = 2 * shapes[0].head_numbers
-    return sum((shape.prefill_flops() - head) / len(tokens) for shape in shapes) + head
+def flops(config, tokens, attending):
+    """Floating-point operations of a prefill whose layers process these numbers of tokens, of which those numbers
+    attend to each other; the output head included."""
+    shape = Shape("", config, 0, 0)
+    products = 2 * sum(tokens) * shape.layer_numbers
+    attention = sum(shape.attention_flops(count, count) / 2 for count in attending)
+    return (products + attention) / len(tokens) + 2 * shape.head_numbers
 
 
 def row_of(spec, times, why):
@@ -152,6 +175,7 @@ def compare_with(plain, row):
     row["vision_ratio"] = harness.spread([b["vision"] / a["vision"] for a, b in pairs])[1]
     row["ceiling"] = plain["flops"] / row["flops"]
     row["share"] = row["speedup"] / row["ceiling"]
+    row["gain"] = (row["speedup"] - 1) / (row["ceiling"] - 1) if row["ceiling"] > 1 else None
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ STAGES = {  # the most informative first, because a GPU may be taken away
     "pictures": Stage(
         "the same with many pictures", 520,
         f"{SEVEN} --workloads tiles eight-images long --json OUT/pictures.json\n"
-        f"{PREFILL} --dtype bf16 --json OUT/prefill.json",
+        f"{PREFILL} --shape wide-next --dtype bf16 --json OUT/prefill.json",
         f"{TINY} --workloads 1x24,24,24+8 --prune none --engines ours --json OUT/pictures.json\n"
         f"{PREFILL} --shape tiny-next --device cpu --rounds 1 --json OUT/prefill.json",
     ),

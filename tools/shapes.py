@@ -38,12 +38,13 @@ _TINY_VISION = {
 # the 7B's proportions at a quarter of its width, with 4 layers, behind a small tower with CLIP-L's patches
 _THIN = {
     **_VICUNA, "hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "vocab_size": 512,
+    "vocab_size": 512, "max_position_embeddings": 16384,
 }  # fmt: skip
 _THIN_VISION = {
     "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 4, "image_size": 336, "patch_size": 14, "projection_dim": 128,
 }  # fmt: skip
+_WIDE = {**_VICUNA, "num_hidden_layers": 8}  # 8 layers of the 7B, for a GPU
 _TINY_LONG = {**_TINY, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 
 SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the next one)
@@ -54,6 +55,7 @@ SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the nex
     "next-mistral-7b": (_MISTRAL, _CLIP_L_336, 32000),
     "demo": (_DEMO, _DEMO_VISION, 638),
     "thin-next": (_THIN, _THIN_VISION, 510),
+    "wide-next": (_WIDE, _CLIP_L_336, 32000),
     "tiny": (_TINY, _TINY_VISION, 510),
     "tiny-next": (_TINY_LONG, {**_TINY_VISION, "image_size": 56}, 510),
 }

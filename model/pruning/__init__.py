@@ -62,17 +62,21 @@ from .fopru import FoPru
 from .grid import grid_tokens
 from .h2o import H2O
 from .hired import Hired
+from .mustdrop import MustDrop
 from .mustdrop1 import MustDrop1
 from .objects import Objects
 from .pick_grid import PickGrid
 from .pick_random import PickRandom
 from .plphp import Plphp, PlphpAda
+from .pyramiddrop import PyramidDrop
 from .random_tokens import Random
 from .shared import shared_tokens
 from .snapkv import AdaKV, SnapKV
+from .sparsevlm import SparseVLM
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
+from .zipvl import ZipVL
 
 METHODS = {
     "none": None,
@@ -86,12 +90,16 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
+    "zipvl": ZipVL,
     "h2o": H2O,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
     "visionzip": VisionZip,
     "mustdrop1": MustDrop1,
+    "mustdrop": MustDrop,
     "divprune": DivPrune,
     "pick-grid": PickGrid,
     "pick-random": PickRandom,
@@ -101,10 +109,10 @@ METHODS = {
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates")  # settings that determine how much is kept
+AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "ratios", "tau")  # settings that say how much is kept
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates", "threshold"),
-    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold", "tau"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
 }
@@ -295,12 +303,20 @@ class Method:
             return chosen | fixed
         owner = torch.where(fixed, torch.arange(view.tokens, device=view.device), chosen)
         if (owner >= view.tokens).any() or (owner[owner.clamp(min=0)] != owner)[owner >= 0].any():
-            raise ValueError(f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay")
+            raise ValueError(
+                f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay; return the "
+                "index of a token that owns itself, or -1"
+            )
         return owner
 
     def attend(self, view):
-        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise."""
+        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise.
+
+        The last token takes part, because it predicts the answer.
+        """
         chosen = self._ask("attend", view, (view.tokens,))
+        if chosen is not None:
+            chosen[-1] = True
         return None if chosen is None or chosen.all() else chosen
 
     def evict(self, view):
@@ -321,6 +337,8 @@ class Method:
         shape, always = (prefilled.kv_heads, prefilled.tokens), prefilled.kept[0].new_ones(prefilled.tokens)
         for start, stop in prefilled.spans:
             always[start:stop] = False
+        always[: self.settings.get("sink", 0)] = True
+        always[max(0, prefilled.tokens - self.settings.get("recent", 0)) :] = True
         always = always if prefilled.protected is None else always | prefilled.protected
         for layer, keep in enumerate(found):
             fine = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and keep.shape in (shape, shape[1:])

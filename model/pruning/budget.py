@@ -1,5 +1,6 @@
 """Building blocks for methods: how many vision tokens a head keeps, and which.
 
+    where        at_depth   a layer in proportion to the depth of the model
     by what      ranking    attention, combined for the query heads that share a KV head
     how many     budget     from a fraction or a number of tokens: 1 to n tokens of n; half is rounded up
                  later      the fraction for the later layers, if the first ones keep everything
@@ -38,6 +39,12 @@ def later(retention, layer, num_layers):
     """The fraction that each layer from `layer` on may keep (0 or more), so that with the earlier ones, which keep
     everything, the mean of all layers is retention."""
     return max(0.0, (retention * num_layers - layer) / (num_layers - layer))
+
+
+def at_depth(layer, num_layers, of=32):
+    """The layer of a model with num_layers that is as deep as `layer` in one with `of`: in proportion, half rounded up,
+    from 1 to num_layers - 1."""
+    return max(1, min(math.floor(layer * num_layers / of + 0.5), num_layers - 1))
 
 
 def by_head(rates, layer, heads, tokens):
@@ -140,8 +147,7 @@ def select(scores, view, choose, scope="image", cover=0.0):
     picture, so that every picture keeps its share; "vision" once for all pictures. cover: this share of each head's
     tokens is chosen from an even grid (`grid_phase`) instead of by scores. ValueError if scores hold NaN.
     """
-    if scores.isnan().any():
-        raise ValueError(f"the scores of layer {view.layer} hold NaN, which has no rank; check for 0 / 0")
+    check_scores(scores, view)
     keep = torch.ones(scores.shape, dtype=torch.bool, device=view.device)
     phase = grid_phase(view)[: len(scores)] if cover else None  # if H is 1, that of the first head
     parts = [~view.text] if scope == "vision" and view.spans else [slice(*span) for span in view.spans]
@@ -149,6 +155,12 @@ def select(scores, view, choose, scope="image", cover=0.0):
         chosen = choose(scores[:, part])
         keep[:, part] = covered(scores[:, part], chosen, phase[:, part], cover) if cover else chosen
     return keep
+
+
+def check_scores(scores, view):
+    """ValueError if scores hold NaN."""
+    if scores.isnan().any():
+        raise ValueError(f"the scores of layer {view.layer} hold NaN, which has no rank; check for 0 / 0")
 
 
 def ranking(view, rows=1, query="last", group="mean", values=False):

@@ -121,7 +121,7 @@ class Asked:
         pruning = Pruning(
             method, self.num_layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             lookahead.rows if lookahead else 0, self.backend, remember=True, protected=protected_of(picked, spans, x),
-            embeddings=x,
+            embeddings=x, counts=[stop - start for start, stop in self.spans],
         )  # fmt: skip
         origin = origins(picked, self.spans, self.tokens)
         positions = None if method.moves else original_positions(origin).to(x.device)
