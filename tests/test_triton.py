@@ -375,6 +375,35 @@ def test_captured_steps_count_their_slots(slack, batch, kind, monkeypatch):
     assert torch.equal(caches[0].kv_len, caches[1].kv_len) and (caches[0].kv_len <= caches[0].kv_cap).all()
 
 
+@pytest.mark.parametrize(("slack", "extra"), [(1, 1), (4, 6)])
+def test_captured_steps_evict(slack, extra, monkeypatch):
+    """The graph may be captured before the first eviction: the device decides. A turn of the prompt in between."""
+    model, x = small_llama().to(DEVICE), torch.randn(1, 9, 32, device=DEVICE)
+    caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
+    for cache in caches:
+        model.prefill(x, cache)
+        sums = torch.rand(18, generator=torch_random(3)).to(DEVICE)
+        sums[::3] = float("inf")  # tokens 0, 3 and 6 of each head
+        cache.watch([sums] * 3, [torch.arange(9, device=DEVICE).repeat(2)] * 3, 0.5, extra)
+    step, replays, moves = FastStep(model, caches[0]), 0, set()
+    stand_in(step, monkeypatch)
+    for token in range(20):
+        ids = torch.full((1,), token, device=DEVICE)
+        got = step(ids).clone()
+        replays += step.graph is not None
+        moves.add(caches[0].version)
+        torch.testing.assert_close(got, model.logits(model.decode(model.model.embed_tokens(ids), caches[1])))
+        if token == 12:
+            for cache in caches:
+                model.extend(torch.ones(1, 3, 32, device=DEVICE), cache)
+    ours, theirs = caches
+    assert replays > 12 and len(moves) <= 3 and ours.counts == theirs.counts and ours.ahead == [0]
+    assert torch.equal(ours.kv_len, theirs.kv_len) and ours.kv_len.unique().tolist() == [9 + extra + 3]
+    for layer in range(3):
+        for rows, others in zip(ours.positions(layer), theirs.positions(layer), strict=True):
+            assert torch.equal(rows, others)
+
+
 @pytest.mark.parametrize("fails", ["capture", "first replay", "later replay"])
 def test_a_graph_that_finds_no_memory_claims_nothing(fails, monkeypatch):
     """As in a batch, which undoes its step after an error."""
