@@ -7,12 +7,15 @@ import pytest
 import torch
 from test_methods import pictures
 
-from model import Batch, Generation, Sampling, load
+from model import Batch, Generation, InputError, Sampling, load
 from model.fast import FastStep
 from model.generate import plain_step
 from model.pruning import make_method
+from model.report import logits_along
+from model.view import View
 from tests.h2o_oracle import heavy_hitters
 from tests.oracle import poison
+from tests.seeds import torch_random
 from tests.test_cache import live_bytes
 from tests.test_out_of_memory import failures
 
@@ -228,3 +231,112 @@ def scores(cache):
             taken = slice(start, start + length)
             found.append(dict(zip(cache.token[layer][taken].tolist(), sums[taken].tolist(), strict=True)))
     return found
+
+
+# ---------------------------------------------------------------- conversations and reports
+
+
+@pytest.mark.parametrize("spec", ["h2o:retention=0.5", "pick-grid:retention=0.5+h2o:retention=0.4"])
+def test_a_later_turn_is_never_evicted_and_reports_what_is_left(tiny, spec):
+    """With a second picture. Vision tokens of the first one and tokens of its answer go on competing."""
+    _, checkpoint = tiny(2)
+    first = Generation(checkpoint, "what?", pictures(1), Sampling(25), prune=make_method(spec), remember=True)
+    "".join(first)
+    kept, limit = first.kept, first.cache.limit.clone()
+    second = Generation(
+        checkpoint, "and <image> now?", pictures(1), Sampling(30), prune=first.prune, before=first, remember=True
+    )
+    "".join(second)
+    cache, fed = second.cache, second.prefilled
+    assert torch.equal(cache.limit, limit + fed) and torch.equal(cache.kv_len, cache.limit)
+    start = second.prompt_tokens - second.moved - fed  # position of the first token of the turn
+    assert all({*range(start, start + fed)} <= own for layer in held(cache) for own in layer)
+    assert all(sum(p < start for p in own) < cache.limit.max() - fed for layer in held(cache) for own in layer)
+    (a, b), (c, d) = second.spans
+    assert d - c == 36 and second.masks[..., c:d].all() and not second.masks[..., a:b].all(2).any()
+    assert second.kept == pytest.approx([36 + m.sum(1).double().mean().item() for m in second.masks[..., a:b]])
+    assert all(36 < now < 36 + old for now, old in zip(second.kept, kept, strict=True))
+
+
+@torch.inference_mode()
+def test_an_answer_that_is_fed_is_evicted_like_one_that_is_decoded(tiny):
+    """As --compare and the evaluation feed it."""
+    language, cache = prompted(tiny(2)[1])
+    steps, turn, x = cache, copy.deepcopy(cache), torch.randn(1, 6, 64)
+    fed = copy.deepcopy(cache)
+    states = torch.stack([language.decode(x[:, i], steps) for i in range(6)], 1)
+    assert torch.equal(language.extend(x, fed, answer=True), states) and held(fed) == held(steps)
+    language.extend(x, turn)
+    assert torch.equal(turn.kv_len, steps.kv_len + 6)
+    assert len(logits_along(Generation(tiny(2)[1], "what?", pictures(1), prune=make_method("h2o")), [5, 6, 7])) == 4
+
+
+def test_guards_hold_while_decoding(tiny, watched):
+    """`sink_keys` protects vision tokens of each head; without a picture nothing is evicted."""
+    left = []
+    for guards in (0, 12):
+        spec = f"h2o:keep_tokens=4,newest=1,sink_keys={guards}"
+        generation, seen = watched(tiny(2)[1], spec, 30)
+        vision = {*range(*generation.spans[0])}
+        left.append([len(own & vision) for layer in seen[-1][1] for own in layer])
+    assert max(left[0]) <= 1 < min(left[1])
+    text, _ = watched(tiny(2)[1], "h2o", 20, images=0)
+    assert not text.cache.evicts and text.cache.kv_len.unique().tolist() == [text.prompt_tokens + 19]
+
+
+class Oldest:
+    """Give up what has the lowest score of its own: the earliest vision token."""
+
+    def __init__(self, *, newest=0.0, extra_tokens=3):
+        self.newest, self.extra_tokens = newest, extra_tokens
+
+    def evict(self, view):
+        return torch.arange(view.tokens, device=view.device).expand(view.kv_heads, -1).float() * 1000
+
+
+def test_a_method_of_ones_own_evicts(tiny, watched):
+    """Three tokens of the answer have slots of their own; then they go first, because they count for least."""
+    generation, seen = watched(tiny(2)[1], Oldest, 12)
+    start, stop = generation.spans[0]
+    answer = {generation.prompt_tokens + i for i in range(11)}
+    for i, (_, layers) in enumerate(seen, 1):
+        assert all(len(own) == generation.prompt_tokens + min(i, 3) for layer in layers for own in layer)
+    assert all({*range(start, stop)} <= own and len(own & answer) == 3 for layer in layers for own in layer)
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("h2o:newest=1.5", "newest is 1.5"), ("h2o:extra_tokens=0", "extra_tokens is 0"), ("h2o:newest=x", "newest"),
+    ("h2o:retention=0", "retention"), (type("Bare", (), {"evict": lambda self, view: None}), "evict with newest None"),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(spec, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        make_method(spec)
+    assert ";" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("returned", "words"), [
+    (lambda view: torch.zeros(view.kv_heads, view.tokens, dtype=torch.float64), "float64"),
+    (lambda view: torch.zeros(view.tokens), "returned torch.float32"),
+    (lambda view: torch.full((view.kv_heads, view.tokens), float("nan")), "NaN"),
+])  # fmt: skip
+def test_scores_that_do_not_fit_are_refused(tiny, monkeypatch, returned, words):
+    monkeypatch.setattr(Oldest, "evict", lambda self, view: returned(view))
+    generation = Generation(tiny(2)[1], "what?", pictures(1), prune=make_method(Oldest))
+    with pytest.raises(InputError, match=words):
+        "".join(generation)
+
+
+def test_scores_of_the_prompt_are_the_sums_of_its_rows(tiny, monkeypatch):
+    """Blocks of rows whose number does not divide the prompt's."""
+    sums = []
+    for rows in (64, 7):
+        monkeypatch.setattr("model.view.ROWS", rows)
+        q, k = (
+            torch.randn(1, 4, 23, 16, generator=torch_random(1)),
+            torch.randn(1, 2, 23, 16, generator=torch_random(2)),
+        )
+        sums.append(View(0, 2, q, k, k, [(3, 9)]).sums)
+    scores = q[0] @ k[0].repeat_interleave(2, 0).mT * 16**-0.5
+    exact = scores.masked_fill(torch.ones(23, 23, dtype=torch.bool).triu(1), float("-inf")).softmax(-1).sum(1)
+    for found in sums:
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
