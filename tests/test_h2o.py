@@ -233,7 +233,26 @@ def scores(cache):
     return found
 
 
+@torch.inference_mode()
+def test_an_evicting_cache_is_no_rectangle(tiny):
+    """So that --compile compiles the halves of a layer, between which scores are taken."""
+    _, cache = prompted(tiny(2)[1])
+    assert cache.kv_cap.unique().numel() == 1 and cache.rectangle(0) is None
+
+
 # ---------------------------------------------------------------- conversations and reports
+
+
+@torch.inference_mode()
+def test_a_turn_adds_what_it_attends_to(tiny):
+    """The scores of tokens that compete grow, together by less than the turn has rows."""
+    language, cache = prompted(tiny(2)[1])
+    before = scores(cache)
+    language.extend(torch.randn(1, 5, 64), cache)
+    for old, new in zip(before, scores(cache), strict=True):
+        grown = [new[place] - own for place, own in old.items() if own < float("inf")]
+        assert min(grown) > 0 and 0 < sum(grown) < 5 and len(new) == len(old) + 5
+        assert list(new.values()).count(float("inf")) == len(new) - len(grown)
 
 
 @pytest.mark.parametrize("spec", ["h2o:retention=0.5", "pick-grid:retention=0.5+h2o:retention=0.4"])
@@ -279,7 +298,7 @@ def test_guards_hold_while_decoding(tiny, watched):
         generation, seen = watched(tiny(2)[1], spec, 30)
         vision = {*range(*generation.spans[0])}
         left.append([len(own & vision) for layer in seen[-1][1] for own in layer])
-    assert max(left[0]) <= 1 < min(left[1])
+    assert max(left[0]) <= 1 < max(left[1]) and sum(left[1]) > 3 * sum(left[0])
     text, _ = watched(tiny(2)[1], "h2o", 20, images=0)
     assert not text.cache.evicts and text.cache.kv_len.unique().tolist() == [text.prompt_tokens + 19]
 
