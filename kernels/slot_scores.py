@@ -62,8 +62,8 @@ def add_scores(q, k, score, token, kv_len, pos, plan, backend, *, lse=None, rope
     b, t, device = len(q), q.shape[1], q.device
     rows = q.unflatten(2, (plan.segments // b, -1)).transpose(1, 2).flatten(0, 1)  # (S, T, G, D)
     column, compute = torch.arange(plan.longest, device=device), torch.promote_types(q.dtype, torch.float32)
-    taken, old = column < kv_len[:, None], column < kv_len[:, None] - t  # (S, n)
-    slot = plan.kv_start[:, None] + torch.minimum(column, kv_len[:, None] - 1)  # reads no free slot
+    at = torch.minimum(column, kv_len[:, None] - 1)  # (S, n): the last row again and again instead of free slots
+    slot = plan.kv_start[:, None] + at
     keys = dequantised(k[slot], None if k_scale is None else k_scale[slot], compute).to(compute).mT  # (S, D, n)
     sums = torch.zeros(slot.shape, dtype=compute, device=device)
     size = max(1, ROWS // (slot.numel() * rows.shape[2]))
@@ -72,10 +72,11 @@ def add_scores(q, k, score, token, kv_len, pos, plan, backend, *, lse=None, rope
         last = kv_len[:, None] - t + first + torch.arange(block.shape[1], device=device)  # (S, t), a token sees itself
         logits.masked_fill_((column > last[..., None])[:, :, None], float("-inf"))
         sums += logits.softmax(-1).mean(2).sum(1)
-    sums = torch.where(old, score[slot] + sums, sums).to(score.dtype)[taken]
-    place = (pos.repeat_interleave(plan.segments // b) - kv_len)[:, None] + column
-    token.index_copy_(0, slot[taken & ~old], place[taken & ~old].int())
-    score.index_copy_(0, slot[taken], sums)
+    sums = torch.where(column < kv_len[:, None] - t, score[slot] + sums, sums).to(score.dtype)
+    sums, new = sums.gather(1, at).flatten(), torch.arange(-t, 0, device=device)
+    place = (pos.repeat_interleave(plan.segments // b)[:, None] + new).flatten().int()
+    token.index_copy_(0, ((plan.kv_start + kv_len)[:, None] + new).flatten(), place)
+    score.index_copy_(0, slot.flatten(), sums)
 
 
 def evict_ref(arenas, score, token, kv_start, kv_len, limit, before):
