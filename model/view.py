@@ -14,6 +14,8 @@ from .config import InputError
 from .image import cells
 from .looking import looking_attention, looking_mlp
 
+ROWS = 64  # rows of the prompt whose attention is computed together
+
 
 class View:
     """One layer of a prompt. Attention is computed when a method first asks for it, then cached. All tensors are
@@ -140,6 +142,15 @@ class View:
         q, k = q[0, :, self.tokens - rows : self.tokens], k[0, :, : self.tokens]
         return window_scores(q, k, group="none", backend=self._backend)
 
+    @cached_property
+    def sums(self):
+        """(Hq, T) fp32: the attention that each token gets from all rows of the prompt together. In blocks of rows, so
+        that no T x T matrix is stored; it takes as long as about two more attentions of the layer."""
+        total = torch.zeros(self.q_heads, self.tokens, device=self.device)
+        for rows in torch.arange(self.tokens, device=self.device).split(ROWS):
+            total += self.attention(rows) * len(rows)
+        return total
+
     def _queries_of(self, rows):
         """-> q (Hq, R, D) of the rows (R,), and the rows on the queries' device. ValueError if they are not known."""
         first = self.tokens - (self._q.shape[1] - self._ahead)  # earlier rows are not stored
@@ -171,6 +182,12 @@ def pruned_prefill(language, x, cache, pruning, lookahead=None, positions=None, 
     )
     for layer, keep in pruning.compact() if pruning else ():
         cache.drop(layer, keep)
+    if pruning and pruning.sums:
+        places = torch.arange(len(x), device=x.device) if positions is None else positions
+        held = [
+            (own[mask], places.expand_as(mask)[mask]) for own, mask in zip(pruning.sums, pruning.masks, strict=True)
+        ]
+        cache.watch(*zip(*held, strict=True), pruning.method.newest, pruning.method.extra_tokens)
     return hidden
 
 
@@ -201,8 +218,9 @@ class Pruning:
 
     method    a `model.pruning.Method`: calls the stages of a rule such as `Plphp`, and always keeps text
     seconds   time spent on measuring and choosing; see `timed` in Generation
-    masks     with `remember`, or if the method compacts: per layer (Hkv, tokens of the whole prompt) bool, what each
-              head keeps
+    sums      if the method evicts: per layer (Hkv, tokens of the whole prompt) fp32, its scores of the tokens
+    masks     with `remember`, or if the method compacts or evicts: per layer (Hkv, tokens of the whole prompt) bool,
+              what each head keeps
     """
 
     def __init__(
@@ -215,7 +233,8 @@ class Pruning:
         """
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
-        self.timed, self.seconds, self.masks = timed, 0.0, [] if remember or method.compacts else None
+        self.timed, self.seconds, self.sums = timed, 0.0, []
+        self.masks = [] if remember or method.compacts or method.evicts else None
         self.protected = self.protected_whole = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
         self.embeddings, self.whole_spans, self.counts = embeddings, list(spans), counts
@@ -267,6 +286,8 @@ class Pruning:
             start = clock(k.device, self.timed)
             view = self._view(layer, q, k, v, x, upcoming)
             keep, stay = self._asked(lambda: (self.method.keep(view), self.method.narrow(view)))
+            if self.method.evicts:
+                self.sums.append(self._whole(self._asked(lambda: self.method.evict(view))))
             if stay is not None and stay.dtype == torch.int64:
                 merge(x[0], stay)
                 stay = stay == torch.arange(len(stay), device=stay.device)
@@ -292,8 +313,13 @@ class Pruning:
     def _record(self, k, keep):
         """Note what each head keeps of the prompt's tokens, (Hkv, tokens of the prompt) bool."""
         here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
-        whole = here if self.seen is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.seen, here)
-        self.masks.append(whole)
+        self.masks.append(self._whole(here))
+
+    def _whole(self, here):
+        """here (Hkv, T) of the tokens that the current layer sees -> of the prompt's tokens, 0 for the others."""
+        if self.seen is None:
+            return here
+        return here.new_zeros(self.masks[0].shape).index_copy_(1, self.seen, here)
 
     def compact(self):
         """After the prefill: yield (layer, keep), where keep (number of tokens that its heads hold together,) bool

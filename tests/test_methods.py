@@ -344,7 +344,8 @@ def answered(checkpoint, question, tokens, prune=None, backend="torch"):
 @pytest.mark.parametrize(
     ("spec", "retention"),
     [
-        *((n, 1.0) for n in NAMES if "retention" in make_method(n).settings),
+        *((n, 1.0) for n in NAMES if n != "h2o" and "retention" in make_method(n).settings),
+        ("h2o:extra_tokens=8", 1.0),
         *((spec, None) for spec in ("plphp:r=1,dr=0,skip=0", "pyramiddrop:stages=[]", "pyramiddrop:ratios=[1,1,1]")),
         ("plphp:skip=4", 0.1),
         ("mustdrop:threshold=1,individual_threshold=0", None),

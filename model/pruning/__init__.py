@@ -15,6 +15,10 @@ the first:
                     `Looking`: what heads and vision tokens see, and the part of the MLP that vision tokens use
     compact(prefilled)   after the prefill: what each layer goes on holding, a list of (T,) or (Hkv, T) bool over the
                     prompt's tokens, or None for all
+    evict(view)     after keep: scores (Hkv, T) fp32 of the tokens, or None for infinite ones. While the answer grows,
+                    what its tokens attend to is added, and the token with the lowest score gives its slot to the next
+                    one. Attributes: `newest`, the share of these slots that is for the newest tokens, and
+                    `extra_tokens`, slots of each head beside those of the tokens that it kept
     pick(picture)   before the language model: indices (P',) int64, ascending, of the patch tokens that it gets, or a
                     matrix (P', P) or (P', P + n) of floats that makes P' new tokens from the features of the P tokens
                     (and of the CLS tokens of the n squares), or None for all
@@ -58,6 +62,7 @@ from .fastv import FastV
 from .fopru import FoPru
 from .grid import grid_tokens
 from .gsearch import GSearch
+from .h2o import H2O
 from .hired import Hired
 from .mustdrop import MustDrop
 from .mustdrop1 import MustDrop1
@@ -93,6 +98,7 @@ METHODS = {
     "sparsevlm": SparseVLM,
     "zipvl": ZipVL,
     "yopo": Yopo,
+    "h2o": H2O,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
@@ -119,11 +125,11 @@ SILENCED = {  # setting -> settings that have no effect beside it
 }
 
 STAGES = {  # name of a stage -> what it sees
-    "keep": "view", "narrow": "view", "attend": "view", "compact": "prefilled",
+    "keep": "view", "narrow": "view", "attend": "view", "compact": "prefilled", "evict": "view",
     "pick": "picture", "merge": "patches", "protect": "picture",
 }  # fmt: skip
 EARLY = {"pick", "merge"}  # stages before the language model
-LATE = {"keep", "narrow", "attend", "compact"}  # stages in it
+LATE = {"keep", "narrow", "attend", "compact", "evict"}  # stages in it
 
 GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method with keep or narrow
 PLACING = {"positions": "contiguous"}  # of every method with pick or merge
@@ -224,6 +230,21 @@ class Method:
         return "compact" in stages(self.rule)
 
     @property
+    def evicts(self):
+        """True if heads give up tokens while the answer grows: a stage `evict`."""
+        return "evict" in stages(self.rule)
+
+    @property
+    def newest(self):
+        """Share of the slots for which tokens compete that the newest have for themselves; with a stage `evict`."""
+        return self.rule.newest
+
+    @property
+    def extra_tokens(self):
+        """Slots of each head beside those of the tokens that it kept; with a stage `evict`."""
+        return self.rule.extra_tokens
+
+    @property
     def picks(self):
         """True if the language model gets fewer or other vision tokens: a stage `pick` or `merge`."""
         return not EARLY.isdisjoint(stages(self.rule))
@@ -311,6 +332,16 @@ class Method:
             chosen = chosen | self._guarded(view, 1)
             chosen[-1] = True
         return None if chosen is None or chosen.all() else chosen
+
+    def evict(self, view):
+        """-> the tokens' scores, (Hkv, T) fp32, infinite for those that are never evicted: text, and those that the
+        settings protect. ValueError for anything else, and for NaN."""
+        shape = view.kv_heads, view.tokens
+        scores = self._tensor("evict", view, shape, f" in layer {view.layer}", (torch.float32,))
+        scores = torch.full(shape, float("inf"), device=view.device) if scores is None else scores
+        if scores.isnan().any():
+            raise ValueError(f"{titled(self.name)} returned NaN from evict in layer {view.layer}; return sums")
+        return scores.masked_fill(self._guarded(view, 2), float("inf"))
 
     def compact(self, prefilled):
         """-> for each layer the tokens that its heads go on holding, (Hkv, T) bool, or None for all. ValueError."""
@@ -591,6 +622,12 @@ def _check_stages(name, rule):
     if "merge" in found and type(getattr(rule, "merge_after", None)) is not int:
         raise ValueError(
             f"{titled(name)} has merge, but no merge_after; give it the index of a layer of the vision tower"
+        )
+    newest, extra = getattr(rule, "newest", None), getattr(rule, "extra_tokens", None)
+    if "evict" in found and not (FRACTION[1](newest) and ONE[1](extra)):
+        raise ValueError(
+            f"{titled(name)} has evict with newest {newest!r} and extra_tokens {extra!r}; give it {FRACTION[0]} and "
+            f"{ONE[0]}"
         )
     for stage, function in found.items():
         try:

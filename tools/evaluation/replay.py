@@ -92,7 +92,7 @@ class Asked:
         )  # fmt: skip
         if method is not None and method.picks:
             return self._picked(method, cache, lookahead)
-        if method is not None and (method.narrows or method.compacts):
+        if method is not None and (method.narrows or method.compacts or method.evicts):
             return self._narrowed(pruning, cache, lookahead)
         keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
@@ -174,7 +174,7 @@ def replay(asked, methods):
     logits = torch.stack(first)
     if len(asked.fed):
         language, cache = asked.language, join(caches)
-        hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache)
+        hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache, answer=True)
         logits = torch.cat((logits, language.logits(hidden).float()), 1)
     return logits, kept, keeps
 
