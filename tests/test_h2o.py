@@ -94,7 +94,8 @@ def test_each_head_holds_what_transformers_with_masks_would(
     for (_, ours), theirs in zip(seen, told, strict=True):
         assert ours == [[{*row.nonzero()[:, 0].tolist()} for row in layer] for layer in theirs]
     assert generation.token_ids == ids and len(ids) == 28
-    assert len({frozenset(own) for layer in seen[-1][1] for own in layer}) == 3 * kv_heads  # each head its own
+    if newest < 1:  # otherwise only the newest are left
+        assert len({frozenset(own) for layer in seen[-1][1] for own in layer}) == 3 * kv_heads  # each head its own
     text = {*range(generation.prompt_tokens)} - {j for a, b in generation.spans for j in range(a, b)}
     assert all(text <= own for _, layers in seen for layer in layers for own in layer)
 
