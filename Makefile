@@ -1,5 +1,6 @@
 # make run: ask the demo model about the demo picture. make test: a selection of every check that needs no GPU.
-# make test-all: the same checks with all parameter combinations, GPU architectures and mutants.
+# make test-all: the same checks with all parameter combinations, GPU architectures and mutants. REST=--rest leaves out what
+# make test has done.
 # make gpu: tests, times and tuning on a GPU, in stages, with a report; PYTHON=python3 uses that interpreter as it is and
 # installs nothing, ARGS="--stage kernels" passes flags to tools/gpu.py.
 # make witness: train and compare look-ahead rows on a real language model, SmolLM2-135M; an hour, installs 93 MB.
@@ -19,8 +20,8 @@ test: .venv/test.stamp
 test-all: .venv/test.stamp .venv/triton-3.6.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	TRITON_36=$(CURDIR)/.venv/triton-3.6 $(BIN)/python -m pytest --all -n 2 --dist worksteal
-	$(BIN)/python tests/mutants.py --tested
+	TRITON_36=$(CURDIR)/.venv/triton-3.6 $(BIN)/python -m pytest --all $(REST) -n 2 --dist worksteal
+	$(BIN)/python tests/mutants.py --tested $(REST)
 
 mutants: .venv/test.stamp
 	$(BIN)/python tests/mutants.py

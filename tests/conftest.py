@@ -74,15 +74,18 @@ VISION = {
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="every combination of parameters and every architecture")
+    parser.addoption("--rest", action="store_true", help="of --all only what a run without it leaves out")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: runs only with --all, or when named on the command line")
+    config.addinivalue_line("markers", "wider: does more with --all, so --rest runs it too")
+    config.option.all |= config.option.rest
 
 
 def pytest_collection_modifyitems(config, items):
     """Without --all, drop thorough tests, and reduce cases to a set that covers all pairs of parameter values."""
-    if config.option.all or any("[" in argument for argument in config.args):  # a case was named
+    if (config.option.all and not config.option.rest) or any("[" in argument for argument in config.args):  # a case was named
         return
     tests = {}
     for item in items:
@@ -93,6 +96,8 @@ def pytest_collection_modifyitems(config, items):
         if hasattr(cases[0], "callspec"):  # cases share the object of a parameter value, so its id identifies it
             chosen = pairwise([{name: id(v) for name, v in item.callspec.params.items()} for item in cases])
             left_out |= set(cases) - {cases[i] for i in chosen}
+    if config.option.rest:
+        left_out = {item for item in items if item not in left_out and not item.get_closest_marker("wider")}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

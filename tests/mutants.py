@@ -3,6 +3,7 @@
     python tests/mutants.py             # all of them, two at a time; exit 1 if one survives
     python tests/mutants.py rope eps    # those whose name contains one of the words
     python tests/mutants.py --third     # every third one of each file, as in `make test`
+    python tests/mutants.py --rest      # all others
     python tests/mutants.py --tested    # skip the check that the tests pass without a fault
 
 The mutants are in mutants.txt. One that survives means that no test checks some promise. Runs in a copy; the working
@@ -173,6 +174,7 @@ def main(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("words", nargs="*", help="parts of names")
     p.add_argument("--third", action="store_true", help="every third mutant of each file")
+    p.add_argument("--rest", action="store_true", help="those that --third leaves out")
     p.add_argument("--tested", action="store_true", help="all tests have just passed; do not run them first")
     p.add_argument("--processes", type=int, default=2, metavar="N", help="parallel processes (default 2)")
     args = p.parse_args(argv)
@@ -181,9 +183,10 @@ def main(argv):
         print(*wrong, sep="\n")
         return 1
     names = list(MUTANTS)
-    if args.third:
-        by_file = itertools.groupby(MUTANTS, lambda name: MUTANTS[name][0])
-        names = [name for _, group in by_file for name in list(group)[::3]]
+    by_file = itertools.groupby(MUTANTS, lambda name: MUTANTS[name][0])
+    third = {name for _, group in by_file for name in list(group)[::3]}
+    if args.third or args.rest:
+        names = [name for name in names if (name in third) == args.third]
     names = [n for n in names if not args.words or any(w in n for w in args.words)]
     tests = sorted({MUTANTS[n][3] for n in names})
     tests = tests[:4] if args.tested else tests  # a few still check that the copied tree works
