@@ -85,7 +85,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Without --all, drop thorough tests, and reduce cases to a set that covers all pairs of parameter values."""
-    if (config.option.all and not config.option.rest) or any("[" in argument for argument in config.args):  # a case was named
+    named = any("[" in argument for argument in config.args)  # a case was named
+    if named or (config.option.all and not config.option.rest):
         return
     tests = {}
     for item in items:
