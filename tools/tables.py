@@ -311,6 +311,18 @@ def prefill():
                       "first token: speed-up", "vision: time"], rows)  # fmt: skip
 
 
+def sparse():
+    """Prefill with half of the tokens important, or dropped: speed-up, ceiling and share of its gain, two prompts."""
+    both = [_results(f"prefill-sparse-{n}-cpu") for n in (2880, 8192)]
+    rows = [[f"`{one['prune']}`", *(cell for row in (one, two) for cell in (
+             f"{_round(row['speedup'])} ({_round(row['low'])}–{_round(row['high'])})", _round(row["ceiling"]),
+             _percent(row["gain"]) if row["gain"] else ""))]
+            for one, two in zip(*both, strict=True)]  # fmt: skip
+    titles = [f"{float(runs[0]['tokens']):,.0f} tokens" for runs in both]
+    heads = [f"{title}: {what}" for title in titles for what in ("speed-up (20–80 %)", "ceiling", "share of the gain")]
+    return _markdown(["", *heads], rows)
+
+
 def _gain(row):
     return f"{_round(row['speedup'])} ({_round(row['ceiling_speedup'])})"
 
@@ -436,6 +448,7 @@ TABLES = {
     "decode-7b-h200": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
     "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
     "kernels": kernels, "kernels-codes": kernels_codes, "kernels-summary": kernels_summary, "prefill": prefill,
+    "sparse": sparse,
 }  # fmt: skip
 
 FIGURES = {
