@@ -157,10 +157,12 @@ class DecoderLayer(nn.Module):
         normed = self.post_attention_layernorm(x)
         return x + (self.mlp(normed, adapter) if mlp is None else mlp(self.mlp, normed)), q, k, v
 
-    def queries_and_keys(self, x, rope):
-        """q (B, Hq, T, D) and k (B, Hkv, T, D) that the layer computes from its input x (B, T, C)."""
-        q, k, _ = self.self_attn.project(self.input_layernorm(x), rope)
-        return q.transpose(1, 2), k.transpose(1, 2)
+    def queries_and_keys(self, x, rope, rows):
+        """Of an input x (B, T, C): q (B, Hq, R, D) of the rows (a slice), and k (B, Hkv, T, D)."""
+        x, attn = self.input_layernorm(x), self.self_attn
+        q, k = (t.unflatten(-1, (-1, attn.head_dim)) for t in (attn.q_proj(x[:, rows]), attn.k_proj(x)))
+        q = rotate(q, tuple(t[..., rows, :, :] for t in rope))
+        return q.transpose(1, 2), rotate(k, rope).transpose(1, 2)
 
     def decode(self, x, rope, cache, layer):
         """Like `Attention.decode`, for the whole layer -> x."""
@@ -196,10 +198,11 @@ class Llama(nn.Module):
         K and V are freed.
 
         prune(layer, q, k, v, x, upcoming) is called after each layer with its q (B, Hq, T, D), k and v (B, Hkv, T, D)
-        and its output x (B, T, C), which it may change in place; upcoming() computes q and k of the next layer, and is
-        None after the last. It returns the tokens that each head keeps in the cache, (B * Hkv, T) bool, and those that
-        later layers process, indices (T',); None means all. If later layers process fewer tokens, the result is
-        (B, T', C). Keeping fewer in the cache does not change hidden states; it affects decoding only.
+        and its output x (B, T, C), which it may change in place. upcoming is None after the last layer, else
+        `queries_and_keys` of the next one with x and rope. It returns the tokens that each head keeps in the cache,
+        (B * Hkv, T) bool, and those that later layers process, indices (T',); None means all. If later layers process
+        fewer tokens, the result is (B, T', C). Keeping fewer in the cache does not change hidden states; it affects
+        decoding only.
 
         inside(layer) is called before each layer. It returns functions `attend` and `mlp` that replace the attention
         and the MLP of this layer (see `DecoderLayer.prefill`), or None for either.

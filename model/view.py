@@ -40,7 +40,7 @@ class View:
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
         places: None if the spans are text; each span is then a row. contrast: function that `contrast` calls.
-        x (1, T + ahead, C) and upcoming: the layer's output, and a function for q and k of the next layer, see
+        x (1, T + ahead, C) and upcoming: the layer's output, and the function for q and k of the next layer, see
         `Llama.prefill`. embeddings (T', C): of the whole prompt. These three, if not None, can be asked for.
         origin, whole_spans, counts: None if no token has been dropped.
         """
@@ -137,10 +137,10 @@ class View:
     def next_attention(self, rows=1):
         """(Hq, T) fp32: attention in the next layer, averaged over the prompt's last rows, if no token were dropped.
         ValueError in the last layer."""
-        q, k = _known(self._upcoming, "next layer", "ask in an earlier layer")()
         rows = max(1, min(rows, self.tokens - self.spans[-1][1]))
-        q, k = q[0, :, self.tokens - rows : self.tokens], k[0, :, : self.tokens]
-        return window_scores(q, k, group="none", backend=self._backend)
+        upcoming = _known(self._upcoming, "next layer", "ask in an earlier layer")
+        q, k = upcoming(slice(self.tokens - rows, self.tokens))
+        return window_scores(q[0], k[0, :, : self.tokens], group="none", backend=self._backend)
 
     @cached_property
     def sums(self):

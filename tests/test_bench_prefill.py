@@ -65,6 +65,14 @@ def test_the_ceiling_of_sparse_attention_saves_its_square(rows):
     assert zipvl["kv_bytes"] / none["kv_bytes"] == few / n
 
 
+def test_what_cannot_be_counted_has_no_ceiling(rows):
+    seen = "[[9,9,9,9],[0,0,0,0]]"
+    code, found, printed = rows(f"yopo:heads={seen}")
+    assert code == 0 and found["none"]["ceiling"] == 1, printed
+    yopo = found[f"yopo:heads={seen}"]
+    assert "ceiling" not in yopo and yopo["speedup"] > 0
+
+
 def test_a_method_that_breaks_leaves_the_others(rows, tmp_path):
     (tmp_path / "own.py").write_text("def broken(picture): 1 / 0\nclass Broken:\n    pick = staticmethod(broken)\n")
     code, found, printed = rows(f"{tmp_path}/own.py::Broken", "pick-grid@0.5")

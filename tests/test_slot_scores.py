@@ -129,13 +129,13 @@ def test_of_equal_scores_the_earlier_token_stays(backend):
     assert token[:3].tolist() == [3, 7, 8] and length.tolist() == [3]
 
 
-def test_a_segment_is_scored_alike_whatever_its_neighbours():
-    pytest.importorskip("triton", reason="triton has no wheel for this system")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_segment_is_scored_alike_whatever_its_neighbours(backend):
     q, (k, *_), score, token, start, length, pos, plan = problem([70, 33, 40, 9], 2, 2, 32)
-    _, lse = ragged_decode(q, k, k, start, length, plan=plan, return_lse=True, backend="triton")
+    _, lse = ragged_decode(q, k, k, start, length, plan=plan, return_lse=True, backend=backend)
     alone = score.clone()
     first = decode_plan(start[:2], plan.kv_cap[:2], split=32)
-    add_scores(q[:1], k, alone, token.clone(), length[:2], pos[:1], first, "triton", lse=lse[:1])
-    add_scores(q, k, score, token, length, pos, plan, "triton", lse=lse)
+    add_scores(q[:1], k, alone, token.clone(), length[:2], pos[:1], first, backend, lse=lse[:1])
+    add_scores(q, k, score, token, length, pos, plan, backend, lse=lse)
     end = int(start[2])
     torch.testing.assert_close(alone[:end], score[:end], rtol=0, atol=0, equal_nan=True)

@@ -9,8 +9,9 @@ Every method answers with one token; the rounds alternate, so that a machine tha
 `vision` is the time of the vision tower and projector, `prefill` that of the language model with choosing, `TTFT` both.
 `speed-up` is the unpruned prefill time over that of the method, `ceiling` the same ratio of floating-point operations
 by arithmetic: matrix products over the tokens that each layer processes, and causal attention among those of them that
-take part in it (zipvl: the important ones). A method that drops K and V only, such as plphp, saves no operations: its
-ceiling is 1. `of it` is the speed-up over the ceiling; `of gain` the same of what they are above 1.
+take part in it (zipvl: the important ones). It is not known for yopo, whose heads see different tokens. A method that
+drops K and V only, such as plphp, saves no operations: its ceiling is 1. `of it` is the speed-up over the ceiling;
+`of gain` the same of what they are above 1.
 
 On a CPU that other programs use too, --clock processor counts the time that this process was running. `vision` then
 ends with the last use of the projector, so it includes the choice of methods before the language model.
@@ -34,6 +35,7 @@ from PIL import Image  # noqa: E402
 from model import Generation, Sampling, load  # noqa: E402
 from model.config import InputError  # noqa: E402
 from model.flags import choose_device  # noqa: E402
+from model.pruning.yopo import Yopo  # noqa: E402
 from tools import engines, harness, make_checkpoint  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, one_of, say, unwritable  # noqa: E402
 from tools.roofline import Shape  # noqa: E402
@@ -159,11 +161,13 @@ def prefilled(asked, method, clock=None):
     times = {"vision": projected[-1] - start, "prefill": end - projected[-1]} if clock else generation.timing
     ahead = checkpoint.lookahead.rows if method and method.looks_ahead else 0
     tokens = [count - ahead for count in processed]
-    # a method with `attend` stores what takes part
+    # a method with `attend` stores what takes part, but each head of yopo something else
+    known = not any(isinstance(part.rule, Yopo) for part in (method.parts if method else ()))
     attending = generation.cache.kv_len.amax(1).tolist() if method and method.attends else tokens
+    count = flops(checkpoint.config.text_config, tokens, attending) if known else None
     return {
         "vision": times["vision"], "prefill": times["prefill"], "tokens": generation.prefilled,
-        "kv_bytes": generation.bytes_held, "flops": flops(checkpoint.config.text_config, tokens, attending),
+        "kv_bytes": generation.bytes_held, "flops": count,
     }  # fmt: skip
 
 
@@ -180,7 +184,10 @@ def row_of(spec, times, why):
     """A row of the table: medians over the rounds."""
     if why is not None or not times:
         return {"prune": spec, "right": None, "why": str(why)}
-    medians = {key: harness.spread([took[key] for took in times])[1] for key in times[0]}
+    medians = {
+        key: None if value is None else harness.spread([took[key] for took in times])[1]
+        for key, value in times[0].items()
+    }
     return {"prune": spec, "right": True, **medians, "ttft": medians["vision"] + medians["prefill"], "rounds": times}
 
 
@@ -192,6 +199,8 @@ def compare_with(plain, row):
     gains = [a["prefill"] / b["prefill"] for a, b in pairs]
     row["low"], row["speedup"], row["high"] = harness.spread(gains)
     row["vision_ratio"] = harness.spread([b["vision"] / a["vision"] for a, b in pairs])[1]
+    if row["flops"] is None:
+        return
     row["ceiling"] = plain["flops"] / row["flops"]
     row["share"] = row["speedup"] / row["ceiling"]
     row["gain"] = (row["speedup"] - 1) / (row["ceiling"] - 1) if row["ceiling"] > 1 else None

@@ -8,9 +8,12 @@ from importlib.util import find_spec
 
 KERNEL_TESTS = (
     "tests/test_triton.py tests/test_ragged_decode.py tests/test_ragged_pack.py tests/test_window_scores.py "
-    "tests/test_quantise.py"
+    "tests/test_quantise.py tests/test_slot_scores.py"
 )
-MODEL_TESTS = "tests/test_fast.py tests/test_cache.py tests/test_batch.py tests/test_generate.py tests/test_kv_dtype.py"
+MODEL_TESTS = (
+    "tests/test_fast.py tests/test_cache.py tests/test_batch.py tests/test_generate.py tests/test_kv_dtype.py "
+    "tests/test_h2o.py tests/test_attend.py tests/test_narrow.py tests/test_yopo.py"
+)
 CUDA_TESTS = "tests/test_bench_decode.py::test_a_step_on_cuda_neither_allocates_nor_waits"
 PYTEST, BENCH, DECODE = "PYTHON -m pytest", "PYTHON tools/bench_kernels.py", "PYTHON tools/bench_decode.py"
 PREFILL = "PYTHON tools/bench_prefill.py"

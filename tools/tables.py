@@ -117,6 +117,81 @@ def pick_tasks():
     return _markdown(["answers right at 0.3, %", *tasks], rows)
 
 
+def inside():
+    """Methods that act in the language model, with what each kept: right answers."""
+    results = _results("inside-accuracy")
+    rows = [
+        [_named(row), f"{_round(row['kept'], 0)} %", _ranged(row, "long"), _ranged(row, "all")]
+        for row in sorted(results, key=lambda row: (_family(row), -float(row["kept"])))
+    ]
+    return _markdown(["", "vision KV kept", "long answers right, %", "all answers right, %"], rows)
+
+
+def inside_tasks():
+    """The same by task, for each method where it kept closest to half."""
+    results, nearest = _results("inside-accuracy"), {}
+    for row in sorted(results, key=lambda row: abs(float(row["kept"]) - 50)):
+        nearest.setdefault(_family(row), row)
+    tasks = [key.removesuffix(", tokens >= 2") for key in results[0] if key.endswith(", tokens >= 2")]
+    rows = [[f"{_named(row)}, {_round(row['kept'], 0)} %", *(row[task] for task in tasks)]
+            for _, row in sorted(nearest.items())]  # fmt: skip
+    return _markdown(["answers right, %", *tasks], rows)
+
+
+# name of a method: (what its paper or code says of itself, file of results, its conditions there)
+CLAIMS = {
+    "plphp": ("K and V more than halved, decoding 18 % faster, 0.46 % of the score lost", "pruning", ["plphp"]),
+    "plphp, the demo's settings": ("(ours: look-ahead rows, an even grid)", "pruning", ["plphp as shipped"]),
+    "snapkv": ("3.6 times as fast, 8.2 times less memory, at 16,000 tokens of text", "pruning", ["snapkv"]),
+    "adakv": ("text: better than equal budgets for all heads", "pruning", ["adakv"]),
+    "h2o": ("20 % of text kept: up to 29 times the throughput of other systems", "inside", ["given: h2o"]),
+    "fastv": ("45 % of the FLOPs saved, nearly the same scores", "pruning", ["fastv"]),
+    "pyramiddrop": ("LLaVA-NeXT: 55 % of the FLOPs saved", "inside",
+                    ["given: pyramiddrop:retention=0.5", "given: pyramiddrop:stages=[1,2,4],retention=0.3"]),
+    "sparsevlm": ("78 % fewer tokens, 61 to 67 % of the FLOPs saved, 93 % of the accuracy", "inside",
+                  ["given: sparsevlm:retention=0.5", "given: sparsevlm:retention=0.3"]),
+    "mustdrop": ("92.2 % fewer tokens, 88.5 % of the FLOPs saved, comparable accuracy", "inside",
+                 ["given: mustdrop", "given: mustdrop:global_threshold=0.011,individual_threshold=0.01"]),
+    "g-search": ("more than twice as fast without a loss", "inside",
+                 ["given: g-search:retention=0.5", "given: g-search:retention=0.3"]),
+    "zipvl": ("prefill 2.3 times as fast, 2.8 times the decoding throughput, 0.5 % of VQAv2 lost", "inside",
+              ["given: zipvl:tau=0.975", "given: zipvl"]),
+    "yopo": ("88 % of the computation saved (fine-tuned), scores kept", "inside", ["given: yopo"]),
+    "hired": ("20 % kept: 4.7 times the throughput, first token 78 % earlier", "pick",
+              ["given: hired:positions=original"]),
+    "visionzip": ("10 % kept: 95 % of the score, prefill 8 times as fast", "pick",
+                  ["given: visionzip:positions=original"]),
+    "fopru": ("(no number that we could read)", "pick", ["given: fopru:positions=original"]),
+    "divprune": ("(no number that we could read)", "pick", ["given: divprune:positions=original"]),
+}  # fmt: skip
+
+
+def claims():
+    """What each method's paper or code says of itself, beside the long answers that are right here."""
+    rows = []
+    for name, (claim, file, conditions) in CLAIMS.items():
+        found = [row for row in _results(f"{file}-accuracy") if row["method"] in conditions]
+        here = "; ".join(f"{_round(row['kept'], 0)} %: {row['long']}" for row in found)
+        rows.append([f"`{name}`" if name in METHODS else name, claim, here])
+    return _markdown(["method", "of itself", "here: vision KV kept: long answers right, %"], rows, others="---")
+
+
+def _family(row):
+    """Sorts a condition: the unpruned model first, then controls, then by method."""
+    spec = row["method"].removeprefix(evaluate.GIVEN)
+    first = ("none", "random", "grid", "plphp as shipped")
+    return (first.index(spec), "") if spec in first else (len(first), spec.partition(":")[0])
+
+
+def _named(row):
+    return "unpruned" if row["method"] == "none" else f"`{row['method'].removeprefix(evaluate.GIVEN)}`"
+
+
+def _ranged(row, key):
+    low, high = (_round(row[f"{key} {end}"], 0) for end in ("low", "high"))
+    return f"{row[key]} ({low}–{high})"
+
+
 def _by_positions(conditions):
     """{short SPEC: [its condition without gaps, with original positions], or None}. Methods in
     the language model always have original positions."""
@@ -234,6 +309,18 @@ def prefill():
             for row in results]  # fmt: skip
     return _markdown(["", "tokens prefilled", "prefill: speed-up (20–80 %)", "ceiling", "share of it",
                       "first token: speed-up", "vision: time"], rows)  # fmt: skip
+
+
+def sparse():
+    """Prefill with half of the tokens important, or dropped: speed-up, ceiling and share of its gain, two prompts."""
+    both = [_results(f"prefill-sparse-{n}-cpu") for n in (2880, 8192)]
+    rows = [[f"`{one['prune']}`", *(cell for row in (one, two) for cell in (
+             f"{_round(row['speedup'])} ({_round(row['low'])}–{_round(row['high'])})", _round(row["ceiling"]),
+             _percent(row["gain"]) if row["gain"] else ""))]
+            for one, two in zip(*both, strict=True)]  # fmt: skip
+    titles = [f"{float(runs[0]['tokens']):,.0f} tokens" for runs in both]
+    heads = [f"{title}: {what}" for title in titles for what in ("speed-up (20–80 %)", "ceiling", "share of the gain")]
+    return _markdown(["", *heads], rows)
 
 
 def _gain(row):
@@ -356,10 +443,12 @@ def _markdown(head, rows, others="---:"):
 
 TABLES = {
     "summary": summary, "methods": methods, "pruning": pruning, "picks": picks, "pick-tasks": pick_tasks,
+    "inside": inside, "inside-tasks": inside_tasks, "claims": claims,
     "witness": witness, "demo": demo, "roofline": ceilings,
     "decode-7b-h200": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
     "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
     "kernels": kernels, "kernels-codes": kernels_codes, "kernels-summary": kernels_summary, "prefill": prefill,
+    "sparse": sparse,
 }  # fmt: skip
 
 FIGURES = {

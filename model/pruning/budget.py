@@ -41,10 +41,32 @@ def later(retention, layer, num_layers):
     return max(0.0, (retention * num_layers - layer) / (num_layers - layer))
 
 
-def at_depth(layer, num_layers, of=32):
+def at_depth(layer, num_layers, of=32, first=1):
     """The layer of a model with num_layers that is as deep as `layer` in one with `of`: in proportion, half rounded up,
-    from 1 to num_layers - 1."""
-    return max(1, min(math.floor(layer * num_layers / of + 0.5), num_layers - 1))
+    from `first` to num_layers - 1."""
+    return max(first, min(math.floor(layer * num_layers / of + 0.5), num_layers - 1))
+
+
+def check_stages(stages, ratios):
+    """ValueError unless the settings stages and ratios, lists or None, are ascending layers and falling fractions."""
+    layers = all(type(layer) is int and layer > 0 for layer in stages or ())
+    if stages and not (layers and stages == sorted({*stages})):
+        raise ValueError(f"stages is {stages}; give whole numbers of 1 or more, in ascending order")
+    fractions = all(type(ratio) in (int, float) and 0 < ratio <= 1 for ratio in ratios or ())
+    if ratios and not (fractions and ratios == sorted(ratios, reverse=True)):
+        raise ValueError(f"ratios is {ratios}; give numbers above 0 and up to 1, none above the one before it")
+
+
+def check_depths(stages, num_layers, retention):
+    """ValueError if the model has no such layer, or if everything before the first stage is more than the retention."""
+    if max(stages, default=0) >= num_layers:
+        raise ValueError(f"stages has layer {max(stages)}, the model has {num_layers}; give 1 to {num_layers - 1}")
+    first = min(stages, default=num_layers)
+    if retention is not None and retention < 1 and retention * num_layers <= first:
+        raise ValueError(
+            f"retention is {retention:g}, but the first {first} of {num_layers} layers keep everything; "
+            f"give more than {first / num_layers:.4g}, or earlier stages"
+        )
 
 
 def by_head(rates, layer, heads, tokens):

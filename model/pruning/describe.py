@@ -11,7 +11,8 @@ from . import COMMON, GUARDS, METHODS, PLACING, calibrated, guards_of, named, se
 
 def listing():
     """The methods, one line each if the terminal is wide enough."""
-    lines = [_row(name, summary(method), 11) for name, method in METHODS.items()]
+    width = max(map(len, METHODS)) + 1
+    lines = [_row(name, summary(method), width) for name, method in METHODS.items()]
     return "\n".join([*lines, "", "run.py --list-methods NAME shows the settings of one; FILE.py::NAME is your own."])
 
 

@@ -7,7 +7,7 @@ query heads that share a KV head, are ours.
 
 from dataclasses import dataclass
 
-from .budget import at_depth, best, budget, select
+from .budget import at_depth, best, budget, check_depths, check_stages, select
 
 STAGES = 8, 16, 24  # first layers of the stages, of 32
 
@@ -33,29 +33,14 @@ class PyramidDrop:
     scope: str = "image"
 
     def __post_init__(self):
-        stages, ratios = self.stages, self.ratios
-        layers = all(type(layer) is int and layer > 0 for layer in stages or ())
-        if stages and not (layers and stages == sorted({*stages})):
-            raise ValueError(f"stages is {stages}; give whole numbers of 1 or more, in ascending order")
-        if ratios is None:
-            return
-        fractions = all(type(ratio) in (int, float) and 0 < ratio <= 1 for ratio in ratios)
-        if not fractions or ratios != sorted(ratios, reverse=True):
-            raise ValueError(f"ratios is {ratios}; give numbers above 0 and up to 1, none above the one before it")
-        wanted = len(STAGES if stages is None else stages)
-        if len(ratios) != wanted:
-            raise ValueError(f"ratios has {len(ratios)} entries; give {wanted}, one for each stage")
+        check_stages(self.stages, self.ratios)
+        wanted = len(STAGES if self.stages is None else self.stages)
+        if self.ratios is not None and len(self.ratios) != wanted:
+            raise ValueError(f"ratios has {len(self.ratios)} entries; give {wanted}, one for each stage")
 
     def check(self, num_layers, kv_heads):
         """ValueError if the model has no such stage, or if the retention cannot be reached."""
-        first, last = min(self._stages(num_layers), default=num_layers), max(self.stages or (0,))
-        if last >= num_layers:
-            raise ValueError(f"stages has layer {last}, the model has {num_layers}; give 1 to {num_layers - 1}")
-        if self.retention is not None and self.retention < 1 and self.retention * num_layers <= first:
-            raise ValueError(
-                f"retention is {self.retention:g}, but the first {first} of {num_layers} layers keep everything; "
-                f"give more than {first / num_layers:.4g}, or earlier stages"
-            )
+        check_depths(self._stages(num_layers), num_layers, self.retention)
 
     def narrow(self, view):
         """-> the tokens that remain after this layer, keep (T,) bool, or None for all."""

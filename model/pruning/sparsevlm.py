@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .budget import best, budget, check_scores
+from .budget import at_depth, best, budget, check_depths, check_scores, check_stages
 
 AFTER = 2, 6, 15  # the code's layers of 32, counted from 0, after which tokens are removed
 RATIOS = 0.5208, 0.3472, 0.191  # of 576 tokens 300, 200 and 110
@@ -45,13 +45,7 @@ class SparseVLM:
     scope: str = "image"
 
     def __post_init__(self):
-        stages, ratios = self.stages or [], self.ratios or []
-        layers = all(type(layer) is int and layer > 0 for layer in stages)
-        if not layers or stages != sorted({*stages}):
-            raise ValueError(f"stages is {stages}; give whole numbers of 1 or more, in ascending order")
-        fractions = all(type(ratio) in (int, float) and 0 < ratio <= 1 for ratio in ratios)
-        if not fractions or ratios != sorted(ratios, reverse=True):
-            raise ValueError(f"ratios is {ratios}; give numbers above 0 and up to 1, none above the one before it")
+        check_stages(self.stages, self.ratios)
         wanted, given = (len(d if s is None else s) for d, s in ((AFTER, self.stages), (RATIOS, self.ratios)))
         if wanted != given:
             raise ValueError(f"ratios has {given} entries for {wanted} stages; give one for each")
@@ -60,14 +54,7 @@ class SparseVLM:
 
     def check(self, num_layers, kv_heads):
         """ValueError if the model has no such stage, or if the retention cannot be reached."""
-        first, last = min(self._stages(num_layers), default=num_layers), max(self.stages or (0,))
-        if last >= num_layers:
-            raise ValueError(f"stages has layer {last}, the model has {num_layers}; give 1 to {num_layers - 1}")
-        if self.retention is not None and self.retention < 1 and self.retention * num_layers <= first:
-            raise ValueError(
-                f"retention is {self.retention:g}, but the first {first} of {num_layers} layers keep everything; "
-                f"give more than {first / num_layers:.4g}, or earlier stages"
-            )
+        check_depths(self._stages(num_layers), num_layers, self.retention)
 
     def narrow(self, view):
         """-> the tokens that remain after this layer, (T,) bool, or with `recycle` owners (T,) int64; None for all."""
@@ -122,7 +109,7 @@ class SparseVLM:
     def _stages(self, num_layers):
         if self.stages is not None:
             return self.stages
-        return [min((2 * layer * num_layers + 32) // 64 + 1, num_layers - 1) for layer in AFTER]  # half rounded up
+        return [min(at_depth(layer, num_layers, first=0) + 1, num_layers - 1) for layer in AFTER]
 
 
 def pictures(view, scope):
