@@ -198,11 +198,13 @@ class Prefilled:
     spans       [(start, stop)] of each picture among the T tokens of the prompt
     kept        per layer (Hkv, T) bool: the tokens that each head holds
     protected   (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
+    guarded     per layer (Hkv, T) bool: the tokens that no method may drop: text, and those that its settings protect
     """
 
     spans: list
     kept: list
     protected: torch.Tensor | None
+    guarded: list
 
     @property
     def tokens(self):
@@ -219,6 +221,7 @@ class Pruning:
     method    a `model.pruning.Method`: calls the stages of a rule such as `Plphp`, and always keeps text
     seconds   time spent on measuring and choosing; see `timed` in Generation
     sums      if the method evicts: per layer (Hkv, tokens of the whole prompt) fp32, its scores of the tokens
+    guarded   if the method compacts: per layer (Hkv, tokens of the whole prompt) bool, what no head may drop
     masks     with `remember`, or if the method compacts or evicts: per layer (Hkv, tokens of the whole prompt) bool,
               what each head keeps
     """
@@ -233,7 +236,7 @@ class Pruning:
         """
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
-        self.timed, self.seconds, self.sums = timed, 0.0, []
+        self.timed, self.seconds, self.sums, self.guarded = timed, 0.0, [], []
         self.masks = [] if remember or method.compacts or method.evicts else None
         self.protected = self.protected_whole = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
@@ -288,6 +291,8 @@ class Pruning:
             keep, stay = self._asked(lambda: (self.method.keep(view), self.method.narrow(view)))
             if self.method.evicts:
                 self.sums.append(self._whole(self._asked(lambda: self.method.evict(view))))
+            if self.method.compacts:
+                self.guarded.append(self._whole(self._asked(lambda: self.method.guarded(view))))
             if stay is not None and stay.dtype == torch.int64:
                 merge(x[0], stay)
                 stay = stay == torch.arange(len(stay), device=stay.device)
@@ -328,7 +333,8 @@ class Pruning:
             return
         device = self.masks[0].device
         start = clock(device, self.timed)
-        prefilled = Prefilled(self.whole_spans, [mask.clone() for mask in self.masks], self.protected_whole)
+        kept = [mask.clone() for mask in self.masks]
+        prefilled = Prefilled(self.whole_spans, kept, self.protected_whole, self.guarded)
         for layer, keep in enumerate(self._asked(lambda: self.method.compact(prefilled))):
             if keep is not None and not keep[self.masks[layer]].all():
                 yield layer, keep[self.masks[layer]]

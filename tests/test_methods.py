@@ -18,7 +18,7 @@ from PIL import Image
 from model import Generation, Sampling, load, out_of_memory
 from model.cache import RaggedCache
 from model.console import explain
-from model.pruning import METHODS, Method, MethodError, make_method
+from model.pruning import METHODS, Composition, Method, MethodError, make_method
 from model.pruning.budget import best, budget, by_head, later, mass, pooled, select
 from model.pruning.plphp import Plphp, gamma
 from model.view import Pruning, View, pruned_prefill
@@ -682,6 +682,36 @@ def test_what_is_given_up_after_the_prefill_is_as_if_no_layer_had_kept_it(small)
             assert shown.equal(keep | fixed)
             assert generation.cache.kv_len[layer].tolist() == ((keep | fixed).sum(1) + 7).tolist()
     assert ids["compact"] == ids["keep"] and generation.kept != [108.0] * 4
+
+
+class ForgetsAll:
+    """Drops vision tokens after layer 1, and all that are left after the prefill; `most`: 3 per head and layer."""
+
+    def __init__(self):
+        self.most = []
+
+    def narrow(self, view):
+        scores = view.attention(rows=32).unflatten(0, (view.kv_heads, -1)).mean(1)
+        self.most.append(view.origin[scores.argsort(dim=1, descending=True, stable=True)[:, :3]])
+        return view.text | (view.origin % 3 == 0) if view.layer == 1 else None
+
+    def compact(self, prefilled):
+        return [torch.zeros(prefilled.tokens, dtype=torch.bool)] * 4
+
+
+@pytest.mark.parametrize("before", ["", "pick-grid:retention=0.5"])
+def test_the_tokens_that_a_head_attends_to_most_stay_after_the_prefill(small, before):
+    method = Method("ForgetsAll", ForgetsAll(), {"sink_keys": 3})
+    whole = Composition(make_method(before), method) if before else method
+    generation = Generation(small, *QUESTIONS["three"][:1], pictures(3), Sampling(2), prune=whole, remember=True)
+    "".join(generation)
+    origin = generation._origin if before else torch.arange(generation.prompt_tokens)
+    for shown, most in zip(generation.masks, method.rule.most, strict=True):
+        wanted = torch.ones_like(shown)
+        for a, b in generation.spans:
+            wanted[:, a:b] = False
+        assert shown.equal(wanted.scatter_(1, origin[most], True))
+    assert sum(generation.kept) > 0
 
 
 @pytest.mark.parametrize(

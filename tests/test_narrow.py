@@ -377,7 +377,7 @@ def test_the_layers_of_the_steps_forget_what_the_last_step_dropped():
     for layer, gone in ((2, 1), (3, 2), (4, 3), (5, 4)):
         for later in kept[layer:]:
             later[:, gone] = False
-    found = MustDrop().compact(Prefilled([(1, 5)], kept, None))
+    found = MustDrop().compact(Prefilled([(1, 5)], kept, None, []))
     left = [True, False, False, False, False, True]
     assert [keep if keep is None else keep.tolist() for keep in found] == [None, *[left] * 4, None, None, None]
 

@@ -348,6 +348,7 @@ def test_a_mean_in_bf16_is_rounded_once():
         ([0, 1, 3, -1, *range(4, 15)], "averages a token of layer 0 into one that does not stay"),
         ([0, 1, 3, 4, *range(4, 15)], "averages a token of layer 0 into one that does not stay"),
         ([0, 1, 15, *range(3, 15)], "averages a token of layer 0 into one that does not stay"),
+        ([0, 1, -2, *range(3, 15)], "averages a token of layer 0 into one that does not stay"),
         ([*range(14)], "returned torch.int64 (14,)"),
         ([float(i) for i in range(15)], "returned torch.float32 (15,)"),
     ],

@@ -324,6 +324,22 @@ def test_a_looking_that_cannot_be_done_is_refused(folders, demo):
         prefilled(load(folders[0], "fp32"), "", Wrong)
     with pytest.raises(InputError, match="look-ahead rows need the whole MLP; "):
         prefilled(demo, "", Slim, 1)
+    every = torch.ones(2, dtype=torch.bool)
+    for wrong in ({"radius": -1}, {"radius": "2"}, {"radius": True}, {"neurons": 0}, {"neurons": 2}, {"neurons": -0.5}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name} of Looking is .*; give a .*number"):
+            Looking(every, **wrong)
+    with pytest.raises(ValueError, match="heads of Looking is a list; give a bool tensor"):
+        Looking([True, True])
+
+
+def test_a_given_table_is_not_compared_with_the_threshold_of_the_checkpoints_table(tmp_path):
+    """Ratios of another model are far larger than true."""
+    (tmp_path / "yopo.json").write_text('{"heads": [[50, 1], [1, 30]], "threshold": 18.7, "cut": 0.5}')
+    own, given = (make_method(spec, folder=tmp_path) for spec in ("yopo", "yopo:heads=[[true,true],[true,false]]"))
+    assert (own.rule.threshold, given.rule.threshold, given.rule.cut) == (18.7, Yopo.threshold, 0.5)
+    assert given.rule.active(2, 2).tolist() == [[True, True], [False, False]]
+    assert make_method("yopo:cut=1.0", folder=tmp_path).rule.active(2, 2).tolist() == [[True, True], [False, True]]
 
 
 # ---------------------------------------------------------------- the whole

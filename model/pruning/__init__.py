@@ -121,6 +121,7 @@ SILENCED = {  # setting -> settings that have no effect beside it
     "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
+    "schedule": ("lo", "hi", "steepness"),
     "query": ("window",),  # but not beside query=last
 }
 
@@ -309,7 +310,8 @@ class Method:
         if chosen.dtype == torch.bool:
             return chosen | fixed
         owner = torch.where(fixed, torch.arange(view.tokens, device=view.device), chosen)
-        if (owner >= view.tokens).any() or (owner[owner.clamp(min=0)] != owner)[owner >= 0].any():
+        outside = (owner < -1) | (owner >= view.tokens)
+        if outside.any() or (owner[owner.clamp(min=0)] != owner)[owner >= 0].any():
             raise ValueError(
                 f"{titled(self.name)} averages a token of layer {view.layer} into one that does not stay; return the "
                 "index of a token that owns itself, or -1"
@@ -324,9 +326,9 @@ class Method:
         """
         chosen = self._tensor("attend", view, (view.tokens,), f" in layer {view.layer}", other=Looking)
         if isinstance(chosen, Looking):
-            wanted = torch.bool, (view.kv_heads,)
-            if (chosen.heads.dtype, tuple(chosen.heads.shape)) != wanted:
-                raise ValueError(f"{titled(self.name)} returned heads {_shown(chosen.heads)}; give {wanted}")
+            shape = (view.kv_heads,)
+            if (chosen.heads.dtype, tuple(chosen.heads.shape)) != (torch.bool, shape):
+                raise ValueError(f"{titled(self.name)} returned heads {_shown(chosen.heads)}; give torch.bool {shape}")
             return chosen
         if chosen is not None:
             chosen = chosen | self._guarded(view, 1)
@@ -348,19 +350,19 @@ class Method:
         found, count = self._call("compact", prefilled), len(prefilled.kept)
         if not isinstance(found, list) or len(found) != count:
             raise ValueError(f"{titled(self.name)} returned {_shown(found)} from compact; return a list of {count}")
-        shape, always = (prefilled.kv_heads, prefilled.tokens), prefilled.kept[0].new_ones(prefilled.tokens)
-        for start, stop in prefilled.spans:
-            always[start:stop] = False
-        always[: self.settings.get("sink", 0)] = True
-        always[max(0, prefilled.tokens - self.settings.get("recent", 0)) :] = True
-        always = always if prefilled.protected is None else always | prefilled.protected
+        shape = prefilled.kv_heads, prefilled.tokens
         for layer, keep in enumerate(found):
             fine = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and keep.shape in (shape, shape[1:])
             if not (keep is None or fine):
                 raise ValueError(
                     f"{titled(self.name)} returned {_shown(keep)} for layer {layer}; return torch.bool {shape}"
                 )
-        return [None if keep is None else keep.to(always.device).expand(shape) | always for keep in found]
+        pairs = zip(found, prefilled.guarded, strict=True)
+        return [None if keep is None else keep.to(guarded.device).expand(shape) | guarded for keep, guarded in pairs]
+
+    def guarded(self, view):
+        """-> (Hkv, T) bool: the tokens that `compact` may not drop in a layer."""
+        return self._guarded(view, 2).expand(view.kv_heads, -1)
 
     def layers(self, num_layers):
         """The layers of a vision tower that the stages before the language model ask for, ascending. ValueError."""
@@ -697,11 +699,13 @@ def _silenced(name, values):
 
 
 def _instead(own, given):
-    """A checkpoint's own settings, overridden by given ones; a given budget, sigmoid or window also removes conflicting
-    ones."""
+    """A checkpoint's own settings, overridden by given ones; a given budget, sigmoid, table or window also removes
+    conflicting ones."""
     replaced = {"query"} if "window" in given else set()  # a window selects prompt rows, not look-ahead rows
     if not given.keys().isdisjoint(("lo", "hi", "steepness")):
         replaced.add("schedule")
+    if given.get("heads") is not None:
+        replaced.add("threshold")  # it was fitted to the checkpoint's table
     if any(given.get(key) is not None for key in AMOUNTS):
         replaced |= {*AMOUNTS} - {"r"}
     return {key: value for key, value in own.items() if key not in replaced} | given

@@ -133,6 +133,9 @@ class Composition:
     def evict(self, view):
         return self.second.evict(view)
 
+    def guarded(self, view):
+        return self.second.guarded(view)
+
     def compact(self, prefilled):
         return self.second.compact(prefilled)
 

@@ -48,6 +48,14 @@ class Looking:
     renormalise: bool = True
     neurons: float = 1.0
 
+    def __post_init__(self):
+        if not isinstance(self.heads, torch.Tensor):
+            raise ValueError(f"heads of Looking is a {type(self.heads).__name__}; give a bool tensor (Hkv,)")
+        if self.radius is not None and (type(self.radius) is not int or self.radius < 0):
+            raise ValueError(f"radius of Looking is {self.radius!r}; give a whole number of 0 or more, or None")
+        if type(self.neurons) not in (int, float) or not 0 < self.neurons <= 1:
+            raise ValueError(f"neurons of Looking is {self.neurons!r}; give a number above 0 and up to 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Yopo:
