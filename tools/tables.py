@@ -144,25 +144,25 @@ CLAIMS = {
     "plphp, the demo's settings": ("(ours: look-ahead rows, an even grid)", "pruning", ["plphp as shipped"]),
     "snapkv": ("3.6 times as fast, 8.2 times less memory, at 16,000 tokens of text", "pruning", ["snapkv"]),
     "adakv": ("text: better than equal budgets for all heads", "pruning", ["adakv"]),
-    "h2o": ("20 % of text kept: up to 29 times the throughput of other systems", "inside", ["given: h2o"]),
+    "h2o": ("20 % of text kept: up to 29 times the throughput of other systems", "inside", ["h2o"]),
     "fastv": ("45 % of the FLOPs saved, nearly the same scores", "pruning", ["fastv"]),
     "pyramiddrop": ("LLaVA-NeXT: 55 % of the FLOPs saved", "inside",
-                    ["given: pyramiddrop:retention=0.5", "given: pyramiddrop:stages=[1,2,4],retention=0.3"]),
+                    ["pyramiddrop:retention=0.5", "pyramiddrop:stages=[1,2,4],retention=0.3"]),
     "sparsevlm": ("78 % fewer tokens, 61 to 67 % of the FLOPs saved, 93 % of the accuracy", "inside",
-                  ["given: sparsevlm:retention=0.5", "given: sparsevlm:retention=0.3"]),
+                  ["sparsevlm:retention=0.5", "sparsevlm:retention=0.3"]),
     "mustdrop": ("92.2 % fewer tokens, 88.5 % of the FLOPs saved, comparable accuracy", "inside",
-                 ["given: mustdrop", "given: mustdrop:global_threshold=0.011,individual_threshold=0.01"]),
+                 ["mustdrop", "mustdrop:global_threshold=0.011,individual_threshold=0.01"]),
     "g-search": ("more than twice as fast without a loss", "inside",
-                 ["given: g-search:retention=0.5", "given: g-search:retention=0.3"]),
+                 ["g-search:retention=0.5,query=lookahead", "g-search:retention=0.3,query=lookahead"]),
     "zipvl": ("prefill 2.3 times as fast, 2.8 times the decoding throughput, 0.5 % of VQAv2 lost", "inside",
-              ["given: zipvl:tau=0.975", "given: zipvl"]),
-    "yopo": ("88 % of the computation saved (fine-tuned), scores kept", "inside", ["given: yopo"]),
+              ["zipvl:tau=0.975", "zipvl"]),
+    "yopo": ("88 % of the computation saved (fine-tuned), scores kept", "inside", ["yopo"]),
     "hired": ("20 % kept: 4.7 times the throughput, first token 78 % earlier", "pick",
-              ["given: hired:positions=original"]),
+              ["hired:positions=original"]),
     "visionzip": ("10 % kept: 95 % of the score, prefill 8 times as fast", "pick",
-                  ["given: visionzip:positions=original"]),
-    "fopru": ("(no number that we could read)", "pick", ["given: fopru:positions=original"]),
-    "divprune": ("(no number that we could read)", "pick", ["given: divprune:positions=original"]),
+                  ["visionzip:positions=original"]),
+    "fopru": ("(no number that we could read)", "pick", ["fopru:positions=original"]),
+    "divprune": ("(no number that we could read)", "pick", ["divprune:positions=original"]),
 }  # fmt: skip
 
 
@@ -170,7 +170,8 @@ def claims():
     """What each method's paper or code says of itself, beside the long answers that are right here."""
     rows = []
     for name, (claim, file, conditions) in CLAIMS.items():
-        found = [row for row in _results(f"{file}-accuracy") if row["method"] in conditions]
+        found = [row for row in _results(f"{file}-accuracy") if _spec(row) in conditions]
+        found.sort(key=lambda row: -float(row["kept"]))
         here = "; ".join(f"{_round(row['kept'], 0)} %: {row['long']}" for row in found)
         rows.append([f"`{name}`" if name in METHODS else name, claim, here])
     return _markdown(["method", "of itself", "here: vision KV kept: long answers right, %"], rows, others="---")
@@ -178,13 +179,18 @@ def claims():
 
 def _family(row):
     """Sorts a condition: the unpruned model first, then controls, then by method."""
-    spec = row["method"].removeprefix(evaluate.GIVEN)
-    first = ("none", "random", "grid", "plphp as shipped")
+    spec, first = _spec(row), ("none", "random", "grid", "plphp as shipped")
     return (first.index(spec), "") if spec in first else (len(first), spec.partition(":")[0])
 
 
+def _spec(row):
+    """The condition as it was given, without the settings from the model's folder."""
+    given = row["method"].startswith(evaluate.GIVEN)
+    return row["label"].removeprefix(evaluate.GIVEN).strip("`") if given else row["method"]
+
+
 def _named(row):
-    return "unpruned" if row["method"] == "none" else f"`{row['method'].removeprefix(evaluate.GIVEN)}`"
+    return "unpruned" if row["method"] == "none" else f"`{_spec(row)}`"
 
 
 def _ranged(row, key):
