@@ -26,7 +26,7 @@ def halves(layer, q, k, v, *_):
     return (torch.arange(k.shape[2]) % (2 + layer % 2) == 0).expand(k.shape[0] * k.shape[1], -1), None
 
 
-def uneven(layer, q, k, v):
+def uneven(layer, q, k, v, *_):
     """Keep a different number of tokens in each head."""
     heads = k.shape[0] * k.shape[1]
     return torch.arange(k.shape[2]) < 5 + torch.arange(heads)[:, None], None
