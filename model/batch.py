@@ -128,6 +128,10 @@ def join(caches):
     if not caches:
         raise ValueError("no caches to join; give one for each sequence")
     first, layers = caches[0], range(len(caches[0].k))
+    if any(cache.evicts for cache in caches):
+        for cache in caches:
+            if not cache.evicts:
+                cache.watch_nothing()
     joined = RaggedCache(len(layers), first.slack, first.backend, first.dtype)
     shift = torch.zeros(len(layers), 1, dtype=torch.int32, device=first.pos.device)  # slots of the earlier caches
     starts = []
@@ -135,11 +139,13 @@ def join(caches):
         starts.append(cache.kv_start + shift)
         shift += torch.tensor([[len(k)] for k in cache.k], dtype=torch.int32, device=shift.device)
     joined.kv_start, joined.pos = torch.cat(starts, 1), torch.cat([c.pos for c in caches])
-    joined.kv_len, joined.kv_cap = (torch.cat([getattr(c, n) for c in caches], 1) for n in ("kv_len", "kv_cap"))
+    for name in ("kv_len", "kv_cap", *(("limit", "recent") if first.evicts else ())):
+        setattr(joined, name, torch.cat([getattr(c, name) for c in caches], 1))
+    joined.ahead = [n for c in caches for n in c.ahead]
     joined.set_rooms([room for c in caches for room in c.rooms])
     joined.fused = first.fused
     for i in layers:
-        whole = [None if own[0] is None else torch.cat(own) for own in zip(*(c.arenas(i) for c in caches), strict=True)]
+        whole = [None if own[0] is None else torch.cat(own) for own in zip(*(c.rows(i) for c in caches), strict=True)]
         sizes = [len(c.k[i]) for c in caches]
         for name, arena in zip(ARENAS, whole, strict=True):
             if arena is not None:
@@ -150,7 +156,8 @@ def join(caches):
             c.version += 1
     joined.plan(0)  # makes the plans of all layers
     for c in caches:
-        c.k, c.v, c.k_scale, c.v_scale = ([None] * len(layers) for _ in ARENAS)
+        for name in ARENAS:
+            setattr(c, name, [None] * len(layers))
     return joined
 
 
@@ -158,8 +165,11 @@ def keep_sequences(cache, sequences):
     """Keep only these sequences (ascending indices) of a cache. The slots of the others are freed by `repack`."""
     heads = cache.kv_len.shape[1] // len(cache.pos)
     segments = [b * heads + h for b in sequences for h in range(heads)]
-    tables, rooms = [t[:, segments] for t in (cache.kv_start, cache.kv_len, cache.kv_cap)], cache.rooms
-    cache.pos, (cache.kv_start, cache.kv_len, cache.kv_cap) = cache.pos[sequences], tables
+    names = "kv_start", "kv_len", "kv_cap", *(("limit", "recent") if cache.evicts else ())
+    tables, rooms, pos = [getattr(cache, name)[:, segments] for name in names], cache.rooms, cache.pos[sequences]
+    for name, table in zip(names, tables, strict=True):
+        setattr(cache, name, table)
+    cache.pos, cache.ahead = pos, [cache.ahead[b] for b in sequences]
     cache.set_rooms([rooms[b] for b in sequences])
     cache.moved()
 

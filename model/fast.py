@@ -149,7 +149,7 @@ class FastStep:
 
     def __call__(self, ids):
         cache = self.cache
-        if self.captures and self.seen == cache.version and cache.room > 0:
+        if self.captures and self.seen == cache.version and cache.fits():
             return self._replay(ids)
         self.graph = self.logits = None  # frees the graph's memory
         logits = self._step(ids)
@@ -170,7 +170,7 @@ class FastStep:
     def _replay(self, ids):
         cache = self.cache
         if self.graph is None:
-            self.ids, graph, room = ids.clone(), torch.cuda.CUDAGraph(), cache.room
+            self.ids, graph, counts = ids.clone(), torch.cuda.CUDAGraph(), cache.counts
             try:
                 with (
                     torch.cuda.device(cache.pos.device),
@@ -178,15 +178,16 @@ class FastStep:
                 ):
                     self.logits = self._step(self.ids)
             finally:
-                cache.room = room  # recording a step claims no slots
+                cache.counts = counts  # recording a step claims no slots
             self.graph = graph
         else:
             self.ids.copy_(ids)
-        cache.room -= 1  # the graph claims its slots on the device
+        counts = cache.counts
+        cache.claim()  # the graph claims its slots on the device
         try:
             self.graph.replay()
         except RuntimeError:  # out of memory: it did not run
-            cache.room += 1
+            cache.counts = counts
             raise
         return self.logits
 

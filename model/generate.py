@@ -39,7 +39,8 @@ class Generation(Prompt):
     cache          the RaggedCache, None before the prefill is complete
     pruned_for     the question used to choose the dropped tokens: `prompt`, or an earlier turn's
     masks          with `remember`, after the prefill: (L, Hkv, T) bool, the tokens that each head keeps
-    kept           vision tokens kept per KV head: one number per layer, averaged over its heads
+    kept           vision tokens kept per KV head after the prefill: one number per layer, averaged over its heads. A
+                   method that evicts gives them up later, for tokens of the answer
     bytes_held     bytes of the kept keys and values of the prompt
     timing         seconds: vision, prefill, prune (part of prefill), and steps, one entry per decode step (the first
                    token comes from prefill)
@@ -135,6 +136,7 @@ class Generation(Prompt):
         self.timing = {"vision": 0.0, "prefill": 0.0, "prune": 0.0, "steps": []}
         self.spans, self.cache, self.kept, self.bytes_held, self.masks = [], None, [], 0, None
         self.prefilled, self.absent, self.moved, self.pruned_for = 0, 0, 0, self.prompt
+        self._origin = None  # `origins` of the prompt's tokens, if they moved up to the places of absent ones
         self.failure = None  # in a Batch: the exception that ended this generation
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.context_left)
@@ -206,19 +208,23 @@ class Generation(Prompt):
         del tokens  # x has a copy
         encoded, self.prefilled, self.absent = self._clock() - picking, len(x), self.prompt_tokens - len(x)
         self.spans = spans_of(self.ids, self.checkpoint.config.image_token_index, [p.tokens for p in self.pictures])
-        layers = self.checkpoint.config.text_config.num_hidden_layers
-        cache = RaggedCache(layers, min(self.limit, 64), self.backend, self.kv_dtype)
+        layers, slack = self.checkpoint.config.text_config.num_hidden_layers, min(self.limit, 64)
+        if self.prune and self.prune.evicts and self.vision_tokens:
+            slack = min(slack, self.prune.extra_tokens)
+        cache = RaggedCache(layers, slack, self.backend, self.kv_dtype)
         lookahead = self.checkpoint.lookahead if self.prune and self.prune.looks_ahead else None
         pruning = self.prune and Pruning(
             self.prune, layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
             protected=protected_of(picked, spans, x), embeddings=x, counts=self._counts,
+            sides=[picture.side for picture in self.pictures],
         )  # fmt: skip
         origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:
             positions, following = original_positions(origin).to(x.device), self.prompt_tokens
         hidden = pruned_prefill(language, x, cache, pruning, lookahead, positions, following)
         self.moved = 0 if positions is not None else self.absent
+        self._origin = origin if self.moved else None
         text = self.prompt_tokens - self.vision_tokens  # tokens that every head keeps
         self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]
         self.timing["prune"] = picking + pruning.seconds if pruning else 0.0
@@ -261,7 +267,28 @@ class Generation(Prompt):
             layers, heads, known = before.masks.shape
             new = torch.ones(layers, heads, self.prompt_tokens - known, dtype=torch.bool)
             self.masks = torch.cat((before.masks, new), 2)
+        self._origin = before._origin
+        if cache.evicts:
+            held = self._held()
+            vision = torch.zeros(self.prompt_tokens, dtype=torch.bool, device="cpu")
+            for start, stop in self.spans:
+                vision[start:stop] = True
+            self.kept = held[..., vision].sum(2).double().mean(1).tolist()
+            self.masks = None if self.masks is None else held
         return hidden, encoded
+
+    def _held(self):
+        """(L, Hkv, tokens of the prompt) bool on the CPU: the tokens in the cache of a method that evicts."""
+        shape = len(self.kept), self.cache.kv_len.shape[1], int(self.cache.pos)
+        held = torch.zeros(shape, dtype=torch.bool, device="cpu")
+        for layer, rows in enumerate(held):
+            places, head = (t.cpu() for t in self.cache.positions(layer))
+            rows[head, places] = True
+        if self._origin is None:
+            return held
+        picked = len(self._origin)  # later tokens were all fed
+        whole = unpicked(held[..., :picked], self._origin, picked + self.moved)
+        return torch.cat((whole, held[..., picked:]), 2)
 
     def _clock(self):
         return clock(self.checkpoint.device, self.timed)

@@ -102,6 +102,7 @@ class Attention(nn.Module):
             cache.append(layer, k, v)
             earlier = cache.attend(layer, q.contiguous(), cache.len_before[layer], return_lse=True)
             y, _ = merge_states(*earlier, *causal_attention(q, k, v))
+            cache.add_scores(layer, q)
         return self.o_proj(y.flatten(-2))
 
 
@@ -237,7 +238,9 @@ class Llama(nn.Module):
         """Embedded new tokens after a cache, x (B, C) or (B, T, C) -> final hidden states like x.
 
         Each new token attends to the whole cache, to earlier new tokens and to itself. The cache grows by the new
-        tokens; after an error or Ctrl-C it is unchanged. ValueError for more than BLOCK tokens; see `extend`.
+        tokens; after an error or Ctrl-C it is unchanged, except that a cache that evicts may have given up a token; the
+        next step then gives up none. Tokens (B, T, C) are of a prompt and are never evicted. ValueError for more than
+        BLOCK tokens; see `extend`.
 
         layers: functions (x, rope, cache, layer) -> x to use instead of each layer's `decode` (model/fast.py).
         """
@@ -247,13 +250,18 @@ class Llama(nn.Module):
         positions = cache.pos if x.ndim == 2 else cache.pos[:, None] + torch.arange(tokens, device=x.device)
         rope = rope_table(positions, self.config, x.dtype)
         with cache.reserving(tokens):
-            cache.grow(tokens)
+            cache.grow(tokens, held=x.ndim == 3)
             for i, run in enumerate(layers or [layer.decode for layer in self.model.layers]):
                 x = run(x, rope, cache, i)
             return self.model.norm(x)
 
-    def extend(self, x, cache):
-        """`decode` for any number of tokens (B, T, C), in blocks, so that no T x T matrix is stored."""
+    def extend(self, x, cache, answer=False):
+        """`decode` for any number of tokens (B, T, C), in blocks, so that no T x T matrix is stored.
+
+        answer: the tokens are of an answer, so a cache that evicts does so before each of them.
+        """
+        if answer and cache.evicts:
+            return torch.stack([self.decode(row, cache) for row in x.unbind(1)], 1)
         with cache.reserving(x.shape[1]):  # the arenas move at most once
             return torch.cat([self.decode(block, cache) for block in x.split(BLOCK, 1)], 1)
 

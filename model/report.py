@@ -172,7 +172,7 @@ def logits_along(generation, fed):
     language, logits = generation.checkpoint.model.language_model, [generation.prefill()[None]]
     if fed:
         x = language.model.embed_tokens(torch.tensor(fed, device=generation.checkpoint.device))
-        logits.append(language.logits(language.extend(x[None], generation.cache)[0]))
+        logits.append(language.logits(language.extend(x[None], generation.cache, answer=True)[0]))
     return torch.cat(logits).float()
 
 

@@ -1,5 +1,6 @@
 """What a pruning method sees of a prompt and a layer, and how its choice is applied during the prefill."""
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -11,6 +12,9 @@ from kernels import window_scores
 
 from .config import InputError
 from .image import cells
+from .looking import looking_attention, looking_mlp
+
+ROWS = 64  # rows of the prompt whose attention is computed together
 
 
 class View:
@@ -138,6 +142,15 @@ class View:
         q, k = q[0, :, self.tokens - rows : self.tokens], k[0, :, : self.tokens]
         return window_scores(q, k, group="none", backend=self._backend)
 
+    @cached_property
+    def sums(self):
+        """(Hq, T) fp32: the attention that each token gets from all rows of the prompt together. In blocks of rows, so
+        that no T x T matrix is stored; it takes as long as about two more attentions of the layer."""
+        total = torch.zeros(self.q_heads, self.tokens, device=self.device)
+        for rows in torch.arange(self.tokens, device=self.device).split(ROWS):
+            total += self.attention(rows) * len(rows)
+        return total
+
     def _queries_of(self, rows):
         """-> q (Hq, R, D) of the rows (R,), and the rows on the queries' device. ValueError if they are not known."""
         first = self.tokens - (self._q.shape[1] - self._ahead)  # earlier rows are not stored
@@ -169,6 +182,12 @@ def pruned_prefill(language, x, cache, pruning, lookahead=None, positions=None, 
     )
     for layer, keep in pruning.compact() if pruning else ():
         cache.drop(layer, keep)
+    if pruning and pruning.sums:
+        places = torch.arange(len(x), device=x.device) if positions is None else positions
+        held = [
+            (own[mask], places.expand_as(mask)[mask]) for own, mask in zip(pruning.sums, pruning.masks, strict=True)
+        ]
+        cache.watch(*zip(*held, strict=True), pruning.method.newest, pruning.method.extra_tokens)
     return hidden
 
 
@@ -199,37 +218,61 @@ class Pruning:
 
     method    a `model.pruning.Method`: calls the stages of a rule such as `Plphp`, and always keeps text
     seconds   time spent on measuring and choosing; see `timed` in Generation
-    masks     with `remember`, or if the method compacts: per layer (Hkv, tokens of the whole prompt) bool, what each
-              head keeps
+    sums      if the method evicts: per layer (Hkv, tokens of the whole prompt) fp32, its scores of the tokens
+    masks     with `remember`, or if the method compacts or evicts: per layer (Hkv, tokens of the whole prompt) bool,
+              what each head keeps
     """
 
     def __init__(
         self, method, num_layers, spans, places=None, contrast=None, ahead=0, backend="auto", timed=False,
-        remember=False, protected=None, embeddings=None, counts=None,
+        remember=False, protected=None, embeddings=None, counts=None, sides=None,
     ):  # fmt: skip
-        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`."""
+        """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`.
+
+        sides: for each picture the row of its places where the map of LLaVA-NeXT's tiles begins; None if there is none.
+        """
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
-        self.timed, self.seconds, self.masks = timed, 0.0, [] if remember or method.compacts else None
+        self.timed, self.seconds, self.sums = timed, 0.0, []
+        self.masks = [] if remember or method.compacts or method.evicts else None
         self.protected = self.protected_whole = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
         self.embeddings, self.whole_spans, self.counts = embeddings, list(spans), counts
+        self.sides = sides or [sys.maxsize] * len(spans)
+        self.looking = None  # what vision tokens and heads may look at in the current layer; None: everything
         self.attended = None  # (T,) bool: the tokens that take part in the current layer's attention; None: all
 
     def inside(self, layer):
         """-> functions `attend` and `mlp` that replace those of a layer, or None; see `Llama.prefill`."""
-        self.attended = None
+        self.attended = self.looking = None
         if not (self.spans and self.method.attends):
             return None, None
-        return partial(self._attend, layer), None
+        return partial(self._attend, layer), None if self.ahead else self._mlp
 
     def _attend(self, layer, q, k, v):
         """The layer's attention among the tokens that the method's stage `attend` chooses -> (1, Hq, T, D)."""
         start = clock(k.device, self.timed)
-        self.attended = self._asked(lambda: self.method.attend(self._view(layer, q, k, v)))
+        chosen = self._asked(lambda: self.method.attend(self._view(layer, q, k, v)))
         self.seconds += clock(k.device, self.timed) - start
+        if not isinstance(chosen, torch.Tensor | None):
+            return self._look(q, k, v, chosen)
+        self.attended = chosen
         tokens = self.attended if self.attended is None else F.pad(self.attended, (0, self.ahead), value=True)
         return attention_among(q, k, v, tokens)
+
+    def _look(self, q, k, v, looking):
+        """The layer's attention if the method returned a `model.pruning.Looking` -> (1, Hq, T, D)."""
+        if self.ahead and looking.neurons < 1:
+            raise InputError("look-ahead rows need the whole MLP; use query=last, or neurons=1")
+        self.looking = looking
+        places = self.places or [cells(1, stop - start) for start, stop in self.spans]
+        return looking_attention(q, k, v, looking, self.spans, places, self.sides)
+
+    def _mlp(self, module, x):
+        """The layer's MLP, after its attention."""
+        if self.looking is None or self.looking.neurons == 1:
+            return module(x)
+        return looking_mlp(module, x, self.looking.neurons, self.spans)
 
     def __call__(self, layer, q, k, v, x=None, upcoming=None):
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer; q may have only the last rows.
@@ -243,6 +286,8 @@ class Pruning:
             start = clock(k.device, self.timed)
             view = self._view(layer, q, k, v, x, upcoming)
             keep, stay = self._asked(lambda: (self.method.keep(view), self.method.narrow(view)))
+            if self.method.evicts:
+                self.sums.append(self._whole(self._asked(lambda: self.method.evict(view))))
             if stay is not None and stay.dtype == torch.int64:
                 merge(x[0], stay)
                 stay = stay == torch.arange(len(stay), device=stay.device)
@@ -268,19 +313,27 @@ class Pruning:
     def _record(self, k, keep):
         """Note what each head keeps of the prompt's tokens, (Hkv, tokens of the prompt) bool."""
         here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
-        whole = here if self.seen is None else torch.zeros_like(self.masks[0]).index_copy_(1, self.seen, here)
-        self.masks.append(whole)
+        self.masks.append(self._whole(here))
+
+    def _whole(self, here):
+        """here (Hkv, T) of the tokens that the current layer sees -> of the prompt's tokens, 0 for the others."""
+        if self.seen is None:
+            return here
+        return here.new_zeros(self.masks[0].shape).index_copy_(1, self.seen, here)
 
     def compact(self):
         """After the prefill: yield (layer, keep), where keep (number of tokens that its heads hold together,) bool
         chooses those that they go on holding, head after head. Corrects `masks`. InputError as above."""
         if not (self.whole_spans and self.method.compacts):
             return
+        device = self.masks[0].device
+        start = clock(device, self.timed)
         prefilled = Prefilled(self.whole_spans, [mask.clone() for mask in self.masks], self.protected_whole)
         for layer, keep in enumerate(self._asked(lambda: self.method.compact(prefilled))):
             if keep is not None and not keep[self.masks[layer]].all():
                 yield layer, keep[self.masks[layer]]
                 self.masks[layer] &= keep
+        self.seconds += clock(device, self.timed) - start  # with what the caller did in between
 
     def _narrow(self, stay):
         """Later layers see only the tokens where stay (T,) is True -> their indices (T',)."""

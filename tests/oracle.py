@@ -156,7 +156,7 @@ def assert_within(got, exact, terms, count, dtype=torch.float32):
 def poison(cache, value=float("nan")):
     """Write NaN, or another value, into every free slot. In 8 bits: the largest or a NaN code and a NaN scale."""
     for layer in range(len(cache.k)):
-        arenas = [t for t in cache.arenas(layer) if t is not None]
+        arenas = [t for t in cache.rows(layer) if t is not None]
         taken = torch.zeros(len(arenas[0]), dtype=torch.bool)
         tables = (table[layer].tolist() for table in (cache.kv_start, cache.kv_len, cache.kv_cap))
         for start, length, capacity in zip(*tables, strict=True):
@@ -166,6 +166,8 @@ def poison(cache, value=float("nan")):
         for arena in arenas:
             if arena.itemsize == 1:
                 arena.view(torch.int8)[~taken] = 0x7F
+            elif arena.dtype == torch.int32:  # positions
+                arena[~taken] = -1
             else:
                 arena[~taken] = value
 

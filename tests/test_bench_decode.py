@@ -303,10 +303,10 @@ def attend_wrongly(self, layer, q, k, v, rope=None, attend=RaggedCache.append_at
     return out if int(self.kv_len.min()) == int(self.pos.max()) else -out
 
 
-def grow_too_far(self, tokens=1, grow=RaggedCache.grow):
+def grow_too_far(self, tokens=1, held=False, grow=RaggedCache.grow):
     """`RaggedCache.grow`, but the cache loses the newest position."""
     self.pos += 1
-    grow(self, tokens)
+    grow(self, tokens, held)
 
 
 @pytest.mark.parametrize(

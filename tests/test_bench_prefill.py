@@ -12,10 +12,10 @@ from tools.shapes import text_config
 def rows(tmp_path, capsys):
     """The rows of a run over these methods, by name."""
 
-    def run(*prune):
+    def run(*prune, more=()):
         file = tmp_path / "times.json"
         code = bench_prefill.main(
-            ["--shape", "tiny-next", "--rounds", "2", "--device", "cpu", "--json", str(file), "--prune", *prune]
+            ["--shape", "tiny-next", "--rounds", "2", "--device", "cpu", "--json", str(file), *more, "--prune", *prune]
         )
         found = json.loads(file.read_text())["rows"]
         return code, {row["prune"]: row for row in found}, capsys.readouterr().out
@@ -48,6 +48,23 @@ def test_ceilings_are_ratios_of_operations(rows):
     assert plphp["kv_bytes"] / none["kv_bytes"] == (text + vision // 4) / (text + vision)
 
 
+def test_the_ceiling_of_sparse_attention_saves_its_square(rows):
+    """Half of the tokens attend to each other; all go through the projections and the MLP."""
+    code, found, printed = rows("zipvl@0.5", "zipvl:tau=1", more=["--pictures", "2", "--clock", "processor"])
+    none, zipvl, whole = found.values()
+    assert code == 0 and "of gain" in printed and whole["ceiling"] == 1 and whole["gain"] is None
+    assert zipvl["tokens"] == none["tokens"] > 2 * 88
+    flat = rows("plphp:dr=0@0.5", more=["--noise", "672x336"])[1]["none"]["tokens"]
+    assert flat < rows("plphp:dr=0@0.5")[1]["none"]["tokens"] < none["tokens"] - 88
+    c, n = text_config("tiny-next"), none["tokens"]
+    few = n - 88  # two pictures of 88 tokens; text takes part
+    saved = 2 * 2 * (n * n - few * few) * c.hidden_size  # in two layers
+    assert none["flops"] - zipvl["flops"] == pytest.approx(saved)
+    assert zipvl["gain"] == (zipvl["speedup"] - 1) / (zipvl["ceiling"] - 1)
+    assert all(row["vision"] > 0 and row["prefill"] > 0 for row in found.values())
+    assert zipvl["kv_bytes"] / none["kv_bytes"] == few / n
+
+
 def test_a_method_that_breaks_leaves_the_others(rows, tmp_path):
     (tmp_path / "own.py").write_text("def broken(picture): 1 / 0\nclass Broken:\n    pick = staticmethod(broken)\n")
     code, found, printed = rows(f"{tmp_path}/own.py::Broken", "pick-grid@0.5")
@@ -63,6 +80,9 @@ def test_a_method_that_breaks_leaves_the_others(rows, tmp_path):
         (["--model", "demo"], "give one of them"),
         (["--json", "/nonexistent/x.json"], "cannot write the output"),
         (["--image", "/nonexistent.png"], "nonexistent.png"),
+        (["--noise", "672"], "WIDTHxHEIGHT"),
+        (["--noise", "0x672"], "WIDTHxHEIGHT"),
+        (["--pictures", "0"], "--pictures"),
     ],
 )
 def test_bad_flags_are_one_line(flags, said, capsys):

@@ -1,17 +1,23 @@
 """Calibration: its settings keep the requested fraction, stay close to the unpruned model, and are read by run.py."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 from conftest import exit_code_of
+from oracle import expanded, hf_pictures
+from test_methods import pictures
 
 import run
-from model import load
+from model import Generation, Sampling, load
+from model.api import change_budget
 from model.pruning import make_method
+from model.pruning.yopo import Yopo
 from tests.paths import DEMO, DEMO_PICTURE
 from tools import calibrate, scenes
+from tools.evaluation.heads import ratios, table_of, threshold_of
 from tools.train_demo import HELD_OUT, held_out_questions
 
 
@@ -114,6 +120,7 @@ def test_run_takes_the_settings_of_the_models_folder(tmp_path, capsys):
         (["--image", "a.png", "--scenes", "2"], "--scenes"),
         (["--scenes", "2", "--prompt", "What?"], "--prompt"),
         (["--image", "/nowhere.png"], "/nowhere.png"),
+        (["heads", "--scenes", "1", "--rates-only"], "--rates-only"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
@@ -124,6 +131,71 @@ def test_wrong_arguments_are_refused_in_one_line(flags, word, tmp_path, capsys):
     assert not (tmp_path / "p.json").exists()
 
 
-def test_the_demo_has_settings_of_its_own():
-    method = make_method("plphp", folder=DEMO)
-    assert method.settings == {**make_method("plphp").settings, **json.loads((DEMO / "plphp.json").read_text())}
+@pytest.mark.parametrize("name", ["plphp", "yopo"])
+def test_the_demo_has_settings_of_its_own(name):
+    method = make_method(name, folder=DEMO)
+    assert method.settings == {**make_method(name).settings, **json.loads((DEMO / f"{name}.json").read_text())}
+
+
+# ---------------------------------------------------------------- YOPO's table
+
+
+def test_a_wanted_fraction_replaces_the_threshold_of_the_models_folder():
+    method = make_method("yopo", folder=DEMO)
+    changed = change_budget(method, DEMO, {"retention": 0.25, "keep_tokens": None})
+    assert changed.settings["heads"] == method.settings["heads"] and changed.rule.active(6, 4).sum() == 6
+    assert make_method("yopo", 0.25, folder=DEMO).settings == changed.settings != method.settings
+    assert make_method("yopo:threshold=5", folder=DEMO).rule.threshold == 5.0
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 10, 13])
+def test_an_entry_above_the_threshold_means_more_than_two_fifths_of_the_votes(samples):
+    """For thresholds at, below and above each ratio, with ties."""
+    found = torch.randint(0, 9, (samples, 3, 4)).double()
+    for threshold in [x / 2 for x in range(-1, 19)]:
+        votes = (found > threshold).sum(0)
+        assert (table_of(found) > threshold).equal(10 * votes > 4 * samples), threshold
+
+
+def test_the_threshold_keeps_the_wanted_fraction():
+    """24 KV heads, the first 4 always; the larger of the 2 query heads decides."""
+    table = torch.rand(6, 8, dtype=torch.float64)
+    for retention in (0.05, 0.17, 0.5, 0.52, 0.6, 0.98, 1.0):
+        active = Yopo(heads=table.tolist(), threshold=threshold_of(table, 4, 1, retention)).active(6, 4)
+        assert active.sum() == max(4, round(24 * retention))
+
+
+def test_ratios_are_those_of_whole_matrices_of_attention(make_hf_checkpoint, tmp_path):
+    """Of the rows after the pictures and of the answer's, each over the prompt's tokens."""
+    hf = make_hf_checkpoint(tmp_path, {"num_hidden_layers": 3}, {"image_size": 56}, seed=3)
+    checkpoint = dataclasses.replace(load(tmp_path, "fp32"), stop_ids=())
+    asked = calibrate.sample(checkpoint, "what <image> is <image> left?", pictures(2), 6).asked
+    generation = Generation(checkpoint, "what <image> is <image> left?", pictures(2), Sampling(6))
+    "".join(generation)
+    prompt = expanded(generation)
+    hf.set_attn_implementation("eager")
+    given = torch.tensor([prompt + generation.token_ids[:-1]])
+    layers = hf(input_ids=given, **hf_pictures([generation]), output_attentions=True).attentions
+    vision = torch.tensor([i == checkpoint.config.image_token_index for i in prompt])
+    for row, attention in zip(ratios(asked), layers, strict=True):
+        over_prompt = attention[0, :, generation.spans[-1][1] :, : len(prompt)].double()
+        over_prompt /= over_prompt.sum(-1, keepdim=True)
+        wanted = over_prompt[..., vision].sum((1, 2)) / over_prompt[..., ~vision].sum((1, 2))
+        assert torch.allclose(row, wanted, rtol=1e-4)
+
+
+def test_the_command_finds_a_table_that_run_takes(tmp_path, capsys):
+    """The heads that look least are dropped, half of all, in a copy of the demo without its own file."""
+    folder = shutil.copytree(DEMO, tmp_path / "model", ignore=shutil.ignore_patterns("yopo.json"))
+    asked = ["--model", str(folder), "--image", str(DEMO_PICTURE), "--prompt", "What?", "-n", "2", "--json"]
+    assert run.main([*asked, "--prune", "yopo"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: method yopo: ") and "tools/calibrate.py heads" in error
+    calibrate.main(["heads", "--model", str(folder), "--scenes", "1", "--out", str(folder / "yopo.json")])
+    found = json.loads((folder / "yopo.json").read_text())
+    assert capsys.readouterr().out.count("%  {") == 8 and [len(row) for row in found["heads"]] == [8] * 6
+    assert run.main([*asked, "--prune", "yopo"]) == 0
+    prune = json.loads(capsys.readouterr().out)["prune"]
+    assert prune["retention_actual"] == 0.5 and prune["kept_per_layer"][0] == 256
+    assert run.main([*asked, "--prune", "yopo", "--retention", "0.25"]) == 0
+    assert json.loads(capsys.readouterr().out)["prune"]["retention_actual"] == 0.25

@@ -21,17 +21,17 @@ from model.console import explain
 from model.pruning import METHODS, Method, MethodError, make_method
 from model.pruning.budget import best, budget, by_head, later, mass, pooled, select
 from model.pruning.plphp import Plphp, gamma
-from model.view import Pruning, View
+from model.view import Pruning, View, pruned_prefill
 from tests.given import given_view
 from tests.oracle import masked_ids, small_llama
 from tests.paths import DEMO_PICTURE
 from tests.sizes import Sizes
 
-NAMES = [name for name in METHODS if name != "none"]
+NAMES = [name for name in METHODS if name not in ("none", "yopo")]  # yopo needs a table: tests/test_yopo.py
 IN_MODEL = [name for name in NAMES if not make_method(name).picks]  # the others: tests/test_pick.py
 BUDGETED = [name for name in IN_MODEL if "keep_tokens" in make_method(name).settings]
 UNEVEN = {"plphp-ada", "adakv"}  # the heads of a layer keep different numbers
-NARROWING = {"fastv", "pyramiddrop", "sparsevlm"}  # tokens leave the prompt
+NARROWING = {"fastv", "g-search", "pyramiddrop", "sparsevlm", "zipvl"}  # hidden states change
 
 
 # ---------------------------------------------------------------- pieces
@@ -182,7 +182,10 @@ def test_the_key_that_attention_is_parked_on_stays(name):
 
 
 def answer(method, view):
-    """keep (Hkv, T); for a method that narrows the prompt, the same in every head."""
+    """keep (Hkv, T); for a method that narrows the prompt or its attention, the same in every head."""
+    if method.attends:
+        chosen = method.attend(view)
+        return (view.text | True if chosen is None else chosen).expand(view.kv_heads, -1)
     return method.narrow(view).expand(view.kv_heads, -1) if method.narrows else method.keep(view)
 
 
@@ -341,7 +344,8 @@ def answered(checkpoint, question, tokens, prune=None, backend="torch"):
 @pytest.mark.parametrize(
     ("spec", "retention"),
     [
-        *((n, 1.0) for n in NAMES if "retention" in make_method(n).settings),
+        *((n, 1.0) for n in NAMES if n != "h2o" and "retention" in make_method(n).settings),
+        ("h2o:extra_tokens=8", 1.0),
         *((spec, None) for spec in ("plphp:r=1,dr=0,skip=0", "pyramiddrop:stages=[]", "pyramiddrop:ratios=[1,1,1]")),
         ("plphp:skip=4", 0.1),
         ("mustdrop:threshold=1,individual_threshold=0", None),
@@ -386,7 +390,7 @@ def test_no_prefill_holds_a_whole_matrix_of_attention(name, kv_heads):
     contrast = [torch.linspace(0, 1, stop - start) for start, stop in spans]
     pruning = method and Pruning(method, 3, spans, contrast=lambda: contrast, backend="torch", embeddings=x[0])
     with Sizes() as sizes:
-        model.prefill(x, cache, prune=pruning)
+        pruned_prefill(model, x[0], cache, pruning)
     assert sizes.where and sizes.largest < LONG**2, sizes.where
     assert not method or cache.kv_len.min() < LONG  # something was pruned
 

@@ -942,5 +942,6 @@ def test_whether_a_composition_has_a_budget_of_its_own():
     for spec, own in (
         ("pick-grid+topk", False), ("pick-grid:keep_tokens=9+topk", True), ("pick-grid+topk:retention=0.1", True),
         ("mustdrop1+topk", True), ("mustdrop1:retention=0.5+topk", False), ("pick-grid", False),
+        ("mustdrop1:threshold=0.5", True), ("pick-grid+yopo", False), ("pick-grid+yopo:threshold=0.5", True),
     ):  # fmt: skip
         assert sets_budget(spec) == own, spec

@@ -100,7 +100,8 @@ def test_the_spec_of_a_method_gives_it_again(name, folder):
             continue
         assert make_method(method.spec, folder=folder).settings == method.settings
         made += 1
-    assert made >= (3 if method.picks else 7) - ("keep_tokens" not in method.settings)
+    few = method.picks or "scope" not in method.settings
+    assert made >= (3 if few else 7) - ("keep_tokens" not in method.settings)
 
 
 # ---------------------------------------------------------------- a user's own file
@@ -356,10 +357,13 @@ RANGES = {
     "last or lookahead": (("first",), "lookahead"), "any whole number": ((0.5,), 3), "beta or more": ((0.05,), 0.3),
     "up to alpha": ((0.3,), 0.2), "1 or more, below the number of layers": ((-1, 0, 1.5), 3),
     "2 or more": ((-1, 1, 2.5), 3), "rank or row": (("column",), "row"),
-    "contiguous or original": (("packed",), "original"),
+    "contiguous or original": (("packed",), "original"), "0 to 1, first 1": ((-0.1, 1.1, "x", 0.5), 1.0),
+    "0 to hi": ((-0.1, 1.1, "x"), 0.5), "lo to 1": ((-0.1, 1.1, "x"), 0.5), "0 to 1000": ((-0.1, 1001, "x"), 3.0),
+    "any number of 0 or more": ((-0.1, "x"), 0.5), "numbers of 0 or more": ((-1, "x"), 0.5),
     "1 or more, ascending": (([0, 1], [2, 1], [1.5], "x"), [1, 3, 4]),
     "above 0 and up to 1, descending": (([0.5, 0.6, 0.1], [0.5, 0.2, 0], [1.5, 1, 1], ["x"] * 3), [0.5, 0.5, 0.2]),
 }  # fmt: skip
+LISTS = ("rates", "schedule")  # settings with a value per layer
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -374,10 +378,12 @@ def test_each_setting_is_listed_with_its_meaning_and_the_range_that_is_checked(n
         advice = f"{key} of {name}: end its meaning with a range in brackets, and add new ranges to RANGES"
         assert written and written[1] in RANGES, advice
         wrong, fine = RANGES[written[1]]
+        if written[1] == "numbers of 0 or more":
+            wrong, fine = [[[value]] for value in wrong], [[fine]]
         for value in wrong:
-            said = refused(f"{name}:{key}={json.dumps([value] * 4 if key == 'rates' else value)}")
+            said = refused(f"{name}:{key}={json.dumps([value] * 4 if key in LISTS else value)}")
             assert re.search(rf"\b{key}\b.*; \w", said)
-        make_method(f"{name}:{key}={json.dumps([fine] * 4 if key == 'rates' else fine)}")
+        make_method(f"{name}:{key}={json.dumps([fine] * 4 if key in LISTS else fine)}")
 
 
 def test_a_method_of_ones_own_is_listed(own, monkeypatch):

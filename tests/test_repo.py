@@ -61,8 +61,8 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 1765 and counted["product"] <= 10200 and counted["tools"] <= 9950
-    assert counted["tests"] <= 20750
+    assert counted["one answer"] <= 1975 and counted["product"] <= 10890 and counted["tools"] <= 9988
+    assert counted["tests"] <= 23122
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
         assert words.format(f"{round(counted[what], -2):,}") in said, f"{what}: {counted[what]}"

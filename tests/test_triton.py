@@ -324,10 +324,10 @@ class Replayed:
         self.step = step
 
     def replay(self):
-        cache, room = self.step.cache, self.step.cache.room
-        cache.room = room + 1  # compensates `grow`, which a real replay does not run
+        cache, counts = self.step.cache, self.step.cache.counts
+        cache.claim(-1)  # compensates `grow`, which a real replay does not run
         self.step.logits.copy_(self.step._step(self.step.ids))
-        assert cache.room == room
+        assert cache.counts == counts
 
 
 def stand_in(step, monkeypatch):
@@ -336,7 +336,8 @@ def stand_in(step, monkeypatch):
     @contextlib.contextmanager
     def record(graph, stream=None):
         cache = step.cache
-        tables = cache.kv_len, cache.pos, *cache.k, *cache.v
+        rows = [t for layer in range(len(cache.k)) for t in cache.rows(layer) if t is not None]
+        tables = cache.kv_len, cache.pos, *rows
         before, version = [t.clone() for t in tables], cache.version
         yield
         assert cache.version == version, "a capture must not move the arenas"
@@ -372,6 +373,35 @@ def test_captured_steps_count_their_slots(slack, batch, kind, monkeypatch):
                 model.extend(turn, cache)
     assert replays > 4 and caches[0].room == caches[1].room >= 0
     assert torch.equal(caches[0].kv_len, caches[1].kv_len) and (caches[0].kv_len <= caches[0].kv_cap).all()
+
+
+@pytest.mark.parametrize(("slack", "extra"), [(1, 1), (4, 6)])
+def test_captured_steps_evict(slack, extra, monkeypatch):
+    """The graph may be captured before the first eviction: the device decides. A turn of the prompt in between."""
+    model, x = small_llama().to(DEVICE), torch.randn(1, 9, 32, device=DEVICE)
+    caches = [RaggedCache(3, slack, "triton") for _ in range(2)]
+    for cache in caches:
+        model.prefill(x, cache)
+        sums = torch.rand(18, generator=torch_random(3)).to(DEVICE)
+        sums[::3] = float("inf")  # tokens 0, 3 and 6 of each head
+        cache.watch([sums] * 3, [torch.arange(9, device=DEVICE).repeat(2)] * 3, 0.5, extra)
+    step, replays, moves = FastStep(model, caches[0]), 0, set()
+    stand_in(step, monkeypatch)
+    for token in range(20):
+        ids = torch.full((1,), token, device=DEVICE)
+        got = step(ids).clone()
+        replays += step.graph is not None
+        moves.add(caches[0].version)
+        torch.testing.assert_close(got, model.logits(model.decode(model.model.embed_tokens(ids), caches[1])))
+        if token == 12:
+            for cache in caches:
+                model.extend(torch.ones(1, 3, 32, device=DEVICE), cache)
+    ours, theirs = caches
+    assert replays > 12 and len(moves) <= 3 and ours.counts == theirs.counts and ours.ahead == [0]
+    assert torch.equal(ours.kv_len, theirs.kv_len) and ours.kv_len.unique().tolist() == [9 + extra + 3]
+    for layer in range(3):
+        for rows, others in zip(ours.positions(layer), theirs.positions(layer), strict=True):
+            assert torch.equal(rows, others)
 
 
 @pytest.mark.parametrize("fails", ["capture", "first replay", "later replay"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -176,6 +177,27 @@ def test_attention_is_measured_once_per_layer_and_query(monkeypatch):
     for wrong in ({"query": "look-ahead"}, {"rows": 0}, {"rows": True}, {"rows": 1.5}):
         with pytest.raises(ValueError, match="give rows of 1 or more"):
             view.attention(**wrong)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_a_view_knows_the_attention_of_the_next_layer(heads, kv_heads):
+    """It is what that layer then measures."""
+    model, seen = small_llama(heads, kv_heads), []
+
+    class Looks:
+        def keep(self, view):
+            following = [view.next_attention(n) for n in (1, 4, 99)] if view.layer < 2 else None
+            seen.append((view, following))
+
+    method = Method("looks", Looks(), {})
+    pruning = Pruning(method, 3, [(2, 6)], backend="torch", counts=[9])
+    model.prefill(torch.randn(1, 12, 32), prune=pruning)
+    for (_, following), (after, _) in pairwise(seen):
+        for n, attention in zip((1, 4, 99), following, strict=True):
+            torch.testing.assert_close(attention, after.attention(n), rtol=1e-4, atol=1e-6)
+        assert after.counts == [9] and after.whole_spans == [(2, 6)]
+    with pytest.raises(ValueError, match="next layer"):
+        seen[2][0].next_attention()
 
 
 @pytest.mark.parametrize("known", [10, 7])

@@ -2,18 +2,26 @@
 
     python tools/bench_prefill.py                                     # random weights, 2,928 vision tokens
     python tools/bench_prefill.py --prune hired@0.25 visionzip@0.1 fastv@0.25
+    python tools/bench_prefill.py --prune zipvl@0.5 --pictures 3 --noise 672x616    # 8,196 vision tokens
     python tools/bench_prefill.py --model DIR --image x.png --prompt "..."
 
 Every method answers with one token; the rounds alternate, so that a machine that slows down affects all equally.
 `vision` is the time of the vision tower and projector, `prefill` that of the language model with choosing, `TTFT` both.
 `speed-up` is the unpruned prefill time over that of the method, `ceiling` the same ratio of floating-point operations
-by arithmetic: matrix products and causal attention over the tokens that each layer processes. A method that drops K
-and V only, such as plphp, saves no operations: its ceiling is 1.
+by arithmetic: matrix products over the tokens that each layer processes, and causal attention among those of them that
+take part in it (zipvl: the important ones). A method that drops K and V only, such as plphp, saves no operations: its
+ceiling is 1. `of it` is the speed-up over the ceiling; `of gain` the same of what they are above 1.
+
+On a CPU that other programs use too, --clock processor counts the time that this process was running. `vision` then
+ends with the last use of the projector, so it includes the choice of methods before the language model.
 """
 
+import argparse
 import random
+import re
 import sys
 import tempfile
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -24,8 +32,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from model import Generation, Sampling, load  # noqa: E402
+from model.config import InputError  # noqa: E402
 from model.flags import choose_device  # noqa: E402
-from model.pruning import stages  # noqa: E402
 from tools import engines, harness, make_checkpoint  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, one_of, say, unwritable  # noqa: E402
 from tools.roofline import Shape  # noqa: E402
@@ -39,10 +47,13 @@ def parser():
     # fmt: off
     p.add_argument("--model", metavar="DIR|ID", help="a checkpoint")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape (default: thin-next, without --model)")
-    p.add_argument("--image", metavar="PATH", help="a picture (default: noise, 672 x 672 pixels)")
+    p.add_argument("--image", metavar="PATH", help="a picture (default: noise)")
+    p.add_argument("--noise", type=size, default=(672, 672), metavar="WxH", help="size of the noise (672x672 pixels)")
+    p.add_argument("--pictures", type=number(int, 1), default=1, metavar="N", help="so many times (default 1)")
     p.add_argument("--prompt", default="Describe the picture.", help="default: %(default)s")
     p.add_argument("--prune", nargs="+", default=METHODS, metavar="SPEC[@F]", help=f"default: {' '.join(METHODS)}")
     p.add_argument("--rounds", type=number(int, 1), default=7, help="timed answers of each (default 7)")
+    p.add_argument("--clock", choices=("wall", "processor"), default="wall", help="default: %(default)s")
     p.add_argument("--dtype", type=one_of("auto", "bf16", "fp16", "fp32"), default="auto", metavar="TYPE")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     p.add_argument("--json", metavar="FILE")
@@ -64,10 +75,13 @@ def main(argv=None):
 
 def bench(args, words):
     """Time all methods in turn, print and save the table -> exit code: 1 if a method broke."""
-    checkpoint = checkpoint_of(args)
+    checkpoint, clock = checkpoint_of(args), None if args.clock == "wall" else time.process_time
+    if clock and checkpoint.device.type != "cpu":
+        raise InputError(f"--clock processor does not see the time of {checkpoint.device}; use --clock wall")
     methods = {"none": None} | {spec: engines.method_of(spec, checkpoint.folder) for spec in args.prune}
-    asked = Generation(checkpoint, args.prompt, args.image or noise(), Sampling(max_new_tokens=1), timed=True)
-    runs = {spec: lambda method=method: prefilled(asked, method) for spec, method in methods.items()}
+    shown = [args.image or noise(args.noise)] * args.pictures
+    asked = Generation(checkpoint, args.prompt, shown, Sampling(max_new_tokens=1), timed=True)
+    runs = {spec: lambda method=method: prefilled(asked, method, clock) for spec, method in methods.items()}
     times, broken = {}, {}
     for turn in range(args.rounds + 1):  # the first round is a warm-up
         say(f"round {turn} of {args.rounds}" if turn else "warm-up")
@@ -79,8 +93,9 @@ def bench(args, words):
     for row in rows:
         compare_with(rows[0], row)
     about = harness.about_run("bench_prefill", words, checkpoint.device, str(checkpoint.dtype)[6:], args.rounds)
+    squares = sum(image["tiles"] for image in asked.images)
     print(f"{about['machine']}, {about['threads']} threads, {about['dtype']}; {asked.prompt_tokens} tokens, "
-          f"{asked.vision_tokens} of them vision tokens in {asked.images[0]['tiles']} squares")  # fmt: skip
+          f"{asked.vision_tokens} of them vision tokens in {squares} squares")  # fmt: skip
     print("\n".join(harness.table(rows, {"prune": max(map(len, methods))}, COLUMNS, lambda row: "")))
     harness.save(args, about, rows)
     return 1 if broken else 0
@@ -91,7 +106,7 @@ COLUMNS = (
     ("prefill ms", "prefill", 1e3, 11, ".0f"),
     ("TTFT ms", "ttft", 1e3, 8, ".0f"), ("vision", "vision_ratio", 1, 7, ".2f"), ("speed-up", "speedup", 1, 9, ".2f"),
     ("20 %", "low", 1, 6, ".2f"), ("80 %", "high", 1, 6, ".2f"), ("ceiling", "ceiling", 1, 8, ".2f"),
-    ("of it", "share", 1, 6, ".2f"), ("KV MB", "kv_bytes", 1e-6, 7, ".1f"),
+    ("of it", "share", 1, 6, ".2f"), ("of gain", "gain", 1, 8, ".2f"), ("KV MB", "kv_bytes", 1e-6, 7, ".1f"),
 )  # fmt: skip
 
 
@@ -107,32 +122,58 @@ def checkpoint_of(args):
         return load(Path(folder) / "model", args.dtype, device)
 
 
-def noise():
-    """A picture that fills 2 x 2 tiles of 336 pixels."""
+def size(text):
+    """ "WxH" -> (W, H), pixels; by default a picture fills 2 x 2 tiles of 336."""
+    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if not found or not (int(found[1]) and int(found[2])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give WIDTHxHEIGHT, such as 672x672")
+    return int(found[1]), int(found[2])
+
+
+def noise(shape):
+    """A picture of this size, (width, height)."""
     pixels = random.Random(0).randbytes(3 * 84 * 84)
-    return Image.frombytes("RGB", (84, 84), pixels).resize((672, 672), Image.Resampling.BICUBIC)
+    return Image.frombytes("RGB", (84, 84), pixels).resize(shape, Image.Resampling.BICUBIC)
 
 
-def prefilled(asked, method):
-    """Prefill a question with this method -> its times in seconds, tokens, bytes and floating-point operations."""
+def prefilled(asked, method, clock=None):
+    """Prefill a question with this method -> its times in seconds, tokens, bytes and floating-point operations.
+
+    clock: replaces the times that the Generation measures itself: those up to the last use of the projector and after.
+    """
     generation = asked.again(method)
-    with torch.inference_mode():
-        generation.prefill()
-    cache, times = generation.cache, generation.timing
-    # a layer processes all tokens of the prompt, or after a method that narrows those that it stored
-    narrows = method is not None and any("narrow" in stages(part.rule) for part in method.parts)
-    tokens = cache.kv_len.amax(1).tolist() if narrows else [generation.prefilled] * len(cache.k)
+    checkpoint, projected, processed, hooks = generation.checkpoint, [], [], []
+    now = clock or time.perf_counter
+    hooks.append(checkpoint.model.multi_modal_projector.register_forward_hook(lambda *_: projected.append(now())))
+    for layer in checkpoint.model.language_model.model.layers:
+        norm = layer.post_attention_layernorm  # it sees every token that the layer processes
+        hooks.append(norm.register_forward_pre_hook(lambda _, given: processed.append(given[0].shape[1])))
+    start = now()
+    try:
+        with torch.inference_mode():
+            generation.prefill()
+        end = now()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = {"vision": projected[-1] - start, "prefill": end - projected[-1]} if clock else generation.timing
+    ahead = checkpoint.lookahead.rows if method and method.looks_ahead else 0
+    tokens = [count - ahead for count in processed]
+    # a method with `attend` stores what takes part
+    attending = generation.cache.kv_len.amax(1).tolist() if method and method.attends else tokens
     return {
         "vision": times["vision"], "prefill": times["prefill"], "tokens": generation.prefilled,
-        "kv_bytes": generation.bytes_held, "flops": flops(generation.checkpoint.config.text_config, tokens),
+        "kv_bytes": generation.bytes_held, "flops": flops(checkpoint.config.text_config, tokens, attending),
     }  # fmt: skip
 
 
-def flops(config, tokens):
-    """Floating-point operations of a prefill whose layers process these numbers of tokens, the output head included."""
-    shapes = [Shape("", config, count, 0) for count in tokens]
-    head = 2 * shapes[0].head_numbers
-    return sum((shape.prefill_flops() - head) / len(tokens) for shape in shapes) + head
+def flops(config, tokens, attending):
+    """Floating-point operations of a prefill whose layers process these numbers of tokens, of which those numbers
+    attend to each other; the output head included."""
+    shape = Shape("", config, 0, 0)
+    products = 2 * sum(tokens) * shape.layer_numbers
+    attention = sum(shape.attention_flops(count, count) / 2 for count in attending)
+    return (products + attention) / len(tokens) + 2 * shape.head_numbers
 
 
 def row_of(spec, times, why):
@@ -153,6 +194,7 @@ def compare_with(plain, row):
     row["vision_ratio"] = harness.spread([b["vision"] / a["vision"] for a, b in pairs])[1]
     row["ceiling"] = plain["flops"] / row["flops"]
     row["share"] = row["speedup"] / row["ceiling"]
+    row["gain"] = (row["speedup"] - 1) / (row["ceiling"] - 1) if row["ceiling"] > 1 else None
 
 
 if __name__ == "__main__":

@@ -1,16 +1,27 @@
-"""Find PLPHP's thresholds and rates for a model, from a few pictures and prompts.
+"""Find PLPHP's thresholds and rates, G-Search's schedule or YOPO's heads for a model, from a few pictures and prompts.
 
     python tools/calibrate.py --model DIR --image a.png b.png --prompt "Describe the picture." --out plphp.json
     python run.py --model DIR --image x.png --prompt "..." --prune plphp --set @plphp.json
     python tools/calibrate.py --scenes 40 --retention 0.5 --out assets/demo/plphp.json    # for the demo model
     python tools/calibrate.py --rates-only ...       # leave skip, window and values as they are
+    python tools/calibrate.py schedule --scenes 40 --retention 0.5 --out assets/demo/g-search.json
+    python tools/calibrate.py heads --scenes 40 --retention 0.5 --out assets/demo/yopo.json
 
 The attention that each layer pays to pictures differs between models, so no fixed alpha and beta fit all of them. This
 prints its distribution, then tries some 170 settings (14 with --rates-only), including look-ahead rows where the
 model has them (tools/train_lookahead.py). For each setting, r is solved so that the wanted fraction is kept on average.
 The setting closest to the unpruned model (KL along the unpruned answers) is written to --out, with the share of the
-budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15. A file plphp.json (or plphp-ada.json) in a
-model's folder sets that method's defaults for the model.
+budget on a grid (cover) that is best over the retentions 0.5, 0.3 and 0.15.
+
+With `schedule` it prints how alike neighbouring layers rank the vision tokens, the premise of G-Search. It chooses the
+shape of the sigmoid that is closest to the unpruned model at --retention. Then it searches the least fraction of the
+tokens in each layer, from shallow to deep, with which KL stays below --tolerance. Both are written to --out.
+
+With `heads` it measures how much each head looks at the pictures: attention to them divided by attention to the text.
+--out gets for each head the ratio that it reaches in more than 40 % of the prompts, and the threshold that keeps the
+wanted fraction. The KLs that it prints are for your judgement; they choose nothing.
+
+A file plphp.json, plphp-ada.json, g-search.json or yopo.json in a model's folder sets its method's defaults.
 """
 
 import dataclasses
@@ -25,13 +36,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Generation, InputError, Sampling, load  # noqa: E402
+from model.console import note  # noqa: E402
 from model.flags import choose_device  # noqa: E402
 from model.pruning import make_method  # noqa: E402
 from model.pruning.plphp import Plphp  # noqa: E402
 from tools import scenes  # noqa: E402
 from tools.command import as_command, exit_code, flags, model_flags, number, one_of, write_json  # noqa: E402
+from tools.evaluation.heads import ratios, table_of, threshold_of  # noqa: E402
 from tools.evaluation.replay import Asked, asked_by, compare, gammas_of, replay  # noqa: E402
 from tools.evaluation.runs import progress  # noqa: E402
+from tools.evaluation.schedule import AGREE, agreements, search, shapes  # noqa: E402
 from tools.train_demo import held_out_questions  # noqa: E402
 
 QUANTILES = ((0.33, 0.67), (0.5, 0.5), (0.25, 0.5), (0.5, 0.75))  # of gamma, tried as (beta, alpha)
@@ -104,20 +118,22 @@ def solve(gammas, skip, layers, alpha, beta, dr, retention):
 
 
 @torch.inference_mode()
-def judge(samples, method_name, tried, batch=32):
-    """For each of the settings: (KL to the unpruned model, mean over all steps but the first; fraction kept; error).
+def judge(samples, method_name, tried, batch=32, what=None):
+    """For each of the settings: (KL to the unpruned model, mean over steps; fraction kept; error).
 
-    error: standard error of the fraction kept, over the samples.
+    The first step counts only for methods that can change it. error: standard error of the fraction kept, over the
+    samples. what: the title of the progress.
     """
     sums, kept, steps = [0.0] * len(tried), [[] for _ in tried], 0
     methods = [make_method(method_name, settings=settings) for settings in tried]
-    for s in progress(samples, f"{len(tried)} settings, prompts"):
+    first = 0 if methods[0].narrows else 1
+    for s in progress(samples, f"{what or f'{len(tried)} settings'}, prompts"):
         for start in range(0, len(methods), batch):
             logits, shares, _ = replay(s.asked, methods[start : start + batch])
             for i, (pruned, share) in enumerate(zip(logits, shares, strict=True), start):
-                sums[i] += compare(s.asked.logits[1:], pruned[1:], s.ids[1:])["kl"].sum().item()
+                sums[i] += compare(s.asked.logits[first:], pruned[first:], s.ids[first:])["kl"].sum().item()
                 kept[i].append(share)
-        steps += len(s.ids) - 1
+        steps += len(s.ids) - first
     error = [statistics.pstdev(shares) / len(shares) ** 0.5 for shares in kept]
     return [(total / steps, statistics.mean(k), e) for total, k, e in zip(sums, kept, error, strict=True)]
 
@@ -179,9 +195,28 @@ def choose_cover(samples, method_name, found):
     return next(cover for cover, mean in zip(COVERS, means, strict=True) if mean <= min(means) + 0.001)
 
 
-def calibrate(args):
-    checkpoint = load(args.model, args.dtype, choose_device(args.device))
-    samples = samples_of(args, checkpoint)
+def find_heads(args, samples):
+    """The settings of `model.pruning.yopo.Yopo`: a table of heads and a threshold. Prints the table, and KLs at the
+    retention and at BUDGETS."""
+    found = table_of(torch.stack([ratios(s.asked) for s in samples]))
+    heads = [[float(f"{ratio:.4g}") for ratio in row] for row in found.tolist()]
+    skip = 1 if len(heads) < 12 else 2
+    table, kv_heads = torch.tensor(heads, dtype=torch.float64), samples[0].asked.kv_heads
+    threshold = round(threshold_of(table, kv_heads, skip, args.retention), 6)
+    print("attention to pictures / attention to text, by query head; YOPO prunes the smallest\nlayer")
+    for layer, row in enumerate(heads):
+        print(f"{layer:5d}" + "".join(f" {ratio:8.3g}" for ratio in row))
+    tried = [{"threshold": threshold}, *({"retention": budget} for budget in BUDGETS)]
+    tried = [one | more for one in tried for more in ({}, {"prefill": False})]
+    results = judge(samples, "yopo", [{"heads": heads} | settings for settings in tried])
+    print("\n     KL    kept  settings")
+    for settings, (kl, kept, _) in zip(tried, results, strict=True):
+        print(f"{kl:7.4f}  {100 * kept:4.1f} %  {settings}")
+    return {"heads": heads, "threshold": threshold}
+
+
+def find_rates(args, samples):
+    """PLPHP's settings for these samples. Prints what was tried. InputError if none keeps the wanted fraction."""
     print(distribution(samples), end="\n\n")
     tried = list(candidates(samples, args.retention, not args.rates_only))
     fixed = {"retention": args.retention}
@@ -201,6 +236,48 @@ def calibrate(args):
     if not args.rates_only:
         found = found | {"cover": choose_cover(samples, args.method, found)}
     print(f"\nchosen: {found}")
+    return found
+
+
+def find_schedule(args, samples):
+    """The settings of `model.pruning.gsearch.GSearch`. Prints the premise, sigmoids and the least fractions."""
+    layers = len(samples[0].asked.layers)
+    print("Kendall's tau of the rankings of neighbouring layers, mean over prompts and pictures")
+    taus = [statistics.mean(column) for column in zip(*(agreements(s.asked) for s in samples), strict=True)]
+    print("layers  " + "  ".join(f"{i}-{i + 1}: {tau:.2f}" for i, tau in enumerate(taus)))
+    low = [f"{i}-{i + 1}" for i, tau in enumerate(taus) if i and tau < AGREE]
+    if low:
+        note(f"the layers {', '.join(low)} agree less than {AGREE}, so tokens that a later layer needs may be dropped")
+
+    tried = list(shapes(layers, args.retention, samples[0].gammas))
+    judged = judge(samples, "g-search", [found | {"retention": args.retention} for found in tried])
+    order = sorted(range(len(tried)), key=lambda i: judged[i][0])
+    flat = [i for i, found in enumerate(tried) if not found["steepness"]]
+    print(f"\n     KL    kept  sigmoid with a retention of {args.retention}")
+    for i in dict.fromkeys([*order[:5], *flat]):
+        print(f"{judged[i][0]:7.4f}  {100 * judged[i][1]:4.1f} %  {tried[i]}")
+    shape = tried[order[0]]
+
+    def loss(fractions):
+        layer = max(i for i, fraction in enumerate(fractions) if i == 0 or fraction < fractions[i - 1])
+        what = f"layer {layer} of {layers - 1} with {fractions[layer]:.3f}"
+        return judge(samples, "g-search", [{"schedule": fractions, "query": shape["query"]}], what=what)[0][0]
+
+    found = {"schedule": search(loss, layers, args.tolerance)} | shape
+    mean = statistics.mean(found["schedule"])
+    (kl, *_), (other, *_) = judge(samples, "g-search", [found, shape | {"retention": mean}])
+    print(f"\nleast fractions with a KL of {args.tolerance} or less: {found['schedule']}")
+    print(f"They keep {100 * mean:.1f} % with a KL of {kl:.4f}; the sigmoid with this retention has {other:.4f}.")
+    return found
+
+
+STAGES = {"plphp": find_rates, "schedule": find_schedule, "heads": find_heads}
+OUT = {"plphp": "plphp.json", "schedule": "g-search.json", "heads": "yopo.json"}
+
+
+@torch.inference_mode()
+def calibrate(args):
+    found = STAGES[args.stage](args, samples_of(args, load(args.model, args.dtype, choose_device(args.device))))
     write_json(args.out, found)
     print(f"wrote {args.out}", file=sys.stderr)
 
@@ -208,6 +285,7 @@ def calibrate(args):
 def main(argv=None):
     p = model_flags(flags(__doc__))
     # fmt: off
+    p.add_argument("stage", nargs="?", choices=STAGES, default="plphp", help="what to find (default plphp)")
     p.add_argument("--image", nargs="+", default=[], metavar="PATH", help="pictures; each gets every prompt")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions (default: Describe the picture.)")
     p.add_argument("--scenes", type=number(int, 1), metavar="N", help="use N scenes of the demo world instead")
@@ -216,12 +294,19 @@ def main(argv=None):
     p.add_argument("--rates-only", action="store_true", help="fit only alpha, beta, r and dr")
     p.add_argument("--method", default="plphp", type=one_of("plphp", "plphp-ada"), metavar="NAME",
                    help="%(type)s (default plphp)")
-    p.add_argument("--out", default="plphp.json", metavar="FILE", help="(default plphp.json)")
+    p.add_argument("--tolerance", type=number(float, 0, 100, open_low=True), metavar="KL",
+                   help="schedule: nats per token that the least fractions may lose (default 0.02)")
+    p.add_argument("--out", metavar="FILE", help=f"(default {' or '.join(OUT.values())})")
     p.add_argument("--max-new-tokens", type=number(int, 2), default=64, metavar="N", help="(default 64)")
     # fmt: on
     args = p.parse_args(argv)
     if bool(args.image) == bool(args.scenes) or (args.scenes and args.prompt):
         p.error("give either --image with --prompt, or --scenes")
+    if args.stage != "plphp" and (args.rates_only or args.method != "plphp"):
+        p.error(f"{args.stage} finds the settings of {OUT[args.stage][:-5]}; leave out --rates-only and --method")
+    if args.stage != "schedule" and args.tolerance is not None:
+        p.error("--tolerance is of the stage schedule; leave it out")
+    args.tolerance, args.out = args.tolerance or 0.02, args.out or OUT[args.stage]
     args.prompt = args.prompt or ["Describe the picture."]
     return exit_code(calibrate, args, interrupted="interrupted; nothing was written")
 

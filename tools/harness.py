@@ -84,7 +84,7 @@ class DenseCache:
     rounding the rows get; they are held in full.
     """
 
-    fused = False  # q and k arrive rotated
+    fused = evicts = False  # q and k arrive rotated
 
     def __init__(self, num_layers, capacity, codes=None):
         self.capacity, self.codes, self.pos = capacity, codes, None
@@ -103,7 +103,7 @@ class DenseCache:
     def stored(self, x):
         return x if self.codes is None else dequantised(*quantise(x, self.codes), x.dtype)
 
-    def grow(self, tokens=1):
+    def grow(self, tokens=1, held=False):
         self.lengths = [n + tokens for n in self.lengths]
         self.pos += tokens
 

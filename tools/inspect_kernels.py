@@ -105,14 +105,17 @@ class Variant:
 def variants(kernel, everything):
     """The variants of a kernel to compile: everything that ships, or a selection."""
     plain = Variant(kernel, "bf16", 128, 4, 16 if kernel in ("lse_kernel", "mass_kernel") else 1)
-    cover = COVER if kernel in ("split_kernel", "append_kernel") else COVER[::2]  # fewer, to stay below 90 s
+    decodes = kernel in ("split_kernel", "append_kernel", "score_kernel")
+    cover = COVER if decodes else COVER[::2]  # fewer, to stay below 90 s
     if everything:
         cover = itertools.product(HEAD_DIMS, GROUPS if kernel != "pack_kernel" else (1,), BYTES)
     chosen = [replace(plain, d=d, group=group, dtype=dtype) for d, group, dtype in cover]
-    if kernel in ("split_kernel", "append_kernel"):
+    if decodes:
         chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
         coded = chosen if everything else [v for v in chosen if v.d in (32, 72, 128) and v.group < 8]
         chosen += [replace(v, codes=codes) for v in coded for codes in ("int8", "fp8")]
+    if kernel == "evict_kernel":
+        chosen += [replace(plain, codes=codes) for codes in ("int8", "fp8")]
     if kernel in ("split_kernel", "merge_kernel"):  # 17 * 4 rows: more than one tile
         chosen += [replace(v, tokens=17) for v in chosen if v.group == 4 and (everything or v.d == 128)]
         chosen += [replace(plain, d=64, tokens=17), replace(plain, d=64, dtype="fp32", tokens=17)]
@@ -149,6 +152,20 @@ def launch_append(module, variant, dtype):
     module.append_attend(q, new, new, k, v, cap, decode_plan(start, cap), 1.0, rope, **scales)
 
 
+def launch_sums(module, variant, dtype):
+    k, _, start, cap, scales = segments(variant, dtype)
+    q, lse = torch.empty(1, HEADS * variant.group, variant.d, dtype=dtype), torch.empty(1, HEADS * variant.group)
+    rope = torch.empty(2, 1, 1, variant.d, dtype=dtype).unbind()
+    score, token, pos = torch.empty(len(k)), torch.empty(len(k), dtype=torch.int32), torch.empty(1, dtype=torch.int64)
+    module.add(q, k, score, token, cap, pos, decode_plan(start, cap), lse, rope, 1.0, scales["k_scale"])
+
+
+def launch_evict(module, variant, dtype):
+    k, v, start, cap, scales = segments(variant, dtype)
+    score, token = torch.empty(len(k)), torch.empty(len(k), dtype=torch.int32)
+    module.evict((k, v, *scales.values()), score, token, cap, cap, cap, decode_plan(start, cap))
+
+
 def launch_scores(module, variant, dtype):
     """q and k have the memory layout of a prefill, (T, H, D)."""
     q, k = (torch.empty(PROMPT, h, variant.d, dtype=dtype).transpose(0, 1) for h in (HEADS * variant.group, HEADS))
@@ -179,6 +196,8 @@ KERNELS = {
     "append_kernel": Kernel("ragged_decode_triton", launch_append, 2, "BN", streams=True, multiplies=True, chain=3),
     "lse_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", streams=True, multiplies=True),
     "mass_kernel": Kernel("window_scores_triton", launch_scores, 1, "BN", multiplies=True),
+    "score_kernel": Kernel("slot_scores_triton", launch_sums, 1, "BN", streams=True, multiplies=True, chain=3),
+    "evict_kernel": Kernel("slot_scores_triton", launch_evict),
     "pack_kernel": Kernel("ragged_pack_triton", launch_pack, 2, "BT"),
 }
 DTYPES = {

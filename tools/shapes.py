@@ -38,7 +38,7 @@ _TINY_VISION = {
 # the 7B's proportions at a quarter of its width, with 4 layers, behind a small tower with CLIP-L's patches
 _THIN = {
     **_VICUNA, "hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "vocab_size": 512,
+    "vocab_size": 512, "max_position_embeddings": 16384,
 }  # fmt: skip
 _THIN_VISION = {
     "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,

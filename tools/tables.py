@@ -283,6 +283,27 @@ def kernels_summary():
     return _on_gpu("K and V kept (8 KV heads)", {"gqa8": ""}, slice(0, 5, 2))
 
 
+def kernels_codes():
+    """Attention of one layer on an H100, by size, in 16 and in 8 bits, beside other caches with tokens per head."""
+    found = [r for r in _results("kernels-h100") if r["op"] == "ragged_decode_append" and r["layout"] == "plphp"]
+    by_case = {}
+    for row in found:
+        by_case.setdefault(row["case"], {})[row["provider"]] = row
+    rows = []
+    for case, providers in by_case.items():
+        ours, int8, fp8 = (providers[f"ours, triton{kind}"] for kind in ("", ", int8", ", fp8"))
+        speeds, shape = json.loads(ours["speeds"]), case.partition(",")[0].replace("gqa8", "8 KV heads")
+        rows.append([
+            f"{shape.replace('7b', '32 heads')}, {_round(ours['megabytes'], 0)} MB", _percent(ours["ceiling"]),
+            *(f"{_round(row['us'], 1)} us" for row in (ours, int8, fp8)),
+            _round(float(ours["us"]) / float(int8["us"])),
+            *(_round(speeds[rival]) for rival in ("compactor-style", "fastdms-style")),
+        ])  # fmt: skip
+    head = ["K and V kept, per layer", "share of the bandwidth, bf16", "bf16", "int8", "fp8"]
+    over = ["int8: speed-up over bf16", "bf16: over pages per head", "over a grid of splits"]
+    return _markdown([*head, *over], rows)
+
+
 def _on_gpu(head, shapes, chosen):
     """Our kernel by size; a fifth of the tokens is kept, heads differ in length. shapes: {shape: its name}."""
     ours = ("ragged_decode_append", "plphp", "ours, triton")
@@ -338,7 +359,7 @@ TABLES = {
     "witness": witness, "demo": demo, "roofline": ceilings,
     "decode-7b-h200": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
     "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
-    "kernels": kernels, "kernels-summary": kernels_summary, "prefill": prefill,
+    "kernels": kernels, "kernels-codes": kernels_codes, "kernels-summary": kernels_summary, "prefill": prefill,
 }  # fmt: skip
 
 FIGURES = {

@@ -11,9 +11,14 @@ the first:
     narrow(view)    after a layer: the tokens that later layers process, (T,) bool, or None for all; or (T,) int64, for
                     each token its own index if it stays, the index of the token into which it is averaged, or -1
     attend(view)    before a layer's attention: the tokens that take part in it, (T,) bool, or None for all. The others
-                    are seen by no token, and their attention is 0; they go on through the layer's other parts
+                    are seen by no token, and their attention is 0; they go on through the layer's other parts. Or a
+                    `Looking`: what heads and vision tokens see, and the part of the MLP that vision tokens use
     compact(prefilled)   after the prefill: what each layer goes on holding, a list of (T,) or (Hkv, T) bool over the
                     prompt's tokens, or None for all
+    evict(view)     after keep: scores (Hkv, T) fp32 of the tokens, or None for infinite ones. While the answer grows,
+                    what its tokens attend to is added, and the token with the lowest score gives its slot to the next
+                    one. Attributes: `newest`, the share of these slots that is for the newest tokens, and
+                    `extra_tokens`, slots of each head beside those of the tokens that it kept
     pick(picture)   before the language model: indices (P',) int64, ascending, of the patch tokens that it gets, or a
                     matrix (P', P) or (P', P + n) of floats that makes P' new tokens from the features of the P tokens
                     (and of the CLS tokens of the n squares), or None for all
@@ -56,6 +61,8 @@ from .downsample import Downsample
 from .fastv import FastV
 from .fopru import FoPru
 from .grid import grid_tokens
+from .gsearch import GSearch
+from .h2o import H2O
 from .hired import Hired
 from .mustdrop import MustDrop
 from .mustdrop1 import MustDrop1
@@ -71,6 +78,8 @@ from .sparsevlm import SparseVLM
 from .topk import TopK
 from .visionzip import VisionZip
 from .vtc_cls import VtcCls
+from .yopo import Looking, Yopo
+from .zipvl import ZipVL
 
 METHODS = {
     "none": None,
@@ -84,8 +93,12 @@ METHODS = {
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "fastv": FastV,
+    "g-search": GSearch,
     "pyramiddrop": PyramidDrop,
     "sparsevlm": SparseVLM,
+    "zipvl": ZipVL,
+    "yopo": Yopo,
+    "h2o": H2O,
     "hired": Hired,
     "vtc-cls": VtcCls,
     "fopru": FoPru,
@@ -101,20 +114,22 @@ METHODS = {
 ALIASES = {"uniform": "topk"}  # former name of a method -> its name
 
 FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated settings it uses if it has none of its own
-AMOUNTS = ("retention", "keep_tokens", "r", "mass", "rates", "ratios")  # settings that determine how much is kept
+AMOUNTS = (  # settings that say how much is kept
+    "retention", "keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau",
+)  # fmt: skip
 SILENCED = {  # setting -> settings that have no effect beside it
-    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "threshold"),
-    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold"),
+    "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau"),
+    "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
     "query": ("window",),  # but not beside query=last
 }
 
 STAGES = {  # name of a stage -> what it sees
-    "keep": "view", "narrow": "view", "attend": "view", "compact": "prefilled",
+    "keep": "view", "narrow": "view", "attend": "view", "compact": "prefilled", "evict": "view",
     "pick": "picture", "merge": "patches", "protect": "picture",
 }  # fmt: skip
 EARLY = {"pick", "merge"}  # stages before the language model
-LATE = {"keep", "narrow", "attend", "compact"}  # stages in it
+LATE = {"keep", "narrow", "attend", "compact", "evict"}  # stages in it
 
 GUARDS = {"sink": 0, "recent": 0, "sink_keys": 0}  # settings of every method with keep or narrow
 PLACING = {"positions": "contiguous"}  # of every method with pick or merge
@@ -215,6 +230,21 @@ class Method:
         return "compact" in stages(self.rule)
 
     @property
+    def evicts(self):
+        """True if heads give up tokens while the answer grows: a stage `evict`."""
+        return "evict" in stages(self.rule)
+
+    @property
+    def newest(self):
+        """Share of the slots for which tokens compete that the newest have for themselves; with a stage `evict`."""
+        return self.rule.newest
+
+    @property
+    def extra_tokens(self):
+        """Slots of each head beside those of the tokens that it kept; with a stage `evict`."""
+        return self.rule.extra_tokens
+
+    @property
     def picks(self):
         """True if the language model gets fewer or other vision tokens: a stage `pick` or `merge`."""
         return not EARLY.isdisjoint(stages(self.rule))
@@ -287,9 +317,31 @@ class Method:
         return owner
 
     def attend(self, view):
-        """-> the tokens that take part in a layer's attention, (T,) bool, or None for all. ValueError otherwise."""
-        chosen = self._ask("attend", view, (view.tokens,))
+        """-> the tokens that take part in a layer's attention, (T,) bool, or a Looking, or None for all. ValueError
+        otherwise.
+
+        The last token takes part, because it predicts the answer.
+        """
+        chosen = self._tensor("attend", view, (view.tokens,), f" in layer {view.layer}", other=Looking)
+        if isinstance(chosen, Looking):
+            wanted = torch.bool, (view.kv_heads,)
+            if (chosen.heads.dtype, tuple(chosen.heads.shape)) != wanted:
+                raise ValueError(f"{titled(self.name)} returned heads {_shown(chosen.heads)}; give {wanted}")
+            return chosen
+        if chosen is not None:
+            chosen = chosen | self._guarded(view, 1)
+            chosen[-1] = True
         return None if chosen is None or chosen.all() else chosen
+
+    def evict(self, view):
+        """-> the tokens' scores, (Hkv, T) fp32, infinite for those that are never evicted: text, and those that the
+        settings protect. ValueError for anything else, and for NaN."""
+        shape = view.kv_heads, view.tokens
+        scores = self._tensor("evict", view, shape, f" in layer {view.layer}", (torch.float32,))
+        scores = torch.full(shape, float("inf"), device=view.device) if scores is None else scores
+        if scores.isnan().any():
+            raise ValueError(f"{titled(self.name)} returned NaN from evict in layer {view.layer}; return sums")
+        return scores.masked_fill(self._guarded(view, 2), float("inf"))
 
     def compact(self, prefilled):
         """-> for each layer the tokens that its heads go on holding, (Hkv, T) bool, or None for all. ValueError."""
@@ -370,11 +422,12 @@ class Method:
         keep = self._tensor(stage, view, shape, f" in layer {view.layer}")
         return None if keep is None else keep | self._guarded(view, keep.ndim)
 
-    def _tensor(self, stage, view, shape, where, dtypes=(torch.bool,)):
-        """What a stage returns, a tensor of this shape, or None. ValueError for anything else."""
+    def _tensor(self, stage, view, shape, where, dtypes=(torch.bool,), other=()):
+        """What a stage returns, a tensor of this shape, an instance of the class `other`, or None. ValueError for
+        anything else."""
         keep = self._call(stage, view)
-        if keep is None:
-            return None
+        if keep is None or isinstance(keep, other):
+            return keep
         found, wanted = _shown(keep), [f"{dtype} {shape} on {view.device}" for dtype in dtypes]
         if isinstance(keep, torch.Tensor):
             keep = keep if keep.is_meta else keep.to(view.device)
@@ -570,6 +623,12 @@ def _check_stages(name, rule):
         raise ValueError(
             f"{titled(name)} has merge, but no merge_after; give it the index of a layer of the vision tower"
         )
+    newest, extra = getattr(rule, "newest", None), getattr(rule, "extra_tokens", None)
+    if "evict" in found and not (FRACTION[1](newest) and ONE[1](extra)):
+        raise ValueError(
+            f"{titled(name)} has evict with newest {newest!r} and extra_tokens {extra!r}; give it {FRACTION[0]} and "
+            f"{ONE[0]}"
+        )
     for stage, function in found.items():
         try:
             inspect.signature(function).bind(None)
@@ -638,8 +697,11 @@ def _silenced(name, values):
 
 
 def _instead(own, given):
-    """A checkpoint's own settings, overridden by given ones; a given budget or window also removes conflicting ones."""
+    """A checkpoint's own settings, overridden by given ones; a given budget, sigmoid or window also removes conflicting
+    ones."""
     replaced = {"query"} if "window" in given else set()  # a window selects prompt rows, not look-ahead rows
+    if not given.keys().isdisjoint(("lo", "hi", "steepness")):
+        replaced.add("schedule")
     if any(given.get(key) is not None for key in AMOUNTS):
         replaced |= {*AMOUNTS} - {"r"}
     return {key: value for key, value in own.items() if key not in replaced} | given

@@ -61,6 +61,21 @@ class Composition:
         return self.second.compacts
 
     @property
+    def evicts(self):
+        """As in `Method`."""
+        return self.second.evicts
+
+    @property
+    def newest(self):
+        """As in `Method`."""
+        return self.second.newest
+
+    @property
+    def extra_tokens(self):
+        """As in `Method`."""
+        return self.second.extra_tokens
+
+    @property
     def moves(self):
         """As in `Method`."""
         return self.first.moves
@@ -114,6 +129,9 @@ class Composition:
 
     def attend(self, view):
         return self.second.attend(view)
+
+    def evict(self, view):
+        return self.second.evict(view)
 
     def compact(self, prefilled):
         return self.second.compact(prefilled)

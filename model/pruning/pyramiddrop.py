@@ -23,7 +23,7 @@ class PyramidDrop:
         (above 0 and up to 1)
     stages: first layer of each stage, below the number of layers; null: 8, 16 and 24 of 32, in proportion for other
         depths (1 or more, ascending)
-    ratios: fraction of a picture's tokens to keep from each stage on; null: 0.5, 0.25, 0.125
+    ratios: fraction of a picture's tokens to keep from each stage on; null: 0.5, 0.25, 0.125, ...
         (above 0 and up to 1, descending)
     """
 

@@ -25,6 +25,7 @@ class Asked:
     logits    (F + 1, V) fp32, after the prompt and after each fed token
     spans     [(start, stop)] of the tokens that may be pruned
     pick      function (method) -> tokens and `Picked` of each picture, for methods that act before the language model
+    sides     for each picture the first row of the map of LLaVA-NeXT's tiles in its places, None if not known
     others    alternative rankings for some controls: {name: function () -> Asked or look-ahead rows}
     """
 
@@ -33,7 +34,8 @@ class Asked:
         trained rows; places, contrast: of the pictures, as in `Generation`."""
         self.language, self.x, self.lookahead, self.backend = language, x, lookahead, backend
         self.tokens, self.fed, self.layers, self.others = prompt, x[prompt:], [], {}
-        self.spans, self.places, self.contrast, self.pick = spans, places, contrast, None
+        self.spans, self.places, self.contrast = spans, places, contrast
+        self.pick = self.sides = None
         self.num_layers, self.kv_heads = language.config.num_hidden_layers, language.config.num_key_value_heads
         hidden = language.prefill(x[None], prune=self._look)
         self.logits = language.logits(hidden[0, self.tokens - 1 :]).float()
@@ -86,10 +88,11 @@ class Asked:
         pruning = method and Pruning(
             method, self.num_layers, self.spans, self.places, self.contrast and (lambda: self.contrast),
             lookahead.rows if lookahead else 0, self.backend, remember=method.narrows, embeddings=self.x[: self.tokens],
+            sides=self.sides,
         )  # fmt: skip
         if method is not None and method.picks:
             return self._picked(method, cache, lookahead)
-        if method is not None and (method.narrows or method.compacts):
+        if method is not None and (method.narrows or method.compacts or method.evicts):
             return self._narrowed(pruning, cache, lookahead)
         keeps = []
         for layer, (q, k, v, _) in enumerate(self.layers):
@@ -121,7 +124,7 @@ class Asked:
         pruning = Pruning(
             method, self.num_layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             lookahead.rows if lookahead else 0, self.backend, remember=True, protected=protected_of(picked, spans, x),
-            embeddings=x, counts=[stop - start for start, stop in self.spans],
+            embeddings=x, counts=[stop - start for start, stop in self.spans], sides=self.sides,
         )  # fmt: skip
         origin = origins(picked, self.spans, self.tokens)
         positions = None if method.moves else original_positions(origin).to(x.device)
@@ -154,6 +157,7 @@ def asked_by(generation, fed):
     pictures, views = generation.encode_images(), (generation.places, generation.contrast)
     asked = asked_with(generation.checkpoint, generation.ids, pictures, fed, generation.backend, *views)
     asked.pick = lambda method: generation.pick_images(method)[:2]
+    asked.sides = [picture.side for picture in generation.pictures]
     return asked
 
 
@@ -170,7 +174,7 @@ def replay(asked, methods):
     logits = torch.stack(first)
     if len(asked.fed):
         language, cache = asked.language, join(caches)
-        hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache)
+        hidden = language.extend(asked.fed.expand(len(methods), -1, -1), cache, answer=True)
         logits = torch.cat((logits, language.logits(hidden).float()), 1)
     return logits, kept, keeps
 
