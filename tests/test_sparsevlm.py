@@ -230,7 +230,8 @@ def test_kept_sets_and_ids_are_those_of_transformers_with_masks(oracle, question
     assert generation.token_ids == ids
     torch.testing.assert_close(first_logits(generation), logits, rtol=1e-3, atol=1e-3)
     assert generation.cache.kv_len.tolist() == [[n + 23] * 2 for n in kept.sum(1).tolist()]
-    assert answered(checkpoint, question, 24).token_ids != ids  # otherwise pruning would have no effect here
+    plain = first_logits(answered(checkpoint, question, 1))
+    assert (plain - logits).abs().max() > 0.02  # otherwise pruning would have no effect here
     assert (merged > len(schedule)) == ("recycle" in more)  # several clusters
 
 
