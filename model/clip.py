@@ -14,6 +14,7 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
+SQUARES = 8  # pictures or tiles that go through a layer together
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
@@ -99,10 +100,14 @@ class VisionTransformer(nn.Module):
         after the last requested one do not run. after(layer, x): called with the index and output of each layer,
         returns what the next layer reads, such as fewer tokens.
         """
-        states = [self.pre_layrnorm(self.embeddings(pixel_values))]
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        states = {0: x} if 0 in feature_layers else {}  # no others are held
         for i, layer in enumerate(self.encoder.layers[: max(feature_layers)]):
-            x = layer(states[-1])
-            states.append(x if after is None else after(i, x))
+            # a group of squares at a time: 37 of them have 27,000 tokens
+            x = torch.cat([layer(squares) for squares in x.split(SQUARES)]) if len(x) > SQUARES else layer(x)
+            x = x if after is None else after(i, x)
+            if i + 1 in feature_layers:
+                states[i + 1] = x
         return [states[i] for i in feature_layers]
 
 
