@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from .api import PruneLike, choose_method, off_budget
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
 from .fast import FastStep, arrange
-from .image import ImageSettings, Pictures, image_processor_file, read_image_settings
+from .image import ImageSettings, Pictures, frame_settings, image_processor_file, read_image_settings
 from .llava import Llava
 from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
 from .tokenizer import Tokenizer, find_template
@@ -50,6 +50,11 @@ class Checkpoint:
     lookahead: Lookahead | None = None  # look-ahead rows, if the folder has them
     step: Callable = FastStep  # (language, cache, compile) -> a decode step; or `model.generate.plain_step`
 
+    @property
+    def frame_settings(self) -> ImageSettings:
+        """How the frames of a video become pixel values. InputError for settings that are not supported."""
+        return frame_settings(self.folder, self.image_settings)
+
     def __repr__(self) -> str:
         """One line; the fields have thousands of names."""
         count = sum(p.numel() for p in self.model.parameters())
@@ -57,9 +62,9 @@ class Checkpoint:
 
     @property
     def never_ids(self) -> list[int]:
-        """Ids that must not be generated: embedding rows without a token, `<image>` and `<pad>`."""
+        """Ids that must not be generated: embedding rows without a token, `<image>`, `<video>` and `<pad>`."""
         size, added = self.config.text_config.vocab_size, self.tokenizer.added
-        ids = self.tokenizer.unreachable_ids(size) + [added[t] for t in ("<image>", "<pad>") if t in added]
+        ids = self.tokenizer.unreachable_ids(size) + [added[t] for t in ("<image>", "<video>", "<pad>") if t in added]
         return [i for i in ids if i < size and i not in self.stop_ids]
 
     def ask(
@@ -291,7 +296,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     model = empty_model(config)
     keys = match_keys(folder, stored, model)
     template, note = find_template(folder, config)
-    settings = read_image_settings(folder, config.vision_config.image_size, config.image_grid_pinpoints)
+    settings = read_image_settings(folder, config)
     if any("mm_projector." in key for _, key, _ in keys.values()):  # names of the original code
         settings = replace(settings, order="orig")
     lookahead = open_lookahead(folder / FILE, model.language_model) if (folder / FILE).is_file() else None
@@ -401,7 +406,8 @@ def _notes_on_files(folder):
 
 # ---------------------------------------------------------------- names
 
-DROPPED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # constants that old files store
+# constants that old files store, and SigLIP's pooling head, which LLaVA does not use
+DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$|vision_tower\.(vision_model\.)?head\.")
 RENAMED = (  # (pattern, replacement), applied in this order
     (r"^model\.(?=(language_model|vision_tower|multi_modal_projector|mm_projector)\.|image_newline)", ""),
     (r"^language_model\.(?!(model|lm_head)\.)", "language_model.model."),
@@ -413,12 +419,12 @@ RENAMED = (  # (pattern, replacement), applied in this order
 
 
 def canonical_key(key):
-    """A tensor's name in this project, which is its name in the published llava-hf files; None for dropped constants.
+    """A tensor's name in this project, which is its name in the published llava-hf files; None for dropped ones.
 
     Five naming schemes are in use: the published one, the in-memory ones of transformers 4.52 to 4.57 and of 5 (both
     start with `model.`, the latter without `vision_model.`), that of transformers 5's files, and the original code's.
     """
-    if key.endswith(DROPPED):
+    if DROPPED.search(key):
         return None
     for pattern, replacement in RENAMED:
         key = re.sub(pattern, replacement, key)
@@ -534,7 +540,7 @@ def empty_model(config):
 
 
 def _with_image_token(config, tokenizer):
-    """config with the tokenizer's id of `<image>`. InputError if the tokenizer does not fit the embedding."""
+    """config with the tokenizer's ids of `<image>` and `<video>`. InputError if it does not fit the embedding."""
     found = tokenizer.added.get("<image>")
     if found is None:
         raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
@@ -543,7 +549,8 @@ def _with_image_token(config, tokenizer):
     if pieces > rows or beyond:
         what = f"{pieces} pieces and the model {rows}" if pieces > rows else f"{_some(beyond)} beyond the {rows} rows"
         raise InputError(f"the tokenizer has {what} of the embedding; use the files of one checkpoint")
-    return config if found == config.image_token_index else replace(config, image_token_index=found)
+    video = tokenizer.added.get("<video>") if config.max_tiles else None
+    return replace(config, image_token_index=found, video_token_index=video)
 
 
 # Settings of transformers' `generate` and the values, besides null, that have no effect; then those for sampling only

@@ -1,8 +1,11 @@
-"""The CLIP vision tower, up to the layer LLaVA reads (the second to last, before any final norm).
+"""The vision towers CLIP and SigLIP, up to the layer LLaVA reads, before any final norm.
 
-B pictures, P patches, H heads, D channels per head, C = H * D. Module names are the checkpoint's keys, including
-`pre_layrnorm` (sic).
+SigLIP (arXiv 2303.15343) is CLIP without the CLS token and the norm before the first layer, and with a bias in the
+patch embedding. B pictures, P patches, and CLS in front of them in CLIP (below 1 + P for either), H heads, D channels
+per head, C = H * D. Module names are the checkpoint's keys, including `pre_layrnorm` (sic).
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +18,25 @@ def quick_gelu(x):
 
 
 SQUARES = 8  # pictures or tiles that go through a layer together
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Embeddings(nn.Module):
-    """Patch embeddings by a strided convolution, with CLS in front, plus learned positions."""
+    """Patch embeddings by a strided convolution, with CLS in front if the tower has it, plus learned positions."""
 
     def __init__(self, config):
         super().__init__()
-        c = config.hidden_size
-        self.class_embedding = nn.Parameter(torch.randn(c) * 0.02)
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, c, config.patch_size, stride=config.patch_size, bias=False
-        )
-        self.position_embedding = nn.Embedding(config.num_patches + 1, c)
+        c, patch, self.has_cls = config.hidden_size, config.patch_size, config.has_cls
+        if self.has_cls:
+            self.class_embedding = nn.Parameter(torch.randn(c) * 0.02)
+        self.patch_embedding = nn.Conv2d(config.num_channels, c, patch, stride=patch, bias=not self.has_cls)
+        self.position_embedding = nn.Embedding(config.num_patches + self.has_cls, c)
 
     def forward(self, pixel_values):  # (B, 3, S, S)
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, C)
-        cls = self.class_embedding.expand(len(patches), 1, -1)
-        return torch.cat((cls, patches), dim=1) + self.position_embedding.weight  # (B, 1 + P, C)
+        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, C)
+        if self.has_cls:
+            x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), dim=1)
+        return x + self.position_embedding.weight  # (B, 1 + P, C)
 
 
 class Attention(nn.Module):
@@ -82,25 +85,27 @@ class EncoderLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's vision transformer, as far as LLaVA uses it."""
+    """The tower's transformer, as far as LLaVA uses it."""
 
     def __init__(self, config):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.has_cls else None
+        self.pre_layrnorm = norm  # SigLIP has none
         layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
         # stored in every checkpoint but not used: LLaVA reads earlier features
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values, feature_layers, after=None):
-        """Hidden states of the requested layers, CLS included: a list of (B, 1 + P, C) in the order requested.
+        """Hidden states of the requested layers, with CLS: a list of (B, 1 + P, C) in the order requested.
 
         pixel_values (B, 3, S, S); feature_layers: indices, 0 = input of the first layer, i = output of the i-th. Layers
         after the last requested one do not run. after(layer, x): called with the index and output of each layer,
         returns what the next layer reads, such as fewer tokens.
         """
-        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        x = self.embeddings(pixel_values)
+        x = x if self.pre_layrnorm is None else self.pre_layrnorm(x)
         states = {0: x} if 0 in feature_layers else {}  # no others are held
         for i, layer in enumerate(self.encoder.layers[: max(feature_layers)]):
             # a group of squares at a time: 37 of them have 27,000 tokens

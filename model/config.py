@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower. Defaults are those of transformers' `clip_vision_model` (a ViT-B/32)."""
+    """Vision tower, CLIP or SigLIP. Defaults are those of transformers' `clip_vision_model` (a ViT-B/32)."""
 
     model_type: str = "clip_vision_model"
     hidden_size: int = 768
@@ -35,6 +35,11 @@ class VisionConfig:
         """Patches of a picture, without CLS."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def has_cls(self):
+        """True if the tower reads a CLS token before the patches. SigLIP has none."""
+        return self.model_type == "clip_vision_model"
+
 
 # A LLaVA config without vision_config means CLIP ViT-L/14 at 336 px.
 CLIP_L_336 = {
@@ -42,18 +47,30 @@ CLIP_L_336 = {
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
 
+# Defaults of `siglip_vision_model` that differ from those of CLIP; the tower of a LLaVA-OneVision without vision_config
+SIGLIP = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+SIGLIP_SO400M_384 = {
+    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26,
+    "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+}  # fmt: skip
 
-# Defaults of `mistral` that differ from those of `llama`. A file can turn the sliding window off with null.
+# Defaults of `mistral` and `qwen2` that differ from those of `llama`. In Mistral's files, null turns the sliding window
+# off. Qwen2 always has a bias in q, k and v.
 MISTRAL = {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
 }  # fmt: skip
-# Default (height, width) of the canvases that LLaVA-NeXT cuts into tiles
+QWEN2 = {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+}  # fmt: skip
+# Default (height, width) of the canvases that LLaVA-NeXT and LLaVA-OneVision cut into tiles
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+PINPOINTS_ONEVISION = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama or Mistral decoder. Defaults are those of `llama`, a 7B model (LLaVA's files set rms_norm_eps to 1e-5)."""
+    """Llama, Mistral or Qwen2 decoder. Defaults are those of `llama`, a 7B model (LLaVA's files set rms_norm_eps to
+    1e-5)."""
 
     model_type: str = "llama"
     vocab_size: int = 32000
@@ -69,12 +86,17 @@ class TextConfig:
     rope_theta: float = 10000.0
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int = None  # Mistral: how many tokens a token attends to, itself included; None: all
+    sliding_window: int = None  # how many tokens a token attends to, itself included; None: all
 
     @property
     def context(self):
         """Longest sequence in tokens, limited to the sliding window: up to that length the window has no effect."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    @property
+    def output_bias(self):
+        """True if the attention's output projection has a bias. Qwen2's has none."""
+        return self.attention_bias and self.model_type != "qwen2"
 
     def __post_init__(self):
         # the two defaults that depend on other fields; object.__setattr__ because the class is frozen
@@ -97,7 +119,9 @@ class LlavaConfig:
     vision_feature_layer: int | tuple = -2  # a tuple: those layers, concatenated along the channels
     vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
     tie_word_embeddings: bool = False
+    video_token_index: int = None  # LLaVA-OneVision
     image_grid_pinpoints: tuple = None  # LLaVA-NeXT: sizes ((a, b), ...) of the canvases that tiles are cut from
+    max_tiles: int = None  # LLaVA-OneVision: the tokens of more tiles than this are shrunk to about as many
     dtype: str = None  # of the stored weights; None if the file does not say
 
     @property
@@ -110,7 +134,8 @@ class LlavaConfig:
     @property
     def image_tokens(self):
         """Tokens per S x S square: a whole picture of LLaVA-1.5, one tile of LLaVA-NeXT."""
-        return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
+        dropped = self.vision_feature_select_strategy == "default"
+        return self.vision_config.num_patches + self.vision_config.has_cls - dropped
 
 
 def read_config(folder):
@@ -132,16 +157,25 @@ def parse_config(raw):
         raise InputError(
             "config.json is in the format of the original LLaVA code; use the llava-hf conversion of the checkpoint"
         )
-    if kind not in ("llava", "llava_next"):
-        raise InputError(f"model_type is {kind!r}; only LLaVA-1.5 ('llava') and LLaVA-NeXT ('llava_next') can be used")
+    if kind not in ("llava", "llava_next", "llava_onevision"):
+        raise InputError(
+            f"model_type is {kind!r}; only LLaVA-1.5 ('llava'), LLaVA-NeXT ('llava_next') and LLaVA-OneVision "
+            "('llava_onevision') can be used"
+        )
+    onevision = kind == "llava_onevision"
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config")
-    vision = dict(CLIP_L_336 if vision is None else vision)
+    vision = dict((SIGLIP_SO400M_384 if onevision else CLIP_L_336) if vision is None else vision)
+    if onevision:  # the defaults that differ from those of LLaVA-1.5
+        text["model_type"] = text.get("model_type") or "qwen2"
+        vision["model_type"] = vision.get("model_type") or "siglip_vision_model"
+        raw = {**ONEVISION, **{key: value for key, value in raw.items() if value is not None}}
     for part in (raw, text, vision):
         _refuse_unknown_settings(part)
     # transformers 5 moved the RoPE settings into rope_parameters; if both dicts exist, it uses rope_scaling
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
-    text = {**MISTRAL, **text} if text.get("model_type") == "mistral" else {**text, "sliding_window": None}
+    text = _with_defaults(text)
+    vision = {**SIGLIP, **vision} if vision.get("model_type") == "siglip_vision_model" else vision
     layers = raw.get("vision_feature_layer", -2)
     if not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers])):
         raise ValueError(f"vision_feature_layer is {layers!r}")
@@ -150,7 +184,9 @@ def parse_config(raw):
         "image_token_index": raw.get("image_token_index", raw.get("image_token_id")),
         "vision_feature_layer": tuple(layers) if isinstance(layers, list) else layers,
         "tie_word_embeddings": raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"),
-        "image_grid_pinpoints": _pinpoints(raw) if kind == "llava_next" else None,
+        "video_token_index": raw.get("video_token_index", raw.get("video_token_id")) if onevision else None,
+        "image_grid_pinpoints": None if kind == "llava" else _pinpoints(raw, onevision),
+        "max_tiles": max_tiles_of(raw["vision_aspect_ratio"]) if onevision else None,
         "dtype": raw.get("dtype", raw.get("torch_dtype")),
         "text_config": _fill(TextConfig, text),
         "vision_config": _fill(VisionConfig, vision),
@@ -160,10 +196,39 @@ def parse_config(raw):
     return config
 
 
-def _pinpoints(raw):
-    """image_grid_pinpoints ((a, b), ...) of a LLaVA-NeXT config. ValueError if they are malformed."""
+# Defaults of `llava_onevision` that differ from those of `llava`
+ONEVISION = {
+    "image_token_index": 151646, "video_token_index": 151647, "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+}  # fmt: skip
+
+
+def _with_defaults(text):
+    """A text_config with the defaults of its model_type and the sliding window that takes effect, or None."""
+    kind = text.get("model_type")
+    if kind == "mistral":
+        return {**MISTRAL, **text}
+    if kind != "qwen2":
+        return {**text, "sliding_window": None}
+    kinds, depth = text.get("layer_types"), text.get("num_hidden_layers", 32)
+    some = text.get("max_window_layers", 28) < depth if kinds is None else "sliding_attention" in kinds
+    window = text.get("sliding_window", 4096) if text.get("use_sliding_window") and some else None
+    return {**QWEN2, **text, "attention_bias": True, "sliding_window": window}
+
+
+def max_tiles_of(text):
+    """The number in "anyres_max_9". InputError for other texts."""
+    number = str(text).removeprefix("anyres_max_")
+    if not number.isdecimal() or int(number) < 1:
+        raise InputError(f"vision_aspect_ratio is {text!r}; only anyres_max_N can be used")
+    return int(number)
+
+
+def _pinpoints(raw, onevision):
+    """image_grid_pinpoints ((a, b), ...) of a config with tiles. ValueError if they are malformed."""
     given = raw.get("image_grid_pinpoints")
-    pairs = PINPOINTS if given is None else tuple(tuple(pair) for pair in given)
+    default = PINPOINTS_ONEVISION if onevision else PINPOINTS
+    pairs = default if given is None else tuple(tuple(pair) for pair in given)
     if not pairs or not all(len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs):
         raise ValueError(f"image_grid_pinpoints is {given!r}")
     return pairs
@@ -214,7 +279,7 @@ def _fill(kind, raw):
         wanted = (int, float) if types[name] is float else types[name]
         if not isinstance(value, wanted) or (isinstance(value, bool) and types[name] is not bool):
             raise ValueError(f"{name} is {value!r}")
-        if types[name] in (int, float) and not (value > 0 or name == "image_token_index" and value == 0):
+        if types[name] in (int, float) and not (value > 0 or name.endswith("token_index") and value == 0):
             raise ValueError(f"{name} is {value!r}")
     return kind(**known)
 
@@ -250,22 +315,40 @@ def _refuse_unknown_settings(part):
                 raise InputError(f"config.json asks for {name} {place[name]!r}; only models without it are supported")
 
 
+# vision towers and their activations
+TOWERS = {"clip_vision_model": ("quick_gelu", "gelu"), "siglip_vision_model": ("gelu_pytorch_tanh", "gelu")}
+
+
 def _refuse_unknown(config):
     """InputError for the first setting that would change the arithmetic and is not implemented."""
     text, vision = config.text_config, config.vision_config
     strategy, heads, kv = config.vision_feature_select_strategy, text.num_attention_heads, text.num_key_value_heads
     side, depth, canvases = vision.image_size, vision.num_hidden_layers, config.image_grid_pinpoints or ()
+    acts = TOWERS.get(vision.model_type, ())
     wide, towers, act, layer = (
         vision.hidden_size, vision.num_attention_heads, vision.hidden_act, config.vision_feature_layer,
     )  # fmt: skip
     for holds, what, understood in (
-        (text.model_type in ("llama", "mistral"), f"text model_type {text.model_type!r}", "llama and mistral"),
-        (vision.model_type == "clip_vision_model", f"vision model_type {vision.model_type!r}", "'clip_vision_model'"),
+        (
+            text.model_type in ("llama", "mistral", "qwen2"),
+            f"text model_type {text.model_type!r}",
+            "llama, mistral and qwen2",
+        ),
+        (acts, f"vision model_type {vision.model_type!r}", " and ".join(TOWERS)),
         (text.hidden_act == "silu", f"text hidden_act {text.hidden_act!r}", "'silu'"),
-        (act in ("quick_gelu", "gelu"), f"vision hidden_act {act!r}", "quick_gelu and gelu"),
+        (act in acts, f"vision hidden_act {act!r}", " and ".join(acts)),
         (config.projector_hidden_act == "gelu", f"projector_hidden_act {config.projector_hidden_act!r}", "'gelu'"),
         (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r}", "default and full"),
-        (not canvases or strategy == "default", f"tiles and vision_feature_select_strategy {strategy!r}", "default"),
+        (
+            vision.has_cls or strategy == "full",
+            f"vision_feature_select_strategy {strategy!r} of a tower without CLS",
+            "full",
+        ),
+        (
+            not canvases or config.image_tokens == vision.num_patches,
+            f"tiles and vision_feature_select_strategy {strategy!r}",
+            "default",
+        ),
         (not any(n % side for n in sum(canvases, ())), f"image_grid_pinpoints {canvases}", f"multiples of {side}"),
         (heads % kv == 0, f"{heads} query heads over {kv} KV heads", "whole groups"),
         (text.head_dim % 2 == 0, f"head_dim {text.head_dim}", "even numbers"),

@@ -64,8 +64,10 @@ class Generation(Prompt):
         remember: bool = False,
         before: "Generation | None" = None,
         kv_dtype: str = "auto",
+        frames: Pictures = (),
     ) -> None:
-        """prompt: the question; images: one picture or a list of them, in the order of their `<image>`.
+        """prompt: the question; images: one picture or a list of them, in the order of their `<image>`. frames: those
+        of a video, in their order, for LLaVA-OneVision.
 
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method, None to keep all tokens; for a
         name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels. compile:
@@ -86,7 +88,7 @@ class Generation(Prompt):
             raise InputError(f"backend {backend!r} is unknown; use {', '.join(BACKENDS)}")
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv_dtype {brief(kv_dtype)} is unknown; use {', '.join(KV_DTYPES)}")
-        super().__init__(checkpoint, prompt, images, template, image_mode, anyres_order, system, before)
+        super().__init__(checkpoint, prompt, images, template, image_mode, anyres_order, system, before, frames)
         self.sampling, self.before, self._backend = sampling or Sampling(), before, backend
         self.compile, self.timed, self.remember, self.kv_dtype = compile, timed, remember, kv_dtype
         self.prune = choose_method(prune, checkpoint.folder)
@@ -217,7 +219,7 @@ class Generation(Prompt):
             self.prune, layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
             protected=protected_of(picked, spans, x), embeddings=x, counts=self._counts,
-            sides=[picture.side for picture in self.pictures],
+            sides=[picture.layout.square[0] for picture in self.pictures],
         )  # fmt: skip
         origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:
@@ -296,7 +298,9 @@ class Generation(Prompt):
     def encode_images(self, first: int = 0) -> list[torch.Tensor]:
         """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
         model = self.checkpoint.model
-        return [model.join(model.encode_images(self._pixels(picture)), picture) for picture in self.pictures[first:]]
+        return [
+            model.join(model.encode_images(self._pixels(picture)), picture.layout) for picture in self.pictures[first:]
+        ]
 
     def _pixels(self, picture):
         return picture.pixels.to(self.checkpoint.device, self.checkpoint.dtype)

@@ -24,10 +24,12 @@ from urllib.parse import unquote, unquote_to_bytes
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from .config import InputError, making_sense_of, read_json
+from .config import InputError, making_sense_of, max_tiles_of, read_json
+from .layout import Layout, choose_canvas, layout_of
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and standard deviation
 STRIP = 200  # aspect ratio above which a picture is cropped before it is resized
 
 
@@ -36,40 +38,44 @@ class ImageSettings:
     """The settings of preprocessor_config.json, with CLIP's values as defaults."""
 
     size: int  # pixels per side of the model's input
-    # "crop": centre square of the picture; "pad": the whole picture on a square canvas; "anyres" (LLaVA-NeXT): the
-    # whole picture resized to S x S, then tiles of it at a higher resolution
+    # "crop": centre square of the picture; "pad": the whole picture on a square canvas; "squash": the whole picture
+    # resized to S x S; "anyres" (LLaVA-NeXT, LLaVA-OneVision): as "squash", then tiles at a higher resolution;
+    # "frame": a frame of a LLaVA-OneVision video, as "squash" with half of the tokens per side
     mode: str = "crop"
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
     rescale: float = 1 / 255
     pinpoints: tuple = None  # for "anyres": sizes ((a, b), ...) of the canvases to choose from
     order: str = "hf"  # of a and b: "hf" (height, width), "orig" (width, height), as in the original code
+    # LLaVA-OneVision: a map of more tiles is shrunk to about this many, and a newline ends a picture without tiles
+    max_tiles: int = None
 
 
-def read_image_settings(folder, image_size, pinpoints=None):
-    """ImageSettings of a checkpoint folder. image_size, pinpoints: from config.json.
+def read_image_settings(folder, config):
+    """ImageSettings of the folder of a checkpoint with this LlavaConfig.
 
-    InputError if its file disagrees with them, is malformed or asks for steps that are not implemented.
+    InputError if its file disagrees with the config, is malformed or asks for steps that are not implemented.
     """
     path, raw = image_processor_file(folder)
-    known = ("LlavaNextImageProcessor",) if pinpoints else ("LlavaImageProcessor", "CLIPImageProcessor")
+    aspect = (read_json(Path(folder) / "processor_config.json") or {}).get("vision_aspect_ratio")
+    image_size, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
+    known = _processors(config)
     with making_sense_of(path):
         raw = {key: value for key, value in raw.items() if value is not None}
         kind = raw.get("image_processor_type", raw.get("feature_extractor_type", known[0]))
         kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-        mode = "anyres" if pinpoints else "pad" if raw.get("do_pad") and kind == "LlavaImageProcessor" else "crop"
-        mean = tuple(float(v) for v in raw.get("image_mean", CLIP_MEAN))
-        std = tuple(float(v) for v in raw.get("image_std", CLIP_STD))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean {mean}, std {std}")
-        rescale = float(raw.get("rescale_factor", 1 / 255))
+        mode = "anyres" if pinpoints else "squash" if kind == "SiglipImageProcessor" else "crop"
+        mode = "pad" if raw.get("do_pad") and kind == "LlavaImageProcessor" else mode
+        usual = (HALF, HALF) if kind == "SiglipImageProcessor" else (CLIP_MEAN, CLIP_STD)
+        mean, std, rescale = _numbers(raw, *usual, 1 / 255)
         canvases = tuple(tuple(pair) for pair in raw.get("image_grid_pinpoints", pinpoints or ()))
         size = raw.get("size", image_size)
         sides = {*_sides(size), *_sides(raw.get("crop_size", image_size))}
     # do_center_crop has no effect on a padded picture, which is square
     steps = ("do_resize", *(("do_center_crop",) if mode == "crop" else ()), "do_rescale", "do_normalize")
     off = [f"{step} false" for step in steps if raw.get(step) is False]
-    if mode != "anyres" and ("height" in size if isinstance(size, dict) else raw.get("default_to_square")):
+    squashes = "height" in size if isinstance(size, dict) else raw.get("default_to_square")
+    if mode in ("crop", "pad") and squashes:
         off.append("a resize that does not keep the aspect")
     if raw.get("resample", 3) != 3:
         off.append(f"resample {raw['resample']}")
@@ -84,11 +90,53 @@ def read_image_settings(folder, image_size, pinpoints=None):
             pinpoints and canvases != pinpoints,
             "and config.json have different image_grid_pinpoints; use the files of one checkpoint",
         ),
+        (
+            config.max_tiles and aspect and max_tiles_of(aspect) != config.max_tiles,
+            f"and config.json have different vision_aspect_ratio ({aspect}); use the files of one checkpoint",
+        ),
         (off, f"asks for {', '.join(off)}; only bicubic resize, centre crop, rescale and normalise are implemented"),
     ):
         if wrong:
             raise InputError(f"{path} {what}")
-    return ImageSettings(image_size, mode, mean, std, rescale, pinpoints)
+    return ImageSettings(image_size, mode, mean, std, rescale, pinpoints, max_tiles=config.max_tiles)
+
+
+def frame_settings(folder, settings):
+    """ImageSettings of the frames of a video; settings: of the folder's pictures. InputError as for those.
+
+    They differ only in the mode, unless a file for videos has other numbers.
+    """
+    folder = Path(folder)
+    path = folder / "processor_config.json"
+    raw = (read_json(path) or {}).get("video_processor")
+    if raw is None:
+        path = folder / "video_preprocessor_config.json"
+        raw = read_json(path) or {}
+    with making_sense_of(path):
+        raw = {key: value for key, value in raw.items() if value is not None}
+        mean, std, rescale = _numbers(raw, settings.mean, settings.std, settings.rescale)
+        if {*_sides(raw.get("size", settings.size))} != {settings.size}:
+            raise ValueError(f"size {raw['size']}")
+    return replace(settings, mode="frame", mean=mean, std=std, rescale=rescale)
+
+
+def _numbers(raw, mean, std, rescale):
+    """(mean, std, rescale factor) in a file, by default these. ValueError if they are malformed."""
+    mean, std = (tuple(map(float, raw.get(key, own))) for key, own in (("image_mean", mean), ("image_std", std)))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean {mean}, std {std}")
+    return mean, std, float(raw.get("rescale_factor", rescale))
+
+
+def _processors(config):
+    """Names of the image processors that fit a LlavaConfig; the first is the default."""
+    if config.max_tiles:
+        return ("LlavaOnevisionImageProcessor",)
+    if config.image_grid_pinpoints:
+        return ("LlavaNextImageProcessor",)
+    if not config.vision_config.has_cls:
+        return ("SiglipImageProcessor",)
+    return "LlavaImageProcessor", "CLIPImageProcessor"
 
 
 def image_processor_file(folder):
@@ -471,14 +519,12 @@ def crop_note(picture, settings):
     return f"{picture.path}: the centre crop removes {100 * lost:.0f} % of it; --image-mode pad keeps all of it"
 
 
-# ---------------------------------------------------------------- LLaVA-NeXT: tiles
+# ---------------------------------------------------------------- LLaVA-NeXT and LLaVA-OneVision: tiles
 
 
 def to_tiles(image, settings):
-    """RGB picture -> (squares, grid): the whole picture resized to S x S, then its tiles row by row; (rows, columns).
-
-    The tiles are cut from a black canvas; the picture is scaled to fit and centred on it.
-    """
+    """RGB picture -> its S x S tiles, row by row. They are cut from a black canvas, on which the picture is centred,
+    scaled to fit."""
     size, (wide, high) = settings.size, image.size
     canvas_wide, canvas_high = choose_canvas(image.size, settings.pinpoints, settings.order)
     if canvas_wide / wide < canvas_high / high:
@@ -488,62 +534,26 @@ def to_tiles(image, settings):
     canvas = Image.new("RGB", (canvas_wide, canvas_high))
     left, top = (canvas_wide - fitted[0]) // 2, (canvas_high - fitted[1]) // 2
     canvas.paste(image.resize(fitted, Image.Resampling.BICUBIC), (left, top))
-    grid = canvas_high // size, canvas_wide // size
-    corners = [(column * size, row * size) for row in range(grid[0]) for column in range(grid[1])]
-    tiles = [canvas.crop((x, y, x + size, y + size)) for x, y in corners]
-    return [image.resize((size, size), Image.Resampling.BICUBIC), *tiles], grid
-
-
-def choose_canvas(size, pinpoints, order):
-    """(width, height) of the canvas that preserves the most pixels of a picture; among equals, the least border.
-
-    size: (width, height) of the picture. A tie goes to the first canvas in the list, so the orders "hf" and "orig"
-    differ if the list has both (a, b) and (b, a) and the picture is smaller than either.
-    """
-    wide, high = size
-
-    def merit(canvas):
-        scale = min(canvas[0] / wide, canvas[1] / high)
-        shown = min(int(wide * scale) * int(high * scale), wide * high)
-        return shown, -(canvas[0] * canvas[1] - shown)
-
-    return max((pair[::-1] if order == "hf" else pair for pair in pinpoints), key=merit)  # first of equals
-
-
-def kept_of_tiles(grid, patches, size, order):
-    """(rows, columns), two slices: the part of a canvas's token map that shows the picture, without the black border.
-
-    grid: (rows, columns) of tiles; patches: per side of a tile; size: (width, height) of the picture.
-    """
-    high, wide = grid[0] * patches, grid[1] * patches
-
-    def inner(long, scaled):  # HF rounds before truncating, the original code does not
-        border = (long - int(round(scaled, 7) if order == "hf" else scaled)) // 2
-        return slice(border, long - border)
-
-    if size[0] / size[1] > wide / high:
-        return inner(high, size[1] * (wide / size[0])), slice(0, wide)
-    return slice(0, high), inner(wide, size[0] * (high / size[1]))
-
-
-def tile_tokens(grid, patches, size, order):
-    """Number of tokens of a picture in tiles: whole picture, tiles without border, a newline per row of tile tokens."""
-    rows, columns = (part.stop - part.start for part in kept_of_tiles(grid, patches, size, order))
-    return patches**2 + rows * (columns + 1)
+    corners = [(x, y) for y in range(0, canvas_high, size) for x in range(0, canvas_wide, size)]
+    return [canvas.crop((x, y, x + size, y + size)) for x, y in corners]
 
 
 # ---------------------------------------------------------------- squares
 
 
 def to_square(image, settings):
-    """RGB picture -> the S x S picture that the model gets. Mode "pad" first pads it to a square.
+    """RGB picture -> the S x S picture that the model gets. Modes "squash" and "frame" resize it. Mode "pad" first pads
+    it to a square.
 
     The shortest edge is resized to S (the longest to int(S * long / short)); then the centre is cropped, with offsets
     rounded down. Errors: `pad_to_square`.
     """
+    size, short = settings.size, min(image.size)
+    if settings.mode in ("squash", "frame"):
+        return image.resize((size, size), Image.Resampling.BICUBIC)
     if settings.mode == "pad":
         image = pad_to_square(image, settings.mean)
-    size, short = settings.size, min(image.size)
+        short = min(image.size)
     wide, high = (int(size * side / short) for side in image.size)  # after the resize, before the crop
     left, top = (wide - size) // 2, (high - size) // 2
     if max(wide, high) <= STRIP * size:
@@ -578,11 +588,17 @@ def pad_to_square(image, mean):
     return canvas
 
 
-def with_mode(settings, mode, order="auto"):
-    """ImageSettings with another mode and order; "auto" keeps the checkpoint's. InputError if they do not fit."""
-    mode = settings.mode if mode == "auto" else mode
+def with_mode(settings, mode, order="auto", several=False):
+    """ImageSettings with another mode and order; "auto" keeps the checkpoint's. InputError if they do not fit.
+
+    several: the conversation has several pictures. LLaVA-OneVision sees each of these as one padded square.
+    """
+    if mode == "auto":
+        mode = "pad" if several and settings.max_tiles else settings.mode
     if mode == "anyres" and not settings.pinpoints:
-        raise InputError("the checkpoint has no tiles (it is not LLaVA-NeXT); use --image-mode pad or crop")
+        raise InputError(
+            "the checkpoint has no tiles (it is not LLaVA-NeXT or LLaVA-OneVision); use --image-mode pad or crop"
+        )
     if order != "auto" and mode != "anyres":
         raise InputError(f"--anyres-order applies to tiles, but the image mode is {mode}; leave it out")
     return replace(settings, mode=mode, order=settings.order if order == "auto" else order)
@@ -598,10 +614,12 @@ class Prepared:
     path: str
     size: tuple  # (width, height) of the picture
     squares: list  # PIL images: the picture, then its tiles if it has any
-    grid: tuple | None  # (rows, columns) of tiles
-    side: int  # tokens per side of a square
-    tokens: int
+    layout: Layout
     settings: ImageSettings
+
+    @property
+    def tokens(self):
+        return self.layout.tokens
 
     @property
     def about(self):
@@ -609,82 +627,18 @@ class Prepared:
         return {"path": self.path, "size": list(self.size), "tiles": len(self.squares), "tokens": self.tokens}
 
     @property
-    def cut(self):
-        """`kept_of_tiles`, or None without tiles."""
-        return self.grid and kept_of_tiles(self.grid, self.side, self.size, self.settings.order)
-
-    @property
     def pixels(self):
         """Pixel values (1 + tiles, 3, S, S) fp32; computed per call, so that no tensor is kept alive."""
         return torch.stack([normalise(square, self.settings) for square in self.squares])
 
     @property
-    def places(self):
-        return places_of(self.side, self.tokens, self.cut)
-
-    @property
-    def patches(self):
-        return patches_of(self.side, self.tokens, self.cut, self.grid)
-
-    @property
     def contrast(self):
-        return contrast_of(self.pixels, self.side, self.tokens, self.cut, self.grid)
+        return self.layout.contrast(self.pixels)
 
 
-def prepare(picture, settings, side, tokens):
-    """A `Picture` -> Prepared. side: tokens per side of a square; tokens: number for a picture without tiles."""
-    size, squares, grid = picture.image.size, None, None
-    if settings.mode == "anyres":
-        squares, grid = to_tiles(picture.image, settings)
-        tokens = tile_tokens(grid, side, size, settings.order)
-    return Prepared(picture.path, size, squares or [to_square(picture.image, settings)], grid, side, tokens, settings)
-
-
-def places_of(side, tokens, cut=None):
-    """(n, 2) int64 on the CPU: row and column of each of a picture's n tokens, in the model's order.
-
-    side: tokens per side of a square; tokens: n; cut: for LLaVA-NeXT, `kept_of_tiles`: that part of the joined tiles
-    is placed below the square of the whole picture and has a newline after each row's last column. A CLS token is
-    placed above the square.
-    """
-    square = cells(side, side)
-    if cut is not None:
-        rows, columns = (part.stop - part.start for part in cut)
-        return torch.cat((square, cells(rows, columns + 1) + square.new_tensor([side, 0])))
-    return torch.cat((square.new_tensor([[-1, 0]] * (tokens - len(square))).view(-1, 2), square))
-
-
-def cells(rows, columns):
-    """(rows * columns, 2) int64 on the CPU: row and column of each cell of a table, row by row."""
-    return torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
-
-
-def patches_of(side, tokens, cut=None, grid=None):
-    """(n,) int64 on the CPU: the patch of each of a picture's n tokens, counted through its squares; -1 for newlines
-    and CLS. Arguments: as in `contrast_of`."""
-    whole = torch.arange(side * side - tokens if grid is None else 0, side * side, device="cpu").clamp(min=-1)
-    if grid is None:
-        return whole
-    tiles = side * side + torch.arange(grid[0] * grid[1] * side * side, device="cpu").view(*grid, side, side)
-    joined = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[cut]
-    newlines = joined.new_full((len(joined), 1), -1)
-    return torch.cat((whole, torch.cat((joined, newlines), 1).flatten()))
-
-
-def contrast_of(squares, side, tokens, cut=None, grid=None):
-    """(n,) fp32: distance of the pixels of each of a picture's n tokens from the picture's usual colour.
-
-    squares (1 + tiles, 3, S, S) fp32: its pixel values; side, tokens, cut: as in `places_of`; grid: (rows, columns) of
-    tiles. The usual colour is the median over the patches' means. The distance is the root mean square over a patch's
-    pixels; it is 0 for tokens without pixels (newlines and CLS).
-    """
-    patch = squares.shape[-1] // side
-    pixels = squares[..., : side * patch, : side * patch].unflatten(-1, (side, patch)).unflatten(-3, (side, patch))
-    usual = pixels[0].mean((-3, -1)).flatten(1).median(1).values  # (3,)
-    far = (pixels - usual[:, None, None, None, None]).square().sum(1).mean((-3, -1)).sqrt()  # (1 + tiles, side, side)
-    whole = far[0].flatten()
-    if grid is None:
-        return torch.cat((whole.new_zeros(tokens - len(whole)), whole))
-    joined = far[1:].unflatten(0, grid).transpose(1, 2).flatten(2, 3).flatten(0, 1)[cut]
-    newlines = joined.new_zeros(len(joined), 1)
-    return torch.cat((whole, torch.cat((joined, newlines), 1).flatten()))
+def prepare(picture, settings, side, cls, last=True):
+    """A `Picture` -> Prepared. Arguments as in `layout_of`."""
+    layout = layout_of(picture.image.size, settings, side, cls, last)
+    whole = replace(settings, mode="squash") if settings.mode == "anyres" else settings
+    squares = [to_square(picture.image, whole), *(to_tiles(picture.image, settings) if layout.grid else ())]
+    return Prepared(picture.path, picture.image.size, squares, layout, settings)

@@ -1,4 +1,4 @@
-"""The Llama decoder: RMSNorm, rotary position embeddings (RoPE), grouped-query attention, SwiGLU.
+"""The Llama decoder, also Mistral and Qwen2: RMSNorm, rotary positions (RoPE), grouped-query attention, SwiGLU.
 
 B sequences, T tokens, C channels, Hq query heads over Hkv KV heads of D channels, G = Hq / Hkv. There are two forward
 passes. In `prefill` a prompt's tokens attend to each other; in `decode` new tokens also attend to a cache: one per
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(c, self.q_heads * d, bias=config.attention_bias)
         self.k_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
-        self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.attention_bias)
+        self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.output_bias)
 
     def project(self, x, rope, adapter=None):
         """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); rope, if not None, rotates q and k."""

@@ -1,6 +1,8 @@
-"""LLaVA (arXiv 2304.08485, 2310.03744): CLIP and a two-layer projector turn pictures into embeddings for a Llama.
+"""LLaVA (arXiv 2304.08485, 2310.03744): a vision tower and a two-layer projector turn pictures into embeddings for a
+decoder.
 
 LLaVA-NeXT (1.6, "anyres") cuts a picture into several squares and joins their tokens after the projector.
+LLaVA-OneVision (arXiv 2408.03326) also shrinks the tokens of many tiles, and those of the frames of a video.
 """
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from .clip import VisionTower
 from .config import InputError
-from .image import kept_of_tiles
+from .layout import join_maps
 from .llama import Llama
 
 
@@ -35,7 +37,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text_config, tied=config.tie_word_embeddings)
-        if config.image_grid_pinpoints:  # LLaVA-NeXT: a learned token at the end of each row of tokens
+        if config.image_grid_pinpoints:  # NeXT, OneVision: a learned token at the end of each row of the tiles' tokens
             self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
     def encode_images(self, pixel_values):
@@ -43,8 +45,8 @@ class Llava(nn.Module):
         return self.project(self.see(pixel_values)[0])
 
     def see(self, pixel_values, layers=(), after=None):
-        """-> features that the projector reads, (n, 1 + P, C) with CLS in front, and {layer: input of that layer of the
-        tower} for `layers`, counted from 0. after: see `VisionTransformer`."""
+        """-> features that the projector reads, (n, 1 + P, C) with CLS in front (SigLIP: P), and {layer: input of that
+        layer of the tower} for `layers`, counted from 0. after: see `VisionTransformer`."""
         wanted = self.config.feature_layers
         states = self.vision_tower(pixel_values, [*wanted, *layers], after)
         return torch.cat(states[: len(wanted)], -1), dict(zip(layers, states[len(wanted) :], strict=True))
@@ -54,24 +56,19 @@ class Llava(nn.Module):
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         return self.multi_modal_projector(features[:, first:].contiguous())
 
-    def join(self, tokens, picture):
-        """Vision tokens (n, P, C) of a `model.image.Prepared` -> (P', C), in the order of the prompt."""
-        if picture.grid is None:
-            return tokens[0]
-        return self.join_tiles(tokens, picture.grid, picture.size, picture.settings.order)
-
-    def join_tiles(self, tokens, grid, size, order="hf"):
-        """Vision tokens of a picture's squares (1 + rows * columns, P, C) -> (P', C): whole picture, then tiles.
+    def join(self, tokens, layout):
+        """Vision tokens of a picture's squares (1 + tiles, P, C) -> (P', C), in the order of its `model.layout.Layout`.
 
         The tiles' tokens form one map, without tokens of the canvas border; `image_newline` ends each row.
-        grid: (rows, columns) of tiles; size: (width, height) of the picture; order: see ImageSettings.
         """
-        side = round(tokens.shape[1] ** 0.5)
-        tiles = tokens[1:].unflatten(1, (side, side)).unflatten(0, grid)  # (rows, columns, side, side, C)
-        rows, columns = kept_of_tiles(grid, side, size, order)
-        seen = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[rows, columns]
-        newline = self.image_newline.to(tokens.dtype).expand(len(seen), 1, -1)
-        return torch.cat((tokens[0], torch.cat((seen, newline), 1).flatten(0, 1)))
+        square, tiles = maps_of(tokens[:, layout.cls :], layout)
+        newline = self.image_newline.to(tokens.dtype) if layout.newline or layout.grid else None
+        pieces = [tokens[0, : layout.cls], square.flatten(0, 1)]
+        if layout.newline:
+            pieces.append(newline[None])
+        if layout.grid:
+            pieces.append(torch.cat((tiles, newline.expand(len(tiles), 1, -1)), 1).flatten(0, 1))
+        return torch.cat(pieces)
 
     def splice(self, ids, image_tokens):
         """Embed token ids and replace each image placeholder by its picture's vision tokens.
@@ -93,3 +90,18 @@ class Llava(nn.Module):
                 spans.append((length, length + len(tokens)))
                 length += len(tokens)
         return torch.cat(pieces), spans
+
+
+def maps_of(tokens, layout):
+    """Tokens of a picture's patches (1 + tiles, side * side, C) -> the map of its square and that of its tiles or None,
+    each (rows, columns, C)."""
+    squares = tokens.unflatten(1, (layout.side, layout.side))
+    tiles = shrink(join_maps(squares[1:], layout.grid)[layout.cut], layout.map) if layout.grid else None
+    return shrink(squares[0], layout.square), tiles
+
+
+def shrink(tokens, shape):
+    """A map of tokens (H, W, C) -> (h, w, C), by bilinear interpolation; the same if it has that shape."""
+    if tokens.shape[:2] == shape:
+        return tokens
+    return F.interpolate(tokens.permute(2, 0, 1)[None], shape, mode="bilinear")[0].permute(1, 2, 0)

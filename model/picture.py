@@ -8,14 +8,18 @@ from functools import cached_property
 
 import torch
 
+from .llava import maps_of
+
 
 class PictureView:
     """One picture of a prompt. Everything is measured when a method first asks for it. All tensors are copies: a method
     may write into them.
 
     tokens       P: the patch tokens that the language model gets if none is dropped, in its order: the square of the
-                 whole picture row by row, then, for LLaVA-NeXT, the joined map of the tiles without the canvas border,
-                 row by row. Newlines and CLS are not among them. After a `merge`: the merged tokens, square by square
+                 whole picture row by row, then, if there are tiles, their joined map without the canvas border, row by
+                 row. Newlines and CLS are not among them. After a `merge`: the merged tokens, square by square. If
+                 LLaVA-OneVision shrinks a map, each of its tokens stands for the patch nearest to its centre: `keys`
+                 and attention are that patch's, and `features` are interpolated as the tokens are
     number       index of the picture in the prompt, from 0
     squares      n: 1, and the number of tiles
     num_layers   layers of the vision tower
@@ -31,18 +35,18 @@ class PictureView:
 
         merged: (layer, matrix (n, m, S * S)) if m sums of each square's S * S patches replaced them after that layer.
         """
-        self.picture, self.number, self.side, self.grid = picture, number, picture.side, picture.grid
+        self.picture, self.number, self.layout = picture, number, picture.layout
+        self.side, self.grid = self.layout.side, self.layout.grid
         self.device, self._model, self._features, self._states = features.device, model, features, states
         self._layers = model.vision_tower.vision_model.encoder.layers
         self.num_layers, self.squares, self.merged = len(self._layers), len(features), merged
         m = self.side**2 if merged is None else merged[1].shape[1]
         self._cls = features.shape[1] - m  # 1, or 0 in a tower without CLS
         # (P,) each: the index among the squares' m tokens, and among the picture's tokens in the prompt
-        index, self.origin = _unmerged(picture) if merged is None else _merged(picture, merged[1].cpu())
+        index, self.origin = _unmerged(self.layout) if merged is None else _merged(self.layout, merged[1].cpu())
         self.tokens, self._index = len(index), index.to(self.device)
         self._tile, self._cell = self._index // m, self._index % m + self._cls  # _cell: row in the square's states
-        cut = picture.cut and tuple(part.stop - part.start for part in picture.cut)
-        self.shapes = [(self.side, self.side), *([cut] if cut else [])]
+        self.shapes = [self.layout.square, *([self.layout.map] if self.grid else [])]
 
     @property
     def tile(self):
@@ -51,13 +55,16 @@ class PictureView:
 
     @property
     def places(self):
-        """(P, 2) int64 on the CPU: row and column of each token, as in `model.image.places_of`."""
-        return self.picture.places[self.origin]
+        """(P, 2) int64 on the CPU: row and column of each token, as in `model.layout.Layout.places`."""
+        return self.layout.places[self.origin]
 
     @property
     def features(self):
         """(P, C): the vision features that the projector reads."""
-        return self._of_tokens(self._features)
+        if self.merged:
+            return self._of_tokens(self._features)
+        maps = maps_of(self._features[:, self._cls :], self.layout)
+        return torch.cat([tokens.flatten(0, 1) for tokens in maps if tokens is not None])
 
     @property
     def cls_features(self):
@@ -73,7 +80,7 @@ class PictureView:
     @cached_property
     def prompt_tokens(self):
         """(N, C_text): the tokens of the unpicked picture, newlines and CLS included."""
-        return self._model.join(self._model.project(self._features), self.picture)
+        return self._model.join(self._model.project(self._features), self.layout)
 
     def project(self, features):
         """(P', C) -> (P', C_text): the projector."""
@@ -109,18 +116,18 @@ class PictureView:
 
     def with_newlines(self, chosen):
         """Indices of tokens (P',), or None for all -> indices among the tokens of the unpicked picture, on the CPU."""
-        stays = torch.ones(len(self.picture.patches), dtype=torch.bool, device="cpu")
+        stays = torch.ones(self.layout.tokens, dtype=torch.bool, device="cpu")
         if chosen is not None:
             stays[self.origin] = False
             stays[self.origin[chosen.cpu()]] = True
-            rows = self.picture.places[:, 0]
-            stays &= (self.picture.patches >= 0) | ~torch.isin(rows, rows[~stays])
+            rows = self.layout.places[:, 0]
+            stays &= (self.layout.patches >= 0) | ~torch.isin(rows, rows[~stays])
         return stays.nonzero()[:, 0]
 
     def heaviest(self, matrix):
         """The token of the unpicked picture that each row of a matrix (P', P or P + n) stands for, on the CPU: that of
         its heaviest column, the first if equal; -1 for a CLS token that the prompt does not have."""
-        cls = 0 if self.picture.places[0, 0] < 0 else -1
+        cls = 0 if self.layout.cls else -1
         origin = torch.cat((self.origin, self.origin.new_full((matrix.shape[1] - self.tokens,), cls)))
         return origin[matrix.cpu().argmax(1)]
 
@@ -152,16 +159,16 @@ class PictureView:
             raise ValueError(f"{what} needs the CLS token of the vision tower, and this tower has none")
 
 
-def _unmerged(picture):
+def _unmerged(layout):
     """-> for each patch token of the prompt, its index among the squares' patches, and among the picture's tokens."""
-    origin = (picture.patches >= 0).nonzero()[:, 0]
-    return picture.patches[origin], origin
+    origin = (layout.patches >= 0).nonzero()[:, 0]
+    return layout.patches[origin], origin
 
 
-def _merged(picture, matrix):
+def _merged(layout, matrix):
     """`_unmerged` after a merge, matrix (n, m, S * S). A merged token exists if one of its members does, and stands for
     the heaviest of those, the first if equal."""
-    patches, origin = _unmerged(picture)
+    patches, origin = _unmerged(layout)
     of_patch = origin.new_full((matrix.shape[0] * matrix.shape[2],), -1).index_copy_(0, patches, origin)
     of_patch = of_patch.view(len(matrix), 1, -1)  # index among the picture's tokens, -1 on the canvas border
     weights = matrix.masked_fill(of_patch < 0, 0)
@@ -209,11 +216,12 @@ def look(method, model, picture, number, pixels):
         """Called by the tower after each layer: x (n, 1 + S * S, C) -> x, with merged patches after `merge_after`."""
         if layer != method.merge_after:
             return x
-        first = x.shape[1] - picture.side**2  # 1: CLS
-        matrix = method.merge(x[:, first:].unflatten(1, (picture.side, picture.side)).clone())
+        side = picture.layout.side
+        first = x.shape[1] - side**2  # 1: CLS
+        matrix = method.merge(x[:, first:].unflatten(1, (side, side)).clone())
         if matrix is None:
             return x
-        if min(config.feature_layers) <= layer or picture.places[0, 0] < 0:
+        if min(config.feature_layers) <= layer or picture.layout.cls:
             raise ValueError("merged patches need features of later layers, without a CLS token; use another method")
         merged.append((layer, matrix))
         return torch.cat((x[:, :first], (matrix @ x[:, first:].float()).to(x.dtype)), 1)
@@ -241,7 +249,7 @@ def pick(method, view):
         origin = view.heaviest(chosen)
     picked = Picked(origin, torch.zeros(len(tokens), dtype=torch.bool, device="cpu"))
     if protected is not None:
-        mask = torch.zeros(len(view.picture.patches), dtype=torch.bool, device="cpu")
+        mask = torch.zeros(view.layout.tokens, dtype=torch.bool, device="cpu")
         mask[view.origin[protected.cpu()]] = True
         picked.protected = picked.of(mask, False)
     return tokens, picked

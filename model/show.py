@@ -150,26 +150,24 @@ def write(path, shown, second=None, layers=None, heads=None):
 
 def _areas(generation):
     """Yield one Area per picture, two for a picture in tiles."""
-    tower, first = generation.checkpoint.config.vision_config, 0
-    patch, side = tower.patch_size, tower.image_size // tower.patch_size
+    first, patch = 0, generation.checkpoint.config.vision_config.patch_size
     for number, picture in enumerate(generation.pictures, 1):
-        name, grid = f"picture {number}" if len(generation.pictures) > 1 else "", picture.grid
-        last = first + picture.tokens
-        seen = [square.crop((0, 0, side * patch, side * patch)) for square in picture.squares]
-        if grid is None:  # a CLS token, if the model keeps it, is the first
-            yield Area(name, seen[0], torch.arange(last - side**2, last).view(side, side))
-        else:
-            name = name and name + ", "
-            tiles = first + side**2
-            yield Area(name + "whole", seen[0], torch.arange(first, tiles).view(side, side))
-            rows, columns = picture.cut
-            joined = Image.new("RGB", (grid[1] * side * patch, grid[0] * side * patch))
+        name, layout = f"picture {number}" if len(generation.pictures) > 1 else "", picture.layout
+        used = layout.side * patch  # pixels per side of a square; a few at its right and bottom may be in no patch
+        seen = [square.crop((0, 0, used, used)) for square in picture.squares]
+        start = first + layout.cls
+        last = start + layout.square[0] * layout.square[1]
+        whole = ", ".join(word for word in (name, "whole" if layout.grid else "") if word)
+        yield Area(whole, seen[0], torch.arange(start, last).view(layout.square))
+        if layout.grid:
+            (high, wide), (rows, columns) = layout.grid, layout.cut
+            joined = Image.new("RGB", (wide * used, high * used))
             for i, tile in enumerate(seen[1:]):
-                joined.paste(tile, (i % grid[1] * side * patch, i // grid[1] * side * patch))
+                joined.paste(tile, (i % wide * used, i // wide * used))
             box = [patch * n for n in (columns.start, rows.start, columns.stop, rows.stop)]
-            tokens = torch.arange(tiles, last).view(rows.stop - rows.start, -1)[:, :-1]  # without newlines
-            yield Area(name + "tiles", joined.crop(box), tokens)
-        first = last
+            tokens = torch.arange(last, first + layout.tokens).view(layout.map[0], -1)[:, :-1]  # without newlines
+            yield Area(f"{name}, tiles" if name else "tiles", joined.crop(box), tokens)
+        first += layout.tokens
 
 
 def layer_class(gamma, thresholds):

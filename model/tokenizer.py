@@ -339,7 +339,7 @@ def _bos_rule(config, fast, bos):
 
 # ---------------------------------------------------------------- templates
 
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 _ASSISTANT_TEXT = (
     "A chat between a curious {who} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {whose} questions."
@@ -358,23 +358,26 @@ TEMPLATES = (*SYSTEM_TEXT, "mistral", "raw")
 BETWEEN = {"llava": " ", "vicuna": "</s>", "llava_v1": "</s>", "mistral": "</s> ", "raw": ""}
 
 
-def build_prompt(question, images, template, system=None, follows=False):
+def build_prompt(question, images, template, system=None, follows=False, video=False):
     """The text to encode: the question in its template, with one `<image>` for each of `images` pictures.
 
     If the question has no `<image>`, all pictures come first, one `<image>` and newline each; otherwise the counts must
-    match. template "raw" leaves the question verbatim. follows: a later turn of a conversation, to be appended to an
-    answer; the system text is ignored. InputError for counts that differ, or for `<image>` in the system text.
+    match. video: there is a video too, at the question's `<video>`, or before the question and after such pictures.
+    template "raw" leaves the question verbatim. follows: a later turn of a conversation, to be appended to an answer;
+    the system text is ignored. InputError for counts that differ, or for `<image>` in the system text.
     """
-    found = question.count(IMAGE)
-    if IMAGE in (system or ""):
-        raise InputError(f"the system text contains {IMAGE}; place pictures in the prompt")
+    found, placed = question.count(IMAGE), question.count(VIDEO)
+    if IMAGE in (system or "") or video and VIDEO in (system or ""):
+        raise InputError(f"the system text contains {IMAGE} or {VIDEO}; place pictures in the prompt")
+    if video and placed > 1:
+        raise InputError(f"the prompt has {placed} {VIDEO}, and there is one video; leave the others out")
     if found and found != images:
         raise InputError(
             f"the prompt has {found} {IMAGE}, and the number of pictures is {images}; "
             f"give one picture for each, or leave {IMAGE} out of the prompt"
         )
-    if not found:
-        question = (IMAGE + "\n") * images + question
+    marks = [IMAGE] * (0 if found else images) + [VIDEO] * (video and not placed)
+    question = "".join(mark + "\n" for mark in marks) + question
     if template == "raw":
         return question
     between = BETWEEN[template] if follows else ""

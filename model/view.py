@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kernels import window_scores
 
 from .config import InputError
-from .image import cells
+from .layout import cells
 from .looking import looking_attention, looking_mlp
 
 ROWS = 64  # rows of the prompt whose attention is computed together
@@ -29,7 +29,7 @@ class View:
     counts              number of tokens of each picture before a stage `pick` or `merge`
     attended            (T,) bool: the tokens that took part in this layer's attention (stage `attend`), or None: all
     protected           (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
-    places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.image.places_of`)
+    places              per picture (n, 2) int64 on the CPU: row and column of its tokens (`model.layout.Layout.places`)
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class View:
 
     def contrast(self):
         """Per picture (n,) fp32 on the CPU: how far each token's pixels are from the picture's usual colour
-        (`model.image.contrast_of`). ValueError if the pixels are not known."""
+        (`model.layout.Layout.contrast`). ValueError if the pixels are not known."""
         if self._contrast is None:
             raise ValueError("the method needs the pictures' pixels, and there are none here; use grid or random")
         return [far.clone() for far in self._contrast()]

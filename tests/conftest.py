@@ -310,7 +310,7 @@ def make_hf_checkpoint(tiny_tokenizer_dir):
 
 def preprocess(image, settings):
     """Pixel values of an RGB picture, (3, S, S) fp32, or (1 + tiles, 3, S, S) for "anyres"."""
-    pixels = prepare(Picture("", image), settings, 1, 1).pixels
+    pixels = prepare(Picture("", image), settings, 1, 0).pixels
     return pixels if settings.mode == "anyres" else pixels[0]
 
 

@@ -100,13 +100,17 @@ def test_of_two_places_for_theta_the_one_of_transformers_counts(rope):
     assert parse_config(BASE | {"text_config": TEXT | rope}).text_config.rope_theta == theirs
 
 
+PLAIN = LlavaConfig(vision_config=VisionConfig(image_size=28))
+TILED = dataclasses.replace(PLAIN, image_grid_pinpoints=((28, 56),))
 REFUSED = {  # by a word of the error: settings of config.json
-    "llava_onevision": {"model_type": "llava_onevision"},
+    "llava_next_video": {"model_type": "llava_next_video"},
     "original LLaVA": {"model_type": "llava_llama"},
     "of the original LLaVA": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
     "model_type is None": {"model_type": None},
-    "qwen2": {"text_config": TEXT | {"model_type": "qwen2"}},
-    "siglip": {"vision_config": VISION | {"model_type": "siglip_vision_model"}},
+    "qwen3": {"text_config": TEXT | {"model_type": "qwen3"}},
+    "pixtral": {"vision_config": VISION | {"model_type": "pixtral"}},
+    "a tower without CLS": {"vision_config": VISION | {"model_type": "siglip_vision_model", "hidden_act": "gelu"}},
+    "'anyres'": {"model_type": "llava_onevision", "vision_aspect_ratio": "anyres"},
     "gelu_new": {"text_config": TEXT | {"hidden_act": "gelu_new"}},
     "relu": {"projector_hidden_act": "relu"},
     "gelu_pytorch_tanh": {"vision_config": VISION | {"hidden_act": "gelu_pytorch_tanh"}},
@@ -165,9 +169,9 @@ def test_every_field_of_transformers_image_processors_is_known(name):
 def test_a_step_that_is_left_out_is_refused(tmp_path, file, name):
     settings = {name: False}
     write_json(tmp_path / file, settings if file.startswith("pre") else {"image_processor": settings})
-    assert f"{file} asks for {name} false" in refusal(read_image_settings, tmp_path, 28)
+    assert f"{file} asks for {name} false" in refusal(read_image_settings, tmp_path, PLAIN)
     write_json(tmp_path / file, {"do_center_crop": False, "do_pad": True})
-    assert read_image_settings(tmp_path, 28).mode == ("pad" if file.startswith("pre") else "crop")
+    assert read_image_settings(tmp_path, PLAIN).mode == ("pad" if file.startswith("pre") else "crop")
 
 
 OTHER_PROCESSORS = {  # settings, words of the error
@@ -189,15 +193,15 @@ OTHER_PROCESSORS = {  # settings, words of the error
 def test_another_way_to_prepare_pictures_is_refused(tmp_path, name):
     settings, words = OTHER_PROCESSORS[name]
     write_json(tmp_path / "preprocessor_config.json", settings)
-    message = refusal(read_image_settings, tmp_path, 28)
+    message = refusal(read_image_settings, tmp_path, PLAIN)
     assert words in message and "preprocessor_config.json" in message
 
 
 def test_tiles_need_the_processor_of_tiles_and_its_canvases(tmp_path):
     write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"})
-    assert "CLIPImageProcessor" in refusal(read_image_settings, tmp_path, 28, ((28, 56),))
+    assert "CLIPImageProcessor" in refusal(read_image_settings, tmp_path, TILED)
     write_json(tmp_path / "preprocessor_config.json", {"image_grid_pinpoints": [[28, 28]]})
-    assert "image_grid_pinpoints" in refusal(read_image_settings, tmp_path, 28, ((28, 56),))
+    assert "image_grid_pinpoints" in refusal(read_image_settings, tmp_path, TILED)
 
 
 SMALL = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
@@ -236,7 +240,7 @@ def test_pixels_are_those_of_the_processor_that_transformers_takes(tmp_path, nam
     image = Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1]))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")  # torchvision rounds otherwise
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(preprocess(image, read_image_settings(tmp_path, 28)), theirs, rtol=0, atol=2e-6)
+    torch.testing.assert_close(preprocess(image, read_image_settings(tmp_path, PLAIN)), theirs, rtol=0, atol=2e-6)
 
 
 # ---------------------------------------------------------------- end of an answer, other settings

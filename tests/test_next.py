@@ -15,7 +15,8 @@ from test_parity import float64_twin, noise
 
 from model import Generation, Sampling, load, open_checkpoint
 from model.config import PINPOINTS, parse_config
-from model.image import ImageSettings, choose_canvas, kept_of_tiles, tile_tokens
+from model.image import ImageSettings
+from model.layout import choose_canvas, kept_of_tiles, layout_of
 from model.pruning import make_method
 from tests.seeds import python_random
 
@@ -41,8 +42,7 @@ def random_sizes(count, largest=2500, seed=0):
 
 def counted(size, order, patches=24):
     """Tokens of a picture (width, height) at 336 pixels per tile."""
-    wide, high = choose_canvas(size, PINPOINTS, order)
-    return tile_tokens((high // 336, wide // 336), patches, size, order)
+    return layout_of(size, replace(SETTINGS, order=order), patches, 0).tokens
 
 
 @pytest.mark.parametrize(

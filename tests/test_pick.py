@@ -83,8 +83,8 @@ def tower(hf, pixels):
 
 
 def order_of(checkpoint, picture):
-    settings, side = checkpoint.image_settings, picture.side
-    return patch_order(picture.size, picture.grid, side, settings.pinpoints, settings.size)
+    settings, side = checkpoint.image_settings, picture.layout.side
+    return patch_order(picture.size, picture.layout.grid, side, settings.pinpoints, settings.size)
 
 
 @torch.no_grad()
@@ -124,11 +124,11 @@ def says_the_same(hf, asked, x):
 def test_patches_are_in_the_order_of_transformers():
     settings = ImageSettings(SIDE, "anyres", pinpoints=SMALL)
     for size in [(1, 1), (386, 8), (8, 386), (84, 28), *random_sizes(12, 160, seed=3)]:
-        picture = prepare(Picture("", noise(*size)), settings, 6, 36)
-        assert picture.patches.tolist() == patch_order(size, picture.grid, 6, SMALL, SIDE), size
+        picture = prepare(Picture("", noise(*size)), settings, 6, 0)
+        assert picture.layout.patches.tolist() == patch_order(size, picture.layout.grid, 6, SMALL, SIDE), size
     plain = replace(settings, mode="crop")
-    assert prepare(Picture("", noise(9, 9)), plain, 3, 9).patches.tolist() == list(range(9))
-    assert prepare(Picture("", noise(9, 9)), plain, 3, 10).patches.tolist() == [-1, *range(9)]  # CLS
+    assert prepare(Picture("", noise(9, 9)), plain, 3, 0).layout.patches.tolist() == list(range(9))
+    assert prepare(Picture("", noise(9, 9)), plain, 3, 1).layout.patches.tolist() == [-1, *range(9)]  # CLS
 
 
 # ---------------------------------------------------------------- rules of this file
@@ -346,7 +346,7 @@ def test_attention_and_keys_are_those_of_transformers(pair, kind):
         states, patches = tower(hf, picture.pixels), torch.tensor([p for p in order_of(checkpoint, picture) if p >= 0])
         square, cell = patches // 36, patches % 36 + 1
         assert view.tokens == len(patches) and view.squares == len(picture.pixels) and view.num_layers == 4
-        assert view.tile.equal(square) and (view.grid, view.side) == (picture.grid, 6)
+        assert view.tile.equal(square) and (view.grid, view.side) == (picture.layout.grid, 6)
         close = {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(view.features, states.hidden_states[-2][square, cell], **close)
         torch.testing.assert_close(view.cls_features, states.hidden_states[-2][:, 0], **close)
@@ -371,13 +371,13 @@ def test_shapes_and_places_are_those_of_the_parts(pair):
     for kind in SIZES:
         for view, picture in views(pair(kind)[1], kind):
             whole, *tiles = view.shapes
-            assert whole == (6, 6) and len(tiles) == (picture.grid is not None)
+            assert whole == (6, 6) and len(tiles) == (picture.layout.grid is not None)
             assert view.tokens == sum(rows * columns for rows, columns in view.shapes) == len(view.places)
             assert view.places[:36].equal(torch.cartesian_prod(torch.arange(6), torch.arange(6)))
             for rows, columns in tiles:
                 cells = torch.cartesian_prod(torch.arange(rows) + 6, torch.arange(columns))
                 assert view.places[36:].equal(cells)
-            assert view.places.equal(picture.places[picture.patches >= 0])
+            assert view.places.equal(picture.layout.places[picture.layout.patches >= 0])
 
 
 def test_views_are_copies_and_layers_have_to_be_named(pair):
@@ -544,7 +544,7 @@ def test_later_stages_know_where_the_tokens_were(pair, kind):
     for number, picture in enumerate(asked.pictures):
         patches, chosen = order_of(checkpoint, picture), []
         tokens = [i for i, patch in enumerate(patches) if patch >= 0]
-        (_, *tiles), rows = [(6, 6), *([1] if picture.grid else [])], rows_of(patches)
+        (_, *tiles), rows = [(6, 6), *([1] if picture.layout.grid else [])], rows_of(patches)
         first = tokens[36:][: len(rows[6]) - 1] if tiles else tokens[:6]
         chosen = {*tokens[1::3], *first} | ({first[-1] + 1} if tiles else set())  # with that row's newline
         view, (start, stop) = watch.seen[0], watch.seen[0].spans[number]
@@ -569,13 +569,15 @@ def test_a_new_token_stands_for_its_heaviest_source(pair):
         view = look(method, checkpoint.model, picture, number, picture.pixels)
         with torch.no_grad():
             _, picked = pick(method, view)
-        weights, tokens = Sums().matrix(view.tokens, view.squares), (picture.patches >= 0).nonzero()[:, 0]
+        weights, tokens = Sums().matrix(view.tokens, view.squares), (picture.layout.patches >= 0).nonzero()[:, 0]
         assert picked.origin[:7].tolist() == [tokens[row.argmax()].item() for row in weights[:7, : view.tokens]]
         assert picked.origin[3] == tokens[5] and picked.origin[7:].tolist() == [-1] * view.squares
         equal = torch.full((1, view.tokens), 1 / view.tokens)
         assert view.heaviest(equal).tolist() == [0]  # the first of equals
-        above = picked.of(picture.places, torch.tensor([-1, 0]))
-        assert above[7:].tolist() == [[-1, 0]] * view.squares and above[:7].equal(picture.places[picked.origin[:7]])
+        above = picked.of(picture.layout.places, torch.tensor([-1, 0]))
+        assert above[7:].tolist() == [[-1, 0]] * view.squares and above[:7].equal(
+            picture.layout.places[picked.origin[:7]]
+        )
 
 
 class Twice:

@@ -14,7 +14,8 @@ from kernels import window_scores
 from model import Generation, load
 from model import view as views
 from model.cache import RaggedCache
-from model.image import ImageSettings, contrast_of, kept_of_tiles, normalise, places_of, to_tiles
+from model.image import ImageSettings, Picture, prepare
+from model.layout import Layout
 from model.llama import rope_table
 from model.pruning import Method, make_method
 from model.view import Pruning, View
@@ -43,9 +44,9 @@ def board(rows, columns, layer=1, contrast=None):
 
 
 def test_a_square_is_read_row_by_row_behind_its_cls():
-    assert places_of(2, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert places_of(2, 5).tolist() == [[-1, 0], [0, 0], [0, 1], [1, 0], [1, 1]]
-    assert contrast_of(torch.rand(1, 3, 4, 4), 2, 5)[0] == 0
+    assert Layout(2, 0, (2, 2)).places.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert Layout(2, 1, (2, 2)).places.tolist() == [[-1, 0], [0, 0], [0, 1], [1, 0], [1, 1]]
+    assert Layout(2, 1, (2, 2)).contrast(torch.rand(1, 3, 4, 4))[0] == 0
 
 
 @pytest.mark.parametrize("size", [(200, 90), (90, 200), (111, 112), (300, 80), (50, 50)])
@@ -56,13 +57,9 @@ def test_tiles_say_where_in_the_picture_they_look(size, order):
     wide, high = size
     picture = Image.new("RGB", size, (250, 240, 230))
     picture.paste((20, 30, 90), (int(0.5 * wide), int(0.25 * high), int(0.9 * wide), int(0.5 * high)))
-    squares, grid = to_tiles(picture, settings)
-    cut = kept_of_tiles(grid, 8, size, order)
-    rows, columns = (part.stop - part.start for part in cut)
-    tokens = 64 + rows * (columns + 1)
-    places = places_of(8, tokens, cut)
-    contrast = contrast_of(torch.stack([normalise(s, settings) for s in squares]), 8, tokens, cut, grid)
-    assert len(places) == len(contrast) == tokens
+    seen = prepare(Picture("", picture), settings, 8, 0)
+    (rows, columns), places, contrast = seen.layout.map, seen.layout.places, seen.contrast
+    assert len(places) == len(contrast) == 64 + rows * (columns + 1)
     dark = 0
     for (row, column), far in zip(places.tolist(), contrast.tolist(), strict=True):
         down, right = (8, 8) if row < 8 else (rows, columns)

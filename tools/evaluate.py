@@ -256,8 +256,8 @@ def pictures_of(checkpoint, drawn):
     """Scenes -> their `model.image.Prepared`."""
     tower = checkpoint.config.vision_config
     settings, side = checkpoint.image_settings, tower.image_size // tower.patch_size
-    tokens = checkpoint.config.image_tokens
-    return [prepare(read_image(scenes.draw_scene(s)), settings, side, tokens) for s in drawn]
+    cls = checkpoint.config.image_tokens - tower.num_patches
+    return [prepare(read_image(scenes.draw_scene(s)), settings, side, cls) for s in drawn]
 
 
 def encode_scenes(checkpoint, drawn):
@@ -269,7 +269,7 @@ def encode_scenes(checkpoint, drawn):
 def views_of(checkpoint, drawn):
     """Scenes -> the arguments of `Asked` that describe their pictures."""
     pictures = pictures_of(checkpoint, drawn)
-    return {"places": [picture.places for picture in pictures], "contrast": [p.contrast for p in pictures]}
+    return {"places": [picture.layout.places for picture in pictures], "contrast": [p.contrast for p in pictures]}
 
 
 def picker_of(checkpoint, drawn):

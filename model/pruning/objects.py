@@ -11,7 +11,7 @@ class Objects:
     """A baseline: tokens on objects first, then random ones, whatever the question is.
 
     A token counts as an object if its pixels differ from the picture's usual colour more than the average patch does
-    (`model.image.contrast_of`); in a photograph these are the parts with unusual colours. If there are more
+    (`model.layout.Layout.contrast`); in a photograph these are the parts with unusual colours. If there are more
     than the budget allows, each head keeps a random subset of them.
 
     seed: of the random choice (any whole number)

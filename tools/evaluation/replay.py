@@ -157,7 +157,7 @@ def asked_by(generation, fed):
     pictures, views = generation.encode_images(), (generation.places, generation.contrast)
     asked = asked_with(generation.checkpoint, generation.ids, pictures, fed, generation.backend, *views)
     asked.pick = lambda method: generation.pick_images(method)[:2]
-    asked.sides = [picture.side for picture in generation.pictures]
+    asked.sides = [picture.layout.square[0] for picture in generation.pictures]
     return asked
 
 
