@@ -52,7 +52,8 @@ _SIGLIP_384 = {
     "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
 _QWEN2 = {
-    "model_type": "qwen2", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "model_type": "qwen2", "attention_bias": True, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
 }  # fmt: skip
 _QWEN2_05B = {
     **_QWEN2, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
