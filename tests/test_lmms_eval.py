@@ -292,8 +292,11 @@ def test_choices_share_one_prefill(make, failing):
     lm = make()
     failing(Generation, "prefill", AssertionError("a second prefill"), at=2)
     assert lm.loglikelihood([request(0, choice, idx) for idx, choice in enumerate(choices)]) == alone
+    lm, questions = make(), [request(0, " yes"), request(1, " yes")]
     with pytest.raises(AssertionError, match="second"):
-        lm.loglikelihood([request(1, " yes"), request(2, " yes")])
+        lm.loglikelihood(questions)
+    together = lm.loglikelihood(questions)
+    assert together == [lm.loglikelihood([one])[0] for one in questions] and together[0] != together[1]
 
 
 @pytest.mark.parametrize("chooses", [smallest, largest])
