@@ -155,8 +155,8 @@ def _check_added(config, fast, tokens, named):
     for text in first if again else ():
         if text not in again or flags(first[text]) != flags(again[text]):
             raise InputError(f"tokenizer.json and tokenizer_config.json disagree on the token {text!r}; {ADVICE}")
-    for text in sorted(named - {token.content for token in tokens}):
-        raise InputError(f"the tokenizer's files name a token {text!r} and do not define it; {ADVICE}")
-    for text in sorted(named & (first | again).keys()):
+    for text in sorted((named | {token.content for token in tokens}) - (first | again).keys()):
+        raise InputError(f"the tokenizer's files name a token {text!r} and do not define its flags; {ADVICE}")
+    for text in sorted(named):
         if flags((first | again)[text]) != dict.fromkeys(FLAGS, False) | {"special": True}:
             raise InputError(f"the tokenizer's files give the token {text!r} flags that Qwen2's do not; {ADVICE}")
