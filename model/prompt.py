@@ -4,7 +4,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .config import InputError, brief, plain_text
-from .image import as_list, crop_note, prepare, read_image, with_mode
+from .image import as_list, crop_note, prepare, read_frames, read_image, with_mode
 from .tokenizer import IMAGE, TEMPLATES, VIDEO, build_prompt
 
 
@@ -32,12 +32,13 @@ class Prompt:
             if before.checkpoint is not checkpoint:
                 raise InputError("all turns of a conversation use one checkpoint; start another for this one")
             self.template, self._modes = before.template, before._modes
-        several = len(images) + len(before.pictures if before else ()) > 1
+        earlier = [p for p in before.pictures if p.settings.mode != "frame"] if before else []
+        several = len(images) + len(earlier) > 1
         self.image_settings = with_mode(checkpoint.image_settings, *self._modes, several)
         if frames and not checkpoint.config.max_tiles:
             raise InputError("only LLaVA-OneVision takes the frames of a video; give them as pictures")
         self.prompt, new = self._encode(prompt, system, len(images), bool(frames), follows=before is not None)
-        new, sources = self._sources(new, images, frames)
+        new, sources = self._sources(new, images, read_frames(frames))
         self.ids = (before.ids + before.token_ids if before else []) + new
         self.pictures = (before.pictures if before else []) + self._prepare(sources, len(images))
         self.images = [picture.about for picture in self.pictures]
@@ -65,7 +66,9 @@ class Prompt:
         place is None for a picture, "frame", or "last" for the last frame of the video."""
         config, images = self.checkpoint.config, iter(images)
         if config.video_token_index in ids and not frames:
-            raise InputError(f"the prompt has a {VIDEO}, and there is no video; give its frames with --frames")
+            raise InputError(
+                f"the prompt has a {VIDEO}, and there is no video; give its frames with --frames (in a chat: /frames)"
+            )
         if frames and config.video_token_index not in ids:
             raise InputError(f"the tokenizer has no {VIDEO} token, so this checkpoint cannot take a video")
         video = [(frame, "frame") for frame in frames[:-1]] + [(frame, "last") for frame in frames[-1:]]
