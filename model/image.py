@@ -71,14 +71,12 @@ def read_image_settings(folder, config):
         canvases = tuple(tuple(pair) for pair in raw.get("image_grid_pinpoints", pinpoints or ()))
         size = raw.get("size", image_size)
         sides = {*_sides(size), *_sides(raw.get("crop_size", image_size))}
-    # do_center_crop has no effect on a padded picture, which is square
-    steps = ("do_resize", *(("do_center_crop",) if mode == "crop" else ()), "do_rescale", "do_normalize")
-    off = [f"{step} false" for step in steps if raw.get(step) is False]
+    off = _left_out(raw, mode == "crop")
     squashes = "height" in size if isinstance(size, dict) else raw.get("default_to_square")
     if mode in ("crop", "pad") and squashes:
         off.append("a resize that does not keep the aspect")
-    if raw.get("resample", 3) != 3:
-        off.append(f"resample {raw['resample']}")
+    if mode == "squash" and isinstance(size, dict) and not squashes:
+        off.append("a resize that keeps the aspect")
     for wrong, what in (
         (kind not in known, f"is for a {kind}; only {' and '.join(known)} can be used for this model"),
         (
@@ -115,9 +113,20 @@ def frame_settings(folder, settings):
     with making_sense_of(path):
         raw = {key: value for key, value in raw.items() if value is not None}
         mean, std, rescale = _numbers(raw, settings.mean, settings.std, settings.rescale)
+        off = _left_out(raw, crops=False)
         if {*_sides(raw.get("size", settings.size))} != {settings.size}:
-            raise ValueError(f"size {raw['size']}")
+            off.append(f"frames of size {raw['size']} instead of {settings.size}")
+    if off:
+        raise InputError(f"{path} asks for {', '.join(off)} in videos; use the files of one checkpoint")
     return replace(settings, mode="frame", mean=mean, std=std, rescale=rescale)
+
+
+def _left_out(raw, crops):
+    """Words for the settings in a file that change pixels and are not implemented. crops: the centre is cropped; that
+    has no effect on a square picture."""
+    steps = ("do_resize", *(("do_center_crop",) if crops else ()), "do_rescale", "do_normalize")
+    off = [f"{step} false" for step in steps if raw.get(step) is False]
+    return off + ([f"resample {raw['resample']}"] if raw.get("resample", 3) != 3 else [])
 
 
 def _numbers(raw, mean, std, rescale):

@@ -32,7 +32,7 @@ class Prompt:
             if before.checkpoint is not checkpoint:
                 raise InputError("all turns of a conversation use one checkpoint; start another for this one")
             self.template, self._modes = before.template, before._modes
-        earlier = [p for p in before.pictures if p.settings.mode != "frame"] if before else []
+        earlier = [picture for picture in before.pictures if picture.settings.mode != "frame"] if before else []
         several = len(images) + len(earlier) > 1
         self.image_settings = with_mode(checkpoint.image_settings, *self._modes, several)
         if frames and not checkpoint.config.max_tiles:
@@ -109,10 +109,14 @@ class Prompt:
                 f"{max(0, text.context - used)} of its {text.context}; start a new conversation (in a chat: /clear)"
             )
         window = f" (its sliding window, less than its {text.max_position_embeddings} positions)"
+        frames = sum(picture.settings.mode == "frame" for picture in self.pictures)
+        tiled = any(picture.layout.grid for picture in self.pictures)
+        cure = "--image-mode pad (one square per picture), " if tiled else ""
         return (
             f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
-            f"pictures, and the model's context is {text.context}"
-            f"{window if text.context < text.max_position_embeddings else ''}; use fewer pictures or a shorter prompt"
+            f"pictures{' and frames' if frames else ''}, and the model's context is {text.context}"
+            f"{window if text.context < text.max_position_embeddings else ''}; use {cure}fewer "
+            f"{'frames' if frames else 'pictures'} or a shorter prompt"
         )
 
     @property
