@@ -196,8 +196,8 @@ class Checkpoint:
                 raise InputError(f"the question {question[:80]!r} is a file; give a list of pairs (text, pictures)")
             if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
                 raise InputError(
-                    f"a question is {str(question)[:80]!r}; give a text, a pair (text, pictures) or a triple (text, "
-                    "pictures, frames)"
+                    f"a question is {str(question)[:80]!r}; give a text or a pair (text, pictures), or a triple "
+                    "(text, pictures, frames)"
                 )
             text, images, *frames = parts
             return Generation(self, text, images, *how, frames=frames[0] if frames else ())

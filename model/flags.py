@@ -175,7 +175,7 @@ def parser():
 
     add = p.add_argument_group("many questions").add_argument
     add("--questions", "--question-file", metavar="FILE.jsonl",
-        help="JSON line per question: question_id, image, frames, text")
+        help="JSON line per question: question_id, image, text")
     add("--answers", "--answers-file", metavar="FILE.jsonl", help="output file; an existing one is continued")
     add("--image-folder", metavar="DIR", help="folder of the pictures (default: FILE.jsonl's)")
     add("--batch", "--batch-size", type=count, metavar="N", help="questions answered together (default 1)")
