@@ -18,12 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .api import PruneLike, choose_method, off_budget
+from .bpe import ByteLevelTokenizer
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
 from .fast import FastStep, arrange
 from .image import ImageSettings, Pictures, frame_settings, image_processor_file, read_image_settings
 from .llava import Llava
 from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
-from .tokenizer import Tokenizer, find_template
+from .tokenizer import IMAGE, VIDEO, Tokenizer, find_template, open_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +42,7 @@ class Checkpoint:
     config: LlavaConfig
     model: Llava
     keys: dict[str, tuple[Path, str, str]]  # canonical name -> (file, name in the file, stored dtype)
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | ByteLevelTokenizer
     image_settings: ImageSettings
     template: str
     template_note: str  # how the template was found
@@ -64,7 +65,7 @@ class Checkpoint:
     def never_ids(self) -> list[int]:
         """Ids that must not be generated: embedding rows without a token, `<image>`, `<video>` and `<pad>`."""
         size, added = self.config.text_config.vocab_size, self.tokenizer.added
-        ids = self.tokenizer.unreachable_ids(size) + [added[t] for t in ("<image>", "<video>", "<pad>") if t in added]
+        ids = self.tokenizer.unreachable_ids(size) + [added[t] for t in (IMAGE, VIDEO, "<pad>") if t in added]
         return [i for i in ids if i < size and i not in self.stop_ids]
 
     def ask(
@@ -98,8 +99,8 @@ class Checkpoint:
         retention: fraction of the vision tokens to keep, above 0 and up to 1; or keep_tokens: vision tokens that each
             KV head keeps of each picture. settings: further settings of the method, {name: value}.
         max_new_tokens, temperature, top_p, top_k, seed, stop: see `model.Sampling`; the default is greedy.
-        system: system text, None for the template's; template: "auto", "llava", "vicuna", "llava_v1", "mistral" or
-            "raw"; image_mode: "auto", "pad", "crop", "squash" or "anyres".
+        system: system text, None for the template's; template: "auto", "llava", "vicuna", "llava_v1", "mistral",
+            "onevision", "chatml" or "raw"; image_mode: "auto", "pad", "crop", "squash" or "anyres".
 
         InputError, a ValueError with a one-line message, for invalid input, before computing starts. RuntimeError if
         the model produces NaN or memory runs out.
@@ -296,7 +297,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     """
     folder = find_folder(name)
     config = read_config(folder)
-    tokenizer = Tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     config = _with_image_token(config, tokenizer)
     files = weight_files(folder)
     stored = stored_tensors(files)
@@ -553,7 +554,7 @@ def _with_image_token(config, tokenizer):
     found = tokenizer.added.get("<image>")
     if found is None:
         raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
-    pieces, rows = len(tokenizer.sp), config.text_config.vocab_size
+    pieces, rows = tokenizer.size, config.text_config.vocab_size
     beyond = [f"{text!r} {i}" for text, i in tokenizer.added.items() if i >= rows]
     if pieces > rows or beyond:
         what = f"{pieces} pieces and the model {rows}" if pieces > rows else f"{_some(beyond)} beyond the {rows} rows"

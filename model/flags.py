@@ -12,7 +12,7 @@ from .config import InputError, decode_text
 from .console import one_line
 
 DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
-TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
+TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "onevision", "chatml", "raw")
 SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest to stderr.
 
   run.py --image assets/demo.png --prompt "Describe the picture." [--prune plphp]

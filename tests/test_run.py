@@ -532,7 +532,7 @@ BAD_FLAGS = {
     "--threads is ": "--threads 0 \n --threads two",
     "--retention is ": "--prune random --retention 0 \n --prune random --retention 1.1",
     "--keep-tokens is 0": "--prune random --keep-tokens 0",
-    "--template is 'chatml'; use auto, llava, vicuna, llava_v1, mistral, raw\n": "--template chatml",
+    "--template is 'llama3'; use auto, llava, vicuna, llava_v1, mistral, onevision, chatml, raw\n": "--template llama3",
     "--backend is 'cuda'; use ": "--backend cuda",
     "--dtype is 'int8'; use ": "--dtype int8",
     "--retention needs a value; write --retention=VALUE if the value begins with a dash\n": "--retention",
