@@ -73,6 +73,7 @@ class Checkpoint:
         prompt: str,
         images: Pictures = (),
         *,
+        frames: Pictures = (),
         prune: PruneLike = None,
         retention: float | None = None,
         keep_tokens: int | None = None,
@@ -91,22 +92,24 @@ class Checkpoint:
 
         prompt: the question; `<image>` in it places the pictures, otherwise they come first.
         images: one picture or a list of them: paths, PIL images, arrays and more, see `model.PictureLike`.
+        frames: those of a video, likewise, for LLaVA-OneVision; a single file of several (GIF, TIFF) gives all of them.
+            `<video>` in the prompt places them, otherwise they come after the pictures.
         prune: a method of `run.py --list-methods`, a SPEC such as "topk:window=4", "FILE.py::NAME", a function,
             class or instance as in `model.pruning`, or None to keep all tokens.
         retention: fraction of the vision tokens to keep, above 0 and up to 1; or keep_tokens: vision tokens that each
             KV head keeps of each picture. settings: further settings of the method, {name: value}.
         max_new_tokens, temperature, top_p, top_k, seed, stop: see `model.Sampling`; the default is greedy.
         system: system text, None for the template's; template: "auto", "llava", "vicuna", "llava_v1", "mistral",
-            "onevision", "chatml" or "raw"; image_mode: "auto", "pad", "crop" or "anyres".
+            "onevision", "chatml" or "raw"; image_mode: "auto", "pad", "crop", "squash" or "anyres".
 
         InputError, a ValueError with a one-line message, for invalid input, before computing starts. RuntimeError if
         the model produces NaN or memory runs out.
         """
         return "".join(
             self.stream(
-                prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
-                system=system, template=template, image_mode=image_mode,
+                prompt, images, frames=frames, prune=prune, retention=retention, keep_tokens=keep_tokens,
+                settings=settings, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                seed=seed, stop=stop, system=system, template=template, image_mode=image_mode,
             )
         )  # fmt: skip
 
@@ -115,6 +118,7 @@ class Checkpoint:
         prompt: str,
         images: Pictures = (),
         *,
+        frames: Pictures = (),
         prune: PruneLike = None,
         retention: float | None = None,
         keep_tokens: int | None = None,
@@ -135,7 +139,7 @@ class Checkpoint:
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
-        generation = Generation(self, prompt, images, sampling, template, image_mode, system, method)
+        generation = Generation(self, prompt, images, sampling, template, image_mode, system, method, frames=frames)
         for note in generation.notes:
             _warn(note)
 
@@ -149,7 +153,7 @@ class Checkpoint:
 
     def ask_many(
         self,
-        questions: Sequence[str | tuple[str, Pictures]],
+        questions: Sequence[str | tuple[str, Pictures] | tuple[str, Pictures, Pictures]],
         *,
         batch: int = 8,
         prune: PruneLike = None,
@@ -168,7 +172,8 @@ class Checkpoint:
     ) -> list[str | Exception]:
         """The answers to several questions, in their order; `batch` of them (1 or more) are decoded together.
 
-        questions: prompts, or pairs (prompt, images). The other arguments are as in `ask` and apply to all questions.
+        questions: prompts, pairs (prompt, images) or triples (prompt, images, frames). The other arguments are as in
+            `ask` and apply to all questions.
 
         A question that cannot be answered does not stop the others: its place in the list holds the InputError, or the
         RuntimeError if the model produced NaN. Errors in other arguments and lack of memory are raised.
@@ -187,12 +192,16 @@ class Checkpoint:
         Generation(self, "?", (), *how)  # invalid arguments would fail for every question
 
         def begin(question):
-            pair = (question, ()) if isinstance(question, str) else question
+            parts = (question, ()) if isinstance(question, str) else question
             if isinstance(question, str) and os.path.isfile(question):
                 raise InputError(f"the question {question[:80]!r} is a file; give a list of pairs (text, pictures)")
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise InputError(f"a question is {str(question)[:80]!r}; give a text or a pair (text, pictures)")
-            return Generation(self, *pair, *how)
+            if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
+                raise InputError(
+                    f"a question is {str(question)[:80]!r}; give a text or a pair (text, pictures), or a triple "
+                    "(text, pictures, frames)"
+                )
+            text, images, *frames = parts
+            return Generation(self, text, images, *how, frames=frames[0] if frames else ())
 
         return answer_together(begin, questions, batch)
 

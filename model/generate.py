@@ -66,7 +66,7 @@ class Generation(Prompt):
         frames: Pictures = (),
     ) -> None:
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`. frames: those
-        of a video, in their order, for LLaVA-OneVision.
+        of a video, in their order, for LLaVA-OneVision, or one file with all of them.
 
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method, None to keep all tokens; for a
         name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels. compile:

@@ -66,7 +66,7 @@ def test_json_is_one_object_with_every_field(reported):
     }  # fmt: skip
     times, prune = r["timing_ms"], r["prune"]
     assert set(times) == {"load", "vision", "prefill", "prune", "decode_total", "decode_p50", "decode_p95"}
-    assert r["images"] == [{"path": PICTURE, "size": [448, 448], "tiles": 1, "tokens": 256}]
+    assert r["images"] == [{"path": PICTURE, "size": [448, 448], "mode": "crop", "tiles": 1, "tokens": 256}]
     assert r["vision_tokens"] == 256 and r["new_tokens"] == len(r["token_ids"]) and r["finish_reason"] == "stop"
     assert prune["method"] == "none" and prune["retention_actual"] == 1.0 and prune["kept_per_layer"] == [256.0] * 6
     assert prune["kv_bytes_full"] == prune["kv_bytes_held"] == ROW * r["prompt_tokens"]
