@@ -48,7 +48,7 @@ def main(argv=None):
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo"))
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--image-mode", default="auto", type=one_of("auto", "pad", "crop", "anyres"), help="%(type)s")
+    parser.add_argument("--image-mode", default="auto", type=one_of("auto", "pad", "crop", "squash", "anyres"), help="%(type)s")
     parser.add_argument("--second", metavar="TEXT", help="another question about the same pictures, to compare")
     parser.add_argument("--prune", default="plphp", metavar="SPEC", help="as in run.py (default plphp)")
     parser.add_argument("--retention", type=float, metavar="F")
