@@ -68,7 +68,7 @@ class Prompt:
         if config.video_token_index in ids and not frames:
             raise InputError(f"the prompt has a {VIDEO}, and there is no video; give its frames with --frames")
         if frames and config.video_token_index not in ids:
-            raise InputError(f"the tokenizer has no {VIDEO} token, so this checkpoint cannot take a video")
+            raise InputError(f"the tokenizer has no {VIDEO} token; use the tokenizer files of the whole checkpoint")
         video = [(frame, "frame") for frame in frames[:-1]] + [(frame, "last") for frame in frames[-1:]]
         found, sources = [], []
         for token in ids:
