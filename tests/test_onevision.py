@@ -85,6 +85,13 @@ def test_a_token_of_a_smaller_map_stands_for_the_patch_nearest_to_its_centre(sha
     assert nearest(values, shape).tolist() == [[row * wide + column for column in columns] for row in rows]
 
 
+def test_a_newline_of_a_square_is_after_its_last_row():
+    """And stands for no patch."""
+    layout = layout_of((60, 40), replace(SETTINGS, mode="frame"), 3, 0)
+    assert layout.places.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]]
+    assert layout.patches.tolist() == [0, 2, 6, 8, -1]  # of 3 x 3: the nearest to the centres of 2 x 2
+
+
 @pytest.mark.parametrize("side", [24, 27])
 def test_the_thinnest_pictures_have_a_place_and_a_patch_for_each_token(side):
     for size in EXTREMES + LARGE:
@@ -420,7 +427,7 @@ FILES = {  # file, content; words of the error
         NESTED | {"vision_aspect_ratio": "anyres"},
         ["'anyres'", "anyres_max_N"],
     ),
-    "no limit": ("processor_config.json", NESTED | {"vision_aspect_ratio": "anyres_max_0"}, ["anyres_max_0"]),
+    "no limit": ("processor_config.json", NESTED | {"vision_aspect_ratio": "anyres_max_0"}, ["anyres_max_N"]),
 }
 
 
