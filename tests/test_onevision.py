@@ -476,6 +476,7 @@ def test_a_llava_with_siglip_refuses_the_processor_of_clip_and_the_other_way_rou
 CONFIGS = {  # settings of config.json, words of the error
     "canvases": ({"image_grid_pinpoints": [[28, 50], [28, 28]]}, ["[(28, 50)]", "multiples of 28"]),
     "limit": ({"vision_aspect_ratio": "pad"}, ["'pad'", "anyres_max_N"]),
+    "no tiles": ({"vision_aspect_ratio": "anyres_max_0"}, ["anyres_max_N"]),
     "tower": ({"vision_config": {"model_type": "clip_vision_model", "patch_size": 14, "image_size": 28}}, ["'full'"]),
     "CLS": ({"vision_feature_select_strategy": "default"}, ["'default'", "without CLS"]),
 }
