@@ -70,7 +70,7 @@ class Prompt:
                 f"the prompt has a {VIDEO}, and there is no video; give its frames with --frames (in a chat: /frames)"
             )
         if frames and config.video_token_index not in ids:
-            raise InputError(f"the tokenizer has no {VIDEO} token, so this checkpoint cannot take a video")
+            raise InputError(f"the tokenizer has no {VIDEO} token; use the tokenizer files of the whole checkpoint")
         video = [(frame, "frame") for frame in frames[:-1]] + [(frame, "last") for frame in frames[-1:]]
         found, sources = [], []
         for token in ids:
