@@ -353,7 +353,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(own, asked, words):
 RANGES = {
     "0 to 1": ((-0.1, 1.1, "x"), 0.5), "above 0 and up to 1": ((0, 1.1, "x"), 0.5), "0 or more": ((-1, 0.5), 1),
     "1 or more": ((0, 1.5), 2), "1 or more, odd": ((-1, 0, 2), 3), "true or false": ((1, "yes"), True),
-    "mean or max": (("sum",), "max"), "avg or max": (("sum",), "max"), "image or vision": (("all",), "vision"),
+    "mean or max": (("sum",), "max"), "avg or max": (("sum",), "max"), "image or part or vision": (("all",), "vision"),
     "last or lookahead": (("first",), "lookahead"), "any whole number": ((0.5,), 3), "beta or more": ((0.05,), 0.3),
     "up to alpha": ((0.3,), 0.2), "1 or more, below the number of layers": ((-1, 0, 1.5), 3),
     "2 or more": ((-1, 1, 2.5), 3), "rank or row": (("column",), "row"),
