@@ -272,6 +272,11 @@ BAD = [  # SPEC, or several arguments of make_method; words of the error
     (("random", 0.5, 3), "one of them"),
     (("random:keep_tokens=3", 0.5), "one of them"),
     ("topk:window=3,query=lookahead", "window has no effect with query=lookahead"),
+    ("g-search:schedule=[1,0.5],lo=0.1", "lo has no effect with schedule=[1, 0.5]"),
+    ("g-search:schedule=[],steepness=3", "steepness has no effect with schedule=[]"),
+    ("g-search:schedule=[],hi=0.9", "hi has no effect with schedule=[]"),
+    ("zipvl:scope=vision", "scope=vision has no effect with tau; give retention or keep_tokens, or no scope"),
+    ("zipvl:scope=part,tau=0.9", "scope=part has no effect with tau"),
     (("random", None, None, ["@none.json"]), "none.json"),
     (("random", None, None, ["@list.json"]), "list.json"),
     # values
@@ -383,7 +388,8 @@ def test_each_setting_is_listed_with_its_meaning_and_the_range_that_is_checked(n
         for value in wrong:
             said = refused(f"{name}:{key}={json.dumps([value] * 4 if key in LISTS else value)}")
             assert re.search(rf"\b{key}\b.*; \w", said)
-        make_method(f"{name}:{key}={json.dumps([fine] * 4 if key in LISTS else fine)}")
+        retention = 0.5 if (name, key) == ("zipvl", "scope") else None  # alone it has no effect
+        make_method(f"{name}:{key}={json.dumps([fine] * 4 if key in LISTS else fine)}", retention)
 
 
 def test_a_method_of_ones_own_is_listed(own, monkeypatch):

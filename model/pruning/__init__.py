@@ -122,6 +122,7 @@ SILENCED = {  # setting -> settings that have no effect beside it
     "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
+    "schedule": ("lo", "hi", "steepness"),
     "query": ("window",),  # but not beside query=last
 }
 
