@@ -101,7 +101,7 @@ def test_the_spec_of_a_method_gives_it_again(name, folder):
         assert make_method(method.spec, folder=folder).settings == method.settings
         made += 1
     few = method.picks or "scope" not in method.settings
-    assert made >= (3 if few else 7) - ("keep_tokens" not in method.settings)
+    assert made >= (3 if few else 7) - ("keep_tokens" not in method.settings) - (name == "zipvl")
 
 
 # ---------------------------------------------------------------- a user's own file

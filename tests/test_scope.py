@@ -121,9 +121,9 @@ def test_picked_tokens_are_those_of_the_whole_prompt(checkpoint, sizes):
         rows = picture.layout.places[:, 0]
         assert of_one.origin.tolist() == (rows % 2 == 1).nonzero()[:, 0].tolist()  # the last row ends with a newline
         assert some.equal(every[of_one.origin]) and len(every) == picture.tokens
-    newlines = [
-        int((picture.layout.patches[of_one.origin] < 0).sum()) for of_one, picture in zip(picked, asked.pictures)
-    ]
+    newlines = []
+    for of_one, picture in zip(picked, asked.pictures, strict=True):
+        newlines.append(int((picture.layout.patches[of_one.origin] < 0).sum()))
     if len(sizes) == 1 and not frames:
         rows, columns = asked.pictures[0].layout.map
         cut = asked.pictures[0].layout.cut

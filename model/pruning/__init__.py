@@ -118,11 +118,12 @@ FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated setting
 AMOUNTS = (  # settings that say how much is kept
     "retention", "keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau",
 )  # fmt: skip
+SIGMOID = "lo", "hi", "steepness"  # settings of g-search without a schedule
 SILENCED = {  # setting -> settings that have no effect beside it
     "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
-    "schedule": ("lo", "hi", "steepness"),
+    "schedule": SIGMOID,
     "query": ("window",),  # but not beside query=last
 }
 
@@ -712,7 +713,7 @@ def _instead(own, given):
     """A checkpoint's own settings, overridden by given ones; a given budget, sigmoid, table or window also removes
     conflicting ones."""
     replaced = {"query"} if "window" in given else set()  # a window selects prompt rows, not look-ahead rows
-    if not given.keys().isdisjoint(("lo", "hi", "steepness")):
+    if not given.keys().isdisjoint(SIGMOID):
         replaced.add("schedule")
     if given.get("heads") is not None:
         replaced.add("threshold")  # it was fitted to the checkpoint's table
@@ -766,7 +767,8 @@ def _split(spec):
 def _parsed(text):
     """ "key=value" or "@FILE.json" -> {key: value}. A value is parsed as JSON; if that fails, it remains a string."""
     if text.startswith("@"):
-        return _read(text[1:])
+        found = _read(text[1:])  # calibrate.py writes a schedule with the sigmoid for other retentions
+        return {key: value for key, value in found.items() if "schedule" not in found or key not in SIGMOID}
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise ValueError(f"setting {text!r} is not KEY=VALUE; give for example retention=0.5")
