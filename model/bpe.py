@@ -55,6 +55,8 @@ class ByteLevelTokenizer:
         config, fast, plain, names = read_files(folder)
         with making_sense_of(f"{folder}/tokenizer_config.json, tokenizer.json or added_tokens.json"):
             _check_steps(config, fast)
+            if fast.get("padding") and "pad_token" not in names:  # transformers takes its token for a special one
+                raise InputError(f"tokenizer.json sets padding, and no file names a pad_token; {ADVICE}")
             if _class(config).startswith("Qwen2"):
                 names = dict.fromkeys(("eos_token", "pad_token", "unk_token"), DEFAULT) | names
             lists = (names.get(key) for key in ("additional_special_tokens", "extra_special_tokens"))
@@ -155,8 +157,8 @@ def _check_added(config, fast, tokens, named):
     for text in first if again else ():
         if text not in again or flags(first[text]) != flags(again[text]):
             raise InputError(f"tokenizer.json and tokenizer_config.json disagree on the token {text!r}; {ADVICE}")
-    for text in sorted(named - {token.content for token in tokens}):
-        raise InputError(f"the tokenizer's files name a token {text!r} and do not define it; {ADVICE}")
-    for text in sorted(named & (first | again).keys()):
+    for text in sorted((named | {token.content for token in tokens}) - (first | again).keys()):
+        raise InputError(f"the tokenizer's files name a token {text!r} and do not define its flags; {ADVICE}")
+    for text in sorted(named):
         if flags((first | again)[text]) != dict.fromkeys(FLAGS, False) | {"special": True}:
             raise InputError(f"the tokenizer's files give the token {text!r} flags that Qwen2's do not; {ADVICE}")
