@@ -206,6 +206,7 @@ BAD = {  # words of the error: flags
     "only LLaVA-OneVision takes the frames of a video; give them as pictures": "--frames a.png --model DEMO",
     "give its frames with --frames (in a chat: /frames)": "--prompt <video>?",
     "2 <video>": "--frames a.png --prompt <video><video>",
+    "the system text contains <video>": "--frames a.png --system <video>",
     "pictures and frames, and the model's context is 1024; use fewer frames": "--frames long.tiff",
     "the drawing would replace a.png": "--frames a.png --show a.png",
     ". cannot be read (Is a directory)": "--frames .",
