@@ -209,6 +209,23 @@ def test_the_demo_gives_the_answer_of_transformers(demo, chosen, name):
     assert seen.side == 16 and asked.absent > 60
 
 
+@pytest.mark.parametrize("name", ["LLaVA-1.5, 24 x 24", "OneVision, 8 x 8, 6 x 5 tiles that shrink"])
+@torch.inference_mode()
+def test_attention_of_patches_is_summed_over_all_blocks(case, seen, name):
+    """Mean over all patches of the square, also those that no token stands for; CLIP's 576 are five blocks."""
+    found = []
+
+    class Received:
+        def pick(self, picture):
+            found.append(picture.patch_attention(picture.read_layer).mean(0))
+
+    ask(case(name)[1], name, Received(), 1).prefill()
+    for ours, picture in zip(found, seen(name), strict=True):
+        first = picture.cls
+        mean = picture.attention[picture.read][picture.tile, :, first:, first + picture.cell].mean((1, 2))
+        np.testing.assert_allclose(ours.numpy(), mean, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["LLaVA-1.5, 24 x 24", "LLaVA-NeXT, 8 x 8, two pictures"])
 @pytest.mark.parametrize("spec", [*(f"{name}:retention=1" for name in NAMES), "mustdrop1:threshold=1"])
 @torch.inference_mode()
