@@ -314,7 +314,8 @@ def test_a_conversation_about_frames(talk, folder, files):  # noqa: F811
     assert code == 0 and out.count("\n") == 3, err
     said = [
         "Ask a question about 3 frames of a video; ",
-        "frames for the next question: 1\n", "frames for the next question: 2\n", "frames for the next question: none\n",
+        "frames for the next question: 1\n", "frames for the next question: 2\n",
+        "frames for the next question: none\n",
         "frames for the next question: 3\n", "pictures for the next question: a.png\n",
         "so that random can prune the new pictures", "1 picture, 6 frames, ",
         "new conversation about a.png, 3 frames of a video\n", "new conversation, without pictures",
