@@ -20,6 +20,7 @@ from model.pruning import make_method
 from model.pruning.zipvl import ZipVL
 from model.view import Pruning, View, attention_among, pruned_prefill
 from tests.given import given_view
+from tests.onevision import make_onevision
 from tests.oracle import assert_as_exact, small_llama
 from tests.seeds import torch_random
 from tests.sparse_oracles import count_of, sparse_ids, zipvl_by_hand
@@ -41,6 +42,14 @@ def tiled(make_hf_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiled")
     top = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]], "vision_feature_select_strategy": "default"}
     make_hf_checkpoint(folder, TEXT, seed=3, kind="LlavaNext", top=top)
+    return folder, dataclasses.replace(load(folder, "fp32"), stop_ids=())
+
+
+@pytest.fixture(scope="module")
+def shrunk(make_hf_checkpoint, tmp_path_factory):
+    """The same for LLaVA-OneVision."""
+    folder = tmp_path_factory.mktemp("shrunk")
+    make_onevision(make_hf_checkpoint, folder, TEXT, seed=3)
     return folder, dataclasses.replace(load(folder, "fp32"), stop_ids=())
 
 
@@ -368,6 +377,21 @@ def test_also_with_tiles_and_newlines(tiled, taking_part, spec, tau, sizes):
         return Generation(checkpoint, "what is left?", shown, Sampling(24), prune=method)
 
     check_zipvl(tiled, asked, taking_part, spec, tau)
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_also_with_shrunk_maps_and_frames(shrunk, taking_part, frames):
+    """A picture of 36 tiles, whose map shrinks to 18 x 18 tokens; three frames of 9 and two pictures of one square."""
+    video = [noise(50, 40, seed=9 + i) for i in range(frames)]
+    question = "is <image> or <image> in <video>?" if frames else "what is left of <image>?"
+    pictures = [noise(150, 150), noise(50, 40)][: 1 + bool(frames)]
+
+    def asked(checkpoint, method):
+        generation = Generation(checkpoint, question, pictures, Sampling(24), "raw", prune=method, frames=video)
+        assert [i["tokens"] for i in generation.images] == ([37, 37, 9, 9, 10] if frames else [36 + 18 * 19])
+        return generation
+
+    check_zipvl(shrunk, asked, taking_part, "zipvl:tau=0.6,last_rows=4,random_rows=9", 0.6)
 
 
 def planted(attention, spans, layer=1):

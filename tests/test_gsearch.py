@@ -340,7 +340,7 @@ def test_the_tool_writes_a_schedule_within_its_tolerance(tmp_path, capsys, monke
     checkpoint = load(DEMO, "fp32")
     sample = calibrate.sample(checkpoint, prompt, [DEMO_PICTURE], 64)
     with torch.inference_mode():
-        ((kl, kept, _),) = calibrate.judge([sample], "g-search", [found])
+        ((kl, kept, _),) = calibrate.judge([sample], "g-search", [[f"@{path}"]])
     assert kl <= 0.05 and kept == pytest.approx(sum(found["schedule"]) / 6, abs=0.01) and kept < 1
 
 

@@ -493,6 +493,7 @@ def plphp_rate(layer, head, share):
 PER_LAYER, PER_HEAD = [0.1, 1.0, 0.25, 0.5], [[0.1, 0.9], 0.3, [1.0, 0.0], [0.5, 0.25]]
 RULES = {  # (spec, further settings): (window, smoothing (row, token) -> number, rule)
     ("plphp",): (1, None, own(plphp_rate)),
+    ("plphp:window=3",): (3, None, own(plphp_rate)),
     ("plphp-ada",): (1, None, one_pot(plphp_rate)),
     ("topk",): (1, None, own(half)),
     ("topk:window=3,retention=0.5",): (3, None, own(half)),

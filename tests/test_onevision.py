@@ -286,15 +286,18 @@ def test_two_turns_give_the_ids_of_transformers_for_the_whole_conversation(made,
 
 
 @pytest.mark.parametrize("question", ["a picture of 36 tiles", "two pictures", "eight frames", "a video and a picture"])
-@pytest.mark.parametrize("spec", ["plphp", "plphp-ada"])
-def test_plphp_keeps_the_sets_and_says_the_ids_of_transformers_with_masks(make_hf_checkpoint, tmp_path, spec, question):
+@pytest.mark.parametrize("spec", ["plphp", "plphp-ada", "plphp:window=3", "snapkv"])
+def test_heads_keep_the_sets_and_say_the_ids_of_transformers_with_masks(make_hf_checkpoint, tmp_path, spec, question):
     """Of each picture and of each frame its own share."""
     text = {"num_hidden_layers": 4, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 16}
     make_onevision(make_hf_checkpoint, tmp_path, text)
     asked = ask(endless(tmp_path), *QUESTIONS[question], count=24, prune=make_method(spec))
     asked.remember = True
     "".join(asked)
-    ids, kept = masked_ids(tmp_path, asked, by_hand(RULES[spec,][2], None, asked.spans, 7), 24)
+    (window, smooth, rule), behind = RULES[spec,], asked.prompt_tokens - asked.spans[-1][1]
+    rows = min(window, behind)
+    assert rows > 1 or window == 1
+    ids, kept = masked_ids(tmp_path, asked, by_hand(rule, smooth, asked.spans, 7), 24, rows)
     assert asked.token_ids == ids and torch.equal(asked.masks, torch.stack(kept))
     for start, stop in asked.spans:  # in some layer
         assert 0 < min(keep[:, start:stop].double().mean() for keep in kept) < 1

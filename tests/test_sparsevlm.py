@@ -10,11 +10,13 @@ from PIL import Image
 from sparsevlm_oracle import density_peaks, masked_answer, rating_rows
 from test_batch import together
 from test_next import ask, make_next
+from test_parity import noise
 
 from model import Generation, Sampling, load
 from model.pruning import make_method
 from model.pruning.sparsevlm import SparseVLM, centres, raters, recycled
 from model.view import View
+from tests.onevision import make_onevision
 from tests.paths import DEMO_PICTURE
 from tests.seeds import torch_random
 
@@ -247,6 +249,25 @@ def test_tiles_and_newlines_of_llava_next(make_hf_checkpoint, tmp_path, recycle)
     assert asked.token_ids == ids and torch.equal(asked.masks, kept[:, None].expand_as(asked.masks))
     torch.testing.assert_close(first_logits(asked), logits, rtol=1e-3, atol=1e-3)
     assert bool(merged) == recycle
+
+
+@pytest.mark.parametrize("recycle", [False, True])
+@pytest.mark.parametrize("frames", [0, 3])
+def test_shrunk_maps_and_frames_of_llava_onevision(make_hf_checkpoint, tmp_path, frames, recycle):
+    """A picture of 36 tiles, whose map shrinks to 18 x 18 tokens; three frames of 9 and two pictures of one square."""
+    make_onevision(make_hf_checkpoint, tmp_path, {"num_hidden_layers": 5}, seed=3)
+    asked = ask(
+        dataclasses.replace(load(tmp_path, "fp32"), stop_ids=()),
+        "is <video> <image> or <image>?" if frames else "what is <image>?", [(150, 150), (50, 40)][: 2 if frames else 1],
+        remember=True, prune=make_method("sparsevlm", settings={"recycle": recycle}), sampling=Sampling(24),
+        frames=[noise(50, 40, seed=9 + i) for i in range(frames)],
+    )  # fmt: skip
+    "".join(asked)
+    assert [image["tokens"] for image in asked.images] == ([9, 9, 10, 37, 37] if frames else [36 + 18 * 19])
+    ids, kept, merged, logits = masked_answer(tmp_path, asked, FIVE, 24, recycle)
+    assert asked.token_ids == ids and torch.equal(asked.masks, kept[:, None].expand_as(asked.masks))
+    torch.testing.assert_close(first_logits(asked), logits, rtol=1e-3, atol=1e-3)
+    assert bool(merged) == recycle and kept.double().mean() < 0.8
 
 
 # ---------------------------------------------------------------- any answer

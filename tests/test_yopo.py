@@ -9,6 +9,7 @@ from oracle import small_llama
 from test_cache import live_bytes
 from test_methods import answered, pictures
 from test_next import ask, make_next
+from test_parity import noise
 from yopo_oracle import attention_by_hand, near_mask, yopo_ids
 
 from model import Batch, Generation, InputError, Sampling, load
@@ -18,6 +19,7 @@ from model.pruning import make_method
 from model.pruning.yopo import Looking, Yopo
 from model.view import Pruning, pruned_prefill
 from tests.given import given_view
+from tests.onevision import make_onevision
 from tests.sizes import Sizes
 
 # ---------------------------------------------------------------- against transformers
@@ -45,12 +47,14 @@ SETTINGS = {  # name: settings beside the table
 
 @pytest.fixture(scope="module")
 def folders(make_hf_checkpoint, tmp_path_factory):
-    """Folders of LLaVA and LLaVA-NeXT: 4 layers, 8 query heads over 2 KV heads, squares of 36 and 16 tokens."""
+    """Folders of LLaVA, LLaVA-NeXT and LLaVA-OneVision: 4 layers, 8 query heads over 2 KV heads; squares of 36, 16 and
+    36 tokens."""
     text = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
-    square, tiled = (tmp_path_factory.mktemp(name) for name in ("square", "tiled"))
+    square, tiled, shrunk = (tmp_path_factory.mktemp(name) for name in ("square", "tiled", "shrunk"))
     make_hf_checkpoint(square, text, vision={"image_size": 84}, seed=3)
     make_next(make_hf_checkpoint, tiled, text, {"image_size": 56}, seed=3)
-    return square, tiled
+    make_onevision(make_hf_checkpoint, shrunk, text, seed=3)
+    return square, tiled, shrunk
 
 
 def of_transformers(folder, generation, settings):
@@ -77,6 +81,25 @@ def test_on_llava_next_squares_are_apart_and_newlines_are_cells(folders, name):
     asked.sampling, asked.remember = Sampling(24), True
     "".join(asked)
     ids, kept = of_transformers(folders[1], asked, SETTINGS[name])
+    assert asked.token_ids == ids and asked.masks.equal(torch.stack(kept))
+
+
+@pytest.mark.parametrize("name", ["cut", "all", "cache and window"])
+@pytest.mark.parametrize("frames", [0, 3])
+def test_on_llava_onevision_shrunk_maps_and_frames_are_apart(folders, name, frames):
+    """A picture of 36 tiles, whose map shrinks to 18 x 18 tokens; three frames of 9 and two pictures of one square."""
+    method = make_method("yopo", settings={"heads": TABLE} | SETTINGS[name])
+    question, sizes = "what is <image> there?", [(150, 150)]
+    if frames:
+        question, sizes = "is <video> <image> or <image>?", [(150, 150), (50, 40)]
+    asked = ask(
+        dataclasses.replace(load(folders[2], "fp32"), stop_ids=()), question, sizes,
+        prune=method, remember=True, sampling=Sampling(24),
+        frames=[noise(50, 40, seed=9 + i) for i in range(frames)],
+    )  # fmt: skip
+    "".join(asked)
+    assert [image["tokens"] for image in asked.images] == ([9, 9, 10, 37, 37] if frames else [36 + 18 * 19])
+    ids, kept = of_transformers(folders[2], asked, SETTINGS[name])
     assert asked.token_ids == ids and asked.masks.equal(torch.stack(kept))
 
 

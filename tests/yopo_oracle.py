@@ -3,6 +3,8 @@
 Imports nothing from model/.
 """
 
+import math
+
 import pytest
 import torch
 from oracle import expanded, hf_kind, hf_pictures
@@ -12,18 +14,25 @@ def cells_of(generation):
     """[(picture, square, row, column)] of the vision tokens of a prompt, in their order.
 
     LLaVA: one square. LLaVA-NeXT: the square of the whole picture, then the map of its tiles without the border, with
-    a newline after each row.
+    a newline after each row. LLaVA-OneVision: the map of more than about 9 tiles is shrunk; without tiles a newline
+    ends the square, of the frames only the last one, which have half of the rows and columns.
     """
     config, found = generation.checkpoint.config, []
     side = config.vision_config.image_size // config.vision_config.patch_size
     for picture, image in enumerate(generation.images):
-        found += [(picture, 0, row, column) for row in range(side) for column in range(side)]
-        if config.image_grid_pinpoints:
+        square = math.ceil(side / 2) if image["mode"] == "frame" else side
+        found += [(picture, 0, row, column) for row in range(square) for column in range(square)]
+        last = not any(later["mode"] == "frame" for later in generation.images[picture + 1 :])
+        if config.max_tiles and (image["mode"] == "pad" or image["mode"] == "frame" and last):
+            found.append((picture, 0, square - 1, square))
+        if image["mode"] == "anyres":
             from transformers.models.llava_next import modeling_llava_next as theirs
 
             size, pinpoints = image["size"][::-1], [list(pair) for pair in config.image_grid_pinpoints]
             grid = theirs.get_anyres_image_grid_shape(size, pinpoints, config.vision_config.image_size)
             _, rows, columns = theirs.unpad_image(torch.empty(1, grid[0] * side, grid[1] * side), size).shape
+            excess = math.sqrt(rows * columns / (9 * side**2)) if config.max_tiles else 1  # anyres_max_9
+            rows, columns = (int(n // excess) if excess > 1.1 else n for n in (rows, columns))
             found += [(picture, 1, row, column) for row in range(rows) for column in range(columns + 1)]
     return found
 
@@ -71,7 +80,8 @@ def yopo_ids(folder, generation, active, last, count, radius=None, neurons=1.0, 
     vision tokens; the rest as the settings of `yopo`. Returns (ids, [keep (Hkv, T) of each layer])."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
     prompt = expanded(generation)
-    vision = torch.tensor([token == generation.checkpoint.config.image_token_index for token in prompt])
+    config = generation.checkpoint.config
+    vision = torch.tensor([token in (config.image_token_index, config.video_token_index) for token in prompt])
     near = None if radius is None else near_mask(cells_of(generation), radius)
     active = torch.tensor(active)
     keep = [~vision | (active[i][:, None] & (i < last)) for i in range(len(active))]
@@ -97,8 +107,7 @@ def yopo_ids(folder, generation, active, last, count, radius=None, neurons=1.0, 
 
     transformers.AttentionInterface.register("yopo", attend)
     with torch.device("cpu"):
-        kind = hf_kind(generation.checkpoint.config)
-        model = getattr(transformers, kind + "ForConditionalGeneration")
+        model = getattr(transformers, hf_kind(config) + "ForConditionalGeneration")
         model = model.from_pretrained(folder, dtype=torch.float32).eval()
         model.model.language_model.set_attn_implementation("yopo")
         for layer in model.model.language_model.layers[:last]:
