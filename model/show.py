@@ -149,7 +149,7 @@ def write(path, shown, second=None, layers=None, heads=None):
 
 
 def _areas(generation):
-    """Yield one Area per picture, two for a picture in tiles."""
+    """Yield one Area per picture, two for a picture in tiles that show part of it."""
     first, patch = 0, generation.checkpoint.config.vision_config.patch_size
     for number, picture in enumerate(generation.pictures, 1):
         name, layout = f"picture {number}" if len(generation.pictures) > 1 else "", picture.layout
@@ -159,7 +159,7 @@ def _areas(generation):
         last = start + layout.square[0] * layout.square[1]
         whole = ", ".join(word for word in (name, "whole" if layout.grid else "") if word)
         yield Area(whole, seen[0], torch.arange(start, last).view(layout.square))
-        if layout.grid:
+        if layout.grid and all(layout.map):  # the map of a very thin picture is empty
             (high, wide), (rows, columns) = layout.grid, layout.cut
             joined = Image.new("RGB", (wide * used, high * used))
             for i, tile in enumerate(seen[1:]):

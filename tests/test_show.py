@@ -239,6 +239,16 @@ def test_a_picture_in_four_parts_is_joined_in_its_order(in_tiles):
     assert tiles.tokens[1, 0] == 16 + 9
 
 
+@pytest.mark.parametrize("size", [(3000, 2), (1, 900)])
+@pytest.mark.parametrize("method", ["grid", "downsample", "hired"])
+def test_tiles_that_show_nothing_of_a_very_thin_picture_are_not_drawn(in_tiles, method, size):
+    generation = answered(f"{method}:retention=0.5", (Image.new("RGB", size),), "What?", in_tiles)
+    assert len(generation.pictures[0].squares) > 1 and generation.wanted == 0.5
+    shown = Shown.of(generation)
+    assert [area.name for area in shown.areas] == ["whole"] and draw(shown).width == module.WIDTH
+    assert [area["shape"] for area in data_of(page(shown))["areas"]] == [[4, 4]]
+
+
 def test_the_committed_figure_is_current_and_readable_where_it_is_shown():
     shown = Shown.of(answered("plphp:retention=0.3", prompt="Describe the picture."))
     drawn, committed = draw(shown), Image.open(ROOT / "assets" / "kept.png").convert("RGB")

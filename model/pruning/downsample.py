@@ -23,10 +23,11 @@ class Downsample:
     def pick(self, picture):
         """-> matrix (P', P), or None if no grid is smaller."""
         count = budget(picture.tokens, self.retention, self.keep_tokens)
-        sizes = [smaller(rows, columns, count * rows * columns // picture.tokens) for rows, columns in picture.shapes]
-        if sizes == picture.shapes:
+        shapes = [shape for shape in picture.shapes if all(shape)]  # the tiles' map of a very thin picture is empty
+        sizes = [smaller(rows, columns, count * rows * columns // picture.tokens) for rows, columns in shapes]
+        if sizes == shapes:
             return None
-        parts = [resized(*old, *new) for old, new in zip(picture.shapes, sizes, strict=True)]
+        parts = [resized(*old, *new) for old, new in zip(shapes, sizes, strict=True)]
         return torch.block_diag(*parts)
 
 

@@ -46,7 +46,7 @@ class Hired:
         total = budget(picture.tokens, self.retention, self.keep_tokens)
         full, *tiles = torch.bincount(picture.tile, minlength=picture.squares).tolist()
         whole = max(min(math.floor(self.whole * total), full), total - sum(tiles))
-        if not tiles:
+        if not any(tiles):  # there are none, or the picture is too thin for a token in them
             return [whole]
         early = picture.cls_attention(0).sum(0)[None, :full]
         marked = best(early, math.floor(full * (1 - self.whole)))[0]
