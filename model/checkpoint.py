@@ -236,7 +236,7 @@ class Checkpoint:
             with _open(path) as file:
                 for name, (place, key, _) in self.keys.items():
                     if place == path:
-                        weights[name] = self.share.read(name, file.get_slice(key), device=device, dtype=dtype)
+                        weights[name] = self.share.read(name, file, key, device=device, dtype=dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
         del weights  # `arrange` copies layer by layer; no other reference may keep the old weights alive
         mapped = device.type == "cpu" and dtype in {SAFETENSORS_DTYPES[stored] for _, _, stored in self.keys.values()}

@@ -97,7 +97,7 @@ def fill_lookahead(lookahead, path, language, share=WHOLE):
     InputError if they were trained for other weights, are not finite, or were never trained.
     """
     with safe_open(path, framework="pt") as file:
-        tensors = {key: share.read(key, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: share.read(key, file, key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata() or {}
     if not same_weights(about.get("about", ""), language, share):
         raise InputError(f"{path} was trained for other weights than these; {ADVICE}")

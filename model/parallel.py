@@ -114,10 +114,12 @@ class Share:
         sent = own.to(self.mesh.device_type).contiguous()
         return DTensor.from_local(sent, self.mesh, [placement], run_check=False).full_tensor().to(own.device)
 
-    def read(self, name, piece, **kind):
-        dim, shape = self.dims.get(name), piece.get_shape()
+    def read(self, name, file, key, **kind):
+        dim = self.dims.get(name)
         if dim is None:
-            return piece[:].to(**kind)
+            return file.get_tensor(key).to(**kind)
+        piece = file.get_slice(key)
+        shape = piece.get_shape()
         start, stop = self._bounds(shape[dim])
         own = (piece[start:stop] if dim == 0 else piece[:, start:stop]).to(**kind).contiguous()
         if not name.startswith("language_model."):

@@ -18,9 +18,9 @@ class Whole:
         """The sum of the processes' tensors."""
         return own
 
-    def read(self, name, piece, **kind):
-        """What this process loads of a stored tensor: name, slice of a safetensors file -> tensor. kind: see `to`."""
-        return piece[:].to(**kind)
+    def read(self, name, file, key, **kind):
+        """What this process loads of a tensor that an open safetensors file has as `key`. kind: device and dtype."""
+        return file.get_tensor(key).to(**kind)
 
     def numbers(self, weight, at):
         """Single numbers of a weight, at the indices that `torch.unravel_index` gives."""
