@@ -296,8 +296,9 @@ class Generation(Prompt):
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes of the cache with its free slots, in all processes together."""
-        return self._total(self.cache.nbytes_reserved) if self.cache else 0
+        """Bytes of the cache with its free slots, in all processes together; after Ctrl-C only in this one."""
+        own = self.cache.nbytes_reserved if self.cache else 0
+        return self._total(own) if self.over else own
 
     def _total(self, count):
         """The sum of a number over the processes that share the model."""
