@@ -65,12 +65,12 @@ def answer(args, team=None):
     """Load, ask, print. Returns the exit code."""
     start = time.perf_counter()
     from model import Generation, open_checkpoint
-    from model.image import read_image
+    from model.image import read_frames, read_image
     from model.report import CoreWait, Meter, introduce
     from model.show import check_path
 
     device = choose_device(team.device(args.device) if team else args.device, args.backend, args.threads)
-    pictures = [read_image(path) for path in args.image]
+    pictures, frames = [read_image(path) for path in args.image], read_frames(args.frames)
     checkpoint = open_checkpoint(args.model)
     if team:
         from model.parallel import split
@@ -80,11 +80,11 @@ def answer(args, team=None):
         team.same("the checkpoint", contents(checkpoint.folder))
         checkpoint = split(checkpoint, team.mesh["tp"])
     given = options(args, checkpoint)
-    ask = partial(Generation, checkpoint, images=pictures, **given)
+    ask = partial(Generation, checkpoint, images=pictures, frames=frames, **given)
     generation = ask(args.prompt or "?")  # checks the flags; without --prompt, "?" stands for the questions to come
     if team:
         team.same("the question", [str(generation.ids).encode()])
-        team.same("a picture", [picture.image.tobytes() for picture in pictures])
+        team.same("a picture", [picture.image.tobytes() for picture in (*pictures, *frames)])
         args.show = args.show if team.rank == 0 else None  # process 0 draws
     if args.show is not None:
         check_path(args.show, generation)
@@ -92,7 +92,7 @@ def answer(args, team=None):
     meter, wait = Meter(device, time.perf_counter() - start), CoreWait(device)
     introduce(args, generation)
     if args.talk:
-        code = converse(args, checkpoint, given, pictures, meter)
+        code = converse(args, checkpoint, given, pictures, frames, meter)
     else:
         for text in generation.notes:
             note(text)
@@ -164,13 +164,13 @@ def answer_lines(args, ask, meter):
     return 0
 
 
-def converse(args, checkpoint, given, pictures, meter):
+def converse(args, checkpoint, given, pictures, frames, meter):
     """A conversation on the terminal. Returns the exit code."""
     from model.chat import Chat
     from model.report import report, stats
 
     return Chat(
-        checkpoint, given, pictures, budget={"retention": args.retention, "keep_tokens": args.keep_tokens},
+        checkpoint, given, pictures, frames, budget={"retention": args.retention, "keep_tokens": args.keep_tokens},
         deliver=lambda generation: deliver(args, generation, meter),
         stats=lambda last: stats(report(last, args.model, args.seed, meter), meter.bandwidth(), last),
         debug=args.debug,

@@ -15,13 +15,14 @@ from .checkpoint import Checkpoint
 from .config import InputError
 from .console import explain, fail, note, say
 from .generate import Generation
-from .image import local_path, read_image
+from .image import local_path, read_frames, read_image
 from .report import note_without_picture
 from .show import save
 from .tokenizer import IMAGE
 
 HELP = """\
 /image PATH ...  add pictures to the next question; /image - takes the last one back
+/frames PATH ... the frames of a video for the next question (LLaVA-OneVision); /frames - takes them back
 /prune SPEC      prune with another method, as --prune; none keeps every token; alone: print the method in use
 /retention F     keep this fraction of the vision tokens, now and after any later /prune
 /fresh [on|off]  process the whole conversation again for each question; /fresh again turns it off
@@ -49,11 +50,13 @@ class Chat:
     checkpoint: Checkpoint
     options: dict  # keyword arguments of every `Generation`
     pictures: list  # pictures for the next question
+    frames: list  # of a video for the next question
     budget: dict  # {"retention": F or None, "keep_tokens": N or None}, of the command line or the last /retention
     deliver: Callable  # (generation) -> exit code: prints the answer as it is generated; 130 if Ctrl-C interrupted it
     stats: Callable  # (generation) -> the text of /stats
     debug: bool  # raise errors, instead of printing them in one line?
     seen: list = field(default_factory=list, init=False)  # pictures of the conversation so far
+    watched: list = field(default_factory=list, init=False)  # frames of its last video so far
     last: Generation = field(default=None, init=False)  # the answer that the next question follows
     turn: int = field(default=0, init=False)
     fresh: bool = field(default=False, init=False)
@@ -74,9 +77,12 @@ class Chat:
         sampling = self.options["sampling"]
         sampling = replace(sampling, seed=(sampling.seed + self.turn) % 2**64)  # different random numbers in each turn
         options = self.options | {"sampling": sampling, "before": self.last}
-        generation = Generation(self.checkpoint, question, self.pictures, **options)
+        generation = Generation(self.checkpoint, question, self.pictures, frames=self.frames, **options)
         for text in generation.notes:
             note(text)
+        own = self.checkpoint.image_settings.mode
+        if self.last and self.pictures and options["image_mode"] == "auto" and generation.image_settings.mode != own:
+            note("a later picture is one padded square; --image-mode anyres cuts it into tiles, as the first one")
         if self.last:
             self.choose_way()
         with stopped_by_ctrl_c(generation):
@@ -89,6 +95,7 @@ class Chat:
             generation.cache = None
         self.last, self.turn = generation, self.turn + 1
         self.seen, self.pictures = self.seen + self.pictures, []
+        self.watched, self.frames = self.frames or self.watched, []
         if stopped:
             say("stopped; the conversation continues from the text so far")
 
@@ -99,7 +106,7 @@ class Chat:
             why = "as /fresh asks"
         elif self.changed:
             why = "because the pruning has changed"
-        elif self.pictures and prune:
+        elif (self.pictures or self.frames) and prune:
             why = f"so that {prune.name} can prune the new pictures"
         else:
             why = None if self.last.goes_on else "because the last answer was interrupted"
@@ -132,8 +139,8 @@ class Chat:
         name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
         name, rest = name.lower(), rest.strip()
         commands = {
-            "image": self.add_pictures, "prune": self.set_prune, "retention": self.set_retention,
-            "fresh": self.toggle_fresh, "show": self.show_kept, "clear": self.clear,
+            "image": self.add_pictures, "frames": self.set_frames, "prune": self.set_prune,
+            "retention": self.set_retention, "fresh": self.toggle_fresh, "show": self.show_kept, "clear": self.clear,
             "stats": lambda _: say(self.stats(self.answered())), "help": lambda _: say(HELP),
         }  # fmt: skip
         if name in ("quit", "exit"):
@@ -143,20 +150,15 @@ class Chat:
         if name in ("prune", "retention") and not rest:
             self.say_pruning("in use: ")
         else:
-            had = self.seen or self.pictures
+            had = self.about()
             commands[name](rest)
-            if had and not (self.seen or self.pictures):
+            if had and not self.about():
                 note_without_picture(self.checkpoint)
         return False
 
     def add_pictures(self, text):
         """/image: read pictures for the next question. text: one path, or several quoted as in a shell."""
-        try:
-            paths = [text] if os.path.exists(text) else shlex.split(text, posix=os.name != "nt")
-        except ValueError as wrong:
-            raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None
-        if not paths:
-            raise InputError("/image needs a path; give /image PATH")
+        paths = paths_of(text, "/image")
         if paths == ["-"] and not self.pictures:
             raise InputError("no picture waits for the next question; /image PATH adds one")
         if paths == ["-"]:
@@ -171,6 +173,18 @@ class Chat:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice and paths != ["-"]:
             note(f"{', '.join(twice)} was added more than once; /image - takes the last picture back")
+
+    def set_frames(self, text):
+        """/frames: read the frames of a video for the next question, in place of those that wait for it."""
+        paths = paths_of(text, "/frames")
+        if not self.checkpoint.config.max_tiles:
+            raise InputError("only LLaVA-OneVision takes the frames of a video; give them as pictures with /image")
+        if paths == ["-"] and not self.frames:
+            raise InputError("no frames wait for the next question; /frames PATH ... adds them")
+        if "-" in paths and len(paths) > 1:
+            raise InputError("a frame cannot be read from the terminal; give the paths of the frames")
+        self.frames = [] if paths == ["-"] else read_frames(paths)
+        say(f"frames for the next question: {len(self.frames) or 'none'}")
 
     def set_prune(self, spec):
         """/prune: use another method, with the budget in its SPEC, else that of /retention or the command line."""
@@ -239,11 +253,17 @@ class Chat:
         """/clear: forget the conversation; the next question uses its pictures, unless `which` is "all"."""
         if which not in ("", "all"):
             raise InputError(f"/clear {which[:40]} is unknown; give /clear, or /clear all to forget the pictures too")
-        kept = [] if which else self.seen + self.pictures
-        self.pictures, self.seen = kept, []
+        self.pictures, self.frames = ([], []) if which else (self.seen + self.pictures, self.frames or self.watched)
+        self.seen, self.watched = [], []
         self.last, self.turn, self.changed, self.noted = None, 0, False, False
-        say(f"new conversation about {', '.join(picture.path for picture in kept)}" if kept
+        say(f"new conversation about {self.about()}" if self.about()
             else "new conversation, without pictures; /image PATH adds one")  # fmt: skip
+
+    def about(self):
+        """The pictures and the video of the conversation and of the next question, as text; "" if there are none."""
+        frames = self.frames or self.watched
+        video = [f"{len(frames)} frame{'s' * (len(frames) > 1)} of a video"] if frames else []
+        return ", ".join([picture.path for picture in self.seen + self.pictures] + video)
 
     # ------------------------------------------------------------ the loop
 
@@ -255,7 +275,7 @@ class Chat:
             readline.set_completer(complete_path)
             readline.set_completer_delims(" ")
             readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
-        given = f" about {', '.join(picture.path for picture in self.pictures)}" if self.pictures else ""
+        given = f" about {self.about()}" if self.about() else ""
         say(f"Ask a question{given}; /image PATH adds a picture. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:
@@ -286,6 +306,17 @@ class Chat:
                 if self.debug:
                     raise
                 fail(*explain(broken))
+
+
+def paths_of(text, command):
+    """The paths behind a command: one path, or several quoted as in a shell. InputError if there is none."""
+    try:
+        paths = [text] if os.path.exists(text) else shlex.split(text, posix=os.name != "nt")
+    except ValueError as wrong:
+        raise InputError(f"the paths cannot be read ({wrong}); close the quotes") from None
+    if not paths:
+        raise InputError(f"{command} needs a path; give {command} PATH")
+    return paths
 
 
 @contextlib.contextmanager

@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .api import PruneLike, choose_method, off_budget
+from .bpe import ByteLevelTokenizer
 from .config import InputError, LlavaConfig, making_sense_of, read_config, read_json
 from .fast import FastStep, arrange
 from .image import ImageSettings, Pictures, frame_settings, image_processor_file, read_image_settings
 from .llava import Llava
 from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
 from .share import WHOLE, Whole
-from .tokenizer import Tokenizer, find_template
+from .tokenizer import IMAGE, VIDEO, Tokenizer, find_template, open_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +43,7 @@ class Checkpoint:
     config: LlavaConfig
     model: Llava
     keys: dict[str, tuple[Path, str, str]]  # canonical name -> (file, name in the file, stored dtype)
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | ByteLevelTokenizer
     image_settings: ImageSettings
     template: str
     template_note: str  # how the template was found
@@ -66,7 +67,7 @@ class Checkpoint:
     def never_ids(self) -> list[int]:
         """Ids that must not be generated: embedding rows without a token, `<image>`, `<video>` and `<pad>`."""
         size, added = self.config.text_config.vocab_size, self.tokenizer.added
-        ids = self.tokenizer.unreachable_ids(size) + [added[t] for t in ("<image>", "<video>", "<pad>") if t in added]
+        ids = self.tokenizer.unreachable_ids(size) + [added[t] for t in (IMAGE, VIDEO, "<pad>") if t in added]
         return [i for i in ids if i < size and i not in self.stop_ids]
 
     def ask(
@@ -74,6 +75,7 @@ class Checkpoint:
         prompt: str,
         images: Pictures = (),
         *,
+        frames: Pictures = (),
         prune: PruneLike = None,
         retention: float | None = None,
         keep_tokens: int | None = None,
@@ -92,22 +94,24 @@ class Checkpoint:
 
         prompt: the question; `<image>` in it places the pictures, otherwise they come first.
         images: one picture or a list of them: paths, PIL images, arrays and more, see `model.PictureLike`.
+        frames: those of a video, likewise, for LLaVA-OneVision; a single file of several (GIF, TIFF) gives all of them.
+            `<video>` in the prompt places them, otherwise they come after the pictures.
         prune: a method of `run.py --list-methods`, a SPEC such as "topk:window=4", "FILE.py::NAME", a function,
             class or instance as in `model.pruning`, or None to keep all tokens.
         retention: fraction of the vision tokens to keep, above 0 and up to 1; or keep_tokens: vision tokens that each
             KV head keeps of each picture. settings: further settings of the method, {name: value}.
         max_new_tokens, temperature, top_p, top_k, seed, stop: see `model.Sampling`; the default is greedy.
-        system: system text, None for the template's; template: "auto", "llava", "vicuna", "llava_v1", "mistral" or
-            "raw"; image_mode: "auto", "pad", "crop" or "anyres".
+        system: system text, None for the template's; template: "auto", "llava", "vicuna", "llava_v1", "mistral",
+            "onevision", "chatml" or "raw"; image_mode: "auto", "pad", "crop", "squash" or "anyres".
 
         InputError, a ValueError with a one-line message, for invalid input, before computing starts. RuntimeError if
         the model produces NaN or memory runs out.
         """
         return "".join(
             self.stream(
-                prompt, images, prune=prune, retention=retention, keep_tokens=keep_tokens, settings=settings,
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
-                system=system, template=template, image_mode=image_mode,
+                prompt, images, frames=frames, prune=prune, retention=retention, keep_tokens=keep_tokens,
+                settings=settings, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                seed=seed, stop=stop, system=system, template=template, image_mode=image_mode,
             )
         )  # fmt: skip
 
@@ -116,6 +120,7 @@ class Checkpoint:
         prompt: str,
         images: Pictures = (),
         *,
+        frames: Pictures = (),
         prune: PruneLike = None,
         retention: float | None = None,
         keep_tokens: int | None = None,
@@ -136,7 +141,7 @@ class Checkpoint:
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
         method = choose_method(prune, self.folder, retention, keep_tokens, settings or {})
-        generation = Generation(self, prompt, images, sampling, template, image_mode, system, method)
+        generation = Generation(self, prompt, images, sampling, template, image_mode, system, method, frames=frames)
         for note in generation.notes:
             _warn(note)
 
@@ -150,7 +155,7 @@ class Checkpoint:
 
     def ask_many(
         self,
-        questions: Sequence[str | tuple[str, Pictures]],
+        questions: Sequence[str | tuple[str, Pictures] | tuple[str, Pictures, Pictures]],
         *,
         batch: int = 8,
         prune: PruneLike = None,
@@ -169,7 +174,8 @@ class Checkpoint:
     ) -> list[str | Exception]:
         """The answers to several questions, in their order; `batch` of them (1 or more) are decoded together.
 
-        questions: prompts, or pairs (prompt, images). The other arguments are as in `ask` and apply to all questions.
+        questions: prompts, pairs (prompt, images) or triples (prompt, images, frames). The other arguments are as in
+            `ask` and apply to all questions.
 
         A question that cannot be answered does not stop the others: its place in the list holds the InputError, or the
         RuntimeError if the model produced NaN. Errors in other arguments and lack of memory are raised.
@@ -188,12 +194,16 @@ class Checkpoint:
         Generation(self, "?", (), *how)  # invalid arguments would fail for every question
 
         def begin(question):
-            pair = (question, ()) if isinstance(question, str) else question
+            parts = (question, ()) if isinstance(question, str) else question
             if isinstance(question, str) and os.path.isfile(question):
                 raise InputError(f"the question {question[:80]!r} is a file; give a list of pairs (text, pictures)")
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise InputError(f"a question is {str(question)[:80]!r}; give a text or a pair (text, pictures)")
-            return Generation(self, *pair, *how)
+            if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
+                raise InputError(
+                    f"a question is {str(question)[:80]!r}; give a text or a pair (text, pictures), or a triple "
+                    "(text, pictures, frames)"
+                )
+            text, images, *frames = parts
+            return Generation(self, text, images, *how, frames=frames[0] if frames else ())
 
         return answer_together(begin, questions, batch)
 
@@ -289,7 +299,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     """
     folder = find_folder(name)
     config = read_config(folder)
-    tokenizer = Tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     config = _with_image_token(config, tokenizer)
     files = weight_files(folder)
     stored = stored_tensors(files)
@@ -546,7 +556,7 @@ def _with_image_token(config, tokenizer):
     found = tokenizer.added.get("<image>")
     if found is None:
         raise InputError("the tokenizer has no <image> token; use the tokenizer files of a llava-hf checkpoint")
-    pieces, rows = len(tokenizer.sp), config.text_config.vocab_size
+    pieces, rows = tokenizer.size, config.text_config.vocab_size
     beyond = [f"{text!r} {i}" for text, i in tokenizer.added.items() if i >= rows]
     if pieces > rows or beyond:
         what = f"{pieces} pieces and the model {rows}" if pieces > rows else f"{_some(beyond)} beyond the {rows} rows"

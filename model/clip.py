@@ -17,6 +17,7 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
+SQUARES = 8  # pictures or tiles that go through a layer together
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -104,10 +105,14 @@ class VisionTransformer(nn.Module):
         returns what the next layer reads, such as fewer tokens.
         """
         x = self.embeddings(pixel_values)
-        states = [x if self.pre_layrnorm is None else self.pre_layrnorm(x)]
+        x = x if self.pre_layrnorm is None else self.pre_layrnorm(x)
+        states = {0: x} if 0 in feature_layers else {}  # no others are held
         for i, layer in enumerate(self.encoder.layers[: max(feature_layers)]):
-            x = layer(states[-1])
-            states.append(x if after is None else after(i, x))
+            # a group of squares at a time: 37 of them have 27,000 tokens
+            x = torch.cat([layer(squares) for squares in x.split(SQUARES)]) if len(x) > SQUARES else layer(x)
+            x = x if after is None else after(i, x)
+            if i + 1 in feature_layers:
+                states[i + 1] = x
         return [states[i] for i in feature_layers]
 
 

@@ -175,7 +175,8 @@ def parse_config(raw):
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
     text = _with_defaults(text)
-    vision = {**SIGLIP, **vision} if vision.get("model_type") == "siglip_vision_model" else vision
+    if vision.get("model_type") == "siglip_vision_model":
+        vision = {**SIGLIP, **{key: value for key, value in vision.items() if value is not None}}
     layers = raw.get("vision_feature_layer", -2)
     if not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers])):
         raise ValueError(f"vision_feature_layer is {layers!r}")
@@ -324,6 +325,7 @@ def _refuse_unknown(config):
     text, vision = config.text_config, config.vision_config
     strategy, heads, kv = config.vision_feature_select_strategy, text.num_attention_heads, text.num_key_value_heads
     side, depth, canvases = vision.image_size, vision.num_hidden_layers, config.image_grid_pinpoints or ()
+    uneven = [pair for pair in canvases if pair[0] % side or pair[1] % side]
     acts = TOWERS.get(vision.model_type, ())
     wide, towers, act, layer = (
         vision.hidden_size, vision.num_attention_heads, vision.hidden_act, config.vision_feature_layer,
@@ -349,7 +351,7 @@ def _refuse_unknown(config):
             f"tiles and vision_feature_select_strategy {strategy!r}",
             "default",
         ),
-        (not any(n % side for n in sum(canvases, ())), f"image_grid_pinpoints {canvases}", f"multiples of {side}"),
+        (not uneven, f"image_grid_pinpoints {uneven[:4]}", f"multiples of {side}"),
         (heads % kv == 0, f"{heads} query heads over {kv} KV heads", "whole groups"),
         (text.head_dim % 2 == 0, f"head_dim {text.head_dim}", "even numbers"),
         (wide % towers == 0, f"{towers} vision heads over {wide} channels", "whole heads"),

@@ -12,7 +12,7 @@ from .config import InputError, decode_text
 from .console import one_line
 
 DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
-TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "raw")
+TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "onevision", "chatml", "raw")
 SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest to stderr.
 
   run.py --image assets/demo.png --prompt "Describe the picture." [--prune plphp]
@@ -138,6 +138,8 @@ def parser():
         metavar="DIR|ID", help="folder or cached Hugging Face id (default: the demo)")
     add("--image", "--image-file", "--image_path", action="extend", nargs="+", default=[], metavar="PATH ...",
         help='pictures; "-" is stdin, data: URIs work too')
+    add("--frames", action="extend", nargs="+", default=[], metavar="PATH ...",
+        help="frames of a video, or one file (GIF, TIFF) of them")
     add("--prompt", "-p", "--query", "--question", action=Once, metavar="TEXT",
         help='the question; "-" reads stdin, @FILE reads a file')
 
@@ -163,8 +165,8 @@ def parser():
     add("--compare", action="store_true", help="also answer unpruned; print differences to stderr")
 
     add = p.add_argument_group("pictures and prompt").add_argument
-    add("--image-mode", type=one_of("auto", "pad", "crop", "anyres"), default="auto", metavar="MODE",
-        help="%(type)s (anyres: in tiles)")
+    add("--image-mode", type=one_of("auto", "pad", "crop", "squash", "anyres"), default="auto",
+        metavar="MODE", help="%(type)s (anyres: in tiles)")
     add("--anyres-order", type=one_of("auto", "hf", "orig"), default="auto", metavar="NAME",
         help="auto, hf (canvas height first), orig (width first)")
     add("--template", "--conv-mode", "--chat-template", type=one_of(*TEMPLATES), default="auto", metavar="NAME",
@@ -222,7 +224,7 @@ def check(args, error):
         check_show(args, error)
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         error("--top-p and --top-k need --temperature above 0")
-    if [args.prompt, *args.image].count("-") + later > 1:
+    if [args.prompt, *args.image, *args.frames].count("-") + later > 1:
         error("only one thing can be read from stdin")
     if args.retention is not None and args.keep_tokens is not None:
         error("--retention and --keep-tokens exclude each other")
@@ -247,9 +249,12 @@ def check(args, error):
         error(f"cannot read --prompt, --system or --stop as UTF-8 ({broken}); @ in front of a prompt names a file")
     if args.questions is None and not later and not args.prompt.strip():
         error("the prompt is empty; give a question")
-    for path in args.image:  # checked before torch is imported; `local_path` checks other addresses
+    if args.frames and not args.image and not later and args.image_mode != "auto":
+        error("--image-mode is for pictures, and --frames have a mode of their own; leave it out")
+    for path in (*args.image, *args.frames):  # checked before torch is imported; `local_path` checks other addresses
         if path != "-" and not re.match("~|data:|[A-Za-z][A-Za-z0-9+.-]+:/", path, re.I) and not os.path.exists(path):
-            question = later and path == args.image[-1] and (len(args.image) > 1 or " " in path)
+            given = args.image if path in args.image else args.frames
+            question = later and path == given[-1] and (len(given) > 1 or " " in path)
             advice = "if this is the question, put --prompt before it, else " if question else ""
             error(f"no picture at {path[:200]}; {advice}check the path, and put it in quotes if it has spaces")
     args.talk = later and sys.stdin is not None and sys.stdin.isatty()
@@ -262,8 +267,8 @@ def check_processes(args, error, processes):
         error(f"--tp {args.tp} needs as many processes; start it with torchrun --nproc-per-node {args.tp} run.py ...")
     if processes is None or args.questions is not None:
         return
-    if args.prompt is None or "-" in (args.prompt, *args.image):
-        error(f"stdin belongs to none of the {processes} processes; give --prompt TEXT or @FILE, and --image PATH")
+    if args.prompt is None or "-" in (args.prompt, *args.image, *args.frames):
+        error(f"stdin belongs to none of the {processes} processes; give --prompt TEXT or @FILE, and files")
     if args.compile:
         error("--compile is for one process: steps with collectives are not compiled; leave it out")
     if args.tp not in (None, processes):
@@ -298,8 +303,8 @@ def check_questions(args, error):
         return
     if not args.answers:
         error("--questions needs --answers")
-    if args.image or args.json or args.compare or args.compile or args.stats:
-        error("--questions cannot be combined with --image, --json, --stats, --compare or --compile")
+    if args.image or args.frames or args.json or args.compare or args.compile or args.stats:
+        error("--questions cannot be combined with --image, --frames, --json, --stats, --compare or --compile")
     if (args.num_chunks is None) != (args.chunk_idx is None) or (args.chunk_idx or 0) >= (args.num_chunks or 1):
         error("--num-chunks and --chunk-idx need each other, and the index must be below the number")
     if not os.path.exists(args.questions) or os.path.isdir(args.questions):
@@ -312,10 +317,10 @@ def check_questions(args, error):
 
 def check_show(args, error):
     """Check --show as far as possible without the checkpoint; see `model.show.check_path`."""
-    if args.prompt is None or not args.image:
+    if args.prompt is None or not (args.image or args.frames):
         error("--show draws on the pictures of one answer; give --image and --prompt (in a conversation: /show FILE)")
     try:
-        check_drawing(args.show, args.image)
+        check_drawing(args.show, (*args.image, *args.frames))
     except InputError as wrong:
         error(str(wrong))
 

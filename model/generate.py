@@ -19,7 +19,6 @@ from .lookahead import FILE as LOOKAHEAD
 from .picture import Picked, after_picking, look, original_positions, origins, pick, protected_of, spans_of, unpicked
 from .prompt import Prompt
 from .sampling import Chooser, Sampling, Writer
-from .tokenizer import Detokenizer
 from .view import Pruning, clock, pruned_prefill
 
 
@@ -67,7 +66,7 @@ class Generation(Prompt):
         frames: Pictures = (),
     ) -> None:
         """prompt: the question; images: one picture or a list of them, in the order of their `<image>`. frames: those
-        of a video, in their order, for LLaVA-OneVision.
+        of a video, in their order, for LLaVA-OneVision, or one file with all of them.
 
         template, image_mode, system: as in `Checkpoint.ask`. prune: the pruning method, None to keep all tokens; for a
         name or SPEC, defaults come from the checkpoint's folder. backend: "auto", "triton" or "torch" kernels. compile:
@@ -142,7 +141,7 @@ class Generation(Prompt):
         self.failure = None  # in a Batch: the exception that ended this generation
         self.cancelled = False
         self.limit = min(self.sampling.max_new_tokens, self.context_left)
-        self._writer = Writer(Detokenizer(self.checkpoint.tokenizer), self.sampling.stop)
+        self._writer = Writer(self.checkpoint.tokenizer.stream(), self.sampling.stop)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[str]:

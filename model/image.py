@@ -71,14 +71,12 @@ def read_image_settings(folder, config):
         canvases = tuple(tuple(pair) for pair in raw.get("image_grid_pinpoints", pinpoints or ()))
         size = raw.get("size", image_size)
         sides = {*_sides(size), *_sides(raw.get("crop_size", image_size))}
-    # do_center_crop has no effect on a padded picture, which is square
-    steps = ("do_resize", *(("do_center_crop",) if mode == "crop" else ()), "do_rescale", "do_normalize")
-    off = [f"{step} false" for step in steps if raw.get(step) is False]
+    off = _left_out(raw, mode == "crop")
     squashes = "height" in size if isinstance(size, dict) else raw.get("default_to_square")
     if mode in ("crop", "pad") and squashes:
         off.append("a resize that does not keep the aspect")
-    if raw.get("resample", 3) != 3:
-        off.append(f"resample {raw['resample']}")
+    if mode == "squash" and isinstance(size, dict) and not squashes:
+        off.append("a resize that keeps the aspect")
     for wrong, what in (
         (kind not in known, f"is for a {kind}; only {' and '.join(known)} can be used for this model"),
         (
@@ -115,9 +113,20 @@ def frame_settings(folder, settings):
     with making_sense_of(path):
         raw = {key: value for key, value in raw.items() if value is not None}
         mean, std, rescale = _numbers(raw, settings.mean, settings.std, settings.rescale)
+        off = _left_out(raw, crops=False)
         if {*_sides(raw.get("size", settings.size))} != {settings.size}:
-            raise ValueError(f"size {raw['size']}")
+            off.append(f"frames of size {raw['size']} instead of {settings.size}")
+    if off:
+        raise InputError(f"{path} asks for {', '.join(off)} in videos; use the files of one checkpoint")
     return replace(settings, mode="frame", mean=mean, std=std, rescale=rescale)
+
+
+def _left_out(raw, crops):
+    """Words for the settings in a file that change pixels and are not implemented. crops: the centre is cropped; that
+    has no effect on a square picture."""
+    steps = ("do_resize", *(("do_center_crop",) if crops else ()), "do_rescale", "do_normalize")
+    off = [f"{step} false" for step in steps if raw.get(step) is False]
+    return off + ([f"resample {raw['resample']}"] if raw.get("resample", 3) != 3 else [])
 
 
 def _numbers(raw, mean, std, rescale):
@@ -163,6 +172,7 @@ FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "ICO", "PCX", "PSD", "QOI",
     "SGI", "TGA",
 )  # fmt: skip
+ANIMATED = "GIF", "PNG", "WEBP", "TIFF", "AVIF"  # those of them that hold several pictures: frames or pages
 LARGEST = 2**30  # bytes of a file
 ACCEPTED = 'a path, "-" (stdin), a data: URI, bytes, a binary file, a PIL image, or a uint8 array or tensor'
 # Files that are often given but cannot be read: a pattern for the first bytes, and what the error calls them
@@ -172,7 +182,7 @@ OTHERS = (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
     (rb"(?s)....ftyp(hei|hev|mif1|msf1)", "a HEIC picture"),
     (rb"(?s)....ftypavi", "an AVIF picture that cannot be read here"),
-    (rb"(?s)....ftyp", "a video"),
+    (rb"(?s)....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI ", "a video, of which only frames saved as pictures can be read"),
     (rb"version https://git-lfs", "a Git LFS pointer, not the picture itself (`git lfs pull` fetches it)"),
     (rb"(?i)\s*(<!doctype html|<html)", "a web page"),
     (rb"(?is).*<svg", "an SVG drawing"),
@@ -223,13 +233,42 @@ def read_image(source: PictureLike) -> Picture:
     """
     if isinstance(source, Picture):
         return source
+    with _opening(source) as (image, name, shown):
+        return Picture(name, *to_rgb(image, shown))
+
+
+def read_frames(sources: Pictures) -> list[Picture]:
+    """Read the frames of a video: a picture for each, or one file of several pictures (GIF, PNG, WebP, TIFF, AVIF).
+
+    Errors as in `read_image`, and for a file whose pictures have more pixels together than Pillow allows in one.
+    """
+    sources = as_list(sources)
+    if len(sources) != 1 or isinstance(sources[0], Picture):
+        return [read_image(source) for source in sources]
+    with _opening(sources[0]) as (image, name, shown):
+        count, (wide, high) = image.n_frames if image.format in ANIMATED else 1, image.size
+        if count == 1:
+            return [Picture(name, *to_rgb(image, shown))]
+        if count * wide * high > 2 * Image.MAX_IMAGE_PIXELS:
+            raise InputError(f"{shown} has {count} frames of {wide} x {high} pixels; give fewer or smaller frames")
+        found = []
+        for number in range(count):
+            image.seek(number)
+            rgb, note = to_rgb(image, shown, every=True)
+            found.append(Picture(name, rgb, None if note in [frame.note for frame in found] else note))
+        image.seek(0)
+        return found
+
+
+@contextmanager
+def _opening(source):
+    """Open a picture -> (PIL image, its name, the short name for notes and errors). Errors as in `read_image`."""
     shown = _shown(source)
     image = source if isinstance(source, Image.Image) else _from_pixels(source)
     data = _read(source, shown) if image is None else None
-    with _quiet(), _one_line_errors(shown):
-        rgb, note = to_rgb(_decode(data, shown) if image is None else image, shown)
     named = isinstance(source, str | os.PathLike) and not _is_uri(source)
-    return Picture(str(source) if named else shown, rgb, note)
+    with _quiet(), _one_line_errors(shown):
+        yield _decode(data, shown) if image is None else image, str(source) if named else shown, shown
 
 
 def _shown(source):
@@ -414,10 +453,11 @@ def _quiet_libtiff():
 # ---------------------------------------------------------------- to RGB
 
 
-def to_rgb(image, path):
+def to_rgb(image, path, every=False):
     """PIL image -> (RGB image, note or None): upright, transparent pixels on white, grey of over 8 bits reduced to 8.
 
-    path: the picture's name in notes and errors. InputError if the picture cannot be converted.
+    path: the picture's name in notes and errors; every: the file's other frames are used too. InputError if the picture
+    cannot be converted.
     """
     if image.format is not None and image.format not in FORMATS:  # None: made in memory
         raise InputError(f"{path} has the format {image.format}, which is not supported; convert it to PNG or JPEG")
@@ -442,7 +482,7 @@ def to_rgb(image, path):
     if turned or turn is not None:
         notes.append("turned upright by its EXIF orientation")
     rgb = _without_alpha(_in_8_bits(image, path, notes), notes).convert("RGB")
-    frames = _frames(image)  # last, because it may read further into the file
+    frames = 1 if every else _frames(image)  # last, because it may read further into the file
     if frames > 1:
         notes.append(f"frame {image.tell() + 1} of {frames} is used")
     rgb = rgb if turn is None else rgb.transpose(turn)
@@ -459,7 +499,7 @@ def _orientation(image):
 
 def _frames(image):
     """Number of frames or pages. 1 for MPO, whose other pictures are depth maps and previews."""
-    if image.format not in ("GIF", "PNG", "WEBP", "TIFF", "AVIF"):
+    if image.format not in ANIMATED:
         return 1
     try:
         return image.n_frames
@@ -593,15 +633,15 @@ def with_mode(settings, mode, order="auto", several=False):
 
     several: the conversation has several pictures. LLaVA-OneVision sees each of these as one padded square.
     """
-    if mode == "auto":
-        mode = "pad" if several and settings.max_tiles else settings.mode
+    square = mode == "auto" and several and settings.max_tiles
+    mode = settings.mode if mode == "auto" else mode
     if mode == "anyres" and not settings.pinpoints:
         raise InputError(
             "the checkpoint has no tiles (it is not LLaVA-NeXT or LLaVA-OneVision); use --image-mode pad or crop"
         )
     if order != "auto" and mode != "anyres":
         raise InputError(f"--anyres-order applies to tiles, but the image mode is {mode}; leave it out")
-    return replace(settings, mode=mode, order=settings.order if order == "auto" else order)
+    return replace(settings, mode="pad" if square else mode, order=settings.order if order == "auto" else order)
 
 
 # ---------------------------------------------------------------- what the model gets of a picture
@@ -623,8 +663,11 @@ class Prepared:
 
     @property
     def about(self):
-        """Path, size, number of squares and number of tokens, as in the output of `run.py --json`."""
-        return {"path": self.path, "size": list(self.size), "tiles": len(self.squares), "tokens": self.tokens}
+        """Path, size, mode, number of squares and number of tokens, as in the output of `run.py --json`."""
+        return {
+            "path": self.path, "size": list(self.size), "mode": self.settings.mode, "tiles": len(self.squares),
+            "tokens": self.tokens,
+        }  # fmt: skip
 
     @property
     def pixels(self):

@@ -89,9 +89,12 @@ def join_maps(tiles, grid):
 
 
 def nearest(values, shape):
-    """A map (H, W, ...) -> (h, w, ...): for each cell of the smaller map the value nearest to its centre."""
+    """A map (H, W, ...) -> (h, w, ...): for each cell of the smaller map the value nearest to its centre.
+
+    Of two equally near ones the later. Either map may be empty, as that of the tiles of a very thin picture.
+    """
     rows, columns = (
-        ((torch.arange(n, device=values.device) + 0.5) * (of / n)).long()
+        (2 * torch.arange(n, device=values.device) + 1) * of // (2 * n)
         for n, of in zip(shape, values.shape, strict=False)
     )
     return values[rows[:, None], columns]

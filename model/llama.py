@@ -14,6 +14,7 @@ from torch import nn
 from kernels import merge_states
 
 BLOCK = 512  # tokens of a new turn that are processed together
+ROWS = 2048  # tokens of a prompt that go through an MLP together, at least
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +47,7 @@ def rotate(x, rope):
     cos, sin = rope
     if cos.dtype != x.dtype:  # in training under autocast
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Linear(nn.Linear):
@@ -89,9 +90,7 @@ class Attention(nn.Module):
         if attend is not None:
             y = attend(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.q_heads != self.kv_heads
-            )
+            y = dense_attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2), lora=adapter and adapter.o_proj), q, k, v
 
     def decode(self, x, rope, cache, layer):
@@ -106,6 +105,20 @@ class Attention(nn.Module):
             y, _ = merge_states(*earlier, *causal_attention(q, k, v))
             cache.add_scores(layer, q)
         return self.o_proj(y.flatten(-2))
+
+
+def dense_attention(q, k, v, mask=None):
+    """Attention of q (B, Hq, T, D) to k and v (B, Hkv, T', D) -> like q; causal, or with a mask (see `Llama.prefill`).
+
+    Without a mask no T x T matrix is stored. In fp32, PyTorch has no fused CUDA kernel for grouped heads. There, and
+    with the same result on a CPU, each KV head becomes a sequence of G heads that share k and v without a copy.
+    """
+    (b, hq, *_), hkv = q.shape, k.shape[1]
+    if mask is None and q.dtype == torch.float32 and hq != hkv:
+        q, (k, v) = q.unflatten(1, (hkv, -1)).flatten(0, 1), (t.flatten(0, 1)[:, None] for t in (k, v))
+        k, v = (t.expand(-1, hq // hkv, -1, -1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).unflatten(0, (b, hkv)).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=hq != hkv)
 
 
 def causal_attention(q, k, v):
@@ -156,8 +169,17 @@ class DecoderLayer(nn.Module):
         """Like `Attention.prefill`, for the whole layer -> x, q, k, v. mlp(module, x) -> y replaces the MLP."""
         y, q, k, v = self.self_attn.prefill(self.input_layernorm(x), rope, mask, adapter, prefix, attend)
         x = x + y
-        normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, adapter) if mlp is None else mlp(self.mlp, normed)), q, k, v
+        del y
+        if mlp is not None:
+            return x + mlp(self.mlp, self.post_attention_layernorm(x)), q, k, v
+        # in blocks, because the MLP's inner rows are several times as wide as x; look-ahead rows are in the last one
+        *blocks, last = x.tensor_split(max(1, x.shape[1] // ROWS), 1)
+        done = [self.after_attention(block) for block in blocks] + [self.after_attention(last, adapter)]
+        return torch.cat(done, 1) if blocks else done[0], q, k, v
+
+    def after_attention(self, x, adapter=None):
+        """The half of the layer after attention, x (..., C) -> the same shape."""
+        return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
     def queries_and_keys(self, x, rope, rows):
         """Of an input x (B, T, C): q (B, Hq, R, D) of the rows (a slice), and k (B, Hkv, T, D)."""
@@ -168,8 +190,7 @@ class DecoderLayer(nn.Module):
 
     def decode(self, x, rope, cache, layer):
         """Like `Attention.decode`, for the whole layer -> x."""
-        x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.after_attention(x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer))
 
 
 class Trunk(nn.Module):

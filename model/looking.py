@@ -7,6 +7,8 @@ No tensor has Hq * T * T elements. Indices are made on the CPU, so that a device
 import torch
 import torch.nn.functional as F
 
+from .llama import dense_attention
+
 ROWS = 128  # vision tokens that are processed together, with the neighbours of all of them
 TEXT_ROWS = 512  # text tokens that are processed together, with a mask for all earlier tokens
 
@@ -26,7 +28,7 @@ def looking_attention(q, k, v, looking, spans, places, sides):
         if not seeing:
             y[:, asking] = _blind(*rows, spans, looking.renormalise)
         elif looking.radius is None:
-            y[:, asking] = _attention(*rows)
+            y[:, asking] = dense_attention(*rows)
         else:
             cells = [_cells(*one, looking.radius) for one in zip(places, sides, strict=True)]
             y[:, asking] = _windowed(*rows, spans, cells, looking.radius)
@@ -54,19 +56,13 @@ def _parts(tokens, spans):
     return text.nonzero()[:, 0], (~text).nonzero()[:, 0]
 
 
-def _attention(q, k, v, mask=None):
-    """Causal attention, or with a mask (rows, keys) bool."""
-    shared = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
-
-
 def _blind(q, k, v, spans, renormalise):
     """Text sees only text; the rows of vision tokens are 0."""
     text, vision = (at.to(q.device) for at in _parts(q.shape[2], spans))
     if not renormalise:  # values of 0: vision tokens have their share of the weights, which is lost
-        y = _attention(q, k, v.index_fill(2, vision, 0.0))
+        y = dense_attention(q, k, v.index_fill(2, vision, 0.0))
         return y.index_fill_(2, vision, 0.0)
-    seen = _attention(q[:, :, text], k[:, :, text], v[:, :, text])
+    seen = dense_attention(q[:, :, text], k[:, :, text], v[:, :, text])
     return torch.zeros_like(q).index_copy_(2, text, seen)
 
 
@@ -76,7 +72,7 @@ def _windowed(q, k, v, spans, cells, radius):
 
     def fill(rows, keys, mask):
         rows, keys, mask = (index.to(q.device) for index in (rows, keys, mask))
-        y[:, :, rows] = _attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask)
+        y[:, :, rows] = dense_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask)
 
     for rows in text.split(TEXT_ROWS):
         keys = torch.arange(int(rows[-1]) + 1, device="cpu")

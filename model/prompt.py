@@ -4,7 +4,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .config import InputError, brief, plain_text
-from .image import as_list, crop_note, prepare, read_image, with_mode
+from .image import as_list, crop_note, prepare, read_frames, read_image, with_mode
 from .tokenizer import IMAGE, TEMPLATES, VIDEO, build_prompt
 
 
@@ -32,12 +32,13 @@ class Prompt:
             if before.checkpoint is not checkpoint:
                 raise InputError("all turns of a conversation use one checkpoint; start another for this one")
             self.template, self._modes = before.template, before._modes
-        several = len(images) + len(before.pictures if before else ()) > 1
+        earlier = [picture for picture in before.pictures if picture.settings.mode != "frame"] if before else []
+        several = len(images) + len(earlier) > 1
         self.image_settings = with_mode(checkpoint.image_settings, *self._modes, several)
         if frames and not checkpoint.config.max_tiles:
             raise InputError("only LLaVA-OneVision takes the frames of a video; give them as pictures")
         self.prompt, new = self._encode(prompt, system, len(images), bool(frames), follows=before is not None)
-        new, sources = self._sources(new, images, frames)
+        new, sources = self._sources(new, images, read_frames(frames))
         self.ids = (before.ids + before.token_ids if before else []) + new
         self.pictures = (before.pictures if before else []) + self._prepare(sources, len(images))
         self.images = [picture.about for picture in self.pictures]
@@ -65,7 +66,9 @@ class Prompt:
         place is None for a picture, "frame", or "last" for the last frame of the video."""
         config, images = self.checkpoint.config, iter(images)
         if config.video_token_index in ids and not frames:
-            raise InputError(f"the prompt has a {VIDEO}, and there is no video; give its frames with --frames")
+            raise InputError(
+                f"the prompt has a {VIDEO}, and there is no video; give its frames with --frames (in a chat: /frames)"
+            )
         if frames and config.video_token_index not in ids:
             raise InputError(f"the tokenizer has no {VIDEO} token, so this checkpoint cannot take a video")
         video = [(frame, "frame") for frame in frames[:-1]] + [(frame, "last") for frame in frames[-1:]]
@@ -106,10 +109,14 @@ class Prompt:
                 f"{max(0, text.context - used)} of its {text.context}; start a new conversation (in a chat: /clear)"
             )
         window = f" (its sliding window, less than its {text.max_position_embeddings} positions)"
+        frames = sum(picture.settings.mode == "frame" for picture in self.pictures)
+        tiled = any(picture.layout.grid for picture in self.pictures)
+        cure = "--image-mode pad (one square per picture), " if tiled else ""
         return (
             f"the prompt needs {self.prompt_tokens} tokens, {self.vision_tokens} of them for {len(self.images)} "
-            f"pictures, and the model's context is {text.context}"
-            f"{window if text.context < text.max_position_embeddings else ''}; use fewer pictures or a shorter prompt"
+            f"pictures{' and frames' if frames else ''}, and the model's context is {text.context}"
+            f"{window if text.context < text.max_position_embeddings else ''}; use {cure}fewer "
+            f"{'frames' if frames else 'pictures'} or a shorter prompt"
         )
 
     @property

@@ -1,10 +1,10 @@
 """Answer a file of questions in batches. Reads and writes LLaVA's JSONL; a run can be killed and resumed at any time.
 
 Used by `run.py --questions FILE --image-folder DIR --answers FILE`. Input, per line: {"question_id", "image", "text"},
-where "image" is a file name, a list of them, or absent. Output, per line: {"question_id", "prompt", "text",
-"answer_id", "model_id", "metadata"}, in the order of the questions, because LLaVA's scorers read both files line by
-line. If a question cannot be answered, "text" is "" and metadata.error gives the reason; the next run retries it,
-perhaps with other settings.
+where "image" is a file name, a list of them, or absent, and likewise "frames", those of a video. Output, per line:
+{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, in the order of the questions, because LLaVA's
+scorers read both files line by line. If a question cannot be answered, "text" is "" and metadata.error gives the
+reason; the next run retries it, perhaps with other settings.
 """
 
 import codecs
@@ -28,7 +28,7 @@ from .config import InputError, decode_text
 from .console import note, one_line, say
 from .flags import DEMO, choose_device, options
 from .generate import Generation
-from .image import local_path
+from .image import local_path, with_mode
 from .report import CoreWait, introduce
 
 try:
@@ -38,10 +38,12 @@ except ImportError:  # Windows: two runs on one file go undetected
 
 # in JSON: a key that stands for a picture in other formats, with a value, or a picture's file or URI as a value
 PICTURE = re.compile(
-    r'"[^"]*(image|img|picture|photo|\bpics?\b)[^"]*": (?!null|false|0[,}]|""|\[\]|\{\})'
-    r'|"data:image/|[^\s"]\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd)(\?[^"]+)?"',
+    r'"[^"]*(image|img|picture|photo|video|\bpics?\b)[^"]*": (?!null|false|0[,}]|""|\[\]|\{\})'
+    r'|"data:image/|[^\s"]\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|heif|svg|ico|tga|ppm|psd|mp4|avi|mov|mkv|webm)'
+    r'(\?[^"]+)?"',
     re.IGNORECASE,
 )
+FILES = "image", "frames"  # keys of a question with names of files
 BLANK = b"\0\r\n\t "  # a power cut can leave NULs in place of the last lines
 
 
@@ -50,16 +52,21 @@ class Question:
     id: object  # a number or a string, as in the file
     text: str
     images: tuple  # names, relative to the image folder
+    frames: tuple = ()  # of a video, likewise
 
     @property
     def key(self):
         """Key that matches questions with answers. The id alone is not unique in some LLaVA files (TextVQA)."""
-        return json.dumps(self.id), self.text, self.image_names
+        return json.dumps(self.id), self.text, *self.names.values()
 
     @property
-    def image_names(self):
-        """Names of the pictures in the answer's line; a data: URI is shortened to its type and a hash."""
-        return tuple(_short(name) if _is_data(name) else name for name in self.images)
+    def names(self):
+        """Names of the pictures, and of the frames if there are any, in the answer's line: {"images": (name, ...)}.
+
+        A data: URI is shortened to its type and a hash.
+        """
+        given = {"images": self.images} | ({"frames": self.frames} if self.frames else {})
+        return {what: tuple(_short(name) if _is_data(name) else name for name in given[what]) for what in given}
 
 
 def answer_file(args):
@@ -70,19 +77,24 @@ def answer_file(args):
     given, folder = options(args, checkpoint), Path(args.image_folder or Path(args.questions).parent).resolve()
     # invalid options would fail for every question, so they are checked once here
     example = Generation(checkpoint, "?", **given)
+    # of the only picture, and of each of several if that differs (LLaVA-OneVision)
+    modes = dict.fromkeys(with_mode(checkpoint.image_settings, args.image_mode, several=n).mode for n in (False, True))
     settings = {
         "model": named_model(args.model, checkpoint.folder), "prune": named_method(example.prune),
         "prune_settings": example.prune.settings if example.prune else {},
         **asdict(example.sampling), "system": args.system, "template": example.template,
-        "image_mode": example.image_settings.mode, "anyres_order": example.image_settings.order,
+        "image_mode": " or ".join(modes), "anyres_order": example.image_settings.order,
         "image_folder": str(folder),
         "dtype": str(checkpoint.choose_dtype(args.dtype, device)).removeprefix("torch."),
         **({} if args.kv_dtype == "auto" else {"kv_dtype": args.kv_dtype}),  # not in files of earlier versions
     }  # fmt: skip
 
     def ask(question):
-        pictures = [name if _is_data(name) else folder / local_path(name) for name in question.images]
-        return Generation(checkpoint, question.text, pictures, **given)
+        images, frames = (
+            [name if _is_data(name) else folder / local_path(name) for name in names]
+            for names in (question.images, question.frames)
+        )
+        return Generation(checkpoint, question.text, images, frames=frames, **given)
 
     with open_answers(args.answers) as file:
         answers = Answers(file, settings)  # checks the file before the weights are read
@@ -131,20 +143,29 @@ def _question(line, where):
         raise InputError(f"{where} is not JSON ({broken}); give one object on each line") from broken
     if not isinstance(raw, dict) or type(raw.get("question_id")) not in (str, int):
         raise InputError(f"{where} has no question_id that is a whole number or a string; add one")
-    images = raw.get("image")
-    images = [] if images in (None, "") else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise InputError(f"the image in {where} is neither a file name nor a list of them; fix it")
-    rest = [key for key in raw if key not in ("image", "text") and PICTURE.search(json.dumps({key: raw[key]}))]
-    if not images and rest:
-        raise InputError(f'{where} has {rest[0][:50]!r} and no "image"; name the picture in "image", or drop this key')
+    images, frames = (_names(raw, key, where) for key in FILES)
+    rest = [key for key in raw if key not in (*FILES, "text") and PICTURE.search(json.dumps({key: raw[key]}))]
+    if not images and not frames and rest:
+        raise InputError(
+            f'{where} has {rest[0][:50]!r} and no "image"; name the picture in "image" (or the frames of a video in '
+            '"frames"), or drop this key'
+        )
     if not isinstance(raw.get("text"), str) or not raw["text"].strip():
         raise InputError(f"{where} has no text, which is a string with the question; add it")
     try:
         raw["text"].encode()
     except UnicodeEncodeError as broken:  # half of a surrogate pair
         raise InputError(f"the text in {where} is not valid Unicode ({broken}); fix it") from broken
-    return Question(raw["question_id"], raw["text"], tuple(images))
+    return Question(raw["question_id"], raw["text"], images, frames)
+
+
+def _names(raw, key, where):
+    """The names in one of `FILES` of a question."""
+    names = raw.get(key)
+    names = [] if names in (None, "") else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"the {key} in {where} is neither a file name nor a list of them; fix it")
+    return tuple(names)
 
 
 def _is_data(name):
@@ -222,7 +243,7 @@ class Answers:
             answer = json.loads(data)
             about = answer["metadata"]
             key, settings = (json.dumps(answer["question_id"]), answer["prompt"]), about["settings"]
-            key = *key, tuple(about["images"])
+            key = *key, tuple(about["images"]), *([tuple(about["frames"])] if "frames" in about else [])
             hash(key)
             other = [name for name in {**self.settings, **settings} if settings.get(name) != self.settings.get(name)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
@@ -263,7 +284,7 @@ class Answers:
             "text": text,
             "answer_id": hashlib.sha256(about.encode()).hexdigest()[:22],
             "model_id": self.settings["model"],
-            "metadata": {**metadata, "images": question.image_names, "settings": self.settings},
+            "metadata": {**metadata, **question.names, "settings": self.settings},
         }
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace")
         self.file.write(data + b"\n")

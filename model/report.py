@@ -19,15 +19,14 @@ def introduce(args, generation):
 
     generation: a Generation with these flags, before it runs.
     """
-    checkpoint, settings = generation.checkpoint, generation.image_settings
+    checkpoint = generation.checkpoint
     demo = checkpoint.folder.resolve() == DEMO
     if pruning := note_on_settings(generation.prune, checkpoint.folder):
         say(pruning)
     what, dtype = "the demo model" if demo else args.model, str(checkpoint.dtype).removeprefix("torch.")
     found = checkpoint.template_note if args.template == "auto" else "asked for"
-    order = f" (order {settings.order})" if settings.mode == "anyres" else ""
     say(f"{what}: {dtype} on {checkpoint.device}, template {generation.template} ({found}), "
-        f"image mode {settings.mode}{order}, backend {generation.backend}")  # fmt: skip
+        f"image mode {said_of_modes(args, generation)}, backend {generation.backend}")  # fmt: skip
     if demo:
         note("the demo model knows only drawn shapes and signs, and conversations of one or two questions as in "
              "assets/README.md; --model loads another")  # fmt: skip
@@ -37,6 +36,19 @@ def introduce(args, generation):
         note(text)
     if args.compile:
         note("the second token waits for the compiler, up to a minute the first time, a few seconds after that")
+
+
+def said_of_modes(args, generation):
+    """The image mode, what LLaVA-OneVision does with several pictures, and the number of frames."""
+    settings, own = generation.image_settings, generation.checkpoint.image_settings
+    said = settings.mode + (f" (order {settings.order})" if settings.mode == "anyres" else "")
+    if own.max_tiles and args.image_mode == "auto":
+        if settings.mode != own.mode:
+            said += " (one square for each of several pictures; --image-mode anyres cuts them into tiles)"
+        elif args.questions is not None or args.talk:
+            said += ", pad for each of several pictures"
+    frames = [image for image in generation.images if image["mode"] == "frame"]
+    return said + (f", {_count(frames, 'frame')}" if frames else "")
 
 
 def note_without_picture(checkpoint):
@@ -332,11 +344,14 @@ def stats(r, bandwidth, generation):
     spans = generation.spans  # none after Ctrl-C in the vision tower
     seen = [image for image, (start, _) in zip(r["images"], spans, strict=False) if start >= known]
     lines = [_line("load", t["load"], "")]
+    pictures, frames = ([image for image in seen if (image["mode"] == "frame") is kind] for kind in (False, True))
     if seen:
+        counts = [_count(some, name) for some, name in ((pictures, "picture"), (frames, "frame")) if some]
         tokens = sum(image["tokens"] for image in seen)
-        lines.append(_line("vision", t["vision"], f"{_count(seen, 'picture')}, {tokens} vision tokens"))
+        lines.append(_line("vision", t["vision"], f"{', '.join(counts)}, {tokens} vision tokens"))
     if len(seen) > 1 or r["image_mode"] == "anyres":
-        lines += [_of_picture(image, r) for image in seen]
+        frames = [frames[0] | {"path": counts[-1], "tokens": sum(f["tokens"] for f in frames)}] if frames else []
+        lines += [_of_picture(image, r) for image in pictures + frames]
     of = (
         f"{new} new of " if known else f"{new} of " if generation.absent else ""
     ) + f"{r['prompt_tokens']} prompt tokens"

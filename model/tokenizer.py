@@ -1,4 +1,4 @@
-"""Converts text to ids and back (sentencepiece with added tokens); prompt templates of the LLaVA families."""
+"""Converts text to ids and back (sentencepiece with added tokens; others: bpe.py); templates of the LLaVA families."""
 
 import codecs
 import hashlib
@@ -40,30 +40,30 @@ class Tokenizer:
     files that are missing, malformed or not supported.
     """
 
+    kind = "sentencepiece"
+
     def __init__(self, folder):
         folder = Path(folder)
         path = folder / "tokenizer.model"
         if not path.is_file():
-            raise InputError(f"{folder} has no tokenizer.model; only sentencepiece tokenizers are supported")
+            raise InputError(
+                f"{folder} has no tokenizer.model, nor a tokenizer.json of Qwen2; add the checkpoint's tokenizer files"
+            )
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as broken:
             raise InputError(f"{path} is not a sentencepiece model; fetch the file again") from broken
-        config, fast, plain, names = (
-            read_json(folder / name) or {}
-            for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json")
-        )
-        if config.get("added_tokens_decoder"):  # it overrides these two files
-            plain, names = {}, {}
-        names = config | names
+        self.size = len(self.sp)
+        config, fast, plain, names = read_files(folder)
         with making_sense_of(f"{folder}/tokenizer_config.json, tokenizer.json or added_tokens.json"):
-            tokens = _added_tokens(config, fast, plain, _named_texts(names))
-            _check_ids(tokens, fast, self.sp)
+            tokens = added_tokens(config, fast, plain, named_texts(names))
+            check_ids(tokens, self.size, self._piece_id, numbered=bool(fast))
+            _check_pieces(fast, self.sp)
             self._prepends, self.prefix_every_segment, self.prefix_spares_spaces = _prefix_rule(config, fast)
             if self._prepends:
-                _check_normalized(config, fast, len(self.sp))
+                _check_normalized(config, fast, self.size)
             self.strips_first_space = _strips_first_space(fast)
-            control = [i for i in range(len(self.sp)) if self.sp.is_control(i) or self.sp.is_unknown(i)]
+            control = [i for i in range(self.size) if self.sp.is_control(i) or self.sp.is_unknown(i)]
             found = {t.content: t for t in tokens}
             for i in control:
                 text = self.sp.id_to_piece(i)
@@ -84,8 +84,13 @@ class Tokenizer:
 
     def _named_id(self, names, name, default):
         """Id of a named token such as "bos_token": default if the files do not name it, -1 if they set it to null."""
-        text = _text_of(names.get(name))
+        text = text_of(names.get(name))
         return default if name not in names else self.added.get(text, self.sp.piece_to_id(text) if text else -1)
+
+    def _piece_id(self, text):
+        """Id of the sentencepiece piece of this text; None if there is none."""
+        piece = self.sp.piece_to_id(text)
+        return piece if self.sp.id_to_piece(piece) == text else None
 
     def encode(self, text, bos=True, follows=False):
         """List of the token ids of text; BOS first if bos is True and the checkpoint uses one.
@@ -125,13 +130,39 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of ids, without special and control tokens and without one leading space."""
-        stream = Detokenizer(self)
+        stream = self.stream()
         return "".join([*map(stream.push, ids), stream.flush()])
+
+    def stream(self):
+        """A streaming decoder with `push` and `flush`."""
+        return Detokenizer(self)
+
+    def bytes_of(self, token):
+        """UTF-8 of a token, perhaps part of a character; empty for special and control tokens and unknown ids."""
+        if token in self._silent or not (0 <= token < self.size or token in self._spoken):
+            return b""
+        if token < self.size and self.sp.is_byte(token):
+            return bytes([int(self.sp.id_to_piece(token)[3:-1], 16)])  # spelled "<0xE2>"
+        piece = self._spoken[token] if token in self._spoken else self.sp.id_to_piece(token)
+        return piece.replace(SPACE, " ").encode()
 
     def unreachable_ids(self, vocab_size):
         """Ids below vocab_size that must never be sampled: padding rows of the embedding, without a token."""
         known = set(self.added.values())
-        return [i for i in range(len(self.sp), vocab_size) if i not in known]
+        return [i for i in range(self.size, vocab_size) if i not in known]
+
+
+def open_tokenizer(folder):
+    """The tokenizer of a checkpoint folder: sentencepiece if it has a tokenizer.model, else Qwen2's tokenizer.json.
+
+    The latter needs the package `tokenizers`. InputError as for the two classes.
+    """
+    from .bpe import ByteLevelTokenizer  # imports this module
+
+    folder = Path(folder)
+    if (folder / "tokenizer.model").is_file() or not (folder / "tokenizer.json").is_file():
+        return Tokenizer(folder)
+    return ByteLevelTokenizer(folder)
 
 
 WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # as in Unicode
@@ -179,7 +210,7 @@ def _in_word(character):
 class Detokenizer:
     """Streaming decoder: takes ids one at a time, returns text as soon as later ids cannot change it.
 
-    Byte pieces are held back until they form whole UTF-8 characters; invalid bytes become U+FFFD.
+    Bytes are held back until they form whole UTF-8 characters; invalid ones become U+FFFD.
     """
 
     def __init__(self, tokenizer):
@@ -189,12 +220,9 @@ class Detokenizer:
 
     def push(self, token):
         """The text that can be shown after one more id; empty for special and control tokens."""
-        sp, spoken = self.tokenizer.sp, self.tokenizer._spoken
-        if token in self.tokenizer._silent or not (0 <= token < len(sp) or token in spoken):
+        data = self.tokenizer.bytes_of(token)
+        if not data:
             return ""
-        byte = token < len(sp) and sp.is_byte(token)
-        piece = spoken[token] if token in spoken else sp.id_to_piece(token)
-        data = bytes([int(piece[3:-1], 16)]) if byte else piece.replace(SPACE, " ").encode()  # spelled "<0xE2>"
         if self._at_start and self.tokenizer.strips_first_space:
             data, self._at_start = data.removeprefix(b" "), False
         return self._utf8.decode(data)
@@ -209,19 +237,30 @@ class Detokenizer:
 ADVICE = "use the tokenizer files of one checkpoint"
 
 
-def _text_of(entry):
+def read_files(folder):
+    """Contents of tokenizer_config.json, tokenizer.json and added_tokens.json, and of the settings that name tokens."""
+    config, fast, plain, names = (
+        read_json(folder / name) or {}
+        for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json")
+    )
+    if config.get("added_tokens_decoder"):  # it overrides these two files
+        plain, names = {}, {}
+    return config, fast, plain, config | names
+
+
+def text_of(entry):
     """The text of a token given as a string or as a dict; None if there is none."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def _named_texts(names):
+def named_texts(names):
     """Texts of the named tokens: "bos_token", "image_token", ..."""
     named = {key: value for key, value in names.items() if key.endswith("_token") and not isinstance(value, bool)}
     extra = names.get("extra_special_tokens")
-    return {_text_of(v) for v in (*named.values(), *(extra.values() if isinstance(extra, dict) else ()))} - {None}
+    return {text_of(v) for v in (*named.values(), *(extra.values() if isinstance(extra, dict) else ()))} - {None}
 
 
-def _added_tokens(config, fast, plain, named):
+def added_tokens(config, fast, plain, named):
     """The added tokens, one AddedToken per (text, id).
 
     As in transformers, flags in tokenizer_config.json override those in tokenizer.json; a token is special if either
@@ -257,22 +296,25 @@ def _check_normalized(config, fast, pieces):
             raise InputError(f"tokenizer.json and tokenizer_config.json disagree on `normalized` of {text!r}; {ADVICE}")
 
 
-def _check_ids(tokens, fast, sp):
+def check_ids(tokens, pieces, piece_id, numbered):
     """InputError unless each token has exactly one id, the one that transformers assigns.
 
-    A piece keeps its own id. With a tokenizer.json, other tokens are numbered from the last piece on; without one, any
-    id after the pieces is accepted.
+    pieces: number of pieces; piece_id: function (text) -> id of the piece, or None. A piece keeps its own id. Other
+    tokens are numbered from the last piece on (if there is a tokenizer.json), or have any id after the pieces.
     """
     ids, new = {}, 0
     for text, i in sorted(((token.content, token.id) for token in tokens), key=itemgetter(1)):
         if ids.setdefault(text, i) != i:
             raise InputError(f"the tokenizer's files give {text!r} the ids {ids[text]} and {i}; {ADVICE}")
-        piece = sp.piece_to_id(text)
-        is_piece = sp.id_to_piece(piece) == text
-        expected = piece if is_piece else len(sp) + new
-        new += not is_piece
-        if i != expected and (fast or is_piece or i < len(sp)):
+        piece = piece_id(text)
+        expected = pieces + new if piece is None else piece
+        new += piece is None
+        if i != expected and (numbered or piece is not None or i < pieces):
             raise InputError(f"the added token {text!r} has the id {i} instead of {expected}; {ADVICE}")
+
+
+def _check_pieces(fast, sp):
+    """InputError if tokenizer.json has other pieces than tokenizer.model."""
     vocabulary = (fast.get("model") or {}).get("vocab")
     if isinstance(vocabulary, dict) and any(vocabulary.get(sp.id_to_piece(i)) != i for i in range(len(sp))):
         raise InputError(f"tokenizer.json and tokenizer.model have different pieces; {ADVICE}")
@@ -345,47 +387,65 @@ _ASSISTANT_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the {whose} questions."
 )
 
-# The text before the first turn; the rest is the same for these three families. The space before ASSISTANT matters, and
-# so does its absence after the colon: both change greedy output.
+# The text before the first turn; the rest is the same for the first three families. The space before ASSISTANT
+# matters, and so does its absence after the colon: both change greedy output.
 SYSTEM_TEXT = {
     "llava": "",  # the llava-hf 1.5 conversions
     "vicuna": _ASSISTANT_TEXT.format(who="user", whose="user's"),  # LLaVA's evaluation scripts (vicuna_v1)
     "llava_v1": _ASSISTANT_TEXT.format(who="human", whose="human's"),  # LLaVA's command line
+    "chatml": "You are a helpful assistant.",  # qwen_1_5 in LLaVA-NeXT's code, which trained LLaVA-OneVision
 }
-TEMPLATES = (*SYSTEM_TEXT, "mistral", "raw")
-# Text between an answer and the next question. For llava and mistral it is that of the published chat templates, for
-# vicuna and llava_v1 that of LLaVA's training.
-BETWEEN = {"llava": " ", "vicuna": "</s>", "llava_v1": "</s>", "mistral": "</s> ", "raw": ""}
+TEMPLATES = ("llava", "vicuna", "llava_v1", "mistral", "onevision", "chatml", "raw")
+# Text between an answer and the next question. For llava, mistral and onevision it is that of the published chat
+# templates, for the others that of LLaVA's training.
+BETWEEN = {
+    "llava": " ", "vicuna": "</s>", "llava_v1": "</s>", "mistral": "</s> ", "onevision": "<|im_end|>",
+    "chatml": "<|im_end|>\n", "raw": "",
+}  # fmt: skip
 
 
-def build_prompt(question, images, template, system=None, follows=False, video=False):
-    """The text to encode: the question in its template, with one `<image>` for each of `images` pictures.
+def build_prompt(question, images, template, system=None, follows=False, videos=0):
+    """The text to encode: the question in its template, with an `<image>` per picture and a `<video>` per video.
 
-    If the question has no `<image>`, all pictures come first, one `<image>` and newline each; otherwise the counts must
-    match. video: there is a video too, at the question's `<video>`, or before the question and after such pictures.
+    images, videos: their numbers. If the question has no `<image>`, all pictures come first, and then the videos if it
+    has no `<video>`, with a newline behind each or, for onevision, one behind all; otherwise the counts must match.
     template "raw" leaves the question verbatim. follows: a later turn of a conversation, to be appended to an answer;
     the system text is ignored. InputError for counts that differ, or for `<image>` in the system text.
     """
-    found, placed = question.count(IMAGE), question.count(VIDEO)
-    if IMAGE in (system or "") or video and VIDEO in (system or ""):
-        raise InputError(f"the system text contains {IMAGE} or {VIDEO}; place pictures in the prompt")
-    if video and placed > 1:
-        raise InputError(f"the prompt has {placed} {VIDEO}, and there is one video; leave the others out")
-    if found and found != images:
-        raise InputError(
-            f"the prompt has {found} {IMAGE}, and the number of pictures is {images}; "
-            f"give one picture for each, or leave {IMAGE} out of the prompt"
-        )
-    marks = [IMAGE] * (0 if found else images) + [VIDEO] * (video and not placed)
-    question = "".join(mark + "\n" for mark in marks) + question
+    if IMAGE in (system or ""):
+        raise InputError(f"the system text contains {IMAGE}; place pictures in the prompt")
+    first = [IMAGE] * _unplaced(question, IMAGE, images, "picture")
+    if videos or template in ("onevision", "chatml"):  # for other tokenizers `<video>` is text
+        first += [VIDEO] * _unplaced(question, VIDEO, videos, "video")
+    if template != "onevision":
+        question = "".join(place + "\n" for place in first) + question
+    elif first or not question.startswith((IMAGE, VIDEO)):
+        question = "".join(first) + "\n" + question
     if template == "raw":
         return question
     between = BETWEEN[template] if follows else ""
     system = "" if follows else SYSTEM_TEXT.get(template) if system is None else system
+    if template == "onevision":
+        system = f"<|im_start|>system \n{system}<|im_end|>" if system else ""
+        return f"{between}{system}<|im_start|>user {question}<|im_end|><|im_start|>assistant\n"
+    if template == "chatml":
+        system = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        return f"{between}{system}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     system = system + " " if system else ""
     if template == "mistral":  # it has no slot for a system text
         return f"{between}[INST] {system}{question} [/INST]"
     return f"{between}{system}USER: {question} ASSISTANT:"
+
+
+def _unplaced(question, place, number, what):
+    """How many pictures or videos the question does not place: all or none. InputError for another number in it."""
+    found = question.count(place)
+    if found and found != number:
+        raise InputError(
+            f"the prompt has {found} {place}, and the number of {what}s is {number}; "
+            f"give one {what} for each, or leave {place} out of the prompt"
+        )
+    return 0 if found else number
 
 
 # `_fingerprint` of each known chat template -> family. Comments: what it renders for a question with one picture
@@ -398,6 +458,15 @@ KNOWN_TEMPLATES = {
     "937ee8700b6ef6cef87ac884dee13d2de9f5cbe2fdaea851b47b2226f6da49fe": "mistral",
     # "[INST] Q [/INST]", Mistral-7B-Instruct-v0.2, in the tokenizer_config.json of copies with that language model
     "0ee0ad349d84978ea58676fc5aed83e8031e094ca1c8f767b4eed228ed63be66": "mistral",
+    # "<|im_start|>user <image>\nQ<|im_end|><|im_start|>assistant\n", llava-onevision-qwen2-*-hf: with and without
+    # `generation` tags; the same without videos
+    "4c924ed74ec0af9d866cf6b85a8945834e493911439a3cfc0cbd31503c34dbf2": "onevision",
+    "71a5e241dd24523e915f049396572f473da82be65c021b734a5693240874f7bd": "onevision",
+    "c5332fdffa5d3d37b65eec16b413f5c6542421e9155d7401d091f0252fdde015": "onevision",
+    "11362f7a9ecccb58c5d370200acd07b57e1513cc65a5a5bf072b1b2611d05943": "onevision",
+    # "<|im_start|>system\n...<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", Qwen2-*-Instruct, in
+    # the tokenizer_config.json of copies with that language model
+    "f878e61991818cac5f4fe7c15af67846b0c39f4ef7aa74b7fee51b3e6e99e513": "chatml",
     # "USER: <image>\nQ ASSISTANT:", the demo model of this repository
     "587e1951163fb24a1dd8a1b5c0681cc995cc09e905b1c05b4b380372753f726f": "llava",
 }
@@ -413,6 +482,8 @@ def find_template(folder, config):
     family = "llava"  # LLaVA-1.5
     if config.text_config.model_type == "mistral":
         family = "mistral"
+    elif config.text_config.model_type == "qwen2":  # LLaVA-OneVision
+        family = "chatml"
     elif config.image_grid_pinpoints:  # LLaVA-NeXT with Vicuna
         family = "llava_v1"
     if text is None:

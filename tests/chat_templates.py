@@ -41,3 +41,28 @@ INSTRUCT = (  # mistralai/Mistral-7B-Instruct-v0.2, its language model
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+
+_IN_CONTENT = "{% for content in message['content'] | selectattr('type', 'equalto', "
+_SAID = _IN_CONTENT + "'text') %}"
+_ONEVISION_START = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{# Render all images first #}" + _IN_CONTENT + "'image') %}{{ '<image>' }}{% endfor %}"
+)
+_ONEVISION_VIDEO = "{# Render all video then #}" + _IN_CONTENT + "'video') %}{{ '<video>' }}{% endfor %}"
+_ONEVISION_MARKED = (
+    "{# Render all text next #}"
+    "{% if message['role'] != 'assistant' %}" + _SAID + "{{ '\n' + content['text'] }}{% endfor %}"
+    "{% else %}" + _SAID + "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}"
+)
+_ONEVISION_UNMARKED = "{# Render all text next #}" + _SAID + "{{ '\n' + content['text'] }}{% endfor %}"
+_ONEVISION_END = "{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+ONEVISION = _ONEVISION_START + _ONEVISION_VIDEO + _ONEVISION_MARKED + _ONEVISION_END  # llava-onevision-qwen2-*-hf
+ONEVISION_UNMARKED = _ONEVISION_START + _ONEVISION_VIDEO + _ONEVISION_UNMARKED + _ONEVISION_END  # older copies
+ONEVISION_PICTURES = _ONEVISION_START + _ONEVISION_MARKED + _ONEVISION_END
+ONEVISION_FIRST = _ONEVISION_START + _ONEVISION_UNMARKED + _ONEVISION_END
+CHATML = (  # Qwen/Qwen2-*-Instruct, its language model
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)

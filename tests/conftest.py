@@ -36,6 +36,7 @@ from model.llava import Llava
 from tests.cover import pairwise
 from tests.paths import DEMO
 from tests.seeds import BASE, drawn, seed_all, torch_random
+from tools.byte_level import write_byte_level
 from tools.hf import import_transformers
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
@@ -202,6 +203,23 @@ def tiny_tokenizer_dir(tmp_path_factory):
     )
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    return folder
+
+
+LINES_OF_BYTES = [
+    "It's 2024: he'll say \u201cdon't\u201d.",
+    "naïve café, 12 %",
+    "日本語の絵 картинка 😀👍",
+    "a\n\nb\tc  d",
+]
+
+
+@pytest.fixture(scope="session")
+def byte_level_dir(tmp_path_factory):
+    """Folder with the JSON files of a byte-level BPE as Qwen2's: pieces, then <|endoftext|> to <video>."""
+    pytest.importorskip("tokenizers", reason="tokenizers trains this tokenizer")
+    folder = tmp_path_factory.mktemp("byte-level")
+    write_byte_level(folder, [TEXT_TO_LEARN, ALPHABET, *LINES_OF_BYTES] * 4, 500)
     return folder
 
 

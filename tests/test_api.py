@@ -204,7 +204,7 @@ BAD_CALLS = {
     "settings": ({"prune": "topk", "settings": "window=3"}, "give a dict"),
     "no names": ({"prune": "topk", "settings": {1: 2}}, "give a dict"),
     "twice": ({"prune": "topk:window=3", "settings": {"window": 3}}, "window is given twice"),
-    "template": ({"template": "chatml"}, "template 'chatml'"),
+    "template": ({"template": "llama3"}, "template 'llama3'"),
     "mode": ({"image_mode": "anyres"}, "tiles"),
     "tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     "system": ({"system": 3}, "system is 3"),

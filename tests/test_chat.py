@@ -39,6 +39,8 @@ def test_a_later_turn_of_each_template_is_this_string():
         "vicuna": "</s>USER: <image>\nWhy? ASSISTANT:",
         "llava_v1": "</s>USER: <image>\nWhy? ASSISTANT:",
         "mistral": "</s> [INST] <image>\nWhy? [/INST]",
+        "onevision": "<|im_end|><|im_start|>user <image>\nWhy?<|im_end|><|im_start|>assistant\n",
+        "chatml": "<|im_end|>\n<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n",
         "raw": "<image>\nWhy?",
     }
 
@@ -516,7 +518,7 @@ def test_a_command_among_the_lines_is_no_question(lines, command):
 
 
 def test_an_answer_is_one_line_whatever_is_in_it(lines, monkeypatch):
-    monkeypatch.setattr("model.generate.Detokenizer.push", lambda *_: " a\nb\r\u2028  c")
+    monkeypatch.setattr("model.tokenizer.Detokenizer.push", lambda *_: " a\nb\r\u2028  c")
     assert lines(b"what?\nwhat?\n", "-n", "1")[:2] == (0, "a b c\na b c\n")
 
 

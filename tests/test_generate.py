@@ -202,7 +202,7 @@ def test_the_context_ends_the_answer(demo):
 
 
 WRONG = [
-    {"template": "chatml"}, {"template": None}, {"image_mode": "squash"}, {"image_mode": 3}, {"system": "<image>"},
+    {"template": "llama3"}, {"template": None}, {"image_mode": "stretch"}, {"image_mode": 3}, {"system": "<image>"},
     {"system": 3}, {"anyres_order": "up"}, {"backend": "cuda"}, {"backend": None}, {"sampling": 64}, {"sampling": {}},
     {"prompt": None}, {"prompt": b"What?"}, {"prompt": ["What?"]}, {"prompt": "half a pair: \ud800"},
     {"images": 3}, {"images": [[PICTURE]]}, {"images": {PICTURE: 1}}, {"images": (p for p in [PICTURE])},

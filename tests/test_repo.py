@@ -27,7 +27,7 @@ COMMITTED = {"assets", "benchmarks", "kernels", "model", "tests", "tools", "READ
 STDLIB = set(sys.stdlib_module_names)
 # folder -> what its files may import besides the standard library and their own folder
 ALLOWED = {
-    "model": {"torch", "safetensors", "sentencepiece", "PIL", "kernels"},
+    "model": {"torch", "safetensors", "sentencepiece", "tokenizers", "PIL", "kernels"},
     "kernels": {"torch", "triton"},
     "model/pruning": {"torch"},
 }
@@ -61,8 +61,8 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 2230 and counted["product"] <= 11860 and counted["tools"] <= 10350
-    assert counted["tests"] <= 25200
+    assert counted["one answer"] <= 2400 and counted["product"] <= 13000 and counted["tools"] <= 12000
+    assert counted["tests"] <= 30000
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
         assert words.format(f"{round(counted[what], -2):,}") in said, f"{what}: {counted[what]}"

@@ -66,7 +66,7 @@ def test_json_is_one_object_with_every_field(reported):
     }  # fmt: skip
     times, prune = r["timing_ms"], r["prune"]
     assert set(times) == {"load", "vision", "prefill", "prune", "decode_total", "decode_p50", "decode_p95"}
-    assert r["images"] == [{"path": PICTURE, "size": [448, 448], "tiles": 1, "tokens": 256}]
+    assert r["images"] == [{"path": PICTURE, "size": [448, 448], "mode": "crop", "tiles": 1, "tokens": 256}]
     assert r["vision_tokens"] == 256 and r["new_tokens"] == len(r["token_ids"]) and r["finish_reason"] == "stop"
     assert prune["method"] == "none" and prune["retention_actual"] == 1.0 and prune["kept_per_layer"] == [256.0] * 6
     assert prune["kv_bytes_full"] == prune["kv_bytes_held"] == ROW * r["prompt_tokens"]
@@ -408,7 +408,7 @@ def test_help_fits_on_a_screen_and_shows_each_flag_once(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = parser().format_help()
     flags = re.findall(r"^  (?:(-\w), )?(--[\w-]+)", text, flags=re.M)
-    assert len(text.splitlines()) <= 60 and len(flags) == len(set(flags)) >= 37
+    assert len(text.splitlines()) <= 61 and len(flags) == len(set(flags)) >= 37
     assert {("-m", "--model"), ("-n", "--max-new-tokens"), ("", "--top-p"), ("-h", "--help")} <= set(flags)
     for hidden in ("--model-path", "--image_path", "--query", "--top_p", "--conv-mode", "--profile"):
         assert hidden not in text
@@ -532,7 +532,7 @@ BAD_FLAGS = {
     "--threads is ": "--threads 0 \n --threads two",
     "--retention is ": "--prune random --retention 0 \n --prune random --retention 1.1",
     "--keep-tokens is 0": "--prune random --keep-tokens 0",
-    "--template is 'chatml'; use auto, llava, vicuna, llava_v1, mistral, raw\n": "--template chatml",
+    "--template is 'llama3'; use auto, llava, vicuna, llava_v1, mistral, onevision, chatml, raw\n": "--template llama3",
     "--backend is 'cuda'; use ": "--backend cuda",
     "--dtype is 'int8'; use ": "--dtype int8",
     "--retention needs a value; write --retention=VALUE if the value begins with a dash\n": "--retention",

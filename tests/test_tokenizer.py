@@ -414,6 +414,8 @@ CHAT = (
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
 )
 VICUNA, LLAVA_V1 = CHAT.format("user"), CHAT.format("human")
+ONEVISION = "<|im_start|>user <image>\nWhy?<|im_end|><|im_start|>assistant\n"
+CHATML = "<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
@@ -427,6 +429,11 @@ VICUNA, LLAVA_V1 = CHAT.format("user"), CHAT.format("human")
         ("llava_v1", None, LLAVA_V1 + "USER: <image>\nWhy? ASSISTANT:"),
         ("mistral", None, "[INST] <image>\nWhy? [/INST]"),
         ("mistral", "Be brief.", "[INST] Be brief. <image>\nWhy? [/INST]"),
+        ("onevision", None, ONEVISION),
+        ("onevision", "Be brief.", "<|im_start|>system \nBe brief.<|im_end|>" + ONEVISION),
+        ("chatml", None, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML),
+        ("chatml", "Be brief.", "<|im_start|>system\nBe brief.<|im_end|>\n" + CHATML),
+        ("chatml", "", CHATML),
         ("raw", None, "<image>\nWhy?"),
     ],
 )
@@ -463,6 +470,11 @@ CHAT_TEMPLATES = {  # published text: the template family that renders the same 
     "mistral, old": (chat_templates.MISTRAL_OLD, "mistral"),
     "instruct": (chat_templates.INSTRUCT, "mistral"),
     "demo": ((DEMO / "chat_template.jinja").read_text(), "llava"),
+    "onevision": (chat_templates.ONEVISION, "onevision"),
+    "onevision, unmarked": (chat_templates.ONEVISION_UNMARKED, "onevision"),
+    "onevision, pictures": (chat_templates.ONEVISION_PICTURES, "onevision"),
+    "onevision, first": (chat_templates.ONEVISION_FIRST, "onevision"),
+    "Qwen2": (chat_templates.CHATML, "chatml"),
 }
 
 

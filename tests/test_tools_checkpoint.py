@@ -172,9 +172,12 @@ FIRST = EVERY[:6] + EVERY[7:]
 
 def show_tokenizer(ids, pieces=32000, image=32000):
     """verify_checkpoint's output for a tokenizer that returns these ids for the golden prompt."""
-    tokenizer = namedtuple("tokenizer", "sp bos_id add_bos added prefix_every_segment prefix_spares_spaces encode")
+    tokenizer = namedtuple(
+        "tokenizer", "kind size bos_id add_bos added prefix_every_segment prefix_spares_spaces encode"
+    )
     encode = {"USER: <image>\nWhat's the content of the image?\nASSISTANT:": ids}.get
-    verify_checkpoint.show_tokenizer(tokenizer(range(pieces), 1, True, {"<image>": image}, True, False, encode), 32000)
+    fields = "sentencepiece", pieces, 1, True, {"<image>": image}, True, False, encode
+    verify_checkpoint.show_tokenizer(tokenizer(*fields), 32000)
 
 
 def test_golden_ids_are_recognised(capsys):

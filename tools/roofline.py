@@ -18,7 +18,9 @@ drops K and V after prefill has used them.
 
 --stages counts, for each stage, the weights once, K and V read or written, and the multiplications and additions of all
 matrix products, attention included (causal: half of the square). The least time is the larger of bytes / bandwidth and
-flops / peak. Activations, norms and softmax are not counted, so real stages take longer.
+flops / peak. Activations, norms and softmax are not counted, so real stages take longer. A second table has the peak
+memory of each stage, for the first --batch and everything kept, from the tensors that the code holds
+(tools/memory_model.py); then a line for each --retention says which stage needs most.
 
 --kernel predicts the time of a call of ragged_decode_append's Triton kernel, one layer, and first prints what it
 assumes, with sources (tools/kernel_model.py). One row per case:
@@ -36,31 +38,47 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import kernel_model  # noqa: E402
+from tools import kernel_model, memory_model  # noqa: E402
 from tools.command import as_command, flags, number  # noqa: E402
-from tools.shapes import LAYERS, text_config  # noqa: E402
+from tools.shapes import LAYERS, TIED, text_config  # noqa: E402
 from tools.shapes import SHAPES as CONFIGS  # noqa: E402
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # per number
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A CLIP vision tower followed by LLaVA's projector."""
+    """A vision tower, CLIP or SigLIP, followed by LLaVA's projector."""
 
     layers: int  # layers that run, up to the one whose output LLaVA uses
     hidden: int
     intermediate: int
-    patches: int  # per picture, equal to its tokens; inside the tower CLS is one more
+    patches: int  # per square, equal to its tokens; inside CLIP, CLS is one more
     patch: int  # side in pixels
+    side: int  # of a square, in pixels
+    cls: int  # 1 for CLIP, 0 for SigLIP
+    idle: int  # layers that are loaded but do not run
+
+    @property
+    def layer_numbers(self):
+        """Weights and biases of a layer: attention, MLP, two norms."""
+        c, f = self.hidden, self.intermediate
+        return 4 * (c * c + c) + (2 * c * f + f + c) + 4 * c
 
     @property
     def tower_numbers(self):
-        """Weights and biases used: patch embedding, CLS, positions, the norm before the layers, the layers."""
-        c, f = self.hidden, self.intermediate
-        layer = 4 * (c * c + c) + (2 * c * f + f + c) + 4 * c  # attention, MLP, two norms
-        return 3 * self.patch**2 * c + c + (self.patches + 1) * c + 2 * c + self.layers * layer
+        """Weights and biases used: patch embedding, CLS or a bias, positions, CLIP's norm before the layers, layers."""
+        c = self.hidden
+        embedding = 3 * self.patch**2 * c + c + (self.patches + self.cls) * c
+        return embedding + 2 * c * self.cls + self.layers * self.layer_numbers
+
+    @property
+    def sigmoid(self):
+        """True if the MLP's activation is OpenAI's GELU, which is computed with a sigmoid."""
+        return bool(self.cls)
 
     def tower_flops(self, pictures):
-        c, rows = self.hidden, self.patches + 1
+        c, rows = self.hidden, self.patches + self.cls
         layer = 2 * rows * (4 * c * c + 2 * c * self.intermediate) + 4 * rows**2 * c
         return pictures * (2 * self.patches * 3 * self.patch**2 * c + self.layers * layer)
 
@@ -73,21 +91,29 @@ class Tower:
 
 
 def tower_of(vision):
-    """The Tower of a vision_config, a dict. LLaVA uses the output of the last layer but one."""
-    side, patch = vision["image_size"], vision["patch_size"]
-    layers = vision["num_hidden_layers"] - 1
-    return Tower(layers, vision["hidden_size"], vision["intermediate_size"], (side // patch) ** 2, patch)
+    """The Tower of a vision_config, a dict. LLaVA uses the output of CLIP's last layer but one, of SigLIP's last."""
+    side, patch, cls = vision["image_size"], vision["patch_size"], int(vision["model_type"] == "clip_vision_model")
+    layers = vision["num_hidden_layers"] - cls
+    return Tower(
+        layers, vision["hidden_size"], vision["intermediate_size"], (side // patch) ** 2, patch, side, cls, idle=cls
+    )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder and a typical prompt. config: has the fields of a Llama's config.json; biases are ignored."""
+    """A decoder and a typical prompt. config: has the fields of a Llama's config.json.
+
+    several: squares that the tower encodes, if they give more tokens than the prompt has. tied: the head is the
+    embedding matrix.
+    """
 
     name: str
     config: object
     vision: int  # tokens of the pictures
     text: int  # tokens of the rest
     tower: Tower | None = None
+    several: int | None = None
+    tied: bool = False
 
     @property
     def layer_numbers(self):
@@ -105,7 +131,24 @@ class Shape:
     def weight_numbers(self):
         """Weights read in a step: attention and MLP of every layer, norms, the head, and one row of the embedding."""
         norms_and_row = (2 * self.config.num_hidden_layers + 1 + 1) * self.config.hidden_size
-        return self.layer_numbers + self.head_numbers + norms_and_row
+        return self.layer_numbers + self.bias_numbers + self.head_numbers + norms_and_row
+
+    @property
+    def bias_numbers(self):
+        """Biases of q, k and v, which Qwen2 has."""
+        c = self.config
+        heads = c.num_attention_heads + 2 * c.num_key_value_heads
+        return c.num_hidden_layers * heads * c.head_dim * getattr(c, "attention_bias", False)
+
+    @property
+    def resident_numbers(self):
+        """All weights that are loaded: those of a step, the rest of the embedding, the tower and the projector."""
+        rest = 0 if self.tied else self.head_numbers
+        rest -= self.config.hidden_size  # the row that `weight_numbers` counts
+        if self.tower:
+            unused = self.tower.idle * self.tower.layer_numbers + 2 * self.tower.hidden  # and the norm after the layers
+            rest += self.tower.tower_numbers + unused + self.tower.projector_numbers(self.config.hidden_size)
+        return self.weight_numbers + rest
 
     @property
     def kv_numbers(self):
@@ -113,19 +156,9 @@ class Shape:
         return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
 
     @property
-    def prefill_numbers(self):
-        """Peak of live numbers per token during prefill, reached in the MLP.
-
-        Prompt, layer input and normed rows; q, k and v of the layer; cos and sin; four intermediate rows of the MLP.
-        """
-        c = self.config
-        attention = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-        return 3 * c.hidden_size + attention + 2 * c.head_dim + 4 * c.intermediate_size
-
-    @property
-    def pictures(self):
+    def squares(self):
         """Pictures, or tiles of one, that the tower encodes."""
-        return self.vision // self.tower.patches
+        return self.several or self.vision // self.tower.patches
 
     def attention_flops(self, rows, tokens):
         """Flops of `rows` query rows that each attend to `tokens` tokens, all layers."""
@@ -144,14 +177,16 @@ class Shape:
 
 
 SHAPES = tuple(
-    Shape(name, text_config(config), vision, text, tower_of(CONFIGS[config][1]))
-    for config, name, vision, text in (
+    Shape(name, text_config(config), vision, text, tower_of(CONFIGS[config][1]), *several, tied=config in TIED)
+    for config, name, vision, text, *several in (
         ("llava-1.5-7b", "llava-1.5-7b, 1 picture", 576, 64),
         ("llava-1.5-13b", "llava-1.5-13b, 1 picture", 576, 64),
         ("next-vicuna-7b", "next-vicuna-7b, 1 picture in tiles", 2880, 64),
         ("llava-1.5-7b", "7b, 8 pictures", 8 * 576, 64),
         ("next-mistral-7b", "next-mistral-7b, 1 picture in tiles", 2880, 64),
         ("demo", "the demo model", 256, 13),
+        ("onevision-0.5b", "onevision-0.5b, 1 picture in tiles", 8765, 64, 13),
+        ("onevision-7b", "onevision-7b, 1 picture in tiles", 8765, 64, 13),
     )
 )
 
@@ -229,13 +264,13 @@ class Stage:
         return max((memory, "memory"), (self.flops / machine.flops, "products"))
 
 
-def stages(shape, batches=(1,), retentions=()):
-    """The Stages of answering the shape's prompt in 16 bits. Stages before decoding run one sequence at a time."""
+def stages(shape, batches=(1,), retentions=(), size=2):
+    """The Stages of answering the shape's prompt, one sequence at a time before decoding. size: bytes per number."""
     tower, wide, tokens = shape.tower, shape.config.hidden_size, shape.vision + shape.text
-    weights, row = 2 * shape.weight_numbers, 2 * shape.kv_numbers
-    name = f"vision tower, {shape.pictures} x {tower.patches + 1} tokens"
-    yield Stage(name, 2 * tower.tower_numbers, 0, tower.tower_flops(shape.pictures))
-    yield Stage("projector", 2 * tower.projector_numbers(wide), 0, tower.projector_flops(shape.pictures, wide))
+    weights, row = size * shape.weight_numbers, size * shape.kv_numbers
+    name = f"vision tower, {shape.squares} x {tower.patches + tower.cls} tokens"
+    yield Stage(name, size * tower.tower_numbers, 0, tower.tower_flops(shape.squares))
+    yield Stage("projector", size * tower.projector_numbers(wide), 0, tower.projector_flops(shape.squares, wide))
     yield Stage(f"prefill, {tokens} tokens", weights, tokens * row, shape.prefill_flops())
     for batch in batches:
         for kept in (1.0, *retentions):
@@ -244,27 +279,25 @@ def stages(shape, batches=(1,), retentions=()):
             yield Stage(name, weights, held * row, shape.decode_flops(batch, kept))
 
 
-def stage_table(shape, machine, batches, retentions):
+def stage_table(shape, machine, batches, retentions, size):
     """Markdown. No times without a machine."""
     head = [shape.name, "weights MB", "KV MB", "GFLOP", "flop/byte", *(["least ms", "set by"] if machine else [])]
     rows = []
-    for stage in stages(shape, batches, retentions):
+    for stage in stages(shape, batches, retentions, size):
         numbers = 1e-6 * stage.weights, 1e-6 * stage.kv, 1e-9 * stage.flops, stage.flops / (stage.weights + stage.kv)
         row = [stage.name, *map(short, numbers)]
         if machine:
             least, bound = stage.seconds(machine)
             row += [short(1e3 * least), bound]
         rows.append(row)
-    return markdown(head, rows) + "\n\n" + prefill_memory(shape, retentions)
+    return markdown(head, rows)
 
 
-def prefill_memory(shape, retentions):
-    """One line: peak memory of prefill besides the weights, and the memory of K and V in all layers, in 16 bits."""
-    working = 2 * (shape.vision + shape.text) * shape.prefill_numbers
-    held = [2 * (shape.text + r * shape.vision) * shape.kv_numbers for r in (1, *retentions)]
-    parts = " / ".join(short(1e-6 * n) for n in held)
-    kept = " / ".join(f"{r:g}" for r in (1, *retentions))
-    return f"Prefill needs at most {short(1e-6 * working)} MB besides the weights, plus {parts} MB for {kept} kept."
+def memory_tables(shape, batch, retentions, size):
+    """Markdown: a table of `memory_model.needs`, and a line for each share kept."""
+    head, rows = memory_model.table(shape, batch, size)
+    said = [f"- {kept:g} kept: {memory_model.peak(shape, batch, kept, size)}" for kept in (1, *retentions)]
+    return "\n\n".join([markdown(head, rows), "\n".join(said)])
 
 
 def short(x):
@@ -301,7 +334,9 @@ def main(argv=None):
                    help="fractions kept")
     p.add_argument("--shape", default="", metavar="NAME", help="only shapes whose name contains NAME")
     p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
-    p.add_argument("--stages", action="store_true", help="a row for each of tower, projector, prefill, decode step")
+    p.add_argument("--stages", action="store_true",
+                   help="a row for each of tower, projector, prefill, decode step: costs, and peak memory")
+    p.add_argument("--dtype", choices=BYTES, default="bf16", help="for --stages (default bf16)")
     p.add_argument("--gpu", choices=GPUS, nargs="+", metavar="GPU",
                    help=f"for --stages: least times by the data sheet of {', '.join(GPUS)}; for --kernel: "
                         f"{', '.join(kernel_model.DEVICES)} (default H200)")
@@ -348,13 +383,19 @@ def main(argv=None):
         p.error("--kv-dtype needs --kernel; add it")
     if args.gpu and not args.stages:
         p.error("--gpu needs --stages or --kernel; add one")
+    if args.gpu and args.dtype == "fp32":
+        p.error("--gpu has peaks of 16-bit products; leave out --dtype fp32")
+    if args.dtype != "bf16" and not args.stages:
+        p.error("--dtype needs --stages; add it")
     if not args.stages:
         print(table(args.batch, args.retention, shapes))
         return
     for machine in [GPUS[name] for name in args.gpu or ()] or [None]:
         if machine:
             print(f"{machine.name}: {short(1e-9 * machine.bandwidth)} GB/s, {short(1e-12 * machine.flops)} TFLOP/s\n")
-        print("\n\n".join(stage_table(shape, machine, args.batch, args.retention) for shape in shapes))
+        for shape in shapes:
+            print(stage_table(shape, machine, args.batch, args.retention, BYTES[args.dtype]), end="\n\n")
+            print(memory_tables(shape, args.batch[0], args.retention, BYTES[args.dtype]), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,39 @@ _THIN_VISION = {
 _WIDE = {**_VICUNA, "num_hidden_layers": 8}  # 8 layers of the 7B, for a GPU
 _TINY_LONG = {**_TINY, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 
+_SIGLIP_384 = {
+    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26,
+    "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
+_QWEN2 = {
+    "model_type": "qwen2", "attention_bias": True, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}  # fmt: skip
+_QWEN2_05B = {
+    **_QWEN2, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "vocab_size": 152000,
+}  # fmt: skip
+_QWEN2_7B = {
+    **_QWEN2, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152128,
+}  # fmt: skip
+_TINY_QWEN2 = {
+    **_QWEN2, "hidden_size": 56, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 7,
+    "num_key_value_heads": 1, "max_position_embeddings": 16384, "vocab_size": 512,
+}  # fmt: skip
+_TINY_SIGLIP = {
+    **_SIGLIP_384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "image_size": 56,
+}  # fmt: skip
+# the 0.5B's proportions at half of its width, with 4 layers, behind a small tower with SigLIP's patches
+_THIN_QWEN2 = {
+    **_QWEN2_05B, "hidden_size": 448, "intermediate_size": 2432, "num_hidden_layers": 4, "num_attention_heads": 7,
+    "num_key_value_heads": 1, "vocab_size": 512,
+}  # fmt: skip
+_THIN_SIGLIP = {
+    **_SIGLIP_384, "hidden_size": 144, "intermediate_size": 538, "num_hidden_layers": 6, "num_attention_heads": 2,
+}  # fmt: skip
+
 SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the next one)
     "llava-1.5-7b": (_VICUNA, _CLIP_L_336, 32000),
     "llava-1.5-13b": (_VICUNA_13B, _CLIP_L_336, 32000),
@@ -58,12 +91,18 @@ SHAPES = {  # name: (text_config, vision_config, id of <image>; <pad> is the nex
     "wide-next": (_WIDE, _CLIP_L_336, 32000),
     "tiny": (_TINY, _TINY_VISION, 510),
     "tiny-next": (_TINY_LONG, {**_TINY_VISION, "image_size": 56}, 510),
+    "onevision-0.5b": (_QWEN2_05B, _SIGLIP_384, 151646),
+    "onevision-7b": (_QWEN2_7B, _SIGLIP_384, 151646),
+    "thin-onevision": (_THIN_QWEN2, _THIN_SIGLIP, 509),
+    "tiny-onevision": (_TINY_QWEN2, _TINY_SIGLIP, 509),
 }
+
+TIED = ("onevision-0.5b", "thin-onevision", "tiny-onevision")  # the head is the embedding matrix
 
 # B, Hkv, G, D of layers on which the kernels are timed. phi3: the D of Phi-3-mini is no power of two
 LAYERS = {
     "demo": (1, 4, 2, 32), "7b": (1, 32, 1, 128), "gqa8": (1, 8, 4, 128), "gqa8 x 8": (8, 8, 4, 128),
-    "qwen": (1, 4, 7, 128), "g8": (1, 8, 8, 128), "phi3": (1, 32, 1, 96),
+    "qwen": (1, 4, 7, 128), "qwen-0.5b": (1, 2, 7, 64), "g8": (1, 8, 8, 128), "phi3": (1, 32, 1, 96),
 }  # fmt: skip
 LONGEST = 2**15  # kept tokens per head (mean, or of a skewed head) above which `fit` uses more sequences
 

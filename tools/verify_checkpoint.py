@@ -81,8 +81,8 @@ def show_config(config):
 
 # ---------------------------------------------------------------- tokenizer
 
-VICUNA_PIECES = 32000
-IMAGE_ID = 32000  # `<image>` in the golden ids; a checkpoint may use another id
+VICUNA_PIECES, QWEN2_PIECES = 32000, 151643
+IMAGE_ID, QWEN2_IMAGE_ID = 32000, 151646  # `<image>` in the golden ids; a checkpoint may use another id
 GOLDEN_PROMPT = "USER: <image>\nWhat's the content of the image?\nASSISTANT:"
 
 # Ids of GOLDEN_PROMPT in Vicuna's tokenizer. 29871 is sentencepiece's dummy space as a separate token. Published files
@@ -94,13 +94,25 @@ GOLDEN_IDS = {
     (*_UNTIL_IMAGE, 29871, *_BEHIND_IMAGE): "a space before every segment, as llava-1.5-7b-hf",
     (*_UNTIL_IMAGE, *_BEHIND_IMAGE): "a space before the first segment only, as the v1.6 Vicuna files",
 }
+_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+_ONEVISION = "<|im_start|>user <image>\nWhat is the content of this image?<|im_end|><|im_start|>assistant\n"
+QWEN2_IDS = {
+    _SYSTEM: (151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198),  # many model logs
+    # vLLM's test of the processor of llava-onevision-qwen2-0.5b-ov-hf
+    _ONEVISION: (
+        151644, 872, 220, QWEN2_IMAGE_ID, 198, 3838, 374, 279, 2213, 315, 419, 2168, 30, 151645, 151644, 77091, 198,
+    ),
+}  # fmt: skip
 
 
 def show_tokenizer(tokenizer, said):
     """Print size, the image token (said: its id in config.json) and the dummy-space rule; compare with golden ids."""
-    image, pieces = tokenizer.added["<image>"], len(tokenizer.sp)
-    row("tokenizer", f"{pieces} sentencepiece pieces, BOS {tokenizer.bos_id if tokenizer.add_bos else 'not added'}")
+    image, pieces = tokenizer.added["<image>"], tokenizer.size
+    row("tokenizer", f"{pieces} {tokenizer.kind} pieces, BOS {tokenizer.bos_id if tokenizer.add_bos else 'not added'}")
     row("", f"<image> is {image}" + ("" if image == said else f" (config.json says {said}; the tokenizer decides)"))
+    if tokenizer.kind != "sentencepiece":
+        row("golden ids", qwen2_note(tokenizer, image))
+        return
     where = "before every segment" if tokenizer.prefix_every_segment else "before the first segment only"
     unless = ", unless it has a space already" if tokenizer.prefix_spares_spaces else ""
     row("prefix", f"dummy space {where}{unless}")
@@ -119,6 +131,21 @@ def golden_note(ids, pieces):
             f"the tokenizer has Vicuna's size but other ids ({list(ids)}); download the tokenizer files again"
         )
     return f"match: {GOLDEN_IDS[ids]}"
+
+
+def qwen2_note(tokenizer, image):
+    """Whether Qwen2's golden ids are those of its prompts; InputError for Qwen2's size with other ids."""
+    from model.config import InputError
+
+    if tokenizer.size != QWEN2_PIECES:
+        return f"not Qwen2's vocabulary ({tokenizer.size} pieces, not {QWEN2_PIECES}): no golden ids"
+    for prompt, known in QWEN2_IDS.items():
+        ids = [QWEN2_IMAGE_ID if i == image else i for i in tokenizer.encode(prompt)]
+        if ids != list(known):
+            raise InputError(
+                f"the tokenizer has Qwen2's size but other ids ({ids}); download the tokenizer files again"
+            )
+    return f"match: Qwen2's ids of {len(QWEN2_IDS)} prompts"
 
 
 # ---------------------------------------------------------------- weights
