@@ -18,7 +18,12 @@ from test_parity import noise
 
 import run
 from model import load, open_checkpoint
+from model.config import InputError
 from model.parallel import split
+from model.processes import connect
+from model.pruning import make_method
+from model.pruning.yopo import Looking
+from model.view import Pruning
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 
 LAYERS = 3
@@ -176,7 +181,7 @@ def slowed(folder):
     program.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import run, model.llama as llama\n"
         "step = llama.Llama.step\n"
-        "def slow(*args): time.sleep(0.5); return step(*args)\n"
+        "def slow(*args, **options): time.sleep(0.5); return step(*args, **options)\n"
         "llama.Llama.step = slow\nsys.exit(run.as_command(run.main))\n"
     )
     return program
