@@ -163,9 +163,14 @@ ASK = "run.py", "--image", DEMO_PICTURE, "--prompt", "How many objects are there
 
 
 def test_one_process_prints_one_answer(cli):
-    ended = finish(start(2, *ASK, "--prune", "plphp"))
-    assert [(code, out) for code, out, _ in ended] == [(0, "The picture has four objects.\n"), (0, "")]
-    assert ended[1][2] == "" and ended[0][2] == cli(*ASK[1:], "--prune", "plphp")[2]
+    """With look-ahead rows, whose adapters are divided too; started by torchrun, as in tools/README.md."""
+    command = sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"
+    words = *map(str, ASK), "--prune", "plphp:query=lookahead", "--json"
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=True)
+    _, out, err = cli(*words[1:])
+    many, one = (json.loads(told) for told in (done.stdout, out))
+    assert many["text"] == "The picture has four objects." and many["token_ids"] == one["token_ids"]
+    assert many["prune"] == one["prune"] and done.stderr.splitlines()[-len(err.splitlines()) :] == err.splitlines()
 
 
 def begun(process):
