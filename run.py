@@ -12,16 +12,27 @@ Only answers go to stdout. Exit codes: 0 answered; 1 failed while running; 2 inv
 prompt, checkpoint); 130 Ctrl-C (the text so far is kept).
 """
 
+import os
 import sys
 import time
 from functools import partial
 
 from model.console import as_command, as_json, explain, fail, note, one_line, say
-from model.flags import check, choose_device, options, parser
+from model.flags import check, check_processes, choose_device, options, parser
 
 
 def main(argv=None):
     """Run the command line argv (default: sys.argv[1:]) and return the exit code."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return command(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
+    from model.processes import together
+
+    return together(partial(command, argv))
+
+
+def command(argv, team=None):
+    """`main` in one process, or in one of the processes of a `model.processes.Team`."""
     flags = parser()
     args = flags.parse_args(argv)
     try:
@@ -33,12 +44,13 @@ def main(argv=None):
 
             print(list_methods(args.list_methods, args.model))
             return 0
+        check_processes(args, flags.error, team and team.size)
         check(args, flags.error)  # sets args.talk and args.lines; until here, torch is not imported
         if args.questions is not None:
             from model.questions import answer_file
 
             return answer_file(args)
-        return answer(args)
+        return answer(args, team)
     except KeyboardInterrupt:  # while loading; `write` catches it during an answer
         return fail("interrupted" + ("; nothing was written" if args.prompt or args.questions else ""), 130)
     except BrokenPipeError:
@@ -49,7 +61,7 @@ def main(argv=None):
         return fail(*explain(broken))
 
 
-def answer(args):
+def answer(args, team=None):
     """Load, ask, print. Returns the exit code."""
     start = time.perf_counter()
     from model import Generation, open_checkpoint
@@ -57,12 +69,23 @@ def answer(args):
     from model.report import CoreWait, Meter, introduce
     from model.show import check_path
 
-    device = choose_device(args.device, args.backend, args.threads)
+    device = choose_device(team.device(args.device) if team else args.device, args.backend, args.threads)
     pictures, frames = [read_image(path) for path in args.image], read_frames(args.frames)
     checkpoint = open_checkpoint(args.model)
+    if team:
+        from model.parallel import split
+        from model.processes import contents
+
+        team.divide(args.tp or team.size, device.type)
+        team.same("the checkpoint", contents(checkpoint.folder))
+        checkpoint = split(checkpoint, team.mesh["tp"])
     given = options(args, checkpoint)
     ask = partial(Generation, checkpoint, images=pictures, frames=frames, **given)
     generation = ask(args.prompt or "?")  # checks the flags; without --prompt, "?" stands for the questions to come
+    if team:
+        team.same("the question", [str(generation.ids).encode()])
+        team.same("a picture", [picture.image.tobytes() for picture in (*pictures, *frames)])
+        args.show = args.show if team.rank == 0 else None  # process 0 draws
     if args.show is not None:
         check_path(args.show, generation)
     checkpoint.read_weights(args.dtype, device)

@@ -24,6 +24,7 @@ from .fast import FastStep, arrange
 from .image import ImageSettings, Pictures, frame_settings, image_processor_file, read_image_settings
 from .llava import Llava
 from .lookahead import FILE, Lookahead, fill_lookahead, open_lookahead
+from .share import WHOLE, Whole
 from .tokenizer import IMAGE, VIDEO, Tokenizer, find_template, open_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +51,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # one line each: unused files and settings, and which of two files is used
     lookahead: Lookahead | None = None  # look-ahead rows, if the folder has them
     step: Callable = FastStep  # (language, cache, compile) -> a decode step; or `model.generate.plain_step`
+    share: Whole = WHOLE  # what this process has of the language model, see `model.parallel.split`
 
     @property
     def frame_settings(self) -> ImageSettings:
@@ -244,15 +246,15 @@ class Checkpoint:
             with _open(path) as file:
                 for name, (place, key, _) in self.keys.items():
                     if place == path:
-                        weights[name] = file.get_tensor(key).to(device=device, dtype=dtype)
+                        weights[name] = self.share.read(name, file, key, device=device, dtype=dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
         del weights  # `arrange` copies layer by layer; no other reference may keep the old weights alive
         mapped = device.type == "cpu" and dtype in {SAFETENSORS_DTYPES[stored] for _, _, stored in self.keys.values()}
-        if not mapped:  # mapped weights are not rearranged: a copy would use additional memory
+        if self.step is FastStep and not mapped:  # a copy of mapped weights would use additional memory
             arrange(self.model.language_model)
         self.model.requires_grad_(False)
         if self.lookahead is not None:
-            fill_lookahead(self.lookahead, self.folder / FILE, self.model.language_model)
+            fill_lookahead(self.lookahead, self.folder / FILE, self.model.language_model, self.share)
         return self
 
 

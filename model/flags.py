@@ -192,6 +192,7 @@ def parser():
     add("--kv-dtype", type=one_of("auto", "int8", "fp8"), default="auto", metavar="TYPE",
         help="cached K and V: %(type)s (auto: as --dtype)")
     add("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
+    add("--tp", type=count, metavar="N", help="processes that share the model, under torchrun (default: all)")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads, %(type)s (default: one per core)")
 
     add = p.add_argument_group("output").add_argument
@@ -258,6 +259,20 @@ def check(args, error):
             error(f"no picture at {path[:200]}; {advice}check the path, and put it in quotes if it has spaces")
     args.talk = later and sys.stdin is not None and sys.stdin.isatty()
     args.lines = questions_on_stdin(error) if later and not args.talk else None
+
+
+def check_processes(args, error, processes):
+    """Check what several processes cannot do. processes: of torchrun, or None."""
+    if processes is None and (args.tp or 1) > 1:
+        error(f"--tp {args.tp} needs as many processes; start it with torchrun --nproc-per-node {args.tp} run.py ...")
+    if processes is None or args.questions is not None:
+        return
+    if args.prompt is None or "-" in (args.prompt, *args.image, *args.frames):
+        error(f"stdin belongs to none of the {processes} processes; give --prompt TEXT or @FILE, and files")
+    if args.compile:
+        error("--compile is for one process: steps with collectives are not compiled; leave it out")
+    if args.tp not in (None, processes):
+        error(f"--tp {args.tp} is not the number of processes, {processes}, which all share one answer; leave it out")
 
 
 def questions_on_stdin(error):

@@ -198,7 +198,7 @@ class Generation(Prompt):
         else:
             hidden, encoded = self._fill(language)
         logits = language.logits(hidden[0, -1])
-        self.bytes_held = self.cache.nbytes_held
+        self.bytes_held = self._total(self.cache.nbytes_held)
         self.timing["vision"], self.timing["prefill"] = encoded - start, self._clock() - encoded
         return logits
 
@@ -218,7 +218,7 @@ class Generation(Prompt):
             self.prune, layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
             protected=protected_of(picked, spans, x), embeddings=x, counts=self._counts,
-            sides=[picture.layout.square[0] for picture in self.pictures],
+            sides=[picture.layout.square[0] for picture in self.pictures], share=self.checkpoint.share,
         )  # fmt: skip
         origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:
@@ -227,10 +227,11 @@ class Generation(Prompt):
         self.moved = 0 if positions is not None else self.absent
         self._origin = origin if self.moved else None
         text = self.prompt_tokens - self.vision_tokens  # tokens that every head keeps
-        self.cache, self.kept = cache, [n - text for n in cache.kv_len.double().mean(1).tolist()]
+        lengths = self.checkpoint.share.gather(cache.kv_len.T)  # (Hkv, L)
+        self.cache, self.kept = cache, [n - text for n in lengths.double().mean(0).tolist()]
         self.timing["prune"] = picking + pruning.seconds if pruning else 0.0
         if self.remember:
-            everything = torch.ones(layers, cache.kv_len.shape[1], len(x), dtype=torch.bool, device="cpu")
+            everything = torch.ones(layers, len(lengths), len(x), dtype=torch.bool, device="cpu")
             masks = torch.stack(pruning.masks).cpu() if pruning else everything
             self.masks = unpicked(masks, origin, self.prompt_tokens)
         return hidden, encoded
@@ -285,11 +286,22 @@ class Generation(Prompt):
         for layer, rows in enumerate(held):
             places, head = (t.cpu() for t in self.cache.positions(layer))
             rows[head, places] = True
+        held = self.checkpoint.share.gather(held.transpose(0, 1)).transpose(0, 1)
         if self._origin is None:
             return held
         picked = len(self._origin)  # later tokens were all fed
         whole = unpicked(held[..., :picked], self._origin, picked + self.moved)
         return torch.cat((whole, held[..., picked:]), 2)
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes of the cache with its free slots, in all processes together; after Ctrl-C only in this one."""
+        own = self.cache.nbytes_reserved if self.cache else 0
+        return self._total(own) if self.over else own
+
+    def _total(self, count):
+        """The sum of a number over the processes that share the model."""
+        return int(self.checkpoint.share.total(torch.tensor(count, device=self.checkpoint.device)))
 
     def _clock(self):
         return clock(self.checkpoint.device, self.timed)

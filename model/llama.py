@@ -50,10 +50,12 @@ def rotate(x, rope):
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def adapted(x, layer, lora=None):
-    """Apply a linear layer to x (B, T, C). A `model.lookahead.LoRA` changes the output of the look-ahead rows."""
-    y = layer(x)
-    return y if lora is None else lora.add(x, y)
+class Linear(nn.Linear):
+    """x (B, T, C_in) -> (B, T, C_out). A `model.lookahead.LoRA` changes the output of the look-ahead rows."""
+
+    def forward(self, x, lora=None):
+        y = super().forward(x)
+        return y if lora is None else lora.add(x, y)
 
 
 class Attention(nn.Module):
@@ -63,15 +65,15 @@ class Attention(nn.Module):
         super().__init__()
         c, d = config.hidden_size, config.head_dim
         self.q_heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
-        self.q_proj = nn.Linear(c, self.q_heads * d, bias=config.attention_bias)
-        self.k_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
-        self.v_proj = nn.Linear(c, self.kv_heads * d, bias=config.attention_bias)
-        self.o_proj = nn.Linear(self.q_heads * d, c, bias=config.output_bias)
+        self.q_proj = Linear(c, self.q_heads * d, bias=config.attention_bias)
+        self.k_proj = Linear(c, self.kv_heads * d, bias=config.attention_bias)
+        self.v_proj = Linear(c, self.kv_heads * d, bias=config.attention_bias)
+        self.o_proj = Linear(self.q_heads * d, c, bias=config.output_bias)
 
     def project(self, x, rope, adapter=None):
         """x (..., C) -> q (..., Hq, D), k and v (..., Hkv, D); rope, if not None, rotates q and k."""
         q, k, v = (
-            adapted(x, getattr(self, name), adapter and getattr(adapter, name)).unflatten(-1, (-1, self.head_dim))
+            getattr(self, name)(x, lora=adapter and getattr(adapter, name)).unflatten(-1, (-1, self.head_dim))
             for name in ("q_proj", "k_proj", "v_proj")
         )
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
@@ -89,7 +91,7 @@ class Attention(nn.Module):
             y = attend(q, k, v)
         else:
             y = dense_attention(q, k, v, mask)
-        return adapted(y.transpose(1, 2).flatten(2), self.o_proj, adapter and adapter.o_proj), q, k, v
+        return self.o_proj(y.transpose(1, 2).flatten(2), lora=adapter and adapter.o_proj), q, k, v
 
     def decode(self, x, rope, cache, layer):
         """New tokens, x (B, C) or (B, T, C) -> y like x. Appends their k and v to the cache."""
@@ -143,14 +145,14 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(c, f, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(c, f, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(f, c, bias=config.mlp_bias)
+        self.gate_proj = Linear(c, f, bias=config.mlp_bias)
+        self.up_proj = Linear(c, f, bias=config.mlp_bias)
+        self.down_proj = Linear(f, c, bias=config.mlp_bias)
 
     def forward(self, x, adapter=None):
         gate, up, down = (adapter.gate_proj, adapter.up_proj, adapter.down_proj) if adapter else (None, None, None)
-        y = F.silu(adapted(x, self.gate_proj, gate)) * adapted(x, self.up_proj, up)
-        return adapted(y, self.down_proj, down)
+        y = F.silu(self.gate_proj(x, lora=gate)) * self.up_proj(x, lora=up)
+        return self.down_proj(y, lora=down)
 
 
 class DecoderLayer(nn.Module):
@@ -201,6 +203,13 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class Output(nn.Module):
+    """Hidden states (..., C) and the head's weight (vocab_size, C) -> logits (..., vocab_size)."""
+
+    def forward(self, hidden, weight):
+        return F.linear(hidden, weight)
+
+
 class Llama(nn.Module):
     """Decoder with its output head. tied=True: the head is the embedding matrix."""
 
@@ -209,6 +218,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output = Output()
 
     def prefill(
         self, x, cache=None, positions=None, mask=None, prune=None, lookahead=None, following=None, inside=None
@@ -301,4 +311,4 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """Final hidden states (..., C) -> logits (..., vocab_size)."""
-        return F.linear(hidden, self.head.weight)
+        return self.output(hidden, self.head.weight)

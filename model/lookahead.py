@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .config import InputError
+from .share import WHOLE
 
 FILE = "lookahead.safetensors"  # in the checkpoint's folder
 
@@ -90,14 +91,15 @@ def open_lookahead(path, language):
     return lookahead
 
 
-def fill_lookahead(lookahead, path, language):
-    """Load the rows' weights, in the dtype and on the device of a loaded `Llama`.
+def fill_lookahead(lookahead, path, language, share=WHOLE):
+    """Load the rows' weights, in the dtype and on the device of a loaded `Llama`. share: this process's part of both.
 
     InputError if they were trained for other weights, are not finite, or were never trained.
     """
     with safe_open(path, framework="pt") as file:
-        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    if not same_weights(about.get("about", ""), language):
+        tensors = {key: share.read(key, file, key) for key in file.keys()}  # noqa: SIM118
+        about = file.metadata() or {}
+    if not same_weights(about.get("about", ""), language, share):
         raise InputError(f"{path} was trained for other weights than these; {ADVICE}")
     if not all(t.isfinite().all() for t in tensors.values()):
         raise InputError(f"{path} holds NaN or infinity; {ADVICE}")
@@ -115,18 +117,18 @@ def describe_model(language, **more):
     return {"about": json.dumps({"weights": weights_sample(language)} | more)}
 
 
-def weights_sample(language):
+def weights_sample(language, share=WHOLE):
     """8 evenly spaced numbers of each of the model's parameters, as text."""
     places = [(p, torch.arange(8, device=p.device) * (p.numel() - 1) // 7) for p in language.parameters()]
-    found = [p.detach()[torch.unravel_index(place, p.shape)].float().cpu() for p, place in places]
+    found = [share.numbers(p.detach(), torch.unravel_index(place, p.shape)).float().cpu() for p, place in places]
     return " ".join(f"{number:.8g}" for number in torch.cat(found).tolist())
 
 
-def same_weights(about, language):
+def same_weights(about, language, share=WHOLE):
     """True if `describe_model` wrote this JSON for the model, whatever the dtypes: rounding to bf16 changes a number by
     up to 1/512 of its size, rounding small ones to fp16 by up to 3e-8."""
     try:
-        samples = json.loads(about)["weights"], weights_sample(language)
+        samples = json.loads(about)["weights"], weights_sample(language, share)
         theirs, ours = ([float(n) for n in sample.split()] for sample in samples)
     except (ValueError, TypeError, KeyError, AttributeError):  # not written by train_lookahead
         return False

@@ -60,7 +60,7 @@ def note_without_picture(checkpoint):
 def report(generation, model, seed, meter):
     """The object of --json: settings, answer, bytes and milliseconds. generation: a Generation after its iteration."""
     checkpoint, steps = generation.checkpoint, generation.timing["steps"]
-    config, cache, prune = checkpoint.config.text_config, generation.cache, generation.prune
+    config, prune = checkpoint.config.text_config, generation.prune
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * checkpoint.dtype.itemsize
     kv_bytes = row * generation.prompt_tokens  # K and V of the whole prompt, all layers
     held, given = generation.bytes_held, prune.settings if prune else {}
@@ -85,7 +85,7 @@ def report(generation, model, seed, meter):
             "kept_per_layer": generation.kept,
             "kv_bytes_full": kv_bytes,
             "kv_bytes_held": held,
-            "kv_bytes_reserved": cache.nbytes_reserved if cache else 0,
+            "kv_bytes_reserved": generation.bytes_reserved,
         },
         "timing_ms": {
             "load": 1e3 * meter.load_seconds,
@@ -333,7 +333,7 @@ def step_bytes(checkpoint, kv_bytes):
     language = checkpoint.model.language_model
     weights = sum(p.nbytes for p in language.parameters())
     table = language.model.embed_tokens.weight
-    return weights - (table.nbytes - table[0].nbytes if language.lm_head is not None else 0) + kv_bytes
+    return weights - (table.nbytes - table.nbytes // len(table) if language.lm_head is not None else 0) + kv_bytes
 
 
 def stats(r, bandwidth, generation):

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 
 import torch
@@ -13,6 +13,7 @@ from kernels import window_scores
 from .config import InputError
 from .layout import cells
 from .looking import looking_attention, looking_mlp
+from .share import WHOLE
 
 ROWS = 64  # rows of the prompt whose attention is computed together
 
@@ -35,17 +36,19 @@ class View:
     def __init__(
         self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto",
         protected=None, x=None, upcoming=None, embeddings=None, origin=None, whole_spans=None, attended=None,
-        counts=None,
+        counts=None, share=WHOLE,
     ):  # fmt: skip
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
         places: None if the spans are text; each span is then a row. contrast: function that `contrast` calls.
         x (1, T + ahead, C) and upcoming: the layer's output, and the function for q and k of the next layer, see
         `Llama.prefill`. embeddings (T', C): of the whole prompt. These three, if not None, can be asked for.
-        origin, whole_spans, counts: None if no token has been dropped.
+        origin, whole_spans, counts: None if no token has been dropped. share: q, k and v are of its heads only; what
+        the view answers is of all heads.
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
-        self.q_heads, self.kv_heads, self.tokens = q.shape[1], k.shape[1], k.shape[2] - ahead
+        self.q_heads, self.kv_heads = share.ranks * q.shape[1], share.ranks * k.shape[1]
+        self.tokens, self._share = k.shape[2] - ahead, share
         places = [cells(1, stop - start) for start, stop in spans] if places is None else places
         self.places, self.device = [place.clone() for place in places], k.device
         self._q, self._k, self._v = q[0], k[0], v[0]
@@ -61,12 +64,12 @@ class View:
     @cached_property
     def keys(self):
         """(Hkv, T, D), rotated by RoPE."""
-        return self._k[:, : self.tokens].clone()
+        return self._share.gather(self._k[:, : self.tokens]).clone()
 
     @cached_property
     def values(self):
         """(Hkv, T, D)."""
-        return self._v[:, : self.tokens].clone()
+        return self._share.gather(self._v[:, : self.tokens]).clone()
 
     @cached_property
     def origin(self):
@@ -95,9 +98,13 @@ class View:
     def queries(self, rows=1):
         """(Hq, rows, D): the queries of the prompt's last rows, rotated by RoPE. Fewer if fewer rows follow the last
         picture, but at least one."""
+        return self._share.gather(self._last_queries(rows)).clone()
+
+    def _last_queries(self, rows):
+        """`queries` of this process's heads, not copied."""
         rows = max(1, min(rows, self.tokens - self.spans[-1][1]))
         end = self._q.shape[1] - self._ahead
-        return self._q[:, end - rows : end].clone()
+        return self._q[:, end - rows : end]
 
     def attention(self, rows=1, query="last"):
         """(Hq, T) fp32: attention of each query head to each token, averaged over the rows of `queries(rows)`.
@@ -107,9 +114,7 @@ class View:
         if they were not computed, and for other values.
         """
         if isinstance(rows, torch.Tensor):
-            q, rows = self._queries_of(rows)
-            keys = self._k[:, : self.tokens]
-            return window_scores(q, keys, q_pos=rows, group="none", backend=self._backend)
+            return self._share.gather(self._attention_of(rows))
         if query not in ("last", "lookahead") or type(rows) is not int or rows < 1:
             raise ValueError(
                 f'attention(rows={rows!r}, query={query!r}); give rows of 1 or more, "last" or "lookahead"'
@@ -117,22 +122,28 @@ class View:
         ahead = query == "lookahead"
         if ahead and not self._ahead:
             raise ValueError('there are no look-ahead rows; the method needs a setting query="lookahead"')
-        q, k = (self._q[:, -self._ahead :], self._k) if ahead else (self.queries(rows), self._k[:, : self.tokens])
+        q, k = (self._q[:, -self._ahead :], self._k) if ahead else (self._last_queries(rows), self._k[:, : self.tokens])
         asked = query, q.shape[1]
         if asked not in self._attention:
             scores = window_scores(q, k, group="none", backend=self._backend)
-            self._attention[asked] = scores[:, : self.tokens]  # without the attention to look-ahead rows
+            scores = scores[:, : self.tokens]  # without the attention to look-ahead rows
+            self._attention[asked] = self._share.gather(scores)
         return self._attention[asked].clone()
+
+    def _attention_of(self, rows):
+        """(Hq of this process, T) fp32: attention averaged over the rows (R,)."""
+        q, rows = self._queries_of(rows)
+        return window_scores(q, self._k[:, : self.tokens], q_pos=rows, group="none", backend=self._backend)
 
     def row_attention(self, rows):
         """(R, T) fp32: attention of each of the rows (R,), int64 indices, to each token, averaged over all heads."""
         q, rows = self._queries_of(rows)
         future = torch.arange(self.tokens, device=self.device) > rows[:, None]
         total = torch.zeros(len(rows), self.tokens, device=self.device)
-        for of_group, keys in zip(q.unflatten(0, (self.kv_heads, -1)), self._k[:, : self.tokens], strict=True):
+        for of_group, keys in zip(q.unflatten(0, (len(self._k), -1)), self._k[:, : self.tokens], strict=True):
             scores = of_group.float() @ keys.float().T * q.shape[-1] ** -0.5  # (G, R, T)
             total += scores.masked_fill_(future, float("-inf")).softmax(-1).sum(0)
-        return total / self.q_heads
+        return self._share.total(total) / self.q_heads
 
     def next_attention(self, rows=1):
         """(Hq, T) fp32: attention in the next layer, averaged over the prompt's last rows, if no token were dropped.
@@ -140,19 +151,20 @@ class View:
         rows = max(1, min(rows, self.tokens - self.spans[-1][1]))
         upcoming = _known(self._upcoming, "next layer", "ask in an earlier layer")
         q, k = upcoming(slice(self.tokens - rows, self.tokens))
-        return window_scores(q[0], k[0, :, : self.tokens], group="none", backend=self._backend)
+        return self._share.gather(window_scores(q[0], k[0, :, : self.tokens], group="none", backend=self._backend))
 
     @cached_property
     def sums(self):
         """(Hq, T) fp32: the attention that each token gets from all rows of the prompt together. In blocks of rows, so
         that no T x T matrix is stored; it takes as long as about two more attentions of the layer."""
-        total = torch.zeros(self.q_heads, self.tokens, device=self.device)
+        total = torch.zeros(len(self._q), self.tokens, device=self.device)
         for rows in torch.arange(self.tokens, device=self.device).split(ROWS):
-            total += self.attention(rows) * len(rows)
-        return total
+            total += self._attention_of(rows) * len(rows)
+        return self._share.gather(total)
 
     def _queries_of(self, rows):
-        """-> q (Hq, R, D) of the rows (R,), and the rows on the queries' device. ValueError if they are not known."""
+        """-> q (Hq of this process, R, D) of the rows (R,), and the rows on the queries' device. ValueError if
+        they are not known."""
         first = self.tokens - (self._q.shape[1] - self._ahead)  # earlier rows are not stored
         rows = rows.to(self.device)
         indices = rows.ndim == 1 and rows.dtype == torch.int64 and len(rows) > 0
@@ -164,7 +176,7 @@ class View:
 
     def value_norms(self):
         """(Hkv, T) fp32: the L1 norm of each token's value vector."""
-        return self._v[:, : self.tokens].float().norm(1, dim=-1)
+        return self._share.gather(self._v[:, : self.tokens].float().norm(1, dim=-1))
 
     def contrast(self):
         """Per picture (n,) fp32 on the CPU: how far each token's pixels are from the picture's usual colour
@@ -184,8 +196,10 @@ def pruned_prefill(language, x, cache, pruning, lookahead=None, positions=None, 
         cache.drop(layer, keep)
     if pruning and pruning.sums:
         places = torch.arange(len(x), device=x.device) if positions is None else positions
+        own = pruning.share.own
         held = [
-            (own[mask], places.expand_as(mask)[mask]) for own, mask in zip(pruning.sums, pruning.masks, strict=True)
+            (scores[mask], places.expand_as(mask)[mask])
+            for scores, mask in zip(map(own, pruning.sums), map(own, pruning.masks), strict=True)
         ]
         cache.watch(*zip(*held, strict=True), pruning.method.newest, pruning.method.extra_tokens)
     return hidden
@@ -228,12 +242,14 @@ class Pruning:
 
     def __init__(
         self, method, num_layers, spans, places=None, contrast=None, ahead=0, backend="auto", timed=False,
-        remember=False, protected=None, embeddings=None, counts=None, sides=None,
+        remember=False, protected=None, embeddings=None, counts=None, sides=None, share=WHOLE,
     ):  # fmt: skip
         """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`.
 
         sides: for each picture the row of its places where the map of LLaVA-NeXT's tiles begins; None if there is none.
+        share: this process's heads; the method chooses for all heads, in all processes alike.
         """
+        self.share = share
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
         self.timed, self.seconds, self.sums, self.guarded = timed, 0.0, [], []
@@ -267,7 +283,9 @@ class Pruning:
         """The layer's attention if the method returned a `model.pruning.Looking` -> (1, Hq, T, D)."""
         if self.ahead and looking.neurons < 1:
             raise InputError("look-ahead rows need the whole MLP; use query=last, or neurons=1")
-        self.looking = looking
+        if self.share.ranks > 1 and looking.neurons < 1:
+            raise InputError("several processes share the MLP, so all need all of it; use neurons=1")
+        self.looking = looking = replace(looking, heads=self.share.own(looking.heads))
         places = self.places or [cells(1, stop - start) for start, stop in self.spans]
         return looking_attention(q, k, v, looking, self.spans, places, self.sides)
 
@@ -281,8 +299,8 @@ class Pruning:
         """q (1, Hq, T + ahead, D); k, v (1, Hkv, T + ahead, D) of a layer; q may have only the last rows.
 
         x, upcoming: see `View`; tokens that the method merges are averaged in x.
-        -> keep (Hkv, T) bool, the tokens that each head keeps, and go_on (T',), ascending indices of the tokens that
-        later layers process. Either may be None: all. InputError if the method raises ValueError.
+        -> keep (Hkv, T) bool, the tokens that each of these heads keeps, and go_on (T',), ascending indices of the
+        tokens that later layers process. Either may be None: all. InputError if the method raises ValueError.
         """
         keep = stay = None
         if self.spans:
@@ -299,13 +317,13 @@ class Pruning:
             self.seconds += clock(k.device, self.timed) - start
         if self.masks is not None:
             self._record(k, keep)
-        return keep, None if stay is None else self._narrow(stay)
+        return keep if keep is None else self.share.own(keep), None if stay is None else self._narrow(stay)
 
     def _view(self, layer, q, k, v, x=None, upcoming=None):
         return View(
             layer, self.num_layers, q, k, v, self.spans, self.places, self.contrast, self.ahead, self.backend,
             self.protected, x, upcoming, self.embeddings, self.seen, self.whole_spans, self.attended,
-            self.counts,
+            self.counts, self.share,
         )  # fmt: skip
 
     def _asked(self, ask):
@@ -317,8 +335,8 @@ class Pruning:
 
     def _record(self, k, keep):
         """Note what each head keeps of the prompt's tokens, (Hkv, tokens of the prompt) bool."""
-        here = k.new_ones(k.shape[1], k.shape[2] - self.ahead, dtype=torch.bool) if keep is None else keep
-        self.masks.append(self._whole(here))
+        shape = self.share.ranks * k.shape[1], k.shape[2] - self.ahead
+        self.masks.append(self._whole(k.new_ones(shape, dtype=torch.bool) if keep is None else keep))
 
     def _whole(self, here):
         """here (Hkv, T) of the tokens that the current layer sees -> of the prompt's tokens, 0 for the others."""
@@ -337,7 +355,7 @@ class Pruning:
         prefilled = Prefilled(self.whole_spans, kept, self.protected_whole, self.guarded)
         for layer, keep in enumerate(self._asked(lambda: self.method.compact(prefilled))):
             if keep is not None and not keep[self.masks[layer]].all():
-                yield layer, keep[self.masks[layer]]
+                yield layer, self.share.own(keep)[self.share.own(self.masks[layer])]
                 self.masks[layer] &= keep
         self.seconds += clock(device, self.timed) - start  # with what the caller did in between
 

@@ -1,0 +1,177 @@
+"""Several processes of one command, as torchrun starts them: what connects them, which of them speaks, how they end.
+
+Process 0 alone prints. If any of them fails, one prints one line, and all end: the others notice it by a broken
+connection or by the SIGTERM of torchrun, and are silent if the reason has been told.
+"""
+
+import hashlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from .config import InputError
+from .console import explain, fail
+
+TIMEOUT = timedelta(seconds=120)  # that a process waits for the others
+WAIT = 0.4  # seconds that a process waits for another one to tell why all end
+LOST = "Connection closed", "Connection reset", "Broken pipe", "DistBackendError", "DistNetworkError", "DistStoreError"
+
+
+def together(command):
+    """Run command(team), in this process of several -> exit code. A process that fails does not return."""
+    try:
+        team = Team(*connect())
+    except (InputError, RuntimeError) as broken:
+        first = os.environ.get("RANK") in (None, "", "0")
+        return fail(*explain(broken)) if first or isinstance(broken, dist.DistNetworkError) else 2
+    streams, sys.stderr = (sys.stdout, sys.stderr), team.voice
+    if team.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+    try:
+        code = command(team)
+    except SystemExit as left:  # of argparse
+        code = left.code
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:  # with --debug
+        code = 1
+        traceback.print_exc(file=streams[1])
+    if code:
+        with_patience(team, code)
+        sys.stdout.flush()
+        os._exit(code)  # connections that are still open must not keep it
+    sys.stdout, sys.stderr = streams
+    dist.destroy_process_group()
+    return 0
+
+
+def with_patience(team, code):
+    """Tell why this process ends, if no other has."""
+    line = team.voice.error
+    if code == 130:
+        team.tell(line if not team.rank else "", 5 * WAIT * (team.rank > 0))
+    elif any(word in line for word in LOST):
+        team.tell(f"error: {ENDED}\n", WAIT * (1 + team.rank))
+    else:
+        team.tell(line, 2 * WAIT * (team.rank > 0))  # process 0 mostly fails in the same way
+
+
+ENDED = "another process ended, so all end; torchrun reports which"
+
+
+def connect():
+    """The store, rank and size of this group of processes, from the environment that torchrun sets. InputError."""
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    wrong = [n for n, value in given.items() if not (value if n == "MASTER_ADDR" else value.isdecimal())]
+    if not wrong and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        wrong = ["RANK"]
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"WORLD_SIZE is {given['WORLD_SIZE'][:20]}, but {name} is {given[name][:20] or 'not set'}; start the "
+            "processes with torchrun --nproc-per-node N run.py ..., or unset WORLD_SIZE"
+        )
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except dist.DistStoreError as broken:
+        raise InputError(
+            f"not all {given['WORLD_SIZE']} processes came within {TIMEOUT.seconds} s; start all of them, with the "
+            "same MASTER_ADDR and MASTER_PORT"
+        ) from broken
+    return store, rank, size
+
+
+class Voice(io.TextIOBase):
+    """stderr of one of several processes. The line that begins with "error:" is kept; the rest is only of process 0."""
+
+    def __init__(self, stream, rank):
+        super().__init__()
+        self.stream, self.rank, self.error = stream, rank, ""
+
+    def write(self, text):
+        if text.startswith("error: "):
+            self.error = text.rstrip("\n") + "\n"
+        elif self.rank == 0 and not self.error:
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        self.stream.flush()
+
+
+class Team:
+    """All processes of the command.
+
+    rank, size   number of this process, from 0; how many there are
+    store        a TCPStore that all see
+    mesh         after `divide`: DeviceMesh ("dp", "tp"); the processes of a row share one model
+    """
+
+    def __init__(self, store, rank, size):
+        self.store, self.rank, self.size, self.mesh = dist.PrefixStore("plphp", store), rank, size, None
+        self.voice = Voice(sys.stderr, rank)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the threads that start later
+        threading.Thread(target=self._terminated, daemon=True).start()
+
+    def _terminated(self):
+        """Waits for SIGTERM in a thread, because the main one may wait for a device."""
+        signal.sigwait({signal.SIGTERM})
+        self.tell(f"error: {ENDED}\n", WAIT * self.rank)
+        os._exit(128 + signal.SIGTERM)
+
+    def tell(self, line, patience):
+        """Print the line, unless another process tells within so many seconds why all end."""
+        end = time.monotonic() + patience
+        try:
+            while not self.store.add("told", 0) and time.monotonic() < end:
+                time.sleep(0.02)
+            mine = self.store.add("told", 1) == 1
+        except RuntimeError:  # the store was in a process that has ended: process 0
+            mine = self.rank == 1
+        if mine:
+            self.voice.stream.write(line)
+            self.voice.stream.flush()
+
+    def device(self, name):
+        """The device of this process, if --device is `name`. InputError for the number of a CUDA device."""
+        if name.startswith("cuda:"):
+            raise InputError(f"--device {name} is one device for {self.size} processes; use cuda, one for each of them")
+        if name == "cpu" or not torch.cuda.is_available():
+            return name
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
+        return f"cuda:{torch.cuda.current_device()}"
+
+    def divide(self, tp, device_type):
+        """Form groups of tp processes that share one model. InputError if the processes cannot be divided so."""
+        if self.size % tp:
+            raise InputError(f"--tp {tp} does not divide {self.size} processes; use a divisor of {self.size}")
+        self.mesh = init_device_mesh(device_type, (self.size // tp, tp), mesh_dim_names=("dp", "tp"))
+
+    def same(self, what, chunks):
+        """InputError, in all processes, unless all have the same chunks of bytes."""
+        mine, digests = hashlib.sha256(), [b""] * self.size
+        for chunk in chunks:
+            mine.update(chunk)
+        dist.all_gather_object(digests, mine.digest())
+        other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
+        if other is not None:
+            raise InputError(f"{what} of process {other} differs from that of process 0; give both the same")
+
+
+def contents(folder):
+    """Yields name, size and first million bytes of each file in a checkpoint's folder; headers are in those bytes."""
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            yield f"{path.name} {path.stat().st_size} ".encode() + file.read(10**6)
