@@ -40,8 +40,8 @@ def split(checkpoint, mesh):
     parallelize_module(language, mesh, plan(language), src_data_rank=None)
     share = Share(mesh)
     for name, weight in language.named_parameters():
-        if isinstance(weight, DTensor) and weight.placements[0].is_shard():
-            share.dims[f"language_model.{name}"] = weight.placements[0].dim
+        if isinstance(weight, DTensor):
+            share.placements[f"language_model.{name}"] = weight.placements[0]
     if checkpoint.lookahead is not None:
         split_adapters(checkpoint.lookahead, share)
     return replace(checkpoint, step=plain_step, share=share)
@@ -74,10 +74,10 @@ def split_adapters(lookahead, share):
             c_out = len(lora.lora_B)
             if name in ROWWISE:
                 c_in //= share.ranks
-                share.dims[f"layers.{i}.{name}.lora_A"] = 1
+                share.placements[f"layers.{i}.{name}.lora_A"] = Shard(1)
             else:
                 c_out //= share.ranks
-                share.dims[f"layers.{i}.{name}.lora_B"] = 0
+                share.placements[f"layers.{i}.{name}.lora_B"] = Shard(0)
             with torch.device("meta"):
                 setattr(adapter, name, LocalLoRA(torch.nn.Linear(c_in, c_out), lora.rows, rank))
 
@@ -93,11 +93,12 @@ class LocalLoRA(LoRA):
 class Share:
     """The part of one process; see `model.share.Whole` for the methods.
 
-    dims    {canonical name: the dimension in which a tensor is divided}; all others are whole in every process
+    placements   {canonical name: Shard(dimension) or Replicate()}; without an entry a tensor is whole and a plain one
     """
 
     def __init__(self, mesh):
-        self.mesh, self.ranks, self.rank, self.dims = mesh, mesh.size(), mesh.get_local_rank(), {}
+        self.mesh, self.ranks, self.rank = mesh, mesh.size(), mesh.get_local_rank()
+        self.placements = {}
 
     def gather(self, own):
         sent = own.view(torch.uint8) if own.dtype == torch.bool else own  # no backend sends bool
@@ -115,26 +116,28 @@ class Share:
         return DTensor.from_local(sent, self.mesh, [placement], run_check=False).full_tensor().to(own.device)
 
     def read(self, name, file, key, **kind):
-        dim = self.dims.get(name)
-        if dim is None:
-            return file.get_tensor(key).to(**kind)
-        piece = file.get_slice(key)
-        shape = piece.get_shape()
-        start, stop = self._bounds(shape[dim])
-        own = (piece[start:stop] if dim == 0 else piece[:, start:stop]).to(**kind).contiguous()
-        if not name.startswith("language_model."):
+        placement, piece = self.placements.get(name), file.get_slice(key)
+        if not isinstance(placement, Shard):
+            own = file.get_tensor(key).to(**kind)
+        else:
+            start, stop = self._bounds(piece.get_shape()[placement.dim])
+            own = piece[start:stop] if placement.dim == 0 else piece[:, start:stop]
+            own = own.to(**kind).contiguous()
+        if placement is None or not name.startswith("language_model."):
             return own
+        shape = torch.Size(piece.get_shape())
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(own, self.mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+        return DTensor.from_local(own, self.mesh, [placement], run_check=False, shape=shape, stride=stride)
 
     def numbers(self, weight, at):
-        if not isinstance(weight, DTensor):
-            return weight[at]
+        own = weight.to_local() if isinstance(weight, DTensor) else weight
+        if own is weight or not weight.placements[0].is_shard():
+            return own[at]
         dim = weight.placements[0].dim
         start, stop = self._bounds(weight.shape[dim])
         here, at = (at[dim] >= start) & (at[dim] < stop), list(at)
         at[dim] = (at[dim] - start).clamp(0, max(0, stop - start - 1))
-        return self.total(torch.where(here, weight.to_local()[tuple(at)], 0))
+        return self.total(torch.where(here, own[tuple(at)], 0))
 
     def _bounds(self, size):
         """The part of this process in `size` numbers. Only words may be divided unevenly, as `torch.chunk` does."""

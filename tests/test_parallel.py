@@ -1,0 +1,279 @@
+"""Tensor parallel: several processes with gloo on this machine answer like one, and end together."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCAB, refusal, write_json
+from one_of_many import answered, sizes
+from test_parity import noise
+
+import run
+from model import load, open_checkpoint
+from model.parallel import split
+from tests.paths import DEMO, DEMO_PICTURE, ROOT
+
+LAYERS = 3
+LIMIT = 240  # seconds for a group of processes; then all are killed, and the test fails
+NEXT_GRID = [[28 * rows, 28 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+
+
+def start(world, *argv, each=lambda rank: (), **environment):
+    """Start `python *argv *each(rank)` for each rank as torchrun does -> list of Popen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, argv), *map(str, each(rank))], cwd=ROOT, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | own | {"RANK": str(rank)} | environment,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def finish(processes, limit=LIMIT):
+    """-> [(exit code, stdout, stderr)] of the processes. All are killed after the limit."""
+    end = time.monotonic() + limit
+    try:
+        told = [p.communicate(timeout=max(0.1, end - time.monotonic())) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, *streams) for p, streams in zip(processes, told, strict=True)]
+
+
+def the_line(ended):
+    """The only line that the processes printed about their end; only one of them printed any."""
+    lines = [line for _, _, err in ended for line in err.splitlines() if line.startswith(("error:", "Traceback"))]
+    assert len(lines) == 1 and re.fullmatch("error: .+[;,] .+", lines[0]), ended
+    return lines[0]
+
+
+ANY = ["plphp", "plphp-ada", "hired+plphp", "h2o", "fastv"]
+YOPO = "yopo:neurons=1,threshold=0.5,heads=[[1,0,0,0,0,0,1,0],[0,0,1,0,1,0,0,0],[0,0,0,0,0,1,0,0]]"
+SHAPES = {  # name: text config, vision config, top of config.json, methods
+    "mha": ({"num_key_value_heads": 4, "vocab_size": VOCAB - 1}, {}, {}, [None, *ANY]),
+    "gqa": ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "attention_bias": True},
+            {}, {}, [None, *ANY, "topk:values=true", "zipvl", "sparsevlm", "pyramiddrop", YOPO]),
+    "next": ({"num_key_value_heads": 4}, {}, {"model_type": "llava_next", "image_grid_pinpoints": NEXT_GRID},
+             [None, "plphp", "h2o", "fastv"]),
+    "onevision": (
+        {"model_type": "qwen2", "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+        {"model_type": "siglip_vision_model", "patch_size": 9},
+        {"model_type": "llava_onevision", "image_grid_pinpoints": NEXT_GRID}, [None, "plphp", "plphp-ada", "h2o"]),
+}  # fmt: skip
+COUNTED = [None, "plphp", "plphp-ada", "fastv", "h2o"]
+
+
+@pytest.fixture(scope="module")
+def cases(make_checkpoint, tmp_path_factory):
+    """{shape: case of one_of_many.py}; a folder with a checkpoint and a picture for each."""
+    found = {}
+    for name, (text, vision, top, methods) in SHAPES.items():
+        folder = tmp_path_factory.mktemp(name)
+        make_checkpoint(folder, text | {"num_hidden_layers": LAYERS}, vision, top, seed=3)
+        if "image_grid_pinpoints" in top:
+            kind = {"next": "LlavaNextImageProcessor", "onevision": "LlavaOnevisionImageProcessor"}[name]
+            size = {"height": 28, "width": 28} if name == "onevision" else {"shortest_edge": 28}
+            more = {"image_processor_type": kind, "image_grid_pinpoints": NEXT_GRID, "size": size}
+            write_json(folder / "preprocessor_config.json", more | {"crop_size": {"height": 28, "width": 28}})
+        noise(60, 40, seed=1).save(folder / "picture.png")
+        counted = COUNTED if name == "mha" else []
+        found[name] = {"folder": str(folder), "picture": str(folder / "picture.png"), "methods": methods}
+        found[name]["counted"] = counted
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.thorough)])
+def shared(request, cases, tmp_path_factory):
+    """(number of processes, {shape: what one_of_many.py found})."""
+    folder = tmp_path_factory.mktemp("answers")
+    (folder / "cases.json").write_text(json.dumps(list(cases.values())))
+    ended = finish(start(request.param, ROOT / "tests" / "one_of_many.py", folder))
+    assert [code for code, _, _ in ended] == [0] * request.param, ended[0][2][-2000:]
+    return request.param, dict(zip(cases, torch.load(folder / "answers.pt"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(cases):
+    """{shape: the results of one process}."""
+    return {name: answered(load(c["folder"], "fp32"), c["methods"], c["picture"]) for name, c in cases.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_processes_answer_like_one(shared, alone, shape):
+    (found, batch), _, _ = shared[1][shape]
+    wanted, together = alone[shape]
+    assert batch == together and len(batch) == 4
+    for method, one in wanted.items():
+        many = found[method]
+        assert many["token_ids"] == one["token_ids"] and len(one["token_ids"]) == 32, method
+        assert torch.equal(many["masks"], one["masks"]) and many["kept"] == one["kept"], method
+        assert many["logits"].shape == one["logits"].shape and one["logits"].std() > 0.5
+        torch.testing.assert_close(many["logits"], one["logits"], rtol=0, atol=1e-4)
+        assert all(many[name] == one[name] for name in ("bytes_held", "bytes_reserved")), method  # 1.0 x in all
+    assert len({str(one["kept"]) for one in wanted.values()}) >= 3  # the methods differ
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_process_holds_or_reads_much_more_than_its_part(shared, cases, shape):
+    world, found = shared
+    _, memory, _ = found[shape]
+    whole = load(cases[shape]["folder"], "bf16").model
+    language, everything = sizes(whole.language_model), sizes(whole)
+    assert language <= sum(own for own, _, _ in memory) <= 1.02 * language
+    for own, held, peak in memory:
+        assert own <= 0.6 * language if world == 2 else own <= 0.35 * language
+        assert held == own + everything - language  # tower and projector are whole
+        assert 0.9 * held <= peak <= 1.1 * held
+
+
+def test_a_layer_has_two_all_reduces_and_a_method_one_all_gather(shared):
+    """Beyond the layers: one all-reduce for the embedding, per run of text; one all-gather for the head."""
+    _, _, counts = shared[1]["mha"]
+    layers, pieces = LAYERS, 2  # text before and behind the picture
+    plain = counts[None]
+    ends = {"all_gather_into_tensor": 2, "all_reduce": pieces + 1}  # the head, kept tokens; the embedding, bytes
+    assert plain[0] == {**ends, "all_reduce": ends["all_reduce"] + 2 * layers}
+    assert plain[1] == {"all_reduce": 1 + 2 * layers, "all_gather_into_tensor": 1}
+    for method, (prefill, step) in counts.items():
+        assert step == plain[1] and prefill["all_reduce"] == plain[0]["all_reduce"], method
+        more = prefill["all_gather_into_tensor"] - plain[0]["all_gather_into_tensor"]
+        assert 0 <= more <= layers and (more == layers) == (method in ("plphp", "h2o")), (method, more)
+
+
+# ---------------------------------------------------------------- run.py
+
+ASK = "run.py", "--image", DEMO_PICTURE, "--prompt", "How many objects are there?"
+
+
+def test_one_process_prints_one_answer(cli):
+    ended = finish(start(2, *ASK, "--prune", "plphp"))
+    assert [(code, out) for code, out, _ in ended] == [(0, "The picture has four objects.\n"), (0, "")]
+    assert ended[1][2] == "" and ended[0][2] == cli(*ASK[1:], "--prune", "plphp")[2]
+
+
+def begun(process):
+    """Wait until the process has printed the start of its answer -> that text."""
+    read = process.stdout.read(3)
+    assert read, process.communicate(timeout=LIMIT)
+    return read
+
+
+def slowed(folder):
+    """A program that runs run.py, where each decode step takes half a second, so that a test can interrupt it."""
+    program = folder / "slowly.py"
+    program.write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import run, model.llama as llama\n"
+        "step = llama.Llama.step\n"
+        "def slow(*args): time.sleep(0.5); return step(*args)\n"
+        "llama.Llama.step = slow\nsys.exit(run.as_command(run.main))\n"
+    )
+    return program
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_process_ends_all_in_seconds_with_one_line(tmp_path, victim):
+    processes = start(2, slowed(tmp_path), *ASK[1:])
+    begun(processes[0])
+    processes[victim].kill()
+    killed = time.monotonic()
+    ended = finish(processes)
+    assert time.monotonic() - killed < 10
+    assert ended[1 - victim][0] == 1 and "another process ended" in the_line(ended)
+
+
+def test_ctrl_c_ends_all_with_130_and_one_line(tmp_path):
+    processes = start(2, slowed(tmp_path), *ASK[1:])
+    text = begun(processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    ended = finish(processes)
+    assert time.monotonic() - sent < 10 and [code for code, _, _ in ended] == [130, 130]
+    told = [line for _, _, err in ended for line in err.splitlines() if "interrupted" in line]
+    assert len(told) == 1 and text in "The picture has four objects." and ended[1][1:] == ("", "")
+
+
+def test_the_error_of_one_process_is_told_by_it():
+    ended = finish(start(2, *ASK, each=lambda rank: ("--image", "nowhere.png") if rank == 1 else ()))
+    assert "nowhere.png" in the_line(ended) and "nowhere.png" in ended[1][2]
+    assert ended[1][0] == 2 and ended[0][0] != 0
+
+
+def test_an_error_of_all_processes_is_told_once():
+    ended = finish(start(2, *ASK, "--prune", "nothing"))
+    assert "nothing" in the_line(ended) and [code for code, _, _ in ended] == [2, 2]
+
+
+def test_processes_with_different_files_are_refused(make_checkpoint, tmp_path):
+    for rank in range(2):
+        make_checkpoint(tmp_path / str(rank), {"num_hidden_layers": 1 + rank})
+    ended = finish(start(2, *ASK, each=lambda rank: ("--model", tmp_path / str(rank))))
+    assert the_line(ended).startswith("error: the checkpoint of process 1 differs") and ended[0][0] == ended[1][0] == 2
+
+
+# ---------------------------------------------------------------- refusals in this process
+
+
+@pytest.mark.parametrize(("world", "fit"), [(3, "use 1, 2, 4"), (8, "use 1, 2, 4")])
+def test_world_sizes_that_do_not_fit_the_heads_are_refused(world, fit):
+    mesh = SimpleNamespace(size=lambda: world)
+    assert refusal(split, open_checkpoint(DEMO), mesh).endswith(fit)
+
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("MASTER_ADDR", "", "MASTER_ADDR is not set"), ("MASTER_PORT", "", "MASTER_PORT is not set"),
+    ("MASTER_PORT", "x", "MASTER_PORT is x"), ("RANK", "", "RANK is not set"), ("RANK", "2", "RANK is 2"),
+    ("WORLD_SIZE", "two", "WORLD_SIZE is two"),
+])  # fmt: skip
+def test_what_torchrun_would_have_set_is_needed(monkeypatch, refused, name, value, said):
+    for key, given in (WHOLE | {name: value}).items():
+        monkeypatch.setenv(key, given)
+    if (name, value) == ("RANK", "2"):
+        with pytest.raises(InputError, match="RANK is 2"):
+            connect()
+    else:
+        assert said in refused(*ASK[1:])
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--tp", "2"], "torchrun --nproc-per-node 2"), (["--tp", "0"], "--tp is 0"),
+])  # fmt: skip
+def test_one_process_cannot_share_a_model(refused, words, said):
+    assert said in refused(*ASK[1:], *words)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ([], "stdin belongs to none"), (["--prompt", "-"], "stdin belongs to none"), (["--prompt", "x", "--compile"],
+     "--compile is for one process"), (["--prompt", "x", "--tp", "1"], "--tp 1 is not the number"),
+])  # fmt: skip
+def test_what_several_processes_cannot_do_is_refused(capsys, words, said):
+    with pytest.raises(SystemExit):
+        run.command(words, team=SimpleNamespace(size=2))
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("neurons", [0.5, 1.0])
+def test_a_part_of_the_neurons_is_refused(neurons):
+    share = SimpleNamespace(ranks=2, own=lambda heads: heads)
+    pruning = Pruning(make_method("yopo:heads=[[1]]"), 1, [(0, 2)], share=share)
+    q = torch.zeros(1, 1, 4, 8)
+    looking = Looking(torch.ones(1, dtype=torch.bool), neurons=neurons)
+    if neurons < 1:
+        assert "neurons=1" in refusal(pruning._look, q, q, q, looking)
+    else:
+        assert pruning._look(q, q, q, looking).shape == q.shape
