@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -51,7 +52,7 @@ def together(command):
         sys.stdout.flush()
         os._exit(code)  # connections that are still open must not keep it
     sys.stdout, sys.stderr = streams
-    dist.destroy_process_group()
+    team.finish()
     return 0
 
 
@@ -64,6 +65,8 @@ def with_patience(team, code):
         team.tell(f"error: {ENDED}\n", WAIT * (1 + team.rank))
     else:
         team.tell(line, 2 * WAIT * (team.rank > 0))  # process 0 mostly fails in the same way
+    if team.rank == 0:
+        time.sleep(WAIT)  # its end may close the store; until then the others hear that it has told
 
 
 ENDED = "another process ended, so all end; torchrun reports which"
@@ -121,9 +124,11 @@ class Team:
 
     def __init__(self, store, rank, size):
         self.store, self.rank, self.size, self.mesh = dist.PrefixStore("plphp", store), rank, size, None
-        self.voice = Voice(sys.stderr, rank)
+        self.voice, self.lock, self.told, self.over = Voice(sys.stderr, rank), threading.Lock(), False, False
+        self.listening = dist.PrefixStore("plphp", store.clone())  # a connection of its own
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the threads that start later
-        threading.Thread(target=self._terminated, daemon=True).start()
+        for watch in (self._terminated, self._listen):
+            threading.Thread(target=watch, daemon=True).start()
 
     def _terminated(self):
         """Waits for SIGTERM in a thread, because the main one may wait for a device."""
@@ -131,18 +136,42 @@ class Team:
         self.tell(f"error: {ENDED}\n", WAIT * self.rank)
         os._exit(128 + signal.SIGTERM)
 
+    def _listen(self):
+        """Waits until a process has told why all end, and ends this one if its main thread still waits for others."""
+        try:
+            self.listening.wait(["told"], timedelta(days=365))
+            self.told = True
+        except RuntimeError:  # the store was in process 0, which has ended
+            if self.over:
+                return
+            self.tell(f"error: {ENDED}\n", 0)
+        time.sleep(3 * WAIT)
+        os._exit(1)
+
     def tell(self, line, patience):
         """Print the line, unless another process tells within so many seconds why all end."""
-        end = time.monotonic() + patience
-        try:
-            while not self.store.add("told", 0) and time.monotonic() < end:
-                time.sleep(0.02)
-            mine = self.store.add("told", 1) == 1
-        except RuntimeError:  # the store was in a process that has ended: process 0
-            mine = self.rank == 1
-        if mine:
-            self.voice.stream.write(line)
-            self.voice.stream.flush()
+        with self.lock:
+            end = time.monotonic() + patience
+            try:
+                while not self.store.add("asked", 0) and time.monotonic() < end:
+                    time.sleep(0.02)
+                mine = self.store.add("asked", 1) == 1
+            except RuntimeError:
+                mine = self.rank == 1
+            if mine and not self.told:
+                self.voice.stream.write(line)
+                self.voice.stream.flush()
+            self.told = True
+            with suppress(RuntimeError):
+                self.store.set("told", "")
+
+    def finish(self):
+        """End without an error. Process 0, which may hold the store, is the last."""
+        self.over = True
+        self.store.add("done", 1)
+        while self.rank == 0 and self.store.add("done", 0) < self.size:
+            time.sleep(0.01)
+        dist.destroy_process_group()
 
     def device(self, name):
         """The device of this process, if --device is `name`. InputError for the number of a CUDA device."""

@@ -18,7 +18,12 @@ from test_parity import noise
 
 import run
 from model import load, open_checkpoint
+from model.config import InputError
 from model.parallel import split
+from model.processes import connect
+from model.pruning import make_method
+from model.pruning.yopo import Looking
+from model.view import Pruning
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 
 LAYERS = 3
@@ -158,9 +163,14 @@ ASK = "run.py", "--image", DEMO_PICTURE, "--prompt", "How many objects are there
 
 
 def test_one_process_prints_one_answer(cli):
-    ended = finish(start(2, *ASK, "--prune", "plphp"))
-    assert [(code, out) for code, out, _ in ended] == [(0, "The picture has four objects.\n"), (0, "")]
-    assert ended[1][2] == "" and ended[0][2] == cli(*ASK[1:], "--prune", "plphp")[2]
+    """With look-ahead rows, whose adapters are divided too; started by torchrun, as in tools/README.md."""
+    command = sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"
+    words = *map(str, ASK), "--prune", "plphp:query=lookahead", "--json"
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=True)
+    _, out, err = cli(*words[1:])
+    many, one = (json.loads(told) for told in (done.stdout, out))
+    assert many["text"] == "The picture has four objects." and many["token_ids"] == one["token_ids"]
+    assert many["prune"] == one["prune"] and done.stderr.splitlines()[-len(err.splitlines()) :] == err.splitlines()
 
 
 def begun(process):
@@ -176,7 +186,7 @@ def slowed(folder):
     program.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import run, model.llama as llama\n"
         "step = llama.Llama.step\n"
-        "def slow(*args): time.sleep(0.5); return step(*args)\n"
+        "def slow(*args, **options): time.sleep(0.5); return step(*args, **options)\n"
         "llama.Llama.step = slow\nsys.exit(run.as_command(run.main))\n"
     )
     return program

@@ -176,6 +176,8 @@ def test_commands_of_the_pages_parse(command, monkeypatch, capsys):
             parser().parse_args(words[2:])
         except SystemExit as left:  # -h and the like leave with 0
             assert not left.code, capsys.readouterr().err
+    elif words[0] == "torchrun":
+        parser().parse_args(words[words.index("run.py") + 1 :])
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).is_file() for word in words[3:] if word.startswith("tests/"))
     elif words[0] == "python":
@@ -268,6 +270,7 @@ def test_worked_examples_print_what_they_show(page, tmp_path):
     for command, lines in commands(page, ["console"]):
         placed = re.sub(r"\bout/", f"{tmp_path}/", command)
         placed = re.sub(r"\bpython ", f"{sys.executable} ", placed)
+        placed = re.sub(r"\btorchrun ", f"{sys.executable} -m torch.distributed.run ", placed)
         done = subprocess.run(["bash", "-c", f"set -e -o pipefail; {placed}"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout.replace(f"{tmp_path}/", "out/").splitlines() == lines, command
