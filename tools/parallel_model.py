@@ -160,7 +160,7 @@ def rows(shape, machine, numbers, batch, links=link_of, size=2):
 
 
 def verdict(shape, machine, numbers, batch, links=link_of, size=2):
-    """(number of ranks with the fastest step, largest number of which each does half of what one alone does or more)."""
+    """(ranks of the fastest step, the most ranks of which each does at least half of what one alone does)."""
     times = {1: step_time(shape, machine, 1, None, batch, size=size).total}
     times |= {n: step_time(shape, machine, n, links(n), batch, size=size).total for n in numbers if n > 1}
     times = {ranks: seconds for ranks, seconds in times.items() if fits(shape.config, ranks)}
