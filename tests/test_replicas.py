@@ -113,7 +113,28 @@ def test_a_slow_question_holds_nobody_up_and_no_answer_back(tmp_path, demo, aske
     assert "8 questions in" in told and "by 2 replicas (" in told and "24 tokens), 1 already answered" in told
 
 
-def test_notes_of_other_replicas_are_said(tmp_path, demo, asked, monkeypatch, capsys, failing):
+def test_process_0_waits_for_questions_that_others_have_taken(tmp_path, demo, asked, monkeypatch, capsys):
+    monkeypatch.setattr("model.replicas.POLL", 0)
+    zero, one = replicas_of(2)
+    late = iter([lambda: one.send("a note"), lambda: one.send(0, "late", {}, {"failed": 1}), one.leave])
+    monkeypatch.setattr(questions.time, "sleep", lambda _: next(late)())  # time goes on only while process 0 waits
+    path, args, wait = (
+        tmp_path / "a.jsonl",
+        SimpleNamespace(keep_errors=False, batch=3),
+        SimpleNamespace(warn=lambda: None),
+    )
+    assert next(one.take([0, 1])) == 0
+    with questions.open_answers(path) as file:
+        answers = questions.Answers(file, {"model": "demo"})
+        ask = lambda question: Generation(demo, question.text, (), Sampling(2))  # noqa: E731
+        assert questions.run_file(asked[:2], answers, ask, args, None, wait, zero) == 0
+    assert [line["text"] == "late" for line in read_lines(path)] == [True, False]
+    told = capsys.readouterr().err
+    assert "note: a note\n" in told and "2 questions in" in told and "1 could not be answered" in told
+    assert next(late, None) is None  # process 0 left after the other
+
+
+def test_notes_of_other_replicas_are_sent(demo, asked, monkeypatch, failing):
     monkeypatch.setattr("model.replicas.POLL", 0)
     zero, one = replicas_of(2)
     one.store.set("offer", "[0, 1, 2]")
@@ -123,6 +144,16 @@ def test_notes_of_other_replicas_are_said(tmp_path, demo, asked, monkeypatch, ca
     messages = [*zero.receive()]
     assert "out of memory with 2 questions at once" in messages[0][0]
     assert sorted(number for number, *_ in messages[1:]) == [0, 1, 2]
+
+
+def test_memory_that_runs_out_in_a_shared_model_ends_the_run(demo, asked, failing):
+    """The other processes of the replica do not know of it, so trying again would divide the work on two questions."""
+    failing(Batch, "advance", MemoryError("out of memory"), where=lambda batch: len(batch.running) > 1)
+    replica = SimpleNamespace(shared=True, take=iter, agreed=lambda ask, question: ask(question))
+    with pytest.raises(MemoryError):
+        questions.answer_some(
+            asked, [0, 1], lambda q: Generation(demo, q.text), SimpleNamespace(batch=2), print, print, replica
+        )
 
 
 # ---------------------------------------------------------------- processes
@@ -155,9 +186,11 @@ import model.questions as q
 read = q.read_questions
 q.read_questions = lambda *given: read(*given)[rank:]
 """
+OTHER_MODEL = "import model.questions as q; q.named_model = lambda *_: str(rank)"
 REFUSED = {  # words of the only line: (exit code, processes, hook, more flags)
     "a bug; run again with --debug": (1, 2, A_BUG),
     "the file of questions of process 1 differs from that of process 0; give": (2, 2, OTHER_FILE),
+    "dtype or another setting of process 1 differs from that of process 0; give": (2, 2, OTHER_MODEL),
     "--tp 2 does not divide 3 processes; use": (2, 3, "", "--tp", "2"),
     "is not an answer of this program": (2, 2, "", "--answers", "{folder}/other.jsonl"),
 }
