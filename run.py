@@ -49,7 +49,7 @@ def command(argv, team=None):
         if args.questions is not None:
             from model.questions import answer_file
 
-            return answer_file(args)
+            return answer_file(args, team)
         return answer(args, team)
     except KeyboardInterrupt:  # while loading; `write` catches it during an answer
         return fail("interrupted" + ("; nothing was written" if args.prompt or args.questions else ""), 130)

@@ -174,44 +174,51 @@ def keep_sequences(cache, sequences):
     cache.moved()
 
 
-def answer_each(begin, questions, size, crowded=None):
+def answer_each(begin, questions, size, crowded=None, meanwhile=None):
     """Answer the questions, at most `size` at a time. Yields (index, finished Generation or exception) as they end.
 
+    questions: an iterable; the next one is taken when there is room for it, and the index counts those taken.
     begin(question): returns its Generation, or raises the InputError that is yielded instead. If memory runs out,
     crowded(number of questions) is called and they are tried one by one; a question that does not fit alone yields its
     error. Without `crowded` the error is raised. Errors are yielded without tracebacks, whose frames hold tensors.
+    meanwhile() is called before each step.
     """
-    batch, running, queue = Batch(), {}, deque(range(len(questions)))  # running: index -> its Generation
+    batch, running, queue = Batch(), {}, deque()  # running: index -> (question, its Generation); queue: to be retried
+    numbered = enumerate(questions)
     alone = set()  # questions that did not fit in memory with others
 
-    def fits(number):
-        return not running or (len(running) < size and not alone.intersection((number, *running)))
+    def room():
+        return not running or (len(running) < size and not queue and alone.isdisjoint(running))
 
-    while queue or running:
+    while True:
         try:
-            while queue and fits(queue[0]):
-                number = queue.popleft()
-                running[number] = None
+            while room() and (asked := queue.popleft() if queue else next(numbered, None)):
+                number, question = asked
+                running[number] = question, None
                 try:
-                    running[number] = begin(questions[number])
-                    batch.add(running[number])
+                    running[number] = question, begin(question)
+                    batch.add(running[number][1])
                 except InputError as wrong:
                     del running[number]
                     yield number, InputError(str(wrong))
+            if not running:
+                return
+            if meanwhile:
+                meanwhile()
             for generation in batch.advance():
-                number = next(n for n, other in running.items() if other is generation)
+                number = next(n for n, (_, other) in running.items() if other is generation)
                 del running[number]
                 yield number, generation
         except Exception as broken:
             if crowded is None or not out_of_memory(broken):
                 raise
-            batch, tried, running = Batch(), sorted(running), {}  # the cache may be inconsistent
+            batch, tried = Batch(), sorted((n, question) for n, (question, _) in running.items())
+            running = {}  # the cache may be inconsistent
             if len(tried) == 1:
-                yield tried[0], broken.with_traceback(None)
+                yield tried[0][0], broken.with_traceback(None)
             else:
                 crowded(len(tried))
-                queue.extendleft(reversed(tried))
-                alone.update(tried)
+                queue, alone = deque(tried), {number for number, _ in tried}
 
 
 def answer_together(begin, questions, size):

@@ -192,7 +192,7 @@ def parser():
     add("--kv-dtype", type=one_of("auto", "int8", "fp8"), default="auto", metavar="TYPE",
         help="cached K and V: %(type)s (auto: as --dtype)")
     add("--compile", action="store_true", help="torch.compile: slow start, then faster on a CPU")
-    add("--tp", type=count, metavar="N", help="processes that share the model, under torchrun (default: all)")
+    add("--tp", type=count, metavar="N", help="processes per model, under torchrun (default: all; --questions: 1)")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads, %(type)s (default: one per core)")
 
     add = p.add_argument_group("output").add_argument

@@ -69,11 +69,14 @@ class Question:
         return {what: tuple(_short(name) if _is_data(name) else name for name in given[what]) for what in given}
 
 
-def answer_file(args):
-    """Answer --questions into --answers. Returns the exit code."""
+def answer_file(args, team=None):
+    """Answer --questions into --answers. team: of this process, if there are several. Returns the exit code."""
     questions = read_questions(args.questions, args.num_chunks or 1, args.chunk_idx or 0)
-    device = choose_device(args.device, args.backend, args.threads)
-    checkpoint = open_checkpoint(args.model)
+    device = choose_device(team.device(args.device) if team else args.device, args.backend, args.threads)
+    checkpoint, replicas = open_checkpoint(args.model), None
+    if team:
+        checkpoint, replicas = divided(checkpoint, team, args.tp or 1, device)
+        team.same("the file of questions", (repr(question).encode() for question in questions))
     given, folder = options(args, checkpoint), Path(args.image_folder or Path(args.questions).parent).resolve()
     # invalid options would fail for every question, so they are checked once here
     example = Generation(checkpoint, "?", **given)
@@ -96,11 +99,28 @@ def answer_file(args):
         )
         return Generation(checkpoint, question.text, images, frames=frames, **given)
 
+    if team:
+        team.same("model, folder of the pictures, dtype or another setting", [json.dumps(settings).encode()])
+        if team.rank:
+            checkpoint.read_weights(args.dtype, device)
+            help_out(questions, ask, args, replicas)
+            return 0
     with open_answers(args.answers) as file:
         answers = Answers(file, settings)  # checks the file before the weights are read
         checkpoint.read_weights(args.dtype, device)
         introduce(args, example)
-        return run_file(questions, answers, ask, args, example.prune, CoreWait(device))
+        return run_file(questions, answers, ask, args, example.prune, CoreWait(device), replicas)
+
+
+def divided(checkpoint, team, tp, device):
+    """(this process's part of the opened Checkpoint, Replicas): the processes of a Team form replicas of tp each."""
+    from .parallel import split
+    from .processes import contents
+    from .replicas import Replicas
+
+    team.divide(tp, device.type)
+    team.same("the checkpoint", contents(checkpoint.folder))
+    return split(checkpoint, team.mesh["tp"]) if tp > 1 else checkpoint, Replicas(team, tp)
 
 
 def named_model(name, folder):
@@ -256,10 +276,11 @@ class Answers:
         return Line(key, "error" in about, data.removeprefix(codecs.BOM_UTF8))
 
     def missing(self, questions, keep_errors):
-        """(questions to be answered, number of questions with an answer). keep_errors: do not retry failed ones."""
+        """(numbers of the questions to be answered, number of those with an answer). keep_errors: do not retry failed
+        ones."""
         done, failed = (Counter(line.key for line in self.lines if line.failed is kind) for kind in (False, True))
         missing, errors, answers = [], 0, done.total()
-        for question in questions:
+        for number, question in enumerate(questions):
             if done[question.key]:
                 done[question.key] -= 1
                 continue
@@ -267,7 +288,7 @@ class Answers:
             failed[question.key] -= before
             errors += before
             if not (before and keep_errors):
-                missing.append(question)
+                missing.append(number)
         if errors:
             fate = "are kept (--keep-errors)" if keep_errors else "are tried again; --keep-errors skips them"
             note(f"{errors} questions that could not be answered before {fate}")
@@ -319,7 +340,6 @@ class Answers:
             os.replace(new, path)
         finally:
             new.unlink(missing_ok=True)
-        note(f"sorted the lines of {self.path} in the order of the questions")
 
 
 def _is_partial(line):
@@ -334,30 +354,25 @@ def _is_partial(line):
 # ---------------------------------------------------------------- answering
 
 
-def run_file(questions, answers, ask, args, method, wait):
+def run_file(questions, answers, ask, args, method, wait, replicas=None):
     """Answer what is missing and print a summary -> exit code. Answers written before an interruption stay.
 
     ask(question) returns its Generation. If it raises InputError, or memory runs out, the answer is "" with
-    metadata.error. method: of pruning, or None; wait: a `CoreWait`.
+    metadata.error. Each line is written when its answer is finished; at the end the lines are sorted. method: of
+    pruning, or None; wait: a `CoreWait`; replicas: those of process 0, if several processes answer.
     """
     note_repeated_ids(questions)
     missing, done = answers.missing(questions, args.keep_errors)
-    start = said = time.perf_counter()
-    totals, count, why = Counter(), 0, None
-
-    def crowded(number):
-        note(f"out of memory with {number} questions at once, retrying one by one; lower --batch")
-
-    found = answer_each(ask, missing, args.batch or 1, crowded)
+    progress = Progress(questions, answers, len(missing), done, wait)
     try:
-        for text, metadata in in_order((number, outcome(answer, totals)) for number, answer in found):
-            answers.write(missing[count], text, metadata)
-            count, now, why = count + 1, time.perf_counter(), why or metadata.get("error")
-            if now - said >= (0.2 if sys.stderr.isatty() else 10):
-                left = (len(missing) - count) * (now - start) / count / 60
-                say(f"answered {done + count} of {done + len(missing)}, {left:.1f} min left")
-                said = now
-                wait.warn()
+        if replicas:
+            replicas.offer(missing)
+            answer_some(questions, missing, ask, args, progress.add, note, replicas, lambda: progress.hear(replicas))
+            while progress.count < len(missing):
+                time.sleep(0.02)
+                progress.hear(replicas)
+        else:
+            answer_some(questions, missing, ask, args, progress.add, note)
         try:
             answers.settle(questions)
         except OSError as broken:
@@ -366,19 +381,88 @@ def run_file(questions, answers, ask, args, method, wait):
         say(f"interrupted; {answers.path} holds the answers so far, the same command resumes")
         return 130
     wait.warn()
-    seconds = time.perf_counter() - start
-    line = "1 question" if count == 1 else f"{count} questions"
-    line += f" in {seconds:.1f} s ({count / seconds:.2f} per second, {totals['tokens']} tokens)"
-    if done:
-        line += f", {done} already answered"
-    if totals["failed"]:
-        line += f"; {totals['failed']} could not be answered, see metadata.error in their lines (the first: {why})"
-    say(line)
-    if vision := totals["vision"]:
-        off = off_budget(method, totals["kept"] / vision, totals["wanted"] / vision or None)
-        if off:
-            note(off)
+    progress.sum_up(method, f" by {replicas.said}" if replicas else "")
+    if replicas:
+        replicas.leave()
     return 0
+
+
+def help_out(questions, ask, args, replicas):
+    """Answer questions in another process than 0, which writes them."""
+    answer_some(questions, replicas.offered(), ask, args, replicas.send, replicas.send, replicas)
+    replicas.leave()
+
+
+def answer_some(questions, numbers, ask, args, found, tell, replicas=None, meanwhile=None):
+    """Answer the questions with these numbers, or of several replicas those that this one takes.
+
+    found(number, text, metadata, counts) is called for each, see `outcome`; tell(text) for a note; meanwhile() before
+    each step.
+    """
+    taken = []
+
+    def asked():
+        for number in replicas.take(numbers) if replicas else numbers:
+            taken.append(number)
+            yield questions[number]
+
+    def begin(question):
+        return replicas.agreed(ask, question) if replicas else ask(question)
+
+    def crowded(number):
+        tell(f"out of memory with {number} questions at once, retrying one by one; lower --batch")
+
+    # the processes of a replica could not go on together if memory runs out in one of them
+    crowded = None if replicas and replicas.shared else crowded
+    for i, answer in answer_each(begin, asked(), args.batch or 1, crowded, meanwhile):
+        found(taken[i], *outcome(answer))
+
+
+class Progress:
+    """Writes the answers, counts them, and says how far the run is.
+
+    count       lines written in this run
+    """
+
+    def __init__(self, questions, answers, missing, done, wait):
+        """missing, done: how many questions have no answer, and how many have one already."""
+        self.questions, self.answers, self.missing, self.done, self.wait = questions, answers, missing, done, wait
+        self.count, self.totals, self.why = 0, Counter(), None
+        self.start = self.said = time.perf_counter()
+
+    def add(self, number, text, metadata, counts):
+        """Write an answer; see `outcome`."""
+        self.answers.write(self.questions[number], text, metadata)
+        self.totals.update(counts)
+        self.count, self.why, now = self.count + 1, self.why or metadata.get("error"), time.perf_counter()
+        if now - self.said >= (0.2 if sys.stderr.isatty() else 10):
+            left = (self.missing - self.count) * (now - self.start) / self.count / 60
+            say(f"answered {self.done + self.count} of {self.done + self.missing}, {left:.1f} min left")
+            self.said = now
+            self.wait.warn()
+
+    def hear(self, replicas):
+        """Write what other replicas have answered, and say their notes."""
+        for message in replicas.receive():
+            if len(message) == 1:
+                note(*message)
+            else:
+                self.add(*message)
+
+    def sum_up(self, method, who):
+        """The last line, and a note if the method kept another share than was asked for."""
+        seconds, totals = time.perf_counter() - self.start, self.totals
+        line = "1 question" if self.count == 1 else f"{self.count} questions"
+        line += f" in {seconds:.1f} s{who} ({self.count / seconds:.2f} per second, {totals['tokens']} tokens)"
+        if self.done:
+            line += f", {self.done} already answered"
+        if failed := totals["failed"]:
+            line += f"; {failed} could not be answered, see metadata.error in their lines (the first: {self.why})"
+        say(line)
+        if vision := totals["vision"]:
+            off = off_budget(method, totals["kept"] / vision, totals["wanted"] / vision or None)
+            if off:
+                note(off)
 
 
 def note_repeated_ids(questions):
@@ -391,33 +475,22 @@ def note_repeated_ids(questions):
         )
 
 
-def in_order(numbered):
-    """Yield the values of (number, value) pairs, which come in any order, from number 0 on without gaps."""
-    waiting, expected = {}, 0
-    for number, value in numbered:
-        waiting[number] = value
-        while expected in waiting:
-            yield waiting.pop(expected)
-            expected += 1
+def outcome(answer):
+    """(text, metadata, counts) of a finished Generation or an exception.
 
-
-def outcome(answer, totals):
-    """(text, metadata) of a finished Generation or an exception, which is added to totals.
-
-    totals: Counter of "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"), "kept" and
-    "wanted" (0 if no setting requests a number).
+    counts: "failed" questions, "tokens" of answers, and vision tokens: in all ("vision"), "kept" and "wanted" (0 if no
+    setting requests a number).
     """
-    failure = answer if isinstance(answer, Exception) else answer.failure
+    failure, counts = answer if isinstance(answer, Exception) else answer.failure, {}
     if failure is not answer and answer.kept and answer.prune:
         weight, wanted = answer.vision_tokens, answer.wanted or 0
-        totals.update(vision=weight, kept=weight * answer.retention, wanted=weight * wanted)
+        counts = {"vision": weight, "kept": weight * answer.retention, "wanted": weight * wanted}
     if failure:
-        totals["failed"] += 1
         memory = f"out of memory ({str(failure)[:200]}); try --dtype bf16"
-        return "", {"error": memory if out_of_memory(failure) else one_line(failure)}
-    totals["tokens"] += len(answer.token_ids)
+        error = memory if out_of_memory(failure) else one_line(failure)
+        return "", {"error": error}, counts | {"failed": 1}
     return answer.text, {
         "finish_reason": answer.finish_reason, "new_tokens": len(answer.token_ids),
         "prompt_tokens": answer.prompt_tokens, "vision_tokens": answer.vision_tokens,
         "kv_bytes_held": answer.bytes_held,
-    }  # fmt: skip
+    }, counts | {"tokens": len(answer.token_ids)}  # fmt: skip

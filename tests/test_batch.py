@@ -298,3 +298,21 @@ def test_a_failed_question_holds_no_memory_while_others_are_answered(demo, error
     for _, answer in answer_each(begin, [7, 7], 1, crowded=print):
         answers.append(answer)
     assert isinstance(answers[0], error) and len(answers[1].token_ids) == 2
+
+
+def test_a_question_is_taken_only_when_there_is_room(demo):
+    taken = []
+
+    def asked():
+        for number in range(5):
+            taken.append(number)
+            yield number
+
+    def begin(number):
+        return Generation(demo, "Describe the picture.", sampling=Sampling(max_new_tokens=1 + number))
+
+    ended = []
+    for number, _ in answer_each(begin, asked(), 2):
+        ended.append(number)
+        assert len(taken) <= len(ended) + 1
+    assert sorted(ended) == taken == [0, 1, 2, 3, 4]

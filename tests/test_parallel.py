@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from model.pruning import make_method
 from model.pruning.yopo import Looking
 from model.view import Pruning
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
+from tools import parallel_model
 
 LAYERS = 3
 LIMIT = 240  # seconds for a group of processes; then all are killed, and the test fails
@@ -155,6 +157,15 @@ def test_a_layer_has_two_all_reduces_and_a_method_one_all_gather(shared):
         assert step == plain[1] and prefill["all_reduce"] == plain[0]["all_reduce"], method
         more = prefill["all_gather_into_tensor"] - plain[0]["all_gather_into_tensor"]
         assert 0 < more <= layers if method else more == 0, (method, more)
+
+
+def test_the_counts_of_the_roofline_are_those_of_a_run(shared, cases):
+    """tools/roofline.py --tp calculates its times from them."""
+    _, _, counts = shared[1]["mha"]
+    config = open_checkpoint(cases["mha"]["folder"]).config.text_config
+    prefill = partial(parallel_model.prefill, config, tokens=9, text=5, runs=2)
+    assert counts[None] == [*map(parallel_model.counts, (prefill(), parallel_model.step(config)))]
+    assert counts["plphp"][0] == parallel_model.counts(prefill(measured=1))
 
 
 # ---------------------------------------------------------------- run.py

@@ -189,7 +189,7 @@ def test_commands_of_the_pages_parse(command, monkeypatch, capsys):
         for word in words[2:]:
             assert not word.startswith("--") or word in told, f"{words[1]} has no {word}"
     else:
-        known = ("git", "cd", "cp", "pip", "hf", "grep", "cat", "printf", "sed")
+        known = ("git", "cd", "cp", "cmp", "pip", "hf", "grep", "cat", "printf", "sed")
         assert words[0] in known, f"a command no test knows: {command}"
 
 

@@ -4,6 +4,8 @@
     python tools/roofline.py --retention 0.5 0.3 --batch 1 8     # other fractions kept, other batches
     python tools/roofline.py --stages --gpu H200                 # every stage of a picture and a question, on a GPU
     python tools/roofline.py --stages --shape next-mistral --vision 23000    # ten large pictures
+    python tools/roofline.py --tp 1 2 4 8 16 --batch 1 32        # a model divided among GPUs of one node, and of two
+    python tools/roofline.py --tp 8 --link 25 --latency 20       # with 25 GB/s from GPU to GPU, 20 us per collective
     python tools/roofline.py --kernel --gpu H100 A100            # predicted times of a decode step's attention
     python tools/roofline.py --kernel --gpu H100 --kv-dtype int8    # with K and V in 8 bits
     python tools/roofline.py --kernel --loads 4 --measured benchmarks/kernels-h200.json    # beside measured times
@@ -22,6 +24,10 @@ flops / peak. Activations, norms and softmax are not counted, so real stages tak
 memory of each stage, for the first --batch and everything kept, from the tensors that the code holds
 (tools/memory_model.py); then a line for each --retention says which stage needs most.
 
+--tp prints the time of a decode step and of a prefill when several GPUs share the model, and what each of them holds
+(tools/parallel_model.py has the arithmetic, and sources of the links). Launching kernels is not counted, and our steps
+with collectives are not captured in a graph: real steps take longer.
+
 --kernel predicts the time of a call of ragged_decode_append's Triton kernel, one layer, and first prints what it
 assumes, with sources (tools/kernel_model.py). One row per case:
 
@@ -38,7 +44,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import kernel_model, memory_model  # noqa: E402
+from tools import kernel_model, memory_model, parallel_model  # noqa: E402
 from tools.command import as_command, flags, number  # noqa: E402
 from tools.shapes import LAYERS, TIED, text_config  # noqa: E402
 from tools.shapes import SHAPES as CONFIGS  # noqa: E402
@@ -304,6 +310,42 @@ def short(x):
     return f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
 
 
+# ---------------------------------------------------------------- several GPUs
+
+DIVIDED = [shape for shape in SHAPES if shape.name.split(",")[0] in ("llava-1.5-7b", "llava-1.5-13b", "onevision-7b")]
+
+
+def parallel_tables(args, shapes):
+    """Print a table for each shape: a row for each --batch and number of ranks."""
+    machine, size = GPUS[(args.gpu or ["H100"])[0]], BYTES[args.dtype]
+
+    def links(ranks):
+        link, latency = args.link and 1e9 * args.link, None if args.latency is None else 1e-6 * args.latency
+        return parallel_model.link_of(ranks, link, latency)
+
+    said = {f"{link.name}: {short(1e-9 * link.bandwidth)} GB/s, {1e6 * link.latency:g} us per collective"
+            for link in map(links, args.tp)}  # fmt: skip
+    print(f"{machine.name}; " + "; ".join(sorted(said, reverse=True)))
+    for shape in shapes:
+        rows = [row for batch in args.batch for row in parallel_model.rows(shape, machine, args.tp, batch, links, size)]
+        print(f"\n{shape.name}\n\n{markdown(parallel_model.HEAD, rows)}\n")
+        for batch in args.batch:
+            fastest, half = parallel_model.verdict(shape, machine, args.tp, batch, links, size)
+            print(f"batch {batch}: fastest with {fastest}; with up to {half}, each does half of what one does alone")
+
+
+def parallel_summary(numbers=(1, 2, 4, 8, 16), batches=(1, 32)):
+    """Markdown for benchmarks/README.md: times of a step on H100s, and where more of them stop to pay."""
+    head = ["model and prompt", "batch", *(f"{n} GPU{'s' * (n > 1)}, ms" for n in numbers), "fastest", "half each"]
+    lines = []
+    for shape in DIVIDED:
+        for batch in batches:
+            rows = list(parallel_model.rows(shape, GPUS["H100"], numbers, batch))
+            verdict = map(str, parallel_model.verdict(shape, GPUS["H100"], numbers, batch))
+            lines.append([shape.name, str(batch), *(row[5] or "-" for row in rows), *verdict])
+    return markdown(head, lines)
+
+
 # ---------------------------------------------------------------- the kernel of a decode step
 
 
@@ -336,10 +378,18 @@ def main(argv=None):
     p.add_argument("--vision", type=number(int, 1), metavar="N", help="vision tokens instead of the shape's default")
     p.add_argument("--stages", action="store_true",
                    help="a row for each of tower, projector, prefill, decode step: costs, and peak memory")
-    p.add_argument("--dtype", choices=BYTES, default="bf16", help="for --stages (default bf16)")
+    p.add_argument("--dtype", choices=BYTES, default="bf16", help="for --stages and --tp (default bf16)")
     p.add_argument("--gpu", choices=GPUS, nargs="+", metavar="GPU",
-                   help=f"for --stages: least times by the data sheet of {', '.join(GPUS)}; for --kernel: "
+                   help=f"for --stages and --tp: least times by the data sheet of {', '.join(GPUS)}; for --kernel: "
                         f"{', '.join(kernel_model.DEVICES)} (default H200)")
+    p.add_argument("--tp", type=number(int, 1), nargs="+", metavar="N", help="GPUs that share one model")
+    p.add_argument("--link", type=number(float, 0, open_low=True), metavar="GB/S",
+                   help="for --tp: from each GPU to the next, in one direction (default: NVLink, and InfiniBand for "
+                        f"more than {parallel_model.NODE} GPUs)")
+    p.add_argument("--latency", type=number(float, 0), metavar="US",
+                   help="for --tp: microseconds of a collective without bytes "
+                        f"(default {1e6 * parallel_model.NVLINK.latency:g}, "
+                        f"for more than {parallel_model.NODE} GPUs {1e6 * parallel_model.INFINIBAND.latency:g})")
     p.add_argument("--kernel", action="store_true", help="predict times of ragged_decode_append's Triton kernel")
     p.add_argument("--shapes", choices=wide, nargs="+", default=["7b", "gqa8"], metavar="SHAPE",
                    help="for --kernel: layers, as in bench_kernels.py (default 7b gqa8)")
@@ -381,12 +431,19 @@ def main(argv=None):
         shapes = [replace(shape, name=name, vision=args.vision) for shape, name in zip(shapes, names, strict=True)]
     if args.kv_dtype != "auto":
         p.error("--kv-dtype needs --kernel; add it")
-    if args.gpu and not args.stages:
-        p.error("--gpu needs --stages or --kernel; add one")
+    if args.tp is None and (args.link is not None or args.latency is not None):
+        p.error("--link and --latency need --tp; add it")
+    if args.gpu and not args.stages and not args.tp:
+        p.error("--gpu needs --stages, --tp or --kernel; add one")
     if args.gpu and args.dtype == "fp32":
         p.error("--gpu has peaks of 16-bit products; leave out --dtype fp32")
-    if args.dtype != "bf16" and not args.stages:
-        p.error("--dtype needs --stages; add it")
+    if args.dtype != "bf16" and not args.stages and not args.tp:
+        p.error("--dtype needs --stages or --tp; add one")
+    if args.tp:
+        if args.dtype == "fp32" or len(args.gpu or ()) > 1:
+            p.error("--tp is for one kind of GPU, whose peak is of 16-bit products; give one --gpu and no --dtype fp32")
+        parallel_tables(args, shapes if args.shape else [replace(s, vision=args.vision or s.vision) for s in DIVIDED])
+        return
     if not args.stages:
         print(table(args.batch, args.retention, shapes))
         return

@@ -450,7 +450,7 @@ def _markdown(head, rows, others="---:"):
 TABLES = {
     "summary": summary, "methods": methods, "pruning": pruning, "picks": picks, "pick-tasks": pick_tasks,
     "inside": inside, "inside-tasks": inside_tasks, "claims": claims,
-    "witness": witness, "demo": demo, "roofline": ceilings,
+    "witness": witness, "demo": demo, "roofline": ceilings, "tensor-parallel": roofline.parallel_summary,
     "decode-7b-h200": decode_gpu, "decode-demo": decode_demo, "decode-7b-cpu": decode_7b_cpu,
     "pruning-speed": pruning_speed, "first-token": first_token, "steps": steps, "attention": attention,
     "kernels": kernels, "kernels-codes": kernels_codes, "kernels-summary": kernels_summary, "prefill": prefill,
