@@ -61,8 +61,8 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 2400 and counted["product"] <= 13000 and counted["tools"] <= 12000
-    assert counted["tests"] <= 30000
+    assert counted["one answer"] <= 2410 and counted["product"] <= 13300 and counted["tools"] <= 11400
+    assert counted["tests"] <= 29400
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
         assert words.format(f"{round(counted[what], -2):,}") in said, f"{what}: {counted[what]}"

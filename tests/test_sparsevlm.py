@@ -258,7 +258,8 @@ def test_shrunk_maps_and_frames_of_llava_onevision(make_hf_checkpoint, tmp_path,
     make_onevision(make_hf_checkpoint, tmp_path, {"num_hidden_layers": 5}, seed=3)
     asked = ask(
         dataclasses.replace(load(tmp_path, "fp32"), stop_ids=()),
-        "is <video> <image> or <image>?" if frames else "what is <image>?", [(150, 150), (50, 40)][: 2 if frames else 1],
+        "is <video> <image> or <image>?" if frames else "what is <image>?",
+        [(150, 150), (50, 40)][: 2 if frames else 1],
         remember=True, prune=make_method("sparsevlm", settings={"recycle": recycle}), sampling=Sampling(24),
         frames=[noise(50, 40, seed=9 + i) for i in range(frames)],
     )  # fmt: skip
