@@ -18,7 +18,7 @@ import time
 from functools import partial
 
 from model.console import as_command, as_json, explain, fail, note, one_line, say
-from model.flags import check, check_processes, choose_device, options, parser
+from model.flags import OF_PROCESS, check, check_processes, choose_device, options, parser
 
 
 def main(argv=None):
@@ -26,8 +26,11 @@ def main(argv=None):
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return command(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
-    from model.processes import together
-
+    try:
+        from model.processes import together
+    except (ImportError, KeyboardInterrupt) as broken:
+        code = explain(broken) if isinstance(broken, ImportError) else ("interrupted; nothing was written", 130)
+        return fail(*code) if os.environ.get("RANK") == "0" else code[1]
     return together(partial(command, argv))
 
 
@@ -46,6 +49,8 @@ def command(argv, team=None):
             return 0
         check_processes(args, flags.error, team and team.size)
         check(args, flags.error)  # sets args.talk and args.lines; until here, torch is not imported
+        if team:
+            team.same_flags({name: value for name, value in vars(args).items() if name not in OF_PROCESS})
         if args.questions is not None:
             from model.questions import answer_file
 
@@ -78,6 +83,7 @@ def answer(args, team=None):
 
         team.divide(args.tp or team.size, device.type)
         team.same("the checkpoint", contents(checkpoint.folder))
+        team.same("--dtype auto", [str(checkpoint.choose_dtype(args.dtype, device)).encode()])
         checkpoint = split(checkpoint, team.mesh["tp"])
     given = options(args, checkpoint)
     ask = partial(Generation, checkpoint, images=pictures, frames=frames, **given)

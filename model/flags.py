@@ -13,6 +13,10 @@ from .console import one_line
 
 DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
 TEMPLATES = ("auto", "llava", "vicuna", "llava_v1", "mistral", "onevision", "chatml", "raw")
+# Flags that each process of several may have its own value of: places of files, whose contents are compared instead.
+OF_PROCESS = (
+    "model", "image", "frames", "prompt", "questions", "answers", "image_folder", "show", "threads", "debug", "lines"
+)  # fmt: skip
 SUMMARY = """Ask a LLaVA about pictures, offline. Answers go to stdout, the rest to stderr.
 
   run.py --image assets/demo.png --prompt "Describe the picture." [--prune plphp]

@@ -19,6 +19,7 @@ from .lookahead import FILE as LOOKAHEAD
 from .picture import Picked, after_picking, look, original_positions, origins, pick, protected_of, spans_of, unpicked
 from .prompt import Prompt
 from .sampling import Chooser, Sampling, Writer
+from .share import gather_alike
 from .view import Pruning, clock, pruned_prefill
 
 
@@ -229,11 +230,13 @@ class Generation(Prompt):
         origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:
             positions, following = original_positions(origin).to(x.device), self.prompt_tokens
+        if pruning:
+            pruning.note(*(p.origin.to(x.device) for p in picked))
         hidden = pruned_prefill(language, x, cache, pruning, lookahead, positions, following)
         self.moved = 0 if positions is not None else self.absent
         self._origin = origin if self.moved else None
         text = self.prompt_tokens - self.vision_tokens  # tokens that every head keeps
-        lengths = self.checkpoint.share.gather(cache.kv_len.T)  # (Hkv, L)
+        lengths = gather_alike(self.checkpoint.share, cache.kv_len.T, pruning.chosen if pruning else 0)  # (Hkv, L)
         self.cache, self.kept = cache, [n - text for n in lengths.double().mean(0).tolist()]
         self.timing["prune"] = picking + pruning.seconds if pruning else 0.0
         if self.remember:

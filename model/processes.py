@@ -24,35 +24,41 @@ from .config import InputError
 from .console import explain, fail
 
 TIMEOUT = timedelta(seconds=120)  # that a process waits for the others
+LEAVE = 30  # seconds that process 0 waits for the others at the end
+BLOCKS, BLOCK = 64, 2**16  # of a large file that are compared, evenly spread; bytes of each
 WAIT = 0.4  # seconds that a process waits for another one to tell why all end
 LOST = "Connection closed", "Connection reset", "Broken pipe", "DistBackendError", "DistNetworkError", "DistStoreError"
 
 
 def together(command):
     """Run command(team), in this process of several -> exit code. A process that fails does not return."""
+    first = os.environ.get("RANK") in (None, "", "0")
     try:
         team = Team(*connect())
     except (InputError, RuntimeError) as broken:
-        first = os.environ.get("RANK") in (None, "", "0")
         return fail(*explain(broken)) if first or isinstance(broken, dist.DistNetworkError) else 2
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was written", 130) if first else 130
     streams, sys.stderr = (sys.stdout, sys.stderr), team.voice
     if team.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     try:
-        code = command(team)
+        code = command(team) or team.finish()
     except SystemExit as left:  # of argparse
         code = left.code
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # of stdout, as in `... | head`
+        code = 1
     except Exception:  # with --debug
         code = 1
         traceback.print_exc(file=streams[1])
     if code:
         with_patience(team, code)
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         os._exit(code)  # connections that are still open must not keep it
     sys.stdout, sys.stderr = streams
-    team.finish()
     return 0
 
 
@@ -168,13 +174,21 @@ class Team:
                 self.store.set("told", "")
 
     def finish(self):
-        """End without an error. Process 0, which may hold the store, is the last."""
+        """End without an error -> exit code, not 0 if another process is lost. Process 0, which may hold the store, is
+        the last."""
         self.over.set()
         self.watches[0].join()  # it must not use the store while Python ends
-        self.store.add("done", 1)
-        while self.rank == 0 and self.store.add("done", 0) < self.size:
-            time.sleep(0.01)
+        end = time.monotonic() + LEAVE
+        try:
+            self.store.add("done", 1)
+            while self.rank == 0 and self.store.add("done", 0) < self.size:
+                if time.monotonic() > end:
+                    return fail(ENDED, 1)
+                time.sleep(0.01)
+        except RuntimeError:  # the store was in process 0, which has ended
+            return fail(ENDED, 1)
         dist.destroy_process_group()
+        return 0
 
     def device(self, name):
         """The device of this process, if --device is `name`. InputError for the number of a CUDA device."""
@@ -187,9 +201,22 @@ class Team:
 
     def divide(self, tp, device_type):
         """Form groups of tp processes that share one model. InputError if the processes cannot be divided so."""
+        self.same("the type of device", [device_type.encode()])  # they could not form groups
         if self.size % tp:
             raise InputError(f"--tp {tp} does not divide {self.size} processes; use a divisor of {self.size}")
         self.mesh = init_device_mesh(device_type, (self.size // tp, tp), mesh_dim_names=("dp", "tp"))
+
+    def same_flags(self, flags):
+        """InputError, in all processes, unless all have the same {name: value of a flag}."""
+        every = [None] * self.size
+        dist.all_gather_object(every, flags)
+        for rank, theirs in enumerate(every):
+            for name, ours in every[0].items():
+                if theirs[name] != ours:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} is {theirs[name]} in process {rank} and {ours} in process 0; give "
+                        "all processes the same"
+                    )
 
     def same(self, what, chunks):
         """InputError, in all processes, unless all have the same chunks of bytes."""
@@ -203,7 +230,12 @@ class Team:
 
 
 def contents(folder):
-    """Yields name, size and first million bytes of each file in a checkpoint's folder; headers are in those bytes."""
+    """Yields name, size and first million bytes of each file in a checkpoint's folder, with all headers, and samples of
+    the rest: not every difference of a few bytes is noticed."""
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with open(path, "rb") as file:
-            yield f"{path.name} {path.stat().st_size} ".encode() + file.read(10**6)
+            size = path.stat().st_size
+            yield f"{path.name} {size} ".encode() + file.read(10**6)
+            for i in range(BLOCKS if size > 10**6 else 0):
+                file.seek((size - BLOCK) * i // (BLOCKS - 1))
+                yield file.read(BLOCK)

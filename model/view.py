@@ -12,7 +12,7 @@ from kernels import window_scores
 from .config import InputError
 from .layout import cells
 from .looking import looking_attention, looking_mlp
-from .share import WHOLE
+from .share import WHOLE, checksum
 
 ROWS = 64  # rows of the prompt whose attention is computed together
 
@@ -248,6 +248,7 @@ class Pruning:
 
     method    a `model.pruning.Method`: calls the stages of a rule such as `Plphp`, and always keeps text
     seconds   time spent on measuring and choosing; see `timed` in Generation
+    chosen    with several processes: the `checksum` of all that the method chose
     sums      if the method evicts: per layer (Hkv, tokens of the whole prompt) fp32, its scores of the tokens
     guarded   if the method compacts: per layer (Hkv, tokens of the whole prompt) bool, what no head may drop
     masks     with `remember`, or if the method compacts or evicts: per layer (Hkv, tokens of the whole prompt) bool,
@@ -263,7 +264,7 @@ class Pruning:
         sides: for each picture the row of its places where the map of its tiles begins, None if it has none; None if no
         picture has any. share: this process's heads; the method chooses for all heads, in all processes alike.
         """
-        self.share = share
+        self.share, self.chosen = share, 0
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
         self.spans, self.places, self.contrast = spans, places, contrast and cache(contrast)
         self.timed, self.seconds, self.sums, self.guarded = timed, 0.0, [], []
@@ -346,9 +347,17 @@ class Pruning:
     def _asked(self, ask):
         """What the method answers; its ValueError as an InputError."""
         try:
-            return ask()
+            answer = ask()
         except ValueError as wrong:
             raise InputError(str(wrong)) from wrong
+        self.note(*(answer if isinstance(answer, tuple) else [getattr(answer, "heads", answer)]))
+        return answer
+
+    def note(self, *chosen):
+        """Add tensors of bool or int64 that the method chose to `chosen`; others are left out."""
+        if self.share.ranks > 1:
+            chosen = [t for t in chosen if isinstance(t, torch.Tensor) and not t.is_floating_point()]
+            self.chosen = checksum(self.chosen, chosen)
 
     def _record(self, k, keep):
         """Note what each head keeps of the prompt's tokens, (Hkv, tokens of the prompt) bool."""
@@ -371,6 +380,7 @@ class Pruning:
         kept = [mask.clone() for mask in self.masks]
         prefilled = Prefilled(self.whole_spans, kept, self.protected_whole, self.guarded)
         for layer, keep in enumerate(self._asked(lambda: self.method.compact(prefilled))):
+            self.note(keep)
             if keep is not None and not keep[self.masks[layer]].all():
                 yield layer, self.share.own(keep)[self.share.own(self.masks[layer])]
                 self.masks[layer] &= keep

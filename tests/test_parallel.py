@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import VOCAB, refusal, write_json
 from one_of_many import answered, sizes
 from test_parity import noise
@@ -21,9 +23,10 @@ import run
 from model import load, open_checkpoint
 from model.config import InputError
 from model.parallel import split
-from model.processes import connect
+from model.processes import Team, connect, contents
 from model.pruning import make_method
 from model.pruning.yopo import Looking
+from model.share import checksum, gather_alike
 from model.view import Pruning
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tools import parallel_model
@@ -106,7 +109,7 @@ def shared(request, cases, tmp_path_factory):
     """(number of processes, {shape: what one_of_many.py found})."""
     folder = tmp_path_factory.mktemp("answers")
     (folder / "cases.json").write_text(json.dumps(list(cases.values())))
-    ended = finish(start(request.param, ROOT / "tests" / "one_of_many.py", folder))
+    ended = finish(start(request.param, ROOT / "tests" / "one_of_many.py", folder), LIMIT * request.param)
     assert [code for code, _, _ in ended] == [0] * request.param, ended[0][2][-2000:]
     return request.param, dict(zip(cases, torch.load(folder / "answers.pt"), strict=True))
 
@@ -244,7 +247,74 @@ def test_processes_with_different_files_are_refused(make_checkpoint, tmp_path):
     assert the_line(ended).startswith("error: the checkpoint of process 1 differs") and ended[0][0] == ended[1][0] == 2
 
 
+def test_processes_with_different_flags_are_refused():
+    """Seeds, for example: each process would choose tokens of another answer."""
+    ended = finish(start(2, *ASK, "--temperature", "1", each=lambda rank: ("--seed", rank)))
+    assert "--seed is 1 in process 1 and 0 in process 0" in the_line(ended) and ended[0][0] == ended[1][0] == 2
+
+
+RANDOM = """
+import numpy, torch
+
+def keep(view):
+    keep = torch.from_numpy(numpy.random.rand(view.kv_heads, view.tokens) > 0.5)
+    return keep | view.text
+"""
+
+
+def test_a_method_that_chooses_differently_in_each_process_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text(RANDOM)
+    ended = finish(start(2, *ASK, "--prune", f"{tmp_path}/mine.py::keep"))
+    assert "the method chose other tokens in another process" in the_line(ended)
+    assert ended[0][:2] == (2, "") and ended[1][0] == 2
+
+
 # ---------------------------------------------------------------- refusals in this process
+
+
+def test_late_differences_of_large_files_are_noticed(tmp_path):
+    """Files of equal size that differ only behind their first million bytes, and in the last one."""
+    said = []
+    for late in (b"\0" * 2_000_000, b"\1" * 2_000_000, b"\0" * 1_999_999 + b"\1"):
+        (tmp_path / "model.safetensors").write_bytes(bytes(10**6) + late)
+        said.append(b"".join(contents(tmp_path)))
+    assert len(set(said)) == 3 and len({len(one) for one in said}) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, rank):
+    """Process 1 has not come; or process 0, with the store, has ended."""
+    monkeypatch.setattr("model.processes.LEAVE", 0.05)
+
+    def gone(*_):
+        raise dist.DistNetworkError("Connection reset")
+
+    store = SimpleNamespace(add=gone) if rank else dist.HashStore()
+    watch = SimpleNamespace(join=lambda: None)
+    team = SimpleNamespace(rank=rank, size=2, over=threading.Event(), watches=[watch], store=store)
+    assert Team.finish(team) == 1 and team.over.is_set()
+    assert capsys.readouterr().err.startswith("error: another process ended")
+
+
+def test_what_a_method_chose_is_compared_without_a_second_collective():
+    """The order of what it chose counts, and so does which tokens they are."""
+    a, b = torch.tensor([[True, False, True]]), torch.tensor([[False, True, True]])
+    sums = {checksum(0, chosen) for chosen in ([a], [b], [a, b], [b, a], [a.T.long() * 2], [])}
+    assert len(sums) == 6 and all(0 <= int(one) < 2**31 - 1 for one in sums)
+    own, asked = torch.tensor([[3, 4], [5, 6]], dtype=torch.int32), []
+
+    def share(other):
+        def gather(mine):
+            asked.append(mine)
+            theirs = mine.clone()
+            theirs[:, -1] = other
+            return torch.cat((mine, theirs))
+
+        return SimpleNamespace(ranks=2, gather=gather)
+
+    mark = checksum(0, [a])
+    assert torch.equal(gather_alike(share(int(mark)), own, mark), torch.cat((own, own))) and len(asked) == 1
+    assert "chose other tokens" in refusal(gather_alike, share(int(checksum(0, [b]))), own, mark)
 
 
 @pytest.mark.parametrize(("world", "fit"), [(3, "use 1, 2, 4"), (8, "use 1, 2, 4")])
