@@ -13,6 +13,7 @@ prompt, checkpoint); 130 Ctrl-C (the text so far is kept).
 """
 
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -25,7 +26,10 @@ def main(argv=None):
     """Run the command line argv (default: sys.argv[1:]) and return the exit code."""
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return command(argv)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported, which starts threads
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM}
+    )  # `together` waits for it, and no other thread may get it
     try:
         from model.processes import together
     except (ImportError, KeyboardInterrupt) as broken:

@@ -32,9 +32,12 @@ LOST = "Connection closed", "Connection reset", "Broken pipe", "DistBackendError
 
 def together(command):
     """Run command(team), in this process of several -> exit code. A process that fails does not return."""
-    first = os.environ.get("RANK") in (None, "", "0")
+    first, known = os.environ.get("RANK") in (None, "", "0"), []
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the threads that start later
+    threading.Thread(target=wait_for_sigterm, args=(known,), daemon=True).start()
     try:
         team = Team(*connect())
+        known.append(team)
     except (InputError, RuntimeError) as broken:
         return fail(*explain(broken)) if first or isinstance(broken, dist.DistNetworkError) else 2
     except KeyboardInterrupt:
@@ -60,6 +63,14 @@ def together(command):
         os._exit(code)  # connections that are still open must not keep it
     sys.stdout, sys.stderr = streams
     return 0
+
+
+def wait_for_sigterm(known):
+    """In a thread, because the main one may wait for a device. known: a list of the Team, as soon as there is one."""
+    signal.sigwait({signal.SIGTERM})
+    for team in known:
+        team.tell(f"error: {ENDED}\n", WAIT * team.rank)
+    os._exit(128 + signal.SIGTERM)
 
 
 def with_patience(team, code):
@@ -133,16 +144,8 @@ class Team:
         self.voice, self.lock, self.told = Voice(sys.stderr, rank), threading.Lock(), False
         self.over = threading.Event()
         self.listening = dist.PrefixStore("plphp", store.clone())  # a connection of its own
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the threads that start later
-        self.watches = [threading.Thread(target=f, daemon=True) for f in (self._listen, self._terminated)]
-        for watch in self.watches:
-            watch.start()
-
-    def _terminated(self):
-        """Waits for SIGTERM in a thread, because the main one may wait for a device."""
-        signal.sigwait({signal.SIGTERM})
-        self.tell(f"error: {ENDED}\n", WAIT * self.rank)
-        os._exit(128 + signal.SIGTERM)
+        self.watch = threading.Thread(target=self._listen, daemon=True)
+        self.watch.start()
 
     def _listen(self):
         """Waits until a process has told why all end, and ends this one if its main thread still waits for others."""
@@ -177,7 +180,7 @@ class Team:
         """End without an error -> exit code, not 0 if another process is lost. Process 0, which may hold the store, is
         the last."""
         self.over.set()
-        self.watches[0].join()  # it must not use the store while Python ends
+        self.watch.join()  # it must not use the store while Python ends
         end = time.monotonic() + LEAVE
         try:
             self.store.add("done", 1)

@@ -2,8 +2,8 @@
 
     python tests/ranks.py CASES.json        # a list of cases; prints a list of results
 
-A case: size, argv; hook: Python code that each process runs first, which sees `rank`; kill: a process to kill, and
-seconds after the first line that --answers grows by (0: at once, perhaps before that). A result: codes of the
+A case: size, argv; hook: Python code that each process runs first, with its `rank` and `argv`; kill: a process to kill,
+and seconds after the first line that --answers grows by (0: at once, perhaps before that). A result: codes of the
 processes, negative for a signal; seconds from the first end to the last; err: stderr of all.
 """
 
@@ -42,7 +42,7 @@ def start(size, argv, hook, err):
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             code = 99
             try:
-                exec(hook, {"rank": rank})
+                exec(hook, {"rank": rank, "argv": argv})
                 code = run.main(argv)
             finally:
                 os._exit(code)
@@ -62,10 +62,10 @@ def wait(ids, codes, until, seconds=LIMIT):
 
 def attempt(size, argv, hook="", kill=None):
     """The result of a case."""
-    path, codes = Path(argv[argv.index("--answers") + 1]), {}
+    path, codes = Path(argv[argv.index("--answers") + 1]) if kill else None, {}
 
     def lines():
-        return path.stat().st_size if path.exists() else 0
+        return path.stat().st_size if path and path.exists() else 0
 
     with tempfile.TemporaryFile() as err:
         before, ids = lines(), start(size, argv, hook, err)

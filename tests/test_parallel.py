@@ -18,6 +18,7 @@ import torch.distributed as dist
 from conftest import VOCAB, refusal, write_json
 from one_of_many import answered, sizes
 from test_parity import noise
+from test_replicas import run_ranks
 
 import run
 from model import load, open_checkpoint
@@ -208,13 +209,18 @@ def slowed(folder):
 
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_process_ends_all_in_seconds_with_one_line(tmp_path, victim):
+    """With and without torchrun, which sends SIGTERM to the others."""
     processes = start(2, slowed(tmp_path), *ASK[1:])
     begun(processes[0])
     processes[victim].kill()
     killed = time.monotonic()
+    if victim == 1:
+        processes[0].terminate()
     ended = finish(processes)
     assert time.monotonic() - killed < 10
-    assert ended[1 - victim][0] == 1 and "another process ended" in the_line(ended)
+    assert ended[1 - victim][0] == (128 + signal.SIGTERM if victim == 1 else 1) and "another process ended" in the_line(
+        ended
+    )
 
 
 def test_ctrl_c_ends_all_with_130_and_one_line(tmp_path):
@@ -229,44 +235,42 @@ def test_ctrl_c_ends_all_with_130_and_one_line(tmp_path):
     assert len(told) == 1 and text in "The picture has four objects." and ended[1][1:] == ("", "")
 
 
-def test_the_error_of_one_process_is_told_by_it():
-    ended = finish(start(2, *ASK, each=lambda rank: ("--image", "nowhere.png") if rank == 1 else ()))
-    assert "nowhere.png" in the_line(ended) and "nowhere.png" in ended[1][2]
-    assert ended[1][0] == 2 and ended[0][0] != 0
-
-
-def test_an_error_of_all_processes_is_told_once():
-    ended = finish(start(2, *ASK, "--prune", "nothing"))
-    assert "nothing" in the_line(ended) and [code for code, _, _ in ended] == [2, 2]
-
-
-def test_processes_with_different_files_are_refused(make_checkpoint, tmp_path):
-    for rank in range(2):
-        make_checkpoint(tmp_path / str(rank), {"num_hidden_layers": 1 + rank})
-    ended = finish(start(2, *ASK, each=lambda rank: ("--model", tmp_path / str(rank))))
-    assert the_line(ended).startswith("error: the checkpoint of process 1 differs") and ended[0][0] == ended[1][0] == 2
-
-
-def test_processes_with_different_flags_are_refused():
-    """Seeds, for example: each process would choose tokens of another answer."""
-    ended = finish(start(2, *ASK, "--temperature", "1", each=lambda rank: ("--seed", rank)))
-    assert "--seed is 1 in process 1 and 0 in process 0" in the_line(ended) and ended[0][0] == ended[1][0] == 2
-
-
 RANDOM = """
 import numpy, torch
 
 def keep(view):
-    keep = torch.from_numpy(numpy.random.rand(view.kv_heads, view.tokens) > 0.5)
+    keep = torch.from_numpy(numpy.random.default_rng().random((view.kv_heads, view.tokens)) > 0.5)
     return keep | view.text
 """
+OTHER_DTYPE = """
+import torch
+from model.checkpoint import Checkpoint
+Checkpoint.choose_dtype = lambda *_: (torch.float32, torch.bfloat16)[rank]
+"""
+REFUSED = {  # words of the only line: (hook, more flags)
+    "nowhere.png": ("if rank == 1: argv += ['--image', 'nowhere.png']",),
+    "nothing": ("", "--prune", "nothing"),
+    "the checkpoint of process 1 differs": ("argv += ['--model', '{folder}/' + str(rank)]",),
+    "--seed is 1 in process 1 and 0 in process 0": ("argv += ['--seed', str(rank)]", "--temperature", "1"),
+    "--dtype auto of process 1 differs": (OTHER_DTYPE,),
+    "the method chose other tokens in another process": ("", "--prune", "{folder}/mine.py::keep"),
+}
 
 
-def test_a_method_that_chooses_differently_in_each_process_is_refused(tmp_path):
+def test_each_failure_is_told_once(make_checkpoint, tmp_path):
+    """One start of Python for all. An error of all processes or of one, and what would make them answer differently."""
+    for rank in range(2):
+        make_checkpoint(tmp_path / str(rank), {"num_hidden_layers": 1 + rank})
     (tmp_path / "mine.py").write_text(RANDOM)
-    ended = finish(start(2, *ASK, "--prune", f"{tmp_path}/mine.py::keep"))
-    assert "the method chose other tokens in another process" in the_line(ended)
-    assert ended[0][:2] == (2, "") and ended[1][0] == 2
+    cases = [
+        {"size": 2, "hook": hook.replace("{folder}", str(tmp_path)), "argv": [*map(str, ASK[1:]), *more]}
+        for hook, *more in REFUSED.values()
+    ]
+    cases[-1]["argv"][-1] = f"{tmp_path}/mine.py::keep"
+    for words, result in zip(REFUSED, run_ranks(tmp_path, *cases), strict=True):
+        (line,) = [line for line in result["err"].splitlines() if line.startswith(("error:", "Traceback"))]
+        assert words in line and re.fullmatch("error: .+[;,] .+", line) and result["seconds"] < 20, result
+        assert 2 in result["codes"] and 0 not in result["codes"], result
 
 
 # ---------------------------------------------------------------- refusals in this process
@@ -290,8 +294,8 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
         raise dist.DistNetworkError("Connection reset")
 
     store = SimpleNamespace(add=gone) if rank else dist.HashStore()
-    watch = SimpleNamespace(join=lambda: None)
-    team = SimpleNamespace(rank=rank, size=2, over=threading.Event(), watches=[watch], store=store)
+    team = SimpleNamespace(rank=rank, size=2, over=threading.Event(), watch=threading.Thread(), store=store)
+    team.watch.start()
     assert Team.finish(team) == 1 and team.over.is_set()
     assert capsys.readouterr().err.startswith("error: another process ended")
 
