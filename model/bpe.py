@@ -55,6 +55,8 @@ class ByteLevelTokenizer:
         config, fast, plain, names = read_files(folder)
         with making_sense_of(f"{folder}/tokenizer_config.json, tokenizer.json or added_tokens.json"):
             _check_steps(config, fast)
+            if fast.get("padding") and "pad_token" not in names:  # transformers takes its token for a special one
+                raise InputError(f"tokenizer.json sets padding, and no file names a pad_token; {ADVICE}")
             if _class(config).startswith("Qwen2"):
                 names = dict.fromkeys(("eos_token", "pad_token", "unk_token"), DEFAULT) | names
             lists = (names.get(key) for key in ("additional_special_tokens", "extra_special_tokens"))

@@ -163,6 +163,7 @@ def parse_config(raw):
             "('llava_onevision') can be used"
         )
     onevision = kind == "llava_onevision"
+    raw = {**raw, **{f"{of}_token_index": raw.get(f"{of}_token_index", raw.get(f"{of}_token_id")) for of in _TOKENS}}
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config")
     vision = dict((SIGLIP_SO400M_384 if onevision else CLIP_L_336) if vision is None else vision)
     if onevision:  # the defaults that differ from those of LLaVA-1.5
@@ -182,10 +183,9 @@ def parse_config(raw):
         raise ValueError(f"vision_feature_layer is {layers!r}")
     top = {
         **raw,
-        "image_token_index": raw.get("image_token_index", raw.get("image_token_id")),
         "vision_feature_layer": tuple(layers) if isinstance(layers, list) else layers,
         "tie_word_embeddings": raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"),
-        "video_token_index": raw.get("video_token_index", raw.get("video_token_id")) if onevision else None,
+        "video_token_index": raw["video_token_index"] if onevision else None,
         "image_grid_pinpoints": None if kind == "llava" else _pinpoints(raw, onevision),
         "max_tiles": max_tiles_of(raw["vision_aspect_ratio"]) if onevision else None,
         "dtype": raw.get("dtype", raw.get("torch_dtype")),
@@ -197,6 +197,7 @@ def parse_config(raw):
     return config
 
 
+_TOKENS = "image", "video"  # their ids are `..._token_index` in old files and `..._token_id` in new ones
 # Defaults of `llava_onevision` that differ from those of `llava`
 ONEVISION = {
     "image_token_index": 151646, "video_token_index": 151647, "vision_feature_layer": -1,

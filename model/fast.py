@@ -32,12 +32,12 @@ def lay(layers):
 
 
 def joined(layers):
-    """The weights (N, C) of linear layers as one matrix, or None if they do not lie side by side or have a bias."""
+    """The weights (N, C) of linear layers as one matrix, or None if they do not lie side by side."""
     first, stop = layers[0].weight, layers[0].weight.storage_offset()
     for layer in layers:
         w = layer.weight
         same = w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if layer.bias is not None or not same or not w.is_contiguous() or w.storage_offset() != stop:
+        if not same or not w.is_contiguous() or w.storage_offset() != stop:
             return None
         stop += w.numel()
     return first.detach().as_strided((sum(len(layer.weight) for layer in layers), first.shape[1]), first.stride())
@@ -48,17 +48,20 @@ class Product:
 
     def __init__(self, *layers):
         self.layers, self.weight = layers, joined(layers)
-        self.sizes = [layer.out_features for layer in layers]
+        self.sizes, biases = [layer.out_features for layer in layers], [layer.bias for layer in layers]
+        self.bias = None if None in biases else torch.cat([bias.detach() for bias in biases])  # small, so copied
+        if self.bias is None and any(bias is not None for bias in biases):
+            self.weight = None
 
     def __call__(self, x):
         """x (B, C) -> the output (B, N) of each layer."""
         if self.weight is None or in_loops(x):
             return [matvec(x, layer.weight, layer.bias) for layer in self.layers]
-        return F.linear(x, self.weight).split(self.sizes, -1)
+        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
 
     def add(self, x, y):
         """Add the single layer's output for y (B, C) to x (B, N), in place and in one call."""
-        if self.weight is None or in_loops(x):
+        if self.weight is None or self.bias is not None or in_loops(x):
             return x.add_(self(y)[0])
         return x.addmm_(y, self.weight.t())
 

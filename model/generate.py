@@ -103,6 +103,12 @@ class Generation(Prompt):
             prune.layers(self.checkpoint.config.vision_config.num_hidden_layers)
         except ValueError as wrong:
             raise InputError(f"method {prune.name}: {wrong}") from wrong
+        if prune.needs_cls and not self.checkpoint.config.vision_config.has_cls:
+            keys = [key for key in prune.settings if key.endswith("key_share")]
+            raise InputError(
+                f"method {prune.name} needs the CLS token of the vision tower, and this tower has none; "
+                f"use {f'{keys[0]}=0, ' if keys else ''}visionzip or fopru"
+            )
         if prune.looks_ahead and self.checkpoint.lookahead is None:
             raise InputError(
                 f"method {prune.name}: query=lookahead needs {LOOKAHEAD} in {self.checkpoint.folder}; train it with "
@@ -218,7 +224,7 @@ class Generation(Prompt):
             self.prune, layers, spans, *after_picking(picked, self.places, lambda: self.contrast),
             ahead=lookahead.rows if lookahead else 0, backend=self.backend, timed=self.timed, remember=self.remember,
             protected=protected_of(picked, spans, x), embeddings=x, counts=self._counts,
-            sides=[picture.layout.square[0] for picture in self.pictures], share=self.checkpoint.share,
+            sides=[picture.layout.second for picture in self.pictures], share=self.checkpoint.share,
         )  # fmt: skip
         origin, positions, following = origins(picked, self.spans, self.prompt_tokens), None, None
         if self.prune and self.prune.picks and not self.prune.moves:
@@ -344,7 +350,7 @@ class Generation(Prompt):
         Fractions of the vision tokens; in a composition, the second's are of those that the first left."""
         if not self.prune:
             return []
-        names, asked = (part.name for part in self.prune.parts), self.prune.requested(self._counts)
+        names, asked = (part.name for part in self.prune.parts), self.prune.requested(self._counts, self._parts)
         picked = 1 - self.absent / max(1, self.vision_tokens)
         rows = zip(names, asked, self.prune.shares(picked, self.retention), strict=True)
         return [{"method": name, "requested": wanted, "actual": share} for name, wanted, share in rows]
@@ -354,9 +360,13 @@ class Generation(Prompt):
         return [image["tokens"] for image in self.images]
 
     @property
+    def _parts(self):
+        return [n for picture in self.pictures for n in picture.layout.parts]
+
+    @property
     def wanted(self) -> float | None:
         """The requested fraction of vision tokens, or None; see `Method.wanted`."""
-        return self.prune.wanted(self._counts) if self.prune and self.images else None
+        return self.prune.wanted(self._counts, self._parts) if self.prune and self.images else None
 
 
 def plain_step(language, cache, compile=False):

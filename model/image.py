@@ -75,7 +75,7 @@ def read_image_settings(folder, config):
     squashes = "height" in size if isinstance(size, dict) else raw.get("default_to_square")
     if mode in ("crop", "pad") and squashes:
         off.append("a resize that does not keep the aspect")
-    if mode == "squash" and isinstance(size, dict) and not squashes:
+    if mode == "squash" and "size" in raw and not squashes:
         off.append("a resize that keeps the aspect")
     for wrong, what in (
         (kind not in known, f"is for a {kind}; only {' and '.join(known)} can be used for this model"),

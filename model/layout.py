@@ -29,8 +29,18 @@ class Layout:
     @property
     def tokens(self):
         """Their number."""
-        tiles = self.map[0] * (self.map[1] + 1) if self.map else 0
-        return self.cls + self.square[0] * self.square[1] + self.newline + tiles
+        return sum(self.parts)
+
+    @property
+    def parts(self):
+        """The number of the square's, with CLS and its newline; with tiles also that of their map."""
+        square = self.cls + self.square[0] * self.square[1] + self.newline
+        return (square, self.map[0] * (self.map[1] + 1)) if self.map else (square,)
+
+    @property
+    def second(self):
+        """The row of `places` where the map of the tiles begins, None if there is none."""
+        return self.square[0] if self.map else None
 
     @property
     def places(self):

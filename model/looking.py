@@ -17,7 +17,7 @@ def looking_attention(q, k, v, looking, spans, places, sides):
     """q (1, Hq, T, D), k and v (1, Hkv, T, D) -> (1, Hq, T, D).
 
     spans: [(start, stop)] of the pictures; places: row and column of each of their tokens, (n, 2) each, on the CPU;
-    sides: for each picture the first row of its second square, the map of LLaVA-NeXT's tiles.
+    sides: for each picture the first row of its second part, the map of its tiles; None if it has none.
     """
     y, sees, group = torch.empty_like(q), looking.heads.cpu(), q.shape[1] // k.shape[1]
     for heads, seeing in ((sees, True), (~sees, False)):
@@ -87,6 +87,8 @@ def _windowed(q, k, v, spans, cells, radius):
 
 
 def _cells(places, side, radius):
-    """places (n, 2) -> (n, 3): the third coordinate keeps the two squares further than radius apart."""
+    """places (n, 2) -> (n, 3): the third coordinate keeps the two parts further than radius apart."""
+    if side is None:
+        return places  # one part
     second = (places[:, :1] >= side).long()
     return torch.cat((places, second * (radius + 1)), 1)

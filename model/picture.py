@@ -10,6 +10,8 @@ import torch
 
 from .llava import maps_of
 
+ROWS = 128  # patches whose attention is computed together
+
 
 class PictureView:
     """One picture of a prompt. Everything is measured when a method first asks for it. All tensors are copies: a method
@@ -23,6 +25,7 @@ class PictureView:
     number       index of the picture in the prompt, from 0
     squares      n: 1, and the number of tiles
     num_layers   layers of the vision tower
+    read_layer   the one whose output the projector reads, counted from 0; the last one if it reads several
     device       of all tensors, except those on the CPU
     side         patches per side of a square
     grid         (rows, columns) of the tiles, or None
@@ -40,6 +43,7 @@ class PictureView:
         self.device, self._model, self._features, self._states = features.device, model, features, states
         self._layers = model.vision_tower.vision_model.encoder.layers
         self.num_layers, self.squares, self.merged = len(self._layers), len(features), merged
+        self.read_layer = _read_layer(model.config)
         m = self.side**2 if merged is None else merged[1].shape[1]
         self._cls = features.shape[1] - m  # 1, or 0 in a tower without CLS
         # (P,) each: the index among the squares' m tokens, and among the picture's tokens in the prompt
@@ -47,6 +51,11 @@ class PictureView:
         self.tokens, self._index = len(index), index.to(self.device)
         self._tile, self._cell = self._index // m, self._index % m + self._cls  # _cell: row in the square's states
         self.shapes = [self.layout.square, *([self.layout.map] if self.grid else [])]
+
+    @property
+    def has_cls(self):
+        """True if the tower has a CLS token."""
+        return self._cls == 1
 
     @property
     def tile(self):
@@ -87,7 +96,8 @@ class PictureView:
         return self._model.multi_modal_projector(features)
 
     def keys(self, layer):
-        """(H, P, D): the keys of a layer of the tower, counted from 0. The method's `layers` must name the layer."""
+        """(H, P, D): the keys of a layer of the tower, counted from 0. The method's `layers` must name the layer,
+        unless it is `read_layer`."""
         k = self._heads(layer, "k_proj", self._state(layer))  # (n, H, 1 + m, D)
         return self._of_tokens(k.transpose(1, 2)).transpose(0, 1)
 
@@ -98,6 +108,14 @@ class PictureView:
         x = self._state(layer)
         rows = self._softmax(layer, x[:, :1], x)[:, :, 0]  # (n, H, 1 + m)
         return self._of_tokens(rows.transpose(1, 2)).T.contiguous()
+
+    def patch_attention(self, layer):
+        """(H, P) fp32: the attention that each token gets from the patches of its square, mean over all of them. A
+        tower without CLS has this in the place of `cls_attention`."""
+        x, total = self._state(layer), 0.0
+        for rows in x[:, self._cls :].split(ROWS, 1):
+            total = total + self._softmax(layer, rows, x).sum(2)  # (n, H, 1 + m)
+        return self._of_tokens(total.transpose(1, 2) / (x.shape[1] - self._cls)).T.contiguous()
 
     def attention(self, layer, first, last):
         """(H, last - first, P) fp32: the attention of the tokens first to last - 1 to all tokens; 0 between squares.
@@ -207,7 +225,7 @@ def look(method, model, picture, number, pixels):
     `model.image.Prepared`; number: its index in the prompt; pixels (n, 3, S, S). ValueError from the method.
     """
     config, merged = model.config, []
-    layers = method.layers(config.vision_config.num_hidden_layers)
+    layers = sorted({*method.layers(config.vision_config.num_hidden_layers), _read_layer(config)})
     run = max([*config.feature_layers, *layers])  # number of layers that run
     if method.merge_after is not None and not 0 <= method.merge_after < run:
         raise ValueError(f"merge_after of {method.name} is {method.merge_after}; give a layer from 0 to {run - 1}")
@@ -228,6 +246,10 @@ def look(method, model, picture, number, pixels):
 
     features, states = model.see(pixels, layers, merge)
     return PictureView(picture, number, model, features, states, merged[0] if merged else None)
+
+
+def _read_layer(config):
+    return max(0, max(config.feature_layers) - 1)
 
 
 def pick(method, view):

@@ -124,11 +124,13 @@ class Team:
 
     def __init__(self, store, rank, size):
         self.store, self.rank, self.size, self.mesh = dist.PrefixStore("plphp", store), rank, size, None
-        self.voice, self.lock, self.told, self.over = Voice(sys.stderr, rank), threading.Lock(), False, False
+        self.voice, self.lock, self.told = Voice(sys.stderr, rank), threading.Lock(), False
+        self.over = threading.Event()
         self.listening = dist.PrefixStore("plphp", store.clone())  # a connection of its own
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the threads that start later
-        for watch in (self._terminated, self._listen):
-            threading.Thread(target=watch, daemon=True).start()
+        self.watches = [threading.Thread(target=f, daemon=True) for f in (self._listen, self._terminated)]
+        for watch in self.watches:
+            watch.start()
 
     def _terminated(self):
         """Waits for SIGTERM in a thread, because the main one may wait for a device."""
@@ -139,11 +141,11 @@ class Team:
     def _listen(self):
         """Waits until a process has told why all end, and ends this one if its main thread still waits for others."""
         try:
-            self.listening.wait(["told"], timedelta(days=365))
+            while not self.listening.check(["told"]):
+                if self.over.wait(0.1):
+                    return
             self.told = True
         except RuntimeError:  # the store was in process 0, which has ended
-            if self.over:
-                return
             self.tell(f"error: {ENDED}\n", 0)
         time.sleep(3 * WAIT)
         os._exit(1)
@@ -167,7 +169,8 @@ class Team:
 
     def finish(self):
         """End without an error. Process 0, which may hold the store, is the last."""
-        self.over = True
+        self.over.set()
+        self.watches[0].join()  # it must not use the store while Python ends
         self.store.add("done", 1)
         while self.rank == 0 and self.store.add("done", 0) < self.size:
             time.sleep(0.01)

@@ -37,7 +37,7 @@ class Prompt:
         self.image_settings = with_mode(checkpoint.image_settings, *self._modes, several)
         if frames and not checkpoint.config.max_tiles:
             raise InputError("only LLaVA-OneVision takes the frames of a video; give them as pictures")
-        self.prompt, new = self._encode(prompt, system, len(images), bool(frames), follows=before is not None)
+        self.prompt, new = self._encode(prompt, system, len(images), int(bool(frames)), follows=before is not None)
         new, sources = self._sources(new, images, read_frames(frames))
         self.ids = (before.ids + before.token_ids if before else []) + new
         self.pictures = (before.pictures if before else []) + self._prepare(sources, len(images))
@@ -48,12 +48,12 @@ class Prompt:
         if self.context_left < 1:
             raise InputError(self._too_long(before))
 
-    def _encode(self, prompt, system, pictures, video, follows):
+    def _encode(self, prompt, system, pictures, videos, follows):
         """-> (question without trailing line breaks, ids of the filled template). follows: not the first turn."""
         prompt, system, raw = plain_text(prompt), system and plain_text(system), self.template == "raw"
         prompt = prompt if raw else prompt.rstrip("\n")
-        text = build_prompt(prompt, pictures, self.template, system, follows, video)
-        if not (prompt if raw else prompt.replace(IMAGE, "").replace(VIDEO if video else IMAGE, "")).strip():
+        text = build_prompt(prompt, pictures, self.template, system, follows, videos)
+        if not (prompt if raw else prompt.replace(IMAGE, "").replace(VIDEO if videos else IMAGE, "")).strip():
             raise InputError("the question is empty; give a question")
         try:
             text.encode()
@@ -70,7 +70,7 @@ class Prompt:
                 f"the prompt has a {VIDEO}, and there is no video; give its frames with --frames (in a chat: /frames)"
             )
         if frames and config.video_token_index not in ids:
-            raise InputError(f"the tokenizer has no {VIDEO} token, so this checkpoint cannot take a video")
+            raise InputError(f"the tokenizer has no {VIDEO} token; use the tokenizer files of the whole checkpoint")
         video = [(frame, "frame") for frame in frames[:-1]] + [(frame, "last") for frame in frames[-1:]]
         found, sources = [], []
         for token in ids:

@@ -412,10 +412,11 @@ def build_prompt(question, images, template, system=None, follows=False, videos=
     template "raw" leaves the question verbatim. follows: a later turn of a conversation, to be appended to an answer;
     the system text is ignored. InputError for counts that differ, or for `<image>` in the system text.
     """
-    if IMAGE in (system or ""):
-        raise InputError(f"the system text contains {IMAGE}; place pictures in the prompt")
+    place = next((place for place in (IMAGE, VIDEO) if place in (system or "")), None)
+    if place == IMAGE or place and videos:
+        raise InputError(f"the system text contains {place}; place pictures in the prompt")
     first = [IMAGE] * _unplaced(question, IMAGE, images, "picture")
-    if videos or template in ("onevision", "chatml"):  # for other tokenizers `<video>` is text
+    if videos:  # without one, `<video>` is text for some tokenizers
         first += [VIDEO] * _unplaced(question, VIDEO, videos, "video")
     if template != "onevision":
         question = "".join(place + "\n" for place in first) + question

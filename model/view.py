@@ -1,6 +1,5 @@
 """What a pruning method sees of a prompt and a layer, and how its choice is applied during the prefill."""
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -27,6 +26,7 @@ class View:
     tokens, device      T, number of tokens in this layer; device of all tensors, except those on the CPU
     spans               [(start, stop)] of each picture among the T tokens
     whole_spans         [(start, stop)] of each picture in the prompt, before any narrowing
+    parts, whole_parts  as spans and whole_spans, of the parts of a picture: the whole picture, and the map of its tiles
     counts              number of tokens of each picture before a stage `pick` or `merge`
     attended            (T,) bool: the tokens that took part in this layer's attention (stage `attend`), or None: all
     protected           (T,) bool: vision tokens that the stage `protect` keeps in all layers, or None
@@ -36,15 +36,15 @@ class View:
     def __init__(
         self, layer, num_layers, q, k, v, spans, places=None, contrast=None, ahead=0, backend="auto",
         protected=None, x=None, upcoming=None, embeddings=None, origin=None, whole_spans=None, attended=None,
-        counts=None, share=WHOLE,
+        counts=None, sides=None, whole_parts=None, share=WHOLE,
     ):  # fmt: skip
         """q (1, Hq, W + ahead, D): the prompt's last W rows, then the look-ahead rows; k, v (1, Hkv, T + ahead, D).
 
         places: None if the spans are text; each span is then a row. contrast: function that `contrast` calls.
         x (1, T + ahead, C) and upcoming: the layer's output, and the function for q and k of the next layer, see
         `Llama.prefill`. embeddings (T', C): of the whole prompt. These three, if not None, can be asked for.
-        origin, whole_spans, counts: None if no token has been dropped. share: q, k and v are of its heads only; what
-        the view answers is of all heads.
+        origin, whole_spans, counts, whole_parts: None if no token has been dropped. sides: see `Pruning`. share: q, k
+        and v are of its heads only; what the view answers is of all heads.
         """
         self.layer, self.num_layers, self.spans = layer, num_layers, spans
         self.q_heads, self.kv_heads = share.ranks * q.shape[1], share.ranks * k.shape[1]
@@ -57,6 +57,8 @@ class View:
         self._origin = origin
         self.whole_spans = list(spans if whole_spans is None else whole_spans)
         self.counts = [stop - start for start, stop in self.whole_spans] if counts is None else list(counts)
+        self.parts = parts_of(spans, self.places, sides or [None] * len(spans))
+        self.whole_parts = list(self.parts if whole_parts is None else whole_parts)
         self.protected = None if protected is None else protected.clone()
         self.attended = None if attended is None else attended.clone()
         self._attention = {}
@@ -186,6 +188,18 @@ class View:
         return [far.clone() for far in self._contrast()]
 
 
+def parts_of(spans, places, sides):
+    """[(start, stop)] of the parts of pictures, in order: of a picture with tiles two, even if one is empty.
+
+    Arguments as in `Pruning`, one entry per picture.
+    """
+    parts = []
+    for (start, stop), own, side in zip(spans, places, sides, strict=True):
+        first = start + int((own[:, 0] < side).sum()) if side is not None else stop
+        parts += [(start, first)] if side is None else [(start, first), (first, stop)]
+    return parts
+
+
 def pruned_prefill(language, x, cache, pruning, lookahead=None, positions=None, following=None):
     """`Llama.prefill` of embedded tokens x (T, C) with all stages of a `Pruning`, or without pruning if it is None."""
     inside = pruning and pruning.inside
@@ -246,8 +260,8 @@ class Pruning:
     ):  # fmt: skip
         """ahead: number of look-ahead rows, which follow the prompt's rows in q, k and v; the rest as in `View`.
 
-        sides: for each picture the row of its places where the map of LLaVA-NeXT's tiles begins; None if there is none.
-        share: this process's heads; the method chooses for all heads, in all processes alike.
+        sides: for each picture the row of its places where the map of its tiles begins, None if it has none; None if no
+        picture has any. share: this process's heads; the method chooses for all heads, in all processes alike.
         """
         self.share = share
         self.method, self.num_layers, self.ahead, self.backend = method, num_layers, ahead, backend
@@ -257,7 +271,8 @@ class Pruning:
         self.protected = self.protected_whole = protected  # (T,) bool or None
         self.seen = None  # (T,) indices in the prompt of the tokens that the current layer sees; None: all
         self.embeddings, self.whole_spans, self.counts = embeddings, list(spans), counts
-        self.sides = sides or [sys.maxsize] * len(spans)
+        self.sides = sides or [None] * len(spans)
+        self.whole_parts = None  # [(start, stop)] in the prompt, known from the first view on
         self.looking = None  # what vision tokens and heads may look at in the current layer; None: everything
         self.attended = None  # (T,) bool: the tokens that take part in the current layer's attention; None: all
 
@@ -320,11 +335,13 @@ class Pruning:
         return keep if keep is None else self.share.own(keep), None if stay is None else self._narrow(stay)
 
     def _view(self, layer, q, k, v, x=None, upcoming=None):
-        return View(
+        view = View(
             layer, self.num_layers, q, k, v, self.spans, self.places, self.contrast, self.ahead, self.backend,
             self.protected, x, upcoming, self.embeddings, self.seen, self.whole_spans, self.attended,
-            self.counts, self.share,
+            self.counts, self.sides, self.whole_parts, self.share,
         )  # fmt: skip
+        self.whole_parts = view.whole_parts
+        return view
 
     def _asked(self, ask):
         """What the method answers; its ValueError as an InputError."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.oracle import expanded, hf_pictures
+from tests.oracle import expanded, hf_kind, hf_pictures
 
 
 def heavy_hitters(folder, generation, spans, retention, newest, extra, count):
@@ -57,7 +57,7 @@ def heavy_hitters(folder, generation, spans, retention, newest, extra, count):
 
     transformers.AttentionInterface.register("heavy hitters", attend)
     with torch.device("cpu"):
-        kind = "LlavaNext" if generation.checkpoint.config.image_grid_pinpoints else "Llava"
+        kind = hf_kind(generation.checkpoint.config)
         model = getattr(transformers, kind + "ForConditionalGeneration")
         model = model.from_pretrained(folder, dtype=torch.float32).eval()
         model.model.language_model.set_attn_implementation("heavy hitters")

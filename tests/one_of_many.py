@@ -123,7 +123,7 @@ def main(folder):
         answers.append((answered(checkpoint, case["methods"], case["picture"]), every, counts))
     if team.rank == 0:
         torch.save(answers, folder / "answers.pt")
-    dist.destroy_process_group()
+    team.finish()
 
 
 if __name__ == "__main__":

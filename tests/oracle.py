@@ -197,27 +197,48 @@ def masked_ids(folder, generation, choose, count, rows=1, narrow=None):
 
 
 def expanded(generation):
-    """Prompt ids for transformers: each picture's id repeated once per token of the picture."""
-    image, counts = generation.checkpoint.config.image_token_index, iter(generation.images)
-    return [i for t in generation.ids for i in [t] * (next(counts)["tokens"] if t == image else 1)]
+    """Prompt ids for transformers: each picture's id repeated once per token of the picture; `<video>` for frames."""
+    config, pictures = generation.checkpoint.config, iter(generation.pictures)
+    ids = []
+    for token in generation.ids:
+        picture = next(pictures) if token == config.image_token_index else None
+        token = config.video_token_index if picture and is_frame(picture) else token
+        ids += [token] * (picture.tokens if picture else 1)
+    return ids
+
+
+def is_frame(picture):
+    """True for a frame of a video."""
+    return picture.settings.mode == "frame"
 
 
 def hf_pictures(generations):
-    """Picture arguments for transformers' models."""
-    pixels = [p for g in generations for p in g.pixels]
-    if not pixels or not generations[0].checkpoint.config.image_grid_pinpoints:
-        return {"pixel_values": torch.stack(pixels)} if pixels else {}
-    images = [image for g in generations for image in g.images]
-    tiles = [torch.stack(part) for part in _parts(pixels, [image["tiles"] for image in images])]
-    return {
-        "pixel_values": torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True),  # (n, most tiles, 3, S, S)
-        "image_sizes": torch.tensor([image["size"][::-1] for image in images]),
-    }
+    """Picture arguments for transformers' models. All videos must have the same number of frames."""
+    config = generations[0].checkpoint.config
+    found = [[picture for picture in g.pictures if not is_frame(picture)] for g in generations]
+    videos = [[]]
+    for frame in (picture for g in generations for picture in g.pictures if is_frame(picture)):
+        videos[-1].append(frame.pixels[0])
+        videos += [[]] if frame.layout.newline else []  # the last frame of its video
+    pictures = [picture for some in found for picture in some]
+    inputs = {}
+    if any(videos):
+        inputs["pixel_values_videos"] = torch.stack([torch.stack(video) for video in videos[:-1]])
+    if not pictures:
+        return inputs
+    pixels = [picture.pixels for picture in pictures]
+    if not config.image_grid_pinpoints:
+        return {"pixel_values": torch.cat(pixels)}
+    inputs["pixel_values"] = torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True)  # (n, most tiles, 3, S, S)
+    inputs["image_sizes"] = torch.tensor([picture.size[::-1] for picture in pictures])
+    if config.max_tiles:
+        inputs["batch_num_images"] = torch.tensor([len(some) for some in found if some])
+    return inputs
 
 
-def _parts(values, counts):
-    values = iter(values)
-    return [[next(values) for _ in range(count)] for count in counts]
+def hf_kind(config):
+    """The name in transformers of the architecture of a LlavaConfig."""
+    return "LlavaOnevision" if config.max_tiles else "LlavaNext" if config.image_grid_pinpoints else "Llava"
 
 
 def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
@@ -252,8 +273,7 @@ def masked_batch(folder, generations, chooses, count, rows=1, narrow=None):
 
     transformers.AttentionInterface.register("dropped", attend)
     with torch.device("cpu"):
-        kind = "LlavaNext" if generations[0].checkpoint.config.image_grid_pinpoints else "Llava"
-        model = getattr(transformers, kind + "ForConditionalGeneration")
+        model = getattr(transformers, hf_kind(generations[0].checkpoint.config) + "ForConditionalGeneration")
         model = model.from_pretrained(folder, dtype=torch.float32).eval()
         model.model.language_model.set_attn_implementation("dropped")
         out = model.generate(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.oracle import expanded, hf_pictures
+from tests.oracle import expanded, hf_kind, hf_pictures
 
 
 def sparse_ids(folder, generation, choose, count, stored=True):
@@ -37,7 +37,7 @@ def sparse_ids(folder, generation, choose, count, stored=True):
 
     transformers.AttentionInterface.register("sparse", attend)
     with torch.device("cpu"):
-        kind = "LlavaNext" if generation.checkpoint.config.image_grid_pinpoints else "Llava"
+        kind = hf_kind(generation.checkpoint.config)
         model = getattr(transformers, kind + "ForConditionalGeneration")
         model = model.from_pretrained(folder, dtype=torch.float32).eval()
         model.model.language_model.set_attn_implementation("sparse")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.oracle import expanded, hf_pictures
+from tests.oracle import expanded, hf_kind, hf_pictures
 
 
 def by_score(scores):
@@ -123,7 +123,7 @@ def masked_answer(folder, generation, schedule, count, recycle=False, scope="ima
 
     transformers.AttentionInterface.register("sparse", attend)
     with torch.device("cpu"):
-        kind = "LlavaNext" if generation.checkpoint.config.image_grid_pinpoints else "Llava"
+        kind = hf_kind(generation.checkpoint.config)
         model = getattr(transformers, kind + "ForConditionalGeneration")
         model = model.from_pretrained(folder, dtype=torch.float32).eval()
         language = model.model.language_model

@@ -31,10 +31,15 @@ HARMLESS = {
 READ = {field.name for kind in (LlavaConfig, TextConfig, VisionConfig) for field in dataclasses.fields(kind)} | {
     "eos_token_id",  # by read_generation_settings
     "rope_parameters",  # only its theta is read; its type must be "default"
-}
+    "vision_aspect_ratio",  # its number is max_tiles
+    "vision_use_head",  # its tensors are not read
+    "use_sliding_window", "max_window_layers", "layer_types",  # of Qwen2: they decide on the sliding window
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["LlavaConfig", "LlavaNextConfig", "LlamaConfig", "MistralConfig", "CLIPVisionConfig"])
+@pytest.mark.parametrize("kind", ["LlavaConfig", "LlavaNextConfig", "LlavaOnevisionConfig",
+                                  "LlamaConfig", "MistralConfig", "Qwen2Config",
+                                  "CLIPVisionConfig", "SiglipVisionConfig"])  # fmt: skip
 def test_every_field_of_transformers_configs_is_read_or_harmless(kind):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
     theirs = {field.name for field in dataclasses.fields(getattr(transformers, kind))}
@@ -156,7 +161,9 @@ PROCESSOR_FIELDS = {  # of transformers' image processors: how each is handled
 
 @pytest.mark.parametrize("name", ["clip.image_processing_pil_clip.CLIPImageProcessorPil",
                                   "llava.image_processing_pil_llava.LlavaImageProcessorPil",
-                                  "llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil"])  # fmt: skip
+                                  "llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil",
+                                  "llava_onevision.image_processing_pil_llava_onevision.LlavaOnevisionImageProcessorPil",
+                                  "siglip.image_processing_pil_siglip.SiglipImageProcessorPil"])  # fmt: skip
 def test_every_field_of_transformers_image_processors_is_known(name):
     pytest.importorskip("transformers", reason="transformers is the oracle of this test")
     module, _, kind = name.rpartition(".")

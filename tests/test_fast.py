@@ -78,7 +78,9 @@ def test_weights_that_do_not_lie_side_by_side_are_not_joined():
         assert fast.joined(others) is not None
         others[replaced].weight = torch.nn.Parameter(others[replaced].weight.detach().clone())
         assert fast.joined(others) is None
-    assert fast.joined([torch.nn.Linear(4, 3)]) is None  # a bias
+    some = torch.nn.Linear(4, 3), torch.nn.Linear(4, 5, bias=False)
+    fast.lay(some)
+    assert fast.Product(*some).weight is None  # only one has a bias
 
 
 @pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])

@@ -137,8 +137,8 @@ def test_frames_from_python_are_those_of_run_py(tiny, folder, files, cli):
     questions = [("what?", "a.png", NAMES), ("what?", "a.png"), "what?", ("what?", (), NAMES), ("what?", "a.png", ())]
     alone = [wanted, tiny.ask("what?", "a.png", max_new_tokens=5), tiny.ask("what?", max_new_tokens=5)]
     alone += [tiny.ask("what?", **options), alone[1]]
-    assert tiny.ask_many([*questions, ("what?", "a.png", NAMES, 3)], max_new_tokens=5)[:-1] == alone
-    assert len({*alone}) == 4
+    *answers, wrong = tiny.ask_many([*questions, ("what?", "a.png", NAMES, 3)], max_new_tokens=5)
+    assert answers == alone and len({*alone}) == 4 and "or a triple (text, pictures, frames)" in str(wrong)
     code, out, err = cli("--model", folder, "--image", "a.png", "--frames", *NAMES, "-n", 5, "--prompt", "what?")
     assert code == 0 and out == wanted + "\n" and "image mode anyres (order hf), 3 frames, backend" in err
 
@@ -206,6 +206,7 @@ BAD = {  # words of the error: flags
     "only LLaVA-OneVision takes the frames of a video; give them as pictures": "--frames a.png --model DEMO",
     "give its frames with --frames (in a chat: /frames)": "--prompt <video>?",
     "2 <video>": "--frames a.png --prompt <video><video>",
+    "the system text contains <video>": "--frames a.png --system <video>",
     "pictures and frames, and the model's context is 1024; use fewer frames": "--frames long.tiff",
     "the drawing would replace a.png": "--frames a.png --show a.png",
     ". cannot be read (Is a directory)": "--frames .",
@@ -285,7 +286,8 @@ def test_the_mode_of_several_pictures_is_recorded(questions):
     [
         ({"frames": 3}, "the frames in line 1 of q.jsonl is neither a file name nor a list of them; fix it"),
         ({"frames": [3]}, "the frames in line 1"),
-        ({"video": "x.mp4"}, "has 'video' and no \"image\""),
+        ({"video": "x"}, "has 'video' and no \"image\""),
+        ({"clip": "x.mp4"}, "has 'clip' and no \"image\""),
         ({"clip": "x.webm"}, "has 'clip' and no \"image\""),
     ],
 )
@@ -297,14 +299,23 @@ def test_what_names_no_frames_is_refused(questions, question, words):
 
 
 def test_a_conversation_about_frames(talk, folder, files):  # noqa: F811
-    lines = ["what?", "/frames b.png c.png", "/frames -", "/frames 'clip.gif'", "/image a.png", "what <image><video>?"]
+    lines = [
+        "what?",
+        "/frames b.png",
+        "/frames b.png c.png",
+        "/frames -",
+        "/frames 'clip.gif'",
+        "/image a.png",
+        "what <image><video>?",
+    ]
     lines += ["/stats", "/clear", "what?", "/clear all", "/frames -", "<video>?", "/frames", "/frames - a.png"]
     flags = "--model", folder, "-n", 3, "--frames", *NAMES, "--prune", "random:retention=0.5"
     code, out, err = talk(lines, *flags)
     assert code == 0 and out.count("\n") == 3, err
     said = [
         "Ask a question about 3 frames of a video; ",
-        "frames for the next question: 2\n", "frames for the next question: none\n",
+        "frames for the next question: 1\n", "frames for the next question: 2\n",
+        "frames for the next question: none\n",
         "frames for the next question: 3\n", "pictures for the next question: a.png\n",
         "so that random can prune the new pictures", "1 picture, 6 frames, ",
         "new conversation about a.png, 3 frames of a video\n", "new conversation, without pictures",
@@ -317,8 +328,9 @@ def test_a_conversation_about_frames(talk, folder, files):  # noqa: F811
 
 
 def test_new_frames_alone_are_pruned_too(talk, folder, files):  # noqa: F811
-    _, _, err = talk(["what?", "/frames b.png", "what?"], "--model", folder, "-n", 3, "--prune", "random")
-    assert "so that random can prune the new pictures" in err
+    lines = ["what?", "/frames b.png", "what?", "what?"]
+    _, _, err = talk(lines, "--model", folder, "-n", 3, "--prune", "random")
+    assert "so that random can prune the new pictures" in err and err.count("processed again") == 1
 
 
 def test_a_later_picture_of_a_conversation_is_said_to_be_one_square(talk, folder, files):  # noqa: F811

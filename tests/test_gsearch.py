@@ -213,10 +213,14 @@ def test_a_checkpoints_schedule_gives_way_to_a_given_retention_or_sigmoid(tmp_pa
     def effective(spec, retention=None):
         return make_method(spec, retention, folder=tmp_path).effective
 
-    assert effective("g-search") == own
+    assert effective("g-search") == {"schedule": [1, 0.5], "query": "last"}
     assert effective("g-search", 0.3) == {"retention": 0.3} | {k: v for k, v in own.items() if k != "schedule"}
     assert effective("g-search:steepness=30") == {"lo": 0.1, "hi": 0.9, "steepness": 30.0, "query": "last"}
-    assert effective("g-search:schedule=[1,0.2]") == own | {"schedule": [1, 0.2]}
+    assert effective("g-search:schedule=[1,0.2]") == {"schedule": [1, 0.2], "query": "last"}
+    file = f"@{tmp_path / 'g-search.json'}"  # its sigmoid is for other retentions
+    assert make_method("g-search", settings=[file]).effective == {"schedule": [1, 0.5], "query": "last"}
+    with pytest.raises(ValueError, match="lo has no effect with schedule"):
+        make_method("g-search", settings=[file, "lo=0.3"])
     again = make_method(make_method("g-search", folder=tmp_path).spec)
     assert again.rule.shares(2) == [1, 0.5]
 

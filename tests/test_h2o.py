@@ -14,6 +14,7 @@ from model.pruning import make_method
 from model.report import logits_along
 from model.view import View
 from tests.h2o_oracle import heavy_hitters
+from tests.onevision import make_onevision
 from tests.oracle import poison
 from tests.seeds import torch_random
 from tests.test_cache import live_bytes
@@ -31,9 +32,11 @@ def tiny(make_hf_checkpoint, tmp_path_factory):
         if (kv_heads, kind) not in made:
             folder = tmp_path_factory.mktemp("tiny")
             top = {"image_grid_pinpoints": [[84, 168], [168, 84]]} if kind == "LlavaNext" else {}
-            make_hf_checkpoint(
-                folder, LONG | {"num_key_value_heads": kv_heads}, {"image_size": 84}, top, seed=kv_heads, kind=kind
-            )
+            text = LONG | {"num_key_value_heads": kv_heads}
+            if kind == "LlavaOnevision":
+                make_onevision(make_hf_checkpoint, folder, text, seed=kv_heads)
+            else:
+                make_hf_checkpoint(folder, text, {"image_size": 84}, top, seed=kv_heads, kind=kind)
             made[kv_heads, kind] = folder, dataclasses.replace(load(folder, "fp32"), stop_ids=())
         return made[kv_heads, kind]
 
@@ -80,6 +83,7 @@ def watched(monkeypatch):
 ORACLE = [  # KV heads, kind, retention, newest, extra tokens, pictures
     (4, "Llava", 0.3, 0.5, 1, 1), (2, "Llava", 0.2, 0.5, 1, 2), (2, "Llava", 0.5, 0.0, 4, 1),
     (1, "Llava", 0.1, 1.0, 2, 1), (2, "LlavaNext", 0.2, 0.3, 1, 1),
+    (2, "LlavaOnevision", 0.2, 0.3, 1, 2),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 tests/narrow_oracles.py, and each mistake that is easy to make."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -20,6 +21,7 @@ from model.pruning.pyramiddrop import PyramidDrop
 from model.view import Prefilled
 from tests import narrow_oracles as oracle
 from tests.given import given_view
+from tests.onevision import make_onevision
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.pick_oracles import Seen, mustdrop1, mustdrop1_keys
 from tests.sizes import Sizes
@@ -32,6 +34,8 @@ QUESTIONS = {  # name: (kind of checkpoint, question, sizes of the pictures)
     "three": ("llava", "what is <image> and <image> left of <image> there?", [(60, 90), (50, 50), (90, 30)]),
     "last": ("llava", "what is left of <image> in <image>", [(60, 90), (50, 50)]),  # a picture ends the prompt
     "next": ("next", "what is <image> left of <image> there?", [(330, 75), (160, 210)]),
+    "onevision": ("onevision", "what is left of <image> there?", [(150, 190)]),  # 6 x 5 tiles, which shrink
+    "frames": ("onevision", "what is <video> left of <image> there?", [(60, 90)]),
 }
 
 
@@ -45,8 +49,9 @@ def pair(make_hf_checkpoint, tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             text = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
             text["max_position_embeddings"] = 2048
-            vision = {"image_size": 84 if kind == "llava" else 112, "num_hidden_layers": 4}
-            make = make_hf_checkpoint if kind == "llava" else lambda *a, **b: make_next(make_hf_checkpoint, *a, **b)
+            vision = {"image_size": {"llava": 84, "next": 112, "onevision": 32}[kind], "num_hidden_layers": 4}
+            make = {"next": make_next, "onevision": make_onevision}.get(kind)
+            make = partial(make, make_hf_checkpoint) if make else make_hf_checkpoint
             made[kind] = make(folder, text, vision, seed=5), replace(load(folder, "fp32"), stop_ids=())
         return made[kind]
 
@@ -56,6 +61,7 @@ def pair(make_hf_checkpoint, tmp_path_factory):
 def ask(pair, question, spec, count=24, **options):
     kind, words, sizes = QUESTIONS[question]
     pictures = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    options |= {"frames": [noise(50, 40, seed=9 + i) for i in range(3)]} if "<video>" in words else {}
     return Generation(pair(kind)[1], words, pictures, Sampling(count), template="raw", prune=spec, **options)
 
 
@@ -122,8 +128,8 @@ def test_pyramiddrop_hides_what_the_last_row_attends_to_least(pair, question, sp
 def merged_pictures(hf, asked, **merging):
     """A Seen of each picture with windows merged, and the tokens that the stage `protect` keeps, by index."""
     join = lambda patches: mustdrop1(patches, **merging)  # noqa: E731
-    seen = [Seen(hf, picture.pixels, picture.size, join) for picture in asked.pictures]
-    return seen, [mustdrop1_keys(one) for one in seen]
+    seen = [Seen.of_picture(hf, picture, join) for picture in asked.pictures]
+    return seen, [mustdrop1_keys(one) if one.cls else [] for one in seen]
 
 
 DROPS = {  # SPEC: what differs in the rule
@@ -139,8 +145,9 @@ def test_mustdrop_merges_hides_what_text_ignores_and_forgets_it_in_earlier_layer
     hf, checkpoint = pair(QUESTIONS[question][0])
     plain = ask(pair, question, None)
     with torch.inference_mode():
-        merging = {"threshold": between([Seen(hf, p.pixels, p.size) for p in plain.pictures], 2), "block": 2}
-        asked = ask(pair, question, make_method(spec, settings=merging), remember=True)
+        merging = {"threshold": between([Seen.of_picture(hf, p) for p in plain.pictures], 2), "block": 2}
+        keys = {"key_share": 0} if QUESTIONS[question][0] == "onevision" else {}  # without CLS
+        asked = ask(pair, question, make_method(spec, settings=merging | keys), remember=True)
         seen, keys = merged_pictures(hf, asked, **merging)
         tokens, counts = [one.tokens(None) for one in seen], [image["tokens"] for image in asked.images]
         spans = spans_of(asked.ids, checkpoint.config.image_token_index, map(len, tokens))

@@ -87,16 +87,16 @@ def float64_twin(hf):
         return x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt() * self.weight
 
     def rotary(self, x, position_ids):
-        d, theta = self.config.head_dim, self.config.rope_parameters["rope_theta"]
+        d, theta = 2 * len(self.inv_freq), self.config.rope_parameters["rope_theta"]
         frequencies = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
         angles = position_ids[..., None].double() * torch.cat((frequencies, frequencies))
         return angles.cos(), angles.sin()
 
     twin = copy.deepcopy(hf).double()
     for module in twin.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__.endswith("RMSNorm"):  # of Llama, Mistral, Qwen2
             module.forward = types.MethodType(norm, module)
-        if type(module).__name__ == "LlamaRotaryEmbedding":
+        if type(module).__name__.endswith("RotaryEmbedding"):
             module.forward = types.MethodType(rotary, module)
     return twin
 
@@ -242,16 +242,20 @@ LLAVA_7B = {  # all that the published 1.5-7b file sets for its language model
 
 
 def hf_config(raw):
-    kind = transformers.LlavaNextConfig if raw.get("model_type") == "llava_next" else transformers.LlavaConfig
+    kinds = {"llava_next": "LlavaNextConfig", "llava_onevision": "LlavaOnevisionConfig"}
+    kind = getattr(transformers, kinds.get(raw["model_type"], "LlavaConfig"))
     return kind(**{k: v for k, v in copy.deepcopy(raw).items() if k != "model_type"})
 
 
 def assert_same_config(ours, theirs):
     """Compare each field that transformers also has."""
     text, vision = theirs.text_config, theirs.vision_config
+    qwen2 = text.model_type == "qwen2"
+    absent = {"head_dim": text.hidden_size // text.num_attention_heads, "sliding_window": None, "attention_bias": qwen2}
     for field in fields(TextConfig):
-        missing = None if field.name == "sliding_window" else False  # specific to Mistral or Llama
-        want = getattr(text, field.name, missing)
+        want = getattr(text, field.name, absent.get(field.name, False))
+        if qwen2 and field.name == "sliding_window" and "sliding_attention" not in text.layer_types:
+            want = None
         want = text.rope_parameters["rope_theta"] if field.name == "rope_theta" else want
         assert getattr(ours.text_config, field.name) == want, field.name
     for field in fields(VisionConfig):
@@ -263,6 +267,9 @@ def assert_same_config(ours, theirs):
     assert ours.vision_feature_select_strategy == theirs.vision_feature_select_strategy
     canvases = getattr(theirs, "image_grid_pinpoints", None)
     assert ours.image_grid_pinpoints == (canvases and tuple(map(tuple, canvases)))
+    assert ours.video_token_index == getattr(theirs, "video_token_index", None)
+    limit = getattr(theirs, "vision_aspect_ratio", None)
+    assert limit == (ours.max_tiles and f"anyres_max_{ours.max_tiles}")
 
 
 def test_four_numbers_resolve_to_the_7b_model():
@@ -273,6 +280,8 @@ def test_four_numbers_resolve_to_the_7b_model():
     assert sum(w.numel() for w in ours.values()) == sum(w.numel() for w in theirs.values()) == 7_063_427_072
 
 
+QWEN2, SIGLIP = {"model_type": "qwen2"}, {"model_type": "siglip_vision_model"}
+ONEVISION = {"model_type": "llava_onevision"}
 SPARSE = {
     "nothing": {},
     "7b": LLAVA_7B,
@@ -296,7 +305,48 @@ SPARSE = {
         "model_type": "llava_next",
         "text_config": {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32064},
     },
-}
+    "interleave": {
+        "text_config": QWEN2, "vision_config": SIGLIP, "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+    "next, qwen2": {"model_type": "llava_next", "text_config": QWEN2},
+    "onevision": ONEVISION,
+    "onevision 0.5b": ONEVISION | {
+        "text_config": QWEN2 | {
+            "hidden_size": 896, "intermediate_size": 4864, "max_window_layers": 24, "num_attention_heads": 14,
+            "num_hidden_layers": 24, "num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 152000,
+            "rope_theta": 1e6, "use_sliding_window": False,
+        },
+        "tie_word_embeddings": False, "image_token_index": 151646, "vision_aspect_ratio": "anyres_max_9",
+    },
+    "onevision, new spellings": ONEVISION | {
+        "image_token_id": 7, "video_token_id": 8, "vision_aspect_ratio": "anyres_max_4",
+        "text_config": {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    },
+    "onevision, empty parts": ONEVISION | {"text_config": {}, "vision_config": {"image_size": 384}},
+    "onevision, parts without model_type": ONEVISION | {
+        "text_config": {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4},
+        "vision_config": {"hidden_size": 96, "image_size": 384},
+    },
+    "onevision, llama": ONEVISION | {"text_config": {"model_type": "llama"}},
+    "onevision, clip": ONEVISION | {
+        "vision_config": CLIP_L_336 | {"model_type": "clip_vision_model", "image_size": 384, "patch_size": 16},
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    },
+    "onevision, nulls": ONEVISION | {
+        "image_grid_pinpoints": None, "text_config": {"num_key_value_heads": None}, "vision_config": None,
+    },
+    "onevision, other canvases": ONEVISION | {"image_grid_pinpoints": [[384, 768], [768, 384]]},
+    "a window": ONEVISION | {"text_config": {"use_sliding_window": True, "max_window_layers": 20}},
+    "a window of no layer": ONEVISION | {"text_config": {"use_sliding_window": True, "max_window_layers": 32}},
+    "a window of some layers": ONEVISION | {
+        "text_config": {
+            "use_sliding_window": True, "sliding_window": 700, "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    },
+    "a window that is not used": ONEVISION | {"text_config": {"sliding_window": 512, "max_window_layers": 0}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -313,8 +363,9 @@ def test_keys_that_a_config_leaves_out_get_the_values_of_transformers(name, tmp_
 
 @pytest.mark.parametrize("text", [None, False, True])
 @pytest.mark.parametrize("top", [None, False, True])
-def test_embeddings_are_tied_exactly_when_transformers_ties_them(top, text):
-    raw = {"model_type": "llava"} | ({} if top is None else {"tie_word_embeddings": top})
+@pytest.mark.parametrize("kind", ["llava", "llava_onevision"])
+def test_embeddings_are_tied_exactly_when_transformers_ties_them(kind, top, text):
+    raw = {"model_type": kind} | ({} if top is None else {"tie_word_embeddings": top})
     raw["text_config"] = {} if text is None else {"tie_word_embeddings": text}
     assert parse_config(raw).tie_word_embeddings == hf_config(raw).tie_word_embeddings
 

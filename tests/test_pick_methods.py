@@ -3,10 +3,12 @@ transformers with the rules of tests/pick_oracles.py, and each mistake that is e
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +25,7 @@ from model.pruning.mustdrop1 import MustDrop1
 from model.pruning.visionzip import VisionZip
 from model.pruning.vtc_cls import VtcCls
 from tests import pick_oracles as oracle
+from tests.onevision import make_onevision
 from tests.paths import DEMO, DEMO_PICTURE
 from tests.pick_oracles import Seen, amount, answer, map_of, shares
 from tests.seeds import torch_random
@@ -49,7 +52,12 @@ CASES = {  # kind, side of a square in pixels, sizes of the pictures
     "LLaVA-NeXT, 8 x 8, two pictures": ("next", 112, [(330, 75), (60, 290)]),  # 1 x 3 and 3 x 1 tiles, with borders
     "LLaVA-NeXT, 8 x 8, 2 x 2 tiles": ("next", 112, [(210, 160)]),
     "LLaVA-NeXT, 24 x 24": ("next", 336, [(1000, 250)]),
+    "OneVision, 8 x 8, 6 x 5 tiles that shrink": ("onevision", 32, [(150, 190)]),
+    "OneVision, 8 x 8, two pictures": ("onevision", 32, [(60, 90), (50, 50)]),
+    "OneVision, 7 x 7, a picture and 3 frames": ("onevision", 28, [(60, 90)]),
 }
+FRAMES = {"OneVision, 7 x 7, a picture and 3 frames": [(50, 40)] * 3}
+BLIND = {"hired", "vtc-cls"}  # without CLS
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,8 @@ def case(make_hf_checkpoint, tmp_path_factory):
         if (kind, side) not in made:
             folder = tmp_path_factory.mktemp("pick")
             text, vision = {"max_position_embeddings": 4096}, {"image_size": side, "num_hidden_layers": 8}
-            make = make_hf_checkpoint if kind == "llava" else lambda *a, **b: make_next(make_hf_checkpoint, *a, **b)
+            make = {"next": make_next, "onevision": make_onevision}.get(kind)
+            make = partial(make, make_hf_checkpoint) if make else make_hf_checkpoint
             made[kind, side] = make(folder, text, vision, seed=11), replace(load(folder, "fp32"), stop_ids=())
         return made[kind, side]
 
@@ -76,9 +85,10 @@ def blocks(size, seed):
 
 
 def ask(checkpoint, name, spec, count=24, **options):
-    sizes = CASES[name][2]
+    sizes, frames = CASES[name][2], [blocks(size, 50 + i) for i, size in enumerate(FRAMES.get(name, ()))]
     pictures = [blocks(size, i) for i, size in enumerate(sizes)]
-    question = "what is " + " and ".join(["<image>"] * len(sizes)) + "?"
+    question = "what is " + " and ".join(["<image>"] * len(sizes) + ["<video>"] * bool(frames)) + "?"
+    options |= {"frames": frames} if frames else {}
     return Generation(checkpoint, question, pictures, Sampling(count), template="raw", prune=spec, **options)
 
 
@@ -92,7 +102,7 @@ def seen(case):
         if name not in made:
             hf, checkpoint = case(name)
             asked = ask(checkpoint, name, None)
-            made[name] = [Seen(hf, picture.pixels, picture.size) for picture in asked.pictures]
+            made[name] = [Seen.of_picture(hf, picture) for picture in asked.pictures]
         return made[name]
 
     return get
@@ -128,7 +138,7 @@ def between(pictures, block):
     """A threshold that merges half of the windows of the square with the least similar ones."""
     found = []
     for picture in pictures:
-        patches = picture.states[1][:, 1:].unflatten(1, (picture.side, picture.side)).double().numpy()
+        patches = picture.states[1][:, picture.cls :].unflatten(1, (picture.side, picture.side)).double().numpy()
         for row in oracle.likeness(patches, block)[1]:
             half = np.sort(row)[::-1][len(row) // 2 - 1 : len(row) // 2 + 1]
             found.append(float(half.mean()))
@@ -140,6 +150,9 @@ def between(pictures, block):
 @torch.inference_mode()
 def test_the_choice_and_24_ids_are_those_of_transformers_and_the_oracle(case, seen, chosen, name, spec):
     hf, checkpoint = case(name)
+    if spec.split(":")[0] in BLIND and not seen(name)[0].cls:
+        assert "needs the CLS token of the vision tower, and this tower has" in refusal(ask, checkpoint, name, spec)
+        return
     asked = ask(checkpoint, name, spec)
     logits = asked.prefill()
     wanted = [CHOICES[spec](picture, ours.numpy()) for picture, ours in zip(seen(name), chosen, strict=True)]
@@ -162,20 +175,21 @@ def test_the_choice_and_24_ids_are_those_of_transformers_and_the_oracle(case, se
 def test_merged_patches_and_24_ids_are_those_of_transformers_and_the_oracle(case, seen, monkeypatch, name, setting):
     hf, checkpoint = case(name)
     merging = {"block": 2, "threshold": between(seen(name), 2)} if setting == "threshold" else {"rate": 0.5}
-    method = MustDrop1(retention=0.5) if setting == "retention" else MustDrop1(**merging)
+    keys = {} if seen(name)[0].cls else {"key_share": 0.0}
+    method = MustDrop1(retention=0.5, **keys) if setting == "retention" else MustDrop1(**merging, **keys)
     found, merge, protect = [], Method.merge, Method.protect
     monkeypatch.setattr(Method, "merge", lambda method, x: found.append(merge(method, x)) or found[-1])
     monkeypatch.setattr(Method, "protect", lambda method, view: found.append(protect(method, view)) or found[-1])
     asked = ask(checkpoint, name, make_method(method))
     logits = asked.prefill()
     pictures = [
-        Seen(hf, picture.pixels, picture.size, lambda x, ours=ours: oracle.mustdrop1(x, **merging, ours=ours.numpy()))
+        Seen.of_picture(hf, picture, lambda x, ours=ours: oracle.mustdrop1(x, **merging, ours=ours.numpy()))
         for picture, ours in zip(asked.pictures, found[::2], strict=True)
     ]
     for matrix, keys, picture in zip(found[::2], found[1::2], pictures, strict=True):
         np.testing.assert_allclose(matrix.numpy(), picture.joined, atol=1e-6)
         assert matrix.shape[1] < picture.side**2  # something was merged
-        assert keys.nonzero()[:, 0].tolist() == oracle.mustdrop1_keys(picture)
+        assert keys is None if not picture.cls else keys.nonzero()[:, 0].tolist() == oracle.mustdrop1_keys(picture)
     tokens = [picture.tokens(None) for picture in pictures]
     says_the_same(hf, asked, logits, tokens)
     assert asked.prefilled == len(asked.ids) - len(tokens) + sum(map(len, tokens)) < asked.prompt_tokens
@@ -193,6 +207,23 @@ def test_the_demo_gives_the_answer_of_transformers(demo, chosen, name):
         assert chosen[0].tolist() == wanted
     says_the_same(hf, asked, logits, [seen.tokens(wanted)])
     assert seen.side == 16 and asked.absent > 60
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5, 24 x 24", "OneVision, 8 x 8, 6 x 5 tiles that shrink"])
+@torch.inference_mode()
+def test_attention_of_patches_is_summed_over_all_blocks(case, seen, name):
+    """Mean over all patches of the square, also those that no token stands for; CLIP's 576 are five blocks."""
+    found = []
+
+    class Received:
+        def pick(self, picture):
+            found.append(picture.patch_attention(picture.read_layer).mean(0))
+
+    ask(case(name)[1], name, Received(), 1).prefill()
+    for ours, picture in zip(found, seen(name), strict=True):
+        first = picture.cls
+        mean = picture.attention[picture.read][picture.tile, :, first:, first + picture.cell].mean((1, 2))
+        np.testing.assert_allclose(ours.numpy(), mean, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["LLaVA-1.5, 24 x 24", "LLaVA-NeXT, 8 x 8, two pictures"])
@@ -240,7 +271,7 @@ def test_no_square_matrix_of_all_tokens_is_made(case, spec):
     asked = ask(case(name)[1], name, spec, 1)
     with Sizes() as sizes:
         asked.pick_images(asked.prune)
-    tokens = asked.pictures[0].patches.ge(0).sum().item()
+    tokens = asked.pictures[0].layout.patches.ge(0).sum().item()
     assert 2 * 256 * tokens <= sizes.largest < tokens**2 / 2, sizes.where
 
 
@@ -261,8 +292,9 @@ class Planted(Seen):
             index = np.concatenate((index, joined.ravel()))
         self.side, self.grid, self.map, self.patch = side, grid, kept, index
         self.tile_of, self.cell, self.count = index // side**2, index % side**2, len(index)
+        self.read_layer, self.has_cls = depth - 2, True
         self.squares, self.depth, self.scores = 1 + (math.prod(grid) if grid else 0), depth, scores or {}
-        self.per_square, self.joined = side**2, None
+        self.per_square, self.joined, self.newline, self.cls, self.read = side**2, None, False, 1, depth - 2
         # as a PictureView
         self.tile, self.tokens, self.num_layers, self.device = torch.from_numpy(self.tile_of), self.count, depth, "cpu"
         self.shapes = [(side, side), *([kept] if grid else [])]
@@ -273,7 +305,7 @@ class Planted(Seen):
     def cls_attention(self, layer):
         return torch.as_tensor(self.scores[layer], dtype=torch.float32)[None]
 
-    def cls(self, layer):
+    def looked_at(self, layer):
         return np.asarray(self.scores[layer], dtype=np.float64)
 
     def of(self, square):
@@ -310,7 +342,7 @@ def test_hired_gives_the_budget_to_the_tile_that_cls_looks_at(grid, rows, column
     picture = Planted(
         8, grid, (8 * grid[0], 8 * grid[1]), {0: marked(8, rows, columns, tokens), 22: torch.ones(tokens)}
     )
-    whole = 1 - float(picture.cls(0).sum()) / 64  # as many marked tokens as CLS looks at
+    whole = 1 - float(picture.looked_at(0).sum()) / 64  # as many marked tokens as CLS looks at
     wanted = [math.floor(whole * 40)] + [0] * math.prod(grid)
     wanted[tile] = 40 - wanted[0]
     assert counts(picture, Hired(keep_tokens=40, whole=whole)) == wanted
@@ -389,9 +421,7 @@ def test_a_number_is_divided_in_proportion_within_limits(total, parts):
 )
 def test_the_layers_scale_with_the_depth_and_the_last_is_not_summed(depth, layers):
     assert make_method("vtc-cls").layers(depth) == [*layers]
-    assert make_method("hired").layers(depth) == sorted({0, max(0, depth - 2)})
-    for name in ("fopru", "visionzip"):
-        assert make_method(name).layers(depth) == [max(0, depth - 2)]
+    assert make_method("hired").layers(depth) == [0]
     assert make_method("mustdrop1").layers(depth) == [depth - 1]
 
 

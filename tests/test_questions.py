@@ -488,7 +488,8 @@ def test_a_malformed_line_is_named_by_its_number(folder, file, refuses):
         "--questions {q} --answers {q}", "--questions {q} --answers {q}/x.jsonl", "--questions {q} --answers=",
         "--questions {q}.none --answers {a}", "--questions= --answers {a}",
         *(f"--questions {{q}} --answers {{a}} {more}" for more in (
-            "--prompt x", "--image assets/demo.png", "--json", "--num-chunks 3", "--num-chunks 3 --chunk-idx 3",
+            "--prompt x", "--image assets/demo.png", "--frames assets/demo.png",
+            "--json", "--num-chunks 3", "--num-chunks 3 --chunk-idx 3",
             "--batch 0", "--image-folder {q}", "--image-mode anyres", "--anyres-order orig", "--show kept.png",
         )),
     ],

@@ -9,17 +9,19 @@ import torch
 
 from kernels.ragged_decode_plan import split_size
 from model.checkpoint import empty_model
-from model.config import LlavaConfig, TextConfig, read_config
+from model.config import LlavaConfig, TextConfig, parse_config, read_config
 from tests.paths import DEMO, ROOT
-from tools import inspect_kernels, kernel_model, roofline
+from tools import inspect_kernels, kernel_model, memory_model, roofline
+from tools.make_checkpoint import config_json
 
-SEVEN, THIRTEEN, TILES, EIGHT, MISTRAL, DEMO_SHAPE = roofline.SHAPES
+SEVEN, THIRTEEN, TILES, EIGHT, MISTRAL, DEMO_SHAPE, HALF, QWEN_SEVEN = roofline.SHAPES
 
 
 @pytest.fixture(scope="module")
 def models():
     """Name of a shape -> a whole LLaVA on the meta device."""
     configs = {s.name: LlavaConfig(text_config=TextConfig(**vars(s.config))) for s in (SEVEN, MISTRAL)}
+    configs |= {s.name: parse_config(config_json(s.name.partition(",")[0], "bf16")) for s in (HALF, QWEN_SEVEN)}
     return {name: empty_model(config) for name, config in (configs | {DEMO_SHAPE.name: read_config(DEMO)}).items()}
 
 
@@ -27,17 +29,19 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("shape", [SEVEN, MISTRAL, DEMO_SHAPE], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [SEVEN, MISTRAL, DEMO_SHAPE, HALF, QWEN_SEVEN], ids=lambda s: s.name)
 def test_weights_are_those_of_the_modules(models, shape):
     model = models[shape.name]
     language, tower = model.language_model, model.vision_tower.vision_model
     table = language.model.embed_tokens.weight
-    assert shape.weight_numbers == count(language) - table.numel() + table.shape[1]  # one row of the embedding
+    rest = 0 if shape.tied else table.numel()
+    assert shape.weight_numbers == count(language) - rest + table.shape[1]  # one row of the embedding
+    assert shape.resident_numbers == count(model) - table.shape[1] * hasattr(model, "image_newline")
     assert shape.tower.projector_numbers(shape.config.hidden_size) == count(model.multi_modal_projector)
     idle = [*tower.encoder.layers[shape.tower.layers :], tower.post_layernorm]  # after the layer that LLaVA uses
     assert shape.tower.layers == model.config.feature_layers[0]
     assert shape.tower.tower_numbers == count(tower) - sum(map(count, idle))
-    assert (TILES.pictures, EIGHT.pictures) == (5, 8)
+    assert (TILES.squares, EIGHT.squares) == (5, 8)
 
 
 def test_flops_are_those_that_pytorch_counts(models):
@@ -52,14 +56,14 @@ def test_flops_are_those_that_pytorch_counts(models):
         model, c, tokens = models[shape.name], shape.config, shape.vision + shape.text
         language, side = model.language_model, model.config.vision_config.image_size
         with torch.device("meta"):
-            pixels = torch.empty(shape.pictures, 3, side, side)
-            features = torch.empty(shape.pictures, shape.tower.patches, shape.tower.hidden)
+            pixels = torch.empty(shape.squares, 3, side, side)
+            features = torch.empty(shape.squares, shape.tower.patches, shape.tower.hidden)
             x = torch.empty(1, tokens, c.hidden_size)
             tower = counted(model.vision_tower, pixels, model.config.feature_layers)
             projector = counted(model.multi_modal_projector, features)
             prefill = counted(lambda x, language=language: language.logits(language.prefill(x)[:, -1]), x)
-        assert tower == shape.tower.tower_flops(shape.pictures)
-        assert projector == shape.tower.projector_flops(shape.pictures, c.hidden_size)
+        assert tower == shape.tower.tower_flops(shape.squares)
+        assert projector == shape.tower.projector_flops(shape.squares, c.hidden_size)
         square = 4 * tokens**2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
         assert prefill - square / 2 == shape.prefill_flops()  # PyTorch counts the full square even if causal
 
@@ -145,9 +149,20 @@ def test_a_prompt_of_any_size(capsys):
     out = capsys.readouterr().out
     assert "least ms" not in out  # without --gpu
     assert "| llava-1.5-7b, 23000 vision tokens |" in out and "prefill, 23064 tokens" in out
-    # 2 bytes x 23,064 tokens x (x, its copy and the normed rows, q + k + v, cos and sin, 4 MLP rows); 0.5 MiB a token
-    assert f"at most {2e-6 * 23064 * (3 * 4096 + 3 * 4096 + 256 + 4 * 11008):,.1f} MB" in out
-    assert f"{23064 * 0.524288:,.1f} / {(64 + 11500) * 0.524288:,.1f}" in out
+    # 2 bytes: the prompt, x before and after attention, the MLP's blocks apart and joined; q, k, v; cos and sin
+    assert f"| {2e-6 * 23064 * (5 * 4096 + 3 * 4096 + 256):,.1f} |" in out
+    assert f"| {23128 * 0.524288 * 31 / 32:,.1f} |" in out
+
+
+def test_the_peak_is_that_of_the_largest_stage():
+    needs = list(memory_model.needs(HALF, batch=3, kept=0.5))
+    most = max(needs, key=lambda need: need.weights + need.kv + need.activations)
+    said = memory_model.peak(HALF, 3, 0.5, 2)
+    assert most.name in said and f"{1e-9 * most.total:.2f} GB" in said
+    cache = 2 * HALF.kv_numbers * (64 + 8765 / 2 + 64)
+    assert (
+        needs[-1].kv == 3 * cache and next(n.kv for n in needs if n.name.startswith("prefill")) == (2 + 23 / 24) * cache
+    )
 
 
 # ---------------------------------------------------------------- the kernel of a decode step

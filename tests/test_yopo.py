@@ -390,4 +390,4 @@ def test_a_method_before_the_language_model_leaves_the_window_its_places(demo):
         patch.setattr("model.view.looking_attention", spy)
         prefilled(demo, "", method, 1)
     ((start, stop),), (places,), sides = seen[0]
-    assert stop - start == len(places) == 128 and places.max() == 15 and sides == [16]
+    assert stop - start == len(places) == 128 and places.max() == 15 and sides == [None]

@@ -5,7 +5,7 @@ Imports nothing from model/.
 
 import pytest
 import torch
-from oracle import expanded, hf_pictures
+from oracle import expanded, hf_kind, hf_pictures
 
 
 def cells_of(generation):
@@ -97,7 +97,7 @@ def yopo_ids(folder, generation, active, last, count, radius=None, neurons=1.0, 
 
     transformers.AttentionInterface.register("yopo", attend)
     with torch.device("cpu"):
-        kind = "LlavaNext" if generation.checkpoint.config.image_grid_pinpoints else "Llava"
+        kind = hf_kind(generation.checkpoint.config)
         model = getattr(transformers, kind + "ForConditionalGeneration")
         model = model.from_pretrained(folder, dtype=torch.float32).eval()
         model.model.language_model.set_attn_implementation("yopo")

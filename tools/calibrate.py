@@ -263,12 +263,12 @@ def find_schedule(args, samples):
         what = f"layer {layer} of {layers - 1} with {fractions[layer]:.3f}"
         return judge(samples, "g-search", [{"schedule": fractions, "query": shape["query"]}], what=what)[0][0]
 
-    found = {"schedule": search(loss, layers, args.tolerance)} | shape
-    mean = statistics.mean(found["schedule"])
+    schedule = search(loss, layers, args.tolerance)
+    mean, found = statistics.mean(schedule), {"schedule": schedule, "query": shape["query"]}
     (kl, *_), (other, *_) = judge(samples, "g-search", [found, shape | {"retention": mean}])
-    print(f"\nleast fractions with a KL of {args.tolerance} or less: {found['schedule']}")
+    print(f"\nleast fractions with a KL of {args.tolerance} or less: {schedule}")
     print(f"They keep {100 * mean:.1f} % with a KL of {kl:.4f}; the sigmoid with this retention has {other:.4f}.")
-    return found
+    return found | shape
 
 
 STAGES = {"plphp": find_rates, "schedule": find_schedule, "heads": find_heads}

@@ -24,7 +24,7 @@ from model.pruning import make_method
 
 from . import harness
 from .hf import hf_inputs, import_transformers
-from .shapes import SHAPES
+from .shapes import SHAPES, TIED
 
 OURS = ("ours", "ours-compile")
 ENGINES = (*OURS, "hf-eager", "hf-sdpa", "hf-static")
@@ -98,7 +98,8 @@ def language_of(task):
     """The Llama of a task and its look-ahead rows, or None."""
     if task.shape:
         config = TextConfig(**SHAPES[task.shape][0])
-        return harness.random_language(config, DTYPES[task.dtype], task.device, task.seed), None
+        tied = task.shape in TIED
+        return harness.random_language(config, DTYPES[task.dtype], task.device, task.seed, tied), None
     checkpoint = load(task.model, task.dtype, task.device)
     return checkpoint.model.language_model, checkpoint.lookahead
 
@@ -264,20 +265,24 @@ def prepare_hf(task):
 
 
 def hf_llama(task, attention):
-    """(transformers' LlamaForCausalLM with our Llama's weights, arguments of generate(), stop ids)."""
+    """(transformers' Llama or Qwen2 with our decoder's weights, arguments of generate(), stop ids)."""
     transformers = import_transformers()
     language, _ = language_of(task)
     fields = asdict(language.config)
     weights = {name: w.contiguous() for name, w in language.state_dict().items()}  # undo the layout of `arrange`
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # if tied
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    del fields["sliding_window"]  # not a field of LlamaConfig
-    config = transformers.LlamaConfig(
+    del fields["sliding_window"]  # None, or longer than the prompt
+    kind, causal = transformers.LlamaConfig, transformers.LlamaForCausalLM
+    if language.config.model_type == "qwen2":  # its attention always has the bias
+        kind, causal = transformers.Qwen2Config, transformers.Qwen2ForCausalLM
+        del fields["attention_bias"], fields["mlp_bias"]
+    config = kind(
         **fields, rope_parameters=rope, tie_word_embeddings=language.lm_head is None,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+        model = causal(config).eval().requires_grad_(False)
     model.load_state_dict(weights, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(task.device)  # not in the state dict
     model.set_attn_implementation(attention)

@@ -33,14 +33,15 @@ NEEDS_CUDA = "needs CUDA; TRITON_INTERPRET=1 checks it without a GPU"  # a Trito
 # ---------------------------------------------------------------- what is timed
 
 
-def random_language(config, dtype, device, seed=0):
+def random_language(config, dtype, device, seed=0, tied=False):
     """A Llama with random weights, generated on the device in their dtype, so that no tensor exists twice."""
     with torch.device("meta"):
-        language = Llama(config).to(dtype).requires_grad_(False)
+        language = Llama(config, tied).to(dtype).requires_grad_(False)
     language.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    for p in language.parameters():
-        p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02, generator=generator)
+    for name, p in language.named_parameters():
+        biased = name.endswith("bias")
+        p.fill_(1.0) if p.ndim == 1 and not biased else p.normal_(0, 0.02, generator=generator)
     arrange(language)  # as `load` does for weights that are not memory-mapped
     return language
 

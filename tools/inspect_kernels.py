@@ -67,6 +67,7 @@ COVER = (
     (32, 4, "fp16"), (64, 2, "bf16"), (72, 16, "bf16"), (80, 7, "bf16"), (128, 4, "bf16"), (96, 8, "fp16"),
     (256, 16, "fp32"),
 )  # fmt: skip
+QWEN2 = ((64, 7), (128, 7))  # head dimension and group of Qwen2-0.5B and 7B, which LLaVA-OneVision has
 
 # ---------------------------------------------------------------- limits of the gates
 
@@ -110,6 +111,8 @@ def variants(kernel, everything):
     if everything:
         cover = itertools.product(HEAD_DIMS, GROUPS if kernel != "pack_kernel" else (1,), BYTES)
     chosen = [replace(plain, d=d, group=group, dtype=dtype) for d, group, dtype in cover]
+    if kernel not in ("pack_kernel", "evict_kernel"):
+        chosen += [replace(plain, d=d, group=group) for d, group in QWEN2]
     if decodes:
         chosen += [replace(plain, d=d, group=group) for d, group in ((128, 1), (128, 8), (256, 4))]
         coded = chosen if everything else [v for v in chosen if v.d in (32, 72, 128) and v.group < 8]

@@ -1,11 +1,11 @@
-"""Write a LLaVA-1.5 or LLaVA-NeXT checkpoint with random weights, in the layout of the published llava-hf folders.
+"""Write a LLaVA checkpoint with random weights (1.5, NeXT, OneVision), in the layout of the published llava-hf folders.
 
     python tools/make_checkpoint.py /tmp/llava-7b --shape llava-1.5-7b --dtype bf16     # 14 GB
     python tools/make_checkpoint.py /tmp/llava-tiny --shape tiny                        # half a megabyte
 
 For testing loading and measuring speed: its answers are nonsense, its time and memory those of the real model. Its
-small tokenizer has a few words and falls back to bytes; transformers cannot read it, because it numbers added tokens
-without the gap after a small vocabulary. Memory needed: one shard.
+small tokenizer has a few words and falls back to bytes; transformers cannot read that of LLaVA-1.5 and NeXT, because it
+numbers added tokens without the gap after a small vocabulary. Memory needed: one shard.
 """
 
 import io
@@ -19,8 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools.byte_level import TOKENS, write_byte_level  # noqa: E402
 from tools.command import as_command, exit_code, flags, number, write_json  # noqa: E402
-from tools.shapes import SHAPES  # noqa: E402
+from tools.shapes import SHAPES, TIED  # noqa: E402
 from tools.verify_checkpoint import gigabytes  # noqa: E402
 
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -77,6 +78,8 @@ def prepare(folder, size):
 def config_json(shape, dtype):
     """config.json, with only the fields that the published ones have."""
     text, vision, image = SHAPES[shape]
+    if "onevision" in shape:
+        return onevision_json(shape, dtype)
     side, kind = vision["image_size"], "LlavaNext" if "next" in shape else "Llava"
     config = {
         "architectures": [f"{kind}ForConditionalGeneration"], "ignore_index": -100, "image_token_index": image,
@@ -90,6 +93,31 @@ def config_json(shape, dtype):
     canvases = [[a * side, b * side] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]  # (height, width)
     tiles = {"image_grid_pinpoints": canvases, "use_image_newline_parameter": True}
     return {**config, "model_type": "llava_next", **tiles}
+
+
+def onevision_json(shape, dtype):
+    """config.json of a LLaVA-OneVision, as in llava-hf/llava-onevision-qwen2-*-hf."""
+    text, vision, image = SHAPES[shape]
+    side, qwen = vision["image_size"], {key: value for key, value in text.items() if key != "attention_bias"}
+    common = {"tie_word_embeddings": shape in TIED, "torch_dtype": DTYPE_NAMES[dtype]}
+    return {
+        **common, "architectures": ["LlavaOnevisionForConditionalGeneration"], "ignore_index": -100,
+        "image_grid_pinpoints": [[side * a, side * b] for a in range(1, 7) for b in range(1, 7)],
+        "image_token_index": image, "model_type": "llava_onevision", "projector_hidden_act": "gelu",
+        "text_config": {**qwen, **common, "use_sliding_window": False}, "use_image_newline_parameter": True,
+        "video_token_index": image + 1, "vision_aspect_ratio": "anyres_max_9", "vision_config": vision,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+    }  # fmt: skip
+
+
+def onevision_preprocessor_json(side, canvases):
+    """preprocessor_config.json of a LLaVA-OneVision: squashed squares, SigLIP's normalisation."""
+    return {
+        "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
+        "image_grid_pinpoints": canvases, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "LlavaOnevisionImageProcessor", "processor_class": "LlavaOnevisionProcessor",
+        "resample": 3, "rescale_factor": 1 / 255, "size": {"height": side, "width": side},
+    }  # fmt: skip
 
 
 def preprocessor_json(side):
@@ -107,15 +135,31 @@ def preprocessor_json(side):
 def write_small_files(folder, raw):
     """Write every file except the weights."""
     write_published(folder / "config.json", raw)
+    side, length = raw["vision_config"]["image_size"], raw["text_config"]["max_position_embeddings"]
+    if raw["model_type"] == "llava_onevision":
+        write_small_onevision_files(folder, raw, side, length)
+        return
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": raw["pad_token_id"]}
     write_published(folder / "generation_config.json", generation)
-    preprocessor = preprocessor_json(raw["vision_config"]["image_size"])
+    preprocessor = preprocessor_json(side)
     if "image_grid_pinpoints" in raw:
         preprocessor |= {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
         preprocessor |= {"image_grid_pinpoints": raw["image_grid_pinpoints"], "do_pad": True}
     write_published(folder / "preprocessor_config.json", preprocessor)
     added = {"<image>": raw["image_token_index"], "<pad>": raw["pad_token_id"]}
-    write_tokenizer(folder, added, raw["text_config"]["max_position_embeddings"])
+    write_tokenizer(folder, added, length)
+
+
+def write_small_onevision_files(folder, raw, side, length):
+    """As `write_small_files`, for a LLaVA-OneVision: a byte-level tokenizer, the family's chat template."""
+    first = raw["image_token_index"] - TOKENS.index("<image>")
+    write_byte_level(folder, [WORDS], PIECES, first, length)
+    ids = {text: first + i for i, text in enumerate(TOKENS)}
+    generation = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    write_published(folder / "generation_config.json", generation)
+    preprocessor = onevision_preprocessor_json(side, raw["image_grid_pinpoints"])
+    write_published(folder / "preprocessor_config.json", preprocessor)
+    write_published(folder / "chat_template.json", {"chat_template": ONEVISION_CHAT})
 
 
 def write_published(path, value):
@@ -124,6 +168,16 @@ def write_published(path, value):
 
 # ---------------------------------------------------------------- tokenizer
 
+_EACH = "{%% for content in message['content'] | selectattr('type', 'equalto', '%s') %%}"
+_TEXTS = _EACH % "text"
+ONEVISION_CHAT = (  # the text of llava-hf/llava-onevision-qwen2-*-hf, which `find_template` recognises
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    + (_EACH % "image" + "{{ '<image>' }}{% endfor %}")
+    + (_EACH % "video" + "{{ '<video>' }}{% endfor %}")
+    + ("{% if message['role'] != 'assistant' %}" + _TEXTS + "{{ '\n' + content['text'] }}{% endfor %}{% else %}")
+    + (_TEXTS + "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}")
+    + "{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 WORDS = (
     "USER ASSISTANT a the what is are there in this that picture image of and or to red blue green yellow white black "
     "square circle triangle left right above below describe answer question how many one two three four yes no not it"

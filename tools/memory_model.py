@@ -6,7 +6,8 @@ order of the code; the largest moment counts. T tokens, C channels of the decode
 its queries, and of its keys and values together; n squares of P patches with C_v channels.
 
 Not counted: the picture's pixels outside the tower, fp32 copies in which PyTorch's CPU norms compute (never the peak),
-workspaces of products, other scores than attention of CHOSEN rows, and states that a method reads in the tower.
+workspaces of products and convolutions (16-bit pixels are copied once), other scores than attention of CHOSEN rows, and
+states that a method reads in the tower.
 """
 
 from dataclasses import dataclass
@@ -61,8 +62,6 @@ def tower(vision, squares):
     """(words, numbers) of the moments of a vision tower with this many squares."""
     c, rows, pixels = vision.hidden, vision.patches + vision.cls, squares * 3 * vision.side**2
     whole, inner = squares * rows * c, (3 if vision.sigmoid else 2) * vision.intermediate
-    # PyTorch's CPU convolution sorts the pixels first
-    yield "patches: pixels twice, n P C_v", 2 * pixels + whole
     for start in range(0, squares, SQUARES):
         group = min(SQUARES, squares - start) * rows
         words = f"MLP: pixels, n P C_v, squares done, {SQUARES} P (2 C_v + {inner // vision.intermediate} F_v)"

@@ -33,6 +33,7 @@ needs. Text is always kept. A class may also have
     layers(num_layers)            with pick or merge: the layers of the vision tower, counted from 0, whose attention or
                                   keys it asks for
     protect(picture)              with pick or merge: the tokens that later stages may not drop, (P,) bool, or None
+    needs_cls                     an attribute, with pick or merge: True if it asks for the CLS token of the tower
 
 A composition A+B is a method with `pick` or `merge`, then one with `keep` or `narrow`.
 
@@ -117,10 +118,12 @@ FAMILY = {"plphp-ada": ("plphp",)}  # method -> methods whose calibrated setting
 AMOUNTS = (  # settings that say how much is kept
     "retention", "keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau",
 )  # fmt: skip
+SIGMOID = "lo", "hi", "steepness"  # settings of g-search without a schedule
 SILENCED = {  # setting -> settings that have no effect beside it
     "retention": ("keep_tokens", "r", "mass", "rates", "ratios", "schedule", "threshold", "tau"),
     "keep_tokens": ("r", "dr", "alpha", "beta", "mass", "rates", "threshold", "tau"),
     "mass": ("rates",),
+    "schedule": SIGMOID,
     "query": ("window",),  # but not beside query=last
 }
 
@@ -158,7 +161,10 @@ COMMON = {
     "query": ("rank by the attention of the last prompt rows or of look-ahead rows", *_among("last", "lookahead")),
     "values": ("rank by attention times the L1 norm of the token's value vector, as in 2406.12335", *SWITCH),
     "group": ("how query heads that share a KV head are combined", *_among("mean", "max")),
-    "scope": ("one budget for each picture, or one for all pictures together", *_among("image", "vision")),
+    "scope": (
+        "one budget for each picture, one for each part of it (the whole picture, its tiles), or one for all pictures",
+        *_among("image", "part", "vision"),
+    ),
     "cover": ("share of each head's tokens taken from an even grid instead of by score", *FRACTION),
     "sink": ("first tokens of the prompt that no head may drop", *COUNT),
     "recent": ("last tokens of the prompt that no head may drop", *COUNT),
@@ -255,6 +261,11 @@ class Method:
         return self.settings.get("positions") == "contiguous"
 
     @property
+    def needs_cls(self):
+        """True if the method asks for the CLS token of the vision tower."""
+        return getattr(self.rule, "needs_cls", False)
+
+    @property
     def merge_after(self):
         """The layer of the vision tower after which `merge` is called, None without that stage."""
         return self.rule.merge_after if "merge" in stages(self.rule) else None
@@ -274,21 +285,22 @@ class Method:
         """The setting retention, None if there is none or keep_tokens replaces it."""
         return self.settings.get("retention") if self.settings.get("keep_tokens") is None else None
 
-    def requested(self, tokens):
+    def requested(self, tokens, parts=None):
         """`wanted` of each of the parts."""
-        return [self.wanted(tokens)]
+        return [self.wanted(tokens, parts)]
 
     def shares(self, picked, kept):
         """What each of the parts kept. picked: fraction of the vision tokens that the language model got; kept:
         fraction of all (head, vision token) pairs."""
         return [kept]
 
-    def wanted(self, tokens):
-        """The requested fraction of the vision tokens, or None if no setting gives one. tokens: count per picture."""
+    def wanted(self, tokens, parts=None):
+        """The requested fraction of the vision tokens, or None if no setting gives one. tokens: count per picture;
+        parts: count per part of a picture, the same if None."""
         count, retention = self.settings.get("keep_tokens"), self.settings.get("retention")
         if count is None or not sum(tokens):
             return retention
-        pots = [sum(tokens)] if self.settings.get("scope") == "vision" else tokens
+        pots = {"vision": [sum(tokens)], "part": parts or tokens}.get(self.settings.get("scope"), tokens)
         return sum(min(count, n) for n in pots) / sum(tokens)
 
     def keep(self, view):
@@ -701,7 +713,7 @@ def _instead(own, given):
     """A checkpoint's own settings, overridden by given ones; a given budget, sigmoid, table or window also removes
     conflicting ones."""
     replaced = {"query"} if "window" in given else set()  # a window selects prompt rows, not look-ahead rows
-    if not given.keys().isdisjoint(("lo", "hi", "steepness")):
+    if not given.keys().isdisjoint(SIGMOID):
         replaced.add("schedule")
     if given.get("heads") is not None:
         replaced.add("threshold")  # it was fitted to the checkpoint's table
@@ -755,7 +767,8 @@ def _split(spec):
 def _parsed(text):
     """ "key=value" or "@FILE.json" -> {key: value}. A value is parsed as JSON; if that fails, it remains a string."""
     if text.startswith("@"):
-        return _read(text[1:])
+        found = _read(text[1:])  # calibrate.py writes a schedule with the sigmoid for other retentions
+        return {key: value for key, value in found.items() if "schedule" not in found or key not in SIGMOID}
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise ValueError(f"setting {text!r} is not KEY=VALUE; give for example retention=0.5")

@@ -10,7 +10,7 @@
     which        best       each head keeps its own highest scores
                  pooled     the heads share one budget, with a minimum for each, so their lengths differ
                  mass       each head keeps the fewest tokens that hold a given share of its attention
-    among        select     each picture separately, or all vision tokens together
+    among        select     each picture separately, each of its parts, or all vision tokens together
                  covered    a share of each head's tokens lies on an even grid, independent of the scores
 
 Text is always kept. All methods here round and break ties in the same way, even if the original implementation
@@ -166,13 +166,15 @@ def select(scores, view, choose, scope="image", cover=0.0):
     """scores (H, T) -> keep (H, T) bool: all text, and the vision tokens that choose(scores (H, n)) returns.
 
     H is Hkv, or 1 if all heads keep the same tokens; `expand` the result then. scope: "image" calls choose once per
-    picture, so that every picture keeps its share; "vision" once for all pictures. cover: this share of each head's
+    picture, so that every picture keeps its share; "part" once for each of the `parts`; "vision" once for all
+    pictures. cover: this share of each head's
     tokens is chosen from an even grid (`grid_phase`) instead of by scores. ValueError if scores hold NaN.
     """
     check_scores(scores, view)
     keep = torch.ones(scores.shape, dtype=torch.bool, device=view.device)
     phase = grid_phase(view)[: len(scores)] if cover else None  # if H is 1, that of the first head
-    parts = [~view.text] if scope == "vision" and view.spans else [slice(*span) for span in view.spans]
+    spans = view.parts if scope == "part" else view.spans
+    parts = [~view.text] if scope == "vision" and spans else [slice(*span) for span in spans]
     for part in parts:
         chosen = choose(scores[:, part])
         keep[:, part] = covered(scores[:, part], chosen, phase[:, part], cover) if cover else chosen

@@ -81,6 +81,11 @@ class Composition:
         return self.first.moves
 
     @property
+    def needs_cls(self):
+        """As in `Method`."""
+        return self.first.needs_cls
+
+    @property
     def merge_after(self):
         """As in `Method`."""
         return self.first.merge_after
@@ -95,15 +100,15 @@ class Composition:
         """As in `Method`: that of both together."""
         return _product([part.fraction for part in self.parts])
 
-    def requested(self, tokens):
+    def requested(self, tokens, parts=None):
         """As in `Method`: of the vision tokens, and of those that the first part leaves."""
         first = self.first.wanted(tokens)
-        left = tokens if first is None else [max(1, round(n * first)) for n in tokens]
-        return [first, self.second.wanted(left)]
+        left = ([max(1, round(n * (first or 1))) for n in counts] for counts in (tokens, parts or tokens))
+        return [first, self.second.wanted(*left)]
 
-    def wanted(self, tokens):
+    def wanted(self, tokens, parts=None):
         """As in `Method`: that of both together."""
-        return _product(self.requested(tokens))
+        return _product(self.requested(tokens, parts))
 
     def shares(self, picked, kept):
         """As in `Method`."""

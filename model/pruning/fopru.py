@@ -1,9 +1,10 @@
 """FoPru (arXiv 2411.14164): rank tokens by the attention among patches in the layer whose output LLaVA reads.
 
 No code was published. The paper's two candidates for the scores are the attention that a token receives, and the one
-that it gives. A row of softmax sums to 1, so what is given differs between tokens only because the column of CLS is
-left out. Ours: the default retention; rows of a picture, and of the tiles' map, are ranked by their mean; attention
-between the squares of LLaVA-NeXT is none, and tokens on the canvas border count neither as rows nor as columns.
+that it gives. A row of softmax sums to 1, so what is given differs between tokens only because the columns of CLS
+and of the canvas border are left out. Ours: the default retention; rows of a picture, and of the tiles'
+map, are ranked by their mean; attention between the squares of LLaVA-NeXT is none, and tokens on the canvas border
+count neither as rows nor as columns.
 """
 
 from dataclasses import dataclass
@@ -30,10 +31,6 @@ class FoPru:
         if self.form not in ("rank", "row"):
             raise ValueError(f"form is {self.form!r}; use rank or row")
 
-    def layers(self, num_layers):
-        """The layer whose output LLaVA reads."""
-        return (max(0, num_layers - 2),)
-
     def pick(self, picture):
         """-> indices (P',)."""
         scores, count = significance(picture), budget(picture.tokens, self.retention, self.keep_tokens)
@@ -52,7 +49,7 @@ def significance(picture):
     received, given = torch.zeros(2, picture.tokens, device=picture.device)
     for start in range(0, picture.tokens, BLOCK):
         stop = min(start + BLOCK, picture.tokens)
-        rows = picture.attention(max(0, picture.num_layers - 2), start, stop).mean(0)  # (stop - start, P)
+        rows = picture.attention(picture.read_layer, start, stop).mean(0)  # (stop - start, P)
         received += rows.sum(0)
         given[start:stop] = rows.sum(1)
     per_square = torch.bincount(picture.tile)[picture.tile]

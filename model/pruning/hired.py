@@ -2,7 +2,8 @@
 
 Different from the code: a tile's cell is the part of the whole picture that it shows (the code: strips of rows, rows
 and columns swapped); only tokens that exist count, and the budget is met exactly (the code drops what it chose on the
-canvas border, and what rounding and limits leave over); a newline stays if its row does (the code has none).
+canvas border, and what rounding and limits leave over); a newline stays if its row does (the code has none). Nothing is
+published for towers without CLS.
 """
 
 import math
@@ -23,16 +24,17 @@ class Hired:
     retention: float = 0.2
     keep_tokens: int | None = None
     whole: float = 0.5
+    needs_cls = True
 
     def __post_init__(self):
         check_fraction("whole", self.whole)
 
     def layers(self, num_layers):
-        return 0, max(0, num_layers - 2)  # for budgets; for the choice, the one whose output LLaVA reads
+        return (0,)  # for budgets; for the choice, the one whose output LLaVA reads
 
     def pick(self, picture):
         """-> indices (P',)."""
-        scores = picture.cls_attention(max(0, picture.num_layers - 2)).sum(0)  # (P,)
+        scores = picture.cls_attention(picture.read_layer).sum(0)  # (P,)
         keep = torch.zeros(picture.tokens, dtype=torch.bool, device=picture.device)
         for square, count in enumerate(self.budgets(picture)):
             own = (picture.tile == square).nonzero()[:, 0]

@@ -3,7 +3,7 @@ the language model, and from its cache before decoding.
 
 Different from the code: the kept tokens retain their positions. The code renumbers them at every step, so that one
 token has several positions, and the position of a decoded token differs from layer to layer. Several pictures, and
-thresholds for pictures of other sizes, are ours.
+thresholds for pictures of other sizes, are ours. A tower without CLS has no key tokens (key_share=0).
 """
 
 from dataclasses import dataclass
@@ -50,6 +50,10 @@ class MustDrop:
     def _first(self):
         """The first stage, which raises a ValueError for its settings."""
         return MustDrop1(threshold=self.threshold, block=self.block, key_share=self.key_share)
+
+    @property
+    def needs_cls(self):
+        return self.key_share > 0
 
     def layers(self, num_layers):
         return self._first().layers(num_layers)

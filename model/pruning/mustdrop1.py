@@ -2,6 +2,7 @@
 
 As in the code, all squares of a picture merge equally many windows; their means come first, the most alike before the
 others. Different: the last rows and columns of a side that is not divisible stay (the code fails).
+Nothing is published for towers without CLS, which can only merge (key_share=0).
 """
 
 import math
@@ -35,6 +36,10 @@ class MustDrop1:
         if self.block < 2:
             raise ValueError(f"block is {self.block}; give a whole number of 2 or more")
 
+    @property
+    def needs_cls(self):
+        return self.key_share > 0
+
     def layers(self, num_layers):
         return (num_layers - 1,)  # LLaVA does not run it, but its input exists
 
@@ -55,6 +60,8 @@ class MustDrop1:
         return torch.stack(rows) if count else None
 
     def protect(self, picture):
-        """-> bool (P,); as in the code, P counts the tokens that are left."""
+        """-> bool (P,), or None for none; as in the code, P counts the tokens that are left."""
+        if not self.key_share:
+            return None
         scores = picture.cls_attention(picture.num_layers - 1).mean(0, keepdim=True)
         return best(scores, math.ceil(self.key_share * picture.tokens))[0]

@@ -47,7 +47,8 @@ class PyramidDrop:
         ratio = self.schedule(view.num_layers).get(view.layer + 1)
         if ratio is None:
             return None
-        whole = [stop - start for start, stop in view.whole_spans]
+        spans = view.whole_parts if self.scope == "part" else view.whole_spans
+        whole = [stop - start for start, stop in spans]
         counts = iter([budget(n, ratio) for n in ([sum(whole)] if self.scope == "vision" else whole)])
         scores = view.next_attention().mean(0, keepdim=True)  # (1, T)
         return select(scores, view, lambda s: best(s, next(counts)), self.scope)[0]

@@ -113,9 +113,11 @@ class SparseVLM:
 
 
 def pictures(view, scope):
-    """[(indices (n,) of a picture's tokens, their number in the prompt)]; with scope "vision" of all pictures."""
-    parts = [torch.arange(*span, device=view.device) for span in view.spans]
-    wholes = [stop - start for start, stop in view.whole_spans]
+    """[(indices (n,) of a picture's tokens, their number in the prompt)]; of its parts, or of all pictures, as `scope`
+    says."""
+    spans, whole = (view.parts, view.whole_parts) if scope == "part" else (view.spans, view.whole_spans)
+    parts = [torch.arange(*span, device=view.device) for span in spans]
+    wholes = [stop - start for start, stop in whole]
     return [(torch.cat(parts), sum(wholes))] if scope == "vision" else list(zip(parts, wholes, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 The original sums layers 16 to 22 of the 24 of CLIP-L and keeps 36 of 576 tokens, without tiles. Here the range is the
 same part of a tower of any depth, and 36 tokens are a fraction. The tokens of LLaVA-NeXT's squares are ranked together;
-each square has its own CLS.
+each square has its own CLS. Nothing is published for towers without CLS.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ class VtcCls:
     retention: float = 0.0625
     keep_tokens: int | None = None
     first: int | None = None
+    needs_cls = True
 
     def __post_init__(self):
         if self.first is not None and self.first < 0:

@@ -44,6 +44,8 @@ class ZipVL:
             raise ValueError(f"last_rows is {self.last_rows}; give a whole number of 1 or more")
         if self.random_rows < 0:
             raise ValueError(f"random_rows is {self.random_rows}; give a whole number of 0 or more")
+        if self.scope != "image" and self.retention is None and self.keep_tokens is None:
+            raise ValueError(f"scope={self.scope} has no effect with tau; give retention or keep_tokens, or no scope")
 
     def attend(self, view):
         """-> the important tokens (T,) bool, or None for all."""

@@ -25,7 +25,7 @@ class Asked:
     logits    (F + 1, V) fp32, after the prompt and after each fed token
     spans     [(start, stop)] of the tokens that may be pruned
     pick      function (method) -> tokens and `Picked` of each picture, for methods that act before the language model
-    sides     for each picture the first row of the map of LLaVA-NeXT's tiles in its places, None if not known
+    sides     for each picture the first row of the map of its tiles in its places, or None; None if not known
     others    alternative rankings for some controls: {name: function () -> Asked or look-ahead rows}
     """
 
@@ -157,7 +157,7 @@ def asked_by(generation, fed):
     pictures, views = generation.encode_images(), (generation.places, generation.contrast)
     asked = asked_with(generation.checkpoint, generation.ids, pictures, fed, generation.backend, *views)
     asked.pick = lambda method: generation.pick_images(method)[:2]
-    asked.sides = [picture.layout.square[0] for picture in generation.pictures]
+    asked.sides = [picture.layout.second for picture in generation.pictures]
     return asked
 
 
