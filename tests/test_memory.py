@@ -84,7 +84,7 @@ PREFILL = "prefill", "pack", "final norm"  # stages in which a prefill without m
     [
         ("tiny-next", "fp32", 5, 2100),
         ("tiny-onevision", "fp32", 37, 2100),
-        ("tiny-onevision", "bf16", 37, 2100),
+        ("tiny-onevision", "bf16", 37, 4000),
         ("thin-onevision", "fp32", 2, 1300),
     ],
 )
