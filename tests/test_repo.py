@@ -61,7 +61,7 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 2400 and counted["product"] <= 13000 and counted["tools"] <= 12000
+    assert counted["one answer"] <= 2400 and counted["product"] <= 13250 and counted["tools"] <= 12000
     assert counted["tests"] <= 30000
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
