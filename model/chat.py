@@ -82,7 +82,9 @@ class Chat:
             note(text)
         own = self.checkpoint.image_settings.mode
         if self.last and self.pictures and options["image_mode"] == "auto" and generation.image_settings.mode != own:
-            note("a later picture is one padded square; --image-mode anyres cuts it into tiles, as the first one")
+            tiled = any(picture.layout.grid for picture in self.last.pictures)
+            which = "the first picture stays in tiles, a later one" if tiled else "each of several pictures"
+            note(f"{which} is one padded square; --image-mode anyres cuts every picture into tiles")
         if self.last:
             self.choose_way()
         with stopped_by_ctrl_c(generation):

@@ -90,7 +90,8 @@ def read_image_settings(folder, config):
         ),
         (
             config.max_tiles and aspect and max_tiles_of(aspect) != config.max_tiles,
-            f"and config.json have different vision_aspect_ratio ({aspect}); use the files of one checkpoint",
+            f"is beside a processor_config.json with vision_aspect_ratio {aspect}, which differs from that of "
+            "config.json; use the files of one checkpoint",
         ),
         (off, f"asks for {', '.join(off)}; only bicubic resize, centre crop, rescale and normalise are implemented"),
     ):

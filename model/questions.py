@@ -382,15 +382,12 @@ def run_file(questions, answers, ask, args, method, wait, replicas=None):
         return 130
     wait.warn()
     progress.sum_up(method, f" by {replicas.said}" if replicas else "")
-    if replicas:
-        replicas.leave()
     return 0
 
 
 def help_out(questions, ask, args, replicas):
     """Answer questions in another process than 0, which writes them."""
     answer_some(questions, replicas.offered(), ask, args, replicas.send, replicas.send, replicas)
-    replicas.leave()
 
 
 def answer_some(questions, numbers, ask, args, found, tell, replicas=None, meanwhile=None):

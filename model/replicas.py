@@ -24,7 +24,6 @@ class Replicas:
 
     def __init__(self, team, tp):
         self.store, self.count, self.shared = team.store, team.size // tp, tp > 1
-        self.rank, self.others = team.rank, team.size - 1
         self.group, self.device = (team.mesh["tp"].get_group() if self.shared else None), team.mesh.device_type
         self.first = team.rank % tp == 0  # of its replica
         self.received, self._looked = 0, 0.0
@@ -90,10 +89,3 @@ class Replicas:
             self.received += 1
             yield message
         self._looked = time.monotonic()
-
-    def leave(self):
-        """The last call. Process 0, which may hold the store, waits until the others need it no more."""
-        if self.rank:
-            self.store.add("left", 1)
-        while not self.rank and self.store.add("left", 0) < self.others:
-            time.sleep(POLL)

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,19 +151,21 @@ def write(path, shown, second=None, layers=None, heads=None):
 
 def _areas(generation):
     """Yield one Area per picture, two for a picture in tiles that show part of it."""
-    first, patch = 0, generation.checkpoint.config.vision_config.patch_size
-    for number, picture in enumerate(generation.pictures, 1):
-        name, layout = f"picture {number}" if len(generation.pictures) > 1 else "", picture.layout
+    first, patch, seen = 0, generation.checkpoint.config.vision_config.patch_size, Counter()
+    for picture in generation.pictures:
+        kind, layout = "frame" if picture.settings.mode == "frame" else "picture", picture.layout
+        seen[kind] += 1
+        name = f"{kind} {seen[kind]}" if len(generation.pictures) > 1 else ""
         used = layout.side * patch  # pixels per side of a square; a few at its right and bottom may be in no patch
-        seen = [square.crop((0, 0, used, used)) for square in picture.squares]
+        squares = [square.crop((0, 0, used, used)) for square in picture.squares]
         start = first + layout.cls
         last = start + layout.square[0] * layout.square[1]
         whole = ", ".join(word for word in (name, "whole" if layout.grid else "") if word)
-        yield Area(whole, seen[0], torch.arange(start, last).view(layout.square))
+        yield Area(whole, squares[0], torch.arange(start, last).view(layout.square))
         if layout.grid and all(layout.map):  # the map of a very thin picture is empty
             (high, wide), (rows, columns) = layout.grid, layout.cut
             joined = Image.new("RGB", (wide * used, high * used))
-            for i, tile in enumerate(seen[1:]):
+            for i, tile in enumerate(squares[1:]):
                 joined.paste(tile, (i % wide * used, i // wide * used))
             box = [patch * n for n in (columns.start, rows.start, columns.stop, rows.stop)]
             tokens = torch.arange(last, first + layout.tokens).view(layout.map[0], -1)[:, :-1]  # without newlines

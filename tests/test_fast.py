@@ -54,9 +54,9 @@ def test_the_fast_step_reads_a_ragged_cache():
     assert (plain - logits_of(model, plain_step)).abs().max() > 1e-3  # otherwise the test could not fail
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_arranged_weights_keep_names_and_values(dtype):
-    model = small_llama().to(dtype)
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_arranged_weights_keep_names_and_values(dtype, bias):
+    model = small_llama(bias=bias).to(dtype)
     before = {name: w.clone() for name, w in model.state_dict().items()}
     arrange(model)
     after = model.state_dict()

@@ -334,11 +334,19 @@ def test_new_frames_alone_are_pruned_too(talk, folder, files):  # noqa: F811
 
 
 def test_a_later_picture_of_a_conversation_is_said_to_be_one_square(talk, folder, files):  # noqa: F811
-    lines, said = ["what?", "/image b.png", "what?", "what?"], "note: a later picture is one padded square; "
+    lines, said = ["what?", "/image b.png", "what?", "what?"], "is one padded square; "
     _, _, err = talk(lines, "--model", folder, "-n", 3, "--image", "a.png")
-    assert err.count(said) == 1 and "image mode anyres (order hf), pad for each of several pictures," in err
+    assert err.count(said) == 1 and f"note: the first picture stays in tiles, a later one {said}" in err
+    assert "image mode anyres (order hf), pad for each of several pictures," in err
     for mode in ("anyres", "pad"):
         assert said not in talk(lines, "--model", folder, "-n", 3, "--image", "a.png", "--image-mode", mode)[2]
+
+
+def test_pictures_of_which_none_is_in_tiles_are_said_to_be_squares(talk, folder, files):  # noqa: F811
+    """Two that come after a question without any; one that comes after two."""
+    for lines, flags in ((["what?", "/image a.png b.png"], ()), (["what?", "/image c.png"], ("a.png", "b.png"))):
+        _, _, err = talk([*lines, "what?"], "--model", folder, "-n", 3, *(("--image", *flags) if flags else ()))
+        assert "note: each of several pictures is one padded square; --image-mode anyres cuts every picture" in err
 
 
 def test_frames_for_another_model_are_refused_in_a_conversation(talk, files):  # noqa: F811

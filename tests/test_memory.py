@@ -76,12 +76,22 @@ def blocks(monkeypatch):
     monkeypatch.setattr(memory_model, "ROWS", 512)
 
 
+PREFILL = "prefill", "pack", "final norm"  # stages in which a prefill without much of a choice peaks
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("tiny-next", "fp32"), ("tiny-onevision", "fp32"), ("tiny-onevision", "bf16")]
+    ("name", "dtype", "squares", "tokens"),
+    [
+        ("tiny-next", "fp32", 5, 2100),
+        ("tiny-onevision", "fp32", 37, 2100),
+        ("tiny-onevision", "bf16", 37, 4000),
+        ("thin-onevision", "fp32", 2, 1300),
+    ],
 )
 @torch.inference_mode()
-def test_every_stage_holds_what_the_formula_says(name, dtype, blocks):
-    """Within 3 %: 37 squares of LLaVA-OneVision, whose map is shrunk or not; 5 of LLaVA-NeXT."""
+def test_every_stage_holds_what_the_formula_says(name, dtype, squares, tokens, blocks):
+    """Within 3 %, for a picture of so many squares and a prompt of so many tokens; `joined`, an upper bound, within
+    40 %. Unpruned, with plphp, whose choice reads one row, and once with h2o, whose choice reads all rows."""
     kind, config = DTYPES[dtype], parse_config(config_json(name, dtype))
     model, tower = empty_model(config).to(kind).to_empty(device="cpu").requires_grad_(False), config.vision_config
     for p in model.parameters():
@@ -90,63 +100,71 @@ def test_every_stage_holds_what_the_formula_says(name, dtype, blocks):
         tower.image_size, "anyres", pinpoints=config.image_grid_pinpoints, max_tiles=config.max_tiles
     )
     layout = layout_of((330, 320), settings, tower.image_size // tower.patch_size, 0)
-    squares = 1 + layout.grid[0] * layout.grid[1]
-    assert squares == (37 if config.max_tiles else 5)
+    assert squares == 1 + layout.grid[0] * layout.grid[1]
     shape = Shape("", text_config(name), layout.tokens, 64, roofline.tower_of(SHAPES[name][1]), squares, name in TIED)
     assert sum(p.nbytes for p in model.parameters()) == pytest.approx(kind.itemsize * shape.resident_numbers, rel=1e-3)
 
     def holds(stage, measured, of=shape, kept=1.0):
-        need = next(n for n in memory_model.needs(of, 1, kept, kind.itemsize) if n.name.startswith(stage))
-        assert measured == pytest.approx(need.kv + need.activations, rel=0.03), (stage, need)
+        needs = [n for n in memory_model.needs(of, 1, kept, kind.itemsize) if n.name.startswith(stage)]
+        need = max(needs, key=lambda need: need.total)
+        assert measured == pytest.approx(need.kv + need.activations, rel=0.03), need
 
     pixels = torch.randn(squares, 3, tower.image_size, tower.image_size).to(kind)
     if dtype == "fp32":  # in 16 bits, PyTorch's convolution copies the pixels, which are most of so small a tower
         holds("vision tower", pixels.nbytes + most_bytes(lambda: model.see(pixels)))
     features = model.see(pixels)[0]
     holds("projector", pixels.nbytes + features.nbytes + most_bytes(lambda: model.project(features), 1))
-    tokens = model.project(features)
-    joined = tokens.nbytes + most_bytes(lambda: model.join(tokens, layout), 1)
-    said = kind.itemsize * max(n for _, n in memory_model.joined(shape.tower, squares, layout.tokens, tokens.shape[2]))
+    y = model.project(features)
+    joined = y.nbytes + most_bytes(lambda: model.join(y, layout), 1)
+    said = kind.itemsize * max(n for _, n in memory_model.joined(shape.tower, squares, layout.tokens, y.shape[2]))
     assert 0.6 * said < joined <= 1.001 * said  # less if the map is shrunk or cut
-    x = torch.randn(1, 5000, config.text_config.hidden_size).to(kind)
-    long = Shape("", shape.config, 4936, 64)
-    for method, kept in ((None, 1.0), (make_method("plphp:dr=0,skip=0", 0.5), 0.5)):
-        cache = RaggedCache(config.text_config.num_hidden_layers, slack=memory_model.SLACK)
-        prune = method and Pruning(method, config.text_config.num_hidden_layers, [(10, 4946)])
-        prefill = x.nbytes + most_bytes(lambda c=cache, p=prune: model.language_model.prefill(x, c, prune=p))
-        holds("prefill", prefill, long, kept)
+    x = torch.randn(1, tokens, config.text_config.hidden_size).to(kind)
+    long, layers = Shape("", shape.config, tokens - 64, 64), config.text_config.num_hidden_layers
+    cases = [(None, PREFILL), ("plphp:dr=0,skip=0", PREFILL)]
+    for spec, stages in cases + [("h2o", ("choice", *PREFILL))] * (name == "tiny-onevision"):
+        cache = RaggedCache(layers, slack=memory_model.SLACK)
+        prune = spec and Pruning(make_method(spec, 0.5), layers, [(10, tokens - 54)])
+        most = x.nbytes + most_bytes(lambda c=cache, p=prune: model.language_model.prefill(x, c, prune=p))
+        holds(stages, most, long, 0.5 if spec else 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lookahead_rows", [0, 3])
 @torch.inference_mode()
-def test_blocks_of_a_prefill_give_what_one_piece_gives(lookahead_rows, monkeypatch):
-    """Of the MLP and of the tower: hidden states, the kept sets of methods that read the last rows, their scores."""
+def test_blocks_of_a_prefill_give_what_one_piece_gives(lookahead_rows, dtype, monkeypatch):
+    """Kept tokens, and logits with and without look-ahead rows, which are in the last block. In bf16 a product of
+    fewer rows may be rounded differently, which may exchange tokens of nearly equal scores."""
     model = Llama(CONFIG).requires_grad_(False)
     for p in model.parameters():
         p.normal_(0, 0.3)
     ahead = Lookahead(model, lookahead_rows, 4).requires_grad_(False) if lookahead_rows else None
     for p in ahead.parameters() if ahead else ():
         p.normal_(0, 0.3)
-    x, found = torch.randn(1, 700, 32), []
+    model, ahead = model.to(dtype), ahead and ahead.to(dtype)
+    x, found = torch.randn(1, 4200, 32).to(dtype), []
     spec = "plphp:dr=0,skip=0" + ",query=lookahead" * bool(ahead)
-    for rows in (10**6, 100):
+    for rows in (10**6, llama.ROWS):
         monkeypatch.setattr(llama, "ROWS", rows)
         cache = RaggedCache(3)
-        prune = Pruning(make_method(spec, 0.4), 3, [(5, 690)], ahead=lookahead_rows, remember=True)
-        found.append((model.prefill(x, cache, prune=prune, lookahead=ahead), torch.stack(prune.masks)))
-    assert_near(found[1][0], found[0][0], 1e-5)
-    assert torch.equal(found[0][1], found[1][1]) and not found[0][1].all()
+        prune = Pruning(make_method(spec, 0.4), 3, [(5, 4190)], ahead=lookahead_rows, remember=True)
+        hidden = model.prefill(x, cache, prune=prune, lookahead=ahead)
+        found.append((model.logits(hidden), torch.stack(prune.masks)))
+    (whole, kept), (blocks, same) = found
+    exact = dtype == torch.float32
+    assert_near(blocks, whole, whole.abs().max().item() * (1e-5 if exact else 0.05))
+    assert not kept.all() and (kept != same).float().mean() <= (0 if exact else 0.01)
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @torch.inference_mode()
-def test_groups_of_squares_give_what_all_give(monkeypatch):
-    tower = clip.VisionTower(parse_config(config_json("tiny-onevision", "fp32")).vision_config).requires_grad_(False)
-    pixels, found = torch.randn(11, 3, 56, 56), []
+def test_groups_of_squares_give_what_all_give(dtype, off, monkeypatch):
+    tower = clip.VisionTower(parse_config(config_json("tiny-onevision", "fp32")).vision_config).to(dtype)
+    pixels, found = torch.randn(11, 3, 56, 56).to(dtype), []
     for squares in (11, 3):
         monkeypatch.setattr(clip, "SQUARES", squares)
         found.append(tower(pixels, (0, 3, 1), lambda layer, x: x[:, 1:] if layer == 1 else x))
     for whole, grouped in zip(*found, strict=True):
-        assert_near(grouped, whole, 1e-5)
+        assert_near(grouped, whole, off)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

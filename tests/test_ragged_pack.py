@@ -16,7 +16,7 @@ def test_kept_rows_arrive_in_order(backend, reference, dtype):
     op = ragged_pack_ref if reference else functools.partial(ragged_pack, backend=backend)
     rng = python_random(0)
     for _ in range(60):
-        heads, tokens, d, slack = (rng.choice(x) for x in ((1, 2, 5), (1, 2, 31, 70), (4, 20, 80), (0, 1, 7)))
+        heads, tokens, d, slack = (rng.choice(x) for x in ((1, 2, 5), (1, 2, 31, 70), (4, 20, 64, 80, 128), (0, 1, 7)))
         k, v = torch.randn(tokens, heads, d).to(dtype), torch.randn(heads, tokens, d).to(dtype)
         k = k.transpose(0, 1)  # the layout that a prefill produces
         keep = torch.rand(heads, tokens) < rng.choice([0.0, 0.3, 0.9, 1.0])

@@ -116,7 +116,7 @@ def test_a_slow_question_holds_nobody_up_and_no_answer_back(tmp_path, demo, aske
 def test_process_0_waits_for_questions_that_others_have_taken(tmp_path, demo, asked, monkeypatch, capsys):
     monkeypatch.setattr("model.replicas.POLL", 0)
     zero, one = replicas_of(2)
-    late = iter([lambda: one.send("a note"), lambda: one.send(0, "late", {}, {"failed": 1}), one.leave])
+    late = iter([lambda: one.send("a note"), lambda: one.send(0, "late", {}, {"failed": 1})])
     monkeypatch.setattr(questions.time, "sleep", lambda _: next(late)())  # time goes on only while process 0 waits
     path, args, wait = (
         tmp_path / "a.jsonl",
@@ -131,7 +131,6 @@ def test_process_0_waits_for_questions_that_others_have_taken(tmp_path, demo, as
     assert [line["text"] == "late" for line in read_lines(path)] == [True, False]
     told = capsys.readouterr().err
     assert "note: a note\n" in told and "2 questions in" in told and "1 could not be answered" in told
-    assert next(late, None) is None  # process 0 left after the other
 
 
 def test_notes_of_other_replicas_are_sent(demo, asked, monkeypatch, failing):
@@ -196,44 +195,50 @@ REFUSED = {  # words of the only line: (exit code, processes, hook, more flags)
 }
 
 
-def test_processes_answer_like_one_and_fail_in_one_line(make_checkpoint, tmp_path, cli):
-    """One start of Python for all: replicas of one process and of two, and what ends them."""
+@pytest.fixture
+def case(make_checkpoint, tmp_path):
+    """Function (number of processes, hook, more flags, name of the file of answers) -> a case of `ranks.py`."""
     for name in ("demo.png", "pair-a.png"):
         shutil.copy(ROOT / "assets" / name, tmp_path)
     (tmp_path / "broken.png").write_bytes(DEMO_PICTURE.read_bytes()[:300])
-    (tmp_path / "other.jsonl").write_text("something else\n")
     write_lines(tmp_path / "q.jsonl", QUESTIONS)
     make_checkpoint(tmp_path / "model")
     argv = "--questions", tmp_path / "q.jsonl", "--model", tmp_path / "model", "-n", 3, "--batch", 2, "--dtype", "fp32"
-    argv = [*map(str, argv)]
-    told = cli(*argv, "--answers", tmp_path / "whole.jsonl")[2].splitlines()[-1]
-    whole = (tmp_path / "whole.jsonl").read_bytes()
 
     def case(size, hook="", *more, answers="a.jsonl"):
-        return {"size": size, "hook": hook, "argv": [*argv, "--answers", f"{tmp_path}/{answers}", *more]}
+        return {"size": size, "hook": hook, "argv": [*map(str, argv), "--answers", f"{tmp_path}/{answers}", *more]}
 
-    refused = [
-        case(n, hook, *(word.format(folder=tmp_path) for word in more)) for _, n, hook, *more in REFUSED.values()
-    ]
-    three, pair, mixed, *ended = run_ranks(
-        tmp_path, case(3, answers="3.jsonl"), case(2, "", "--tp", "2", answers="2.jsonl"),
-        case(2, OTHER_PICTURE, "--tp", "2", answers="mixed.jsonl"), case(2, LATE, answers="whole.jsonl"), *refused,
+    return case
+
+
+def test_processes_answer_like_one(tmp_path, case, cli):
+    """Replicas of one process and of two; one that sees other pictures; one that comes when all is done."""
+    told = cli(*case(1, answers="whole.jsonl")["argv"])[2].splitlines()[-1]
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    half = "--tp", "2", "--num-chunks", "2", "--chunk-idx", "0"
+    three, pair, mixed, late = run_ranks(
+        tmp_path, case(3, answers="3.jsonl"), case(2, "", *half, answers="2.jsonl"),
+        case(2, OTHER_PICTURE, *half, answers="mixed.jsonl"), case(2, LATE, answers="whole.jsonl"),
     )  # fmt: skip
-    late, *ended = ended
     assert [r["codes"] for r in (three, pair, mixed, late)] == [[0] * 3, [0] * 2, [0] * 2, [0] * 2]
     assert "3 questions in" in late["err"] and "5 already answered" in late["err"]
     assert "8 questions in" in told and "; 3 could not be answered" in told
-    for result, by in ((three, "3 replicas"), (pair, "1 replica of 2 processes")):
-        said = result["err"].splitlines()[-1]  # counts and the first error are of all processes
-        assert f" s by {by} (" in said and said.split(" per second, ")[1][:40] == told.split(" per second, ")[1][:40]
-    for name in ("3.jsonl", "2.jsonl"):
-        assert (tmp_path / name).read_bytes() == whole
-    for line, one in zip(read_lines(tmp_path / "mixed.jsonl"), map(json.loads, whole.splitlines()), strict=True):
+    said = three["err"].splitlines()[-1]  # the counts are those of all processes
+    assert " s by 3 replicas (" in said and said.split(" per second, ")[1][:40] == told.split(" per second, ")[1][:40]
+    assert "4 questions in" in pair["err"] and " s by 1 replica of 2 processes (" in pair["err"]
+    assert (tmp_path / "3.jsonl").read_bytes() == whole
+    assert (tmp_path / "2.jsonl").read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
+    for line, one in zip(read_lines(tmp_path / "mixed.jsonl"), read_lines(tmp_path / "2.jsonl"), strict=True):
         if "demo.png" in one["metadata"]["images"]:
-            assert "error" in one["metadata"] or "read different pictures" in line["metadata"]["error"]
+            assert "error" not in one["metadata"] and "read different pictures" in line["metadata"]["error"]
         else:
             assert line == one
-    for (words, (code, *_)), result in zip(REFUSED.items(), ended, strict=True):
+
+
+def test_processes_fail_in_one_line(tmp_path, case):
+    (tmp_path / "other.jsonl").write_text("something else\n")
+    cases = [case(n, hook, *(w.format(folder=tmp_path) for w in more)) for _, n, hook, *more in REFUSED.values()]
+    for (words, (code, *_)), result in zip(REFUSED.items(), run_ranks(tmp_path, *cases), strict=True):
         assert code in result["codes"] and 0 not in result["codes"] and result["seconds"] < 20
         (line,) = errors(result)
         assert words in line, result

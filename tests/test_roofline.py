@@ -150,8 +150,9 @@ def test_a_prompt_of_any_size(capsys):
     assert "least ms" not in out  # without --gpu
     assert "| llava-1.5-7b, 23000 vision tokens |" in out and "prefill, 23064 tokens" in out
     # 2 bytes: the prompt, x before and after attention, the MLP's blocks apart and joined; q, k, v; cos and sin
+    assert "| rotation: T (3 C + 3 q + kv) |" in out  # as much
     assert f"| {2e-6 * 23064 * (5 * 4096 + 3 * 4096 + 256):,.1f} |" in out
-    assert f"| {23128 * 0.524288 * 31 / 32:,.1f} |" in out
+    assert f"| {23128 * 0.524288 * 31 / 32:,.1f} |" in out and "it fits in 32 GB" in out
 
 
 def test_the_peak_is_that_of_the_largest_stage():

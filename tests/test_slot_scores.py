@@ -57,6 +57,7 @@ def by_hand(q, k, score, start, length, rows=1):
 
 
 CASES = [([5, 70, 33, 1], 2, 2, 32), ([100, 3], 1, 4, 64), ([64, 63, 1, 200], 2, 1, 128), ([40, 31], 2, 20, 16)]
+CASES += [([70, 5], 2, 7, 64), ([33, 65], 1, 7, 128)]  # Qwen2's groups are no power of two
 
 
 @pytest.mark.parametrize("codes", [None, torch.int8])

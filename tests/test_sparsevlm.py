@@ -256,10 +256,11 @@ def test_tiles_and_newlines_of_llava_next(make_hf_checkpoint, tmp_path, recycle)
 def test_shrunk_maps_and_frames_of_llava_onevision(make_hf_checkpoint, tmp_path, frames, recycle):
     """A picture of 36 tiles, whose map shrinks to 18 x 18 tokens; three frames of 9 and two pictures of one square."""
     make_onevision(make_hf_checkpoint, tmp_path, {"num_hidden_layers": 5}, seed=3)
+    question, sizes = "what is <image> there?", [(150, 150)]
+    if frames:
+        question, sizes = "is <video> <image> or <image>?", [(150, 150), (50, 40)]
     asked = ask(
-        dataclasses.replace(load(tmp_path, "fp32"), stop_ids=()),
-        "is <video> <image> or <image>?" if frames else "what is <image>?",
-        [(150, 150), (50, 40)][: 2 if frames else 1],
+        dataclasses.replace(load(tmp_path, "fp32"), stop_ids=()), question, sizes,
         remember=True, prune=make_method("sparsevlm", settings={"recycle": recycle}), sampling=Sampling(24),
         frames=[noise(50, 40, seed=9 + i) for i in range(frames)],
     )  # fmt: skip

@@ -456,6 +456,14 @@ def test_pictures_come_first_unless_the_prompt_places_them(question, images, wan
     assert build_prompt(question, images, "llava") == f"USER: {want} ASSISTANT:"
 
 
+@pytest.mark.parametrize("pictures", ["<image>", "<image><image>", "<video>"])
+def test_a_picture_placed_first_is_where_onevision_puts_it(pictures):
+    images, videos = pictures.count("<image>"), pictures.count("<video>")
+    wanted = f"<|im_start|>user {pictures}\nWhy?<|im_end|><|im_start|>assistant\n"
+    for question in (f"{pictures}\nWhy?", "Why?"):
+        assert build_prompt(question, images, "onevision", videos=videos) == wanted
+
+
 @pytest.mark.parametrize("question, images", [("<image> a", 0), ("<image> a", 2), ("<image> <image>", 1)])
 def test_a_count_that_does_not_match_is_refused_with_both_numbers(question, images):
     for template in TEMPLATES:
@@ -553,7 +561,7 @@ def put_template(folder, place, text):
         write_json(folder / place, old | {"chat_template": text})
 
 
-LLAVA = LlavaConfig()
+LLAVA, QWEN2 = LlavaConfig(), parse_config({"model_type": "llava_onevision"})
 NEXT = {
     kind: parse_config({"model_type": "llava_next", "text_config": {"model_type": kind}})
     for kind in ("llama", "mistral")
@@ -585,7 +593,8 @@ def test_of_several_named_chat_templates_the_default_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "family"), [(LLAVA, "llava"), (NEXT["llama"], "llava_v1"), (NEXT["mistral"], "mistral")]
+    ("config", "family"),
+    [(LLAVA, "llava"), (NEXT["llama"], "llava_v1"), (NEXT["mistral"], "mistral"), (QWEN2, "chatml")],
 )
 def test_no_or_an_unknown_chat_template_means_that_of_the_family_and_is_said(tmp_path, config, family):
     nothing = find_template(tmp_path, config)

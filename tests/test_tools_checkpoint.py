@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from model import Generation, InputError, Sampling, load
-from model.config import read_config
+from model.checkpoint import empty_model
+from model.config import parse_config, read_config
 from model.tokenizer import Tokenizer
 from tools import make_checkpoint, verify_checkpoint
 
@@ -124,6 +125,32 @@ def test_published_shapes(shape, parameters, files, tmp_path, monkeypatch):
     assert tokenizer.encode("<image>")[-1] == 32000
     for text in ("USER: what is this? ASSISTANT:", "Zürich, ½ 狐"):  # falls back to bytes
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [("onevision-0.5b", 893_675_552), ("onevision-7b", 8_030_807_584)])
+def test_sizes_of_onevision_are_those_of_the_page(shape, parameters):
+    model = empty_model(parse_config(make_checkpoint.config_json(shape, "bf16")))  # on the meta device
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert f"{parameters:,} | {2e-9 * parameters:.2f} GB" in (TOOLS.parent / "weights.md").read_text()
+
+
+def test_a_tied_onevision_has_one_matrix_and_maps_its_weights(tmp_path, capsys):
+    make_checkpoint.make(tmp_path / "made", "tiny-onevision", "bf16")
+    assert verify_checkpoint.main([str(tmp_path / "made")]) == 0 and "all fine" in capsys.readouterr().out
+    (file,), weights = (tmp_path / "made").glob("*.safetensors"), weights_of(tmp_path / "made")
+    assert "language_model.lm_head.weight" not in weights
+    for dtype, mapped in (("bf16", True), ("fp32", False)):  # fp32 is cast, so copied once
+        model = load(tmp_path / "made", dtype).model
+        language, tensors = model.language_model, {p.data_ptr(): p for p in model.parameters()}
+        assert language.head is language.model.embed_tokens and len(tensors) == len(list(model.parameters()))
+        stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in tensors.values()}
+        if mapped:
+            assert max(stored) + stored[max(stored)] - min(stored) <= file.stat().st_size  # all inside one mapped file
+        else:
+            assert sum(stored.values()) == sum(p.nbytes for p in tensors.values())
+        assert sum(p.nbytes for p in tensors.values()) == sum(t.numel() for t in weights.values()) * (
+            2 if mapped else 4
+        )
 
 
 # ---------------------------------------------------------------- refusals

@@ -136,8 +136,8 @@ DIMS = [32, 64, 72, 80, 96, 128, 256]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("d", DIMS)
 def test_head_dims_and_groups(d, dtype):
-    """Each dim with three group sizes of 1 .. 16; the last case has rows for several tiles."""
-    for i, group in enumerate([1 + DIMS.index(d), 8 + DIMS.index(d), 16]):
+    """Each dim with three group sizes of 1 .. 16, Qwen2's dims with its 7; the last case has rows for several tiles."""
+    for i, group in enumerate([7 if d in (64, 128) else 1 + DIMS.index(d), 8 + DIMS.index(d), 16]):
         made = problem([70, 0, 33, 5], 2, group, d, dtype, [None, 2, 5][i], seed=i, split=48)
         check(decoded(*made), *made[:5])
 

@@ -35,6 +35,8 @@ def test_scores_are_the_mean_attention_of_the_rows(backend, dtype, group, monkey
     for seed in range(30 if backend == "torch" else 8):
         generator = torch_random(seed)
         hkv, size, t, d = (rng.choice(x) for x in ((1, 2, 4), (1, 2, 3, 8), (1, 5, 33, 150), (8, 20, 64)))
+        if seed < 2:  # Qwen2's groups are no power of two
+            hkv, size, t, d = 2, 7, 70, 64 * (seed + 1)
         w = rng.randint(1, min(t, 6))
         # the layout of a prefill: a slice with gaps between heads
         q, k = (

@@ -62,14 +62,20 @@ def of_transformers(folder, generation, settings):
     return yopo_ids(folder, generation, ACTIVE, last, 24, **{k: v for k, v in settings.items() if k != "cut"})
 
 
+@torch.inference_mode()
+def first_logits(generation):
+    return generation.again(generation.prune).prefill()
+
+
 @pytest.mark.parametrize("question", ["one", "three", "last"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ids_and_kept_sets_are_those_of_transformers(folders, name, question):
     checkpoint = dataclasses.replace(load(folders[0], "fp32"), stop_ids=())
     method = make_method("yopo", settings={"heads": TABLE} | SETTINGS[name])
     found = answered(checkpoint, question, 24, method)
-    ids, kept = of_transformers(folders[0], found, SETTINGS[name])
+    ids, kept, logits = of_transformers(folders[0], found, SETTINGS[name])
     assert found.token_ids == ids
+    torch.testing.assert_close(first_logits(found), logits, rtol=1e-4, atol=1e-4)
     assert found.cache.kv_len.tolist() == [[n + 23 for n in keep.sum(1).tolist()] for keep in kept]
     assert ids != answered(checkpoint, question, 24).token_ids  # otherwise pruning would have no effect here
 
@@ -80,8 +86,9 @@ def test_on_llava_next_squares_are_apart_and_newlines_are_cells(folders, name):
     asked = ask(load(folders[1], "fp32"), "what is <image> and <image>?", [(150, 120), (40, 90)], prune=method)
     asked.sampling, asked.remember = Sampling(24), True
     "".join(asked)
-    ids, kept = of_transformers(folders[1], asked, SETTINGS[name])
+    ids, kept, logits = of_transformers(folders[1], asked, SETTINGS[name])
     assert asked.token_ids == ids and asked.masks.equal(torch.stack(kept))
+    torch.testing.assert_close(first_logits(asked), logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cut", "all", "cache and window"])
@@ -99,8 +106,9 @@ def test_on_llava_onevision_shrunk_maps_and_frames_are_apart(folders, name, fram
     )  # fmt: skip
     "".join(asked)
     assert [image["tokens"] for image in asked.images] == ([9, 9, 10, 37, 37] if frames else [36 + 18 * 19])
-    ids, kept = of_transformers(folders[2], asked, SETTINGS[name])
+    ids, kept, logits = of_transformers(folders[2], asked, SETTINGS[name])
     assert asked.token_ids == ids and asked.masks.equal(torch.stack(kept))
+    torch.testing.assert_close(first_logits(asked), logits, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- the attention of a layer

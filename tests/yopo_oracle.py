@@ -77,7 +77,8 @@ def attention_by_hand(query, key, value, scaling, vision, blind, near=None, reno
 
 def yopo_ids(folder, generation, active, last, count, radius=None, neurons=1.0, prefill=True, renormalise=True):
     """Greedy ids of transformers. active: per layer a list of bool per KV head; last: the number of layers that process
-    vision tokens; the rest as the settings of `yopo`. Returns (ids, [keep (Hkv, T) of each layer])."""
+    vision tokens; the rest as the settings of `yopo`. Returns (ids, [keep (Hkv, T) of each layer], logits (V,) of the
+    first id)."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
     prompt = expanded(generation)
     config = generation.checkpoint.config
@@ -114,6 +115,7 @@ def yopo_ids(folder, generation, active, last, count, radius=None, neurons=1.0, 
             layer.mlp.register_forward_hook(fewer)
         out = model.generate(
             input_ids=torch.tensor([prompt]), **hf_pictures([generation]), max_new_tokens=count, do_sample=False,
-            eos_token_id=None, suppress_tokens=generation.checkpoint.never_ids,
+            eos_token_id=None, suppress_tokens=generation.checkpoint.never_ids, output_logits=True,
+            return_dict_in_generate=True,
         )  # fmt: skip
-    return out[0, len(prompt) :].tolist(), keep
+    return out.sequences[0, len(prompt) :].tolist(), keep, out.logits[0][0]

@@ -1,13 +1,13 @@
 """Peak memory of each stage of an answer, counted from the tensors that the code holds. Needs neither torch nor a GPU.
 
 `roofline.py --stages` prints it. A stage holds the weights, K and V of the layers that are done, and activations. It
-peaks at one of a few moments, whose tensors `tower`, `projector`, `joined`, `prefill`, `choice` and `pack` list in the
-order of the code; the largest moment counts. T tokens, C channels of the decoder, F of its MLP, q and kv: channels of
-its queries, and of its keys and values together; n squares of P patches with C_v channels.
+peaks at one of a few moments, whose tensors `tower`, `projector`, `joined`, `prefill`, `choice`, `pack` and `norm` list
+in the order of the code; the largest moment counts. T tokens, C channels of the decoder, F of its MLP, q and kv:
+channels of its queries, and of its keys and values together; n squares of P patches with C_v channels.
 
-Not counted: the picture's pixels outside the tower, fp32 copies in which PyTorch's CPU norms compute (never the peak),
-workspaces of products and convolutions (16-bit pixels are copied once), other scores than attention of CHOSEN rows, and
-states that a method reads in the tower.
+Not counted: the picture's pixels outside the tower, workspaces of products and convolutions (16-bit pixels are copied
+once), other scores than attention of CHOSEN rows, and states that a method reads in the tower. A CPU computes 16-bit
+norms on copies in fp32. They are counted in the final norm, where they can be the peak; a GPU makes none.
 """
 
 from dataclasses import dataclass
@@ -55,6 +55,7 @@ def needs(shape, batch=1, kept=1.0, size=2):
     yield need("prefill, last layer", others + done, prefill(shape, tokens))
     yield need("choice, last layer", others + done, choice(shape, tokens, size))
     yield need("pack, last layer", others + cache, pack(shape, tokens, kept, size))
+    yield need("final norm", others + cache, norm(shape, tokens, size))
     yield need("decode step", batch * cache, [("logits", batch * c.vocab_size)])
 
 
@@ -116,6 +117,13 @@ def pack(shape, tokens, kept, size):
     rows = (shape.text + kept * shape.vision) * (kept < 1)
     indices = 2 * shape.config.num_key_value_heads * rows * 8 / size
     yield "T (2 C + q + kv), kept rows", tokens * (2 * c + q + kv + rope) + rows * kv / 2 + indices
+
+
+def norm(shape, tokens, size):
+    """The norm after the last layer, in fp32. The prompt, cos and sin are still held."""
+    c, *_, rope = channels(shape.config)
+    copies = 3 if size < 4 else 2
+    yield f"T 2 C, fp32: {copies} T C", tokens * (2 * c + rope + copies * c * 4 / size)
 
 
 def table(shape, batch, size):
