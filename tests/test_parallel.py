@@ -209,18 +209,21 @@ def slowed(folder):
     return program
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_process_ends_all_in_seconds_with_one_line(tmp_path, victim):
+@pytest.mark.parametrize(("victim", "torchrun"), [
+    pytest.param(1, False, id="1"), pytest.param(1, True, id="torchrun"),
+    pytest.param(0, False, id="0", marks=pytest.mark.thorough),
+])  # fmt: skip
+def test_a_killed_process_ends_all_in_seconds_with_one_line(tmp_path, victim, torchrun):
     """With and without torchrun, which sends SIGTERM to the others."""
     processes = start(2, slowed(tmp_path), *ASK[1:])
     begun(processes[0])
     processes[victim].kill()
     killed = time.monotonic()
-    if victim == 1:
+    if torchrun:
         processes[0].terminate()
     ended = finish(processes)
     assert time.monotonic() - killed < 10
-    assert ended[1 - victim][0] == (128 + signal.SIGTERM if victim == 1 else 1) and "another process ended" in the_line(
+    assert ended[1 - victim][0] == (128 + signal.SIGTERM if torchrun else 1) and "another process ended" in the_line(
         ended
     )
 
