@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -101,6 +102,10 @@ def connect():
             f"WORLD_SIZE is {given['WORLD_SIZE'][:20]}, but {name} is {given[name][:20] or 'not set'}; start the "
             "processes with torchrun --nproc-per-node N run.py ..., or unset WORLD_SIZE"
         )
+    try:
+        socket.getaddrinfo(given["MASTER_ADDR"], None)
+    except OSError as broken:
+        raise InputError(f"MASTER_ADDR {given['MASTER_ADDR'][:99]} has no address ({broken}); correct it") from broken
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -1,5 +1,6 @@
 """Tensor parallel: several processes with gloo on this machine answer like one, and end together."""
 
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import run
 from model import load, open_checkpoint
 from model.config import InputError
 from model.parallel import split
-from model.processes import Team, connect, contents
+from model.processes import Team, Voice, connect, contents
 from model.pruning import make_method
 from model.pruning.yopo import Looking
 from model.share import checksum, gather_alike
@@ -290,6 +291,17 @@ def test_late_differences_of_large_files_are_noticed(tmp_path):
     assert len(set(said)) == 3 and len({len(one) for one in said}) == 1
 
 
+def test_only_the_first_process_tells():
+    store = dist.HashStore()
+    zero, one = (
+        SimpleNamespace(store=store, rank=rank, lock=threading.Lock(), told=False, voice=Voice(io.StringIO(), rank))
+        for rank in range(2)
+    )
+    Team.tell(one, "error: a\n", 0)
+    Team.tell(zero, "error: b\n", 0)
+    assert [team.voice.stream.getvalue() for team in (zero, one)] == ["", "error: a\n"]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, rank):
     """Process 1 has not come; or process 0, with the store, has ended."""
@@ -338,7 +350,7 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_POR
 @pytest.mark.parametrize(("name", "value", "said"), [
     ("MASTER_ADDR", "", "MASTER_ADDR is not set"), ("MASTER_PORT", "", "MASTER_PORT is not set"),
     ("MASTER_PORT", "x", "MASTER_PORT is x"), ("RANK", "", "RANK is not set"), ("RANK", "2", "RANK is 2"),
-    ("WORLD_SIZE", "two", "WORLD_SIZE is two"),
+    ("WORLD_SIZE", "two", "WORLD_SIZE is two"), ("MASTER_ADDR", "nowhere.invalid", "nowhere.invalid has no address"),
 ])  # fmt: skip
 def test_what_torchrun_would_have_set_is_needed(monkeypatch, refused, name, value, said):
     for key, given in (WHOLE | {name: value}).items():
