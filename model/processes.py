@@ -40,6 +40,7 @@ def together(command):
         team = Team(*connect())
         known.append(team)
     except (InputError, RuntimeError) as broken:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # of a caller that goes on, and of its children
         return fail(*explain(broken)) if first or isinstance(broken, dist.DistNetworkError) else 2
     except KeyboardInterrupt:
         return fail("interrupted; nothing was written", 130) if first else 130

@@ -360,6 +360,7 @@ def test_what_torchrun_would_have_set_is_needed(monkeypatch, refused, name, valu
             connect()
     else:
         assert said in refused(*ASK[1:])
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.parametrize(("words", "said"), [
