@@ -84,8 +84,6 @@ def with_patience(team, code):
         team.tell(f"error: {ENDED}\n", WAIT * (1 + team.rank))
     else:
         team.tell(line, 2 * WAIT * (team.rank > 0))  # process 0 mostly fails in the same way
-    if team.rank == 0:
-        time.sleep(WAIT)  # its end may close the store; until then the others hear that it has told
 
 
 ENDED = "another process ended, so all end; torchrun reports which"
@@ -181,6 +179,8 @@ class Team:
             self.told = True
             with suppress(RuntimeError):
                 self.store.set("told", "")
+        if self.rank == 0:
+            time.sleep(WAIT)  # its end may close the store; until then the others hear that it has told
 
     def finish(self):
         """End without an error -> exit code, not 0 if another process is lost. Process 0, which may hold the store, is
