@@ -84,15 +84,17 @@ SHAPES = {  # name: text config, vision config, top of config.json, methods
         {"model_type": "siglip_vision_model", "patch_size": 9},
         {"model_type": "llava_onevision", "image_grid_pinpoints": NEXT_GRID}, [None, "plphp", "plphp-ada", "h2o"]),
 }  # fmt: skip
+QUICK = (None, "plphp", "h2o"), (None, "plphp", "plphp-ada", "hired+plphp")
 COUNTED = [None, "plphp", "plphp-ada", "fastv", "h2o"]
 
 
 @pytest.fixture(scope="module")
-def cases(make_checkpoint, tmp_path_factory):
-    """{shape: case of one_of_many.py}; a folder with a checkpoint and a picture for each."""
+def cases(make_checkpoint, tmp_path_factory, pytestconfig):
+    """{shape: case of one_of_many.py}; a folder with a checkpoint and a picture for each. Some methods need --all."""
     found = {}
     for name, (text, vision, top, methods) in SHAPES.items():
         folder = tmp_path_factory.mktemp(name)
+        methods = methods if pytestconfig.option.all else [m for m in methods if m in QUICK[name in ("mha", "gqa")]]
         make_checkpoint(folder, text | {"num_hidden_layers": LAYERS}, vision, top, seed=3)
         if "image_grid_pinpoints" in top:
             kind = {"next": "LlavaNextImageProcessor", "onevision": "LlavaOnevisionImageProcessor"}[name]
@@ -122,6 +124,7 @@ def alone(cases):
     return {name: answered(load(c["folder"], "fp32"), c["methods"], c["picture"]) for name, c in cases.items()}
 
 
+@pytest.mark.wider
 @pytest.mark.parametrize("shape", SHAPES)
 def test_several_processes_answer_like_one(shared, alone, shape):
     (found, batch), _, _ = shared[1][shape]
@@ -322,8 +325,8 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
 def test_what_a_method_chose_is_compared_without_a_second_collective():
     """The order of what it chose counts, and so does which tokens they are."""
     a, b = torch.tensor([[True, False, True]]), torch.tensor([[False, True, True]])
-    sums = {checksum(0, chosen) for chosen in ([a], [b], [a, b], [b, a], [a.T.long() * 2], [])}
-    assert len(sums) == 6 and all(0 <= int(one) < 2**31 - 1 for one in sums)
+    sums = {int(checksum(0, chosen)) for chosen in ([a], [b], [a, b], [b, a], [a.T.long() * 2], [])}
+    assert len(sums) == 6 and all(0 <= one < 2**31 - 1 for one in sums)
     own, asked = torch.tensor([[3, 4], [5, 6]], dtype=torch.int32), []
 
     def share(other):
