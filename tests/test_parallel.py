@@ -108,7 +108,10 @@ def cases(make_checkpoint, tmp_path_factory, pytestconfig):
     return found
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.thorough)])
+FEW = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="four processes need ten minutes on fewer than four cores")
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=[pytest.mark.thorough, FEW])])
 def shared(request, cases, tmp_path_factory):
     """(number of processes, {shape: what one_of_many.py found})."""
     folder = tmp_path_factory.mktemp("answers")
