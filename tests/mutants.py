@@ -170,6 +170,9 @@ def try_all(names, tests, clean, processes):
     return alive
 
 
+STARTING = "test_parallel.py", "test_replicas.py"
+
+
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("words", nargs="*", help="parts of names")
@@ -187,6 +190,10 @@ def main(argv):
     third = {name for _, group in by_file for name in list(group)[::3]}
     if args.third or args.rest:
         names = [name for name in names if (name in third) == args.third]
+    if (args.third or args.rest) and (os.cpu_count() or 1) < 4:  # half a minute each on two cores
+        slow = [n for n in names if MUTANTS[n][3].startswith(STARTING)]
+        print(f"{len(slow)} mutants whose tests start processes are left out on fewer than four cores")
+        names = [n for n in names if n not in slow]
     names = [n for n in names if not args.words or any(w in n for w in args.words)]
     tests = sorted({MUTANTS[n][3] for n in names})
     tests = tests[:4] if args.tested else tests  # a few still check that the copied tree works
