@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from .config import InputError, making_sense_of
-from .tokenizer import ADVICE, FLAGS, Detokenizer, added_tokens, check_ids, named_texts, read_files, text_of
+from .tokenizer import ADVICE, FLAGS, Tokens, added_tokens, check_ids, named_texts, read_files, text_of
 
 # Where Qwen2 cuts text before BPE: contractions, words, single digits, other characters, line breaks, white space
 SPLIT = (
@@ -41,7 +41,7 @@ BYTES = {chr(byte): byte for byte in _PRINTABLE}
 BYTES |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
 
 
-class ByteLevelTokenizer:
+class ByteLevelTokenizer(Tokens):
     """Qwen2's tokenizer of a checkpoint folder: tokenizer.json and any of the usual JSON files.
 
     Used like `tokenizer.Tokenizer`. Ids and texts are those of transformers' AutoTokenizer; InputError for files of
@@ -79,26 +79,12 @@ class ByteLevelTokenizer:
         """List of the token ids of text. Qwen2 has no BOS and no dummy space, so bos and follows change nothing."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
-        """Text of ids, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
-        stream = self.stream()
-        return "".join([*map(stream.push, ids), stream.flush()])
-
-    def stream(self):
-        """A streaming decoder with `push` and `flush`."""
-        return Detokenizer(self)
-
     def bytes_of(self, token):
         """UTF-8 of a token, perhaps part of a character; empty for special tokens and ids without a token."""
         piece = None if token in self._silent else self._backend.id_to_token(token)
         if piece is None:
             return b""
         return bytes(BYTES[c] for c in piece) if BYTES.keys() >= set(piece) else piece.encode()
-
-    def unreachable_ids(self, vocab_size):
-        """Ids below vocab_size that must never be sampled: padding rows of the embedding, without a token."""
-        known = set(self.added.values())
-        return [i for i in range(self.size, vocab_size) if i not in known]
 
 
 def _backend(folder, fast):

@@ -31,7 +31,25 @@ class AddedToken:
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
-class Tokenizer:
+class Tokens:
+    """What both tokenizers do with ids. A subclass has `added` {text: id}, `size` and `bytes_of(token)`."""
+
+    def decode(self, ids):
+        """Text of ids, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        stream = self.stream()
+        return "".join([*map(stream.push, ids), stream.flush()])
+
+    def stream(self):
+        """A streaming decoder with `push` and `flush`."""
+        return Detokenizer(self)
+
+    def unreachable_ids(self, vocab_size):
+        """Ids below vocab_size that must never be sampled: padding rows of the embedding, without a token."""
+        known = set(self.added.values())
+        return [i for i in range(self.size, vocab_size) if i not in known]
+
+
+class Tokenizer(Tokens):
     """Llama tokenizer of a checkpoint folder (tokenizer.model and any of the usual JSON files).
 
     Added tokens such as `<image>` are cut out of the text first; sentencepiece encodes the segments between them. The
@@ -128,15 +146,6 @@ class Tokenizer:
         """Ids without a dummy space: encode a newline and the text, then drop the newline's ids."""
         return self.sp.encode("\n" + text)[len(self._newline) :]
 
-    def decode(self, ids):
-        """Text of ids, without special and control tokens and without one leading space."""
-        stream = self.stream()
-        return "".join([*map(stream.push, ids), stream.flush()])
-
-    def stream(self):
-        """A streaming decoder with `push` and `flush`."""
-        return Detokenizer(self)
-
     def bytes_of(self, token):
         """UTF-8 of a token, perhaps part of a character; empty for special and control tokens and unknown ids."""
         if token in self._silent or not (0 <= token < self.size or token in self._spoken):
@@ -145,11 +154,6 @@ class Tokenizer:
             return bytes([int(self.sp.id_to_piece(token)[3:-1], 16)])  # spelled "<0xE2>"
         piece = self._spoken[token] if token in self._spoken else self.sp.id_to_piece(token)
         return piece.replace(SPACE, " ").encode()
-
-    def unreachable_ids(self, vocab_size):
-        """Ids below vocab_size that must never be sampled: padding rows of the embedding, without a token."""
-        known = set(self.added.values())
-        return [i for i in range(self.size, vocab_size) if i not in known]
 
 
 def open_tokenizer(folder):

@@ -180,22 +180,27 @@ def ask(checkpoint, prompt, sizes, **options):
     return Generation(replace(checkpoint, stop_ids=()), prompt, pictures, **options)
 
 
-@pytest.mark.parametrize("case", CASES)
-@torch.inference_mode()
-def test_logits_at_all_positions_are_as_exact_as_transformers(pair, case):
-    hf, _, asked = pair(case)
+def assert_as_exact_as_transformers(hf, asked):
+    """Logits at all positions against a float64 twin, and the pictures' spans."""
     model = asked.checkpoint.model
     x, spans = model.splice(asked.ids, asked.encode_images())
     ours = model.language_model.logits(model.language_model.prefill(x[None]))[0]
     inputs = {"input_ids": torch.tensor([expanded(asked)])} | hf_pictures([asked])
     theirs = hf(**inputs).logits[0]
-    inputs["pixel_values"] = inputs["pixel_values"].double()
+    inputs |= {name: inputs[name].double() for name in ("pixel_values", "pixel_values_videos") if name in inputs}
     exact = float64_twin(hf)(**inputs).logits[0]
     assert exact.dtype == torch.float64 and ours.shape == exact.shape and exact.std() > 0.5
     two_ulp = 2 * torch.finfo(torch.float32).eps * exact.abs().max()
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + two_ulp
     assert [stop - start for start, stop in spans] == [image["tokens"] for image in asked.images]
     assert len(x) == asked.prompt_tokens and asked.vision_tokens == sum(image["tokens"] for image in asked.images)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_logits_at_all_positions_are_as_exact_as_transformers(pair, case):
+    hf, _, asked = pair(case)
+    assert_as_exact_as_transformers(hf, asked)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,8 +12,8 @@ from oracle import expanded, hf_pictures, is_frame, masked_ids
 from safetensors.torch import load_file, save_file
 from test_checkpoint import LAYOUTS
 from test_methods import RULES, by_hand
-from test_next import EXTREMES, random_sizes
-from test_parity import float64_twin, noise
+from test_next import EXTREMES, assert_as_exact_as_transformers, random_sizes
+from test_parity import noise
 
 from model import Generation, Sampling, load, open_checkpoint
 from model.config import PINPOINTS_ONEVISION, parse_config
@@ -228,22 +228,6 @@ def hf_ids(hf, asked, count):
         suppress_tokens=asked.checkpoint.never_ids, eos_token_id=None,
     )  # fmt: skip
     return out[0, -count:].tolist()
-
-
-def assert_as_exact_as_transformers(hf, asked):
-    """Logits at all positions against a float64 twin, and the pictures' spans."""
-    model = asked.checkpoint.model
-    x, spans = model.splice(asked.ids, asked.encode_images())
-    ours = model.language_model.logits(model.language_model.prefill(x[None]))[0]
-    inputs = {"input_ids": torch.tensor([expanded(asked)])} | hf_pictures([asked])
-    theirs = hf(**inputs).logits[0]
-    inputs |= {name: inputs[name].double() for name in ("pixel_values", "pixel_values_videos") if name in inputs}
-    exact = float64_twin(hf)(**inputs).logits[0]
-    assert exact.dtype == torch.float64 and ours.shape == exact.shape and exact.std() > 0.5
-    two_ulp = 2 * torch.finfo(torch.float32).eps * exact.abs().max()
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + two_ulp
-    assert [stop - start for start, stop in spans] == [image["tokens"] for image in asked.images]
-    assert len(x) == asked.prompt_tokens and asked.vision_tokens == sum(image["tokens"] for image in asked.images)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
