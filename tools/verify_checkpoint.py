@@ -59,7 +59,9 @@ def show_config(config):
     """Print the dimensions, defaults filled in."""
     v, t = config.vision_config, config.text_config
     layers = ", ".join(map(str, config.feature_layers))
-    canvases = ", ".join(f"{a} x {b}" for a, b in config.image_grid_pinpoints or ())
+    sizes = [f"{a} x {b}" for a, b in config.image_grid_pinpoints or ()]
+    canvases = ", ".join(sizes) if len(sizes) < 9 else f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
+    shrunk = f", shrunk to the tokens of about {config.max_tiles} tiles" if config.max_tiles else ""
     row(
         "vision",
         f"{v.num_hidden_layers} layers, {v.hidden_size} wide (MLP {v.intermediate_size})",
@@ -67,7 +69,7 @@ def show_config(config):
         f"features of layer {config.vision_feature_layer}, the output of layer {layers}",
         f"strategy {config.vision_feature_select_strategy}: {config.image_tokens} tokens per "
         f"{'square' if canvases else 'picture'}",
-        *([f"tiles from canvases of {canvases}"] if canvases else []),
+        *([f"tiles from canvases of {canvases}{shrunk}"] if canvases else []),
     )
     row(
         "text",
