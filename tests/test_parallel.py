@@ -113,10 +113,23 @@ FEW = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="four processes need 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=[pytest.mark.thorough, FEW])])
 def shared(request, cases, tmp_path_factory):
-    """(number of processes, {shape: what one_of_many.py found})."""
-    folder = tmp_path_factory.mktemp("answers")
-    (folder / "cases.json").write_text(json.dumps(list(cases.values())))
-    ended = finish(start(request.param, ROOT / "tests" / "one_of_many.py", folder), LIMIT * request.param)
+    """(number of processes, {shape: what one_of_many.py found}). Of several workers of pytest-xdist one runs it, and
+    the others wait for its result."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"answers-{request.param}"
+    told, limit = folder / "ended.json", LIMIT * request.param
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + limit + 10
+        while not told.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+    else:
+        (folder / "cases.json").write_text(json.dumps(list(cases.values())))
+        ended = finish(start(request.param, ROOT / "tests" / "one_of_many.py", folder), limit)
+        (folder / "new").write_text(json.dumps(ended))
+        (folder / "new").rename(told)
+    ended = json.loads(told.read_text())
     assert [code for code, _, _ in ended] == [0] * request.param, ended[0][2][-2000:]
     return request.param, dict(zip(cases, torch.load(folder / "answers.pt"), strict=True))
 
