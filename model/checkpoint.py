@@ -227,7 +227,7 @@ class Checkpoint:
         if torch.device(device).type != "cpu":
             stored = min(dtype for _, _, dtype in self.keys.values())
             return FILE_DTYPES.get(self.config.dtype, SAFETENSORS_DTYPES[stored])
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = sum(self.share.size(name, p) for name, p in self.model.named_parameters())
         # os.sysconf does not exist on Windows: assume 16 GB
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16e9
         return torch.float32 if 4 * parameters <= memory / 2 else torch.bfloat16
@@ -250,7 +250,7 @@ class Checkpoint:
         self.model.load_state_dict(weights, strict=True, assign=True)
         del weights  # `arrange` copies layer by layer; no other reference may keep the old weights alive
         mapped = device.type == "cpu" and dtype in {SAFETENSORS_DTYPES[stored] for _, _, stored in self.keys.values()}
-        if self.step is FastStep and not mapped:  # a copy of mapped weights would use additional memory
+        if not mapped:  # a copy of mapped weights would use additional memory
             arrange(self.model.language_model)
         self.model.requires_grad_(False)
         if self.lookahead is not None:

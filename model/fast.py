@@ -12,7 +12,7 @@ from torch import nn
 
 from kernels.ragged_decode_torch import rectangle_step
 
-from .llama import rotate
+from .llama import Linear, rotate
 
 
 def arrange(language):
@@ -43,11 +43,15 @@ def joined(layers):
     return first.detach().as_strided((sum(len(layer.weight) for layer in layers), first.shape[1]), first.stride())
 
 
+PLAIN = Linear.forward, nn.Linear.forward
+
+
 class Product:
     """Linear layers with the same input, computed as one product if their weights lie side by side."""
 
     def __init__(self, *layers):
-        self.layers, self.weight = layers, joined(layers)
+        self.called = any(type(layer).forward not in PLAIN for layer in layers)  # such as those of model/parallel.py
+        self.layers, self.weight = layers, None if self.called else joined(layers)
         self.sizes, biases = [layer.out_features for layer in layers], [layer.bias for layer in layers]
         self.bias = None if None in biases else torch.cat([bias.detach() for bias in biases])  # small, so copied
         if self.bias is None and any(bias is not None for bias in biases):
@@ -55,6 +59,8 @@ class Product:
 
     def __call__(self, x):
         """x (B, C) -> the output (B, N) of each layer."""
+        if self.called:
+            return [layer(x) for layer in self.layers]
         if self.weight is None or in_loops(x):
             return [matvec(x, layer.weight, layer.bias) for layer in self.layers]
         return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
@@ -134,10 +140,14 @@ class FastStep:
     the one after it is captured again.
     """
 
-    def __init__(self, language, cache, compile=False):
-        """compile: use torch.compile, with one compilation for all layers; the first step is then slow."""
+    def __init__(self, language, cache, compile=False, capture=True):
+        """compile: use torch.compile, with one compilation for all layers; the first step is then slow.
+
+        capture: False for layers that cannot be captured, of a model that several processes share.
+        """
         self.language, self.cache, self.logits_of = language, cache, type(language).logits
-        self.compiles_whole = compile and not cache.fused and cache.pos.is_cpu
+        self.compiles_whole = compile and capture and not cache.fused and cache.pos.is_cpu
+        self.captures = capture and cache.fused and cache.pos.is_cuda  # the torch backend reads lengths on the host
         functions = None
         if compile:
             halves = [
@@ -159,15 +169,10 @@ class FastStep:
         self.seen = cache.version
         return logits
 
-    @property
-    def captures(self):
-        """True if steps can be captured; not with the torch backend, which reads lengths on the host."""
-        return self.cache.fused and self.cache.pos.is_cuda
-
     def _step(self, ids):
         """One step. Copies nothing between host and device, so that it can be captured."""
         with self.cache.reserving(1):
-            x = F.embedding(ids, self.language.model.embed_tokens.weight)
+            x = self.language.model.embed_tokens(ids)
             return self.logits_of(self.language, self.language.decode(x, self.cache, self.layers))
 
     def _replay(self, ids):

@@ -273,8 +273,6 @@ def check_processes(args, error, processes):
         return
     if args.prompt is None or "-" in (args.prompt, *args.image, *args.frames):
         error(f"stdin belongs to none of the {processes} processes; give --prompt TEXT or @FILE, and files")
-    if args.compile:
-        error("--compile is for one process: steps with collectives are not compiled; leave it out")
     if args.tp not in (None, processes):
         error(f"--tp {args.tp} is not the number of processes, {processes}, which all share one answer; leave it out")
 

@@ -119,8 +119,7 @@ def describe_model(language, **more):
 
 def weights_sample(language, share=WHOLE):
     """8 evenly spaced numbers of each of the model's parameters, as text."""
-    places = [(p, torch.arange(8, device=p.device) * (p.numel() - 1) // 7) for p in language.parameters()]
-    found = [share.numbers(p.detach(), torch.unravel_index(place, p.shape)).float().cpu() for p, place in places]
+    found = [share.sample(name, p.detach(), 8).float().cpu() for name, p in language.named_parameters()]
     return " ".join(f"{number:.8g}" for number in torch.cat(found).tolist())
 
 

@@ -1,8 +1,12 @@
 """Tensor parallel: several processes share one language model, each with its own heads, neurons and words.
 
-The plan is that of Megatron-LM (arXiv 1909.08053) in `torch.distributed.tensor`: q, k, v, gate and up are divided by
-their outputs, o and down by their inputs, embedding and head by words. A layer then needs two all-reduces. Each process
-caches the keys and values of its own KV heads. Tower and projector are whole in every process.
+The plan is that of Megatron-LM (arXiv 1909.08053): q, k, v, gate and up are divided by their outputs; o and down by
+their inputs, so that their outputs are summed; embedding and head by words. A layer then needs two all-reduces. Each
+process caches the keys and values of its own KV heads. Tower and projector are whole in every process.
+
+All computing is with plain tensors. The styles of `torch.distributed.tensor.parallel` divide in the same way but
+compute with DTensors: on a CPU, their dispatch takes 2 ms per layer of a decode step, so that the demo's is four times
+as long even if collectives take no time.
 
 torchrun starts the processes; `model.processes` connects them. llama.py and cache.py know nothing of this file.
 """
@@ -10,19 +14,17 @@ torchrun starts the processes; `model.processes` connects them. llama.py and cac
 from dataclasses import replace
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInputOutput,
-    RowwiseParallel,
-    parallelize_module,
-)
+import torch.nn.functional as F
+from torch import nn
 
 from .config import InputError
-from .generate import plain_step
+from .fast import FastStep
+from .llama import Linear, Output
 from .lookahead import LoRA
+from .share import INPUTS, ONCE, OUTPUTS, Share
 
-ROWWISE = "o_proj", "down_proj"  # divided by their inputs
+PLAN = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), OUTPUTS)
+PLAN |= dict.fromkeys(("o_proj", "down_proj"), INPUTS)
 
 
 def split(checkpoint, mesh):
@@ -37,109 +39,92 @@ def split(checkpoint, mesh):
             f"{sizes[0]} KV heads and {sizes[1]} neurons cannot be divided among {ranks} processes; use "
             f"{', '.join(fit)}"
         )
-    parallelize_module(language, mesh, plan(language), src_data_rank=None)
     share = Share(mesh)
-    for name, weight in language.named_parameters():
-        if isinstance(weight, DTensor):
-            share.placements[f"language_model.{name}"] = weight.placements[0]
-    if checkpoint.lookahead is not None:
-        split_adapters(checkpoint.lookahead, share)
-    return replace(checkpoint, step=plain_step, share=share)
+    with torch.device("meta"):
+        divide_layers(language, share)
+        divide_words(language, share)
+        if checkpoint.lookahead is not None:
+            divide_adapters(checkpoint.lookahead, language, share)
+    return replace(checkpoint, step=step, share=share)
 
 
-def plan(language):
-    """{name of a module of a `Llama`: its ParallelStyle}."""
-    styles = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
-    styles["output"] = PrepareModuleInputOutput(
-        input_layouts=(Replicate(), None),
-        desired_input_layouts=(Replicate(), None),
-        output_layouts=Shard(-1),
-        desired_output_layouts=Replicate(),
-    )
-    if language.lm_head is not None:
-        styles["lm_head"] = ColwiseParallel()  # called by none; `output` takes its weight
+def step(language, cache, compile=False):
+    """A FastStep that is not captured: a CUDA graph with collectives has never been tested."""
+    return FastStep(language, cache, compile, capture=False)
+
+
+def divide_layers(language, share):
+    """Replace the linear layers of a `Llama` by this process's parts."""
     for i, layer in enumerate(language.model.layers):
         for part in ("self_attn", "mlp"):
-            for name, _ in getattr(layer, part).named_children():
-                style = RowwiseParallel() if name in ROWWISE else ColwiseParallel()
-                styles[f"model.layers.{i}.{part}.{name}"] = style
-    return styles
+            module = getattr(layer, part)
+            for name, linear in [*module.named_children()]:
+                where, bias = f"language_model.model.layers.{i}.{part}.{name}", linear.bias is not None
+                share.parts[f"{where}.weight"] = linear.weight.shape, PLAN[name]
+                if bias:
+                    share.parts[f"{where}.bias"] = linear.bias.shape, OUTPUTS if PLAN[name] == OUTPUTS else ONCE
+                n, c = linear.weight.shape
+                if PLAN[name] == OUTPUTS:
+                    own = Linear(c, n // share.ranks, bias)
+                else:
+                    own = RowParallel(share, c // share.ranks, n, bias)
+                setattr(module, name, own)
 
 
-def split_adapters(lookahead, share):
+def divide_words(language, share):
+    """Replace embedding and head. Their numbers of words may differ, as with `torch.chunk`."""
+    shape = language.head.weight.shape
+    start, stop = share.bounds(shape[0])
+    language.model.embed_tokens = VocabParallelEmbedding(share, start, stop - start, shape[1])
+    language.output = VocabParallelOutput(share, shape[0])
+    share.parts["language_model.model.embed_tokens.weight"] = shape, OUTPUTS
+    if language.lm_head is not None:
+        language.lm_head = nn.Linear(shape[1], stop - start, bias=False)
+        share.parts["language_model.lm_head.weight"] = shape, OUTPUTS
+
+
+def divide_adapters(lookahead, language, share):
     """Divide the adapters like the layers that they belong to."""
-    for i, adapter in enumerate(lookahead.layers):
-        for name, lora in adapter.named_children():
-            rank, c_in = lora.lora_A.shape
-            c_out = len(lora.lora_B)
-            if name in ROWWISE:
-                c_in //= share.ranks
-                share.placements[f"layers.{i}.{name}.lora_A"] = Shard(1)
-            else:
-                c_out //= share.ranks
-                share.placements[f"layers.{i}.{name}.lora_B"] = Shard(0)
-            with torch.device("meta"):
-                setattr(adapter, name, LocalLoRA(torch.nn.Linear(c_in, c_out), lora.rows, rank))
+    for i, (adapter, layer) in enumerate(zip(lookahead.layers, language.model.layers, strict=True)):
+        for name, lora in [*adapter.named_children()]:
+            part = "lora_A" if PLAN[name] == INPUTS else "lora_B"
+            share.parts[f"layers.{i}.{name}.{part}"] = getattr(lora, part).shape, PLAN[name]
+            linear = getattr(layer.self_attn, name, None) or getattr(layer.mlp, name)
+            setattr(adapter, name, LoRA(linear, lora.rows, len(lora.lora_A)))
 
 
-class LocalLoRA(LoRA):
-    """Adds to this process's part of the output: its columns, or its term of the sum, which is reduced later."""
+class RowParallel(Linear):
+    """A linear layer with a part of the inputs. The output is the sum of the processes' outputs."""
 
-    def add(self, x, y):
-        super().add(x.to_local(), y.to_local())
-        return y
+    def __init__(self, share, *sizes):
+        super().__init__(*sizes)
+        self.share = share
+
+    def forward(self, x, lora=None):
+        return self.share.total(super().forward(x, lora))
 
 
-class Share:
-    """The part of one process; see `model.share.Whole` for the methods.
+class VocabParallelEmbedding(nn.Embedding):
+    """An embedding with the words from `start` on. The others' are zeros in the sum."""
 
-    placements   {canonical name: Shard(dimension) or Replicate()}; without an entry a tensor is whole and a plain one
-    """
+    def __init__(self, share, start, *sizes):
+        super().__init__(*sizes)
+        self.share, self.start = share, start
 
-    def __init__(self, mesh):
-        self.mesh, self.ranks, self.rank = mesh, mesh.size(), mesh.get_local_rank()
-        self.placements = {}
+    def forward(self, ids):
+        own = ids - self.start
+        other = (own < 0) | (own >= self.num_embeddings)
+        return self.share.total(super().forward(own.masked_fill(other, 0)).masked_fill(other[..., None], 0))
 
-    def gather(self, own):
-        sent = own.view(torch.uint8) if own.dtype == torch.bool else own  # no backend sends bool
-        return self._full(sent, Shard(0)).view(own.dtype)
 
-    def own(self, of_all):
-        return of_all.tensor_split(self.ranks)[self.rank]
+class VocabParallelOutput(Output):
+    """Gathers the logits of all processes' words, `words` in all."""
 
-    def total(self, own):
-        return self._full(own, Partial())
+    def __init__(self, share, words):
+        super().__init__()
+        self.share, self.words = share, words
 
-    def _full(self, own, placement):
-        """One collective: the whole of which `own` is this process's part, on the device of `own`."""
-        sent = own.to(self.mesh.device_type).contiguous()
-        return DTensor.from_local(sent, self.mesh, [placement], run_check=False).full_tensor().to(own.device)
-
-    def read(self, name, file, key, **kind):
-        placement, piece = self.placements.get(name), file.get_slice(key)
-        if not isinstance(placement, Shard):
-            own = file.get_tensor(key).to(**kind)
-        else:
-            start, stop = self._bounds(piece.get_shape()[placement.dim])
-            own = piece[start:stop] if placement.dim == 0 else piece[:, start:stop]
-            own = own.to(**kind).contiguous()
-        if placement is None or not name.startswith("language_model."):
-            return own
-        shape = torch.Size(piece.get_shape())
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(own, self.mesh, [placement], run_check=False, shape=shape, stride=stride)
-
-    def numbers(self, weight, at):
-        own = weight.to_local() if isinstance(weight, DTensor) else weight
-        if own is weight or not weight.placements[0].is_shard():
-            return own[at]
-        dim = weight.placements[0].dim
-        start, stop = self._bounds(weight.shape[dim])
-        here, at = (at[dim] >= start) & (at[dim] < stop), list(at)
-        at[dim] = (at[dim] - start).clamp(0, max(0, stop - start - 1))
-        return self.total(torch.where(here, own[tuple(at)], 0))
-
-    def _bounds(self, size):
-        """The part of this process in `size` numbers. Only words may be divided unevenly, as `torch.chunk` does."""
-        each = -(-size // self.ranks)
-        return min(size, self.rank * each), min(size, (self.rank + 1) * each)
+    def forward(self, hidden, weight):
+        own = super().forward(hidden, weight)
+        own = F.pad(own, (0, -(-self.words // self.share.ranks) - len(weight)))  # only behind the last words
+        return self.share.gather(own.movedim(-1, 0))[: self.words].movedim(0, -1)

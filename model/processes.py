@@ -26,6 +26,9 @@ from .console import explain, fail
 
 TIMEOUT = timedelta(seconds=120)  # that a process waits for the others
 LEAVE = 30  # seconds that process 0 waits for the others at the end
+SILENT = 30  # seconds without a beat after which a process counts as lost; most end with a broken connection before
+BEAT = 1.0  # seconds between two beats
+FINISHED = -(10**12)  # makes the number of beats negative
 BLOCKS, BLOCK = 64, 2**16  # of a large file that are compared, evenly spread; bytes of each
 WAIT = 0.4  # seconds that a process waits for another one to tell why all end
 LOST = "Connection closed", "Connection reset", "Broken pipe", "DistBackendError", "DistNetworkError", "DistStoreError"
@@ -153,15 +156,34 @@ class Team:
 
     def _listen(self):
         """Waits until a process has told why all end, and ends this one if its main thread still waits for others."""
+        heard, due = {}, 0.0  # {rank: (number of its beats, when it changed)}
         try:
             while not self.listening.check(["told"]):
                 if self.over.wait(0.1):
                     return
+                if time.monotonic() > due:
+                    due = time.monotonic() + BEAT
+                    self.listening.add(f"beats {self.rank}", 1)
+                    if self.rank == 0 and (lost := self._lost(heard)) is not None:
+                        self.tell(f"error: process {lost} is lost, so all end; start all of them again\n", 0)
             self.told = True
         except RuntimeError:  # the store was in process 0, which has ended
             self.tell(f"error: {ENDED}\n", 0)
         time.sleep(3 * WAIT)
         os._exit(1)
+
+    def _lost(self, heard):
+        """The number of a process without a new beat for SILENT seconds, or None. Updates `heard`, see `_listen`.
+
+        Replicas exchange nothing while they answer, so that no connection breaks if one is killed.
+        """
+        for rank in range(self.size):
+            beats = self.listening.add(f"beats {rank}", 0)
+            if rank not in heard or beats != heard[rank][0]:
+                heard[rank] = beats, time.monotonic()
+            elif beats >= 0 and time.monotonic() > heard[rank][1] + SILENT:
+                return rank
+        return None
 
     def tell(self, line, patience):
         """Print the line, unless another process tells within so many seconds why all end."""
@@ -189,6 +211,7 @@ class Team:
         self.watch.join()  # it must not use the store while Python ends
         end = time.monotonic() + LEAVE
         try:
+            self.store.add(f"beats {self.rank}", FINISHED)
             self.store.add("done", 1)
             while self.rank == 0 and self.store.add("done", 0) < self.size:
                 if time.monotonic() > end:

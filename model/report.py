@@ -329,11 +329,14 @@ def measure_bandwidth(device):
 
 
 def step_bytes(checkpoint, kv_bytes):
-    """Bytes that a decode step has to read: the decoder's weights (one row of the embedding) and kv_bytes of cache."""
-    language = checkpoint.model.language_model
-    weights = sum(p.nbytes for p in language.parameters())
-    table = language.model.embed_tokens.weight
-    return weights - (table.nbytes - table.nbytes // len(table) if language.lm_head is not None else 0) + kv_bytes
+    """Bytes that a decode step has to read: the decoder's weights (one row of the embedding) and kv_bytes of cache. In
+    all processes together."""
+    language, share = checkpoint.model.language_model, checkpoint.share
+    named = language.named_parameters("language_model")
+    weights = sum(p.element_size() * share.size(name, p) for name, p in named)
+    row = language.model.embed_tokens.weight[0]
+    rest = 0 if language.lm_head is None else (language.config.vocab_size - 1) * row.nbytes
+    return weights - rest + kv_bytes
 
 
 def stats(r, bandwidth, generation):
@@ -411,6 +414,8 @@ def _decoded(r, bandwidth, generation):
         lines.append(f"  per token{t['decode_p50']:9.2f} ms  median; 95th percentile {t['decode_p95']:.2f} ms")
     if not bandwidth:
         return [*lines, "  limit                  not measured: too little memory is free"]
-    size = step_bytes(generation.checkpoint, generation.cache.nbytes_held)
+    checkpoint = generation.checkpoint
+    ranks = checkpoint.share.ranks
+    size = step_bytes(checkpoint, ranks * generation.cache.nbytes_held) / ranks
     read = f"to read {1e-6 * size:.1f} MB of weights and KV cache at {1e-9 * bandwidth:.1f} GB/s (measured)"
     return [*lines, f"  limit    {1e3 * size / bandwidth:9.2f} ms  {read}"]

@@ -1,9 +1,11 @@
-"""What a process has of the language model and its cache: here everything. `model.parallel.Share` is a part."""
+"""What a process has of the language model and its cache: everything, or its part of a model that several share."""
 
 import torch
+import torch.distributed as dist
 
 from .config import InputError
 
+OUTPUTS, INPUTS, ONCE = 0, 1, None  # the divided dimension of a weight; ONCE: process 0 has all, the others zeros
 PRIME = 2**31 - 1
 
 
@@ -21,19 +23,82 @@ class Whole:
         return of_all
 
     def total(self, own):
-        """The sum of the processes' tensors."""
+        """The sum of the processes' tensors. May change `own`."""
         return own
+
+    def size(self, name, weight):
+        """Numbers in the whole parameter of the `Llava` that has this name."""
+        return weight.numel()
 
     def read(self, name, file, key, **kind):
         """What this process loads of a tensor that an open safetensors file has as `key`. kind: device and dtype."""
         return file.get_tensor(key).to(**kind)
 
-    def numbers(self, weight, at):
-        """Single numbers of a weight, at the indices that `torch.unravel_index` gives."""
-        return weight[at]
+    def sample(self, name, weight, count):
+        """`count` evenly spaced numbers of the parameter of a `Llama` that has this name."""
+        return weight.flatten()[spread(weight.numel(), count, weight.device)]
 
 
 WHOLE = Whole()
+
+
+class Share:
+    """The part of one process, see `model.parallel`. Methods as in `Whole`.
+
+    parts   {name of a tensor in the model, or in the file of look-ahead rows: (its whole shape, divided dimension)}
+    """
+
+    def __init__(self, mesh):
+        self.group, self.device, self.parts = mesh.get_group(), mesh.device_type, {}
+        self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
+
+    def gather(self, own):
+        sent = own.to(self.device).contiguous()
+        sent = sent.view(torch.uint8) if own.dtype == torch.bool else sent  # no backend sends bool
+        every = [torch.empty_like(sent) for _ in range(self.ranks)]
+        dist.all_gather(every, sent, group=self.group)
+        return torch.cat(every).view(own.dtype).to(own.device)
+
+    def own(self, of_all):
+        return of_all.tensor_split(self.ranks)[self.rank]
+
+    def total(self, own):
+        sent = own.to(self.device).contiguous()
+        dist.all_reduce(sent, group=self.group)
+        return sent.to(own.device)
+
+    def size(self, name, weight):
+        return self.parts[name][0].numel() if name in self.parts else weight.numel()
+
+    def read(self, name, file, key, **kind):
+        shape, dim = self.parts.get(name, (None, ONCE))
+        if dim is ONCE:
+            own = file.get_tensor(key).to(**kind)
+            return own if shape is None or self.rank == 0 else torch.zeros_like(own)
+        piece, (start, stop) = file.get_slice(key), self.bounds(shape[dim])
+        own = piece[start:stop] if dim == OUTPUTS else piece[:, start:stop]
+        return own.to(**kind).contiguous()
+
+    def sample(self, name, weight, count):
+        shape, dim = self.parts.get(f"language_model.{name}", (None, ONCE))
+        if dim is ONCE:
+            found = WHOLE.sample(name, weight, count)
+            return found if shape is None else self.total(found)
+        at = [*torch.unravel_index(spread(shape.numel(), count, weight.device), shape)]
+        start, stop = self.bounds(shape[dim])
+        here = (at[dim] >= start) & (at[dim] < stop)
+        at[dim] = (at[dim] - start).clamp(0, stop - start - 1)
+        return self.total(torch.where(here, weight[tuple(at)], 0))
+
+    def bounds(self, size):
+        """The part of this process in `size` numbers. Only words may be divided unevenly, as `torch.chunk` does."""
+        each = -(-size // self.ranks)
+        return min(size, self.rank * each), min(size, (self.rank + 1) * each)
+
+
+def spread(size, count, device):
+    """`count` (at least 2) evenly spaced indices of `size` numbers, with the first and the last."""
+    return torch.arange(count, device=device) * (size - 1) // (count - 1)
 
 
 def checksum(before, tensors):

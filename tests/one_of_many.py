@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,11 +44,12 @@ def answered(checkpoint, methods, picture):
     return found, [generation.token_ids for generation in together]
 
 
-def ask(checkpoint, method, picture):
+def ask(checkpoint, method, picture, compile=False):
     """A Generation that no stop id ends."""
     object.__setattr__(checkpoint, "stop_ids", ())
     sampling = Sampling(max_new_tokens=TOKENS)
-    return Generation(checkpoint, PROMPT, picture, sampling, template="raw", prune=method, remember=True)
+    more = {"template": "raw", "prune": method, "remember": True, "compile": compile}
+    return Generation(checkpoint, PROMPT, picture, sampling, **more)
 
 
 class Peak(TorchDispatchMode):
@@ -71,26 +71,26 @@ class Peak(TorchDispatchMode):
 
 
 def plain(t):
-    return isinstance(t, torch.Tensor) and not isinstance(t, DTensor) and not t.is_meta
+    return isinstance(t, torch.Tensor) and not t.is_meta
 
 
 def sizes(module):
     """Bytes of a module's parameters in this process."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in module.parameters())
+    return sum(p.nbytes for p in module.parameters())
 
 
 class Collectives(TorchDispatchMode):
-    """counts: {name of a collective: number of calls}. `CommDebugMode` needs modules that are called with tensors."""
+    """counts: {name of a collective: number of calls}."""
+
+    NAMES = {"allreduce_": "all_reduce", "allgather_": "all_gather"}  # others have their own
 
     def __init__(self):
         super().__init__()
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # it calls plain operations
-        if func.namespace in ("_c10d_functional", "c10d") and not func._opname.startswith(("wait", "_")):
-            self.counts[func._opname] += 1
+        if func.namespace == "c10d":
+            self.counts[self.NAMES.get(func._opname, func._opname)] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -120,7 +120,9 @@ def main(folder):
         dist.all_gather_object(every, memory)
         checkpoint.read_weights("fp32")
         counts = {m: collectives(checkpoint, m, case["picture"]) for m in case["counted"]}
-        answers.append((answered(checkpoint, case["methods"], case["picture"]), every, counts))
+        compiled = {m: ask(checkpoint, m, case["picture"], compile=True) for m in case["compiled"]}
+        ids = {m: ("".join(generation), generation.token_ids)[1] for m, generation in compiled.items()}
+        answers.append((answered(checkpoint, case["methods"], case["picture"]), every, counts, ids))
     if team.rank == 0:
         torch.save(answers, folder / "answers.pt")
     team.finish()

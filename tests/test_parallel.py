@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,10 +26,10 @@ import run
 from model import load, open_checkpoint
 from model.config import InputError
 from model.parallel import split
-from model.processes import Team, Voice, connect, contents
+from model.processes import FINISHED, Team, Voice, connect, contents
 from model.pruning import make_method
 from model.pruning.yopo import Looking
-from model.share import checksum, gather_alike
+from model.share import WHOLE, Share, checksum, gather_alike
 from model.view import Pruning
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
 from tools import parallel_model
@@ -84,14 +85,15 @@ SHAPES = {  # name: text config, vision config, top of config.json, methods
         {"model_type": "siglip_vision_model", "patch_size": 9},
         {"model_type": "llava_onevision", "image_grid_pinpoints": NEXT_GRID}, [None, "plphp", "plphp-ada", "h2o"]),
 }  # fmt: skip
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 QUICK = (None, "plphp", "h2o"), (None, "plphp", "plphp-ada", "hired+plphp")
 COUNTED = [None, "plphp", "plphp-ada", "fastv", "h2o"]
 
 
 @pytest.fixture(scope="module")
-def cases(make_checkpoint, tmp_path_factory, pytestconfig):
+def cases(make_checkpoint, tmp_path_factory, pytestconfig, request):
     """{shape: case of one_of_many.py}; a folder with a checkpoint and a picture for each. Some methods need --all."""
-    found = {}
+    found, compiles = {}, COMPILER and any("compiled" in item.name for item in request.session.items)
     for name, (text, vision, top, methods) in SHAPES.items():
         folder = tmp_path_factory.mktemp(name)
         methods = methods if pytestconfig.option.all else [m for m in methods if m in QUICK[name in ("mha", "gqa")]]
@@ -102,9 +104,9 @@ def cases(make_checkpoint, tmp_path_factory, pytestconfig):
             more = {"image_processor_type": kind, "image_grid_pinpoints": NEXT_GRID, "size": size}
             write_json(folder / "preprocessor_config.json", more | {"crop_size": {"height": 28, "width": 28}})
         noise(60, 40, seed=1).save(folder / "picture.png")
-        counted = COUNTED if name == "mha" else []
         found[name] = {"folder": str(folder), "picture": str(folder / "picture.png"), "methods": methods}
-        found[name]["counted"] = counted
+        found[name]["counted"] = COUNTED if name == "mha" else []
+        found[name]["compiled"] = ["plphp"] if name == "mha" and compiles else []
     return found
 
 
@@ -143,7 +145,7 @@ def alone(cases):
 @pytest.mark.wider
 @pytest.mark.parametrize("shape", SHAPES)
 def test_several_processes_answer_like_one(shared, alone, shape):
-    (found, batch), _, _ = shared[1][shape]
+    (found, batch), *_ = shared[1][shape]
     wanted, together = alone[shape]
     assert batch == together and len(batch) == 4
     for method, one in wanted.items():
@@ -159,7 +161,7 @@ def test_several_processes_answer_like_one(shared, alone, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_process_holds_or_reads_much_more_than_its_part(shared, cases, shape):
     world, found = shared
-    _, memory, _ = found[shape]
+    memory = found[shape][1]
     whole = load(cases[shape]["folder"], "bf16").model
     language, everything = sizes(whole.language_model), sizes(whole)
     assert language <= sum(own for own, _, _ in memory) <= 1.02 * language
@@ -171,27 +173,34 @@ def test_no_process_holds_or_reads_much_more_than_its_part(shared, cases, shape)
 
 def test_a_layer_has_two_all_reduces_and_a_method_one_all_gather(shared):
     """Beyond the layers: one all-reduce for the embedding, per run of text; one all-gather for the head."""
-    _, _, counts = shared[1]["mha"]
+    counts = shared[1]["mha"][2]
     layers, pieces = LAYERS, 2  # text before and behind the picture
     plain = counts[None]
-    ends = {"all_gather_into_tensor": 2, "all_reduce": pieces + 1}  # the head, kept tokens; the embedding, bytes
+    ends = {"all_gather": 2, "all_reduce": pieces + 1}  # the head, kept tokens; the embedding, bytes
     assert plain[0] == {**ends, "all_reduce": ends["all_reduce"] + 2 * layers}
-    assert plain[1] == {"all_reduce": 1 + 2 * layers, "all_gather_into_tensor": 1}
+    assert plain[1] == {"all_reduce": 1 + 2 * layers, "all_gather": 1}
     for method, (prefill, step) in counts.items():
         assert step == plain[1] and prefill["all_reduce"] == plain[0]["all_reduce"], method
-        more = prefill["all_gather_into_tensor"] - plain[0]["all_gather_into_tensor"]
+        more = prefill["all_gather"] - plain[0]["all_gather"]
         assert 0 < more <= layers if method else more == 0, (method, more)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_with_collectives_answer_alike(shared, alone):
+    found = shared[1]["mha"][3]
+    assert found == {"plphp": alone["mha"][0]["plphp"]["token_ids"]}
 
 
 def test_the_counts_of_the_roofline_are_those_of_a_run(shared, cases):
     """tools/roofline.py --tp calculates its times from them."""
-    _, _, counts = shared[1]["mha"]
+    counts = shared[1]["mha"][2]
     config = open_checkpoint(cases["mha"]["folder"]).config.text_config
     prefill = partial(parallel_model.prefill, config, tokens=9, text=5, runs=2)
     assert counts[None] == [*map(parallel_model.counts, (prefill(), parallel_model.step(config)))]
     every = parallel_model.counts(prefill(measured=1))
-    gathers = every.pop("all_gather_into_tensor")
-    assert counts["plphp"][0] == every | {"all_gather_into_tensor": gathers - 1}  # it measures in all layers but one
+    gathers = every.pop("all_gather")
+    assert counts["plphp"][0] == every | {"all_gather": gathers - 1}  # it measures in all layers but one
 
 
 # ---------------------------------------------------------------- run.py
@@ -207,7 +216,8 @@ def test_one_process_prints_one_answer(cli):
     _, out, err = cli(*words[1:])
     many, one = (json.loads(told) for told in (done.stdout, out))
     assert many["text"] == "The picture has four objects." and many["token_ids"] == one["token_ids"]
-    assert many["prune"] == one["prune"] and done.stderr.splitlines()[-len(err.splitlines()) :] == err.splitlines()
+    assert many["prune"] == one["prune"] and many["ceiling_speedup"] == one["ceiling_speedup"] > 1
+    assert done.stderr.splitlines()[-len(err.splitlines()) :] == err.splitlines()
 
 
 def begun(process):
@@ -222,9 +232,9 @@ def slowed(folder):
     program = folder / "slowly.py"
     program.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import run, model.llama as llama\n"
-        "step = llama.Llama.step\n"
-        "def slow(*args, **options): time.sleep(0.5); return step(*args, **options)\n"
-        "llama.Llama.step = slow\nsys.exit(run.as_command(run.main))\n"
+        "decode = llama.Llama.decode\n"
+        "def slow(*args, **options): time.sleep(0.5); return decode(*args, **options)\n"
+        "llama.Llama.decode = slow\nsys.exit(run.as_command(run.main))\n"
     )
     return program
 
@@ -338,6 +348,22 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
     assert capsys.readouterr().err.startswith("error: another process ended")
 
 
+def test_a_process_of_which_nothing_is_heard_is_lost(monkeypatch):
+    """Replicas exchange nothing while they answer. One that has finished is silent, too."""
+    monkeypatch.setattr("model.processes.SILENT", 0.1)
+    team, heard = SimpleNamespace(listening=dist.HashStore(), size=4), {}
+    for rank in range(4):
+        team.listening.add(f"beats {rank}", 5)
+    team.listening.add("beats 1", FINISHED)
+    assert Team._lost(team, heard) is None
+    time.sleep(0.15)
+    for rank in (0, 2):
+        team.listening.add(f"beats {rank}", 1)
+    assert Team._lost(team, heard) == 3
+    team.listening.add("beats 3", 1)
+    assert Team._lost(team, heard) is None
+
+
 def test_what_a_method_chose_is_compared_without_a_second_collective():
     """The order of what it chose counts, and so does which tokens they are."""
     a, b = torch.tensor([[True, False, True]]), torch.tensor([[False, True, True]])
@@ -361,11 +387,40 @@ def test_what_a_method_chose_is_compared_without_a_second_collective():
 
 @pytest.mark.parametrize(("world", "fit"), [(3, "use 1, 2, 4"), (8, "use 1, 2, 4")])
 def test_world_sizes_that_do_not_fit_the_heads_are_refused(world, fit):
-    mesh = SimpleNamespace(size=lambda: world)
-    assert refusal(split, open_checkpoint(DEMO), mesh).endswith(fit)
+    assert refusal(split, open_checkpoint(DEMO), mesh(0, world)).endswith(fit)
 
 
-WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+def mesh(rank, ranks):
+    return SimpleNamespace(
+        size=lambda: ranks, get_local_rank=lambda: rank, get_group=lambda: None, device_type="cpu"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_samples_of_a_divided_model_are_those_of_the_whole(cases, monkeypatch, shape, ranks):
+    """By which look-ahead rows are known to fit; and `--dtype auto` goes by the size of the whole model."""
+    monkeypatch.setattr(Share, "total", lambda self, own: own)
+    folder = cases[shape]["folder"]
+    parts = [split(open_checkpoint(folder), mesh(rank, ranks)).read_weights("fp32") for rank in range(ranks)]
+    for name, whole in load(folder, "fp32").model.language_model.named_parameters():
+        full = f"language_model.{name}"
+        found = [(p.share, p.model.language_model.get_parameter(name)) for p in parts]
+        samples = [share.sample(name, own, 8) for share, own in found]
+        sample = sum(samples) if full in parts[0].share.parts else samples[-1]
+        assert torch.equal(sample, WHOLE.sample(name, whole, 8)), name
+        assert all(share.size(full, own) == whole.numel() for share, own in found), name
+
+
+def test_steps_with_collectives_are_not_captured():
+    cache = SimpleNamespace(fused=True, pos=SimpleNamespace(is_cuda=True, is_cpu=False))
+    language = open_checkpoint(DEMO).model.language_model
+    captured = open_checkpoint(DEMO).step(language, cache)
+    checkpoint = split(open_checkpoint(DEMO), mesh(1, 2))
+    assert captured.captures and not checkpoint.step(checkpoint.model.language_model, cache).captures
+
+
+ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
 
 @pytest.mark.parametrize(("name", "value", "said"), [
@@ -374,7 +429,7 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_POR
     ("WORLD_SIZE", "two", "WORLD_SIZE is two"), ("MASTER_ADDR", "nowhere.invalid", "nowhere.invalid has no address"),
 ])  # fmt: skip
 def test_what_torchrun_would_have_set_is_needed(monkeypatch, refused, name, value, said):
-    for key, given in (WHOLE | {name: value}).items():
+    for key, given in (ENVIRONMENT | {name: value}).items():
         monkeypatch.setenv(key, given)
     if (name, value) == ("RANK", "2"):
         with pytest.raises(InputError, match="RANK is 2"):
@@ -392,8 +447,8 @@ def test_one_process_cannot_share_a_model(refused, words, said):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ([], "stdin belongs to none"), (["--prompt", "-"], "stdin belongs to none"), (["--prompt", "x", "--compile"],
-     "--compile is for one process"), (["--prompt", "x", "--tp", "1"], "--tp 1 is not the number"),
+    ([], "stdin belongs to none"), (["--prompt", "-"], "stdin belongs to none"),
+    (["--prompt", "x", "--tp", "1"], "--tp 1 is not the number"),
 ])  # fmt: skip
 def test_what_several_processes_cannot_do_is_refused(capsys, words, said):
     with pytest.raises(SystemExit):

@@ -344,7 +344,7 @@ def stand_in(step, monkeypatch):
         for table, old in zip(tables, before, strict=True):
             table.copy_(old)
 
-    monkeypatch.setattr(FastStep, "captures", property(lambda self: True))
+    monkeypatch.setattr(step, "captures", True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "device", type("device", (contextlib.nullcontext,), {}))

@@ -33,7 +33,7 @@ class Collective:
     """count equal calls; bytes: of the whole tensor, for each."""
 
     what: str
-    kind: str  # "all_reduce" or "all_gather_into_tensor", as PyTorch calls them
+    kind: str  # "all_reduce" or "all_gather", as PyTorch calls them
     count: int
     bytes: float
 
@@ -48,7 +48,7 @@ def step(config, batch=1, size=2):
     row = size * batch * config.hidden_size
     yield Collective("embedding", "all_reduce", 1, row)
     yield Collective("attention and MLP", "all_reduce", 2 * config.num_hidden_layers, row)
-    yield Collective("logits", "all_gather_into_tensor", 1, size * batch * config.vocab_size)
+    yield Collective("logits", "all_gather", 1, size * batch * config.vocab_size)
 
 
 def prefill(config, tokens, text, runs, measured=0, size=2):
@@ -60,12 +60,10 @@ def prefill(config, tokens, text, runs, measured=0, size=2):
     row = size * config.hidden_size
     yield Collective("embedding", "all_reduce", runs, row * text / runs)
     yield Collective("attention and MLP", "all_reduce", 2 * config.num_hidden_layers, row * tokens)
-    yield Collective("logits", "all_gather_into_tensor", 1, size * config.vocab_size)
+    yield Collective("logits", "all_gather", 1, size * config.vocab_size)
     if measured:
-        yield Collective("method", "all_gather_into_tensor", config.num_hidden_layers, measured)
-    yield Collective(
-        "kept tokens", "all_gather_into_tensor", 1, 4 * config.num_hidden_layers * config.num_key_value_heads
-    )
+        yield Collective("method", "all_gather", config.num_hidden_layers, measured)
+    yield Collective("kept tokens", "all_gather", 1, 4 * config.num_hidden_layers * config.num_key_value_heads)
     yield Collective("bytes held", "all_reduce", 1, 8)
 
 
@@ -119,6 +117,13 @@ def prefill_time(shape, machine, ranks, link, size=2):
     return _time(shape, machine, ranks, link, tokens * shape.kv_numbers, shape.prefill_flops(), found, size)
 
 
+def tower_time(shape, machine, size=2):
+    """Seconds of tower and projector, whole in each rank, for the pictures of one prompt: bytes or products."""
+    tower, wide = shape.tower, shape.config.hidden_size
+    flops = tower.tower_flops(shape.squares) + tower.projector_flops(shape.squares, wide)
+    return max(size * (tower.tower_numbers + tower.projector_numbers(wide)) / machine.bandwidth, flops / machine.flops)
+
+
 def _time(shape, machine, ranks, link, kv, flops, collectives, size):
     """kv, flops: numbers of K and V, and flops, of all ranks together."""
     matrices = shape.layer_numbers + shape.bias_numbers + shape.head_numbers
@@ -128,7 +133,7 @@ def _time(shape, machine, ranks, link, kv, flops, collectives, size):
 
 
 HEAD = ["batch", "ranks", "link", "weights GB per rank", "KV GB per rank", "step ms", "collectives ms", "speed-up",
-        "speed-up / ranks", "prefill ms"]  # fmt: skip
+        "speed-up / ranks", "prefill ms", "tower ms"]  # fmt: skip
 
 
 def link_of(ranks, bandwidth=None, latency=None):
@@ -156,6 +161,7 @@ def rows(shape, machine, numbers, batch, links=link_of, size=2):
             str(batch), str(ranks), link.name if ranks > 1 else "", f"{1e-9 * weight_bytes(shape, ranks, size):.2f}",
             f"{1e-9 * kv:.2f}", f"{1e3 * took.total:.2f}", f"{1e3 * took.collectives:.2f}",
             f"{one / took.total:.2f}x", f"{one / took.total / ranks:.2f}", f"{1e3 * first.total:.1f}",
+            f"{1e3 * tower_time(shape, machine, size):.1f}" if shape.tower else "",
         ]  # fmt: skip
 
 
