@@ -317,10 +317,10 @@ class Generation(Prompt):
 
     def encode_images(self, first: int = 0) -> list[torch.Tensor]:
         """Vision tokens of the pictures from index `first` on, (P, C) each, in the checkpoint's dtype and device."""
-        model = self.checkpoint.model
-        return [
-            model.join(model.encode_images(self._pixels(picture)), picture.layout) for picture in self.pictures[first:]
-        ]
+        model, pictures = self.checkpoint.model, self.pictures[first:]
+        counts = [len(picture.squares) for picture in pictures]
+        tokens = self.checkpoint.share.each(model.encode_images, map(self._pixels, pictures), counts)
+        return [model.join(squares, picture.layout) for squares, picture in zip(tokens, pictures, strict=True)]
 
     def _pixels(self, picture):
         return picture.pixels.to(self.checkpoint.device, self.checkpoint.dtype)

@@ -26,6 +26,12 @@ class Whole:
         """The sum of the processes' tensors. May change `own`."""
         return own
 
+    def each(self, function, pictures, counts):
+        """function(squares) of each picture. pictures: an iterable of squares (n, ...), with the n of counts. function
+        computes each square on its own -> (n, ...).
+        """
+        return map(function, pictures)
+
     def size(self, name, weight):
         """Numbers in the whole parameter of the `Llava` that has this name."""
         return weight.numel()
@@ -66,6 +72,21 @@ class Share:
         sent = own.to(self.device).contiguous()
         dist.all_reduce(sent, group=self.group)
         return sent.to(own.device)
+
+    def each(self, function, pictures, counts):
+        if sum(counts) == 1:  # for all to compute
+            return map(function, pictures)
+        start, stop = self.bounds(sum(counts))
+        own, before = [], 0
+        for squares in pictures:
+            part = squares[max(0, start - before) : max(0, stop - before)]
+            before += len(squares)
+            if len(part):
+                own.append(function(part))
+        own = torch.cat(own) if own else function(squares[:1])[:0]  # none, but of the right shape
+        missing = -(-sum(counts) // self.ranks) - len(own)
+        found = self.gather(torch.cat((own, own.new_zeros(missing, *own.shape[1:]))))
+        return found[: sum(counts)].split(counts)
 
     def size(self, name, weight):
         return self.parts[name][0].numel() if name in self.parts else weight.numel()

@@ -105,7 +105,7 @@ def cases(make_checkpoint, tmp_path_factory, pytestconfig, request):
             write_json(folder / "preprocessor_config.json", more | {"crop_size": {"height": 28, "width": 28}})
         noise(60, 40, seed=1).save(folder / "picture.png")
         found[name] = {"folder": str(folder), "picture": str(folder / "picture.png"), "methods": methods}
-        found[name]["counted"] = COUNTED if name == "mha" else []
+        found[name]["counted"] = {"mha": COUNTED, "next": [None]}.get(name, [])
         found[name]["compiled"] = ["plphp"] if name == "mha" and compiles else []
     return found
 
@@ -201,6 +201,7 @@ def test_the_counts_of_the_roofline_are_those_of_a_run(shared, cases):
     every = parallel_model.counts(prefill(measured=1))
     gathers = every.pop("all_gather")
     assert counts["plphp"][0] == every | {"all_gather": gathers - 1}  # it measures in all layers but one
+    assert shared[1]["next"][2][None][0] == parallel_model.counts(prefill(vision=9))  # squares are divided
 
 
 # ---------------------------------------------------------------- run.py
@@ -410,6 +411,29 @@ def test_samples_of_a_divided_model_are_those_of_the_whole(cases, monkeypatch, s
         sample = sum(samples) if full in parts[0].share.parts else samples[-1]
         assert torch.equal(sample, WHOLE.sample(name, whole, 8)), name
         assert all(share.size(full, own) == whole.numel() for share, own in found), name
+
+
+@pytest.mark.parametrize("counts", [[1], [5], [1, 1, 1], [2, 1, 4]])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_squares_of_all_pictures_are_divided(monkeypatch, ranks, counts):
+    """Evenly; one alone is encoded by all. Some processes may have none."""
+    pictures = [*torch.rand(sum(counts), 2, 3).split(counts)]
+    sent, done = [], []
+
+    def encode(squares):
+        done.append(len(squares))
+        return 2 * squares.sum(2, keepdim=True)
+
+    monkeypatch.setattr(Share, "gather", lambda self, own: sent.append(own) or own.repeat(ranks, 1, 1))
+    for rank in range(ranks):
+        before = sum(done)
+        found = [*Share(mesh(rank, ranks)).each(encode, iter(pictures), counts)]
+        assert [f.shape for f in found] == [(n, 2, 1) for n in counts]
+        assert 0 < sum(done) - before <= -(-sum(counts) // ranks)
+    if counts == [1]:
+        assert not sent and torch.equal(found[0], encode(pictures[0]))
+    else:
+        assert torch.equal(torch.cat(sent)[: sum(counts)], encode(torch.cat(pictures)))
 
 
 def test_steps_with_collectives_are_not_captured():

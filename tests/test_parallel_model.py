@@ -71,6 +71,19 @@ def test_products_limit_a_large_batch_and_a_prefill():
     assert first.collectives == pytest.approx((64 + 2 + 1 + 2) * 5e-6 + sent / 100e9)
 
 
+def test_squares_are_divided_among_the_ranks():
+    """5 squares: at most 3, 2 and 1 in a rank. The vision tokens of all are gathered before the prefill."""
+    one, two, four, eight = (parallel_model.tower_time(ONEVISION, H100, ranks) for ranks in (1, 2, 4, 8))
+    squares = ONEVISION.squares
+    for took, ranks in ((two, 2), (four, 4), (eight, 8)):
+        assert took / one == pytest.approx(-(-squares // ranks) / squares)
+    assert parallel_model.tower_time(SEVEN, H100, 8) == parallel_model.tower_time(SEVEN, H100, 1)
+    gathered = 2 * 3584 * 729 * squares
+    plain = parallel_model.prefill(ONEVISION.config, ONEVISION.vision + ONEVISION.text, ONEVISION.text, 2)
+    wanted = sum(one.seconds(2, LINK) for one in plain) + 5e-6 + gathered / 2 / 100e9
+    assert parallel_model.prefill_time(ONEVISION, H100, 2, LINK).collectives == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("shape", roofline.DIVIDED, ids=lambda shape: shape.name)
 def test_what_each_rank_holds(shape):
     one, two, four = (parallel_model.weight_bytes(shape, ranks) for ranks in (1, 2, 4))

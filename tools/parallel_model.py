@@ -1,9 +1,10 @@
 """What tensor parallelism costs and gains, from bytes, flops and collectives. Needs neither torch nor a GPU.
 
 `roofline.py --tp N` prints it. With N ranks, each reads and multiplies 1/N of the language model's matrices and of K
-and V (Megatron-LM, arXiv 1909.08053; model/parallel.py); norms, tower and projector are whole in each. A ring
-all-reduce of b bytes sends 2 (N - 1) / N b from each rank, an all-gather of b bytes in all (N - 1) / N b (Patarasuk and
-Yuan, 2009). A collective takes its latency plus its bytes / link, and nothing overlaps with it.
+and V (Megatron-LM, arXiv 1909.08053; model/parallel.py). Norms, tower and projector are whole in each; the pictures'
+squares are divided. A ring all-reduce of b bytes sends 2 (N - 1) / N b from each rank, an all-gather of b bytes in all
+(N - 1) / N b (Patarasuk and Yuan, 2009). A collective takes its latency plus its bytes / link, and nothing overlaps
+with it.
 """
 
 from dataclasses import dataclass
@@ -51,13 +52,15 @@ def step(config, batch=1, size=2):
     yield Collective("logits", "all_gather", 1, size * batch * config.vocab_size)
 
 
-def prefill(config, tokens, text, runs, measured=0, size=2):
+def prefill(config, tokens, text, runs, measured=0, vision=0, size=2):
     """The Collectives of a prompt's prefill.
 
     tokens, text: in all, and of them text, in so many runs between pictures; measured: bytes of all heads that a method
-    measures in each layer, 0 for none.
+    measures in each layer, 0 for none; vision: tokens of all squares, 0 for a single square, which all ranks encode.
     """
     row = size * config.hidden_size
+    if vision:
+        yield Collective("vision tokens", "all_gather", 1, row * vision)
     yield Collective("embedding", "all_reduce", runs, row * text / runs)
     yield Collective("attention and MLP", "all_reduce", 2 * config.num_hidden_layers, row * tokens)
     yield Collective("logits", "all_gather", 1, size * config.vocab_size)
@@ -113,14 +116,15 @@ def step_time(shape, machine, ranks, link, batch=1, kept=1.0, size=2):
 def prefill_time(shape, machine, ranks, link, size=2):
     """The Time of one sequence's prefill in the language model, with a method that measures nothing."""
     tokens = shape.vision + shape.text
-    found = prefill(shape.config, tokens, shape.text, 2, size=size)
+    vision = shape.squares * shape.tower.patches if shape.tower and shape.squares > 1 else 0
+    found = prefill(shape.config, tokens, shape.text, 2, vision=vision, size=size)
     return _time(shape, machine, ranks, link, tokens * shape.kv_numbers, shape.prefill_flops(), found, size)
 
 
-def tower_time(shape, machine, size=2):
-    """Seconds of tower and projector, whole in each rank, for the pictures of one prompt: bytes or products."""
-    tower, wide = shape.tower, shape.config.hidden_size
-    flops = tower.tower_flops(shape.squares) + tower.projector_flops(shape.squares, wide)
+def tower_time(shape, machine, ranks, size=2):
+    """Seconds of tower and projector for the pictures of one prompt, whose squares the ranks divide."""
+    tower, wide, squares = shape.tower, shape.config.hidden_size, -(-shape.squares // ranks)
+    flops = tower.tower_flops(squares) + tower.projector_flops(squares, wide)
     return max(size * (tower.tower_numbers + tower.projector_numbers(wide)) / machine.bandwidth, flops / machine.flops)
 
 
@@ -161,7 +165,7 @@ def rows(shape, machine, numbers, batch, links=link_of, size=2):
             str(batch), str(ranks), link.name if ranks > 1 else "", f"{1e-9 * weight_bytes(shape, ranks, size):.2f}",
             f"{1e-9 * kv:.2f}", f"{1e3 * took.total:.2f}", f"{1e3 * took.collectives:.2f}",
             f"{one / took.total:.2f}x", f"{one / took.total / ranks:.2f}", f"{1e3 * first.total:.1f}",
-            f"{1e3 * tower_time(shape, machine, size):.1f}" if shape.tower else "",
+            f"{1e3 * tower_time(shape, machine, ranks, size):.1f}" if shape.tower else "",
         ]  # fmt: skip
 
 
