@@ -80,26 +80,42 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: runs only with --all, or when named on the command line")
-    config.addinivalue_line("markers", "wider: does more with --all, so --rest runs it too")
     config.option.all |= config.option.rest
 
 
+SLOW = set(Path(__file__).with_name("slow.txt").read_text().splitlines()[1:])
+
+
+def function(item):
+    """A test as "test_file.py::test_name", without the case."""
+    return Path(item.nodeid.partition("[")[0]).name
+
+
 def pytest_collection_modifyitems(config, items):
-    """Without --all, drop thorough tests, and reduce cases to a set that covers all pairs of parameter values."""
+    """Without --all, drop thorough and slow tests, and reduce cases to a set that covers all pairs of parameter values.
+
+    Functions that are named on the command line are not dropped, nor slow ones of a file that is named.
+    """
     named = any("[" in argument for argument in config.args)  # a case was named
     if named or (config.option.all and not config.option.rest):
         return
     tests = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = {item for item in items if item.get_closest_marker("thorough")}
+    asked = {Path(argument).name for argument in config.args}
+    left_out = {
+        item for item in items
+        if function(item) not in asked and (
+            item.get_closest_marker("thorough") or (function(item) in SLOW and item.path.name not in asked)
+        )
+    }  # fmt: skip
     for cases in tests.values():
         cases = [item for item in cases if item not in left_out] or cases
         if hasattr(cases[0], "callspec"):  # cases share the object of a parameter value, so its id identifies it
             chosen = pairwise([{name: id(v) for name, v in item.callspec.params.items()} for item in cases])
             left_out |= set(cases) - {cases[i] for i in chosen}
     if config.option.rest:
-        left_out = {item for item in items if item not in left_out and not item.get_closest_marker("wider")}
+        left_out = {item for item in items if item not in left_out}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

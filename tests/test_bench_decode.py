@@ -184,7 +184,6 @@ def test_engines_work_in_processes_of_their_own(tmp_path, capfd):
     assert [line for line in said.err.splitlines() if "{" not in line] == ["1x4+4: ours, none", f"1x4+4: ours, {mine}"]
 
 
-@pytest.mark.wider
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 def test_the_compiler_is_an_engine(tmp_path, pytestconfig):
     """Without --all only the unpruned model: each engine and method compiles in its own process.

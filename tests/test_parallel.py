@@ -142,7 +142,6 @@ def alone(cases):
     return {name: answered(load(c["folder"], "fp32"), c["methods"], c["picture"]) for name, c in cases.items()}
 
 
-@pytest.mark.wider
 @pytest.mark.parametrize("shape", SHAPES)
 def test_several_processes_answer_like_one(shared, alone, shape):
     (found, batch), *_ = shared[1][shape]

@@ -424,7 +424,6 @@ print(kills)
 """
 
 
-@pytest.mark.wider
 def test_20_kills_lose_nothing_and_repeat_nothing(make_checkpoint, folder, file, answer, pytestconfig):
     """Six kills without --all."""
     kills = "20" if pytestconfig.option.all else "6"

@@ -244,7 +244,6 @@ def test_processes_fail_in_one_line(tmp_path, case):
         assert words in line, result
 
 
-@pytest.mark.wider
 def test_20_kills_of_any_process_lose_nothing_and_repeat_nothing(make_checkpoint, tmp_path, pytestconfig, cli):
     """Four kills without --all. Two or three processes, sometimes as one replica; then one finishes the file."""
     kills, rng = 20 if pytestconfig.option.all else 4, random.Random(7)

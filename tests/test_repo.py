@@ -48,6 +48,12 @@ ONE_ANSWER = (
 ONE_ANSWER += "model/pruning/plphp.py model/pruning/budget.py"
 
 
+def test_the_slow_tests_exist():
+    for name in (ROOT / "tests" / "slow.txt").read_text().splitlines()[1:]:
+        file, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), name
+
+
 def test_the_lines_are_counted():
     """Whoever adds lines raises a number here and in the README, or removes as many elsewhere."""
 
