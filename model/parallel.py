@@ -12,13 +12,13 @@ torchrun starts the processes; `model.processes` connects them. llama.py and cac
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .config import InputError
-from .fast import FastStep
 from .llama import Linear, Output
 from .lookahead import LoRA
 from .share import INPUTS, ONCE, OUTPUTS, Share
@@ -45,12 +45,8 @@ def split(checkpoint, mesh):
         divide_words(language, share)
         if checkpoint.lookahead is not None:
             divide_adapters(checkpoint.lookahead, language, share)
-    return replace(checkpoint, step=step, share=share)
-
-
-def step(language, cache, compile=False):
-    """A FastStep that is not captured: a CUDA graph with collectives has never been tested."""
-    return FastStep(language, cache, compile, capture=False)
+    # not captured in a CUDA graph, which has never been tested with collectives
+    return replace(checkpoint, step=partial(checkpoint.step, capture=False), share=share)
 
 
 def divide_layers(language, share):
