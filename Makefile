@@ -15,7 +15,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	$(BIN)/python tests/mutants.py --tested --fifth
+	$(BIN)/python tests/mutants.py --tested --tenth
 
 test-all: .venv/test.stamp .venv/triton-3.6.stamp
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
     python tests/mutants.py             # all of them, two at a time; exit 1 if one survives
     python tests/mutants.py rope eps    # those whose name contains one of the words
-    python tests/mutants.py --fifth     # every fifth one of each file, as in `make test`
+    python tests/mutants.py --tenth     # every tenth one of each file, as in `make test`
     python tests/mutants.py --rest      # all others
     python tests/mutants.py --tested    # skip the check that the tests pass without a fault
 
@@ -176,8 +176,8 @@ STARTING = "test_parallel.py", "test_replicas.py"
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("words", nargs="*", help="parts of names")
-    p.add_argument("--fifth", action="store_true", help="every fifth mutant of each file")
-    p.add_argument("--rest", action="store_true", help="those that --fifth leaves out")
+    p.add_argument("--tenth", action="store_true", help="every tenth mutant of each file")
+    p.add_argument("--rest", action="store_true", help="those that --tenth leaves out")
     p.add_argument("--tested", action="store_true", help="all tests have just passed; do not run them first")
     p.add_argument("--processes", type=int, default=2, metavar="N", help="parallel processes (default 2)")
     args = p.parse_args(argv)
@@ -187,10 +187,10 @@ def main(argv):
         return 1
     names = list(MUTANTS)
     by_file = itertools.groupby(MUTANTS, lambda name: MUTANTS[name][0])
-    fifth = {name for _, group in by_file for name in list(group)[::5]}
-    if args.fifth or args.rest:
-        names = [name for name in names if (name in fifth) == args.fifth]
-    if (args.fifth or args.rest) and (os.cpu_count() or 1) < 4:  # half a minute each on two cores
+    tenth = {name for _, group in by_file for name in list(group)[::10]}
+    if args.tenth or args.rest:
+        names = [name for name in names if (name in tenth) == args.tenth]
+    if (args.tenth or args.rest) and (os.cpu_count() or 1) < 4:  # half a minute each on two cores
         slow = [n for n in names if MUTANTS[n][3].startswith(STARTING)]
         print(f"{len(slow)} mutants whose tests start processes are left out on fewer than four cores")
         names = [n for n in names if n not in slow]
