@@ -369,7 +369,8 @@ def stats(r, bandwidth, generation):
         lines += [_line("pruning", t["prune"], text), *parts, f"{'':25}{bound}"]
     if generation.timing["steps"]:
         lines += _decoded(r, bandwidth, generation)
-    lines.append(f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak")
+    whose = " of process 0" if generation.checkpoint.share.ranks > 1 else ""
+    lines.append(f"memory     {1e-6 * r['peak_memory_bytes']:9.0f} MB  peak{whose}")
     held, full, reserved = (1e-6 * prune[f"kv_bytes_{which}"] for which in ("held", "full", "reserved"))
     if held:
         coded = "" if r["kv_dtype"] == "auto" else f" in {r['dtype']}"
@@ -417,5 +418,6 @@ def _decoded(r, bandwidth, generation):
     checkpoint = generation.checkpoint
     ranks = checkpoint.share.ranks
     size = step_bytes(checkpoint, ranks * generation.cache.nbytes_held) / ranks
-    read = f"to read {1e-6 * size:.1f} MB of weights and KV cache at {1e-9 * bandwidth:.1f} GB/s (measured)"
+    each = f" in each of {ranks} processes" if ranks > 1 else ""
+    read = f"to read {1e-6 * size:.1f} MB of weights and KV cache{each} at {1e-9 * bandwidth:.1f} GB/s (measured)"
     return [*lines, f"  limit    {1e3 * size / bandwidth:9.2f} ms  {read}"]

@@ -29,6 +29,7 @@ from model.parallel import split
 from model.processes import FINISHED, Team, Voice, connect, contents
 from model.pruning import make_method
 from model.pruning.yopo import Looking
+from model.report import step_bytes
 from model.share import WHOLE, Share, checksum, gather_alike
 from model.view import Pruning
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
@@ -403,7 +404,9 @@ def test_samples_of_a_divided_model_are_those_of_the_whole(cases, monkeypatch, s
     monkeypatch.setattr(Share, "total", lambda self, own: own)
     folder = cases[shape]["folder"]
     parts = [split(open_checkpoint(folder), mesh(rank, ranks)).read_weights("fp32") for rank in range(ranks)]
-    for name, whole in load(folder, "fp32").model.language_model.named_parameters():
+    one = load(folder, "fp32")
+    assert {step_bytes(part, 7) for part in parts} == {step_bytes(one, 7)}  # the bounds of --stats and --json
+    for name, whole in one.model.language_model.named_parameters():
         full = f"language_model.{name}"
         found = [(p.share, p.model.language_model.get_parameter(name)) for p in parts]
         samples = [share.sample(name, own, 8) for share, own in found]

@@ -24,6 +24,7 @@ def test_settings_come_from_the_spec_from_set_and_from_flags(tmp_path):
         "retention": 0.25, "keep_tokens": None, "pooled": True, "shared": False, "scope": "image", "seed": 3,
         "sink": 0, "recent": 0, "sink_keys": 0,
     }  # fmt: skip
+    assert make_method("random:retention=.75") == make_method("random", 0.75)
     assert make_method("random", 0.75).settings["retention"] == 0.75 and make_method("none") is None
 
 

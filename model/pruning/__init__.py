@@ -773,7 +773,7 @@ def _parsed(text):
     if not (key and equals and value):
         raise ValueError(f"setting {text!r} is not KEY=VALUE; give for example retention=0.5")
     try:
-        return {key: json.loads(value)}
+        return {key: json.loads(re.sub(r"^(-?)\.(?=\d)", r"\g<1>0.", value))}  # JSON knows .5 only as 0.5
     except ValueError:
         return {key: value}
 
