@@ -74,7 +74,7 @@ class Share:
         return sent.to(own.device)
 
     def each(self, function, pictures, counts):
-        if sum(counts) == 1:  # for all to compute
+        if sum(counts) <= 1:  # for all to compute
             return map(function, pictures)
         start, stop = self.bounds(sum(counts))
         own, before = [], 0
