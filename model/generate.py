@@ -232,6 +232,8 @@ class Generation(Prompt):
             positions, following = original_positions(origin).to(x.device), self.prompt_tokens
         if pruning:
             pruning.note(*(p.origin.to(x.device) for p in picked))
+            if self.prune.picks:  # before collectives of other sizes
+                gather_alike(self.checkpoint.share, x.new_zeros(1, 0, dtype=torch.int32), pruning.chosen)
         hidden = pruned_prefill(language, x, cache, pruning, lookahead, positions, following)
         self.moved = 0 if positions is not None else self.absent
         self._origin = origin if self.moved else None

@@ -40,7 +40,7 @@ def together(command):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the threads that start later
     threading.Thread(target=wait_for_sigterm, args=(known,), daemon=True).start()
     try:
-        team = Team(*connect())
+        team = Team(*in_thread(connect))
         known.append(team)
     except (InputError, RuntimeError) as broken:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # of a caller that goes on, and of its children
@@ -68,6 +68,25 @@ def together(command):
         os._exit(code)  # connections that are still open must not keep it
     sys.stdout, sys.stderr = streams
     return 0
+
+
+def in_thread(work):
+    """work(), which waits in C++ for others; in a thread, so that Ctrl-C ends the wait."""
+    done = []
+
+    def run():
+        try:
+            done.append((work(), None))
+        except Exception as broken:
+            done.append((None, broken))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    result, broken = done[0]
+    if broken is not None:
+        raise broken
+    return result
 
 
 def wait_for_sigterm(known):

@@ -126,7 +126,7 @@ def checksum(before, tensors):
     """A number below `PRIME` for `before`, such a number, and tensors of bool or int64. Does not wait for a device."""
     for t in tensors:
         weights = torch.arange(1, t.numel() + 1, device=t.device) * 2_654_435_761 % PRIME  # Knuth's hash of the places
-        before = (31 * before + (t.flatten() * weights % PRIME).sum()) % PRIME
+        before = (31 * before + ((t.flatten() + 1) * weights % PRIME).sum()) % PRIME  # + 1, so that zeros count
     return before
 
 

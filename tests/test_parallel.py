@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 
@@ -40,15 +41,15 @@ LIMIT = 240  # seconds for a group of processes; then all are killed, and the te
 NEXT_GRID = [[28 * rows, 28 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 
 
-def start(world, *argv, each=lambda rank: (), **environment):
-    """Start `python *argv *each(rank)` for each rank as torchrun does -> list of Popen."""
+def start(world, *argv, **environment):
+    """Start `python *argv` for each rank as torchrun does -> list of Popen."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, argv), *map(str, each(rank))], cwd=ROOT, text=True, stdin=subprocess.DEVNULL,
+            [sys.executable, *map(str, argv)], cwd=ROOT, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | own | {"RANK": str(rank)} | environment,
         )
         for rank in range(world)
@@ -271,8 +272,27 @@ def test_ctrl_c_ends_all_with_130_and_one_line(tmp_path):
     assert len(told) == 1 and text in "The picture has four objects." and ended[1][1:] == ("", "")
 
 
+def test_ctrl_c_ends_the_wait_for_processes_that_do_not_come():
+    """Process 0 waits for another one, which comes later than the test can wait."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = free.getsockname()
+    processes, end = start(1, *ASK, WORLD_SIZE="2", MASTER_PORT=str(place[1])), time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(place):  # the store of process 0
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    processes[0].send_signal(signal.SIGINT)
+    assert finish(processes, 10) == [(130, "", "error: interrupted; nothing was written\n")]
+
+
 RANDOM = """
-import numpy, torch
+import os, numpy, torch
+
+class Picked:
+    def pick(self, picture):
+        return torch.arange(9 + int(os.environ["RANK"]))
 
 def keep(view):
     keep = torch.from_numpy(numpy.random.default_rng().random((view.kv_heads, view.tokens)) > 0.5)
@@ -290,6 +310,7 @@ REFUSED = {  # words of the only line: (hook, more flags)
     "--seed is 1 in process 1 and 0 in process 0": ("argv += ['--seed', str(rank)]", "--temperature", "1"),
     "--dtype auto of process 1 differs": (OTHER_DTYPE,),
     "the method chose other tokens in another process": ("", "--prune", "{folder}/mine.py::keep"),
+    "chose other tokens in another process": ("", "--prune", "{folder}/mine.py::Picked"),
 }
 
 
@@ -299,10 +320,9 @@ def test_each_failure_is_told_once(make_checkpoint, tmp_path):
         make_checkpoint(tmp_path / str(rank), {"num_hidden_layers": 1 + rank})
     (tmp_path / "mine.py").write_text(RANDOM)
     cases = [
-        {"size": 2, "hook": hook.replace("{folder}", str(tmp_path)), "argv": [*map(str, ASK[1:]), *more]}
-        for hook, *more in REFUSED.values()
+        {"size": 2, "hook": hook, "argv": [*map(str, ASK[1:]), *more]}
+        for hook, *more in ([words.replace("{folder}", str(tmp_path)) for words in case] for case in REFUSED.values())
     ]
-    cases[-1]["argv"][-1] = f"{tmp_path}/mine.py::keep"
     for words, result in zip(REFUSED, run_ranks(tmp_path, *cases), strict=True):
         (line,) = [line for line in result["err"].splitlines() if line.startswith(("error:", "Traceback"))]
         assert words in line and re.fullmatch("error: .+[;,] .+", line) and result["seconds"] < 20, result
@@ -368,8 +388,9 @@ def test_a_process_of_which_nothing_is_heard_is_lost(monkeypatch):
 def test_what_a_method_chose_is_compared_without_a_second_collective():
     """The order of what it chose counts, and so does which tokens they are."""
     a, b = torch.tensor([[True, False, True]]), torch.tensor([[False, True, True]])
-    sums = {int(checksum(0, chosen)) for chosen in ([a], [b], [a, b], [b, a], [a.T.long() * 2], [])}
-    assert len(sums) == 6 and all(0 <= one < 2**31 - 1 for one in sums)
+    none, one = torch.arange(0), torch.arange(1)
+    sums = {int(checksum(0, chosen)) for chosen in ([a], [b], [a, b], [b, a], [a.T.long() * 2], [], [one], [one, none])}
+    assert len(sums) == 8 and all(0 <= one < 2**31 - 1 for one in sums)
     own, asked = torch.tensor([[3, 4], [5, 6]], dtype=torch.int32), []
 
     def share(other):
