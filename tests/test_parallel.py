@@ -112,7 +112,7 @@ def cases(make_checkpoint, tmp_path_factory, pytestconfig, request):
     return found
 
 
-FEW = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="four processes need ten minutes on fewer than four cores")
+FEW = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="four processes take minutes on fewer than four cores")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=[pytest.mark.thorough, FEW])])
