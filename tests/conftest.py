@@ -80,6 +80,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: runs only with --all, or when named on the command line")
+    config.addinivalue_line("markers", "wider: does more with --all, so --rest runs it too")
     config.option.all |= config.option.rest
 
 
@@ -115,7 +116,7 @@ def pytest_collection_modifyitems(config, items):
             chosen = pairwise([{name: id(v) for name, v in item.callspec.params.items()} for item in cases])
             left_out |= set(cases) - {cases[i] for i in chosen}
     if config.option.rest:
-        left_out = {item for item in items if item not in left_out}
+        left_out = {item for item in items if item not in left_out and not item.get_closest_marker("wider")}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

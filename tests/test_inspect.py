@@ -23,6 +23,7 @@ def tool(*arguments, root=ROOT):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
 
 
+@pytest.mark.wider
 def test_what_ships_passes_its_gates_on_every_architecture(tmp_path, pytestconfig):
     """Without --all on two of them, one per vendor."""
     archs = list(ARCHS) if pytestconfig.option.all else ["sm_90", "gfx942"]
