@@ -140,14 +140,15 @@ class FastStep:
     the one after it is captured again.
     """
 
-    def __init__(self, language, cache, compile=False, capture=True):
+    def __init__(self, language, cache, compile=False, alone=True):
         """compile: use torch.compile, with one compilation for all layers; the first step is then slow.
 
-        capture: False for layers that cannot be captured, of a model that several processes share.
+        alone: False if several processes share the model. Steps with collectives are not captured, which has never been
+        tested, and not compiled as a whole, because the collectives are in the modules.
         """
         self.language, self.cache, self.logits_of = language, cache, type(language).logits
-        self.compiles_whole = compile and capture and not cache.fused and cache.pos.is_cpu
-        self.captures = capture and cache.fused and cache.pos.is_cuda  # the torch backend reads lengths on the host
+        self.compiles_whole = compile and alone and not cache.fused and cache.pos.is_cpu
+        self.captures = alone and cache.fused and cache.pos.is_cuda  # the torch backend reads lengths on the host
         functions = None
         if compile:
             halves = [

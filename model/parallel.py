@@ -5,8 +5,8 @@ their inputs, so that their outputs are summed; embedding and head by words. A l
 process caches the keys and values of its own KV heads. Tower and projector are whole in every process.
 
 All computing is with plain tensors. The styles of `torch.distributed.tensor.parallel` divide in the same way but
-compute with DTensors: on a CPU, their dispatch takes 2 ms per layer of a decode step, so that the demo's is four times
-as long even if collectives take no time.
+compute with DTensors, whose dispatch takes longer than a small layer: with it a decode step of the demo took four times
+as long on a CPU, even with collectives that take no time (the backend `fake`).
 
 torchrun starts the processes; `model.processes` connects them. llama.py and cache.py know nothing of this file.
 """
@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .config import InputError
@@ -45,8 +44,7 @@ def split(checkpoint, mesh):
         divide_words(language, share)
         if checkpoint.lookahead is not None:
             divide_adapters(checkpoint.lookahead, language, share)
-    # not captured in a CUDA graph, which has never been tested with collectives
-    return replace(checkpoint, step=partial(checkpoint.step, capture=False), share=share)
+    return replace(checkpoint, step=partial(checkpoint.step, alone=False), share=share)
 
 
 def divide_layers(language, share):
@@ -122,5 +120,4 @@ class VocabParallelOutput(Output):
 
     def forward(self, hidden, weight):
         own = super().forward(hidden, weight)
-        own = F.pad(own, (0, -(-self.words // self.share.ranks) - len(weight)))  # only behind the last words
-        return self.share.gather(own.movedim(-1, 0))[: self.words].movedim(0, -1)
+        return self.share.gather_parts(own.movedim(-1, 0), self.words).movedim(0, -1)

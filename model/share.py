@@ -84,9 +84,7 @@ class Share:
             if len(part):
                 own.append(function(part))
         own = torch.cat(own) if own else function(squares[:1])[:0]  # none, but of the right shape
-        missing = -(-sum(counts) // self.ranks) - len(own)
-        found = self.gather(torch.cat((own, own.new_zeros(missing, *own.shape[1:]))))
-        return found[: sum(counts)].split(counts)
+        return self.gather_parts(own, sum(counts)).split(counts)
 
     def size(self, name, weight):
         return self.parts[name][0].numel() if name in self.parts else weight.numel()
@@ -111,8 +109,13 @@ class Share:
         at[dim] = (at[dim] - start).clamp(0, stop - start - 1)
         return self.total(torch.where(here, weight[tuple(at)], 0))
 
+    def gather_parts(self, own, size):
+        """own (n, ...), for the n numbers of `bounds(size)` -> (size, ...). The last parts are padded to be sent."""
+        missing = -(-size // self.ranks) - len(own)
+        return self.gather(torch.cat((own, own.new_zeros(missing, *own.shape[1:]))))[:size]
+
     def bounds(self, size):
-        """The part of this process in `size` numbers. Only words may be divided unevenly, as `torch.chunk` does."""
+        """The part of this process in `size` numbers. The last parts may be smaller, as with `torch.chunk`."""
         each = -(-size // self.ranks)
         return min(size, self.rank * each), min(size, (self.rank + 1) * each)
 

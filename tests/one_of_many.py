@@ -47,9 +47,10 @@ def answered(checkpoint, methods, picture):
 def ask(checkpoint, method, picture, compile=False):
     """A Generation that no stop id ends."""
     object.__setattr__(checkpoint, "stop_ids", ())
-    sampling = Sampling(max_new_tokens=TOKENS)
-    more = {"template": "raw", "prune": method, "remember": True, "compile": compile}
-    return Generation(checkpoint, PROMPT, picture, sampling, **more)
+    return Generation(
+        checkpoint, PROMPT, picture, Sampling(max_new_tokens=TOKENS), template="raw", prune=method, remember=True,
+        compile=compile,
+    )  # fmt: skip
 
 
 class Peak(TorchDispatchMode):

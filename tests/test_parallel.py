@@ -186,7 +186,6 @@ def test_a_layer_has_two_all_reduces_and_a_method_one_all_gather(shared):
         assert 0 < more <= layers if method else more == 0, (method, more)
 
 
-@pytest.mark.thorough
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
 def test_compiled_steps_with_collectives_answer_alike(shared, alone):
     found = shared[1]["mha"][3]
