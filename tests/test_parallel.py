@@ -229,9 +229,11 @@ def begun(process):
 
 
 def slowed(folder):
-    """A program that runs run.py, where each decode step takes half a second, so that a test can interrupt it."""
+    """A program that runs run.py, where each decode step takes half a second, so that a test can interrupt it. It
+    imports torch before run.py could keep torch's C++ code from reporting each broken connection."""
     program = folder / "slowly.py"
     program.write_text(
+        "import os; os.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'\n"
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import run, model.llama as llama\n"
         "decode = llama.Llama.decode\n"
         "def slow(*args, **options): time.sleep(0.5); return decode(*args, **options)\n"
