@@ -54,6 +54,7 @@ def command(argv, team=None):
         check_processes(args, flags.error, team and team.size)
         check(args, flags.error)  # sets args.talk and args.lines; until here, torch is not imported
         if team:
+            team.join()
             team.same_flags({name: value for name, value in vars(args).items() if name not in OF_PROCESS})
         if args.questions is not None:
             from model.questions import answer_file

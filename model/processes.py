@@ -15,6 +15,7 @@ import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from .config import InputError
-from .console import explain, fail
+from .console import explain, fail, one_line
 
 TIMEOUT = timedelta(seconds=120)  # that a process waits for the others
 LEAVE = 30  # seconds that process 0 waits for the others at the end
@@ -31,7 +32,7 @@ BEAT = 1.0  # seconds between two beats
 FINISHED = -(10**12)  # makes the number of beats negative
 BLOCKS, BLOCK = 64, 2**16  # of a large file that are compared, evenly spread; bytes of each
 WAIT = 0.4  # seconds that a process waits for another one to tell why all end
-LOST = "Connection closed", "Connection reset", "Broken pipe", "DistBackendError", "DistNetworkError", "DistStoreError"
+LOST = "Connection closed", "Connection reset", "Broken pipe", "remote process exited", "DistNetworkError", "DistStoreError"
 
 
 def together(command):
@@ -128,15 +129,12 @@ def connect():
     except OSError as broken:
         raise InputError(f"MASTER_ADDR {given['MASTER_ADDR'][:99]} has no address ({broken}); correct it") from broken
     try:
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        return next(rendezvous("env://", timeout=TIMEOUT))
     except dist.DistStoreError as broken:
         raise InputError(
             f"not all {given['WORLD_SIZE']} processes came within {TIMEOUT.seconds} s; start all of them, with the "
             "same MASTER_ADDR and MASTER_PORT"
         ) from broken
-    return store, rank, size
 
 
 class Voice(io.TextIOBase):
@@ -167,11 +165,25 @@ class Team:
 
     def __init__(self, store, rank, size):
         self.store, self.rank, self.size, self.mesh = dist.PrefixStore("plphp", store), rank, size, None
+        self.group_store = store
         self.voice, self.lock, self.told = Voice(sys.stderr, rank), threading.Lock(), False
         self.over = threading.Event()
         self.listening = dist.PrefixStore("plphp", store.clone())  # a connection of its own
         self.watch = threading.Thread(target=self._listen, daemon=True)
         self.watch.start()
+
+    def join(self):
+        """Connect the processes for collectives. InputError if it fails in any."""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        given = {"store": self.group_store, "rank": self.rank, "world_size": self.size, "timeout": TIMEOUT}
+        try:
+            in_thread(partial(dist.init_process_group, backend, **given))
+        except RuntimeError as broken:
+            why = one_line(broken).rpartition("] ")[2][:200]  # without the places in torch's code
+            raise InputError(
+                f"gloo could not connect the processes ({why}); if they are on several machines, set "
+                "GLOO_SOCKET_IFNAME on each to the name of its network interface to the others"
+            ) from broken
 
     def _listen(self):
         """Waits until a process has told why all end, and ends this one if its main thread still waits for others."""
@@ -200,7 +212,7 @@ class Team:
             beats = self.listening.add(f"beats {rank}", 0)
             if rank not in heard or beats != heard[rank][0]:
                 heard[rank] = beats, time.monotonic()
-            elif beats >= 0 and time.monotonic() > heard[rank][1] + SILENT:
+            elif beats > 0 and time.monotonic() > heard[rank][1] + SILENT:
                 return rank
         return None
 
@@ -238,7 +250,8 @@ class Team:
                 time.sleep(0.01)
         except RuntimeError:  # the store was in process 0, which has ended
             return fail(ENDED, 1)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
 
     def device(self, name):

@@ -12,7 +12,7 @@ from kernels import window_scores
 from .config import InputError
 from .layout import cells
 from .looking import looking_attention, looking_mlp
-from .share import WHOLE, checksum
+from .share import WHOLE, checksum, gather_alike
 
 ROWS = 64  # rows of the prompt whose attention is computed together
 
@@ -388,6 +388,8 @@ class Pruning:
 
     def _narrow(self, stay):
         """Later layers see only the tokens where stay (T,) is True -> their indices (T',)."""
+        if "::" in self.method.name:  # one of a user's own; before collectives of other sizes
+            gather_alike(self.share, stay.new_zeros(1, 0, dtype=torch.int32), self.chosen)
         go_on = stay.nonzero()[:, 0]
         self.protected = None if self.protected is None else self.protected[go_on]
         self.seen = go_on if self.seen is None else self.seen[go_on]

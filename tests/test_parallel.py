@@ -295,6 +295,12 @@ class Picked:
     def pick(self, picture):
         return torch.arange(9 + int(os.environ["RANK"]))
 
+class Narrowed:
+    def narrow(self, view):
+        stay = view.text.clone()
+        stay[view.spans[0][0]] = os.environ["RANK"] == "1"
+        return stay
+
 def keep(view):
     keep = torch.from_numpy(numpy.random.default_rng().random((view.kv_heads, view.tokens)) > 0.5)
     return keep | view.text
@@ -307,11 +313,13 @@ Checkpoint.choose_dtype = lambda *_: (torch.float32, torch.bfloat16)[rank]
 REFUSED = {  # words of the only line: (hook, more flags)
     "nowhere.png": ("if rank == 1: argv += ['--image', 'nowhere.png']",),
     "nothing": ("", "--prune", "nothing"),
+    "gloo could not connect the processes": ("import os; os.environ |= {'GLOO_SOCKET_IFNAME': 'none'} if rank else {}",),
     "the checkpoint of process 1 differs": ("argv += ['--model', '{folder}/' + str(rank)]",),
     "--seed is 1 in process 1 and 0 in process 0": ("argv += ['--seed', str(rank)]", "--temperature", "1"),
     "--dtype auto of process 1 differs": (OTHER_DTYPE,),
     "the method chose other tokens in another process": ("", "--prune", "{folder}/mine.py::keep"),
     "chose other tokens in another process": ("", "--prune", "{folder}/mine.py::Picked"),
+    "chose other tokens": ("", "--prune", "{folder}/mine.py::Narrowed"),
 }
 
 
@@ -371,9 +379,9 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
 
 
 def test_a_process_of_which_nothing_is_heard_is_lost(monkeypatch):
-    """Replicas exchange nothing while they answer. One that has finished is silent, too."""
+    """Replicas exchange nothing while they answer. One that has finished is silent, too, and so is 4, still to come."""
     monkeypatch.setattr("model.processes.SILENT", 0.1)
-    team, heard = SimpleNamespace(listening=dist.HashStore(), size=4), {}
+    team, heard = SimpleNamespace(listening=dist.HashStore(), size=5), {}
     for rank in range(4):
         team.listening.add(f"beats {rank}", 5)
     team.listening.add("beats 1", FINISHED)
