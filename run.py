@@ -27,9 +27,7 @@ def main(argv=None):
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return command(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported, which starts threads
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM}
-    )  # `together` waits for it, and no other thread may get it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only a thread of `together` may get it
     try:
         from model.processes import together
     except (ImportError, KeyboardInterrupt) as broken:
@@ -54,8 +52,7 @@ def command(argv, team=None):
         check_processes(args, flags.error, team and team.size)
         check(args, flags.error)  # sets args.talk and args.lines; until here, torch is not imported
         if team:
-            team.join()
-            team.same_flags({name: value for name, value in vars(args).items() if name not in OF_PROCESS})
+            team.join({name: value for name, value in vars(args).items() if name not in OF_PROCESS})
         if args.questions is not None:
             from model.questions import answer_file
 

@@ -32,7 +32,8 @@ BEAT = 1.0  # seconds between two beats
 FINISHED = -(10**12)  # makes the number of beats negative
 BLOCKS, BLOCK = 64, 2**16  # of a large file that are compared, evenly spread; bytes of each
 WAIT = 0.4  # seconds that a process waits for another one to tell why all end
-LOST = "Connection closed", "Connection reset", "Broken pipe", "remote process exited", "DistNetworkError", "DistStoreError"
+LOST = "Connection closed", "Connection reset", "Broken pipe", "DistNetworkError", "DistStoreError"  # of gloo
+LOST += ("remote process exited",)  # of NCCL
 
 
 def together(command):
@@ -113,7 +114,7 @@ ENDED = "another process ended, so all end; torchrun reports which"
 
 
 def connect():
-    """The store, rank and size of this group of processes, from the environment that torchrun sets. InputError."""
+    """The store that all processes see, this one's rank and their number, from what torchrun sets. InputError."""
     given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
     wrong = [n for n, value in given.items() if not (value if n == "MASTER_ADDR" else value.isdecimal())]
     if not wrong and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
@@ -165,17 +166,16 @@ class Team:
 
     def __init__(self, store, rank, size):
         self.store, self.rank, self.size, self.mesh = dist.PrefixStore("plphp", store), rank, size, None
-        self.group_store = store
         self.voice, self.lock, self.told = Voice(sys.stderr, rank), threading.Lock(), False
         self.over = threading.Event()
         self.listening = dist.PrefixStore("plphp", store.clone())  # a connection of its own
         self.watch = threading.Thread(target=self._listen, daemon=True)
         self.watch.start()
 
-    def join(self):
-        """Connect the processes for collectives. InputError if it fails in any."""
+    def join(self, flags):
+        """Connect the processes for collectives. InputError, in all, unless all have the same flags, {name: value}."""
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        given = {"store": self.group_store, "rank": self.rank, "world_size": self.size, "timeout": TIMEOUT}
+        given = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": TIMEOUT}
         try:
             in_thread(partial(dist.init_process_group, backend, **given))
         except RuntimeError as broken:
@@ -184,6 +184,15 @@ class Team:
                 f"gloo could not connect the processes ({why}); if they are on several machines, set "
                 "GLOO_SOCKET_IFNAME on each to the name of its network interface to the others"
             ) from broken
+        every = [None] * self.size
+        dist.all_gather_object(every, flags)
+        for rank, theirs in enumerate(every):
+            for name, ours in every[0].items():
+                if theirs[name] != ours:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} is {theirs[name]} in process {rank} and {ours} in process 0; give "
+                        "all processes the same"
+                    )
 
     def _listen(self):
         """Waits until a process has told why all end, and ends this one if its main thread still waits for others."""
@@ -269,18 +278,6 @@ class Team:
         if self.size % tp:
             raise InputError(f"--tp {tp} does not divide {self.size} processes; use a divisor of {self.size}")
         self.mesh = init_device_mesh(device_type, (self.size // tp, tp), mesh_dim_names=("dp", "tp"))
-
-    def same_flags(self, flags):
-        """InputError, in all processes, unless all have the same {name: value of a flag}."""
-        every = [None] * self.size
-        dist.all_gather_object(every, flags)
-        for rank, theirs in enumerate(every):
-            for name, ours in every[0].items():
-                if theirs[name] != ours:
-                    raise InputError(
-                        f"--{name.replace('_', '-')} is {theirs[name]} in process {rank} and {ours} in process 0; give "
-                        "all processes the same"
-                    )
 
     def same(self, what, chunks):
         """InputError, in all processes, unless all have the same chunks of bytes."""

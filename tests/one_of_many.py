@@ -109,7 +109,7 @@ def collectives(checkpoint, method, picture):
 
 def main(folder):
     team = Team(*connect())
-    team.join()
+    team.join({})
     team.divide(team.size, "cpu")
     answers = []
     for case in json.loads((folder / "cases.json").read_text()):

@@ -313,7 +313,7 @@ Checkpoint.choose_dtype = lambda *_: (torch.float32, torch.bfloat16)[rank]
 REFUSED = {  # words of the only line: (hook, more flags)
     "nowhere.png": ("if rank == 1: argv += ['--image', 'nowhere.png']",),
     "nothing": ("", "--prune", "nothing"),
-    "gloo could not connect the processes": ("import os; os.environ |= {'GLOO_SOCKET_IFNAME': 'none'} if rank else {}",),
+    "gloo could not connect the processes": ("if rank: import os; os.environ['GLOO_SOCKET_IFNAME'] = 'none'",),
     "the checkpoint of process 1 differs": ("argv += ['--model', '{folder}/' + str(rank)]",),
     "--seed is 1 in process 1 and 0 in process 0": ("argv += ['--seed', str(rank)]", "--temperature", "1"),
     "--dtype auto of process 1 differs": (OTHER_DTYPE,),
