@@ -381,12 +381,14 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
 def test_a_process_of_which_nothing_is_heard_is_lost(monkeypatch):
     """Replicas exchange nothing while they answer. One that has finished is silent, too, and so is 4, still to come."""
     monkeypatch.setattr("model.processes.SILENT", 0.1)
+    monkeypatch.setattr("model.processes.BEAT", 0.1)
     team, heard = SimpleNamespace(listening=dist.HashStore(), size=5), {}
     for rank in range(4):
         team.listening.add(f"beats {rank}", 5)
     team.listening.add("beats 1", FINISHED)
     assert Team._lost(team, heard) is None
-    time.sleep(0.15)
+    time.sleep(0.3)  # process 0 was suspended and looks before the others' next beat
+    assert Team._lost(team, heard) is None
     for rank in (0, 2):
         team.listening.add(f"beats {rank}", 1)
     assert Team._lost(team, heard) == 3
