@@ -48,7 +48,9 @@ def together(command):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # of a caller that goes on, and of its children
         return fail(*explain(broken)) if first or isinstance(broken, dist.DistNetworkError) else 2
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 130) if first else 130
+        if first:
+            fail("interrupted; nothing was written", 130)
+        os._exit(130)  # the thread that connects would abort Python's end
     streams, sys.stderr = (sys.stdout, sys.stderr), team.voice
     if team.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
@@ -104,7 +106,7 @@ def with_patience(team, code):
     line = team.voice.error
     if code == 130:
         alone = f"error: process {team.rank} was interrupted, so all end\n"
-        team.tell(alone if team.rank else line, 5 * WAIT * (team.rank > 0))
+        team.tell(alone if team.rank else line, 5 * WAIT * (team.rank > 0), orphan="")
     elif any(word in line for word in LOST):
         team.tell(f"error: {ENDED}\n", WAIT * (1 + team.rank))
     else:
@@ -228,8 +230,9 @@ class Team:
                 return rank
         return None
 
-    def tell(self, line, patience):
-        """Print the line, unless another process tells within so many seconds why all end."""
+    def tell(self, line, patience, orphan=None):
+        """Print the line, unless another process tells within so many seconds why all end. orphan: the line if process
+        0 has ended, and with it the store; process 1 prints it."""
         with self.lock:
             end = time.monotonic() + patience
             try:
@@ -237,7 +240,7 @@ class Team:
                     time.sleep(0.02)
                 mine = self.store.add("asked", 1) == 1
             except RuntimeError:
-                mine = self.rank == 1
+                mine, line = self.rank == 1, line if orphan is None else orphan
             if mine and not self.told:
                 self.voice.stream.write(line)
                 self.voice.stream.flush()

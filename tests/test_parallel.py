@@ -288,6 +288,15 @@ def test_ctrl_c_ends_the_wait_for_processes_that_do_not_come():
     assert finish(processes, 10) == [(130, "", "error: interrupted; nothing was written\n")]
 
 
+def test_ctrl_c_is_not_lost_while_torch_is_imported(tmp_path):
+    """Parts of torch that are written in C discard any exception that a module raises which they import."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT); [*range(99)]\nexcept KeyboardInterrupt: pass\n"
+    )
+    processes = start(2, *ASK, PYTHONPATH=str(tmp_path))
+    assert finish(processes, 20) == [(130, "", "error: interrupted; nothing was written\n"), (130, "", "")]
+
+
 RANDOM = """
 import os, numpy, torch
 
@@ -361,6 +370,20 @@ def test_only_the_first_process_tells():
     Team.tell(zero, "error: b\n", 0)
     assert time.monotonic() - start > 0.3  # or others could not see in its store that one has told
     assert [team.voice.stream.getvalue() for team in (zero, one)] == ["", "error: a\n"]
+
+
+@pytest.mark.parametrize(("orphan", "told"), [({}, "error: a\n"), ({"orphan": ""}, "")])
+def test_process_1_tells_what_it_may_if_process_0_has_ended(orphan, told):
+    """With "": both got Ctrl-C, and process 0 has told that."""
+
+    def gone(*_):
+        raise dist.DistNetworkError("Connection reset")
+
+    store, voice = SimpleNamespace(add=gone, set=gone), Voice(io.StringIO(), 1)
+    Team.tell(
+        SimpleNamespace(store=store, rank=1, lock=threading.Lock(), told=False, voice=voice), "error: a\n", 0, **orphan
+    )
+    assert voice.stream.getvalue() == told
 
 
 @pytest.mark.parametrize("rank", [0, 1])
