@@ -28,12 +28,24 @@ def main(argv=None):
         return command(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported, which starts threads
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only a thread of `together` may get it
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    if ctrl_c is signal.default_int_handler:  # not ignored, as in the background of a script
+        signal.signal(signal.SIGINT, stop_at_once)
     try:
         from model.processes import together
-    except (ImportError, KeyboardInterrupt) as broken:
-        code = explain(broken) if isinstance(broken, ImportError) else ("interrupted; nothing was written", 130)
+    except ImportError as broken:
+        code = explain(broken)
         return fail(*code) if os.environ.get("RANK") == "0" else code[1]
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     return together(partial(command, argv))
+
+
+def stop_at_once(*_):
+    """Ends this process at Ctrl-C while torch is imported, which can lose a KeyboardInterrupt."""
+    if os.environ.get("RANK") == "0":
+        fail("interrupted; nothing was written", 130)
+    os._exit(130)
 
 
 def command(argv, team=None):

@@ -48,7 +48,9 @@ def together(command):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # of a caller that goes on, and of its children
         return fail(*explain(broken)) if first or isinstance(broken, dist.DistNetworkError) else 2
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 130) if first else 130
+        if first:
+            fail("interrupted; nothing was written", 130)
+        os._exit(130)  # the thread that connects would abort Python's end
     streams, sys.stderr = (sys.stdout, sys.stderr), team.voice
     if team.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
@@ -103,7 +105,8 @@ def with_patience(team, code):
     """Tell why this process ends, if no other has."""
     line = team.voice.error
     if code == 130:
-        team.tell(line if not team.rank else "", 5 * WAIT * (team.rank > 0))
+        alone = f"error: process {team.rank} was interrupted, so all end\n"
+        team.tell(alone if team.rank else line, 5 * WAIT * (team.rank > 0), orphan="")
     elif any(word in line for word in LOST):
         team.tell(f"error: {ENDED}\n", WAIT * (1 + team.rank))
     else:
@@ -168,14 +171,15 @@ class Team:
         self.store, self.rank, self.size, self.mesh = dist.PrefixStore("plphp", store), rank, size, None
         self.voice, self.lock, self.told = Voice(sys.stderr, rank), threading.Lock(), False
         self.over = threading.Event()
-        self.listening = dist.PrefixStore("plphp", store.clone())  # a connection of its own
+        # connections of their own, because a wait in one of them keeps other threads waiting
+        self.listening, self.joining = (dist.PrefixStore("plphp", store.clone()) for _ in range(2))
         self.watch = threading.Thread(target=self._listen, daemon=True)
         self.watch.start()
 
     def join(self, flags):
         """Connect the processes for collectives. InputError, in all, unless all have the same flags, {name: value}."""
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        given = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": TIMEOUT}
+        given = {"store": self.joining, "rank": self.rank, "world_size": self.size, "timeout": TIMEOUT}
         try:
             in_thread(partial(dist.init_process_group, backend, **given))
         except RuntimeError as broken:
@@ -196,7 +200,7 @@ class Team:
 
     def _listen(self):
         """Waits until a process has told why all end, and ends this one if its main thread still waits for others."""
-        heard, due = {}, 0.0  # {rank: (number of its beats, when it changed)}
+        heard, due = {}, 0.0  # {rank: (number of its beats, looks since it changed)}
         try:
             while not self.listening.check(["told"]):
                 if self.over.wait(0.1):
@@ -215,18 +219,20 @@ class Team:
     def _lost(self, heard):
         """The number of a process without a new beat for SILENT seconds, or None. Updates `heard`, see `_listen`.
 
-        Replicas exchange nothing while they answer, so that no connection breaks if one is killed.
+        Replicas exchange nothing while they answer, so that no connection breaks if one is killed. Looks are counted,
+        one a beat: after a pause of this process itself, the others need time for their next beat.
         """
         for rank in range(self.size):
             beats = self.listening.add(f"beats {rank}", 0)
-            if rank not in heard or beats != heard[rank][0]:
-                heard[rank] = beats, time.monotonic()
-            elif beats > 0 and time.monotonic() > heard[rank][1] + SILENT:
+            before, looks = heard.get(rank, (None, 0))
+            heard[rank] = beats, looks + 1 if beats == before else 0
+            if beats > 0 and heard[rank][1] * BEAT > SILENT:
                 return rank
         return None
 
-    def tell(self, line, patience):
-        """Print the line, unless another process tells within so many seconds why all end."""
+    def tell(self, line, patience, orphan=None):
+        """Print the line, unless another process tells within so many seconds why all end. orphan: the line if process
+        0 has ended, and with it the store; process 1 prints it."""
         with self.lock:
             end = time.monotonic() + patience
             try:
@@ -234,7 +240,7 @@ class Team:
                     time.sleep(0.02)
                 mine = self.store.add("asked", 1) == 1
             except RuntimeError:
-                mine = self.rank == 1
+                mine, line = self.rank == 1, line if orphan is None else orphan
             if mine and not self.told:
                 self.voice.stream.write(line)
                 self.voice.stream.flush()

@@ -288,6 +288,15 @@ def test_ctrl_c_ends_the_wait_for_processes_that_do_not_come():
     assert finish(processes, 10) == [(130, "", "error: interrupted; nothing was written\n")]
 
 
+def test_ctrl_c_is_not_lost_while_torch_is_imported(tmp_path):
+    """Parts of torch that are written in C discard any exception that a module raises which they import."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT); [*range(99)]\nexcept KeyboardInterrupt: pass\n"
+    )
+    processes = start(2, *ASK, PYTHONPATH=str(tmp_path))
+    assert finish(processes, 20) == [(130, "", "error: interrupted; nothing was written\n"), (130, "", "")]
+
+
 RANDOM = """
 import os, numpy, torch
 
@@ -363,6 +372,20 @@ def test_only_the_first_process_tells():
     assert [team.voice.stream.getvalue() for team in (zero, one)] == ["", "error: a\n"]
 
 
+@pytest.mark.parametrize(("orphan", "told"), [({}, "error: a\n"), ({"orphan": ""}, "")])
+def test_process_1_tells_what_it_may_if_process_0_has_ended(orphan, told):
+    """With "": both got Ctrl-C, and process 0 has told that."""
+
+    def gone(*_):
+        raise dist.DistNetworkError("Connection reset")
+
+    store, voice = SimpleNamespace(add=gone, set=gone), Voice(io.StringIO(), 1)
+    Team.tell(
+        SimpleNamespace(store=store, rank=1, lock=threading.Lock(), told=False, voice=voice), "error: a\n", 0, **orphan
+    )
+    assert voice.stream.getvalue() == told
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, rank):
     """Process 1 has not come; or process 0, with the store, has ended."""
@@ -381,12 +404,14 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
 def test_a_process_of_which_nothing_is_heard_is_lost(monkeypatch):
     """Replicas exchange nothing while they answer. One that has finished is silent, too, and so is 4, still to come."""
     monkeypatch.setattr("model.processes.SILENT", 0.1)
+    monkeypatch.setattr("model.processes.BEAT", 0.1)
     team, heard = SimpleNamespace(listening=dist.HashStore(), size=5), {}
     for rank in range(4):
         team.listening.add(f"beats {rank}", 5)
     team.listening.add("beats 1", FINISHED)
     assert Team._lost(team, heard) is None
-    time.sleep(0.15)
+    time.sleep(0.3)  # process 0 was suspended and looks before the others' next beat
+    assert Team._lost(team, heard) is None
     for rank in (0, 2):
         team.listening.add(f"beats {rank}", 1)
     assert Team._lost(team, heard) == 3

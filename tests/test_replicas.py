@@ -186,11 +186,32 @@ read = q.read_questions
 q.read_questions = lambda *given: read(*given)[rank:]
 """
 OTHER_MODEL = "import model.questions as q; q.named_model = lambda *_: str(rank)"
+GONE = """
+import os, time, model.processes as p
+join = p.Team.join
+def gone(self, flags):
+    if rank == 1:
+        time.sleep(1)  # process 0 waits to be connected
+        os._exit(3)
+    join(self, flags)
+p.Team.join = gone
+"""
+CTRL_C_OF_ONE = """
+import model.replicas as r
+take = r.Replicas.take
+def interrupted(self, numbers):
+    if rank == 1:
+        raise KeyboardInterrupt
+    return take(self, numbers)
+r.Replicas.take = interrupted
+"""
 REFUSED = {  # words of the only line: (exit code, processes, hook, more flags)
     "a bug; run again with --debug": (1, 2, A_BUG),
     "the file of questions of process 1 differs from that of process 0; give": (2, 2, OTHER_FILE),
     "dtype or another setting of process 1 differs from that of process 0; give": (2, 2, OTHER_MODEL),
     "--tp 2 does not divide 3 processes; use": (2, 3, "", "--tp", "2"),
+    "another process ended, so all end": (3, 2, GONE),
+    "process 1 was interrupted, so all end": (130, 2, CTRL_C_OF_ONE),
     "is not an answer of this program": (2, 2, "", "--answers", "{folder}/other.jsonl"),
 }
 

@@ -67,8 +67,8 @@ def test_the_lines_are_counted():
         "tests": lines([*(ROOT / "tests").rglob("*.py"), ROOT / "tests" / "mutants.txt"]),
     }  # fmt: skip
     print(counted)
-    assert counted["one answer"] <= 2426 and counted["product"] <= 13480 and counted["tools"] <= 11400
-    assert counted["tests"] <= 29630
+    assert counted["one answer"] <= 2437 and counted["product"] <= 13520 and counted["tools"] <= 11400
+    assert counted["tests"] <= 29720
     said = README.read_text()
     for what, words in (("product", "{} lines with kernels"), ("one answer", "{} of them on the path of one answer")):
         assert words.format(f"{round(counted[what], -2):,}") in said, f"{what}: {counted[what]}"
