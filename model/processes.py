@@ -97,7 +97,9 @@ def wait_for_sigterm(known):
     """In a thread, because the main one may wait for a device. known: a list of the Team, as soon as there is one."""
     signal.sigwait({signal.SIGTERM})
     for team in known:
-        team.tell(f"error: {ENDED}\n", WAIT * team.rank)
+        team.tell(f"error: {STOPPED}\n", WAIT * team.rank)
+    if not known and os.environ.get("RANK") == "0":
+        fail(STOPPED, 1)
     os._exit(128 + signal.SIGTERM)
 
 
@@ -114,6 +116,7 @@ def with_patience(team, code):
 
 
 ENDED = "another process ended, so all end; torchrun reports which"
+STOPPED = "stopped by SIGTERM, which torchrun sends if another process ended; torchrun reports which"
 
 
 def connect():
@@ -139,6 +142,10 @@ def connect():
             f"not all {given['WORLD_SIZE']} processes came within {TIMEOUT.seconds} s; start all of them, with the "
             "same MASTER_ADDR and MASTER_PORT"
         ) from broken
+    except dist.DistNetworkError as broken:
+        if "EADDRINUSE" not in str(broken):
+            raise
+        raise InputError(f"MASTER_PORT {given['MASTER_PORT']} is used by another program; give another") from broken
 
 
 class Voice(io.TextIOBase):
@@ -244,7 +251,7 @@ class Team:
             if mine and not self.told:
                 self.voice.stream.write(line)
                 self.voice.stream.flush()
-            self.told = True
+            self.told, self.voice.error = True, self.voice.error or line  # the last that it prints
             with suppress(RuntimeError):
                 self.store.set("told", "")
         if self.rank == 0:

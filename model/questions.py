@@ -412,6 +412,8 @@ def answer_some(questions, numbers, ask, args, found, tell, replicas=None, meanw
     # the processes of a replica could not go on together if memory runs out in one of them
     crowded = None if replicas and replicas.shared else crowded
     for i, answer in answer_each(begin, asked(), args.batch or 1, crowded, meanwhile):
+        if replicas and isinstance(answer, InputError):
+            replicas.fail_alike(taken[i], answer)
         found(taken[i], *outcome(answer))
 
 

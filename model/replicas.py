@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .config import InputError
 
 POLL = 0.05  # seconds between two looks into the store
+ALIKE = 30  # seconds that a process waits for the others of its replica to fail like it
 
 
 class Replicas:
@@ -73,6 +74,18 @@ class Replicas:
         if generation is None:
             raise InputError(said)
         return generation
+
+    def fail_alike(self, number, wrong):
+        """Wait until all the replica's processes have failed at question `number`. InputError, which ends all, if one
+        goes on: it would wait for this one."""
+        if not self.shared:
+            return
+        end, failed = time.monotonic() + ALIKE, f"failed {number}"
+        self.store.add(failed, 1)
+        while self.store.add(failed, 0) < self.group.size():
+            if time.monotonic() > end:
+                raise InputError(f"process {dist.get_rank()} failed where another went on: {wrong}")
+            time.sleep(POLL)
 
     def send(self, *message):
         """To process 0. Of several processes with the same answer only the first sends it."""

@@ -520,6 +520,13 @@ def test_what_torchrun_would_have_set_is_needed(monkeypatch, refused, name, valu
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_a_port_of_another_program_is_refused(monkeypatch, refused):
+    with socket.create_server(("localhost", 0)) as other:
+        for key, given in (ENVIRONMENT | {"MASTER_PORT": str(other.getsockname()[1])}).items():
+            monkeypatch.setenv(key, given)
+        assert "is used by another program; give another" in refused(*ASK[1:])
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (["--tp", "2"], "torchrun --nproc-per-node 2"), (["--tp", "0"], "--tp is 0"),
 ])  # fmt: skip

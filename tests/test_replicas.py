@@ -205,13 +205,22 @@ def interrupted(self, numbers):
     return take(self, numbers)
 r.Replicas.take = interrupted
 """
+ONE_FAILS = """
+import model.batch, model.replicas
+from model.config import InputError
+def failing(*_):
+    raise InputError("the mask is wrong; fix it")
+if rank == 1:
+    model.replicas.ALIKE, model.batch.Batch.add = 1, failing
+"""
 REFUSED = {  # words of the only line: (exit code, processes, hook, more flags)
     "a bug; run again with --debug": (1, 2, A_BUG),
     "the file of questions of process 1 differs from that of process 0; give": (2, 2, OTHER_FILE),
     "dtype or another setting of process 1 differs from that of process 0; give": (2, 2, OTHER_MODEL),
     "--tp 2 does not divide 3 processes; use": (2, 3, "", "--tp", "2"),
-    "another process ended, so all end": (3, 2, GONE),
+    "torchrun sends if another process ended": (3, 2, GONE),
     "process 1 was interrupted, so all end": (130, 2, CTRL_C_OF_ONE),
+    "process 1 failed where another went on: the mask is wrong; fix": (2, 2, ONE_FAILS, "--tp", "2"),
     "is not an answer of this program": (2, 2, "", "--answers", "{folder}/other.jsonl"),
 }
 
