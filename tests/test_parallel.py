@@ -401,6 +401,14 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
     assert capsys.readouterr().err.startswith("error: another process ended")
 
 
+def test_process_0_ends_at_once_if_another_has_told_why(capsys):
+    store, start = dist.HashStore(), time.monotonic()
+    store.set("told", "")
+    team = SimpleNamespace(rank=0, size=2, over=threading.Event(), watch=threading.Thread(), store=store)
+    team.watch.start()
+    assert Team.finish(team) == 1 and time.monotonic() < start + 10 and capsys.readouterr().err == ""
+
+
 def test_a_process_of_which_nothing_is_heard_is_lost(monkeypatch):
     """Replicas exchange nothing while they answer. One that has finished is silent, too, and so is 4, still to come."""
     monkeypatch.setattr("model.processes.SILENT", 0.1)

@@ -220,7 +220,7 @@ REFUSED = {  # words of the only line: (exit code, processes, hook, more flags)
     "--tp 2 does not divide 3 processes; use": (2, 3, "", "--tp", "2"),
     "torchrun sends if another process ended": (3, 2, GONE),
     "process 1 was interrupted, so all end": (130, 2, CTRL_C_OF_ONE),
-    "process 1 failed where another went on: the mask is wrong; fix": (2, 2, ONE_FAILS, "--tp", "2"),
+    "failed where another went on: the mask is": (2, 2, ONE_FAILS, "--tp", "2", "--answers", "{folder}/one.jsonl"),
     "is not an answer of this program": (2, 2, "", "--answers", "{folder}/other.jsonl"),
 }
 
