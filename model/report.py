@@ -34,6 +34,9 @@ def introduce(args, generation):
         note_without_picture(checkpoint)
     for text in checkpoint.notes:
         note(text)
+    if checkpoint.share.ranks > 1 and checkpoint.device.type == "cuda":
+        note("steps are not captured in a CUDA graph, because no GPU has tested this with several processes; each "
+             "kernel is launched from Python")  # fmt: skip
     if args.compile:
         note("the second token waits for the compiler, up to a minute the first time, a few seconds after that")
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,13 +25,13 @@ from test_parity import noise
 from test_replicas import run_ranks
 
 import run
-from model import load, open_checkpoint
+from model import Generation, load, open_checkpoint
 from model.config import InputError
 from model.parallel import split
 from model.processes import FINISHED, Team, Voice, connect, contents
 from model.pruning import make_method
 from model.pruning.yopo import Looking
-from model.report import step_bytes
+from model.report import introduce, step_bytes
 from model.share import WHOLE, Share, checksum, gather_alike
 from model.view import Pruning
 from tests.paths import DEMO, DEMO_PICTURE, ROOT
@@ -507,6 +508,18 @@ def test_steps_with_collectives_are_not_captured():
     captured = open_checkpoint(DEMO).step(language, cache)
     checkpoint = split(open_checkpoint(DEMO), mesh(1, 2))
     assert captured.captures and not checkpoint.step(checkpoint.model.language_model, cache).captures
+
+
+@pytest.mark.parametrize(("device", "ranks"), [("cuda", 2), ("cuda", 1), ("cpu", 2)])
+def test_a_note_says_that_steps_are_not_captured(monkeypatch, capsys, device, ranks):
+    """On this machine's CPU, which is called a GPU."""
+    generation = Generation(load(DEMO, "fp32"), "What is this?", [DEMO_PICTURE])
+    split_up = replace(generation.checkpoint, share=SimpleNamespace(ranks=ranks))
+    monkeypatch.setattr(type(split_up), "device", torch.device(device))
+    monkeypatch.setattr(generation, "checkpoint", split_up)
+    monkeypatch.setattr(Generation, "backend", "torch")
+    introduce(run.parser().parse_args([*map(str, ASK[1:])]), generation)
+    assert ("steps are not captured" in capsys.readouterr().err) == (device == "cuda" and ranks == 2)
 
 
 ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
