@@ -106,9 +106,8 @@ def wait_for_sigterm(known):
 def with_patience(team, code):
     """Tell why this process ends, if no other has."""
     line = team.voice.error
-    if code == 130:
-        alone = f"error: process {team.rank} was interrupted, so all end\n"
-        team.tell(alone if team.rank else line, 5 * WAIT * (team.rank > 0), orphan="")
+    if code == 130:  # the others wait for this one in collectives, where process 0 does not notice Ctrl-C
+        team.tell("" if team.rank else line, 5 * WAIT * (team.rank > 0))
     elif any(word in line for word in LOST):
         team.tell(f"error: {ENDED}\n", WAIT * (1 + team.rank))
     else:
@@ -237,9 +236,8 @@ class Team:
                 return rank
         return None
 
-    def tell(self, line, patience, orphan=None):
-        """Print the line, unless another process tells within so many seconds why all end. orphan: the line if process
-        0 has ended, and with it the store; process 1 prints it."""
+    def tell(self, line, patience):
+        """Print the line, unless another process tells within so many seconds why all end."""
         with self.lock:
             end = time.monotonic() + patience
             try:
@@ -247,7 +245,7 @@ class Team:
                     time.sleep(0.02)
                 mine = self.store.add("asked", 1) == 1
             except RuntimeError:
-                mine, line = self.rank == 1, line if orphan is None else orphan
+                mine = self.rank == 1
             if mine and not self.told:
                 self.voice.stream.write(line)
                 self.voice.stream.flush()

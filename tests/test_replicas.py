@@ -196,15 +196,6 @@ def gone(self, flags):
     join(self, flags)
 p.Team.join = gone
 """
-CTRL_C_OF_ONE = """
-import model.replicas as r
-take = r.Replicas.take
-def interrupted(self, numbers):
-    if rank == 1:
-        raise KeyboardInterrupt
-    return take(self, numbers)
-r.Replicas.take = interrupted
-"""
 ONE_FAILS = """
 import model.batch, model.replicas
 from model.config import InputError
@@ -219,7 +210,6 @@ REFUSED = {  # words of the only line: (exit code, processes, hook, more flags)
     "dtype or another setting of process 1 differs from that of process 0; give": (2, 2, OTHER_MODEL),
     "--tp 2 does not divide 3 processes; use": (2, 3, "", "--tp", "2"),
     "torchrun sends if another process ended": (3, 2, GONE),
-    "process 1 was interrupted, so all end": (130, 2, CTRL_C_OF_ONE),
     "failed where another went on: the mask is": (2, 2, ONE_FAILS, "--tp", "2", "--answers", "{folder}/one.jsonl"),
     "is not an answer of this program": (2, 2, "", "--answers", "{folder}/other.jsonl"),
 }
