@@ -272,7 +272,7 @@ class Team:
                 time.sleep(0.01)
         except RuntimeError:  # the store was in process 0, which has ended
             return fail(ENDED, 1)
-        if dist.is_initialized():
+        if dist.is_initialized():  # not with --version
             dist.destroy_process_group()
         return 0
 

@@ -393,12 +393,12 @@ class Pruning:
         go_on = stay.nonzero()[:, 0]
         self.protected = None if self.protected is None else self.protected[go_on]
         self.seen = go_on if self.seen is None else self.seen[go_on]
-        new, spans, contrast, stay = [0, *stay.cumsum(0).tolist()], self.spans, self.contrast, stay.cpu()  # new[old]
+        new, spans, contrast, stay = [0, *stay.cumsum(0).tolist()], self.spans, self.contrast, stay.cpu()
 
         def thinned(pictures):
             return [of_one[stay[a:b]] for of_one, (a, b) in zip(pictures, spans, strict=True)]
 
-        self.spans = [(new[a], new[b]) for a, b in spans]
+        self.spans = [(new[a], new[b]) for a, b in spans]  # new: from an index before to that after
         self.places = self.places and thinned(self.places)
         self.contrast = contrast and cache(lambda: thinned(contrast()))
         return go_on

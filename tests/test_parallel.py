@@ -28,7 +28,7 @@ import run
 from model import Generation, load, open_checkpoint
 from model.config import InputError
 from model.parallel import split
-from model.processes import FINISHED, Team, Voice, connect, contents
+from model.processes import ENDED, FINISHED, Team, Voice, connect, contents, with_patience
 from model.pruning import make_method
 from model.pruning.yopo import Looking
 from model.report import introduce, step_bytes
@@ -388,6 +388,17 @@ def test_no_process_waits_at_the_end_for_one_that_is_lost(monkeypatch, capsys, r
     team.watch.start()
     assert Team.finish(team) == 1 and team.over.is_set()
     assert capsys.readouterr().err.startswith("error: another process ended")
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("NCCL error: remote process exited or there was a network error", ENDED),
+    ("NCCL error: unhandled system error; run again", "NCCL error: unhandled system error; run again"),
+])  # fmt: skip
+def test_only_an_error_that_another_process_caused_is_replaced(line, said):
+    team, told = SimpleNamespace(rank=0, voice=SimpleNamespace(error=f"error: {line}\n")), []
+    team.tell = lambda line, patience: told.append(line)
+    with_patience(team, 1)
+    assert told == [f"error: {said}\n"]
 
 
 def test_process_0_ends_at_once_if_another_has_told_why(capsys):
